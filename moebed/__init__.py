@@ -1,0 +1,24 @@
+"""moebed: train and probe Mixture-of-Experts language models.
+
+Importing the package is cheap: the heavy names below are loaded on first use.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_LAZY = {
+    "ModelConfig": "moebed.config",
+    "Decoder": "moebed.decoder",
+    "MoEModule": "moebed.module",
+    "TextDataModule": "moebed.data.datamodule",
+    "UserError": "moebed.errors",
+    "ConfigError": "moebed.errors",
+}
+__all__ = sorted(_LAZY)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'moebed' has no attribute {name!r}")

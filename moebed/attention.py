@@ -1,0 +1,140 @@
+"""Self-attention with rotary embeddings, and the key-value cache of generation.
+
+B sequences, S positions, A query heads, G key-value heads, D head width, H hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moebed.config import ModelConfig
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight over the last dimension, computed in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x (..., size); same shape and dtype."""
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+class RotaryEmbedding(nn.Module):
+    """Cosines and sines of the rotary position embedding (RoFormer 2104.09864), in the half-rotation layout."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.head_dim is not None
+        self.head_dim, self.theta = config.head_dim, config.rope_theta
+
+    def forward(self, start: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cos and sin of positions start to start + length: each (S, D), float32."""
+        exponent = torch.arange(0, self.head_dim, 2, device=device, dtype=torch.float32) / self.head_dim
+        position = torch.arange(start, start + length, device=device, dtype=torch.float32)
+        angle = torch.outer(position, self.theta**-exponent)
+        angle = torch.cat([angle, angle], dim=-1)
+        return angle.cos(), angle.sin()
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x (B, heads, S, D)."""
+    low, high = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-high, low], dim=-1) * sin).to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of one layer seen so far, preallocated for max_length positions."""
+
+    def __init__(self, max_length: int) -> None:
+        self.max_length, self.length = max_length, 0
+        self.keys = self.values = torch.empty(0)
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store keys and values (B, G, S, D) of new positions; returns those of all positions."""
+        if self.length == 0:
+            batch, heads, _, width = keys.shape
+            self.keys = keys.new_empty(batch, heads, self.max_length, width)
+            self.values = values.new_empty(batch, heads, self.max_length, width)
+        stop = self.length + keys.shape[2]
+        self.keys[:, :, self.length : stop] = keys
+        self.values[:, :, self.length : stop] = values
+        self.length = stop
+        return self.keys[:, :, :stop], self.values[:, :, :stop]
+
+
+class Attention(nn.Module):
+    """Causal multi-head or grouped-query attention."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.head_dim is not None
+        assert config.num_key_value_heads is not None
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.scale = config.attention_multiplier or config.head_dim**-0.5
+        self.cap, self.window = config.attn_logit_softcapping, config.sliding_window
+        self.backend = config.attention_backend
+        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+        self.norm_heads = config.qk_norm == "head"
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
+        if config.qk_norm != "none":
+            self.q_norm = RMSNorm(self.head_dim if self.norm_heads else q_size, config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim if self.norm_heads else kv_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None = None) -> Tensor:
+        """Attend within x (B, S, H), and to what the cache holds before it: (B, S, H)."""
+        query = self._heads(self.q_proj(x), self.q_norm)  # (B, A, S, D)
+        key = self._heads(self.k_proj(x), self.k_norm)  # (B, G, S, D)
+        value = self._heads(self.v_proj(x), None)
+        query, key = _rotate(query, *rope), _rotate(key, *rope)
+        if cache is not None:
+            key, value = cache.append(key, value)
+        if self.num_kv_heads != self.num_heads:
+            repeat = self.num_heads // self.num_kv_heads
+            key, value = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
+        mixed = self._mix(query, key, value)  # (B, A, S, D)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Tensor, norm: nn.Module | None) -> Tensor:
+        """(B, S, heads·D) -> (B, heads, S, D), normalised where asked."""
+        if norm is not None and not self.norm_heads:
+            x = norm(x)
+        x = x.unflatten(-1, (-1, self.head_dim))
+        if norm is not None and self.norm_heads:
+            x = norm(x)
+        return x.transpose(1, 2)
+
+    def _mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        length, total = query.shape[2], key.shape[2]
+        if self.cap is None and self.backend != "math":
+            causal = length == total and (self.window is None or total <= self.window)
+            mask = None if causal or self._sees_all(length, total) else self._mask(length, total, query.device)
+            return F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=self.scale)
+        logits = (query * self.scale) @ key.transpose(-2, -1)  # (B, A, S, S_total)
+        if self.cap is not None:
+            logits = self.cap * torch.tanh(logits.float() / self.cap)
+        logits = logits.float().masked_fill(~self._mask(length, total, query.device), float("-inf"))
+        return logits.softmax(dim=-1).to(value.dtype) @ value
+
+    def _sees_all(self, length: int, total: int) -> bool:
+        return length == 1 and (self.window is None or total <= self.window)
+
+    def _mask(self, length: int, total: int, device: torch.device) -> Tensor:
+        """(S, S_total) bool, True where a query may look."""
+        query = torch.arange(total - length, total, device=device).unsqueeze(1)
+        key = torch.arange(total, device=device)
+        mask = key <= query
+        return mask if self.window is None else mask & (key > query - self.window)

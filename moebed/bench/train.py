@@ -1,0 +1,208 @@
+"""``moebed bench train``: tokens per second of a training step, beside the peers, as ratios of one run.
+
+Every contestant takes the same step on the same batches: forward, cross entropy, backward, fused AdamW, zero
+gradients; bf16 autocast over fp32 parameters. Rounds alternate between contestants, so that a slow moment of the
+machine falls on all of them, and only ratios within a round are compared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moebed.config import ModelConfig
+from moebed.decoder import Decoder
+from moebed.losses import token_losses
+from moebed.optim import OptimizerConfig, build_adamw
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model and the batch it is trained on."""
+
+    model: ModelConfig
+    batch_size: int
+    sequence_length: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one step."""
+        return self.batch_size * self.sequence_length
+
+
+def _mixtral(hidden: int, width: int, layers: int, experts: int, top_k: int, vocab: int) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 32,
+        num_experts=experts,
+        num_experts_per_tok=top_k,
+        moe_intermediate_size=width,
+        router_aux_loss_coef=0.0,
+    )
+
+
+SIZES = {
+    "A": Size(_mixtral(256, 512, 4, 8, 2, 4096), 8, 256),
+    "F": Size(_mixtral(256, 128, 4, 32, 4, 4096), 8, 256),
+    "B": Size(_mixtral(512, 1024, 6, 16, 2, 8192), 4, 512),
+}
+
+
+def dense_of_equal_flops(config: ModelConfig) -> ModelConfig:
+    """The dense model whose FFN is as wide as the experts that one token passes."""
+    layer = config.layer(0)
+    width = (layer.num_experts_per_tok + layer.num_shared_experts) * layer.moe_intermediate_size
+    return dataclasses.replace(config, num_experts=0, intermediate_size=width)
+
+
+Step = Callable[[Tensor, Tensor], float]
+
+
+def _training_step(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], device: torch.device) -> Step:
+    optimizer = build_adamw(model, OptimizerConfig())
+
+    def step(input_ids: Tensor, labels: Tensor) -> float:
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            value = loss(input_ids, labels)
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return value.item()
+
+    return step
+
+
+def own_step(config: ModelConfig, device: torch.device, compile: bool) -> Step:
+    """A step of our decoder."""
+    decoder = Decoder(config).to(device)
+
+    def loss(input_ids: Tensor, labels: Tensor) -> Tensor:
+        return token_losses(decoder(input_ids).logits, labels).mean()
+
+    return _training_step(decoder, torch.compile(loss, fullgraph=True, dynamic=False) if compile else loss, device)
+
+
+def transformers_step(config: ModelConfig, device: torch.device, experts_implementation: str) -> Step:
+    """A step of transformers' MixtralForCausalLM of the same sizes; it makes its labels by shifting by itself."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    layer = config.layer(0)
+    hf_config = MixtralConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=layer.moe_intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads or config.num_attention_heads,
+        num_local_experts=layer.num_experts,
+        num_experts_per_tok=layer.num_experts_per_tok,
+        use_cache=False,
+    )
+    hf_config._experts_implementation = experts_implementation
+    model: Any = MixtralForCausalLM(hf_config)
+    model.to(device).train()
+
+    def loss(input_ids: Tensor, labels: Tensor) -> Tensor:
+        return token_losses(model(input_ids=input_ids).logits, labels).mean()
+
+    return _training_step(model, loss, device)
+
+
+def batches(size: Size, device: torch.device, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """Random tokens with the skew of text (a Zipf law), so that experts are loaded unevenly."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = 1.0 / torch.arange(1, size.model.vocab_size + 1)
+    while True:
+        ids = torch.multinomial(weights, size.tokens + size.batch_size, replacement=True, generator=generator)
+        ids = ids.view(size.batch_size, -1).to(device)
+        yield ids[:, :-1], ids[:, 1:].contiguous()
+
+
+@dataclass
+class Measured:
+    """Seconds a step of every contestant, one list entry a round."""
+
+    tokens: int
+    seconds: dict[str, list[float]]
+
+    def ratios(self, name: str, base: str) -> list[float]:
+        """Speed of name over speed of base, round by round."""
+        return [b / a for a, b in zip(self.seconds[name], self.seconds[base], strict=True)]
+
+    def tokens_per_second(self, name: str) -> float:
+        """Median over rounds."""
+        return self.tokens / statistics.median(self.seconds[name])
+
+
+def measure(
+    contestants: dict[str, Step], size: Size, device: torch.device, rounds: int, steps: int, progress: Callable = print
+) -> Measured:
+    """Time all contestants in alternation, after a warm-up of each."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for name, step in contestants.items():
+        begin = time.perf_counter()
+        for (input_ids, labels), _ in zip(batches(size, device), range(3), strict=False):
+            step(input_ids, labels)
+        progress(f"warm-up of {name}: {time.perf_counter() - begin:.1f} s")
+    for index in range(rounds):
+        for name, step in contestants.items():
+            feed = batches(size, device, seed=index + 1)
+            data = [next(feed) for _ in range(steps)]
+            _synchronize(device)
+            begin = time.perf_counter()
+            for input_ids, labels in data:
+                step(input_ids, labels)
+            _synchronize(device)
+            seconds[name].append((time.perf_counter() - begin) / steps)
+        progress(f"round {index + 1} of {rounds}")
+    return Measured(size.tokens, seconds)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def contestants_of(size: Size, device: torch.device, compile: bool) -> dict[str, Step]:
+    """Ours and the peers, by the name that the table shows."""
+    dense = dense_of_equal_flops(size.model)
+    steps: dict[str, Step] = {}
+    for implementation in ("grouped_mm", "eager"):
+        steps[f"transformers {implementation}"] = transformers_step(size.model, device, implementation)
+    steps["moebed eager"] = own_step(size.model, device, compile=False)
+    steps["moebed dense eager"] = own_step(dense, device, compile=False)
+    if compile:
+        steps["moebed compiled"] = own_step(size.model, device, compile=True)
+        steps["moebed dense compiled"] = own_step(dense, device, compile=True)
+    return steps
+
+
+def run(size_name: str, rounds: int, steps: int, compile: bool, device: str = "cpu") -> dict[str, Any]:
+    """Measure one size; plain data for a table and for JSON."""
+    size, target = SIZES[size_name], torch.device(device)
+    torch.manual_seed(0)
+    found = measure(contestants_of(size, target, compile), size, target, rounds, steps)
+    peers = [name for name in found.seconds if name.startswith("transformers")]
+    best = min(peers, key=lambda name: statistics.median(found.seconds[name]))
+    rows = []
+    for name in found.seconds:
+        row: dict[str, Any] = {"name": name, "tokens_per_second": found.tokens_per_second(name)}
+        for label, base in (("best_transformers", best), ("dense", _dense_peer(name))):
+            if base in found.seconds and base != name:
+                ratios = sorted(found.ratios(name, base))
+                row[f"over_{label}"] = [ratios[0], statistics.median(ratios), ratios[-1]]
+        rows.append(row)
+    return {"size": size_name, "best_transformers": best, "rounds": rounds, "steps": steps, "rows": rows}
+
+
+def _dense_peer(name: str) -> str:
+    return name.replace("moebed ", "moebed dense ") if name.startswith("moebed ") and "dense" not in name else ""

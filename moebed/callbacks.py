@@ -1,0 +1,140 @@
+"""Callbacks of a training run: speed, sampled text, and checkpoints that are never half-written."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from moebed.errors import UserError
+from moebed.generate import generate
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Checkpoints written to a temporary name beside the target, then renamed; loaded as data, never as code."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write checkpoint to path; a failure leaves whatever was at path before."""
+        target = Path(path)
+        temporary = target.with_name(target.name + ".partial")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except (OSError, RuntimeError) as error:
+            temporary.unlink(missing_ok=True)
+            raise UserError(
+                f"checkpoint {target} could not be written ({error}); the previous one is whole: "
+                "make room or choose another folder, then continue with --ckpt_path last"
+            ) from error
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint with torch.load(weights_only=True), whatever was asked."""
+        if not Path(path).is_file():
+            raise UserError(f"checkpoint {path} does not exist; give the path of a .ckpt file, or last")
+        try:
+            return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        except Exception as error:  # torch raises several unrelated types for a damaged file
+            first_line = str(error).strip().splitlines()[0]
+            raise UserError(f"checkpoint {path} cannot be read ({first_line}); use an earlier one") from error
+
+
+class TrainingRate(Callback):
+    """Logs ``train/tokens_per_second`` over the last optimizer steps; validation, probes and checkpoints do not count.
+
+    Args:
+        window: Micro-batches over which the rate is taken.
+    """
+
+    def __init__(self, window: int = 20) -> None:
+        self.window = window
+        self._samples: list[tuple[int, float]] = []
+        self._begin = 0.0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Start the clock."""
+        self._begin = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop it, before other callbacks do their work: the command line puts this callback first."""
+        self._samples.append((batch["input_ids"].numel(), time.perf_counter() - self._begin))
+        del self._samples[: -self.window]
+        tokens, seconds = (sum(column) for column in zip(*self._samples, strict=True))
+        pl_module.log("train/tokens_per_second", tokens * trainer.world_size / seconds, prog_bar=True)
+
+
+class SampleText(Callback):
+    """At each validation, continues the beginning of one validation sequence of each domain (TensorBoard's text page).
+
+    Args:
+        prompt_tokens: Length of the prompt.
+        new_tokens: Length of the continuation at most.
+        temperature: Divides the logits; 0 takes the most likely token.
+        top_k: Sample among this many most likely tokens.
+    """
+
+    def __init__(
+        self, prompt_tokens: int = 24, new_tokens: int = 48, temperature: float = 0.8, top_k: int = 50
+    ) -> None:
+        self.prompt_tokens, self.new_tokens, self.temperature, self.top_k = (
+            prompt_tokens,
+            new_tokens,
+            temperature,
+            top_k,
+        )
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sample, with a generator of its own so that training draws what it would have drawn without."""
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        if not loggers:
+            return
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        batch = data.probe_batch(len(data.domains))
+        prompts = batch["input_ids"][:, : self.prompt_tokens].to(pl_module.device)
+        decoder: Any = pl_module.decoder
+        generator = torch.Generator(device=prompts.device).manual_seed(0)
+        ids = generate(decoder, prompts, self.new_tokens, self.temperature, self.top_k, generator).tolist()
+        sections = []
+        for row, domain in zip(ids, batch["domain"].tolist(), strict=True):
+            prompt, rest = row[: prompts.shape[1]], row[prompts.shape[1] :]
+            text = (
+                _quoted(data.tokenizer.decode(prompt)) + "\n\n*continues:*\n\n" + _quoted(data.tokenizer.decode(rest))
+            )
+            sections.append(f"**{data.domains[domain]}**\n\n{text}")
+        for logger in loggers:
+            logger.experiment.add_text("samples", "\n\n".join(sections), trainer.global_step)
+
+
+def _quoted(text: str) -> str:
+    """As a block of literal text in Markdown."""
+    return "\n".join("    " + line for line in text.splitlines() or [""])
+
+
+class ProgressBar(TQDMProgressBar):
+    """Lightning's progress bar with short names."""
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """Loss, bits per byte and tokens a second; without the version number and with fewer digits."""
+        items = super().get_metrics(trainer, pl_module)
+        items.pop("v_num", None)
+        short = {"train/loss": "loss", "train/bits_per_byte": "bpb", "train/tokens_per_second": "tok/s"}
+        short |= {"val/bits_per_byte": "val_bpb"}
+        return {
+            short.get(name, name): f"{value:.0f}" if name == "train/tokens_per_second" else f"{value:.3f}"
+            for name, value in items.items()
+            if isinstance(value, int | float)
+        }

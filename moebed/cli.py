@@ -1,0 +1,52 @@
+"""The ``moebed`` command: one entry, one line for an error, heavy imports only when a subcommand needs them."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from moebed.errors import UserError
+
+COMMANDS = {
+    "fit": ("moebed.training", "train a model from a recipe, with probes; --ckpt_path last continues a run"),
+    "validate": ("moebed.training", "evaluate a checkpoint on the validation text"),
+    "test": ("moebed.training", "evaluate a checkpoint on the test text"),
+    "predict": ("moebed.training", "per-token losses of a checkpoint on the test text"),
+    "report": ("moebed.reporting", "results of one or several runs side by side, as one HTML file"),
+    "bench": ("moebed.bench.cli", "measure side by side with the peers that are installed"),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The top level; each subcommand parses its own arguments."""
+    lines = "\n".join(f"  {name:<10}{sentence}" for name, (_, sentence) in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="moebed",
+        description="Train and probe Mixture-of-Experts language models.",
+        epilog=f"commands:\n{lines}\n\n`moebed COMMAND --help` shows every knob of a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("-v", "--verbose", action="store_true", help="show the traceback of an error")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=f"one of {', '.join(COMMANDS)}")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the command")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, or 2 for an error that a person can mend."""
+    options = build_parser().parse_args(argv)
+    try:
+        module, _ = COMMANDS[options.command]
+        importlib.import_module(module).run(options.command, options.arguments)
+    except UserError as error:
+        if options.verbose:
+            raise
+        print(f"moebed: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

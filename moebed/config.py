@@ -1,0 +1,211 @@
+"""ModelConfig: the plain data from which every decoder is built.
+
+One object describes every family of the paper. Names are those of the Hugging Face configs where they have one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from moebed.errors import ConfigError
+
+PerLayer = int | list[int]
+
+
+@dataclass
+class ModelConfig:
+    """Shape and behaviour of a decoder. Validated at construction; raises ConfigError in one line.
+
+    Fields typed ``int | list[int]`` are one number for all layers or one number a layer.
+
+    Args:
+        vocab_size: Rows of the embedding and of the head; at least as many as the tokenizer has ids.
+        hidden_size: Width of the residual stream (H).
+        num_hidden_layers: Number of decoder layers.
+        num_attention_heads: Query heads.
+        num_key_value_heads: Key and value heads (GQA); the number of query heads if not given (MHA).
+        head_dim: Width of a head; hidden_size / num_attention_heads if not given.
+        intermediate_size: Width of a dense FFN, used in layers without experts; must be given if there are any.
+        num_experts: Routed experts (E) in each layer; 0 means a dense FFN in that layer.
+        num_experts_per_tok: Experts that a token is sent to (K); at most the number of experts of that layer.
+        moe_intermediate_size: Width (F) of one routed expert; must be given if there are any.
+        num_shared_experts: Experts that every token passes, as one FFN of num_shared_experts * moe_intermediate_size.
+        shared_expert_gate: Scale the shared expert's output by a learned sigmoid gate (Qwen2-MoE).
+        hidden_act: Activation on the gate projection: silu (SwiGLU), gelu (GeGLU, exact) or gelu_tanh.
+        router: Name of the routing rule (see moebed.routers).
+        norm_topk_prob: Divide the weights of the chosen experts by their sum (Mixtral does, DeepSeek and Grok do not).
+        router_aux_loss_coef: Coefficient of the load-balancing loss; 0 turns it off.
+        router_aux_loss_scope: Tokens over which the load-balancing loss counts assignments: micro (one forward pass
+            of one rank) or global (summed over data-parallel ranks and over the accumulation steps so far).
+        router_z_loss_coef: Coefficient of the router z-loss; 0 turns it off.
+        rms_norm_eps: Added to the mean square in every RMSNorm.
+        rope_theta: Base of the rotary position embedding.
+        max_position_embeddings: Longest sequence, in tokens.
+        sliding_window: Tokens that a token may look back at, itself included; all of them if not given.
+        attention_bias: Biases on the query, key and value projections (Qwen2).
+        qk_norm: RMSNorm of queries and keys: none, head (each by itself, Qwen3) or full (all heads together, OLMoE).
+        post_norms: RMSNorm also after attention and after the FFN or MoE, before the residual is added (Grok-1).
+        attention_multiplier: Scale of the attention logits; 1 / sqrt(head_dim) if not given.
+        attn_logit_softcapping: Attention logits become cap * tanh(logits / cap), in float32 (Grok-1: 30).
+        embedding_multiplier: Scale of the embeddings (Grok-1).
+        logits_multiplier: Scale of the output logits (Grok-1).
+        tie_word_embeddings: The head uses the embedding's weights.
+        initializer_range: Standard deviation of initial weights.
+        experts_backend: How the expert products are computed: auto, grouped_mm or loop (see moebed.experts).
+        attention_backend: auto, sdpa (PyTorch's fused attention) or math (plain matrix products, which torch.compile
+            fuses). auto is math where a soft cap asks for it, sdpa otherwise.
+    """
+
+    vocab_size: int = 4096
+    hidden_size: int = 256
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    intermediate_size: int | None = None
+    num_experts: PerLayer = 8
+    num_experts_per_tok: PerLayer = 2
+    moe_intermediate_size: int | list[int] | None = None
+    num_shared_experts: PerLayer = 0
+    shared_expert_gate: bool = False
+    hidden_act: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    router: str = "softmax_topk"
+    norm_topk_prob: bool = True
+    router_aux_loss_coef: float = 0.01
+    router_aux_loss_scope: Literal["micro", "global"] = "micro"
+    router_z_loss_coef: float = 0.0
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    max_position_embeddings: int = 4096
+    sliding_window: int | None = None
+    attention_bias: bool = False
+    qk_norm: Literal["none", "head", "full"] = "none"
+    post_norms: bool = False
+    attention_multiplier: float | None = None
+    attn_logit_softcapping: float | None = None
+    embedding_multiplier: float = 1.0
+    logits_multiplier: float = 1.0
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    experts_backend: Literal["auto", "grouped_mm", "loop"] = "auto"
+    attention_backend: Literal["auto", "sdpa", "math"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "max_position_embeddings",
+        ):
+            self._require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.head_dim is None:
+            self._require(
+                self.hidden_size % self.num_attention_heads == 0,
+                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}; "
+                "change one of them or give head_dim",
+            )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        self._require(self.head_dim % 2 == 0, f"head_dim is {self.head_dim}; rotary embeddings need an even number")
+        self._require(
+            self.num_key_value_heads >= 1 and self.num_attention_heads % self.num_key_value_heads == 0,
+            f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+            f"num_key_value_heads {self.num_key_value_heads}",
+        )
+        for name, value in (("sliding_window", self.sliding_window), ("intermediate_size", self.intermediate_size)):
+            self._require(value is None or value >= 1, f"{name} is {value}; it must be at least 1")
+        for name in ("router_aux_loss_coef", "router_z_loss_coef", "initializer_range"):
+            self._require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
+        self._check_choice("hidden_act", ("silu", "gelu", "gelu_tanh"))
+        self._check_choice("router_aux_loss_scope", ("micro", "global"))
+        self._check_choice("qk_norm", ("none", "head", "full"))
+        self._check_choice("experts_backend", ("auto", "grouped_mm", "loop"))
+        self._check_choice("attention_backend", ("auto", "sdpa", "math"))
+        self._require(
+            self.attention_backend != "sdpa" or self.attn_logit_softcapping is None,
+            "attention_backend sdpa cannot apply attn_logit_softcapping; use auto or math",
+        )
+        for layer in range(self.num_hidden_layers):
+            self._check_layer(layer)
+
+    def _check_layer(self, layer: int) -> None:
+        ffn = self.layer(layer)
+        where = f"layer {layer}"
+        self._require(ffn.num_experts >= 0, f"num_experts is {ffn.num_experts} in {where}; use 0 for a dense layer")
+        if ffn.num_experts == 0:
+            self._require(
+                self.intermediate_size is not None, f"{where} has no experts: give intermediate_size for its dense FFN"
+            )
+            return
+        self._require(ffn.moe_intermediate_size >= 1, f"{where} has experts: give moe_intermediate_size, their width")
+        self._require(
+            1 <= ffn.num_experts_per_tok <= ffn.num_experts,
+            f"num_experts_per_tok is {ffn.num_experts_per_tok} but {where} has {ffn.num_experts} experts; "
+            "choose between 1 and the number of experts",
+        )
+        self._require(ffn.num_shared_experts >= 0, f"num_shared_experts is {ffn.num_shared_experts} in {where}")
+
+    def _check_choice(self, name: str, choices: Sequence[str]) -> None:
+        value = getattr(self, name)
+        self._require(value in choices, f"{name} is {value!r}; choose one of {', '.join(choices)}")
+
+    @staticmethod
+    def _require(condition: bool, message: str) -> None:
+        if not condition:
+            raise ConfigError(f"model config: {message}")
+
+    def layer(self, index: int) -> LayerConfig:
+        """The FFN or MoE of one layer, with per-layer lists resolved."""
+        return LayerConfig(
+            num_experts=self._at("num_experts", index),
+            num_experts_per_tok=self._at("num_experts_per_tok", index),
+            moe_intermediate_size=self._at("moe_intermediate_size", index) if self.moe_intermediate_size else 0,
+            num_shared_experts=self._at("num_shared_experts", index),
+        )
+
+    def _at(self, name: str, index: int) -> int:
+        value = getattr(self, name)
+        if isinstance(value, int):
+            return value
+        self._require(
+            len(value) == self.num_hidden_layers,
+            f"{name} lists {len(value)} numbers for {self.num_hidden_layers} layers; give one number a layer",
+        )
+        return value[index]
+
+    @property
+    def moe_layers(self) -> list[int]:
+        """Indices of the layers that have experts."""
+        return [i for i in range(self.num_hidden_layers) if self.layer(i).num_experts > 0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for YAML or JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ModelConfig:
+        """Build from plain data; an unknown key is an error that names the nearest known one."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in data:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, 1)
+                raise ConfigError(
+                    f"model config: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+                )
+        return cls(**data)
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """What one layer has after its attention: E routed experts of width F, K of them a token, and shared experts."""
+
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    num_shared_experts: int

@@ -1,0 +1,85 @@
+"""A folder of finished things: each is built beside its place and renamed into it, so none is ever half there."""
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from moebed.errors import UserError
+
+FORMAT_VERSION = 1
+
+
+def cache_folder(configured: str | Path | None) -> Path:
+    """Returns the folder to use: the one configured, else ``$MOEBED_CACHE``, else ``~/.cache/moebed``."""
+    return Path(configured or os.environ.get("MOEBED_CACHE") or "~/.cache/moebed").expanduser().absolute()
+
+
+def fingerprint(identity: Mapping[str, Any]) -> str:
+    """Returns 16 hex digits that stand for plain data; the cache's format version counts with it."""
+    text = json.dumps({"format": FORMAT_VERSION} | dict(identity), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def find_or_build(cache: Path, key: str, build: Callable[[Path], None]) -> Path:
+    """Returns the folder ``cache/key``, building it first if it is not there.
+
+    Any number of processes may ask at once: each builds in a folder of its own, the first to finish renames it into
+    place, and the others drop theirs and use that one. A build that is killed leaves only a hidden folder, which the
+    next build of the same key on that machine removes.
+
+    Args:
+        cache: The cache folder; made if need be.
+        key: Name of the thing, which must stand for all that decides its content.
+        build: Fills the empty folder it is given.
+
+    Returns:
+        The finished folder.
+
+    Raises:
+        UserError: If the cache cannot be written.
+    """
+    final = cache / key
+    if final.is_dir():
+        return final
+    prefix = f".building-{key}-{socket.gethostname()}-"
+    temporary = cache / f"{prefix}{os.getpid()}"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        for stale in cache.glob(f"{prefix}*"):
+            if stale == temporary or not _is_alive(stale.name.removeprefix(prefix)):
+                shutil.rmtree(stale, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            build(temporary)
+            _rename(temporary, final)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(
+            f"cannot write the cache folder {cache}: {reason}; set data.cache_dir or MOEBED_CACHE to a writable one"
+        ) from error
+    return final
+
+
+def _rename(temporary: Path, final: Path) -> None:
+    try:
+        temporary.rename(final)
+    except OSError:
+        if not final.is_dir():  # otherwise another process was first, and its folder is as good
+            raise
+
+
+def _is_alive(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        return True
+    return True

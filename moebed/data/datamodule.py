@@ -1,0 +1,323 @@
+"""The data of a run as one Lightning data module: sources, tokenizer, cache, loaders, and the gzip baseline."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from lightning.pytorch import LightningDataModule
+
+from moebed.data.cache import cache_folder, find_or_build, fingerprint
+from moebed.data.corpus import EMBEDDED_DOMAINS
+from moebed.data.loader import Batch, PackedLoader, ValidationLoader, collate, window_at
+from moebed.data.mixture import mixture_weights
+from moebed.data.sources import Source, SourceConfig
+from moebed.data.store import DomainStore, TokenStream, build_domain, gzip_size, is_validation
+from moebed.data.streaming import StreamPacker
+from moebed.data.tokenizer import AutoTokenizer, BytesTokenizer, Tokenizer, TokenizerConfig, load_tokenizer, train_bpe
+from moebed.errors import ConfigError, UserError
+
+STREAMING_VALIDATION_WINDOWS = 64
+_DEFAULT_TOKENIZER = TokenizerConfig()
+
+
+class DomainSummary(NamedTuple):
+    """What a domain holds; training numbers are None where it is streaming."""
+
+    domain: str
+    documents: int | None
+    train_tokens: int | None
+    validation_tokens: int
+    train_bytes: int | None
+    validation_bytes: int
+    bytes_per_token: float
+
+
+class TextDataModule(LightningDataModule):
+    """Labelled domains of text, tokenized once, as batches of packed windows (see moebed.data.loader for their shapes).
+
+    Args:
+        sources: The domains; if not given, code, prose and math of the corpus that needs no download.
+        tokenizer: The tokenizer.
+        sequence_length: Tokens of a training sequence (S).
+        batch_size: Sequences of a batch in each process (B).
+        validation_fraction: Chance of a document to be in the validation split, decided by a hash of its text.
+        max_validation_windows: Validate on only the first so many sequences of each domain. All if not given, and 64 of
+            a streaming domain.
+        seed: Seed of the mixture and of the order of training sequences.
+        cache_dir: Where tokenized text is kept; the environment's MOEBED_CACHE or ~/.cache/moebed if not given.
+
+    Attributes:
+        domains: Names of the domains; ``domain`` in a batch is an index into it. Known from the start.
+    """
+
+    def __init__(
+        self,
+        sources: list[SourceConfig] | None = None,
+        tokenizer: TokenizerConfig = _DEFAULT_TOKENIZER,
+        sequence_length: int = 256,
+        batch_size: int = 8,
+        validation_fraction: float = 0.05,
+        max_validation_windows: int | None = None,
+        seed: int = 0,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("sequence_length", sequence_length),
+            ("batch_size", batch_size),
+            ("max_validation_windows", max_validation_windows),
+        ):
+            if value is not None and value < 1:
+                raise ConfigError(f"data.{name} is {value}; it must be at least 1")
+        if not 0 < validation_fraction < 1:
+            raise ConfigError(f"data.validation_fraction is {validation_fraction}; it must be between 0 and 1")
+        if seed < 0:
+            raise ConfigError(f"data.seed is {seed}; it must not be negative")
+        self.sources = list(sources) if sources is not None else [SourceConfig(name) for name in EMBEDDED_DOMAINS]
+        self.domains = [source.name for source in self.sources]
+        if not self.domains or len(set(self.domains)) < len(self.domains):
+            raise ConfigError(f"data.sources must be one or more domains of different names, not {self.domains}")
+        self.tokenizer_config = tokenizer
+        self.sequence_length, self.batch_size, self.seed = sequence_length, batch_size, seed
+        self.validation_fraction, self.max_validation_windows = validation_fraction, max_validation_windows
+        self.cache_dir = cache_dir
+        self._tokenizer: Tokenizer | None = None
+        self._stores: list[DomainStore] = []
+        self._train_loader: PackedLoader | None = None
+
+    # ---- building and opening ----------------------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        """Builds whatever the cache lacks; Lightning calls it in one process of each machine."""
+        self._open()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Opens the cache, and builds what it lacks if ``prepare_data`` was not called; can be called again.
+
+        Args:
+            stage: Not used; all stages use the same data.
+
+        Raises:
+            UserError: If a source cannot be read or has too little text, or the cache cannot be written.
+        """
+        if not self._stores:
+            self._open()
+
+    def _open(self) -> None:
+        cache = cache_folder(self.cache_dir)
+        sources = [Source(config) for config in self.sources]
+        tokenizer = self._build_tokenizer(sources, cache)
+        streaming_tokens = (self.max_validation_windows or STREAMING_VALIDATION_WINDOWS) * self.sequence_length
+        stores = [build_domain(s, tokenizer, cache, self.validation_fraction, streaming_tokens) for s in sources]
+        for store in stores:
+            for split, stream in (("training", store.train), ("validation", store.validation)):
+                if stream is not None and len(stream) <= self.sequence_length:
+                    raise UserError(
+                        f"data source {store.name!r}: {len(stream)} {split} tokens do not fill one sequence of "
+                        f"{self.sequence_length} + 1; give more text, a shorter data.sequence_length or another "
+                        f"data.validation_fraction ({self.validation_fraction})"
+                    )
+        self._tokenizer, self._stores = tokenizer, stores
+
+    def _build_tokenizer(self, sources: list[Source], cache: Path) -> Tokenizer:
+        config = self.tokenizer_config
+        if config.kind == "bytes":
+            return BytesTokenizer()
+        if config.kind == "auto":
+            return AutoTokenizer(str(config.path))
+        identity = {
+            "bpe": [config.vocab_size, config.train_bytes, self.validation_fraction],
+            "sources": [source.identity() for source in sources],
+        }
+
+        def build(folder: Path) -> None:
+            share = config.train_bytes // len(sources)
+            train_bpe(_training_text(sources, share, self.validation_fraction), config.vocab_size).save(folder)
+
+        return load_tokenizer(find_or_build(cache, f"tokenizer-{fingerprint(identity)}", build))
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer; raises RuntimeError before ``setup``."""
+        if self._tokenizer is None:
+            raise RuntimeError("call setup() of the data module first")
+        return self._tokenizer
+
+    @property
+    def stores(self) -> list[DomainStore]:
+        """The domains' stores, in the order of ``domains``; raises RuntimeError before ``setup``."""
+        if not self._stores:
+            raise RuntimeError("call setup() of the data module first")
+        return self._stores
+
+    # ---- loaders -----------------------------------------------------------------------------------------------------
+
+    def _rank_and_world_size(self) -> tuple[int, int]:
+        if self.trainer is None:
+            return 0, 1
+        # Where ranks share a model, a strategy says here which of them share data.
+        if (replicas := self.trainer.distributed_sampler_kwargs) is not None:
+            return replicas["rank"], replicas["num_replicas"]
+        return self.trainer.global_rank, self.trainer.world_size
+
+    def train_dataloader(self) -> PackedLoader:
+        """Returns endless training batches.
+
+        They have no epochs of their own: limit a run with ``max_steps``, and validate with an int
+        ``val_check_interval`` or an int ``limit_train_batches``.
+        """
+        rank, world_size = self._rank_and_world_size()
+        weights = mixture_weights(self.sources, [None if s.train is None else len(s.train) for s in self.stores])
+        domains: list[TokenStream | StreamPacker] = [
+            StreamPacker(Source(config), self.tokenizer, self.sequence_length, self.validation_fraction)
+            if store.train is None
+            else store.train
+            for config, store in zip(self.sources, self.stores, strict=True)
+        ]
+        folders = [store.folder.name for store in self.stores]
+        parts = [folders, weights.round(12).tolist(), self.sequence_length, self.seed]
+        self._train_loader = PackedLoader(
+            domains,
+            weights,
+            self.sequence_length,
+            self.batch_size,
+            self.seed,
+            rank,
+            world_size,
+            tracked=self.trainer is not None,
+            identity=hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16],
+        )
+        return self._train_loader
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Tells the training loader that Lightning takes a batch to train on it; the batch is unchanged.
+
+        Args:
+            batch: The batch.
+            dataloader_idx: Not used.
+        """
+        if self._train_loader is not None and self.trainer is not None and self.trainer.training:
+            self._train_loader.mark_consumed()
+        return batch
+
+    def val_dataloader(self) -> ValidationLoader:
+        """Returns the validation windows of all domains, in order."""
+        rank, world_size = self._rank_and_world_size()
+        return ValidationLoader(
+            [store.validation for store in self.stores],
+            self.sequence_length,
+            self.batch_size,
+            self.tokenizer.eos_id,
+            self._max_windows,
+            rank,
+            world_size,
+        )
+
+    def test_dataloader(self) -> ValidationLoader:
+        """The same as ``val_dataloader``."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> ValidationLoader:
+        """The same as ``val_dataloader``."""
+        return self.val_dataloader()
+
+    @property
+    def _max_windows(self) -> list[int | None]:
+        streaming = self.max_validation_windows or STREAMING_VALIDATION_WINDOWS
+        return [streaming if config.streaming else self.max_validation_windows for config in self.sources]
+
+    def probe_batch(self, num_sequences: int, split: Literal["train", "validation"] = "validation") -> Batch:
+        """Returns a fixed batch for probes: whole windows from the start of each domain, the domains in turn.
+
+        Args:
+            num_sequences: Rows (B).
+            split: Which split; a streaming domain has no training windows to give.
+
+        Returns:
+            A batch of ``num_sequences`` rows, the same in every call and on every rank.
+
+        Raises:
+            UserError: If all domains together have too few windows.
+        """
+        streams = [getattr(store, split) for store in self.stores]
+        counts = [0 if stream is None else (len(stream) - 1) // self.sequence_length for stream in streams]
+        turns = sorted(
+            (window, domain) for domain, count in enumerate(counts) for window in range(min(count, num_sequences))
+        )
+        if len(turns) < num_sequences:
+            raise UserError(
+                f"a probe batch of {num_sequences} sequences was asked for, but the {split} split has only "
+                f"{len(turns)} whole sequences of {self.sequence_length} tokens; ask for fewer or give more text"
+            )
+        windows = [
+            window_at(streams[domain], domain, window * self.sequence_length, self.sequence_length)
+            for window, domain in turns[:num_sequences]
+        ]
+        return collate(windows, num_sequences, self.sequence_length, self.tokenizer.eos_id)
+
+    # ---- what the rest of a run asks ---------------------------------------------------------------------------------
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Checks that a model has a row for every id; raises ConfigError if not.
+
+        Args:
+            vocab_size: The model's vocabulary size.
+        """
+        needed = self.tokenizer.vocab_size
+        if needed > vocab_size:
+            raise ConfigError(
+                f"tokenizer has {needed} ids but the model's vocab_size is {vocab_size}: set "
+                f"model.config.vocab_size to at least {needed}, or choose a smaller data.tokenizer"
+            )
+
+    def save_tokenizer(self, folder: str | Path) -> None:
+        """Writes the tokenizer into a folder, such as the run's; :func:`load_tokenizer` opens it.
+
+        Args:
+            folder: Made if need be.
+        """
+        self.tokenizer.save(folder)
+
+    def gzip_bits_per_byte(self) -> dict[str, float]:
+        """Returns what ``gzip -9`` needs for the validation text, in bits per byte of text.
+
+        It is the baseline of a model's bits per byte, on exactly the bytes that the validation windows predict: with
+        ``max_validation_windows`` only the text of those windows, cut at the same byte. Each domain is compressed as
+        one file of its documents end to end, so gzip may look back across windows and documents, and does not pay for
+        where documents end (the model does, in its loss on EOS tokens). Like the model's, its number for all domains
+        is total bits over total bytes.
+
+        Returns:
+            Bits per byte of each domain by name, and of all together as ``all``.
+        """
+        limits = zip(self.stores, self._max_windows, strict=True)
+        texts = [store.validation_text(self.sequence_length, limit) for store, limit in limits]
+        sizes = [gzip_size(text) for text in texts]
+        result = {name: 8 * n / len(text) for name, n, text in zip(self.domains, sizes, texts, strict=True)}
+        return result | {"all": 8 * sum(sizes) / sum(map(len, texts))}
+
+    def summary(self) -> list[DomainSummary]:
+        """Returns a row for each domain: its documents, tokens and bytes in each split, and bytes per token."""
+        rows = []
+        for name, store in zip(self.domains, self.stores, strict=True):
+            train, validation = store.index["splits"].get("train"), store.index["splits"]["validation"]
+            both = [split for split in (train, validation) if split]
+            ratio = sum(split["bytes"] for split in both) / sum(split["tokens"] for split in both)
+            documents = train["documents"] + validation["documents"] if train else None
+            tokens, size = (train["tokens"], train["bytes"]) if train else (None, None)
+            rows.append(DomainSummary(name, documents, tokens, validation["tokens"], size, validation["bytes"], ratio))
+        return rows
+
+
+def _training_text(sources: list[Source], share: int, validation_fraction: float) -> Iterator[str]:
+    """Yields training documents of each source in turn, up to ``share`` bytes from each."""
+    for source in sources:
+        left = share
+        for text in source.stored_documents():
+            if left <= 0:
+                break
+            if not is_validation(text, validation_fraction):
+                left -= len(text.encode())
+                yield text

@@ -1,0 +1,219 @@
+"""Batches of packed windows, for training (endless, resumable to the sample) and for validation (complete, in order).
+
+Shapes: B sequences a batch and rank, S tokens a sequence. A batch is a dict:
+
+- ``input_ids (B, S)`` int64;
+- ``labels (B, S)`` int64: the token after each, already shifted; -100 where nothing is to be predicted;
+- ``label_bytes (B, S)`` int32: bytes of text each label accounts for, 0 for special tokens and for padding;
+- ``domain (B,)`` int64: index into the data module's ``domains``; 0 for rows that are padding altogether.
+
+A window is S + 1 tokens of one domain's stream, whose documents follow one another; windows lie S tokens apart.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from moebed.data.mixture import DomainDraws, WindowOrder
+from moebed.data.store import TokenStream
+from moebed.data.streaming import StreamPacker
+
+IGNORED = -100
+Batch = dict[str, Tensor]
+_Window = tuple[int, np.ndarray, np.ndarray]
+
+
+def collate(windows: Sequence[_Window], rows: int, sequence_length: int, padding_id: int) -> Batch:
+    """Makes a batch of windows.
+
+    Args:
+        windows: At most ``rows`` of (domain, ids, byte lengths), each of 2 to S + 1 tokens.
+        rows: Rows of the batch (B); those without a window are padding.
+        sequence_length: S.
+        padding_id: Input id where there is no text.
+
+    Returns:
+        The batch.
+    """
+    tokens = np.full((rows, sequence_length + 1), padding_id, dtype=np.int64)
+    labels = np.full((rows, sequence_length), IGNORED, dtype=np.int64)
+    label_bytes = np.zeros((rows, sequence_length), dtype=np.int32)
+    domain = np.zeros(rows, dtype=np.int64)
+    for row, (index, ids, lengths) in enumerate(windows):
+        tokens[row, : len(ids)] = ids
+        labels[row, : len(ids) - 1] = ids[1:]
+        label_bytes[row, : len(ids) - 1] = lengths[1:]
+        domain[row] = index
+    arrays = {"input_ids": tokens[:, :-1].copy(), "labels": labels, "label_bytes": label_bytes, "domain": domain}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def window_at(stream: TokenStream, domain: int, start: int, sequence_length: int) -> _Window:
+    """Returns the window that starts at a token; it is shorter at the end of the stream."""
+    end = start + sequence_length + 1
+    return domain, stream.tokens[start:end], stream.token_bytes[start:end]
+
+
+class PackedLoader:
+    """Endless training batches of a mixture of domains.
+
+    Sample i is a function of the seed, i and the data alone. Batch b of rank r holds samples
+    ``b * B * world_size + r * B`` and on: the global batch is the same whatever the number of ranks. Every rank reads
+    the whole of a streaming domain and keeps its share, so the state of any rank is the state of all.
+
+    Its state is a position in the *consumed* samples. Lightning fetches a batch ahead of training, so a loader that
+    only counted what it gave would skip a batch on resuming: with ``tracked``, the owner says through
+    :meth:`mark_consumed` when training has taken a batch.
+
+    Args:
+        domains: For each domain, its training stream or the packer of its streaming source.
+        weights: Chance of each domain ``(D,)``.
+        sequence_length: S.
+        batch_size: Sequences of this rank's batch (B).
+        seed: Seed.
+        rank: This process.
+        world_size: Number of processes.
+        tracked: Count a batch as consumed only when told.
+        identity: What a checkpoint's data should have in common with this; a difference on resuming is warned about.
+    """
+
+    def __init__(
+        self,
+        domains: Sequence[TokenStream | StreamPacker],
+        weights: np.ndarray,
+        sequence_length: int,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        tracked: bool = False,
+        identity: str = "",
+    ) -> None:
+        self._domains = list(domains)
+        self._draws = DomainDraws(seed, weights)
+        self._orders = [
+            WindowOrder(seed, index, len(domain), sequence_length) if isinstance(domain, TokenStream) else None
+            for index, domain in enumerate(self._domains)
+        ]
+        self._packers = {index: d for index, d in enumerate(self._domains) if isinstance(d, StreamPacker)}
+        self._sequence_length, self._batch_size = sequence_length, batch_size
+        self._rank, self._world_size = rank, world_size
+        self._tracked, self._identity = tracked, identity
+        self._position = 0
+        self._consumed = self._snapshot()
+        self._ahead: deque[dict[str, Any]] = deque()
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Goes on after the last batch consumed; what was fetched but not consumed comes again."""
+        if self._consumed["position"] != self._position:
+            self._restore(self._consumed)
+        self._ahead.clear()
+        while True:
+            batch = self._next_batch()
+            self._ahead.append(self._snapshot())
+            if not self._tracked:
+                self.mark_consumed()
+            yield batch
+
+    def mark_consumed(self) -> None:
+        """Says that training has taken the oldest batch not yet consumed."""
+        self._consumed = self._ahead.popleft()
+
+    def _next_batch(self) -> Batch:
+        windows = []
+        own = range(self._rank * self._batch_size, (self._rank + 1) * self._batch_size)
+        # Others' samples matter only where taking one moves a stream on.
+        needed = range(self._batch_size * self._world_size) if self._packers else own
+        for offset in needed:
+            domain, index = self._draws.locate(self._position + offset)
+            window = self._window(domain, index, offset in own)
+            if window is not None:
+                windows.append(window)
+        self._position += self._batch_size * self._world_size
+        return collate(windows, self._batch_size, self._sequence_length, padding_id=0)
+
+    def _window(self, domain: int, index: int, is_own: bool) -> _Window | None:
+        stream, order = self._domains[domain], self._orders[domain]
+        if isinstance(stream, StreamPacker):
+            ids, lengths = stream.next_window()
+            return (domain, ids, lengths) if is_own else None
+        if not is_own or order is None:
+            return None
+        return window_at(stream, domain, order.start(index), self._sequence_length)
+
+    def _snapshot(self) -> dict[str, Any]:
+        streams = {str(index): packer.state_dict() for index, packer in self._packers.items()}
+        return {"position": self._position, "identity": self._identity, "streams": streams}
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self._position = state["position"]
+        for index, packer in self._packers.items():
+            if (stream := state["streams"].get(str(index))) is not None:
+                packer.load_state_dict(stream)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the number of samples consumed by all ranks, and the places in streaming sources."""
+        return self._consumed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Makes the next batch the one after those consumed; the number of ranks and B may differ from before."""
+        if state_dict["identity"] != self._identity:
+            rank_zero_warn(
+                "the checkpoint was trained on other data (sources, tokenizer, sequence length, weights or seed): "
+                f"going on at sample {state_dict['position']} of this data"
+            )
+        self._restore(state_dict)
+        self._ahead.clear()
+        self._consumed = state_dict
+
+
+class ValidationLoader:
+    """Every window of each domain's validation stream, in order, once.
+
+    Windows do not overlap in what they predict, so each token of a stream but its opening one is predicted once. All
+    ranks get the same number of batches, all of B rows: rows left over are padding, with every label -100.
+
+    Args:
+        streams: Validation stream of each domain.
+        sequence_length: S.
+        batch_size: Sequences of this rank's batch (B).
+        padding_id: Input id where there is no text.
+        max_windows: For each domain, take only the first so many windows; None takes all.
+        rank: This process.
+        world_size: Number of processes.
+    """
+
+    def __init__(
+        self,
+        streams: Sequence[TokenStream],
+        sequence_length: int,
+        batch_size: int,
+        padding_id: int,
+        max_windows: Sequence[int | None],
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self._streams = list(streams)
+        self._sequence_length, self._batch_size, self._padding_id = sequence_length, batch_size, padding_id
+        self._rank, self._world_size = rank, world_size
+        counts = [s.num_windows(sequence_length, limit) for s, limit in zip(streams, max_windows, strict=True)]
+        self._windows = [(domain, window) for domain, count in enumerate(counts) for window in range(count)]
+
+    def __len__(self) -> int:
+        """Batches of each rank."""
+        return -(-len(self._windows) // (self._batch_size * self._world_size))
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yields this rank's batches."""
+        for batch in range(len(self)):
+            first = (batch * self._world_size + self._rank) * self._batch_size
+            windows = [
+                window_at(self._streams[domain], domain, window * self._sequence_length, self._sequence_length)
+                for domain, window in self._windows[first : first + self._batch_size]
+            ]
+            yield collate(windows, self._batch_size, self._sequence_length, self._padding_id)

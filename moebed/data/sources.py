@@ -1,0 +1,290 @@
+"""One seam for text: a source is a named domain that yields documents.
+
+``embedded`` sources are :mod:`moebed.data.corpus`; ``files`` are local text, CSV, JSON lines, JSON or Parquet files;
+``hub`` is anything ``datasets.load_dataset`` can load. Nothing a source names is ever executed.
+"""
+
+import csv
+import glob
+import gzip
+import json
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+from moebed.data.corpus import EMBEDDED_DOMAINS, embedded_documents, embedded_identity
+from moebed.errors import ConfigError, UserError
+
+_MIN_DOCUMENT_BYTES = 2048
+_SUFFIXES = (".txt", ".csv", ".jsonl", ".json", ".parquet")
+
+
+@dataclass
+class SourceConfig:
+    """One domain of text.
+
+    Args:
+        name: Name of the domain, in results and on figures.
+        kind: embedded (the corpus built from the Python installation), files (local files) or hub (a data set that
+            ``datasets.load_dataset`` can load).
+        path: For embedded, code, prose or math if that is not the name already; for files, a path or glob or a list of
+            them (.txt, .csv, .jsonl, .json and .parquet; all but .parquet also with .gz); for hub, the data set's name.
+        subset: Configuration of a hub data set, such as en for allenai/c4.
+        split: Split of a hub data set to read; moebed makes its own validation split from it.
+        revision: Commit, tag or branch of a hub data set; name a commit for runs that can be repeated.
+        data_files: Files of the hub data set to read; with path json, csv, text or parquet, local files.
+        text_field: Column or key that holds the text, where documents are records.
+        streaming: Tokenize while training and never hold the whole source, on disk or in memory.
+        weight: Chance of a training sequence to come from this domain, relative to the other domains' weights. If no
+            source has a weight and none is streaming, domains weigh what they hold in tokens; otherwise a source
+            without one weighs 1.
+        document_separator: In .txt files, each piece between two of these is a document. If not given, the file is cut
+            at blank lines (or at line ends, where there is no blank line) into documents of at least 2 kB.
+        max_bytes: Use no more than this many bytes of text.
+    """
+
+    name: str
+    kind: Literal["embedded", "files", "hub"] = "embedded"
+    path: str | list[str] | None = None
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    data_files: str | list[str] | None = None
+    text_field: str = "text"
+    streaming: bool = False
+    weight: float | None = None
+    document_separator: str | None = None
+    max_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        """Checks what can be checked without reading anything; raises ConfigError."""
+        where = f"data source {self.name!r}"
+        if not re.fullmatch(r"[\w.-]+", self.name):
+            raise ConfigError(f"{where}: a domain's name is made of letters, digits, '_', '-' and '.'")
+        if self.kind == "embedded" and self.embedded_domain not in EMBEDDED_DOMAINS:
+            raise ConfigError(
+                f"{where}: no embedded domain {self.embedded_domain!r}; choose from {', '.join(EMBEDDED_DOMAINS)}"
+            )
+        if self.kind != "embedded" and not self.path:
+            raise ConfigError(f"{where}: kind {self.kind} needs a path")
+        if self.kind == "hub" and not isinstance(self.path, str):
+            raise ConfigError(f"{where}: a hub data set has one name as its path; use data_files to choose its files")
+        if self.weight is not None and not 0 < self.weight < float("inf"):
+            raise ConfigError(f"{where}: weight is {self.weight}; it must be positive and finite")
+        if self.max_bytes is not None and self.max_bytes < 1:
+            raise ConfigError(f"{where}: max_bytes is {self.max_bytes}; it must be at least 1")
+        if self.max_bytes is not None and self.streaming:
+            raise ConfigError(
+                f"{where}: a streaming source has no end, so max_bytes cannot limit it; drop one of the two"
+            )
+        if self.document_separator == "":
+            raise ConfigError(f"{where}: document_separator is empty; leave it out to cut at blank lines")
+
+    @property
+    def embedded_domain(self) -> str:
+        """Which embedded domain an ``embedded`` source means."""
+        return self.path if isinstance(self.path, str) else self.name
+
+
+class Source:
+    """Reads the documents that a SourceConfig names.
+
+    Args:
+        config: The source.
+    """
+
+    def __init__(self, config: SourceConfig) -> None:
+        self.config = config
+
+    def identity(self) -> dict[str, Any]:
+        """Returns everything that decides the documents, as plain data for a cache fingerprint.
+
+        Raises:
+            UserError: If a local file does not exist.
+        """
+        config = self.config
+        if config.kind == "embedded":
+            return embedded_identity(config.embedded_domain, config.max_bytes)
+        identity = {key: value for key, value in asdict(config).items() if key not in ("name", "weight", "path")}
+        if config.kind == "files":
+            return identity | {"files": [_file_identity(path) for path in self.files()]}
+        patterns = [config.data_files] if isinstance(config.data_files, str) else config.data_files or []
+        local = [Path(name) for pattern in patterns for name in sorted(glob.glob(pattern))]
+        return identity | {"path": config.path, "files": [_file_identity(path) for path in local if path.is_file()]}
+
+    def files(self) -> list[Path]:
+        """Returns a ``files`` source's files in order; raises UserError if a path or glob matches none."""
+        patterns = [self.config.path] if isinstance(self.config.path, str) else self.config.path or []
+        found: list[Path] = []
+        for pattern in patterns:
+            expanded = str(Path(pattern).expanduser())
+            matches = (
+                [Path(expanded)]
+                if Path(expanded).exists()
+                else [Path(p) for p in sorted(glob.glob(expanded, recursive=True))]
+            )
+            matches = [path for path in matches if path.is_file()]
+            if not matches:
+                raise UserError(f"data source {self.config.name!r}: no file {pattern}")
+            found += [path for path in matches if path not in found]
+        for path in found:
+            if _suffix(path) not in _SUFFIXES:
+                raise UserError(
+                    f"data source {self.config.name!r}: cannot read {path}; known kinds: {', '.join(_SUFFIXES)}"
+                )
+        return found
+
+    def documents(self) -> Iterator[str]:
+        """Yields the non-empty documents, up to ``max_bytes`` bytes of UTF-8 text.
+
+        Raises:
+            UserError: If a file is missing or damaged, the text field does not exist or the hub cannot be reached.
+        """
+        budget = self.config.max_bytes if self.config.max_bytes is not None else sys.maxsize
+        for text in self._all_documents():
+            if not text.strip():
+                continue
+            text = encodable(text)
+            budget -= len(text.encode())
+            if budget < 0:
+                return
+            yield text
+
+    def stored_documents(self) -> Iterator[str]:
+        """Yields the documents to store: all of them, or one pass over a streaming hub data set without keeping it."""
+        if self.config.kind == "hub" and self.config.streaming:
+            return (encodable(text) for text in self.texts_of(self.load_dataset(streaming=True)) if text.strip())
+        return self.documents()
+
+    def _all_documents(self) -> Iterator[str]:
+        config = self.config
+        if config.kind == "embedded":
+            yield from embedded_documents(config.embedded_domain, config.max_bytes)
+        elif config.kind == "hub":
+            yield from self.texts_of(self.load_dataset(streaming=False))
+        else:
+            for path in self.files():
+                try:
+                    yield from self._file_documents(path)
+                except (OSError, EOFError, UnicodeDecodeError, csv.Error, ValueError) as error:
+                    raise UserError(f"data source {config.name!r}: cannot read {path}: {_one_line(error)}") from error
+
+    def text_of(self, record: Any) -> str:
+        """Returns a record's text; raises UserError, naming the columns there are, if it has no such field."""
+        field = self.config.text_field
+        if not isinstance(record, dict) or field not in record:
+            columns = ", ".join(map(str, record)) if isinstance(record, dict) else "none: the records are not objects"
+            raise UserError(
+                f"data source {self.config.name!r}: no column {field!r}; set text_field to one of: {columns}"
+            )
+        return record[field] if isinstance(record[field], str) else "" if record[field] is None else str(record[field])
+
+    def texts_of(self, dataset: Any) -> Iterator[str]:
+        """Yields the text of each record of an opened hub data set; raises UserError in one line if reading fails."""
+        records = iter(dataset)
+        while True:
+            try:
+                record = next(records)
+            except StopIteration:
+                return
+            except Exception as error:  # the network and the parsers raise all sorts
+                cause = f"{type(error).__name__}: {_one_line(error)}"
+                raise UserError(f"data source {self.config.name!r}: reading the data set stopped ({cause})") from error
+            yield self.text_of(record)
+
+    def load_dataset(self, streaming: bool) -> Any:
+        """Opens a ``hub`` source with the datasets library; raises UserError in one line if that fails."""
+        import datasets  # heavy, and needed by this kind alone
+
+        config = self.config
+        try:
+            return datasets.load_dataset(
+                str(config.path),
+                config.subset,
+                split=config.split,
+                data_files=config.data_files,
+                revision=config.revision,
+                streaming=streaming,
+            )
+        except Exception as error:  # network, hub, parser: one cause, said in one line
+            name = " ".join(filter(None, [str(config.path), config.subset]))
+            raise UserError(
+                f"data source {config.name!r}: cannot load data set {name!r}, split {config.split!r} "
+                f"({type(error).__name__}: {_one_line(error)})"
+            ) from error
+
+    def _file_documents(self, path: Path) -> Iterator[str]:
+        suffix = _suffix(path)
+        if suffix == ".parquet":
+            yield from self._parquet_documents(path)
+            return
+        opener: Any = gzip.open if path.suffix.lower() == ".gz" else open
+        # newline="" is what the csv module asks for; text keeps its line ends too.
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+            if suffix == ".txt":
+                yield from _text_documents(file.read(), self.config.document_separator)
+            elif suffix == ".csv":
+                yield from self._csv_documents(file)
+            elif suffix == ".jsonl":
+                yield from (self.text_of(json.loads(line)) for line in file if line.strip())
+            else:
+                records = json.load(file)
+                yield from (self.text_of(record) for record in (records if isinstance(records, list) else [records]))
+
+    def _csv_documents(self, file: Any) -> Iterator[str]:
+        csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+        rows = csv.reader(file)
+        header = next(rows, [])
+        field = self.config.text_field
+        # A single column that opens with running text has no header; its cells are the documents.
+        if len(header) == 1 and field not in header and ("\n" in header[0] or len(header[0]) > 100):
+            yield from (row[0] for row in chain([header], rows) if row)
+            return
+        if header and field not in header:
+            self.text_of(dict.fromkeys(header))
+        yield from (row[header.index(field)] for row in rows if len(row) > header.index(field))
+
+    def _parquet_documents(self, path: Path) -> Iterator[str]:
+        import pyarrow.parquet
+
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if self.config.text_field not in file.schema_arrow.names:
+                self.text_of(dict.fromkeys(file.schema_arrow.names))
+            for batch in file.iter_batches(batch_size=256, columns=[self.config.text_field]):
+                yield from (self.text_of(record) for record in batch.to_pylist())
+
+
+def encodable(text: str) -> str:
+    """Replaces what has no UTF-8 form: lone surrogates, which JSON can spell."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _text_documents(text: str, separator: str | None) -> Iterator[str]:
+    if separator is not None:
+        yield from text.split(separator)
+        return
+    # Cut after the gap, so that the documents joined are the file again.
+    gap = r"(?<=\n)(?:[ \t\r]*\n)+" if re.search(r"\n[ \t\r]*\n", text) else r"\n"
+    start = 0
+    for match in re.finditer(gap, text):
+        if match.end() - start >= _MIN_DOCUMENT_BYTES:
+            yield text[start : match.end()]
+            start = match.end()
+    yield text[start:]
+
+
+def _suffix(path: Path) -> str:
+    return Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
+
+
+def _file_identity(path: Path) -> list[object]:
+    status = path.stat()
+    return [str(path.resolve()), status.st_size, status.st_mtime_ns]
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,184 @@
+"""The one decoder: every family of the paper is a ModelConfig of it.
+
+B sequences, S positions, T = B·S tokens, E experts, K experts per token, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moebed.attention import Attention, KVCache, RMSNorm, RotaryEmbedding
+from moebed.config import LayerConfig, ModelConfig
+from moebed.errors import UserError
+from moebed.experts import ACTIVATIONS, Experts
+from moebed.routers import Routing, build_router
+
+
+class DecoderOutput(NamedTuple):
+    """What a forward pass gives back."""
+
+    logits: Tensor  # (B, S, V)
+    routings: tuple[Routing, ...]  # one for each layer that has experts, in order; tokens flattened to T
+
+
+class FeedForward(nn.Module):
+    """Gated FFN: dense layers, and the shared experts of an MoE layer as one wide expert."""
+
+    def __init__(self, config: ModelConfig, width: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.activation = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., H) -> (..., H)."""
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MoE(nn.Module):
+    """Router, routed experts, and shared experts where the layer has them. Dropless."""
+
+    def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
+        super().__init__()
+        self.router = build_router(config, layer)
+        self.experts = Experts(config, layer)
+        self.shared_expert: FeedForward | None = None
+        self.shared_expert_gate: nn.Linear | None = None
+        if layer.num_shared_experts:
+            self.shared_expert = FeedForward(config, layer.num_shared_experts * layer.moe_intermediate_size)
+            if config.shared_expert_gate:
+                self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
+        """Tokens x (T, H) -> outputs (T, H) and the router's decisions."""
+        routing = self.router(x, self.experts)
+        out = self.experts(x, routing)
+        if self.shared_expert is not None:
+            out = out + self.shared_output(x)
+        return out, routing
+
+    def shared_output(self, x: Tensor) -> Tensor:
+        """What the shared experts add for tokens x (T, H): (T, H)."""
+        assert self.shared_expert is not None
+        shared = self.shared_expert(x)
+        if self.shared_expert_gate is not None:
+            shared = self.shared_expert_gate(x).sigmoid() * shared
+        return shared
+
+
+class Block(nn.Module):
+    """One decoder layer. The three steps are apart so that a walk over layers can look between them."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        layer = config.layer(index)
+
+        def norm() -> nn.Module:
+            return RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+        self.pre_attn_norm, self.pre_ffn_norm = norm(), norm()
+        self.post_attn_norm = norm() if config.post_norms else nn.Identity()
+        self.post_ffn_norm = norm() if config.post_norms else nn.Identity()
+        self.self_attn = Attention(config)
+        self.mlp: MoE | FeedForward
+        if layer.num_experts:
+            self.mlp = MoE(config, layer)
+        else:
+            assert config.intermediate_size is not None
+            self.mlp = FeedForward(config, config.intermediate_size)
+
+    def attend(self, hidden: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None = None) -> Tensor:
+        """Residual stream after attention, (B, S, H)."""
+        return hidden + self.post_attn_norm(self.self_attn(self.pre_attn_norm(hidden), rope, cache))
+
+    def feed_forward(self, x: Tensor) -> tuple[Tensor, Routing | None]:
+        """Output of the FFN or MoE on its normalised input x (B, S, H), and the routing of an MoE."""
+        if isinstance(self.mlp, MoE):
+            out, routing = self.mlp(x.flatten(0, 1))
+            return out.view_as(x), routing
+        return self.mlp(x), None
+
+    def forward(
+        self, hidden: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None = None
+    ) -> tuple[Tensor, Routing | None]:
+        """hidden (B, S, H) -> (B, S, H) and the routing of an MoE layer."""
+        hidden = self.attend(hidden, rope, cache)
+        out, routing = self.feed_forward(self.pre_ffn_norm(hidden))
+        return hidden + self.post_ffn_norm(out), routing
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks, norm and head, as ModelConfig says.
+
+    Args:
+        config: Shape and behaviour.
+        activation_checkpointing: Recompute each block in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(self, config: ModelConfig, activation_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = activation_checkpointing
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.rotary = RotaryEmbedding(config)
+        self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Matrices from N(0, initializer_range), biases 0, norm scales 1."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.ndim == 1:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, self.config.initializer_range)
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The layers, in order."""
+        return cast(list[Block], list(self.layers))
+
+    def embed(self, input_ids: Tensor, start: int = 0) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Residual stream (B, S, H) that enters the first layer, and the rotary cos and sin of its positions."""
+        stop = start + input_ids.shape[1]
+        if stop > self.config.max_position_embeddings:
+            raise UserError(
+                f"a sequence of {stop} tokens is longer than the model's max_position_embeddings "
+                f"{self.config.max_position_embeddings}; shorten the text or raise it"
+            )
+        rope = self.rotary(start, input_ids.shape[1], input_ids.device)
+        return self.embed_tokens(input_ids) * self.config.embedding_multiplier, rope
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits (B, S, V) from the residual stream that leaves the last layer."""
+        return self.lm_head(self.norm(hidden)) * self.config.logits_multiplier
+
+    def forward(self, input_ids: Tensor, caches: list[KVCache] | None = None) -> DecoderOutput:
+        """Logits for every position of input_ids (B, S).
+
+        Args:
+            input_ids: (B, S) int64.
+            caches: One for each layer; then input_ids are the positions that follow those already cached.
+        """
+        hidden, rope = self.embed(input_ids, start=caches[0].length if caches else 0)
+        recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
+        routings = []
+        for index, block in enumerate(self.blocks):
+            if recompute:
+                hidden, routing = checkpoint(block, hidden, rope, use_reentrant=False)
+            else:
+                hidden, routing = block(hidden, rope, caches[index] if caches else None)
+            if routing is not None:
+                routings.append(routing)
+        return DecoderOutput(self.head(hidden), tuple(routings))

@@ -1,0 +1,13 @@
+"""Errors that a person can cause: one clear line, exit code 2."""
+
+
+class UserError(Exception):
+    """Something the user asked for cannot be done.
+
+    The message is one line that says what is wrong, where, and what to do. The command line prints it and
+    exits with code 2; the traceback is shown with ``-v`` only.
+    """
+
+
+class ConfigError(UserError):
+    """A configuration that no model or run can be built from."""

@@ -1,0 +1,97 @@
+"""Routed experts, and the one seam where the backend of their products is chosen.
+
+T tokens, E experts, K experts per token, H hidden, F expert intermediate, R slots of the sorted order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moebed.config import LayerConfig, ModelConfig
+from moebed.errors import ConfigError
+from moebed.grouped import CPU_ALIGN, from_slots, grouped_mm, sort_by_expert, to_slots
+from moebed.routers import Routing
+
+Activation = Callable[[Tensor], Tensor]
+
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+class Experts(nn.Module):
+    """E gated FFNs side by side: E_e(x) = (act(x W_gateᵀ) ⊙ x W_upᵀ) W_downᵀ.
+
+    The matrices are stored fused as in Hugging Face's recent MoE classes: ``gate_up_proj (E, 2F, H)``, gate first,
+    and ``down_proj (E, H, F)``.
+    """
+
+    def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
+        super().__init__()
+        self.num_experts, width = layer.num_experts, layer.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * width, config.hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, config.hidden_size, width))
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.backend = BACKENDS[resolve_backend(config.experts_backend)]
+
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        """Weighted sum of the chosen experts' outputs for tokens x (T, H): (T, H)."""
+        return self.backend(self, x, routing)
+
+    def matrix(self, name: str) -> Tensor:
+        """One matrix of all experts: ``gate`` and ``up`` are (E, F, H), ``down`` is (E, H, F); a view, not a copy."""
+        gate, up = self.gate_up_proj.chunk(2, dim=1)
+        return {"gate": gate, "up": up, "down": self.down_proj}[name]
+
+    def activate(self, expert: int, x: Tensor) -> Tensor:
+        """act(x W_gateᵀ) of one expert on tokens x (T, H): (T, F)."""
+        return self.activation(F.linear(x, self.matrix("gate")[expert]))
+
+    def finish(self, expert: int, x: Tensor, activated: Tensor) -> Tensor:
+        """Output of one expert from its activations (T, F): (T, H), not weighted."""
+        return F.linear(activated * F.linear(x, self.matrix("up")[expert]), self.down_proj[expert])
+
+
+def _loop(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
+    """One expert after another on its own tokens: the plain reference that the other backends are held to."""
+    out = torch.zeros_like(x)
+    for expert in range(experts.num_experts):
+        token, choice = torch.where(routing.topk_index == expert)
+        rows = x[token]
+        result = experts.finish(expert, rows, experts.activate(expert, rows))
+        weighted = result * routing.topk_weight[token, choice, None].to(result.dtype)
+        out = out.index_add(0, token, weighted.to(out.dtype))
+    return out
+
+
+def _grouped_mm(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
+    """All experts in two grouped products over tokens sorted by expert (see moebed.grouped)."""
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    align = CPU_ALIGN if device == "cpu" else 1
+    dispatch = sort_by_expert(routing.topk_index, routing.topk_weight, experts.num_experts, align)
+    rows = to_slots(x.to(dtype), dispatch)  # (R, H)
+    gate, up = grouped_mm(rows, experts.gate_up_proj.to(dtype), dispatch.offsets).chunk(2, dim=-1)  # (R, F)
+    hidden = experts.activation(gate) * up * dispatch.slot_weight.to(dtype).unsqueeze(-1)  # (R, F)
+    result = grouped_mm(hidden, experts.down_proj.to(dtype), dispatch.offsets)  # (R, H)
+    return from_slots(result, dispatch)
+
+
+BACKENDS: dict[str, Callable[[Experts, Tensor, Routing], Tensor]] = {"grouped_mm": _grouped_mm, "loop": _loop}
+
+
+def resolve_backend(name: str) -> str:
+    """The backend that a config's name stands for."""
+    if name == "auto":
+        return "grouped_mm"
+    if name not in BACKENDS:
+        raise ConfigError(
+            f"model config: unknown experts_backend {name!r}; choose auto or one of {', '.join(BACKENDS)}"
+        )
+    return name

@@ -1,0 +1,52 @@
+"""The language-model loss, and the balancing losses on router decisions, each without its coefficient.
+
+B sequences, S positions, V vocabulary, T = B·S tokens, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moebed.routers import Routing
+
+IGNORE_INDEX = -100
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy of every next token in nats, (B, S) float32; 0 where labels (B, S) are -100. logits (B, S, V)."""
+    flat = logits.float().flatten(0, 1)
+    nats = F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
+    return nats.view(labels.shape)
+
+
+class RouterStats(NamedTuple):
+    """One layer's routing, summed up for the balancing losses."""
+
+    counts: Tensor  # (E,) float32 assignments to each expert; no gradient
+    mean_probs: Tensor  # (E,) mean router probability
+    z_loss: Tensor  # () mean of logsumexp(logits)²  (ST-MoE 2202.08906, eq. 5)
+
+
+def router_stats(routing: Routing, token_mask: Tensor) -> RouterStats:
+    """Counts, mean probabilities and z-loss of one layer over the tokens of token_mask (T,) bool."""
+    weight = token_mask.to(torch.float32)  # (T,)
+    num_tokens = weight.sum().clamp(min=1)
+    counts = torch.zeros(routing.router_probs.shape[-1], dtype=torch.float32, device=weight.device)
+    counts = counts.scatter_add(0, routing.topk_index.flatten(), weight.repeat_interleave(routing.topk_index.shape[1]))
+    mean_probs = (weight @ routing.router_probs) / num_tokens
+    z_loss = (weight * routing.router_logits.logsumexp(dim=-1).square()).sum() / num_tokens
+    return RouterStats(counts.detach(), mean_probs, z_loss)
+
+
+def load_balancing_loss(mean_probs: Tensor, counts: Tensor) -> Tensor:
+    """E · Σ_i f_i P_i (Switch Transformer 2101.03961, eq. 4), 1 when balanced; float32 scalar.
+
+    Args:
+        mean_probs: (E,) P_i, the mean probability of each expert; the gradient flows through it alone.
+        counts: (E,) assignments to each expert, of the same tokens or of a wider scope; f_i is their share.
+    """
+    return len(counts) * (counts / counts.sum().clamp(min=1) * mean_probs).sum()

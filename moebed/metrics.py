@@ -1,0 +1,55 @@
+"""Metrics whose state is summed over ranks."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class TextLoss(Metric):
+    """Cross entropy of text by domain: nats a token, perplexity, and bits per byte.
+
+    Perplexities cannot be compared between tokenizers; bits per byte can: all nats, in bits, over all bytes of text
+    that the predicted tokens stand for. Special tokens cost bits and stand for no byte.
+
+    Args:
+        num_domains: Number of domains (D).
+    """
+
+    full_state_update = False
+    nats: Tensor
+    tokens: Tensor
+    bytes: Tensor
+
+    def __init__(self, num_domains: int) -> None:
+        super().__init__()
+        for name in ("nats", "tokens", "bytes"):
+            self.add_state(name, torch.zeros(num_domains, dtype=torch.float64), dist_reduce_fx="sum")
+        # Lightning casts modules to the run's precision; sums of many tokens want float64.
+        self.set_dtype(torch.float64)
+
+    def update(self, nats: Tensor, tokens: Tensor, num_bytes: Tensor, domain: Tensor) -> None:
+        """Add sequences: summed nats (B,), predicted tokens (B,), bytes (B,), index of the domain (B,)."""
+        self.nats.index_add_(0, domain, nats.double())
+        self.tokens.index_add_(0, domain, tokens.double())
+        self.bytes.index_add_(0, domain, num_bytes.double())
+
+    def compute(self) -> dict[str, Tensor]:
+        """``loss`` and ``bits_per_byte`` over all domains, and (D,) of each as ``loss_by_domain`` and so on."""
+        total_nats, total_tokens, total_bytes = self.nats.sum(), self.tokens.sum(), self.bytes.sum()
+        loss = total_nats / total_tokens
+        return {
+            "loss": loss.float(),
+            "perplexity": loss.exp().float(),
+            "bits_per_byte": bits_per_byte(total_nats, total_bytes).float(),
+            "loss_by_domain": (self.nats / self.tokens).float(),
+            "bits_per_byte_by_domain": bits_per_byte(self.nats, self.bytes).float(),
+        }
+
+
+def bits_per_byte(nats: Tensor, num_bytes: Tensor) -> Tensor:
+    """Nats over a text of num_bytes, in bits per byte."""
+    return nats / math.log(2) / num_bytes

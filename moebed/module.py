@@ -1,0 +1,237 @@
+"""The LightningModule that trains a decoder.
+
+B sequences, S positions, T = B·S tokens, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from moebed.config import ModelConfig
+from moebed.decoder import Decoder
+from moebed.errors import ConfigError, UserError
+from moebed.losses import IGNORE_INDEX, load_balancing_loss, router_stats, token_losses
+from moebed.metrics import TextLoss, bits_per_byte
+from moebed.optim import OptimizerConfig, build_adamw, learning_rate_factor
+from moebed.views import LayerView, Need, ProbeText, walk
+
+Batch = dict[str, Tensor]
+
+
+class StepTerms(NamedTuple):
+    """What one forward pass gives to the losses; lists have an entry for each MoE layer."""
+
+    nats: Tensor  # (B,) summed cross entropy of each sequence, in nats
+    counts: list[Tensor]  # (E,) assignments to each expert
+    mean_probs: list[Tensor]  # (E,) mean router probability
+    z_losses: list[Tensor]  # ()
+
+
+class MoEModule(LightningModule):
+    """Trains a decoder on next-token prediction, with the balancing losses logged apart from the language-model loss.
+
+    Args:
+        config: Shape and behaviour of the decoder.
+        optimizer: AdamW and its schedule.
+        activation_checkpointing: Recompute each block in the backward pass instead of keeping its activations.
+        compile: Compile the forward pass and the loss with torch.compile. Static shapes and no graph breaks; a
+            recompilation beyond the first is an error, not a silent fall back to eager. The first step takes from
+            ten seconds to a minute longer.
+        stop_on_nan: Stop with an error that names the step when the loss is not finite.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        optimizer: OptimizerConfig | None = None,
+        activation_checkpointing: bool = False,
+        compile: bool = False,
+        stop_on_nan: bool = True,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.optimizer_config = optimizer or OptimizerConfig()
+        self.stop_on_nan = stop_on_nan
+        self.decoder = Decoder(config, activation_checkpointing)
+        self._terms = torch.compile(self._forward_terms, fullgraph=True, dynamic=False) if compile else None
+        self._window_counts: list[Tensor] = []
+        self._val_loss: TextLoss | None = None
+
+    # What other parts of moebed read ------------------------------------------------------------------------------
+
+    def views(self, text: ProbeText | None, needs: frozenset[Need]) -> Iterator[LayerView]:
+        """Layer views of the model as it is now, for the probes."""
+        return walk(self.decoder, text, needs)
+
+    # Training ------------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Check the data against the model before anything is written."""
+        data = getattr(self.trainer, "datamodule", None)
+        if data is None:
+            raise UserError("MoEModule needs a data module with labels and bytes; pass datamodule=TextDataModule(...)")
+        data.check_vocabulary(self.config.vocab_size)
+        if data.sequence_length > self.config.max_position_embeddings:
+            raise ConfigError(
+                f"data.sequence_length is {data.sequence_length} but the model's max_position_embeddings is "
+                f"{self.config.max_position_embeddings}; lower the one or raise the other"
+            )
+        self._val_loss = TextLoss(len(data.domains)).to(self.device)
+
+    def configure_optimizers(self) -> Any:
+        """Fused AdamW and its schedule, stepped once an optimizer step."""
+        optimizer = build_adamw(self.decoder, self.optimizer_config)
+        total = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: learning_rate_factor(self.optimizer_config, step, total)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip to the Trainer's gradient_clip_val and log the norm before clipping.
+
+        Lightning's own clipping refuses fused optimizers under mixed precision, although bf16 has no loss scaling.
+        """
+        if gradient_clip_algorithm == "value" and gradient_clip_val:
+            torch.nn.utils.clip_grad_value_(self.decoder.parameters(), gradient_clip_val)
+            return
+        norm = torch.nn.utils.clip_grad_norm_(self.decoder.parameters(), gradient_clip_val or float("inf"))
+        self.log("train/grad_norm", norm)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Language-model loss plus the weighted balancing losses of one micro-batch."""
+        input_ids, labels = batch["input_ids"], batch["labels"]
+        terms = (self._terms or self._forward_terms)(input_ids, labels)
+        tokens = (labels != IGNORE_INDEX).sum()
+        nats = terms.nats.sum()
+        loss = nats / tokens
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/bits_per_byte", bits_per_byte(nats, batch["label_bytes"].sum()), prog_bar=True)
+        total = loss + self._balancing_losses(terms)
+        if self.stop_on_nan and not torch.isfinite(total):
+            raise UserError(
+                f"the loss is {total.item()} at step {self.global_step} on rank {self.global_rank}; lower the learning "
+                "rate, lengthen the warm-up, or continue from an earlier checkpoint with --ckpt_path"
+            )
+        return total
+
+    def _forward_terms(self, input_ids: Tensor, labels: Tensor) -> StepTerms:
+        logits, routings = self.decoder(input_ids)
+        mask = (labels != IGNORE_INDEX).flatten()
+        stats = [router_stats(routing, mask) for routing in routings]
+        return StepTerms(
+            token_losses(logits, labels).sum(dim=1),
+            [layer.counts for layer in stats],
+            [layer.mean_probs for layer in stats],
+            [layer.z_loss for layer in stats],
+        )
+
+    def _balancing_losses(self, terms: StepTerms) -> Tensor:
+        """Weighted sum of the balancing losses, each a mean over the MoE layers; logs them unweighted."""
+        zero = terms.nats.new_zeros(())
+        if not terms.counts:
+            return zero
+        counts = self._global_counts(terms.counts) if self.config.router_aux_loss_scope == "global" else terms.counts
+        pairs = zip(terms.mean_probs, counts, strict=True)
+        balance = torch.stack([load_balancing_loss(probs, count) for probs, count in pairs]).mean()
+        z_loss = torch.stack(terms.z_losses).mean()
+        self.log("train/load_balancing_loss", balance)
+        self.log("train/router_z_loss", z_loss)
+        violation = torch.stack([count.max() / count.mean() - 1 for count in terms.counts]).mean()
+        self.log("train/max_violation", violation)
+        for coefficient, value in (
+            (self.config.router_aux_loss_coef, balance),
+            (self.config.router_z_loss_coef, z_loss),
+        ):
+            if coefficient:
+                zero = zero + coefficient * value
+        return zero
+
+    def _global_counts(self, counts: list[Tensor]) -> list[Tensor]:
+        """Counts summed over ranks, and over this window's accumulation steps so far."""
+        joined = torch.cat(counts)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(joined)
+        summed = list(joined.split([len(count) for count in counts]))
+        if self._window_counts:
+            summed = [new + old for new, old in zip(summed, self._window_counts, strict=True)]
+        self._window_counts = summed
+        return summed
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """The accumulation window ends here."""
+        self._window_counts = []
+
+    # Validation ----------------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Sum up the text loss of every domain."""
+        assert self._val_loss is not None
+        nats = self._forward_terms(batch["input_ids"], batch["labels"]).nats
+        tokens = (batch["labels"] != IGNORE_INDEX).sum(dim=1)
+        self._val_loss.update(nats, tokens, batch["label_bytes"].sum(dim=1), batch["domain"])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log loss, perplexity and bits per byte, over all text and by domain."""
+        self._log_text_loss("val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """The same as validation, on the test text."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Log loss, perplexity and bits per byte, over all text and by domain."""
+        self._log_text_loss("test")
+
+    def _log_text_loss(self, stage: str) -> None:
+        assert self._val_loss is not None
+        found = self._val_loss.compute()
+        self._val_loss.reset()
+        domains = self.trainer.datamodule.domains  # type: ignore[attr-defined]
+        for name in ("loss", "perplexity", "bits_per_byte"):
+            self.log(f"{stage}/{name}", found[name], prog_bar=name == "bits_per_byte")
+        if len(domains) > 1:
+            for index, domain in enumerate(domains):
+                if found["loss_by_domain"][index].isfinite():
+                    self.log(f"{stage}/loss/{domain}", found["loss_by_domain"][index])
+                    self.log(f"{stage}/bits_per_byte/{domain}", found["bits_per_byte_by_domain"][index])
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Nats of every next token, (B, S) float32; 0 where nothing is predicted."""
+        return token_losses(self.decoder(batch["input_ids"]).logits, batch["labels"])
+
+    # Checkpoints ---------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the model's config, and the random states, so that a resumed run draws what it would have drawn."""
+        checkpoint["model_config"] = self.config.to_dict()
+        checkpoint["rng"] = {"torch": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            checkpoint["rng"]["cuda"] = torch.cuda.get_rng_state_all()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint is of this model; the random states are restored when training starts."""
+        saved = checkpoint.get("model_config")
+        if saved is not None and saved != self.config.to_dict():
+            keys = [key for key, value in self.config.to_dict().items() if saved.get(key) != value]
+            raise ConfigError(
+                f"the checkpoint's model differs from the config in {', '.join(keys)}; "
+                "use the run's own config.yaml or another run folder"
+            )
+        self._rng = checkpoint.get("rng")
+
+    def on_train_start(self) -> None:
+        """Restore the random states of a resumed run."""
+        rng = getattr(self, "_rng", None)
+        if rng is not None:
+            torch.set_rng_state(rng["torch"].cpu())
+            if torch.cuda.is_available() and "cuda" in rng:
+                torch.cuda.set_rng_state_all([state.cpu() for state in rng["cuda"]])
+            self._rng = None

@@ -1,0 +1,235 @@
+"""``moebed fit``, ``validate``, ``test`` and ``predict``: LightningCLI, with a run folder that is never overwritten."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from jsonargparse import ActionConfigFile
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from moebed.callbacks import AtomicCheckpointIO, ProgressBar, SampleText, TrainingRate
+from moebed.data.datamodule import TextDataModule
+from moebed.errors import ConfigError, UserError
+from moebed.flops import count_parameters, flops_per_token
+from moebed.module import MoEModule
+
+
+class _Parser(LightningArgumentParser):
+    """Errors become a UserError of one line instead of a usage text."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise ConfigError(_first_cause(message)) from ex
+
+
+def _first_cause(message: str) -> str:
+    """The part of jsonargparse's message that says what is wrong."""
+    text = " ".join(message.split())
+    unknown = re.search(r"[Kk]ey '?([\w.]+)'? is not expected", text) or re.search(
+        r"No action for key '([\w.]+)'", text
+    )
+    if unknown:
+        return f"unknown key {unknown.group(1)!r} in the config; `moebed fit --help` lists the known ones"
+    return text
+
+
+class RunFolder(SaveConfigCallback):
+    """Writes the run's config beside its results once training starts: ``config.yaml``, and TensorBoard's text page."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Nothing is written before every check of model and data has passed."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Model and data are whole: write."""
+        if not trainer.is_global_zero:
+            return
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        text = self.parser.dump(self.config, skip_none=False)
+        temporary = folder / "config.yaml.partial"
+        temporary.write_text(text)
+        os.replace(temporary, folder / "config.yaml")
+        trainer.datamodule.save_tokenizer(folder / "tokenizer")  # type: ignore[attr-defined]
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                indented = "\n".join("    " + line for line in text.splitlines())
+                logger.experiment.add_text("config", indented, trainer.global_step)
+
+
+class TrainingCLI(LightningCLI):
+    """LightningCLI for MoEModule and TextDataModule, with moebed's defaults."""
+
+    def __init__(self, args: Sequence[str]) -> None:
+        super().__init__(
+            MoEModule,
+            TextDataModule,
+            save_config_callback=RunFolder,
+            trainer_defaults={"plugins": [AtomicCheckpointIO()]},
+            seed_everything_default=1234,
+            args=list(args),
+        )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser whose errors are one line."""
+        parser = _Parser(**kwargs)
+        parser.add_argument("-c", "--config", action=ActionConfigFile, help="a recipe, or a run's config.yaml")
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The callbacks that every run has, and defaults that suit small runs."""
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(SampleText, "samples")
+        parser.set_defaults(
+            {
+                "trainer.default_root_dir": "runs/default",
+                "trainer.max_epochs": -1,
+                "trainer.check_val_every_n_epoch": None,
+                "trainer.gradient_clip_val": 1.0,
+                "trainer.num_sanity_val_steps": 0,
+                "trainer.log_every_n_steps": 10,
+                "trainer.enable_model_summary": False,
+                "checkpoint.save_last": True,
+                "checkpoint.save_top_k": 0,
+                "checkpoint.every_n_train_steps": 100,
+                "checkpoint.enable_version_counter": False,
+            }
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """Place everything of a run in its folder, and refuse to overwrite another run."""
+        config = self.config[self.subcommand]
+        folder = Path(config.trainer.default_root_dir)
+        if config.checkpoint.dirpath is None:
+            config.checkpoint.dirpath = str(folder / "checkpoints")
+        if self.subcommand == "fit":
+            if (folder / "config.yaml").exists() and config.ckpt_path is None:
+                raise UserError(
+                    f"{folder} already holds a run; continue it with --ckpt_path last, or choose another folder "
+                    "with --trainer.default_root_dir"
+                )
+            require_writable(folder)
+        elif config.ckpt_path is None:
+            raise UserError(f"{self.subcommand} needs a checkpoint: add --ckpt_path last, or the path of a .ckpt file")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """A Trainer that logs into the run folder."""
+        config = self._get(self.config_init, "trainer")
+        if config.get("logger") is None:
+            kwargs["logger"] = self.subcommand == "fit" and TensorBoardLogger(
+                config.default_root_dir, name="tensorboard", version="", default_hp_metric=False
+            )
+        # First, so that its clock stops before other callbacks begin to work.
+        callbacks: list[Callback] = [TrainingRate(), *(config.get("callbacks") or [])]
+        if config.get("enable_progress_bar") is not False:
+            callbacks.append(ProgressBar(refresh_rate=1 if sys.stderr.isatty() else 50))
+        kwargs["callbacks"] = callbacks
+        return super().instantiate_trainer(**kwargs)
+
+    def before_fit(self) -> None:
+        """Say what is about to be trained."""
+        config: Any = self.model.config
+        total, active = count_parameters(config)
+        flops = flops_per_token(config, self.datamodule.sequence_length)
+        say(
+            f"model: {total / 1e6:.1f} M parameters, {active / 1e6:.1f} M active a token, "
+            f"{flops / 1e6:.0f} MFLOP a token forward; run folder {self.trainer.default_root_dir}"
+        )
+
+    def after_fit(self) -> None:
+        """The closing table, ``run_summary.json`` and ``report.html``."""
+        if not self.trainer.is_global_zero:
+            return
+        if self.trainer.interrupted:
+            say(f"interrupted at step {self.trainer.global_step}; continue with --ckpt_path last")
+            return
+        from probes.report import write_report
+
+        folder = Path(self.trainer.default_root_dir)
+        numbers = closing_numbers(self.trainer, self.datamodule, folder)
+        report = write_report([folder], folder / "report.html")
+        print_closing_table(numbers, folder, report)
+
+    def after_validate(self) -> None:
+        """Compare with gzip."""
+        say(f"gzip -9 of the same text: {self.datamodule.gzip_bits_per_byte()['all']:.4f} bits per byte")
+
+
+def say(text: str) -> None:
+    """A line for the person at the terminal, on standard error as the progress bar is."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def require_writable(folder: Path) -> None:
+    """Raise UserError if nothing can be written into folder; leaves no trace when it does not exist yet."""
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"the output folder {folder} cannot be written ({error.strerror}); "
+            "choose another with --trainer.default_root_dir"
+        ) from error
+
+
+def closing_numbers(trainer: Trainer, data: TextDataModule, folder: Path) -> dict[str, float | int]:
+    """The run's last numbers, also written to ``run_summary.json``; a finished run keeps those it has."""
+    path = folder / "run_summary.json"
+    found = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    if "val/bits_per_byte" not in found and path.exists():
+        return json.loads(path.read_text())
+    wanted = ("train/loss", "train/tokens_per_second", "val/loss", "val/perplexity", "val/bits_per_byte")
+    numbers: dict[str, float | int] = {"step": trainer.global_step}
+    numbers |= {name: found[name] for name in wanted if name in found}
+    numbers |= {name: value for name, value in found.items() if name.startswith("val/bits_per_byte/")}
+    numbers["gzip -9 bits per byte"] = data.gzip_bits_per_byte()["all"]
+    if "val/bits_per_byte" in numbers:
+        numbers["bits per byte over gzip's"] = numbers["val/bits_per_byte"] / numbers["gzip -9 bits per byte"]
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(json.dumps(numbers, indent=2) + "\n")
+    os.replace(temporary, path)
+    return numbers
+
+
+def print_closing_table(numbers: dict[str, float | int], folder: Path, report: Path) -> None:
+    """What came out, and where everything lies."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{folder}", show_header=False)
+    for name, value in numbers.items():
+        table.add_row(name, f"{value:d}" if isinstance(value, int) else f"{value:,.4f}")
+    table.add_section()
+    for name, where in (
+        ("report, one page", report),
+        ("checkpoint", folder / "checkpoints" / "last.ckpt"),
+        ("probe results", folder / "results"),
+        ("figures", folder / "figures"),
+        ("curves and images", f"tensorboard --logdir {folder.parent}"),
+    ):
+        table.add_row(name, str(where))
+    Console(stderr=True).print(table)
+
+
+def run(command: str, arguments: Sequence[str]) -> None:
+    """Entry of the four training commands."""
+    # Lightning advises on data loader workers and logging intervals; neither applies to packed in-memory batches.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+    torch.set_float32_matmul_precision("high")
+    # LightningCLI warns of given arguments when sys.argv has some too; they are the same here.
+    warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
+    TrainingCLI([command, *arguments])

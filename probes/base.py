@@ -1,0 +1,96 @@
+"""The Probe contract: look at layer views, give back named arrays.
+
+Everything else (scalars, headlines, pictures) is a pure function of those arrays, so that a report draws the same from
+a file as a training run does from memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from moebed.views import ExpertView, LayerView, Need
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Arrays = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Headline:
+    """One number that answers a probe's question, and the sentence that says so."""
+
+    value: float
+    sentence: str
+
+
+@dataclass
+class ProbeResult:
+    """What a probe found.
+
+    Args:
+        arrays: ``<key>/<layer>[/<matrix>]`` -> array; what is stored in ``results/<probe>.npz``.
+        scalars: ``<quantity>/layer_07`` or ``<quantity>`` -> number; TensorBoard's tag adds ``probes/<probe>/``.
+        headlines: The few numbers a person asks for first, by name.
+        figures: Name -> function that draws it; nothing is drawn until it is called.
+        notes: What was left out, and why.
+    """
+
+    arrays: Arrays
+    scalars: dict[str, float] = field(default_factory=dict)
+    headlines: dict[str, Headline] = field(default_factory=dict)
+    figures: Mapping[str, Callable[[], Figure]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+class Probe:
+    """One analysis. It sees layer views in order, no Trainer, no path, no logger.
+
+    A driver calls, for each layer, ``update_expert`` for each expert (only where the probe needs outputs or
+    activations), then ``update``; at the end ``compute`` once. One object serves one pass.
+    """
+
+    name: ClassVar[str]
+    question: ClassVar[str]
+    needs: ClassVar[frozenset[Need]]
+
+    def __init__(self) -> None:
+        self.arrays: dict[str, np.ndarray] = {}
+
+    def update_expert(self, view: LayerView, expert: ExpertView) -> None:
+        """See what one expert made of every token of a layer."""
+
+    def update(self, view: LayerView) -> None:
+        """See one layer; store its arrays. Layers without experts come too."""
+
+    def compute(self) -> ProbeResult:
+        """The result over all layers seen."""
+        return self.describe(self.arrays)
+
+    @classmethod
+    def describe(cls, arrays: Arrays) -> ProbeResult:
+        """Scalars, headlines and figures of stored arrays."""
+        return ProbeResult(arrays)
+
+
+def layer_tag(layer: int) -> str:
+    """``layer_07``: sorts well in TensorBoard."""
+    return f"layer_{layer:02d}"
+
+
+def by_layer(arrays: Arrays, key: str) -> dict[int, np.ndarray]:
+    """The arrays ``<key>/<layer>`` by layer, in order."""
+    found = {int(name.split("/")[1]): value for name, value in arrays.items() if name.split("/")[0] == key}
+    return dict(sorted(found.items()))
+
+
+def per_layer(quantity: str, values: Mapping[int, float]) -> dict[str, float]:
+    """Scalars ``<quantity>/layer_07`` of each layer, and their mean over layers as ``<quantity>``; none from none."""
+    scalars = {f"{quantity}/{layer_tag(layer)}": float(value) for layer, value in values.items()}
+    if scalars:
+        scalars[quantity] = sum(scalars.values()) / len(scalars)
+    return scalars

@@ -1,0 +1,199 @@
+"""ProbeCallback: drives the probes from a Lightning Trainer, at steps of training and at its end.
+
+Probing never changes training: it draws no random number that training would have drawn, leaves parameters, gradients
+and modes alone, and runs the plain decoder where training runs a compiled one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from moebed.errors import ConfigError, UserError
+from moebed.views import ProbeText
+from probes import store
+from probes.base import ProbeResult
+from probes.driver import Timing, needs_of, run_probes
+from probes.registry import PROBES, resolve_probes
+
+IGNORE_INDEX = -100
+
+
+class ProbeCallback(Callback):
+    """Probe the model while it trains.
+
+    The module offers ``views(text, needs)``, the datamodule ``probe_batch(num_sequences)`` and ``domains``. Scalars go
+    to every TensorBoard logger as ``probes/<probe>/<quantity>/layer_07``, pictures as ``probes/<probe>/<figure>``, and
+    what probing costs as ``probes_cost/``. Arrays, history and summary go to ``out``. A replicated model is probed on
+    rank 0, while the other ranks wait at their next step; a sharded one is refused.
+
+    Args:
+        probes: Names of the probes to run; the default ones if not given; ``all`` for every one there is.
+        every_n_steps: Probe whenever this many optimizer steps are done; 0 for never.
+        at_start: Probe before the first step of a new run.
+        at_end: Probe when training ends.
+        num_sequences: Sequences of text to probe on, from the datamodule's held-out text.
+        figures_every_n_steps: Draw pictures where the step probed is a multiple of this, the start included; at the end
+            they are drawn in any case. If not given, at the end only: pictures cost more than the numbers in them.
+        out: Folder for the results; the trainer's default_root_dir if not given.
+
+    Raises:
+        ConfigError: A probe's name is unknown or a number is out of range.
+    """
+
+    def __init__(
+        self,
+        probes: list[str] | None = None,
+        every_n_steps: int = 100,
+        at_start: bool = True,
+        at_end: bool = True,
+        num_sequences: int = 12,
+        figures_every_n_steps: int | None = None,
+        out: str | None = None,
+    ) -> None:
+        self.probes = resolve_probes(probes)
+        if every_n_steps < 0:
+            raise ConfigError(f"probes: every_n_steps is {every_n_steps}; it must not be negative (0 is never)")
+        if num_sequences < 1:
+            raise ConfigError(f"probes: num_sequences is {num_sequences}; it must be at least 1")
+        if figures_every_n_steps is not None and figures_every_n_steps < 1:
+            raise ConfigError(f"probes: figures_every_n_steps is {figures_every_n_steps}; it must be at least 1")
+        self.every_n_steps, self.at_start, self.at_end = every_n_steps, at_start, at_end
+        self.num_sequences, self.figures_every_n_steps = num_sequences, figures_every_n_steps
+        self.out = Path(out) if out is not None else None
+        self.last_step: int | None = None
+        self._text: ProbeText | None = None
+        self._started = self._seconds = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step last probed, so that a resumed run probes nothing twice."""
+        return {"last_step": self.last_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up where a checkpoint was written."""
+        self.last_step = state_dict["last_step"]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what would end in a hang: rank 0 alone cannot gather a sharded model's parameters."""
+        if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy)) and trainer.world_size > 1:
+            raise UserError("the probes cannot look into a sharded model; use strategy ddp or leave ProbeCallback out")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget history that a resumed run will write anew; probe the untrained model."""
+        self._started, self._seconds = time.perf_counter(), 0.0
+        if self.out is None:
+            self.out = Path(trainer.default_root_dir)
+        resumed = trainer.global_step > 0 or self.last_step is not None
+        if trainer.is_global_zero:
+            store.truncate_history(self.out, trainer.global_step if resumed else -1)
+        if self.at_start and not resumed:
+            self._probe(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Probe once when the optimizer has stepped to a multiple of every_n_steps.
+
+        With gradient accumulation several batches end at one step; ``last_step`` tells the first from the rest.
+        """
+        step = trainer.global_step
+        if self.every_n_steps and step and step % self.every_n_steps == 0 and step != self.last_step:
+            self._probe(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Probe the trained model, draw the pictures, and say what probing cost."""
+        if self.at_end:
+            self._probe(trainer, pl_module, draw=True)
+        if self._seconds:
+            elapsed = time.perf_counter() - self._started
+            rank_zero_info(f"probes: {self._seconds:.1f} s, {self._seconds / elapsed:.1%} of the time since the start")
+
+    def _probe(self, trainer: Trainer, pl_module: LightningModule, draw: bool = False) -> None:
+        """Run the probes at the current step, unless that is done; draw the pictures where they are due."""
+        step = trainer.global_step
+        if self.figures_every_n_steps is not None and step % self.figures_every_n_steps == 0:
+            draw = True
+        done, self.last_step = self.last_step == step, step
+        if not trainer.is_global_zero or (done and not draw):
+            return
+        start = time.perf_counter()
+        assert self.out is not None
+        if done:
+            results = {name: PROBES[name].describe(store.load_arrays(self.out, name)) for name in self.probes}
+            self._draw(trainer, results, step)
+            self._seconds += time.perf_counter() - start
+            return
+        timing = Timing()
+        with isolate_rng():
+            results = self._run(trainer, pl_module, timing)
+            for name, result in results.items():
+                store.save_arrays(self.out, name, result.arrays)
+            store.append_history(self.out, store.history_line(step, results))
+            store.save_summary(self.out, step, results, {"forward": timing.forward, **timing.probe})
+            if draw:
+                self._draw(trainer, results, step)
+        self._seconds += time.perf_counter() - start
+        self._log(trainer, results, timing, step)
+
+    def _run(self, trainer: Trainer, pl_module: LightningModule, timing: Timing) -> dict[str, ProbeResult]:
+        probes = [PROBES[name]() for name in self.probes]
+        if self._text is None:
+            self._text = probe_text(trainer, self.num_sequences)
+        views = getattr(pl_module, "views", None)
+        if views is None:
+            raise UserError(f"{type(pl_module).__name__} has no views(text, needs): the probes cannot look into it")
+        return run_probes(views(self._text, needs_of(probes)), probes, timing)
+
+    def _log(self, trainer: Trainer, results: Mapping[str, ProbeResult], timing: Timing, step: int) -> None:
+        share = self._seconds / (time.perf_counter() - self._started)
+        for writer in _writers(trainer):
+            for name, result in results.items():
+                for key, value in result.scalars.items():
+                    writer.add_scalar(f"probes/{name}/{key}", value, step)
+                writer.add_scalar(f"probes_cost/{name}_seconds", timing.probe[name], step)
+            writer.add_scalar("probes_cost/forward_seconds", timing.forward, step)
+            writer.add_scalar("probes_cost/share_of_wall_time", share, step)
+
+    def _draw(self, trainer: Trainer, results: Mapping[str, ProbeResult], step: int) -> None:
+        from PIL import Image
+
+        from probes.figures import to_rgb
+
+        assert self.out is not None
+        for name, result in results.items():
+            for key, build in result.figures.items():
+                pixels = to_rgb(build())
+                with store.replacing(self.out / "figures" / f"{name}_{key}.png") as file:
+                    Image.fromarray(pixels).save(file, format="png")
+                for writer in _writers(trainer):
+                    writer.add_image(f"probes/{name}/{key}", pixels, step, dataformats="HWC")
+
+
+def _writers(trainer: Trainer) -> Iterator[Any]:
+    """The event writer of every TensorBoard logger."""
+    return (logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger))
+
+
+def probe_text(trainer: Trainer, num_sequences: int) -> ProbeText:
+    """The datamodule's held-out sequences; positions without a label are padding.
+
+    Raises:
+        UserError: The datamodule offers no text, or none that is not padding.
+    """
+    datamodule: Any = getattr(trainer, "datamodule", None)
+    if not hasattr(datamodule, "probe_batch"):
+        raise UserError("the probes need text: give the trainer a datamodule that has probe_batch(num_sequences)")
+    batch = datamodule.probe_batch(num_sequences)
+    mask = batch["labels"] != IGNORE_INDEX
+    if not bool(torch.any(mask)):
+        raise UserError("the probes' text holds no tokens; raise the callback's num_sequences or give more text")
+    return ProbeText(batch["input_ids"], mask, batch["domain"], tuple(datamodule.domains))

@@ -1,0 +1,186 @@
+"""Drawing pieces that the probes share.
+
+Only matplotlib's object API: no pyplot, so no global state and no display. Imported by figure builders alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Normalize, TwoSlopeNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+INK, MUTED, GRID, MASKED = "#1f2933", "#6b7785", "#dde3ea", "#98a1ab"
+SERIES = ("#2f6db5", "#d1603d", "#3b9a6d", "#8a5fb0", "#b8860b")
+DPI = 110
+PICTURED_LAYERS = 8
+
+Item = TypeVar("Item")
+
+
+def new_figure(width: float, height: float, title: str) -> Figure:
+    """An empty figure of width × height inches that says what it shows."""
+    fig = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(fig)
+    fig.suptitle(title, fontsize=11.5, color=INK)
+    return fig
+
+
+def to_rgb(fig: Figure) -> np.ndarray:
+    """The figure's pixels, (height, width, 3) uint8."""
+    canvas = FigureCanvasAgg(fig)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def pick(items: Sequence[Item], limit: int) -> list[Item]:
+    """At most ``limit`` items, evenly spread, with the first and the last."""
+    if len(items) <= limit:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (limit - 1))] for i in range(limit)]
+
+
+def ratio_norm(values: Sequence[np.ndarray], share: float = 1.0) -> TwoSlopeNorm:
+    """Colour scale of ratios: 0 to the ``share`` quantile of the values, at least 2, with the neutral colour at 1."""
+    flat = np.concatenate([value.ravel() for value in values])
+    flat = flat[np.isfinite(flat)]
+    highest = float(np.quantile(flat, share)) if flat.size else 2.0
+    return TwoSlopeNorm(vcenter=1.0, vmin=0.0, vmax=max(2.0, highest))
+
+
+def heat_map(ax: Axes, values: np.ndarray, cmap: str, **image: Any) -> Any:
+    """Draw values (rows, columns); what is masked or not finite is grey. Returns the image for the colour bar."""
+    colours = colormaps[cmap].with_extremes(bad=MASKED)
+    drawn = ax.imshow(np.ma.masked_invalid(values), cmap=colours, interpolation="nearest", **image)
+    ax.tick_params(labelsize=8, length=2, color=MUTED, labelcolor=INK)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+    return drawn
+
+
+def write_values(ax: Axes, values: np.ndarray, norm: Normalize) -> None:
+    """Write each cell's value into it, in the ink that can be read on its colour."""
+    for (row, column), value in np.ndenumerate(values):
+        if math.isfinite(value):
+            ink = "white" if abs(float(norm(value)) - 0.5) > 0.33 else INK
+            ax.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=7.5, color=ink)
+
+
+def index_ticks(axis: Any, labels: Sequence[int]) -> None:
+    """Tick some of the positions 0, 1, ... with their labels, so that about ten can be read."""
+    step = next(s for s in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1 << 30) if len(labels) <= 12 * s)
+    positions = list(range(0, len(labels), step))
+    axis.set_ticks(positions, [str(labels[i]) for i in positions])
+
+
+def colour_bar(fig: Figure, image: Any, axes: Any, label: str, **options: Any) -> None:
+    """One colour bar for all axes."""
+    bar = fig.colorbar(image, ax=axes, fraction=0.03, pad=0.015, aspect=28, **options)
+    bar.set_label(label, fontsize=9)
+    bar.ax.tick_params(labelsize=8, length=2)
+    bar.outline.set_visible(False)
+
+
+def style_axes(ax: Axes) -> None:
+    """Light grid, no box."""
+    ax.grid(color=GRID, lw=0.7)
+    ax.set_axisbelow(True)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        ax.spines[side].set_color(MUTED)
+    ax.tick_params(labelsize=8, length=2, color=MUTED)
+
+
+def _layer_axis(ax: Axes) -> None:
+    style_axes(ax)
+    ax.set_xlabel("layer", fontsize=9)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def depth_line(ax: Axes, values: Mapping[int, float], colour: str, label: str, dashed: bool = False) -> None:
+    """One quantity by layer."""
+    style = {"ls": "--", "lw": 1.2} if dashed else {"marker": "o", "ms": 4, "lw": 1.6}
+    ax.plot(list(values), list(values.values()), color=colour, label=label, **style)  # type: ignore[arg-type]
+    if len(values) == 1:
+        ax.plot(list(values), list(values.values()), "o", ms=4, color=colour)
+    _layer_axis(ax)
+
+
+def depth_band(ax: Axes, quartiles: Mapping[int, np.ndarray], colour: str) -> None:
+    """The median by layer, with a band from the first to the third quartile (3,)."""
+    layers = list(quartiles)
+    low, middle, high = np.stack([quartiles[layer] for layer in layers], axis=1)
+    ax.fill_between(layers, low, high, color=colour, alpha=0.2, lw=0)
+    ax.errorbar(
+        layers, middle, yerr=[middle - low, high - middle], fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.5
+    )
+    ax.plot(layers, middle, color=colour, marker="o", ms=4, lw=1.6)
+    _layer_axis(ax)
+
+
+def panel_grid(count: int, title: str) -> tuple[Figure, list[Axes]]:
+    """A figure with ``count`` square panels, at most four a row."""
+    columns = min(4, count)
+    rows = math.ceil(count / columns)
+    fig = new_figure(max(6.5, 1.0 + 2.75 * columns), 1.0 + 2.75 * rows, title)
+    axes = fig.subplots(rows, columns, squeeze=False).ravel().tolist()
+    for ax in axes[count:]:
+        ax.remove()
+    return fig, axes[:count]
+
+
+def similarity_grid(matrices: Mapping[str, Mapping[int, np.ndarray]], title: str) -> Figure:
+    """Square similarity matrices (E, E): a row a matrix name, a column a layer, one colour scale.
+
+    The scale is that of the entries off the diagonal, which would otherwise vanish beside the 1s.
+    """
+    every = list(next(iter(matrices.values())))
+    layers = pick(every, PICTURED_LAYERS)
+    if len(layers) < len(every):
+        title += f"; {len(layers)} of {len(every)} layers"
+    shown: dict[tuple[str, int], np.ndarray] = {}
+    for name, by_layer in matrices.items():
+        for layer in layers:
+            values = by_layer[layer].astype(np.float64)
+            np.fill_diagonal(values, np.nan)
+            shown[name, layer] = values
+    norm, cmap = _similarity_scale(list(shown.values()))
+    if len(matrices) == 1:
+        fig, panels = panel_grid(len(layers), title)
+        axes = np.array(panels)[None, :]
+    else:
+        fig = new_figure(max(6.0, 1.4 + 1.9 * len(layers)), 0.9 + 2.0 * len(matrices), title)
+        axes = fig.subplots(len(matrices), len(layers), squeeze=False)
+    for row, name in enumerate(matrices):
+        for column, layer in enumerate(layers):
+            ax = axes[row, column]
+            image = heat_map(ax, shown[name, layer], cmap, norm=norm)
+            index_ticks(ax.xaxis, range(len(shown[name, layer])))
+            index_ticks(ax.yaxis, range(len(shown[name, layer])))
+            if row == 0:
+                ax.set_title(f"layer {layer}", fontsize=10)
+            if row == len(matrices) - 1:
+                ax.set_xlabel("expert", fontsize=9)
+            if column == 0:
+                ax.set_ylabel(f"{name}\nexpert", fontsize=9)
+    colour_bar(fig, image, axes, "cosine")
+    return fig
+
+
+def _similarity_scale(values: Sequence[np.ndarray]) -> tuple[Normalize, str]:
+    """Scale and colours: diverging about 0 where the values lie on both sides of it, from least to most otherwise."""
+    flat = np.concatenate([value.ravel() for value in values])
+    flat = flat[np.isfinite(flat)]
+    low, high = (float(flat.min()), float(flat.max())) if flat.size else (0.0, 1.0)
+    if low < 0 and abs(low) > 0.2 * high:
+        most = max(abs(low), abs(high))
+        return Normalize(-most, most), "RdBu_r"
+    return Normalize(low, max(high, low + 1e-6)), "viridis"

@@ -1,0 +1,227 @@
+"""The report: one HTML file that says what was found in one run, or in several side by side.
+
+It opens without a network: pictures, styles and all are inside.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from probes import store
+from probes.registry import PROBES
+from probes.run_folder import RunFolder, read_run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_STYLE = """
+:root { --ink: #1f2933; --muted: #6b7785; --line: #dde3ea; --soft: #f5f7fa; }
+* { box-sizing: border-box; }
+body { margin: 0; background: white; color: var(--ink); font: 15px/1.5 system-ui, "Segoe UI", Roboto, sans-serif; }
+main { max-width: 1300px; margin: 0 auto; padding: 28px 28px 60px; }
+h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 19px; margin: 38px 0 10px; }
+h3 { font-size: 15px; margin: 16px 0 6px; }
+.muted { color: var(--muted); font-size: 13px; }
+.runs { display: grid; gap: 22px; overflow-x: auto; }
+.name { font-weight: 600; padding-left: 9px; border-left: 5px solid; margin: 0 0 8px; }
+.found { list-style: none; margin: 0; padding: 0; }
+.found li { background: var(--soft); border-radius: 6px; padding: 9px 13px; margin: 0 0 7px; }
+.found b { display: block; font-size: 12px; color: var(--muted); font-weight: 600; }
+table { border-collapse: collapse; font-size: 14px; }
+th, td { padding: 4px 18px 4px 0; border-bottom: 1px solid var(--line); text-align: left; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; padding-left: 18px; padding-right: 0; }
+tr.group td { padding-top: 14px; color: var(--muted); font-size: 12px; font-weight: 600; }
+img { max-width: 100%; height: auto; display: block; margin: 6px 0 14px; }
+details { border: 1px solid var(--line); border-radius: 6px; margin: 0 0 10px; padding: 0 16px; }
+details[open] { padding-bottom: 14px; }
+summary { cursor: pointer; padding: 10px 0; font-weight: 600; }
+summary span { font-weight: 400; color: var(--muted); }
+pre { background: var(--soft); padding: 12px; overflow-x: auto; font-size: 12.5px; border-radius: 6px; }
+"""
+
+
+def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
+    """Write the report of one or several runs.
+
+    Args:
+        run_dirs: Folders of runs or of probed checkpoints; what each holds is reported.
+        out: The file to write, or a folder, in which it becomes ``report.html``.
+
+    Returns:
+        The file written.
+
+    Raises:
+        UserError: A folder is missing, damaged, or holds nothing to report.
+    """
+    runs = [read_run(Path(folder)) for folder in run_dirs]
+    _tell_apart(runs, [Path(folder) for folder in run_dirs])
+    path = out if out.suffix.lower() in (".html", ".htm") else out / "report.html"
+    sections = [_header(runs), _found(runs), _numbers(runs), _training(runs), _history(runs), _probes(runs)]
+    body = "\n".join([*sections, _configs(runs)])
+    title = escape(", ".join(run.name for run in runs))
+    page = (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>moebed: {title}</title>'
+        f"<style>{_STYLE}</style></head><body><main>\n{body}\n</main></body></html>\n"
+    )
+    with store.replacing(path) as file:
+        file.write(page.encode())
+    return path
+
+
+def _tell_apart(runs: Sequence[RunFolder], folders: Sequence[Path]) -> None:
+    """Runs of one name get their parent's in front, or a number where that does not help."""
+    names = [run.name for run in runs]
+    for run, folder in zip(runs, folders, strict=True):
+        if names.count(run.name) > 1:
+            run.name = f"{folder.resolve().parent.name}/{run.name}"
+    seen: list[str] = []
+    for run in runs:
+        seen.append(run.name)
+        if seen.count(run.name) > 1:
+            run.name = f"{run.name} ({seen.count(run.name)})"
+
+
+def _header(runs: Sequence[RunFolder]) -> str:
+    names = " · ".join(escape(run.name) for run in runs)
+    steps = [str(run.summary["step"]) for run in runs if "step" in run.summary]
+    probed = f"Probed last at step {', '.join(steps)}." if steps else ""
+    return f'<h1>{names}</h1><p class="muted">moebed report. {probed}</p>'
+
+
+def _columns(runs: Sequence[RunFolder], cell: Callable[[RunFolder], str]) -> str:
+    """The runs side by side; one alone takes the whole width and needs no name."""
+    if len(runs) == 1:
+        return cell(runs[0])
+    from probes.report_charts import run_colours
+
+    colours = run_colours(runs)
+    cells = [
+        f'<div><p class="name" style="border-color:{colours[run.name]}">{escape(run.name)}</p>{cell(run)}</div>'
+        for run in runs
+    ]
+    return (
+        f'<div class="runs" style="grid-template-columns:repeat({len(runs)},minmax(380px,1fr))">{"".join(cells)}</div>'
+    )
+
+
+def _found(runs: Sequence[RunFolder]) -> str:
+    if not any(run.results for run in runs):
+        return ""
+
+    def cell(run: RunFolder) -> str:
+        items = []
+        for name, result in run.results.items():
+            sentences = [headline.sentence for headline in result.headlines.values()] or result.notes
+            said = "<br>".join(escape(sentence) for sentence in sentences)
+            items.append(f"<li><b>{escape(PROBES[name].question)}</b>{said}</li>")
+        return f'<ul class="found">{"".join(items)}</ul>'
+
+    return "<h2>What was found</h2>" + _columns(runs, cell)
+
+
+def _numbers(runs: Sequence[RunFolder]) -> str:
+    groups: dict[str, list[dict[str, Any]]] = {
+        "the run": [run.numbers for run in runs],
+        "last logged": [_last_logged(run) for run in runs],
+        "the probes": [
+            {f"{n}: {k}": h.value for n, result in run.results.items() for k, h in result.headlines.items()}
+            for run in runs
+        ],
+    }
+    rows = []
+    for group, columns in groups.items():
+        keys = list(dict.fromkeys(key for numbers in columns for key in numbers))
+        if keys:
+            rows.append(f'<tr class="group"><td colspan="{len(runs) + 1}">{group}</td></tr>')
+        for key in keys:
+            cells = "".join(f'<td class="number">{_format(numbers.get(key, ""))}</td>' for numbers in columns)
+            rows.append(f"<tr><td>{escape(str(key))}</td>{cells}</tr>")
+    if not rows:
+        return ""
+    head = "".join(f'<th class="number">{escape(run.name)}</th>' for run in runs)
+    return f"<h2>Key numbers</h2><table><tr><th></th>{head}</tr>{''.join(rows)}</table>"
+
+
+def _last_logged(run: RunFolder) -> dict[str, float]:
+    from probes.report_charts import FIRST_TAGS
+
+    return {tag: run.curves[tag][1][-1] for tag in FIRST_TAGS if tag in run.curves and tag not in run.numbers}
+
+
+def _format(value: Any) -> str:
+    if isinstance(value, bool) or value is None or isinstance(value, str):
+        return escape("–" if value is None else str(value))
+    if isinstance(value, int) or (isinstance(value, float) and value.is_integer() and abs(value) < 1e15):
+        return f"{int(value):,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+    return escape(str(value))
+
+
+def _training(runs: Sequence[RunFolder]) -> str:
+    from probes.report_charts import MOST_PANELS, draw_curves, tags_in_order
+
+    tags = tags_in_order(runs)
+    if not tags:
+        return ""
+    left_out = f" {len(tags) - MOST_PANELS} further ones are in TensorBoard only." if len(tags) > MOST_PANELS else ""
+    note = f'<p class="muted">Over optimizer steps. Long curves are smoothed, raw values behind them.{left_out}</p>'
+    return f"<h2>Training</h2>{note}{_image(draw_curves(runs, tags), 'curves of the logged scalars')}"
+
+
+def _history(runs: Sequence[RunFolder]) -> str:
+    from probes.report_charts import draw_history, layer_series
+
+    if not any(len(run.history) > 1 for run in runs):
+        return ""
+
+    def cell(run: RunFolder) -> str:
+        series = layer_series(run.history)
+        if len(run.history) < 2 or not series:
+            return '<p class="muted">Probed once: see the pictures below.</p>'
+        return _image(draw_history(series, 4 if len(runs) == 1 else 2), "probes over steps")
+
+    return "<h2>The probes over steps</h2>" + _columns(runs, cell)
+
+
+def _probes(runs: Sequence[RunFolder]) -> str:
+    def cell_of(name: str) -> Callable[[RunFolder], str]:
+        def cell(run: RunFolder) -> str:
+            if name not in run.results:
+                return '<p class="muted">Not probed.</p>'
+            result = run.results[name]
+            said = [f"<p>{escape(headline.sentence)}</p>" for headline in result.headlines.values()]
+            said += [f'<p class="muted">{escape(note)}</p>' for note in result.notes]
+            pictures = [_image(build(), f"{name}: {figure}") for figure, build in result.figures.items()]
+            return "".join(said + pictures)
+
+        return cell
+
+    parts = []
+    for name, probe in PROBES.items():
+        if any(name in run.results for run in runs):
+            opened = "" if parts else " open"
+            parts.append(
+                f"<details{opened}><summary>{name} <span>{escape(probe.question)}</span></summary>"
+                f"{_columns(runs, cell_of(name))}</details>"
+            )
+    return "<h2>The probes in pictures</h2>" + "".join(parts) if parts else ""
+
+
+def _configs(runs: Sequence[RunFolder]) -> str:
+    if not any(run.config for run in runs):
+        return ""
+    cells = _columns(runs, lambda run: f"<pre>{escape(run.config or 'no config.yaml')}</pre>")
+    return f"<h2>Configuration</h2><details><summary>config.yaml</summary>{cells}</details>"
+
+
+def _image(fig: Figure, alt: str) -> str:
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png")
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{data}">'

@@ -1,0 +1,131 @@
+"""The report's own charts: logged curves of several runs, and what the probes saw over steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+from probes import figures
+from probes.run_folder import Curve, RunFolder
+
+# The order in which a reader wants them; other tags follow.
+FIRST_TAGS = (
+    "train/loss",
+    "val/loss",
+    "train/bits_per_byte",
+    "val/bits_per_byte",
+    "train/load_balancing_loss",
+    "train/max_violation",
+    "train/router_z_loss",
+    "train/grad_norm",
+)
+LEFT_OUT = ("epoch", "hp_metric")
+MOST_PANELS = 24
+SMOOTHED_FROM = 60
+
+
+def run_colours(runs: Sequence[RunFolder]) -> dict[str, str]:
+    """A colour for each run, the same all over the report."""
+    colours = [*figures.SERIES, "#c2477f", "#4a9fb5", "#7a7a2e"]
+    return {run.name: colours[index % len(colours)] for index, run in enumerate(runs)}
+
+
+def tags_in_order(runs: Sequence[RunFolder]) -> list[str]:
+    """Tags of all runs that are worth a chart."""
+    found = {tag for run in runs for tag, (steps, _) in run.curves.items() if len(steps) > 1 and tag not in LEFT_OUT}
+    rest = sorted(found - set(FIRST_TAGS))
+    return [tag for tag in FIRST_TAGS if tag in found] + rest
+
+
+def draw_curves(runs: Sequence[RunFolder], tags: Sequence[str]) -> Figure:
+    """One panel a tag, one line a run; a long curve is drawn smoothed over its raw values."""
+    fig, axes = _grid(min(len(tags), MOST_PANELS), 4)
+    colours = run_colours(runs)
+    for ax, tag in zip(axes, tags, strict=False):
+        for run in runs:
+            if tag in run.curves:
+                _draw_curve(ax, run.curves[tag], colours[run.name], run.name)
+        ax.set_title(tag, fontsize=9)
+    if len(runs) > 1:
+        handles, labels = axes[0].get_legend_handles_labels()
+        fig.legend(handles, labels, loc="outside upper left", ncols=4, fontsize=8.5, frameon=False)
+    return fig
+
+
+def _draw_curve(ax: Axes, curve: Curve, colour: str, name: str) -> None:
+    steps, values = np.array(curve[0]), np.array(curve[1])
+    figures.style_axes(ax)
+    if len(values) < SMOOTHED_FROM:
+        ax.plot(steps, values, color=colour, lw=1.4, marker="o" if len(values) < 12 else None, ms=3, label=name)
+        return
+    ax.plot(steps, values, color=colour, lw=0.6, alpha=0.3)
+    ax.plot(steps, _smooth(values), color=colour, lw=1.5, label=name)
+    finite = values[np.isfinite(values)]
+    if finite.size:
+        # A spike at the start would flatten all that follows.
+        low, high = np.quantile(finite, (0.0, 0.995))
+        ax.set_ylim(low - 0.05 * (high - low) - 1e-9, high + 0.05 * (high - low) + 1e-9)
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Exponential moving average over about a fortieth of the curve, unbiased at its start."""
+    decay = 1 - 1 / max(2.0, len(values) / 40)
+    total = weight = 0.0
+    out = np.empty_like(values)
+    for index, value in enumerate(values):
+        if math.isfinite(value):
+            total, weight = decay * total + value, decay * weight + 1
+        out[index] = total / weight if weight else np.nan
+    return out
+
+
+def layer_series(history: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, Curve]]:
+    """What the history holds by layer: ``<probe>/<quantity>`` -> layer -> curve over steps."""
+    found: dict[str, dict[int, Curve]] = {}
+    for line in history:
+        for name, value in line.get("scalars", {}).items():
+            quantity, _, layer = name.rpartition("/layer_")
+            if quantity and layer.isdigit() and value is not None:
+                steps, values = found.setdefault(quantity, {}).setdefault(int(layer), ([], []))
+                steps.append(line["step"])
+                values.append(value)
+    return found
+
+
+def draw_history(series: Mapping[str, Mapping[int, Curve]], columns: int) -> Figure:
+    """One panel a quantity, one line a layer, from light (first) to dark (last)."""
+    fig, axes = _grid(len(series), columns)
+    layers = sorted({layer for by_layer in series.values() for layer in by_layer})
+    scale = Normalize(layers[0] - 0.35 * max(1, layers[-1] - layers[0]), max(layers[-1], layers[0] + 1))
+    colours = {layer: colormaps["YlGnBu"](float(scale(layer))) for layer in layers}
+    for ax, (quantity, by_layer) in zip(axes, series.items(), strict=False):
+        figures.style_axes(ax)
+        for layer, (steps, values) in sorted(by_layer.items()):
+            mark = "o" if len(steps) < 25 else None
+            ax.plot(steps, values, color=colours[layer], lw=1.4, marker=mark, ms=2.5, label=f"layer {layer}")
+        probe, _, name = quantity.partition("/")
+        ax.set_title(f"{probe}: {name}", fontsize=9)
+        ax.set_xlabel("step", fontsize=8)
+    lines = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    shown = [f"layer {layer}" for layer in figures.pick(layers, 8)]
+    handles = [lines[label] for label in shown]
+    fig.legend(handles, shown, loc="outside upper left", ncols=min(8, 2 * columns), fontsize=8.5, frameon=False)
+    return fig
+
+
+def _grid(count: int, columns: int) -> tuple[Figure, list[Axes]]:
+    columns = min(columns, count)
+    rows = math.ceil(count / columns)
+    fig = figures.new_figure(2.9 * columns, 2.2 * rows + 0.3, "")
+    fig.suptitle("")
+    axes = fig.subplots(rows, columns, squeeze=False).ravel().tolist()
+    for ax in axes[count:]:
+        ax.remove()
+    return fig, axes[:count]

@@ -1,0 +1,100 @@
+"""Router state: how decided is the router, and do its logits grow?
+
+T tokens, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from moebed.views import LayerView, Need
+from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class RouterState(Probe):
+    """Per token, from the router's float32 distribution.
+
+    Stored for each layer: ``logit_norm (T,)``, L2 norm of the router logits; ``router_entropy (T,)``, in nats;
+    ``margin (T,)``, probability of choice K minus that of choice K+1, and where K = E that of choice K itself;
+    ``num_experts``, E.
+    """
+
+    name = "router_state"
+    question = "How decided is the router?"
+    needs = frozenset({Need.ROUTING})
+
+    def update(self, view: LayerView) -> None:
+        """Measure one layer's distributions."""
+        if view.routing is None:
+            return
+        probs = view.routing.router_probs.float()  # (T, E)
+        chosen = view.num_experts_per_tok
+        ordered = probs.sort(dim=-1, descending=True).values
+        margin = ordered[:, chosen - 1]
+        if chosen < view.num_experts:
+            margin = margin - ordered[:, chosen]
+        measured = {
+            "logit_norm": view.routing.router_logits.float().norm(dim=-1),
+            "router_entropy": torch.xlogy(probs, probs).sum(dim=-1).neg(),
+            "margin": margin,
+        }
+        for key, value in measured.items():
+            self.arrays[f"{key}/{view.index}"] = value.cpu().numpy()
+        self.arrays[f"num_experts/{view.index}"] = np.asarray(view.num_experts, np.int64)
+
+    @classmethod
+    def describe(cls, arrays: Arrays) -> ProbeResult:
+        """Means over tokens, headlines and curves over depth."""
+        experts = {layer: int(value) for layer, value in by_layer(arrays, "num_experts").items()}
+        if not experts:
+            return ProbeResult(arrays, notes=["no layer has a router"])
+        scalars: dict[str, float] = {}
+        for quantity in ("logit_norm", "router_entropy", "margin"):
+            means = {layer: float(v.mean(dtype=np.float64)) for layer, v in by_layer(arrays, quantity).items()}
+            scalars |= per_layer(quantity, means)
+        uniform = sum(math.log(count) for count in experts.values()) / len(experts)
+        entropy = scalars["router_entropy"]
+        headlines = {
+            "router_entropy": Headline(
+                entropy,
+                f"The router's distribution over experts has {entropy:.2f} nats of entropy on average; "
+                f"a router without preference would have {uniform:.2f}.",
+            ),
+            "margin": Headline(
+                scalars["margin"],
+                f"The last expert chosen is ahead of the first one left out by {scalars['margin']:.3f} in probability.",
+            ),
+        }
+        return ProbeResult(arrays, scalars, headlines, {"over_depth": partial(_draw_over_depth, arrays, experts)})
+
+
+def _draw_over_depth(arrays: Arrays, experts: dict[int, int]) -> Figure:
+    from probes import figures
+
+    fig = figures.new_figure(
+        10.5, 3.3, "The router's state over depth: median over tokens, band from the 1st to the 3rd quartile"
+    )
+    panels = {
+        "router_entropy": "entropy of the choice (nats)",
+        "margin": "margin of choice K over K+1",
+        "logit_norm": "L2 norm of the logits",
+    }
+    axes = fig.subplots(1, len(panels))
+    for ax, (key, label), colour in zip(axes, panels.items(), figures.SERIES, strict=False):
+        quartiles = {layer: np.quantile(value, (0.25, 0.5, 0.75)) for layer, value in by_layer(arrays, key).items()}
+        figures.depth_band(ax, quartiles, colour)
+        ax.set_title(label, fontsize=10)
+        ax.set_ylim(bottom=0)
+    uniform = {layer: math.log(count) for layer, count in experts.items()}
+    figures.depth_line(axes[0], uniform, figures.MUTED, "ln E: no preference", dashed=True)
+    axes[0].set_ylim(0, 1.15 * max(max(uniform.values()), axes[0].get_ylim()[1] / 1.15, 0.1))
+    axes[0].legend(fontsize=8, frameon=False, loc="lower left")
+    return fig

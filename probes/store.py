@@ -1,0 +1,149 @@
+"""Results on disk: arrays of the latest probing, a summary of it, and the history of all probings of a run.
+
+Everything is written under a temporary name and then renamed, so a reader or an interrupted run never sees half a file.
+
+    <out>/results/<probe>.npz       arrays of the latest probing
+    <out>/results/history.jsonl     one line a probing: step, scalars, headlines' values
+    <out>/summary.json              headlines of the latest probing, with their sentences
+    <out>/figures/<probe>_<figure>.png
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from moebed.errors import UserError
+from probes.base import Arrays, ProbeResult
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file that takes the place of ``path`` when the block ends well, and vanishes when it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def results_dir(out: Path) -> Path:
+    """Where a run's arrays and history lie."""
+    return out / "results"
+
+
+def save_arrays(out: Path, name: str, arrays: Arrays) -> Path:
+    """Write ``results/<name>.npz``."""
+    path = results_dir(out) / f"{name}.npz"
+    with replacing(path) as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+    return path
+
+
+def load_arrays(out: Path, name: str) -> dict[str, np.ndarray]:
+    """Read ``results/<name>.npz``; nothing pickled is ever loaded.
+
+    Raises:
+        UserError: The file is missing or damaged.
+    """
+    path = results_dir(out) / f"{name}.npz"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {key: file[key] for key in file.files}
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; probe first") from None
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read ({error}); delete it and probe again") from error
+
+
+def save_summary(out: Path, step: int, results: Mapping[str, ProbeResult], timing: Mapping[str, float]) -> Path:
+    """Write ``summary.json``: for each probe its headlines (value and sentence) and notes; the step; seconds spent."""
+    probes = {
+        name: {
+            "headlines": {
+                key: {"value": _finite(headline.value), "sentence": headline.sentence}
+                for key, headline in result.headlines.items()
+            },
+            "notes": list(result.notes),
+        }
+        for name, result in results.items()
+    }
+    path = out / "summary.json"
+    with replacing(path) as file:
+        file.write(json.dumps({"step": step, "probes": probes, "seconds": dict(timing)}, indent=2).encode())
+    return path
+
+
+def load_summary(out: Path) -> dict[str, Any]:
+    """Read ``summary.json``; empty where there is none.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    path = out / "summary.json"
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read ({error}); delete it and probe again") from error
+
+
+def history_line(step: int, results: Mapping[str, ProbeResult]) -> dict[str, Any]:
+    """What the history keeps of one probing, as ``<probe>/<quantity>[/layer_07]`` and ``<probe>/<headline>``."""
+    return {
+        "step": step,
+        "scalars": {f"{p}/{k}": _finite(v) for p, result in results.items() for k, v in result.scalars.items()},
+        "headlines": {
+            f"{p}/{k}": _finite(h.value) for p, result in results.items() for k, h in result.headlines.items()
+        },
+    }
+
+
+def append_history(out: Path, line: Mapping[str, Any]) -> None:
+    """Add a probing; a line of the same or a later step, left by an interrupted run, gives way to it."""
+    _rewrite_history(out, lambda step: step < line["step"], line)
+
+
+def truncate_history(out: Path, step: int) -> None:
+    """Drop the lines after ``step``: a run that is resumed there writes them anew."""
+    if (results_dir(out) / "history.jsonl").exists():
+        _rewrite_history(out, lambda other: other <= step)
+
+
+def load_history(out: Path) -> list[dict[str, Any]]:
+    """All probings of a run, by step; a line that was torn when a run was stopped is left out."""
+    path = results_dir(out) / "history.jsonl"
+    lines = []
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+    return sorted(lines, key=lambda line: line["step"])
+
+
+def _rewrite_history(out: Path, keep: Callable[[int], bool], extra: Mapping[str, Any] | None = None) -> None:
+    lines: list[Mapping[str, Any]] = [line for line in load_history(out) if keep(line["step"])]
+    lines += [extra] if extra is not None else []
+    with replacing(results_dir(out) / "history.jsonl") as file:
+        for line in lines:
+            file.write(json.dumps(line).encode() + b"\n")
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN; null says that there is no number."""
+    return float(value) if math.isfinite(value) else None

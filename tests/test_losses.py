@@ -1,0 +1,71 @@
+"""Balancing losses against hand-made cases and against transformers' formula."""
+
+import math
+
+import pytest
+import torch
+
+from moebed.losses import load_balancing_loss, router_stats, token_losses
+from moebed.routers import Routing
+
+
+def _routing(logits: torch.Tensor, top_k: int) -> Routing:
+    probs = logits.softmax(-1)
+    weight, index = probs.topk(top_k)
+    return Routing(logits, probs, index, weight)
+
+
+def _all(tokens: int) -> torch.Tensor:
+    return torch.ones(tokens, dtype=torch.bool)
+
+
+def test_balanced_is_one():
+    logits = torch.eye(4).repeat(3, 1) * 2  # every expert is first choice equally often
+    stats = router_stats(_routing(logits, 1), _all(12))
+    assert stats.counts.tolist() == [3, 3, 3, 3]
+    assert load_balancing_loss(stats.mean_probs, stats.counts).item() == pytest.approx(1.0)
+
+
+def test_all_on_one_is_the_number_of_experts():
+    logits = torch.tensor([[100.0, 0, 0, 0]]).repeat(5, 1)
+    stats = router_stats(_routing(logits, 1), _all(5))
+    assert load_balancing_loss(stats.mean_probs, stats.counts).item() == pytest.approx(4.0)
+
+
+def test_gradient_reaches_the_router_and_pushes_to_balance():
+    logits = torch.tensor([[2.0, 0.0]]).repeat(4, 1).requires_grad_()
+    stats = router_stats(_routing(logits, 1), _all(4))
+    load_balancing_loss(stats.mean_probs, stats.counts).backward()
+    assert (logits.grad[:, 0] > 0).all()
+    assert (logits.grad[:, 1] < 0).all()
+
+
+def test_z_loss_by_hand():
+    logits = torch.tensor([[0.0, 0.0], [math.log(3), 0.0]])
+    expected = (math.log(2) ** 2 + math.log(4) ** 2) / 2
+    assert router_stats(_routing(logits, 1), _all(2)).z_loss.item() == pytest.approx(expected)
+
+
+def test_padding_counts_nowhere():
+    logits = torch.randn(10, 4)
+    mask = torch.arange(10) < 6
+    padded, short = router_stats(_routing(logits, 2), mask), router_stats(_routing(logits[:6], 2), _all(6))
+    for one, other in zip(padded, short, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_equals_transformers_formula():
+    """transformers pools all layers and does not divide the assignments by K: K times ours when the layer is one."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    logits = torch.randn(50, 8)
+    stats = router_stats(_routing(logits, 2), _all(50))
+    theirs = load_balancing_loss_func((logits,), 8, 2)
+    torch.testing.assert_close(2 * load_balancing_loss(stats.mean_probs, stats.counts), theirs)
+
+
+def test_token_losses_leave_out_ignored():
+    logits, labels = torch.randn(2, 3, 5), torch.tensor([[1, 2, -100], [0, -100, 4]])
+    losses = token_losses(logits, labels)
+    assert losses[0, 2] == losses[1, 1] == 0
+    assert losses[1, 2].item() == pytest.approx(-logits[1, 2].log_softmax(-1)[4].item(), rel=1e-5)
