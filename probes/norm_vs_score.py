@@ -127,7 +127,7 @@ def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
 def _grouped(count: np.ndarray) -> tuple[np.ndarray, int]:
     """Counts (E, E) with neighbouring ranks put together until a cell's mean count stands out of chance; group size."""
     experts = len(count)
-    sizes = [size for size in range(1, experts // 2 + 1) if experts % size == 0]
+    sizes = [size for size in range(1, experts) if experts % size == 0 and (size == 1 or experts // size >= 4)]
     size = next((size for size in sizes if count.mean() * size**2 >= READABLE_COUNT), sizes[-1])
     groups = experts // size
     return count.reshape(groups, size, groups, size).sum(axis=(1, 3)), size

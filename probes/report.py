@@ -35,7 +35,7 @@ h3 { font-size: 15px; margin: 16px 0 6px; }
 table { border-collapse: collapse; font-size: 14px; }
 th, td { padding: 4px 18px 4px 0; border-bottom: 1px solid var(--line); text-align: left; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; padding-left: 18px; padding-right: 0; }
-tr.group td { padding-top: 14px; color: var(--muted); font-size: 12px; font-weight: 600; }
+.numbers { display: flex; flex-wrap: wrap; gap: 24px 56px; align-items: flex-start; }
 img { max-width: 100%; height: auto; display: block; margin: 6px 0 14px; }
 details { border: 1px solid var(--line); border-radius: 6px; margin: 0 0 10px; padding: 0 16px; }
 details[open] { padding-bottom: 14px; }
@@ -105,7 +105,7 @@ def _columns(runs: Sequence[RunFolder], cell: Callable[[RunFolder], str]) -> str
         for run in runs
     ]
     return (
-        f'<div class="runs" style="grid-template-columns:repeat({len(runs)},minmax(380px,1fr))">{"".join(cells)}</div>'
+        f'<div class="runs" style="grid-template-columns:repeat({len(runs)},minmax(520px,1fr))">{"".join(cells)}</div>'
     )
 
 
@@ -126,25 +126,23 @@ def _found(runs: Sequence[RunFolder]) -> str:
 
 def _numbers(runs: Sequence[RunFolder]) -> str:
     groups: dict[str, list[dict[str, Any]]] = {
-        "the run": [run.numbers for run in runs],
-        "last logged": [_last_logged(run) for run in runs],
-        "the probes": [
+        "The run": [run.numbers for run in runs],
+        "Last logged": [_last_logged(run) for run in runs],
+        "The probes": [
             {f"{n}: {k}": h.value for n, result in run.results.items() for k, h in result.headlines.items()}
             for run in runs
         ],
     }
-    rows = []
+    head = "".join(f'<th class="number">{escape(run.name)}</th>' for run in runs)
+    tables = []
     for group, columns in groups.items():
-        keys = list(dict.fromkeys(key for numbers in columns for key in numbers))
-        if keys:
-            rows.append(f'<tr class="group"><td colspan="{len(runs) + 1}">{group}</td></tr>')
-        for key in keys:
+        rows = []
+        for key in dict.fromkeys(key for numbers in columns for key in numbers):
             cells = "".join(f'<td class="number">{_format(numbers.get(key, ""))}</td>' for numbers in columns)
             rows.append(f"<tr><td>{escape(str(key))}</td>{cells}</tr>")
-    if not rows:
-        return ""
-    head = "".join(f'<th class="number">{escape(run.name)}</th>' for run in runs)
-    return f"<h2>Key numbers</h2><table><tr><th></th>{head}</tr>{''.join(rows)}</table>"
+        if rows:
+            tables.append(f"<table><tr><th>{group}</th>{head}</tr>{''.join(rows)}</table>")
+    return f'<h2>Key numbers</h2><div class="numbers">{"".join(tables)}</div>' if tables else ""
 
 
 def _last_logged(run: RunFolder) -> dict[str, float]:
@@ -164,14 +162,17 @@ def _format(value: Any) -> str:
 
 
 def _training(runs: Sequence[RunFolder]) -> str:
-    from probes.report_charts import MOST_PANELS, draw_curves, tags_in_order
+    from probes.report_charts import LOSSES, MOST_PANELS, draw_curves, draw_losses, tags_in_order
 
     tags = tags_in_order(runs)
-    if not tags:
+    losses = any(tag in run.curves for run in runs for pair in LOSSES.values() for tag in pair)
+    if not tags and not losses:
         return ""
     left_out = f" {len(tags) - MOST_PANELS} further ones are in TensorBoard only." if len(tags) > MOST_PANELS else ""
     note = f'<p class="muted">Over optimizer steps. Long curves are smoothed, raw values behind them.{left_out}</p>'
-    return f"<h2>Training</h2>{note}{_image(draw_curves(runs, tags), 'curves of the logged scalars')}"
+    pictures = [_image(draw_losses(runs), "loss curves")] if losses else []
+    pictures += [_image(draw_curves(runs, tags), "curves of the logged scalars")] if tags else []
+    return f"<h2>Training</h2>{note}{''.join(pictures)}"
 
 
 def _history(runs: Sequence[RunFolder]) -> str:
@@ -202,7 +203,7 @@ def _probes(runs: Sequence[RunFolder]) -> str:
 
         return cell
 
-    parts = []
+    parts: list[str] = []
     for name, probe in PROBES.items():
         if any(name in run.results for run in runs):
             opened = "" if parts else " open"

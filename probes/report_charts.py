@@ -16,11 +16,12 @@ from probes import figures
 from probes.run_folder import Curve, RunFolder
 
 # The order in which a reader wants them; other tags follow.
+LOSSES = {
+    "loss (nats a token)": ("train/loss", "val/loss"),
+    "bits per byte": ("train/bits_per_byte", "val/bits_per_byte"),
+}
 FIRST_TAGS = (
-    "train/loss",
-    "val/loss",
-    "train/bits_per_byte",
-    "val/bits_per_byte",
+    *(tag for tags in LOSSES.values() for tag in tags),
     "train/load_balancing_loss",
     "train/max_violation",
     "train/router_z_loss",
@@ -38,10 +39,31 @@ def run_colours(runs: Sequence[RunFolder]) -> dict[str, str]:
 
 
 def tags_in_order(runs: Sequence[RunFolder]) -> list[str]:
-    """Tags of all runs that are worth a chart."""
-    found = {tag for run in runs for tag, (steps, _) in run.curves.items() if len(steps) > 1 and tag not in LEFT_OUT}
+    """Tags of all runs that are worth a small chart; those of ``draw_losses`` are not among them."""
+    drawn = {*LEFT_OUT, *(tag for tags in LOSSES.values() for tag in tags)}
+    found = {tag for run in runs for tag, (steps, _) in run.curves.items() if len(steps) > 1 and tag not in drawn}
     rest = sorted(found - set(FIRST_TAGS))
     return [tag for tag in FIRST_TAGS if tag in found] + rest
+
+
+def draw_losses(runs: Sequence[RunFolder]) -> Figure:
+    """Loss and bits per byte of all runs in large: training as a line, validation as dots."""
+    panels = {title: tags for title, tags in LOSSES.items() if any(tag in run.curves for run in runs for tag in tags)}
+    fig = figures.new_figure(11.6, 3.8, "")
+    axes = fig.subplots(1, len(panels), squeeze=False)[0]
+    colours = run_colours(runs)
+    for ax, (title, (train, validation)) in zip(axes, panels.items(), strict=True):
+        for run in runs:
+            if train in run.curves:
+                _draw_curve(ax, run.curves[train], colours[run.name], f"{run.name}: train")
+            if validation in run.curves:
+                figures.style_axes(ax)
+                style = {"marker": "o", "ms": 5, "ls": ":", "lw": 1.2, "mec": "white"}
+                ax.plot(*run.curves[validation], color=colours[run.name], label=f"{run.name}: validation", **style)
+        ax.set_title(title, fontsize=10.5)
+        ax.set_xlabel("step", fontsize=9)
+        ax.legend(fontsize=8.5, frameon=False)
+    return fig
 
 
 def draw_curves(runs: Sequence[RunFolder], tags: Sequence[str]) -> Figure:
@@ -103,7 +125,7 @@ def draw_history(series: Mapping[str, Mapping[int, Curve]], columns: int) -> Fig
     """One panel a quantity, one line a layer, from light (first) to dark (last)."""
     fig, axes = _grid(len(series), columns)
     layers = sorted({layer for by_layer in series.values() for layer in by_layer})
-    scale = Normalize(layers[0] - 0.35 * max(1, layers[-1] - layers[0]), max(layers[-1], layers[0] + 1))
+    scale = Normalize(layers[0] - 0.6 * max(1, layers[-1] - layers[0]), max(layers[-1], layers[0] + 1))
     colours = {layer: colormaps["YlGnBu"](float(scale(layer))) for layer in layers}
     for ax, (quantity, by_layer) in zip(axes, series.items(), strict=False):
         figures.style_axes(ax)
