@@ -37,11 +37,13 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, or 2 for an error that a person can mend."""
     options = build_parser().parse_args(argv)
+    verbose = options.verbose or bool({"-v", "--verbose"} & set(options.arguments))
+    arguments = [argument for argument in options.arguments if argument not in ("-v", "--verbose")]
     try:
         module, _ = COMMANDS[options.command]
-        importlib.import_module(module).run(options.command, options.arguments)
+        importlib.import_module(module).run(options.command, arguments)
     except UserError as error:
-        if options.verbose:
+        if verbose:
             raise
         print(f"moebed: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

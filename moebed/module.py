@@ -61,6 +61,7 @@ class MoEModule(LightningModule):
         self._terms = torch.compile(self._forward_terms, fullgraph=True, dynamic=False) if compile else None
         self._window_counts: list[Tensor] = []
         self._val_loss: TextLoss | None = None
+        self.last_validated_step: int | None = None
 
     # What other parts of moebed read ------------------------------------------------------------------------------
 
@@ -71,17 +72,21 @@ class MoEModule(LightningModule):
     # Training ------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Check the data against the model before anything is written."""
+        """Check the data against the model."""
         data = getattr(self.trainer, "datamodule", None)
         if data is None:
             raise UserError("MoEModule needs a data module with labels and bytes; pass datamodule=TextDataModule(...)")
+        self.check_data(data)
+        self._val_loss = TextLoss(len(data.domains)).to(self.device)
+
+    def check_data(self, data: Any) -> None:
+        """Raise ConfigError if the model cannot take what the data module gives."""
         data.check_vocabulary(self.config.vocab_size)
         if data.sequence_length > self.config.max_position_embeddings:
             raise ConfigError(
                 f"data.sequence_length is {data.sequence_length} but the model's max_position_embeddings is "
                 f"{self.config.max_position_embeddings}; lower the one or raise the other"
             )
-        self._val_loss = TextLoss(len(data.domains)).to(self.device)
 
     def configure_optimizers(self) -> Any:
         """Fused AdamW and its schedule, stepped once an optimizer step."""
@@ -181,6 +186,7 @@ class MoEModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log loss, perplexity and bits per byte, over all text and by domain."""
         self._log_text_loss("val")
+        self.last_validated_step = self.global_step
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """The same as validation, on the test text."""

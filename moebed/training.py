@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 from jsonargparse import ActionConfigFile
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -30,18 +32,21 @@ class _Parser(LightningArgumentParser):
     """Errors become a UserError of one line instead of a usage text."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise ConfigError(_first_cause(message)) from ex
+        text = " ".join(message.split())
+        unknown = re.search(r"does not accept option '([\w.]+)'", text)
+        if unknown is None:
+            raise ConfigError(text) from ex
+        actions = self._subcommands_action._name_parser_map["fit"]._actions if self._subcommands_action else []
+        near = difflib.get_close_matches(unknown.group(1), [action.dest for action in actions], 1)
+        hint = f"did you mean {near[0]!r}?" if near else "`moebed fit --help` lists the known ones"
+        raise ConfigError(f"unknown key {unknown.group(1)!r} in the config; {hint}") from ex
 
 
-def _first_cause(message: str) -> str:
-    """The part of jsonargparse's message that says what is wrong."""
-    text = " ".join(message.split())
-    unknown = re.search(r"[Kk]ey '?([\w.]+)'? is not expected", text) or re.search(
-        r"No action for key '([\w.]+)'", text
-    )
-    if unknown:
-        return f"unknown key {unknown.group(1)!r} in the config; `moebed fit --help` lists the known ones"
-    return text
+def _user_error_behind(error: BaseException | None) -> UserError | None:
+    """The UserError that jsonargparse wrapped, if there is one."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 class RunFolder(SaveConfigCallback):
@@ -75,7 +80,6 @@ class TrainingCLI(LightningCLI):
             MoEModule,
             TextDataModule,
             save_config_callback=RunFolder,
-            trainer_defaults={"plugins": [AtomicCheckpointIO()]},
             seed_everything_default=1234,
             args=list(args),
         )
@@ -122,6 +126,13 @@ class TrainingCLI(LightningCLI):
         elif config.ckpt_path is None:
             raise UserError(f"{self.subcommand} needs a checkpoint: add --ckpt_path last, or the path of a .ckpt file")
 
+    def instantiate_classes(self) -> None:
+        """Build model, data and callbacks; what they refuse is shown as they say it."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            raise _user_error_behind(error) or ConfigError(str(error)) from error
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A Trainer that logs into the run folder."""
         config = self._get(self.config_init, "trainer")
@@ -134,10 +145,17 @@ class TrainingCLI(LightningCLI):
         if config.get("enable_progress_bar") is not False:
             callbacks.append(ProgressBar(refresh_rate=1 if sys.stderr.isatty() else 50))
         kwargs["callbacks"] = callbacks
+        kwargs["plugins"] = [AtomicCheckpointIO(), *(config.get("plugins") or [])]
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
-        """Say what is about to be trained."""
+        """Say what is about to be trained, once model and data fit each other.
+
+        Lightning opens its loggers before it sets up the data; checked here, nothing is written if it fails.
+        """
+        self.datamodule.prepare_data()
+        self.datamodule.setup("fit")
+        self.model.check_data(self.datamodule)
         config: Any = self.model.config
         total, active = count_parameters(config)
         flops = flops_per_token(config, self.datamodule.sequence_length)
@@ -156,9 +174,27 @@ class TrainingCLI(LightningCLI):
         from probes.report import write_report
 
         folder = Path(self.trainer.default_root_dir)
-        numbers = closing_numbers(self.trainer, self.datamodule, folder)
+        numbers = self._closing_numbers(folder / "run_summary.json")
         report = write_report([folder], folder / "report.html")
         print_closing_table(numbers, folder, report)
+
+    def _closing_numbers(self, path: Path) -> dict[str, float | int]:
+        """The last numbers of the run, kept in ``run_summary.json``; those of a run that was finished stay."""
+        step = self.trainer.global_step
+        if path.exists() and (kept := json.loads(path.read_text())).get("step") == step:
+            return kept
+        found = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        if self.model.last_validated_step != step:
+            found |= self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)[0]
+        wanted = ("train/loss", "train/tokens_per_second", "val/loss", "val/perplexity", "val/bits_per_byte")
+        numbers: dict[str, float | int] = {"step": step} | {name: found[name] for name in wanted if name in found}
+        numbers |= {name: value for name, value in found.items() if name.startswith("val/bits_per_byte/")}
+        numbers["gzip -9 bits per byte"] = self.datamodule.gzip_bits_per_byte()["all"]
+        numbers["bits per byte over gzip's"] = numbers["val/bits_per_byte"] / numbers["gzip -9 bits per byte"]
+        temporary = path.with_name(path.name + ".partial")
+        temporary.write_text(json.dumps(numbers, indent=2) + "\n")
+        os.replace(temporary, path)
+        return numbers
 
     def after_validate(self) -> None:
         """Compare with gzip."""
@@ -183,25 +219,6 @@ def require_writable(folder: Path) -> None:
             f"the output folder {folder} cannot be written ({error.strerror}); "
             "choose another with --trainer.default_root_dir"
         ) from error
-
-
-def closing_numbers(trainer: Trainer, data: TextDataModule, folder: Path) -> dict[str, float | int]:
-    """The run's last numbers, also written to ``run_summary.json``; a finished run keeps those it has."""
-    path = folder / "run_summary.json"
-    found = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    if "val/bits_per_byte" not in found and path.exists():
-        return json.loads(path.read_text())
-    wanted = ("train/loss", "train/tokens_per_second", "val/loss", "val/perplexity", "val/bits_per_byte")
-    numbers: dict[str, float | int] = {"step": trainer.global_step}
-    numbers |= {name: found[name] for name in wanted if name in found}
-    numbers |= {name: value for name, value in found.items() if name.startswith("val/bits_per_byte/")}
-    numbers["gzip -9 bits per byte"] = data.gzip_bits_per_byte()["all"]
-    if "val/bits_per_byte" in numbers:
-        numbers["bits per byte over gzip's"] = numbers["val/bits_per_byte"] / numbers["gzip -9 bits per byte"]
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(json.dumps(numbers, indent=2) + "\n")
-    os.replace(temporary, path)
-    return numbers
 
 
 def print_closing_table(numbers: dict[str, float | int], folder: Path, report: Path) -> None:
@@ -232,4 +249,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
     torch.set_float32_matmul_precision("high")
     # LightningCLI warns of given arguments when sys.argv has some too; they are the same here.
     warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
-    TrainingCLI([command, *arguments])
+    try:
+        TrainingCLI([command, *arguments])
+    except MisconfigurationException as error:
+        raise UserError(str(error)) from error

@@ -60,6 +60,7 @@ def draw_losses(runs: Sequence[RunFolder]) -> Figure:
                 figures.style_axes(ax)
                 style = {"marker": "o", "ms": 5, "ls": ":", "lw": 1.2, "mec": "white"}
                 ax.plot(*run.curves[validation], color=colours[run.name], label=f"{run.name}: validation", **style)
+        _limit(ax, [run.curves[tag] for run in runs for tag in (train, validation) if tag in run.curves])
         ax.set_title(title, fontsize=10.5)
         ax.set_xlabel("step", fontsize=9)
         ax.legend(fontsize=8.5, frameon=False)
@@ -74,6 +75,7 @@ def draw_curves(runs: Sequence[RunFolder], tags: Sequence[str]) -> Figure:
         for run in runs:
             if tag in run.curves:
                 _draw_curve(ax, run.curves[tag], colours[run.name], run.name)
+        _limit(ax, [run.curves[tag] for run in runs if tag in run.curves])
         ax.set_title(tag, fontsize=9)
     if len(runs) > 1:
         handles, labels = axes[0].get_legend_handles_labels()
@@ -89,11 +91,16 @@ def _draw_curve(ax: Axes, curve: Curve, colour: str, name: str) -> None:
         return
     ax.plot(steps, values, color=colour, lw=0.6, alpha=0.3)
     ax.plot(steps, _smooth(values), color=colour, lw=1.5, label=name)
-    finite = values[np.isfinite(values)]
-    if finite.size:
-        # A spike at the start would flatten all that follows.
-        low, high = np.quantile(finite, (0.0, 0.995))
-        ax.set_ylim(low - 0.05 * (high - low) - 1e-9, high + 0.05 * (high - low) + 1e-9)
+
+
+def _limit(ax: Axes, curves: Sequence[Curve]) -> None:
+    """Leave out the highest half percent of long curves: a spike at the start would flatten all that follows."""
+    values = np.concatenate([values for _, values in curves])
+    values = values[np.isfinite(values)]
+    if len(values) >= SMOOTHED_FROM:
+        low, high = np.quantile(values, (0.0, 0.995))
+        margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
+        ax.set_ylim(low - margin, high + margin)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from probe_training import Windows, train, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training import Windows, train, weights
 
 from moebed.errors import ConfigError, UserError
 from probes import store
@@ -25,7 +25,7 @@ def probed_steps(out):
 def test_training_with_probes_is_bit_identical(tmp_path):
     plain = weights(train(tmp_path / "plain", [], 6))
     probed = weights(
-        train(tmp_path / "probed", [ProbeCallback(every_n_steps=2, num_sequences=2, figures_every_n_steps=3)], 6)
+        train(tmp_path / "probed", [ProbeCallback(every_n_steps=2, num_sequences=2, figures_every_n_steps=6)], 6)
     )
     assert probed_steps(tmp_path / "probed") == [0, 2, 4, 6]
     assert plain.keys() == probed.keys()

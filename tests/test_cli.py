@@ -1,0 +1,229 @@
+"""The command line as a person meets it: what it writes, and one line with exit code 2 when it cannot."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from moebed.cli import main
+from moebed.config import ModelConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A run that takes a second, as a YAML file, and its content to change."""
+    (tmp_path / "text.txt").write_text(
+        "\n\n".join(f"{i}: the cat sat on the mat and saw {i}. " * 6 for i in range(120))
+    )
+    content = {
+        "seed_everything": 7,
+        "trainer": {
+            "default_root_dir": str(tmp_path / "run"),
+            "accelerator": "cpu",
+            "devices": 1,
+            "max_steps": 6,
+            "val_check_interval": 3,
+            "log_every_n_steps": 1,
+            "enable_progress_bar": False,
+            "callbacks": [
+                {"class_path": "probes.ProbeCallback", "init_args": {"every_n_steps": 3, "num_sequences": 2}}
+            ],
+        },
+        "checkpoint": {"every_n_train_steps": 2},
+        "samples": {"prompt_tokens": 4, "new_tokens": 4},
+        "model": {
+            "config": {
+                "vocab_size": 260,
+                "hidden_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_experts": 4,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 32,
+            },
+            "optimizer": {"warmup_steps": 2},
+        },
+        "data": {
+            "sources": [{"name": "text", "kind": "files", "path": str(tmp_path / "text.txt")}],
+            "tokenizer": {"kind": "bytes"},
+            "sequence_length": 32,
+            "batch_size": 2,
+            "max_validation_windows": 4,
+            "cache_dir": str(tmp_path / "cache"),
+        },
+    }
+
+    def write(change=None):
+        if change:
+            change(content)
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(content))
+        return path
+
+    return write
+
+
+def _fails(capsys, arguments, *words):
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("moebed: error:")]
+    assert len(lines) == 1
+    for word in words:
+        assert word in lines[0]
+
+
+def test_fit_writes_a_whole_run_folder_and_continues(recipe, tmp_path, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    path, run = recipe(), tmp_path / "run"
+    assert main(["fit", "--config", str(path)]) == 0
+    assert (run / "checkpoints" / "last.ckpt").is_file()
+    assert "<html" in (run / "report.html").read_text()[:2000]
+    summary = json.loads((run / "run_summary.json").read_text())
+    assert summary["step"] == 6
+    assert 0 < summary["val/bits_per_byte"] < 8.5
+    assert summary["gzip -9 bits per byte"] > 0
+    assert ModelConfig.from_dict(yaml.safe_load((run / "config.yaml").read_text())["model"]["config"]).num_experts == 4
+    assert {path.name for path in (run / "results").glob("*.npz")} >= {"balance.npz", "norm_vs_score.npz"}
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0, "tensors": 0}).Reload()
+    tags = events.Tags()
+    assert {"train/loss", "train/bits_per_byte", "train/load_balancing_loss", "val/bits_per_byte"} <= set(
+        tags["scalars"]
+    )
+    assert any(tag.startswith("probes/balance/max_violation/layer_00") for tag in tags["scalars"])
+    assert any(tag.startswith("probes/matrix_similarity/") for tag in tags["images"])
+    assert {"config/text_summary", "samples/text_summary"} <= set(tags["tensors"])
+
+    _fails(capsys, ["fit", "--config", path], "already holds a run", "--ckpt_path last")
+    before = (run / "run_summary.json").read_text()
+    assert main(["fit", "--config", str(path), "--ckpt_path", "last"]) == 0  # finished: nothing more to train
+    assert (run / "run_summary.json").read_text() == before
+    assert main(["fit", "--config", str(path), "--ckpt_path", "last", "--trainer.max_steps", "8"]) == 0
+    assert json.loads((run / "run_summary.json").read_text())["step"] == 8
+    assert main(["validate", "--config", str(run / "config.yaml"), "--ckpt_path", "last"]) == 0
+    assert "val/bits_per_byte" in capsys.readouterr().out
+    assert main(["report", str(run), "--out", str(tmp_path / "two.html")]) == 0
+    assert (tmp_path / "two.html").stat().st_size > 10_000
+
+
+def _set(content, dotted, value):
+    *parents, last = dotted.split(".")
+    for key in parents:
+        content = content[key]
+    content[last] = value
+
+
+@pytest.mark.parametrize(
+    ("dotted", "value", "words"),
+    [
+        ("model.config.num_experts_per_tok", 5, ["num_experts_per_tok is 5", "4 experts"]),
+        ("model.config.num_attention_heads", 5, ["hidden_size 32 is not divisible by num_attention_heads 5"]),
+        ("model.config.num_expert", 5, ["unknown key", "num_expert"]),
+        ("trainer.max_step", 5, ["unknown key", "max_step"]),
+        ("model.config.hidden_act", "relu", ["hidden_act", "relu"]),
+        ("model.config.hidden_size", "wide", ["hidden_size", "wide"]),
+        ("model.config.router", "best", ["unknown router 'best'", "softmax_topk"]),
+        ("model.config.vocab_size", 100, ["vocab_size is 100"]),
+        ("data.sources", [{"name": "x", "kind": "files", "path": "nowhere/at/all.txt"}], ["nowhere/at/all.txt"]),
+        ("data.tokenizer", {"kind": "auto", "path": "nowhere/tokenizer"}, ["nowhere/tokenizer"]),
+        (
+            "trainer.callbacks",
+            [{"class_path": "probes.ProbeCallback", "init_args": {"probes": ["balanc"]}}],
+            ["balanc"],
+        ),
+    ],
+)
+def test_wrong_input_is_one_line_and_writes_nothing(recipe, tmp_path, capsys, dotted, value, words):
+    path = recipe(lambda content: _set(content, dotted, value))
+    _fails(capsys, ["fit", "--config", path], *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_empty_corpus(recipe, tmp_path, capsys):
+    path = recipe()
+    (tmp_path / "text.txt").write_text("\n \n")
+    _fails(capsys, ["fit", "--config", path], "'text' has no text")
+    assert not (tmp_path / "run").exists()
+
+
+def test_output_folder_that_cannot_be_written(recipe, tmp_path, capsys):
+    (tmp_path / "file").write_text("not a folder")
+    path = recipe(lambda content: _set(content, "trainer.default_root_dir", str(tmp_path / "file" / "run")))
+    _fails(capsys, ["fit", "--config", path], str(tmp_path / "file" / "run"), "cannot be written")
+
+
+def test_missing_recipe_and_missing_checkpoint(recipe, tmp_path, capsys):
+    _fails(capsys, ["fit", "--config", tmp_path / "none.yaml"], "none.yaml")
+    _fails(capsys, ["validate", "--config", recipe()], "needs a checkpoint")
+    _fails(capsys, ["validate", "--config", recipe(), "--ckpt_path", tmp_path / "none.ckpt"], "none.ckpt")
+    _fails(capsys, ["report", tmp_path / "norun"], "norun")
+
+
+def test_help_is_quick_and_complete():
+    begin = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", "moebed.cli", "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert time.perf_counter() - begin < 2
+    assert done.returncode == 0
+    for command in ("fit", "validate", "test", "predict", "report", "bench"):
+        assert command in done.stdout
+
+
+def test_fit_help_has_a_sentence_for_every_model_knob(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["fit", "--help"])
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    import dataclasses
+
+    for field in dataclasses.fields(ModelConfig):
+        at = (
+            text.index(f"--model.config.{field.name} {field.name.upper()}", text.index("options:"))
+            if (f"--model.config.{field.name} {field.name.upper()}" in text[text.index("options:") :])
+            else text.index(f"--model.config.{field.name} {{", text.index("options:"))
+        )
+        sentence = text[at : at + 400].split("(type:")[0]
+        assert len(sentence.split()) > 3, field.name
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_builds_and_takes_a_step(path, tmp_path, recipe):
+    """At full size on the meta device, then one real step, a GPU-sized model narrowed for it."""
+    import torch
+
+    from moebed.decoder import Decoder
+    from moebed.flops import count_parameters
+
+    content = yaml.safe_load(path.read_text())
+    config = ModelConfig.from_dict(content["model"]["config"])
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    assert sum(parameter.numel() for parameter in decoder.parameters()) == count_parameters(config)[0]
+    recipe()  # writes the text
+    changes = {
+        "trainer.default_root_dir": tmp_path / "run",
+        "trainer.accelerator": "cpu",
+        "trainer.devices": 1,
+        "trainer.max_steps": 1,
+        "trainer.val_check_interval": 1,
+        "trainer.accumulate_grad_batches": 1,
+        "trainer.enable_progress_bar": "false",
+        "model.compile": "false",
+        "data.sources": json.dumps([{"name": "text", "kind": "files", "path": str(tmp_path / "text.txt")}]),
+        "data.tokenizer": json.dumps({"kind": "bpe", "vocab_size": 400}),
+        "data.sequence_length": 32,
+        "data.batch_size": 2,
+        "data.max_validation_windows": 2,
+        "data.cache_dir": tmp_path / "cache",
+    }
+    if config.hidden_size > 256:
+        changes |= {"model.config.hidden_size": 48, "model.config.moe_intermediate_size": 32}
+    arguments = [part for key, value in changes.items() for part in (f"--{key}", str(value))]
+    assert main(["fit", "--config", str(path), *arguments]) == 0
+    assert (tmp_path / "run" / "report.html").is_file()
