@@ -45,9 +45,9 @@ class RotaryEmbedding(nn.Module):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x (B, heads, S, D)."""
+    """Rotate x (B, heads, S, D), in its own dtype as transformers does."""
     low, high = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat([-high, low], dim=-1) * sin).to(x.dtype)
+    return x * cos.to(x.dtype) + torch.cat([-high, low], dim=-1) * sin.to(x.dtype)
 
 
 class KVCache:
@@ -119,15 +119,27 @@ class Attention(nn.Module):
 
     def _mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         length, total = query.shape[2], key.shape[2]
-        if self.cap is None and self.backend != "math":
+        if self._uses_sdpa(query, total):
             causal = length == total and (self.window is None or total <= self.window)
             mask = None if causal or self._sees_all(length, total) else self._mask(length, total, query.device)
             return F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=self.scale)
-        logits = (query * self.scale) @ key.transpose(-2, -1)  # (B, A, S, S_total)
-        if self.cap is not None:
-            logits = self.cap * torch.tanh(logits.float() / self.cap)
-        logits = logits.float().masked_fill(~self._mask(length, total, query.device), float("-inf"))
-        return logits.softmax(dim=-1).to(value.dtype) @ value
+        hidden = torch.zeros(length, total, dtype=query.dtype, device=query.device)
+        hidden.masked_fill_(~self._mask(length, total, query.device), float("-inf"))
+        heads = query.shape[:2]
+        query, key, value = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)  # (B·A, ., D)
+        if self.cap is None:
+            logits = torch.baddbmm(hidden, query, key.transpose(1, 2), alpha=self.scale)  # (B·A, S, S_total)
+        else:
+            logits = torch.bmm(query * self.scale, key.transpose(1, 2)).float()
+            logits = self.cap * torch.tanh(logits / self.cap) + hidden
+        return (logits.softmax(dim=-1).to(value.dtype) @ value).unflatten(0, heads)
+
+    def _uses_sdpa(self, query: Tensor, total: int) -> bool:
+        if self.cap is not None or self.backend == "math":
+            return False
+        # On a CPU the backward pass of PyTorch's flash attention is slower than the whole of plain products, as long
+        # as their (S, S) logits are small.
+        return self.backend == "sdpa" or query.device.type != "cpu" or total > 1024
 
     def _sees_all(self, length: int, total: int) -> bool:
         return length == 1 and (self.window is None or total <= self.window)

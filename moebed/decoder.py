@@ -158,11 +158,11 @@ class Decoder(nn.Module):
                 f"{self.config.max_position_embeddings}; shorten the text or raise it"
             )
         rope = self.rotary(start, input_ids.shape[1], input_ids.device)
-        return self.embed_tokens(input_ids) * self.config.embedding_multiplier, rope
+        return _scaled(self.embed_tokens(input_ids), self.config.embedding_multiplier), rope
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (B, S, V) from the residual stream that leaves the last layer."""
-        return self.lm_head(self.norm(hidden)) * self.config.logits_multiplier
+        return _scaled(self.lm_head(self.norm(hidden)), self.config.logits_multiplier)
 
     def forward(self, input_ids: Tensor, caches: list[KVCache] | None = None) -> DecoderOutput:
         """Logits for every position of input_ids (B, S).
@@ -182,3 +182,8 @@ class Decoder(nn.Module):
             if routing is not None:
                 routings.append(routing)
         return DecoderOutput(self.head(hidden), tuple(routings))
+
+
+def _scaled(x: Tensor, factor: float) -> Tensor:
+    """x * factor, without a pass over memory where the factor is 1."""
+    return x if factor == 1 else x * factor

@@ -18,9 +18,43 @@ IGNORE_INDEX = -100
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross entropy of every next token in nats, (B, S) float32; 0 where labels (B, S) are -100. logits (B, S, V)."""
-    flat = logits.float().flatten(0, 1)
-    nats = F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
+    flat = logits.flatten(0, 1)
+    if torch.compiler.is_compiling():  # the compiler fuses this one by itself
+        nats = F.cross_entropy(flat.float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
+    else:
+        nats = _CrossEntropy.apply(flat, labels.flatten())
     return nats.view(labels.shape)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Cross entropy of logits (T, V) a few rows at a time, so that no float32 copy of all of them is ever made."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, labels: Tensor) -> Tensor:
+        log_sums = torch.cat([rows.float().logsumexp(dim=-1) for rows in logits.split(_rows_at_once(logits))])  # (T,)
+        ctx.save_for_backward(logits, labels, log_sums)
+        chosen = logits.gather(1, labels.clamp(min=0).unsqueeze(1)).squeeze(1).float()
+        return (log_sums - chosen).masked_fill(labels == IGNORE_INDEX, 0.0)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        logits, labels, log_sums = ctx.saved_tensors
+        grad = grad.masked_fill(labels == IGNORE_INDEX, 0.0)
+        out = torch.empty_like(logits)
+        size = _rows_at_once(logits)
+        parts = (tensor.split(size) for tensor in (out, logits, labels, log_sums, grad))
+        for target, rows, label, log_sum, scale in zip(*parts, strict=True):
+            probs = rows.float().sub_(log_sum.unsqueeze(1)).exp_()
+            probs.scatter_add_(1, label.clamp(min=0).unsqueeze(1), probs.new_full((len(label), 1), -1.0))
+            torch.mul(probs, scale.unsqueeze(1), out=probs)
+            target.copy_(probs)
+        return out, None
+
+
+def _rows_at_once(logits: Tensor) -> int:
+    """Rows whose float32 copy stays in a core's cache on a CPU, or within 256 MiB on a GPU."""
+    budget = 2**18 if logits.device.type == "cpu" else 2**26
+    return max(1, budget // logits.shape[1])
 
 
 class RouterStats(NamedTuple):

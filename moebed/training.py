@@ -21,6 +21,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from moebed.allocator import keep_freed_memory
 from moebed.callbacks import AtomicCheckpointIO, ProgressBar, SampleText, TrainingRate
 from moebed.data.datamodule import TextDataModule
 from moebed.errors import ConfigError, UserError
@@ -247,6 +248,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
     torch.set_float32_matmul_precision("high")
+    keep_freed_memory()
     # LightningCLI warns of given arguments when sys.argv has some too; they are the same here.
     warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
     try:

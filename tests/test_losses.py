@@ -64,6 +64,20 @@ def test_equals_transformers_formula():
     torch.testing.assert_close(2 * load_balancing_loss(stats.mean_probs, stats.counts), theirs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_token_losses_equal_cross_entropy(dtype):
+    """In rows enough for several chunks, with the gradient that autograd finds by itself."""
+    logits = (torch.randn(3, 70, 2000) * 4).to(dtype).requires_grad_()
+    labels = torch.randint(0, 2000, (3, 70)).masked_fill(torch.rand(3, 70) < 0.2, -100)
+    expected = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
+    weight = torch.rand(3, 70)
+    (expected_grad,) = torch.autograd.grad((expected.view(3, 70) * weight).sum(), logits)
+    losses = token_losses(logits, labels)
+    (grad,) = torch.autograd.grad((losses * weight).sum(), logits)
+    torch.testing.assert_close(losses, expected.view(3, 70), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+
+
 def test_token_losses_leave_out_ignored():
     logits, labels = torch.randn(2, 3, 5), torch.tensor([[1, 2, -100], [0, -100, 4]])
     losses = token_losses(logits, labels)
