@@ -75,6 +75,36 @@ class TrainingRate(Callback):
         pl_module.log("train/tokens_per_second", tokens * trainer.world_size / seconds, prog_bar=True)
 
 
+class UnbrokenLog(Callback):
+    """No logged step is lost when a run is killed right after it wrote a checkpoint.
+
+    Lightning hands a step's metrics to the loggers after the checkpoint of that step is written, and a logger keeps
+    them in memory for a while. So what was logged before is flushed when a checkpoint is written, the step's own
+    metrics go into the checkpoint, and a resumed run logs them once more.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[str, Any] = {}
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Flush the loggers; keep the metrics of the step that has just ended."""
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.flush()
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("train/")}
+        checkpoint["last_logged"] = {"step": trainer.global_step - 1, "metrics": metrics}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take up what the checkpoint kept."""
+        self._last = checkpoint.get("last_logged", {})
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log it once more, where that step is one that is logged."""
+        if self._last and trainer.global_step and (self._last["step"] + 1) % trainer.log_every_n_steps == 0:
+            for logger in trainer.loggers:
+                logger.log_metrics(self._last["metrics"], self._last["step"])
+
+
 class SampleText(Callback):
     """At each validation, continues the beginning of one validation sequence of each domain (TensorBoard's text page).
 

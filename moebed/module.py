@@ -39,9 +39,9 @@ class MoEModule(LightningModule):
         config: Shape and behaviour of the decoder.
         optimizer: AdamW and its schedule.
         activation_checkpointing: Recompute each block in the backward pass instead of keeping its activations.
-        compile: Compile the forward pass and the loss with torch.compile. Static shapes and no graph breaks; a
-            recompilation beyond the first is an error, not a silent fall back to eager. The first step takes from
-            ten seconds to a minute longer.
+        compile: Compile the forward pass and the loss with torch.compile, with static shapes and without graph breaks;
+            more recompilations than its limit are an error, not a silent fall back to eager. The first step takes
+            from ten seconds to a minute longer.
         stop_on_nan: Stop with an error that names the step when the loss is not finite.
     """
 
@@ -119,6 +119,7 @@ class MoEModule(LightningModule):
         loss = nats / tokens
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/bits_per_byte", bits_per_byte(nats, batch["label_bytes"].sum()), prog_bar=True)
+        self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
         total = loss + self._balancing_losses(terms)
         if self.stop_on_nan and not torch.isfinite(total):
             raise UserError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import os
 import re
 import sys
@@ -22,11 +23,21 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from moebed.allocator import keep_freed_memory
-from moebed.callbacks import AtomicCheckpointIO, ProgressBar, SampleText, TrainingRate
+from moebed.callbacks import AtomicCheckpointIO, ProgressBar, SampleText, TrainingRate, UnbrokenLog
 from moebed.data.datamodule import TextDataModule
 from moebed.errors import ConfigError, UserError
 from moebed.flops import count_parameters, flops_per_token
 from moebed.module import MoEModule
+
+# What Lightning warns of although it is meant here: batches without loader workers, a run folder that is continued or
+# begun with --ckpt_path last, the command line's own arguments, and its own use of a deprecated name.
+LIGHTNING_ADVICE = (
+    "does not have many workers",
+    "exists and is not empty",
+    "there is no last checkpoint available",
+    "args parameter is intended to run from within Python",
+    "LeafSpec",
+)
 
 
 class _Parser(LightningArgumentParser):
@@ -142,7 +153,7 @@ class TrainingCLI(LightningCLI):
                 config.default_root_dir, name="tensorboard", version="", default_hp_metric=False
             )
         # First, so that its clock stops before other callbacks begin to work.
-        callbacks: list[Callback] = [TrainingRate(), *(config.get("callbacks") or [])]
+        callbacks: list[Callback] = [TrainingRate(), UnbrokenLog(), *(config.get("callbacks") or [])]
         if config.get("enable_progress_bar") is not False:
             callbacks.append(ProgressBar(refresh_rate=1 if sys.stderr.isatty() else 50))
         kwargs["callbacks"] = callbacks
@@ -160,22 +171,22 @@ class TrainingCLI(LightningCLI):
         config: Any = self.model.config
         total, active = count_parameters(config)
         flops = flops_per_token(config, self.datamodule.sequence_length)
+        folder = Path(self.trainer.default_root_dir)
+        continued = self.config.fit.ckpt_path == "last" and (folder / "checkpoints" / "last.ckpt").exists()
+        say(f"{'continuing the run' if continued else 'a new run'} in {folder}; --ckpt_path last continues it")
         say(
             f"model: {total / 1e6:.1f} M parameters, {active / 1e6:.1f} M active a token, "
-            f"{flops / 1e6:.0f} MFLOP a token forward; run folder {self.trainer.default_root_dir}"
+            f"{flops / 1e6:.0f} MFLOP a token forward"
         )
 
     def after_fit(self) -> None:
         """The closing table, ``run_summary.json`` and ``report.html``."""
+        folder = Path(self.trainer.default_root_dir)
+        numbers = self._closing_numbers(folder / "run_summary.json")
         if not self.trainer.is_global_zero:
-            return
-        if self.trainer.interrupted:
-            say(f"interrupted at step {self.trainer.global_step}; continue with --ckpt_path last")
             return
         from probes.report import write_report
 
-        folder = Path(self.trainer.default_root_dir)
-        numbers = self._closing_numbers(folder / "run_summary.json")
         report = write_report([folder], folder / "report.html")
         print_closing_table(numbers, folder, report)
 
@@ -190,6 +201,8 @@ class TrainingCLI(LightningCLI):
         wanted = ("train/loss", "train/tokens_per_second", "val/loss", "val/perplexity", "val/bits_per_byte")
         numbers: dict[str, float | int] = {"step": step} | {name: found[name] for name in wanted if name in found}
         numbers |= {name: value for name, value in found.items() if name.startswith("val/bits_per_byte/")}
+        if not self.trainer.is_global_zero:
+            return numbers
         numbers["gzip -9 bits per byte"] = self.datamodule.gzip_bits_per_byte()["all"]
         numbers["bits per byte over gzip's"] = numbers["val/bits_per_byte"] / numbers["gzip -9 bits per byte"]
         temporary = path.with_name(path.name + ".partial")
@@ -244,13 +257,13 @@ def print_closing_table(numbers: dict[str, float | int], folder: Path, report: P
 
 def run(command: str, arguments: Sequence[str]) -> None:
     """Entry of the four training commands."""
-    # Lightning advises on data loader workers and logging intervals; neither applies to packed in-memory batches.
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+    for message in LIGHTNING_ADVICE:
+        warnings.filterwarnings("ignore", message=f".*{message}.*")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip:" not in record.getMessage()
+    )
     torch.set_float32_matmul_precision("high")
     keep_freed_memory()
-    # LightningCLI warns of given arguments when sys.argv has some too; they are the same here.
-    warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
     try:
         TrainingCLI([command, *arguments])
     except MisconfigurationException as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -65,6 +66,12 @@ def dense_of_equal_flops(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, num_experts=0, intermediate_size=width)
 
 
+TRANSFORMERS_EXPERTS = ("grouped_mm", "eager")
+NOTES = [
+    "transformers' batched_mm copies an expert's weights for every token and is left out",
+    "'matrix products alone' is the most that any step of these sizes can reach here",
+]
+
 Step = Callable[[Tensor, Tensor], float]
 
 
@@ -118,6 +125,38 @@ def transformers_step(config: ModelConfig, device: torch.device, experts_impleme
     return _training_step(model, loss, device)
 
 
+def products_step(config: ModelConfig, tokens: int, device: torch.device) -> Step:
+    """The matrix products of a step and nothing else: projections, head and evenly loaded experts, times three.
+
+    No way of training can be faster with these products; attention's own are left out.
+    """
+    assert config.head_dim is not None
+    hidden, layer = config.hidden_size, config.layer(0)
+    width = layer.moe_intermediate_size
+    rows = tokens * layer.num_experts_per_tok // layer.num_experts
+    # (rows, in, out) of the forward products, and how often each occurs in a step.
+    shapes = {
+        (tokens, hidden, config.num_attention_heads * config.head_dim): 4 * config.num_hidden_layers,
+        (rows, hidden, 2 * width): layer.num_experts * config.num_hidden_layers,
+        (rows, width, hidden): layer.num_experts * config.num_hidden_layers,
+        (tokens, hidden, config.vocab_size): 1,
+    }
+    work = []
+    for (m, k, n), count in shapes.items():
+        x, weight, grad = (torch.randn(*shape, device=device).bfloat16() for shape in ((m, k), (n, k), (m, n)))
+        work.append((x, weight, grad, count))
+
+    def step(input_ids: Tensor, labels: Tensor) -> float:
+        for x, weight, grad, count in work:
+            for _ in range(count):
+                torch.mm(x, weight.t())
+                torch.mm(grad, weight)
+                torch.mm(grad.t(), x)
+        return 0.0
+
+    return step
+
+
 def batches(size: Size, device: torch.device, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
     """Random tokens with the skew of text (a Zipf law), so that experts are loaded unevenly."""
     generator = torch.Generator().manual_seed(seed)
@@ -144,8 +183,12 @@ class Measured:
         return self.tokens / statistics.median(self.seconds[name])
 
 
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def measure(
-    contestants: dict[str, Step], size: Size, device: torch.device, rounds: int, steps: int, progress: Callable = print
+    contestants: dict[str, Step], size: Size, device: torch.device, rounds: int, steps: int, progress: Callable = _say
 ) -> Measured:
     """Time all contestants in alternation, after a warm-up of each."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
@@ -173,17 +216,21 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
+PRODUCTS_ALONE = "matrix products alone"
+
+
 def contestants_of(size: Size, device: torch.device, compile: bool) -> dict[str, Step]:
     """Ours and the peers, by the name that the table shows."""
     dense = dense_of_equal_flops(size.model)
     steps: dict[str, Step] = {}
-    for implementation in ("grouped_mm", "eager"):
+    for implementation in TRANSFORMERS_EXPERTS:
         steps[f"transformers {implementation}"] = transformers_step(size.model, device, implementation)
     steps["moebed eager"] = own_step(size.model, device, compile=False)
     steps["moebed dense eager"] = own_step(dense, device, compile=False)
     if compile:
         steps["moebed compiled"] = own_step(size.model, device, compile=True)
         steps["moebed dense compiled"] = own_step(dense, device, compile=True)
+    steps[PRODUCTS_ALONE] = products_step(size.model, size.tokens, device)
     return steps
 
 
@@ -203,7 +250,20 @@ def run(size_name: str, rounds: int, steps: int, compile: bool, device: str = "c
                 ratios = sorted(found.ratios(name, base))
                 row[f"over_{label}"] = [ratios[0], statistics.median(ratios), ratios[-1]]
         rows.append(row)
-    return {"size": size_name, "best_transformers": best, "rounds": rounds, "steps": steps, "rows": rows}
+    sizes = (
+        f"hidden {size.model.hidden_size}, {size.model.num_hidden_layers} layers, {size.model.num_experts} experts of "
+        f"{size.model.moe_intermediate_size}, top-{size.model.num_experts_per_tok}, vocabulary "
+        f"{size.model.vocab_size}, batch {size.batch_size} x {size.sequence_length}"
+    )
+    return {
+        "size": size_name,
+        "sizes": sizes,
+        "best_transformers": best,
+        "rounds": rounds,
+        "steps": steps,
+        "notes": NOTES,
+        "rows": rows,
+    }
 
 
 def _dense_peer(name: str) -> str:

@@ -1,0 +1,94 @@
+"""``moebed bench WHAT``: measurements as tables of ratios, with the machine and the versions beside them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from moebed.errors import UserError
+
+PACKAGES = ("torch", "transformers", "triton", "lightning", "numpy")
+
+
+def run(command: str, arguments: Sequence[str]) -> None:
+    """Measure, print a table, and keep the figures where asked."""
+    parser = argparse.ArgumentParser(prog=f"moebed {command}", description=__doc__)
+    kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    train = kinds.add_parser("train", help="tokens/s of a training step, beside transformers and our dense model")
+    train.add_argument("--size", action="append", help="A, F or B (see moebed/bench/train.py); may be repeated")
+    train.add_argument("--rounds", type=int, default=10, help="alternations between all contestants")
+    train.add_argument("--steps", type=int, default=3, help="steps of each contestant in a round")
+    train.add_argument("--compile", action="store_true", help="our models compiled as well; their warm-up takes longer")
+    train.add_argument("--device", default="cpu", help="cpu or cuda")
+    train.add_argument("--json", type=Path, metavar="FILE", help="keep the figures, with versions and machine")
+    options = parser.parse_args(arguments)
+    if options.json is not None and not options.json.parent.is_dir():
+        raise UserError(f"--json {options.json}: the folder {options.json.parent} does not exist; make it first")
+    found = _train(options)
+    if options.json is not None:
+        temporary = options.json.with_name(options.json.name + ".partial")
+        temporary.write_text(json.dumps({"machine": machine(), "results": found}, indent=2) + "\n")
+        os.replace(temporary, options.json)
+
+
+def _train(options: argparse.Namespace) -> list[dict[str, Any]]:
+    import torch
+
+    from moebed.bench import train
+
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device is available here; use --device cpu")
+    for name in options.size or []:
+        if name not in train.SIZES:
+            raise UserError(f"--size {name}: choose among {', '.join(train.SIZES)}")
+    results = []
+    for name in options.size or ["A", "F"]:
+        found = train.run(name, options.rounds, options.steps, options.compile, options.device)
+        _print_train(found)
+        results.append(found)
+    return results
+
+
+def _print_train(found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"size {found['size']}: {found['sizes']}\nmedian [least, most] of {found['rounds']} rounds"
+    table = Table(title=title, caption="ratios of speeds within a round; more is faster")
+    table.add_column("training step")
+    for heading in ("tokens/s", f"over {found['best_transformers']}", "over own dense"):
+        table.add_column(heading, justify="right")
+    for row in found["rows"]:
+        ratios = [row.get("over_best_transformers"), row.get("over_dense")]
+        cells = ["" if r is None else f"{r[1]:.2f} [{r[0]:.2f}, {r[2]:.2f}]" for r in ratios]
+        table.add_row(row["name"], f"{row['tokens_per_second']:,.0f}", *cells)
+    for note in found["notes"]:
+        table.caption = f"{table.caption}\n{note}"
+    Console(width=max(100, Console().width)).print(table)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    import torch
+
+    model = ""
+    if sys.platform == "linux":
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    return {
+        "processor": model or platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "amx_bf16": bool(torch.cpu._is_amx_tile_supported()),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES},
+    }
