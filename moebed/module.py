@@ -108,7 +108,7 @@ class MoEModule(LightningModule):
             torch.nn.utils.clip_grad_value_(self.decoder.parameters(), gradient_clip_val)
             return
         norm = torch.nn.utils.clip_grad_norm_(self.decoder.parameters(), gradient_clip_val or float("inf"))
-        self.log("train/grad_norm", norm)
+        self._log("train/grad_norm", norm)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Language-model loss plus the weighted balancing losses of one micro-batch."""
@@ -117,9 +117,9 @@ class MoEModule(LightningModule):
         tokens = (labels != IGNORE_INDEX).sum()
         nats = terms.nats.sum()
         loss = nats / tokens
-        self.log("train/loss", loss, prog_bar=True)
-        self.log("train/bits_per_byte", bits_per_byte(nats, batch["label_bytes"].sum()), prog_bar=True)
-        self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
+        self._log("train/loss", loss, prog_bar=True)
+        self._log("train/bits_per_byte", bits_per_byte(nats, batch["label_bytes"].sum()), prog_bar=True)
+        self._log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
         total = loss + self._balancing_losses(terms)
         if self.stop_on_nan and not torch.isfinite(total):
             raise UserError(
@@ -148,10 +148,10 @@ class MoEModule(LightningModule):
         pairs = zip(terms.mean_probs, counts, strict=True)
         balance = torch.stack([load_balancing_loss(probs, count) for probs, count in pairs]).mean()
         z_loss = torch.stack(terms.z_losses).mean()
-        self.log("train/load_balancing_loss", balance)
-        self.log("train/router_z_loss", z_loss)
+        self._log("train/load_balancing_loss", balance)
+        self._log("train/router_z_loss", z_loss)
         violation = torch.stack([count.max() / count.mean() - 1 for count in terms.counts]).mean()
-        self.log("train/max_violation", violation)
+        self._log("train/max_violation", violation)
         for coefficient, value in (
             (self.config.router_aux_loss_coef, balance),
             (self.config.router_z_loss_coef, z_loss),
@@ -159,6 +159,10 @@ class MoEModule(LightningModule):
             if coefficient:
                 zero = zero + coefficient * value
         return zero
+
+    def _log(self, name: str, value: Tensor | float, prog_bar: bool = False) -> None:
+        """Log a number, averaged over ranks."""
+        self.log(name, value, prog_bar=prog_bar, sync_dist=self.trainer.world_size > 1)
 
     def _global_counts(self, counts: list[Tensor]) -> list[Tensor]:
         """Counts summed over ranks, and over this window's accumulation steps so far."""
@@ -203,16 +207,17 @@ class MoEModule(LightningModule):
         self._val_loss.reset()
         domains = self.trainer.datamodule.domains  # type: ignore[attr-defined]
         for name in ("loss", "perplexity", "bits_per_byte"):
-            self.log(f"{stage}/{name}", found[name], prog_bar=name == "bits_per_byte")
+            self._log(f"{stage}/{name}", found[name], prog_bar=name == "bits_per_byte")
         if len(domains) > 1:
             for index, domain in enumerate(domains):
                 if found["loss_by_domain"][index].isfinite():
-                    self.log(f"{stage}/loss/{domain}", found["loss_by_domain"][index])
-                    self.log(f"{stage}/bits_per_byte/{domain}", found["bits_per_byte_by_domain"][index])
+                    self._log(f"{stage}/loss/{domain}", found["loss_by_domain"][index])
+                    self._log(f"{stage}/bits_per_byte/{domain}", found["bits_per_byte_by_domain"][index])
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Nats of every next token, (B, S) float32; 0 where nothing is predicted."""
-        return token_losses(self.decoder(batch["input_ids"]).logits, batch["labels"])
+    def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
+        """``nats (B, S)`` of every next token, 0 where nothing is predicted; its ``labels`` and ``domain (B,)``."""
+        nats = token_losses(self.decoder(batch["input_ids"]).logits, batch["labels"])
+        return {"nats": nats, "labels": batch["labels"], "domain": batch["domain"]}
 
     # Checkpoints ---------------------------------------------------------------------------------------------------
 

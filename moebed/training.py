@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from jsonargparse import ActionConfigFile
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -213,6 +214,22 @@ class TrainingCLI(LightningCLI):
     def after_validate(self) -> None:
         """Compare with gzip."""
         say(f"gzip -9 of the same text: {self.datamodule.gzip_bits_per_byte()['all']:.4f} bits per byte")
+
+    def predict(self, **kwargs: Any) -> None:
+        """Write the loss of every token of the test text: ``token_losses.npz``."""
+        kwargs["return_predictions"] = True
+        batches = self.trainer.predict(**kwargs)
+        arrays = {name: torch.cat([batch[name] for batch in batches]).cpu().numpy() for name in batches[0]}
+        name = (
+            "token_losses.npz" if self.trainer.world_size == 1 else f"token_losses_rank{self.trainer.global_rank}.npz"
+        )
+        path = Path(self.trainer.default_root_dir) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".partial")
+        with open(temporary, "wb") as file:
+            np.savez_compressed(file, **arrays)
+        os.replace(temporary, path)
+        say(f"{path}: " + ", ".join(f"{key} {array.shape}" for key, array in arrays.items()))
 
 
 def say(text: str) -> None:

@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -109,6 +110,12 @@ def test_fit_writes_a_whole_run_folder_and_continues(recipe, tmp_path, capsys):
     assert json.loads((run / "run_summary.json").read_text())["step"] == 8
     assert main(["validate", "--config", str(run / "config.yaml"), "--ckpt_path", "last"]) == 0
     assert "val/bits_per_byte" in capsys.readouterr().out
+    assert main(["predict", "--config", str(run / "config.yaml"), "--ckpt_path", "last"]) == 0
+    with np.load(run / "token_losses.npz") as losses:
+        predicted = losses["labels"] != -100
+        assert predicted.sum() > 50
+        assert (losses["nats"][predicted] > 0).all()
+        assert (losses["nats"][~predicted] == 0).all()
     assert main(["report", str(run), "--out", str(tmp_path / "two.html")]) == 0
     assert (tmp_path / "two.html").stat().st_size > 10_000
 

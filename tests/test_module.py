@@ -162,7 +162,7 @@ def test_validation_reports_bits_per_byte_by_domain(tmp_path, data):
     trainer.fit(module, datamodule=module_data)
     found = {name: float(value) for name, value in trainer.callback_metrics.items()}
     batches = list(module_data.val_dataloader())
-    nats = sum(module.predict_step(batch, 0).double().sum().item() for batch in batches)
+    nats = sum(module.predict_step(batch, 0)["nats"].double().sum().item() for batch in batches)
     text_bytes = sum(batch["label_bytes"].sum().item() for batch in batches)
     assert found["val/bits_per_byte"] == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-5)
     assert {"val/bits_per_byte/rhyme", "val/bits_per_byte/sum", "val/loss/sum"} <= set(found)
@@ -205,6 +205,20 @@ def test_resume_is_bit_identical(tmp_path, data):
     assert max(second.steps) == 12
     for one, other in zip(module.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.slow
+def test_compiled_training_tracks_eager(tmp_path, data):
+    """The same 5 steps with torch.compile, in one graph: the same losses within float32 rounding."""
+    losses = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        config = tiny_config(vocab_size=260, num_hidden_layers=2, router_aux_loss_coef=0.01)
+        record, module = Record(), MoEModule(config, OptimizerConfig(learning_rate=5e-3), compile=compile)
+        _trainer(tmp_path, 5, record).fit(module, datamodule=data())
+        losses.append(_losses_by_step(record))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][0] != losses[0][-1]
 
 
 def test_nan_loss_stops_with_the_step(tmp_path, data):

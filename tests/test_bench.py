@@ -1,0 +1,69 @@
+"""The benchmark's own logic: pairing, ratios, and a run at a size that takes a second."""
+
+import json
+
+import pytest
+import torch
+
+from moebed.bench import train
+from moebed.cli import main
+from moebed.flops import count_parameters, flops_per_token
+from tests.conftest import tiny_config
+
+TINY = train.Size(tiny_config(vocab_size=64, router_aux_loss_coef=0.0), 2, 16)
+
+
+def test_ratios_are_within_a_round():
+    found = train.Measured(100, {"a": [1.0, 2.0], "b": [2.0, 2.0]})
+    assert found.ratios("a", "b") == [2.0, 1.0]
+    assert found.tokens_per_second("a") == pytest.approx(100 / 1.5)
+
+
+def test_dense_model_has_equal_active_flops():
+    moe = tiny_config(num_shared_experts=1)
+    dense = train.dense_of_equal_flops(moe)
+    router = 2 * moe.num_experts * moe.hidden_size * moe.num_hidden_layers
+    assert flops_per_token(moe, 64) - flops_per_token(dense, 64) == router
+    assert count_parameters(dense)[0] == count_parameters(dense)[1]
+
+
+def test_every_contestant_trains_on_the_loss_of_next_tokens():
+    """An untrained model's is near ln(vocabulary), and it falls when the same batch comes again."""
+    torch.manual_seed(0)
+    ids, labels = next(train.batches(TINY, torch.device("cpu")))
+    for name, step in train.contestants_of(TINY, torch.device("cpu"), compile=False).items():
+        if name == train.PRODUCTS_ALONE:
+            continue
+        losses = [step(ids, labels) for _ in range(30)]
+        assert losses[0] == pytest.approx(torch.tensor(64.0).log().item(), rel=0.35), name
+        assert losses[-1] < 0.9 * losses[0], name
+
+
+def test_bench_prints_and_keeps_its_figures(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(train.SIZES, "T", TINY)
+    assert (
+        main(["bench", "train", "--size", "T", "--rounds", "2", "--steps", "1", "--json", str(tmp_path / "f.json")])
+        == 0
+    )
+    kept = json.loads((tmp_path / "f.json").read_text())
+    names = {row["name"] for row in kept["results"][0]["rows"]}
+    assert {"transformers grouped_mm", "transformers eager", "moebed eager", "moebed dense eager"} <= names
+    assert kept["machine"]["versions"]["torch"].startswith("2.")
+    out = capsys.readouterr().out
+    assert "moebed eager" in out
+    assert "over own dense" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--size", "Z"], "--size Z: choose among A, F, B"),
+        (["--json", "no/such/folder/f.json"], "no/such/folder"),
+        (["--device", "cuda"], "no CUDA device"),
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments, words, capsys):
+    if arguments == ["--device", "cuda"] and torch.cuda.is_available():
+        pytest.skip("a CUDA device is available")
+    assert main(["bench", "train", *arguments]) == 2
+    assert words in capsys.readouterr().err
