@@ -100,7 +100,8 @@ class UnbrokenLog(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log it once more, where that step is one that is logged."""
-        if self._last and trainer.global_step and (self._last["step"] + 1) % trainer.log_every_n_steps == 0:
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if self._last and trainer.global_step and (self._last["step"] + 1) % every == 0:
             for logger in trainer.loggers:
                 logger.log_metrics(self._last["metrics"], self._last["step"])
 

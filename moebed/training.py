@@ -218,8 +218,8 @@ class TrainingCLI(LightningCLI):
     def predict(self, **kwargs: Any) -> None:
         """Write the loss of every token of the test text: ``token_losses.npz``."""
         kwargs["return_predictions"] = True
-        batches = self.trainer.predict(**kwargs)
-        arrays = {name: torch.cat([batch[name] for batch in batches]).cpu().numpy() for name in batches[0]}
+        batches: Any = self.trainer.predict(**kwargs)
+        arrays: dict[str, Any] = {name: torch.cat([batch[name] for batch in batches]).cpu().numpy() for name in batches[0]}
         name = (
             "token_losses.npz" if self.trainer.world_size == 1 else f"token_losses_rank{self.trainer.global_rank}.npz"
         )
