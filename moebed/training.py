@@ -219,10 +219,11 @@ class TrainingCLI(LightningCLI):
         """Write the loss of every token of the test text: ``token_losses.npz``."""
         kwargs["return_predictions"] = True
         batches: Any = self.trainer.predict(**kwargs)
-        arrays: dict[str, Any] = {name: torch.cat([batch[name] for batch in batches]).cpu().numpy() for name in batches[0]}
-        name = (
-            "token_losses.npz" if self.trainer.world_size == 1 else f"token_losses_rank{self.trainer.global_rank}.npz"
-        )
+        arrays: dict[str, Any] = {}
+        for key in batches[0]:
+            arrays[key] = torch.cat([batch[key] for batch in batches]).cpu().numpy()
+        rank = "" if self.trainer.world_size == 1 else f"_rank{self.trainer.global_rank}"
+        name = f"token_losses{rank}.npz"
         path = Path(self.trainer.default_root_dir) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".partial")
