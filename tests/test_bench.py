@@ -52,6 +52,7 @@ def test_bench_prints_and_keeps_its_figures(monkeypatch, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "moebed eager" in out
     assert "over own dense" in out
+    assert "[least, most]" in out
 
 
 @pytest.mark.parametrize(

@@ -60,14 +60,14 @@ def _print_train(found: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    title = f"size {found['size']}: {found['sizes']}\nmedian [least, most] of {found['rounds']} rounds"
+    title = f"size {found['size']}: {found['sizes']}\nmedian \\[least, most] of {found['rounds']} rounds"
     table = Table(title=title, caption="ratios of speeds within a round; more is faster")
     table.add_column("training step")
     for heading in ("tokens/s", f"over {found['best_transformers']}", "over own dense"):
         table.add_column(heading, justify="right")
     for row in found["rows"]:
         ratios = [row.get("over_best_transformers"), row.get("over_dense")]
-        cells = ["" if r is None else f"{r[1]:.2f} [{r[0]:.2f}, {r[2]:.2f}]" for r in ratios]
+        cells = ["" if r is None else f"{r[1]:.2f} \\[{r[0]:.2f}, {r[2]:.2f}]" for r in ratios]
         table.add_row(row["name"], f"{row['tokens_per_second']:,.0f}", *cells)
     for note in found["notes"]:
         table.caption = f"{table.caption}\n{note}"
