@@ -14,6 +14,7 @@ COMMANDS = {
     "validate": ("moebed.training", "evaluate a checkpoint on the validation text"),
     "test": ("moebed.training", "evaluate a checkpoint on the test text"),
     "predict": ("moebed.training", "per-token losses of a checkpoint on the test text"),
+    "probe": ("moebed.probing", "run probes on a pretrained checkpoint, a layer at a time; a second run continues"),
     "report": ("moebed.reporting", "results of one or several runs side by side, as one HTML file"),
     "bench": ("moebed.bench.cli", "measure side by side with the peers that are installed"),
 }

@@ -12,14 +12,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from moebed.decoder import Block, Decoder, FeedForward, MoE
+from moebed.errors import UserError
 from moebed.routers import Routing, SoftmaxTopK
 
 MATRICES = ("up", "gate", "down")
+EVERY_ROW = slice(None)
 
 
 class Need(Enum):
@@ -83,33 +86,112 @@ class LayerView:
     routing: Routing | None = None  # of the T valid tokens
     moe_input: Tensor | None = None  # (T, H) normalised input of router and experts
     text: ProbeText | None = None
-    _mlp: MoE | FeedForward | None = field(default=None, repr=False)
+    weights: LayerWeights | None = field(default=None, repr=False)
+    error: UserError | None = None  # why this layer cannot be looked at, found before a probe asked for anything
 
     def matrix(self, name: str) -> Tensor:
-        """All routed experts' ``up`` or ``gate`` (E, F, H), or ``down`` (E, H, F)."""
-        assert isinstance(self._mlp, MoE)
-        return self._mlp.experts.matrix(name).detach().float()
+        """All routed experts' ``up`` or ``gate`` (E, F, H), or ``down`` (E, H, F), float32; for small models."""
+        return torch.stack([self.expert_matrix(name, index).float() for index in range(self.num_experts)])
+
+    def expert_matrix(self, name: str, index: int, rows: slice = EVERY_ROW) -> Tensor:
+        """One routed expert's ``up`` or ``gate`` (F, H), or ``down`` (H, F), in the dtype it is stored in.
+
+        Args:
+            name: ``up``, ``gate`` or ``down``.
+            index: The expert.
+            rows: Only these rows. Where the experts of a layer exceed the memory budget, asking for the same rows of
+                one expert after another reads no more than those.
+        """
+        assert self.weights is not None
+        return self.weights.expert_matrix(name, index, rows)
+
+    def expert_shape(self, name: str) -> tuple[int, int]:
+        """Rows and columns of one routed expert's matrix; nothing is read."""
+        assert self.weights is not None
+        return self.weights.expert_shape(name)
 
     def shared_matrix(self, name: str) -> Tensor | None:
         """The shared expert's matrix, ``up`` and ``gate`` (F_shared, H), ``down`` (H, F_shared); None without one."""
-        if not isinstance(self._mlp, MoE) or self._mlp.shared_expert is None:
-            return None
-        return getattr(self._mlp.shared_expert, f"{name}_proj").weight.detach().float()
+        return self.weights.shared_matrix(name) if self.weights is not None else None
+
+    def reference_matrix(self, name: str) -> Tensor | None:
+        """The same layer's FFN matrix in the dense reference model (the paper's "F"); None where none is given."""
+        return self.weights.reference_matrix(name) if self.weights is not None else None
 
     def experts(self, needs: frozenset[Need]) -> Iterator[ExpertView]:
         """Run every expert on every token, one at a time; the shared expert comes last."""
-        assert isinstance(self._mlp, MoE)
+        assert self.weights is not None
         assert self.moe_input is not None
-        routed, shared = self._mlp.experts, self._mlp.shared_expert
-        for index in range(self.num_experts):
-            activated = routed.activate(index, self.moe_input)
-            output = routed.finish(index, self.moe_input, activated) if Need.OUTPUTS in needs else None
+        return self.weights.run_experts(self.moe_input, needs)
+
+
+class LayerWeights(Protocol):
+    """Where a view has its weights from: a live module, or a checkpoint that is read a piece at a time.
+
+    A tensor that is handed out is valid until one of another matrix is asked for.
+    """
+
+    def expert_matrix(self, name: str, index: int, rows: slice) -> Tensor:
+        """Rows of one routed expert's matrix, as stored."""
+        ...
+
+    def expert_shape(self, name: str) -> tuple[int, int]:
+        """Rows and columns of one routed expert's matrix."""
+        ...
+
+    def shared_matrix(self, name: str) -> Tensor | None:
+        """The shared expert's matrix."""
+        ...
+
+    def reference_matrix(self, name: str) -> Tensor | None:
+        """The matrix of the dense reference model's FFN at this layer."""
+        ...
+
+    def run_experts(self, x: Tensor, needs: frozenset[Need]) -> Iterator[ExpertView]:
+        """What every expert, the shared one last, makes of tokens x (T, H)."""
+        ...
+
+
+@dataclass(frozen=True)
+class ModuleWeights:
+    """The weights of a live layer."""
+
+    mlp: MoE | FeedForward
+
+    def expert_matrix(self, name: str, index: int, rows: slice) -> Tensor:
+        """Rows of one routed expert's matrix; shares memory with the model."""
+        assert isinstance(self.mlp, MoE)
+        return self.mlp.experts.matrix(name)[index].detach()[rows]
+
+    def expert_shape(self, name: str) -> tuple[int, int]:
+        """Rows and columns of one routed expert's matrix."""
+        assert isinstance(self.mlp, MoE)
+        _, rows, columns = self.mlp.experts.matrix(name).shape
+        return rows, columns
+
+    def shared_matrix(self, name: str) -> Tensor | None:
+        """The shared expert's matrix; shares memory with the model."""
+        if not isinstance(self.mlp, MoE) or self.mlp.shared_expert is None:
+            return None
+        return getattr(self.mlp.shared_expert, f"{name}_proj").weight.detach()
+
+    def reference_matrix(self, name: str) -> Tensor | None:
+        """A live model has no reference."""
+        return None
+
+    def run_experts(self, x: Tensor, needs: frozenset[Need]) -> Iterator[ExpertView]:
+        """Run the modules."""
+        assert isinstance(self.mlp, MoE)
+        routed, shared = self.mlp.experts, self.mlp.shared_expert
+        for index in range(routed.num_experts):
+            activated = routed.activate(index, x)
+            output = routed.finish(index, x, activated) if Need.OUTPUTS in needs else None
             yield ExpertView(index, output, activated if Need.ACTIVATIONS in needs else None)
         if shared is not None:
             yield ExpertView(
-                self.num_experts,
-                self._mlp.shared_output(self.moe_input) if Need.OUTPUTS in needs else None,
-                shared.activation(shared.gate_proj(self.moe_input)) if Need.ACTIVATIONS in needs else None,
+                routed.num_experts,
+                self.mlp.shared_output(x) if Need.OUTPUTS in needs else None,
+                shared.activation(shared.gate_proj(x)) if Need.ACTIVATIONS in needs else None,
             )
 
 
@@ -173,5 +255,5 @@ def _view(decoder: Decoder, index: int, block: Block, text: ProbeText | None) ->
         num_experts_per_tok=layer.num_experts_per_tok if layer.num_experts else 0,
         gate=router.weight.detach().float() if isinstance(router, SoftmaxTopK) else None,
         text=text,
-        _mlp=block.mlp,
+        weights=ModuleWeights(block.mlp),
     )

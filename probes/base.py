@@ -50,8 +50,9 @@ class ProbeResult:
 class Probe:
     """One analysis. It sees layer views in order, no Trainer, no path, no logger.
 
-    A driver calls, for each layer, ``update_expert`` for each expert (only where the probe needs outputs or
-    activations), then ``update``; at the end ``compute`` once. One object serves one pass.
+    A driver calls, for each layer that has experts, ``update_matrix`` for each of the three matrices (only where the
+    probe needs weights) and ``update_expert`` for each expert (only where it needs outputs or activations); then, for
+    every layer, ``update``; at the end ``compute`` once. One object serves one pass.
     """
 
     name: ClassVar[str]
@@ -61,11 +62,22 @@ class Probe:
     def __init__(self) -> None:
         self.arrays: dict[str, np.ndarray] = {}
 
+    def update_matrix(self, view: LayerView, name: str) -> None:
+        """See one of the three matrices (``up``, ``gate``, ``down``) of a layer's experts, and of no other for now.
+
+        A streamed layer holds one of the three at a time, so whatever compares weights does it here.
+        """
+
     def update_expert(self, view: LayerView, expert: ExpertView) -> None:
         """See what one expert made of every token of a layer."""
 
     def update(self, view: LayerView) -> None:
         """See one layer; store its arrays. Layers without experts come too."""
+
+    def forget(self, layer: int) -> None:
+        """Drop what is stored of a layer, some of whose weights turned out to be unreadable."""
+        for key in [key for key in self.arrays if key.split("/")[1:2] == [str(layer)]]:
+            del self.arrays[key]
 
     def compute(self) -> ProbeResult:
         """The result over all layers seen."""

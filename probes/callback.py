@@ -1,4 +1,4 @@
-"""ProbeCallback: drives the probes from a Lightning Trainer, at steps of training and at its end.
+"""ProbeCallback: drives the probes from a Lightning Trainer, in training and over a pretrained checkpoint.
 
 Probing never changes training: it draws no random number that training would have drawn, leaves parameters, gradients
 and modes alone, and runs the plain decoder where training runs a compiled one.
@@ -19,9 +19,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from moebed.errors import ConfigError, UserError
+from moebed.pretrained import PretrainedMoE
 from moebed.views import ProbeText
 from probes import store
 from probes.base import ProbeResult
+from probes.checkpoint_pass import CheckpointPass, probes_of_weights
 from probes.driver import Timing, needs_of, run_probes
 from probes.registry import PROBES, resolve_probes
 
@@ -29,12 +31,16 @@ IGNORE_INDEX = -100
 
 
 class ProbeCallback(Callback):
-    """Probe the model while it trains.
+    """Probe the model while it trains, or a :class:`moebed.pretrained.PretrainedMoE` in ``Trainer.predict``.
 
     The module offers ``views(text, needs)``, the datamodule ``probe_batch(num_sequences)`` and ``domains``. Scalars go
     to every TensorBoard logger as ``probes/<probe>/<quantity>/layer_07``, pictures as ``probes/<probe>/<figure>``, and
     what probing costs as ``probes_cost/``. Arrays, history and summary go to ``out``. A replicated model is probed on
     rank 0, while the other ranks wait at their next step; a sharded one is refused.
+
+    A checkpoint's layers are probed as ``Trainer.predict`` comes to them, by all probes that need weights alone if none
+    are named. What is finished is kept, and a second run continues there. ``missing`` has the layers that cannot be
+    read.
 
     Args:
         probes: Names of the probes to run; the default ones if not given; ``all`` for every one there is.
@@ -60,7 +66,7 @@ class ProbeCallback(Callback):
         figures_every_n_steps: int | None = None,
         out: str | None = None,
     ) -> None:
-        self.probes = resolve_probes(probes)
+        self.probes, self._asked = resolve_probes(probes), probes
         if every_n_steps < 0:
             raise ConfigError(f"probes: every_n_steps is {every_n_steps}; it must not be negative (0 is never)")
         if num_sequences < 1:
@@ -71,6 +77,8 @@ class ProbeCallback(Callback):
         self.num_sequences, self.figures_every_n_steps = num_sequences, figures_every_n_steps
         self.out = Path(out) if out is not None else None
         self.last_step: int | None = None
+        self.missing: dict[int, str] = {}
+        self._checkpoint: CheckpointPass | None = None
         self._text: ProbeText | None = None
         self._started = self._seconds = 0.0
 
@@ -86,6 +94,41 @@ class ProbeCallback(Callback):
         """Refuse what would end in a hang: rank 0 alone cannot gather a sharded model's parameters."""
         if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy)) and trainer.world_size > 1:
             raise UserError("the probes cannot look into a sharded model; use strategy ddp or leave ProbeCallback out")
+        if stage == "predict" and isinstance(pl_module, PretrainedMoE):
+            if trainer.world_size > 1:
+                raise UserError("a checkpoint is probed by one process; use trainer.devices 1")
+            if self.out is None:
+                self.out = Path(trainer.default_root_dir)
+            self.probes = probes_of_weights(self._asked)
+            self._checkpoint = CheckpointPass(pl_module, self.probes, self.out)
+            self._started = time.perf_counter()
+            if self._checkpoint.continued:
+                rank_zero_info(f"probes: {self._checkpoint.continued} layers are finished already")
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Probe a layer of a checkpoint."""
+        if self._checkpoint is not None and outputs is not None:
+            self._checkpoint.show(outputs)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write what was found in a checkpoint."""
+        if self._checkpoint is None:
+            return
+        assert self.out is not None
+        results, timing, self.missing = self._checkpoint.results(), self._checkpoint.timing, self._checkpoint.missing
+        self._save(results, timing, step=0, model=self._checkpoint.identity)
+        self._draw(trainer, results, step=0)
+        self._seconds = timing.total
+        self._log(trainer, results, timing, step=0)
+        self._checkpoint = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget history that a resumed run will write anew; probe the untrained model."""
@@ -135,14 +178,20 @@ class ProbeCallback(Callback):
         timing = Timing()
         with isolate_rng():
             results = self._run(trainer, pl_module, timing)
-            for name, result in results.items():
-                store.save_arrays(self.out, name, result.arrays)
             store.append_history(self.out, store.history_line(step, results))
-            store.save_summary(self.out, step, results, {"forward": timing.forward, **timing.probe})
+            self._save(results, timing, step)
             if draw:
                 self._draw(trainer, results, step)
         self._seconds += time.perf_counter() - start
         self._log(trainer, results, timing, step)
+
+    def _save(
+        self, results: Mapping[str, ProbeResult], timing: Timing, step: int, model: Mapping[str, Any] | None = None
+    ) -> None:
+        assert self.out is not None
+        for name, result in results.items():
+            store.save_arrays(self.out, name, result.arrays)
+        store.save_summary(self.out, step, results, {"forward": timing.forward, **timing.probe}, model)
 
     def _run(self, trainer: Trainer, pl_module: LightningModule, timing: Timing) -> dict[str, ProbeResult]:
         probes = [PROBES[name]() for name in self.probes]

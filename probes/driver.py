@@ -6,13 +6,14 @@ It has no Trainer, path or logger; ``probes.callback`` gives it those.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
 
-from moebed.views import LayerView, Need
+from moebed.errors import UserError
+from moebed.views import MATRICES, LayerView, Need
 from probes.base import Probe, ProbeResult
 
 _PER_EXPERT = frozenset({Need.OUTPUTS, Need.ACTIVATIONS})
@@ -42,11 +43,68 @@ def needs_of(probes: Iterable[Probe]) -> frozenset[Need]:
     return frozenset().union(*(probe.needs for probe in probes))
 
 
+class ProbePass:
+    """One pass of probes over the layers of a model.
+
+    Args:
+        probes: Fresh probe objects; each serves one pass.
+        timing: Filled in, where given.
+    """
+
+    def __init__(self, probes: Sequence[Probe], timing: Timing | None = None) -> None:
+        self.probes = probes
+        self.timing = Timing() if timing is None else timing
+        for probe in probes:
+            self.timing.probe[probe.name] = 0.0
+        self._per_expert = [probe for probe in probes if probe.needs & _PER_EXPERT]
+        self._per_matrix = [probe for probe in probes if Need.WEIGHTS in probe.needs]
+        self._expert_needs = needs_of(self._per_expert)
+
+    @torch.no_grad()
+    def show(self, view: LayerView) -> None:
+        """Show a layer to every probe, running its experts once for all probes that look at them.
+
+        Raises:
+            UserError: The layer's weights cannot be read; the probes then know nothing of the layer.
+        """
+        try:
+            if view.error is not None:
+                raise view.error
+            for name in MATRICES if view.num_experts else ():
+                for probe in self._per_matrix:
+                    with self._clock(probe):
+                        probe.update_matrix(view, name)
+            if self._per_expert and view.num_experts:
+                _show_experts(view, self._per_expert, self._expert_needs, self.timing)
+            for probe in self.probes:
+                with self._clock(probe):
+                    probe.update(view)
+        except UserError:
+            for probe in self.probes:
+                probe.forget(view.index)
+            raise
+
+    @torch.no_grad()
+    def results(self) -> dict[str, ProbeResult]:
+        """Each probe's result over the layers shown, by name."""
+        results = {}
+        for probe in self.probes:
+            with self._clock(probe):
+                results[probe.name] = probe.compute()
+        return results
+
+    @contextmanager
+    def _clock(self, probe: Probe) -> Iterator[None]:
+        start = _now()
+        yield
+        self.timing.probe[probe.name] += _now() - start
+
+
 @torch.no_grad()
 def run_probes(
     views: Iterable[LayerView], probes: Sequence[Probe], timing: Timing | None = None
 ) -> dict[str, ProbeResult]:
-    """Show every layer to every probe, running the experts of a layer once for all probes that look at them.
+    """Show every layer to every probe.
 
     Args:
         views: The walk over a model's layers, made with ``needs_of(probes)``.
@@ -56,11 +114,7 @@ def run_probes(
     Returns:
         Each probe's result, by name.
     """
-    timing = Timing() if timing is None else timing
-    for probe in probes:
-        timing.probe[probe.name] = 0.0
-    per_expert = [probe for probe in probes if probe.needs & _PER_EXPERT]
-    needs = needs_of(per_expert)
+    one_pass = ProbePass(probes, timing)
     with ExitStack() as stack:
         iterator = iter(views)
         if hasattr(iterator, "close"):
@@ -68,21 +122,11 @@ def run_probes(
         while True:
             start = _now()
             view = next(iterator, None)
-            timing.forward += _now() - start
+            one_pass.timing.forward += _now() - start
             if view is None:
                 break
-            if per_expert and view.num_experts:
-                _show_experts(view, per_expert, needs, timing)
-            for probe in probes:
-                start = _now()
-                probe.update(view)
-                timing.probe[probe.name] += _now() - start
-    results = {}
-    for probe in probes:
-        start = _now()
-        results[probe.name] = probe.compute()
-        timing.probe[probe.name] += _now() - start
-    return results
+            one_pass.show(view)
+    return one_pass.results()
 
 
 def _show_experts(view: LayerView, probes: Sequence[Probe], needs: frozenset[Need], timing: Timing) -> None:

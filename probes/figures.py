@@ -137,10 +137,24 @@ def panel_grid(count: int, title: str) -> tuple[Figure, list[Axes]]:
     return fig, axes[:count]
 
 
-def similarity_grid(matrices: Mapping[str, Mapping[int, np.ndarray]], title: str) -> Figure:
-    """Square similarity matrices (E, E): a row a matrix name, a column a layer, one colour scale.
+def similarity_grid(
+    matrices: Mapping[str, Mapping[int, np.ndarray]],
+    title: str,
+    labels: Mapping[int, Sequence[str]] | None = None,
+    quantity: str = "cosine",
+    scale_by_layer: bool = False,
+) -> Figure:
+    """Square similarity matrices (E', E'): a row a matrix name, a column a layer.
 
-    The scale is that of the entries off the diagonal, which would otherwise vanish beside the 1s.
+    The colour scale is that of the entries off the diagonal, which would otherwise vanish beside the 1s: one for all,
+    or one for each layer, with its own colour bar.
+
+    Args:
+        matrices: Matrix name -> layer -> (E', E').
+        title: What is shown.
+        labels: Layer -> what its rows are; expert numbers if not given.
+        quantity: What the colours mean.
+        scale_by_layer: One colour scale for each layer.
     """
     every = list(next(iter(matrices.values())))
     layers = pick(every, PICTURED_LAYERS)
@@ -152,27 +166,54 @@ def similarity_grid(matrices: Mapping[str, Mapping[int, np.ndarray]], title: str
             values = by_layer[layer].astype(np.float64)
             np.fill_diagonal(values, np.nan)
             shown[name, layer] = values
-    norm, cmap = _similarity_scale(list(shown.values()))
+    whole = _similarity_scale(list(shown.values()))
     if len(matrices) == 1:
         fig, panels = panel_grid(len(layers), title)
         axes = np.array(panels)[None, :]
     else:
-        fig = new_figure(max(6.0, 1.4 + 1.9 * len(layers)), 0.9 + 2.0 * len(matrices), title)
+        fig = new_figure(
+            max(6.0, 1.4 + 1.9 * len(layers)), (1.5 if scale_by_layer else 0.9) + 2.0 * len(matrices), title
+        )
         axes = fig.subplots(len(matrices), len(layers), squeeze=False)
-    for row, name in enumerate(matrices):
-        for column, layer in enumerate(layers):
+    for column, layer in enumerate(layers):
+        norm, cmap = _similarity_scale([shown[name, layer] for name in matrices]) if scale_by_layer else whole
+        names = list(labels[layer]) if labels else []
+        for row, name in enumerate(matrices):
             ax = axes[row, column]
-            image = heat_map(ax, shown[name, layer], cmap, norm=norm)
-            index_ticks(ax.xaxis, range(len(shown[name, layer])))
-            index_ticks(ax.yaxis, range(len(shown[name, layer])))
+            values = shown[name, layer]
+            image = heat_map(ax, values, cmap, norm=norm)
+            for axis in (ax.xaxis, ax.yaxis):
+                row_ticks(axis, names[: len(values)] or [str(index) for index in range(len(values))])
             if row == 0:
                 ax.set_title(f"layer {layer}", fontsize=10)
             if row == len(matrices) - 1:
                 ax.set_xlabel("expert", fontsize=9)
             if column == 0:
                 ax.set_ylabel(f"{name}\nexpert", fontsize=9)
-    colour_bar(fig, image, axes, "cosine")
+        if scale_by_layer:
+            bar = fig.colorbar(image, ax=axes[:, column], location="bottom", fraction=0.03, pad=0.02, aspect=14)
+            bar.ax.tick_params(labelsize=7, length=2)
+            bar.ax.xaxis.set_major_locator(MaxNLocator(3))
+            bar.outline.set_visible(False)
+            bar.set_label(quantity, fontsize=8)
+    if not scale_by_layer:
+        colour_bar(fig, image, axes, quantity)
     return fig
+
+
+def row_ticks(axis: Any, labels: Sequence[str]) -> None:
+    """Tick about ten of the experts, and what follows them (``SE``, ``F``) always; in one where rows are narrow."""
+    experts = [position for position, label in enumerate(labels) if label.isdigit()]
+    rest = range(len(experts), len(labels))
+    step = next(s for s in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1 << 30) if len(labels) <= 12 * s)
+    room = step * len(rest)  # for the labels that follow
+    free = [position for position in experts[::step] if len(experts) - position >= room]
+    ticks: dict[float, str] = {position: labels[position] for position in free}
+    if len(rest) > 1 and step > 1:
+        ticks[sum(rest) / len(rest)] = "+".join(labels[position] for position in rest)
+    else:
+        ticks |= {position: labels[position] for position in rest}
+    axis.set_ticks(list(ticks), list(ticks.values()))
 
 
 def _similarity_scale(values: Sequence[np.ndarray]) -> tuple[Normalize, str]:

@@ -5,24 +5,24 @@ E experts, F expert intermediate, H hidden.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moebed.views import MATRICES, LayerView, Need
 from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
-from probes.similarity import cosine_matrix, off_diagonal
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from probes.expert_matrices import labels_of
+from probes.pictures import draw_depth, draw_heat_maps
+from probes.similarity import cosines, expert_gram, off_diagonal
 
 
 class MatrixSimilarity(Probe):
     """Cosine of the experts' flattened up, gate and down matrices.
 
     Stored for each layer: ``matrix_cos/<layer>/<up|gate|down> (E', E')``; routed experts first, then the shared expert
-    where its shape is that of a routed one; ``num_experts/<layer>``, E. Scalars and headlines are over pairs of routed
+    and the dense reference, where their shape is that of a routed expert; ``others/<layer>/<up|gate|down>``, "SE" and
+    "F" for those of the two that are there; ``num_experts/<layer>``, E. Scalars and headlines are over pairs of routed
     experts; a layer with one expert has none.
     """
 
@@ -30,16 +30,13 @@ class MatrixSimilarity(Probe):
     question = "Are the experts' weights alike?"
     needs = frozenset({Need.WEIGHTS})
 
-    def update(self, view: LayerView) -> None:
-        """Compare the experts of one layer."""
-        if not view.num_experts:
-            return
-        for name in MATRICES:
-            matrices, shared = view.matrix(name), view.shared_matrix(name)
-            if shared is not None and shared.shape != matrices.shape[1:]:
-                shared = None
-            self.arrays[f"matrix_cos/{view.index}/{name}"] = cosine_matrix(matrices, shared)
+    def update_matrix(self, view: LayerView, name: str) -> None:
+        """Compare one matrix of the experts of one layer."""
+        gram, others = expert_gram(view, name)
+        self.arrays[f"matrix_cos/{view.index}/{name}"] = cosines(gram)
         self.arrays[f"num_experts/{view.index}"] = np.asarray(view.num_experts, np.int64)
+        if others:
+            self.arrays[f"others/{view.index}/{name}"] = np.asarray(others)
 
     @classmethod
     def describe(cls, arrays: Arrays) -> ProbeResult:
@@ -53,34 +50,35 @@ class MatrixSimilarity(Probe):
             name: {n: float(off_diagonal(m).mean(dtype=np.float64)) for n, m in rows.items() if len(m) > 1}
             for name, rows in routed.items()
         }
-        pictures = {"heat_maps": partial(_draw_heat_maps, matrices)}
+        title = "Cosine of the experts' weight matrices (diagonal in grey)"
+        pictures = draw_heat_maps(matrices, labels_of(arrays), title)
         if not mean["up"]:
             return ProbeResult(arrays, figures=pictures, notes=["every layer has one expert: no pairs to compare"])
         scalars: dict[str, float] = {}
         headlines = {}
+        for name, values in _reference_means(arrays, experts).items():
+            scalars |= per_layer(f"reference_cos_{name}", values)
+            value = scalars[f"reference_cos_{name}"]
+            sentence = f"An expert's {name} matrix and the dense model's have cosine {value:.2g} on average."
+            headlines[f"reference_cos_{name}"] = Headline(value, sentence)
         for name, values in mean.items():
             scalars |= per_layer(f"mean_cos_{name}", values)
             value = scalars[f"mean_cos_{name}"]
             sentence = f"Two experts' {name} matrices have cosine {value:.2g} on average (0 unrelated, 1 the same)."
             headlines[f"mean_cos_{name}"] = Headline(value, sentence)
-        pictures["over_depth"] = partial(_draw_over_depth, mean)
+        title = "Mean cosine of two experts' matrices over depth"
+        pictures["over_depth"] = partial(draw_depth, mean, title, "cosine")
         return ProbeResult(arrays, scalars, headlines, pictures)
 
 
-def _draw_heat_maps(matrices: dict[str, dict[int, np.ndarray]]) -> Figure:
-    from probes import figures
-
-    return figures.similarity_grid(matrices, "Cosine of the experts' weight matrices (diagonal in grey)")
-
-
-def _draw_over_depth(mean: dict[str, dict[int, float]]) -> Figure:
-    from probes import figures
-
-    fig = figures.new_figure(6.5, 3.4, "Mean cosine of two experts' matrices over depth")
-    ax = fig.subplots()
-    for (name, values), colour in zip(mean.items(), figures.SERIES, strict=False):
-        figures.depth_line(ax, values, colour, name)
-    ax.axhline(0, color=figures.MUTED, lw=1, ls="--")
-    ax.set_ylabel("cosine", fontsize=9)
-    ax.legend(fontsize=8, frameon=False)
-    return fig
+def _reference_means(arrays: Arrays, experts: Mapping[int, int]) -> dict[str, dict[int, float]]:
+    """Mean cosine of a layer's routed experts with the dense reference, by matrix and layer, where there is one."""
+    found: dict[str, dict[int, float]] = {}
+    for name in MATRICES:
+        for layer, count in experts.items():
+            others = arrays.get(f"others/{layer}/{name}")
+            if others is not None and "F" in others.tolist():
+                row = count + others.tolist().index("F")
+                value = arrays[f"matrix_cos/{layer}/{name}"][row, :count].mean(dtype=np.float64)
+                found.setdefault(name, {})[layer] = float(value)
+    return found

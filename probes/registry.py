@@ -8,15 +8,30 @@ from collections.abc import Sequence
 from moebed.errors import ConfigError
 from probes.balance import Balance
 from probes.base import Probe
+from probes.expert_geometry import ExpertGeometry
+from probes.expert_projection import ExpertProjection
+from probes.gate_projection import GateProjection
 from probes.gate_similarity import GateSimilarity
 from probes.matrix_similarity import MatrixSimilarity
+from probes.neuron_matching import NeuronMatching
+from probes.neuron_similarity import NeuronSimilarity
 from probes.norm_vs_score import NormVsScore
 from probes.router_state import RouterState
 from probes.routing import RoutingMap
 
-PROBES: dict[str, type[Probe]] = {
-    probe.name: probe for probe in (Balance, RouterState, RoutingMap, NormVsScore, MatrixSimilarity, GateSimilarity)
-}
+_WITH_TEXT: tuple[type[Probe], ...] = (Balance, RouterState, RoutingMap, NormVsScore)
+_STATIC: tuple[type[Probe], ...] = (
+    MatrixSimilarity,
+    NeuronSimilarity,
+    NeuronMatching,
+    GateSimilarity,
+    GateProjection,
+    ExpertProjection,
+    ExpertGeometry,
+)
+PROBES: dict[str, type[Probe]] = {probe.name: probe for probe in _WITH_TEXT + _STATIC}
+STATIC_PROBES: tuple[str, ...] = tuple(probe.name for probe in _STATIC)  # these need weights alone
+# What a training run measures unasked: neuron_matching and expert_geometry take minutes a layer of a large model.
 DEFAULT_PROBES: tuple[str, ...] = (
     "balance",
     "router_state",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from probes import store
+from probes.published import PUBLISHED, paper_model, published
 from probes.registry import PROBES
 from probes.run_folder import RunFolder, read_run
 
@@ -61,7 +62,15 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
     runs = [read_run(Path(folder)) for folder in run_dirs]
     _tell_apart(runs, [Path(folder) for folder in run_dirs])
     path = out if out.suffix.lower() in (".html", ".htm") else out / "report.html"
-    sections = [_header(runs), _found(runs), _numbers(runs), _training(runs), _history(runs), _probes(runs)]
+    sections = [
+        _header(runs),
+        _found(runs),
+        _beside_the_paper(runs),
+        _numbers(runs),
+        _training(runs),
+        _history(runs),
+        _probes(runs),
+    ]
     body = "\n".join([*sections, _configs(runs)])
     title = escape(", ".join(run.name for run in runs))
     page = (
@@ -122,6 +131,35 @@ def _found(runs: Sequence[RunFolder]) -> str:
         return f'<ul class="found">{"".join(items)}</ul>'
 
     return "<h2>What was found</h2>" + _columns(runs, cell)
+
+
+def _beside_the_paper(runs: Sequence[RunFolder]) -> str:
+    """What was found in the paper's own models, and what the paper says of it."""
+    tables = []
+    for run in runs:
+        model, rows = _paper_model(run.summary.get("model")), []
+        for probe, result in run.results.items():
+            for key, headline in result.headlines.items():
+                wanted = published(f"{probe}/{key}", model)
+                if wanted is not None:
+                    found = f'<td class="number">{_format(float(headline.value))}</td>'
+                    paper = (
+                        f'<td class="number">{escape(wanted.text)}</td><td class="muted">{escape(wanted.source)}</td>'
+                    )
+                    rows.append(f"<tr><td>{escape(f'{probe}: {key}')}</td>{found}{paper}</tr>")
+        if rows:
+            head = f'<th class="number">{escape(run.name)}</th><th class="number">the paper</th><th>where</th>'
+            tables.append(f"<table><tr><th>{escape(model or '')}</th>{head}</tr>{''.join(rows)}</table>")
+    if not tables:
+        return ""
+    return f'<h2>Beside the paper (arXiv 2406.18219)</h2><div class="numbers">{"".join(tables)}</div>'
+
+
+def _paper_model(model: Any) -> str | None:
+    """The paper's name of what ``summary.json`` says was probed: that name itself, or the config's main settings."""
+    if isinstance(model, dict):
+        return paper_model(model.get("model_type"), model.get("num_hidden_layers"), model.get("hidden_size"))
+    return model if isinstance(model, str) and model in PUBLISHED else None
 
 
 def _numbers(runs: Sequence[RunFolder]) -> str:

@@ -60,6 +60,10 @@ def read_run(folder: Path) -> RunFolder:
             if (store.results_dir(folder) / f"{name}.npz").exists()
         },
     )
+    for name, result in run.results.items():
+        # A layer that could not be read has left no array, only a note.
+        kept = run.summary.get("probes", {}).get(name, {}).get("notes", [])
+        result.notes.extend(note for note in kept if note not in result.notes)
     if not (run.numbers or run.curves or run.history or run.results):
         raise UserError(f"{folder} holds no results, events or run_summary.json; train or probe into it first")
     return run

@@ -1,43 +1,90 @@
 """Cosines between experts' weights, and what is said of a square similarity matrix.
 
-E experts, R rows and C columns of one expert's matrix.
+E experts, E' experts and what else is compared with them, R rows and C columns of one expert's matrix.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-_CHUNK_ELEMENTS = 1 << 23
+from moebed.views import LayerView
+
+_BAND_ELEMENTS = 1 << 23  # copied at a time, over all experts
+_SUMMED = 4096  # products in one float32 sum
 
 
-def cosine_matrix(matrices: Tensor, extra: Tensor | None = None) -> np.ndarray:
-    """Cosine of flattened matrices, accumulated in float64 a band of rows at a time.
+def expert_gram(view: LayerView, name: str) -> tuple[Tensor, list[str]]:
+    """Scalar products of the flattened matrices of a layer's experts; in memory is a band of rows at a time.
 
-    float64 because PyTorch may be set to multiply float32 in TF32, and because a plain float32 sum over millions of
-    products loses the small similarities. A zero matrix has cosine 0 with everything.
+    The shared expert ("SE") and then the dense reference ("F") are included where they exist and have the shape of a
+    routed expert.
 
     Args:
-        matrices: (E, R, C).
-        extra: (R, C), one more matrix to compare, as the last row and column.
+        view: A layer with experts.
+        name: ``up``, ``gate`` or ``down``.
 
     Returns:
-        (E, E) or (E + 1, E + 1) float32.
+        (E', E') float64, and the names of the rows after the routed experts'.
     """
-    count, rows, columns = matrices.shape
-    total = count + (extra is not None)
-    gram = torch.zeros(total, total, dtype=torch.float64, device=matrices.device)
-    band = max(1, _CHUNK_ELEMENTS // (total * columns))
-    for start in range(0, rows, band):
-        block = matrices[:, start : start + band].flatten(1)
-        if extra is not None:
-            block = torch.cat([block, extra[start : start + band].flatten().unsqueeze(0)])
-        block = block.double()
-        gram += block @ block.T
+    count, (rows, columns) = view.num_experts, view.expert_shape(name)
+    shared, reference = view.shared_matrix(name), view.reference_matrix(name)
+    others = {
+        label: matrix
+        for label, matrix in (("SE", shared), ("F", reference))
+        if matrix is not None and tuple(matrix.shape) == (rows, columns)
+    }
+    total = count + len(others)
+
+    def bands() -> Iterator[list[Tensor]]:
+        band = max(1, _BAND_ELEMENTS // (total * columns))
+        for start in range(0, rows, band):
+            part = slice(start, min(start + band, rows))
+            experts = [view.expert_matrix(name, index, part) for index in range(count)]
+            yield experts + [matrix[part] for matrix in others.values()]
+
+    grams = (_band_gram(blocks) for blocks in bands())
+    gram = next(grams)
+    for band_gram in grams:
+        gram += band_gram
+    return gram, list(others)
+
+
+def _band_gram(blocks: Sequence[Tensor]) -> Tensor:
+    """Scalar products (E', E') float64 of equally many numbers of each of E' matrices.
+
+    Two bf16 or fp16 numbers have an exact product in float32, and sums of a few thousand of those keep five digits;
+    sums of sums are in float64. float32 numbers are multiplied in float64, because PyTorch may be set to round them.
+    """
+    exact = all(block.dtype in (torch.bfloat16, torch.float16) for block in blocks)
+    count, size = len(blocks), blocks[0].numel()
+    whole, rest = divmod(size, _SUMMED)
+    shape = (whole + (rest > 0), count, _SUMMED)
+    wide = torch.empty(shape, dtype=torch.float32 if exact else torch.float64, device=blocks[0].device)
+    if rest:
+        wide[whole].zero_()
+    for index, block in enumerate(blocks):
+        flat = block.reshape(-1)
+        wide[:whole, index] = flat[: size - rest].view(whole, _SUMMED)
+        if rest:
+            wide[whole, index, :rest] = flat[size - rest :]
+    return torch.bmm(wide, wide.transpose(1, 2)).double().sum(dim=0)
+
+
+def cosines(gram: Tensor) -> np.ndarray:
+    """Cosines (E', E') float32 from scalar products (E', E'). What is zero has cosine 0 with everything."""
     norm = gram.diagonal().sqrt()
     scale = torch.where(norm > 0, 1 / norm, 0.0)
-    return (gram * scale * scale.unsqueeze(1)).float().cpu().numpy()  # (E, E)
+    return (gram * scale * scale.unsqueeze(1)).float().cpu().numpy()
+
+
+def cosine_matrix(matrices: Tensor) -> np.ndarray:
+    """Cosine of flattened matrices (E, R, C), in float64: (E, E) float32. A zero matrix has cosine 0 with all."""
+    flat = matrices.flatten(1).double()
+    return cosines(flat @ flat.T)
 
 
 def off_diagonal(matrix: np.ndarray) -> np.ndarray:

@@ -22,7 +22,8 @@ from typing import IO, Any
 import numpy as np
 
 from moebed.errors import UserError
-from probes.base import Arrays, ProbeResult
+from probes.base import Arrays, Headline, ProbeResult
+from probes.published import paper_model, published
 
 
 @contextmanager
@@ -67,21 +68,36 @@ def load_arrays(out: Path, name: str) -> dict[str, np.ndarray]:
         raise UserError(f"{path} cannot be read ({error}); delete it and probe again") from error
 
 
-def save_summary(out: Path, step: int, results: Mapping[str, ProbeResult], timing: Mapping[str, float]) -> Path:
-    """Write ``summary.json``: for each probe its headlines (value and sentence) and notes; the step; seconds spent."""
+def save_summary(
+    out: Path,
+    step: int,
+    results: Mapping[str, ProbeResult],
+    timing: Mapping[str, float],
+    model: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write ``summary.json``: for each probe its headlines and notes; the step; seconds spent; which model it was.
+
+    A headline has a value, a sentence, and for the paper's own models what the paper says, where it says something.
+    """
+    known = model or {}
+    named = paper_model(known.get("model_type"), known.get("num_hidden_layers"), known.get("hidden_size"))
+
+    def entry(probe: str, key: str, headline: Headline) -> dict[str, Any]:
+        found: dict[str, Any] = {"value": _finite(headline.value), "sentence": headline.sentence}
+        beside = published(f"{probe}/{key}", named)
+        return found | ({"paper": beside._asdict()} if beside is not None else {})
+
     probes = {
         name: {
-            "headlines": {
-                key: {"value": _finite(headline.value), "sentence": headline.sentence}
-                for key, headline in result.headlines.items()
-            },
+            "headlines": {key: entry(name, key, headline) for key, headline in result.headlines.items()},
             "notes": list(result.notes),
         }
         for name, result in results.items()
     }
     path = out / "summary.json"
+    summary = {"step": step, "probes": probes, "seconds": dict(timing)}
     with replacing(path) as file:
-        file.write(json.dumps({"step": step, "probes": probes, "seconds": dict(timing)}, indent=2).encode())
+        file.write(json.dumps(summary | ({"model": dict(model)} if model else {}), indent=2).encode())
     return path
 
 

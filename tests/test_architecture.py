@@ -13,7 +13,14 @@ MAY_IMPORT = {
     "moebed": {"triton_kernels"},
     "probes": {"moebed"},
 }
-ABOVE_ALL = {"moebed/cli.py", "moebed/training.py", "moebed/reporting.py", "moebed/bench/cli.py"}
+ABOVE_ALL = {
+    "moebed/cli.py",
+    "moebed/training.py",
+    "moebed/reporting.py",
+    "moebed/probing.py",
+    "moebed/bench/cli.py",
+    "moebed/bench/probe.py",
+}
 
 
 @pytest.mark.parametrize("package", MAY_IMPORT)

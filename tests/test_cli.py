@@ -14,7 +14,7 @@ from moebed.cli import main
 from moebed.config import ModelConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if not path.name.startswith("probe_"))
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from typing import Any
 
 from moebed.errors import UserError
 
-PACKAGES = ("torch", "transformers", "triton", "lightning", "numpy")
+PACKAGES = ("torch", "transformers", "triton", "lightning", "numpy", "scipy")
 
 
 def run(command: str, arguments: Sequence[str]) -> None:
@@ -27,11 +27,15 @@ def run(command: str, arguments: Sequence[str]) -> None:
     train.add_argument("--steps", type=int, default=3, help="steps of each contestant in a round")
     train.add_argument("--compile", action="store_true", help="our models compiled as well; their warm-up takes longer")
     train.add_argument("--device", default="cpu", help="cpu or cuda")
-    train.add_argument("--json", type=Path, metavar="FILE", help="keep the figures, with versions and machine")
+    probe = kinds.add_parser("probe", help="neuron matching beside the published procedure and its own products")
+    probe.add_argument("--rounds", type=int, default=3, help="alternations of each comparison; 3 take five minutes")
+    probe.add_argument("--full", action="store_true", help="a whole layer of 64 experts; takes more than an hour")
+    for kind in (train, probe):
+        kind.add_argument("--json", type=Path, metavar="FILE", help="keep the figures, with versions and machine")
     options = parser.parse_args(arguments)
     if options.json is not None and not options.json.parent.is_dir():
         raise UserError(f"--json {options.json}: the folder {options.json.parent} does not exist; make it first")
-    found = _train(options)
+    found = _train(options) if options.what == "train" else _probe(options)
     if options.json is not None:
         temporary = options.json.with_name(options.json.name + ".partial")
         temporary.write_text(json.dumps({"machine": machine(), "results": found}, indent=2) + "\n")
@@ -72,6 +76,27 @@ def _print_train(found: dict[str, Any]) -> None:
     for note in found["notes"]:
         table.caption = f"{table.caption}\n{note}"
     Console(width=max(100, Console().width)).print(table)
+
+
+def _probe(options: argparse.Namespace) -> dict[str, Any]:
+    from rich.console import Console
+    from rich.table import Table
+
+    from moebed.bench import probe
+
+    if options.rounds < 1:
+        raise UserError(f"--rounds {options.rounds}: give at least 1")
+    found = probe.run(options.rounds, options.full, lambda line: print(line, file=sys.stderr, flush=True))
+    table = Table(title=f"weight probes, median \\[least, most] of {found['rounds']} rounds")
+    for heading in ("ratio of times", "found", "goal", ""):
+        table.add_column(heading, justify="left" if heading == "ratio of times" else "right")
+    for row in found["rows"]:
+        least, middle, most = row["ratio"]
+        spread = f" \\[{least:.2f}, {most:.2f}]" if least != most else ""
+        table.add_row(row["name"], f"{middle:.2f}{spread}", row["goal"], "" if row["met"] else "missed")
+    table.caption = "\n".join(found["notes"])
+    Console(width=max(110, Console().width)).print(table)
+    return found
 
 
 def machine() -> dict[str, Any]:

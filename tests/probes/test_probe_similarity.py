@@ -6,7 +6,7 @@ import torch
 from probe_cases import all_needs, probe
 
 from moebed.views import LayerView, walk
-from probes.similarity import cosine_matrix, off_diagonal
+from probes.similarity import cosine_matrix, cosines, expert_gram, off_diagonal
 
 
 def test_cosine_matrix_by_hand():
@@ -16,13 +16,20 @@ def test_cosine_matrix_by_hand():
     np.testing.assert_allclose(cosine_matrix(matrices), want, atol=1e-7)
 
 
-def test_cosine_matrix_does_not_depend_on_the_band(monkeypatch):
-    matrices, extra = torch.randn(5, 7, 3), torch.randn(7, 3)
-    whole = cosine_matrix(matrices, extra)
-    flat = torch.cat([matrices, extra[None]]).flatten(1).double()
-    np.testing.assert_allclose(whole, torch.nn.functional.cosine_similarity(flat[:, None], flat[None], -1), atol=1e-6)
-    monkeypatch.setattr("probes.similarity._CHUNK_ELEMENTS", 40)
-    np.testing.assert_allclose(cosine_matrix(matrices, extra), whole, atol=1e-6)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["up", "gate", "down"])
+def test_the_gram_matrix_does_not_depend_on_the_band(make_decoder, monkeypatch, dtype, name):
+    decoder = make_decoder(num_shared_experts=1, num_hidden_layers=1).to(dtype)
+    view = next(walk(decoder, None, all_needs()))
+    flat = torch.cat([view.matrix(name), view.shared_matrix(name)[None]]).flatten(1).double()
+    for band, summed in ((1 << 23, 4096), (700, 7), (1, 4096)):
+        monkeypatch.setattr("probes.similarity._BAND_ELEMENTS", band)
+        monkeypatch.setattr("probes.similarity._SUMMED", summed)
+        gram, others = expert_gram(view, name)
+        assert others == ["SE"]
+        np.testing.assert_allclose(gram, flat @ flat.T, rtol=1e-6, atol=1e-6 * (flat @ flat.T).max())
+        wanted = torch.nn.functional.cosine_similarity(flat[:, None], flat[None], -1)
+        np.testing.assert_allclose(cosines(gram), wanted, atol=1e-6)
 
 
 def test_off_diagonal_counts_each_pair_once():

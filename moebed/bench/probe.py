@@ -1,0 +1,171 @@
+"""``moebed bench probe``: what the expensive weight probe costs, as ratios of one run.
+
+Neuron matching beside the published procedure, and beside its own matrix products, below which no exact method can go.
+What is compared is timed in alternation, so that a slow moment of the machine falls on all of it.
+
+N neurons of an expert, H hidden.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from probes.matching import exact_products, match_pairs
+
+DEEPSEEK, MIXTRAL = (1408, 2048), (14336, 4096)  # N, H
+LAYER_EXPERTS, SOME_EXPERTS = 64, 5
+SAMPLED_ROWS = 64
+MATRICES = 3  # of which one, down, has its neurons as columns
+
+
+def experts(shape: tuple[int, int], count: int, cosine: float, transposed: bool = False, seed: int = 0) -> list[Tensor]:
+    """Random bf16 experts (N, H) whose neurons have this cosine with their namesakes; as columns in memory or rows."""
+    generator = torch.Generator().manual_seed(seed)
+    common = torch.randn(shape, generator=generator)
+    made = []
+    for _ in range(count):
+        matrix = cosine**0.5 * common + (1 - cosine) ** 0.5 * torch.randn(shape, generator=generator)
+        made.append(matrix.bfloat16().T.contiguous().T if transposed else matrix.bfloat16())
+    return made
+
+
+def pairs_of(count: int) -> list[tuple[int, int]]:
+    """All pairs i < j."""
+    return list(itertools.combinations(range(count), 2))
+
+
+def products_alone(matrices: Sequence[Tensor]) -> float:
+    """Seconds of the products of all pairs by themselves, on all cores: the floor."""
+    start = time.perf_counter()
+    with exact_products(is_bf16=True):
+        for first, matrix in enumerate(matrices):
+            wide = matrix.float()
+            for other in matrices[first + 1 :]:
+                torch.mm(wide, other.float().T)
+    return time.perf_counter() - start
+
+
+def matching(matrices: Sequence[Tensor]) -> float:
+    """Seconds of the probe's way through all pairs."""
+    start = time.perf_counter()
+    for _ in match_pairs(matrices.__getitem__, pairs_of(len(matrices)), len(matrices)):
+        pass
+    return time.perf_counter() - start
+
+
+def published_pair(a: Tensor, b: Tensor) -> float:
+    """Seconds of the published procedure for one pair: cosines a row at a time, then scipy's assignment.
+
+    The rows are all alike, so some of them are timed and the time is scaled to all; the assignment is timed whole.
+    """
+    a, b = a.float(), b.float()
+    start = time.perf_counter()
+    for row in a[:SAMPLED_ROWS]:
+        torch.cosine_similarity(row.unsqueeze(0), b, dim=1)
+    rows = (time.perf_counter() - start) * len(a) / SAMPLED_ROWS
+    cosines = torch.nn.functional.normalize(a, dim=1) @ torch.nn.functional.normalize(b, dim=1).T
+    start = time.perf_counter()
+    linear_sum_assignment(cosines.numpy(), maximize=True)
+    return rows + time.perf_counter() - start
+
+
+def alternate(rounds: int, *contestants: Callable[[], float]) -> list[list[float]]:
+    """Seconds of each contestant in each round, after a warm-up of each."""
+    for contestant in contestants:
+        contestant()
+    found = [[contestant() for contestant in contestants] for _ in range(rounds)]
+    return [list(seconds) for seconds in zip(*found, strict=True)]
+
+
+def _row(name: str, numerators: list[float], denominators: list[float], goal: float, at_least: bool) -> dict[str, Any]:
+    ratios = sorted(n / d for n, d in zip(numerators, denominators, strict=True))
+    middle = statistics.median(ratios)
+    return {
+        "name": name,
+        "ratio": [ratios[0], middle, ratios[-1]],
+        "goal": f"{'≥' if at_least else '≤'} {goal:g}",
+        "met": middle >= goal if at_least else middle <= goal,
+    }
+
+
+def pair_rows(rounds: int) -> list[dict[str, Any]]:
+    """One pair at DeepSeekMoE's size beside the published procedure: alone, and as one of many."""
+    few = experts(DEEPSEEK, SOME_EXPERTS, 0.0)
+    count = len(pairs_of(SOME_EXPERTS))
+    theirs, alone, many = alternate(
+        rounds, lambda: published_pair(few[0], few[1]), lambda: matching(few[:2]), lambda: matching(few) / count
+    )
+    size = " × ".join(map(str, DEEPSEEK))
+    return [
+        _row(f"published procedure / one pair alone, {size}, random", theirs, alone, 100, True),
+        _row(f"published procedure / one of {count} pairs, {size}, random", theirs, many, 100, True),
+    ]
+
+
+def layer_rows(rounds: int, full: bool) -> list[dict[str, Any]]:
+    """A layer of DeepSeekMoE's size beside its products; of its pairs a part, or all of them where ``full``."""
+    count = LAYER_EXPERTS if full else SOME_EXPERTS
+    rows = []
+    for kind, cosine, goal in (("random", 0.0, 4.5), ("cosine .1", 0.1, 2.0), ("cosine .5", 0.5, 2.0)):
+        floor, ours = [0.0] * rounds, [0.0] * rounds
+        for number in range(MATRICES):  # one matrix of the layer in memory at a time
+            matrices = experts(DEEPSEEK, count, cosine, transposed=number == MATRICES - 1, seed=number)
+            timed = alternate(rounds, lambda m=matrices: products_alone(m), lambda m=matrices: matching(m))  # type: ignore[misc]
+            floor = [a + b for a, b in zip(floor, timed[0], strict=True)]
+            ours = [a + b for a, b in zip(ours, timed[1], strict=True)]
+        seen = f"{len(pairs_of(count)) * MATRICES} of {len(pairs_of(LAYER_EXPERTS)) * MATRICES} pairs"
+        rows.append(_row(f"DeepSeekMoE layer / its products alone, {kind}, {seen}", ours, floor, goal, False))
+        rows[-1]["seconds_per_pair"] = statistics.median(ours) / (len(pairs_of(count)) * MATRICES)
+    return rows
+
+
+def _big_pair(cosine: float, rounds: int) -> tuple[list[list[float]], float]:
+    """Seconds of products and matching of one large pair, and the process's peak memory in GB."""
+    two = experts(MIXTRAL, 2, cosine)
+    timed = alternate(rounds, lambda: matching(two), lambda: products_alone(two))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return timed, peak / 1e9
+
+
+def big_rows(rounds: int) -> list[dict[str, Any]]:
+    """One pair at Mixtral 8x7B's size, in a process of its own that shows what memory it took."""
+    rows = []
+    size = " × ".join(map(str, MIXTRAL))
+    for kind, cosine in (("random", 0.0), ("cosine .1", 0.1), ("cosine .5", 0.5)):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            (ours, floor), peak = pool.apply(_big_pair, (cosine, rounds))
+        rows.append(_row(f"one pair / its products alone, {size}, {kind}", ours, floor, 3, False))
+        rows[-1]["seconds_per_pair"] = statistics.median(ours)
+        rows[-1]["peak_gigabytes"] = peak
+        rows.append(_row(f"peak memory of that in GB, {kind}", [peak], [1.0], 4, False))
+    return rows
+
+
+def run(rounds: int, full: bool, progress: Callable[[str], None]) -> dict[str, Any]:
+    """Measure everything; ``rounds`` alternations of each comparison."""
+    rows = []
+    for what, measure in (
+        ("one pair beside the published procedure", lambda: pair_rows(rounds)),
+        ("a DeepSeekMoE layer beside its products", lambda: layer_rows(rounds, full)),
+        ("one pair of Mixtral's size", lambda: big_rows(max(1, rounds // 2))),
+    ):
+        progress(f"measuring {what}")
+        rows += measure()
+    notes = [
+        f"published procedure: {SAMPLED_ROWS} of {DEEPSEEK[0]} rows are timed and scaled; the assignment is whole",
+        "'products alone' are float32-accumulated products of bf16 weights on all cores, converted as the probe does",
+    ]
+    if not full:
+        notes.append(f"a layer is timed over {SOME_EXPERTS} of its {LAYER_EXPERTS} experts; --full takes all")
+    return {"rounds": rounds, "full": full, "notes": notes, "rows": rows}

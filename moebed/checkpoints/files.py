@@ -1,0 +1,178 @@
+"""Files of tensors: what each holds, whether it is whole, and a way to read some rows of a tensor.
+
+Nothing here runs code from a file. A safetensors file is a header in JSON and raw numbers; a ``.bin`` file is opened
+with ``torch.load(weights_only=True, mmap=True)``, which admits tensors and refuses every other pickled object.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from moebed.errors import UserError
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_LARGEST_HEADER = 100 << 20
+
+
+class TensorEntry(Protocol):
+    """One tensor in a file."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    position: int  # sorts a file's tensors as they lie in it
+
+    def read(self, first: int, out: Tensor) -> None:
+        """Fill out (rows, columns), of the tensor's dtype, with the rows from ``first`` on; see TensorPart."""
+        ...
+
+
+class SafetensorsEntry:
+    """A tensor in a safetensors file."""
+
+    def __init__(self, file: SafetensorsFile, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> None:
+        self.path, self.shape, self.dtype = file.path, shape, dtype
+        self._file, self.position = file, offset
+
+    def read(self, first: int, out: Tensor) -> None:
+        """Fill out (rows, columns) with the rows from ``first`` on, straight from the file."""
+        offset = self.position + first * out.shape[-1] * out.element_size()
+        self._file.read(offset, memoryview(out.view(torch.uint8).numpy().data).cast("B"))
+
+
+class SafetensorsFile:
+    """An open safetensors file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDONLY)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)  # the kernel then reads further ahead
+
+    def __del__(self) -> None:
+        os.close(self._descriptor)
+
+    def read(self, offset: int, into: memoryview) -> None:
+        """Read ``len(into)`` bytes from ``offset`` on; other threads may read at the same time."""
+        done = 0
+        while done < len(into):
+            count = os.preadv(self._descriptor, [into[done:]], offset + done)
+            if count == 0:
+                raise UserError(f"{self.path} ended while it was read; it has changed since the start")
+            done += count
+
+
+def open_safetensors(path: Path) -> dict[str, TensorEntry]:
+    """Entries of a safetensors file by name.
+
+    Raises:
+        UserError: The file is not safetensors, is cut short, or holds a dtype that is not known.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        text = file.read(length) if 0 < length <= min(_LARGEST_HEADER, size - 8) else b""
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        tensors = {name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"{path} has no whole safetensors header ({size} bytes in all); download the file again"
+        ) from None
+    for name, (dtype, shape, begin, end) in sorted(tensors.items(), key=lambda item: item[1][2]):
+        if 8 + length + end > size:
+            raise UserError(
+                f"{path} is cut short: tensor {name} ends at byte {8 + length + end} but the file has {size}; "
+                "download the file again"
+            )
+        if dtype in DTYPES and end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
+            raise UserError(f"{path}: tensor {name} has {end - begin} bytes, which is not {dtype} {list(shape)}")
+    wanted = 8 + length + max((end for *_, end in tensors.values()), default=0)
+    if size != wanted:
+        raise UserError(f"{path} has {size} bytes but its header describes {wanted}; download the file again")
+    opened = SafetensorsFile(path)
+    return {
+        name: SafetensorsEntry(opened, shape, DTYPES[dtype], 8 + length + begin)
+        if dtype in DTYPES
+        else UnknownEntry(path, shape, dtype)
+        for name, (dtype, shape, begin, _) in tensors.items()
+    }
+
+
+class UnknownEntry:
+    """A tensor of a dtype that nothing here can read; an error only where the model needs it."""
+
+    dtype = torch.uint8
+
+    def __init__(self, path: Path, shape: tuple[int, ...], stored: str) -> None:
+        self.path, self.shape, self.stored, self.position = path, shape, stored, 0
+
+    def read(self, first: int, out: Tensor) -> None:
+        """Not possible."""
+        raise UserError(f"{self.path} is stored as {self.stored}, which cannot be read")
+
+
+class MappedEntry:
+    """A tensor of a ``.bin`` file, mapped into memory; its pages are read when they are copied."""
+
+    def __init__(self, path: Path, tensor: Tensor) -> None:
+        self.path, self.shape, self.dtype = path, tuple(tensor.shape), tensor.dtype
+        self._tensor, self.position = tensor, tensor.data_ptr()
+
+    def read(self, first: int, out: Tensor) -> None:
+        """Fill out (rows, columns) with the rows from ``first`` on."""
+        rows = self._tensor.reshape(-1, self.shape[-1]) if self.shape else self._tensor.reshape(1, 1)
+        out.copy_(rows[first : first + len(out)])
+
+
+def open_bin(path: Path, example: str | None = None) -> dict[str, TensorEntry]:
+    """Entries of a ``.bin`` file, or of any file that ``torch.save`` wrote a dict of tensors to, by name.
+
+    Args:
+        path: The file.
+        example: A tensor that the file should hold, for the error.
+
+    Raises:
+        UserError: The file is damaged, or holds something else than tensors.
+    """
+    return {
+        name: MappedEntry(path, tensor) if tensor.dtype in DTYPES.values() else _unknown(path, tensor)
+        for name, tensor in load_mapped(path, example).items()
+        if isinstance(tensor, Tensor)
+    }
+
+
+def _unknown(path: Path, tensor: Tensor) -> UnknownEntry:
+    return UnknownEntry(path, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+
+
+def load_mapped(path: Path, example: str | None = None) -> Mapping[str, Any]:
+    """What ``torch.save`` wrote, its tensors mapped instead of read; never anything but plain data and tensors."""
+    of = f" (of tensor {example})" if example else ""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        said = " ".join(str(error).split())
+        if "Unsupported" in said or "GLOBAL" in said or "weights_only" in said or "Weights only" in said:
+            raise UserError(
+                f"{path}{of} holds pickled objects beside tensors; it was refused and nothing in it was run: "
+                "get the checkpoint as safetensors"
+            ) from error
+        if "mmap" in said:
+            raise UserError(f"{path}{of} is in torch's format of before 1.6; save it anew with torch.save") from error
+        raise UserError(f"{path}{of} is damaged or cut short ({said[:120]}); download the file again") from error
+    if not isinstance(found, Mapping):
+        raise UserError(f"{path}{of} holds a {type(found).__name__}, not tensors by name")
+    return found

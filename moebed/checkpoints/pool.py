@@ -1,0 +1,193 @@
+"""The weights in memory: one matrix of a layer's experts at a time, the next ones being read meanwhile.
+
+The walk's reads are planned as groups, each the pieces of one matrix (up, gate or down) of one layer. A group that fits
+in memory is read once and held until the walk goes on to the next; what room is left is filled with the pieces that
+follow. A group that does not fit is read when asked for, and the pieces asked for last are held.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moebed.checkpoints.checkpoint import Checkpoint
+from moebed.errors import ConfigError, UserError
+from moebed.families.keys import TensorPart
+
+# Of the budget: left to the probes' own work and to freed buffers that the allocator keeps.
+_RESERVED_SHARE, _RESERVED_BYTES = 0.25, 512 << 20
+# Of the budget: what is held and what is read ahead of need together take no more.
+_AHEAD_SHARE = 0.65
+
+
+class Piece(NamedTuple):
+    """A part of a checkpoint, as the pool knows it."""
+
+    checkpoint: Checkpoint
+    part: TensorPart
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in memory and on disk."""
+        return self.checkpoint.num_bytes(self.part)
+
+
+@dataclass
+class _Held:
+    group: int
+    memory: Tensor  # (bytes,)
+    buffer: Tensor  # (rows, columns), the same memory
+    done: Future[None]
+    checked: bool = False
+
+
+class WeightPool:
+    """Pieces of checkpoints in memory, within a budget.
+
+    One thread asks, in the order of the plan; another reads. A tensor that was handed out is overwritten once a later
+    group has been entered.
+
+    Args:
+        plan: Groups of pieces, in the order in which they will be asked for.
+        budget: Bytes for all that is held, and for the work on it.
+        on_read: Called with the bytes of the plan that are read so far.
+
+    Raises:
+        ConfigError: Not even two pieces fit in the budget.
+    """
+
+    def __init__(
+        self, plan: Sequence[Sequence[Piece]], budget: int, on_read: Callable[[int], None] = lambda done: None
+    ) -> None:
+        self.plan = plan
+        self.limit = budget - min(int(budget * _RESERVED_SHARE), _RESERVED_BYTES)
+        self._limit_ahead = min(self.limit, int(budget * _AHEAD_SHARE))
+        self.total = sum(self._size(group) for group in range(len(plan)))
+        self._on_read = on_read
+        self._group = -1
+        self._finished = self._read = 0  # bytes of the groups left behind, and of this one
+        self._held: dict[Piece, _Held] = {}
+        self._spare: list[Tensor] = []  # memory of groups left behind, to be used again
+        self._reader = ThreadPoolExecutor(1, "moebed-reader")
+        largest = max((piece for group in plan for piece in group), key=lambda piece: piece.num_bytes, default=None)
+        if largest is not None and 2 * largest.num_bytes > self.limit:
+            needed = -(-int(2 * largest.num_bytes / (1 - _RESERVED_SHARE)) // (1 << 20))
+            raise ConfigError(
+                f"memory_budget is {budget >> 20} MiB, but two of {largest.part.name} "
+                f"({largest.num_bytes >> 20} MiB each) must fit beside the work on them; give at least {needed}MiB"
+            )
+
+    def close(self) -> None:
+        """Stop reading and free everything."""
+        self._reader.shutdown(wait=True, cancel_futures=True)
+        self._held, self._spare = {}, []
+
+    def _size(self, group: int) -> int:
+        return sum(piece.num_bytes for piece in self.plan[group])
+
+    def fits(self, group: int) -> bool:
+        """Whether all pieces of a group can be held at a time."""
+        return self._size(group) <= self.limit
+
+    def enter(self, group: int) -> None:
+        """Go on to a group of the plan; what was held of those before it gives room."""
+        if group == self._group:
+            return
+        self._finished = sum(self._size(index) for index in range(group))
+        self._group, self._read = group, 0
+        for piece, held in list(self._held.items()):
+            if held.group < group:
+                held.done.cancel() or held.done.exception()  # the reader must be through with the buffer
+                self._spare.append(self._held.pop(piece).memory)
+        if not self.fits(group):
+            self._spare = []
+            return
+        for piece in self._in_file_order(group):
+            self._start(piece, group)
+        for later in range(group + 1, len(self.plan)):
+            for piece in self._in_file_order(later) if self.fits(later) else ():
+                if piece not in self._held and self._bytes() + piece.num_bytes > self._limit_ahead:
+                    return
+                self._start(piece, later)
+
+    def _in_file_order(self, group: int) -> list[Piece]:
+        return sorted(self.plan[group], key=lambda piece: piece.checkpoint.place(piece.part))
+
+    def _bytes(self) -> int:
+        return sum(held.memory.nbytes for held in self._held.values())
+
+    def get(self, piece: Piece) -> Tensor:
+        """A piece of the group entered, (rows, columns), as stored.
+
+        Raises:
+            UserError: It cannot be read, or holds NaN or Inf.
+        """
+        if piece not in self._held:
+            while self._held and self._bytes() + piece.num_bytes > self.limit:
+                oldest = next(iter(self._held))
+                self._held.pop(oldest).done.exception()
+            self._start(piece, self._group)
+        held = self._held.pop(piece)
+        self._held[piece] = held  # now the youngest
+        held.done.result()
+        if not held.checked:
+            piece.checkpoint.require_finite(piece.part, held.buffer)
+            held.checked = True
+            self._count(piece.num_bytes)
+        return held.buffer
+
+    def rows(self, piece: Piece, rows: slice) -> Tensor:
+        """Some rows of a piece of the group entered; of a group that does not fit, no more than those are read."""
+        start, stop, _ = rows.indices(piece.part.rows)
+        if piece in self._held or self.fits(self._group) or stop - start == piece.part.rows:
+            return self.get(piece)[start:stop]
+        part = piece.part._replace(first=piece.part.first + start, rows=stop - start)
+        found = piece.checkpoint.read(part)
+        self._count(piece.checkpoint.num_bytes(part))
+        return found
+
+    def _count(self, more: int) -> None:
+        """Tell how far the reading is; what is read more than once counts once."""
+        self._read = min(self._read + more, self._size(self._group))
+        self._on_read(self._finished + self._read)
+
+    def _start(self, piece: Piece, group: int) -> None:
+        """Have the reader read a piece into a buffer of its own."""
+        if piece in self._held:
+            self._held[piece].group = group
+            return
+        part, size = piece.part, piece.num_bytes
+        memory = next((spare for spare in self._spare if spare.nbytes == size), None)
+        if memory is not None:
+            self._spare = [spare for spare in self._spare if spare is not memory]
+        else:
+            # Spare memory of other sizes counts as well: let it go before more is taken.
+            self._spare = [] if self._bytes() + size > self.limit // 2 else self._spare
+            memory = _fresh(size)
+        buffer = memory.view(piece.checkpoint.dtype(part)).view(part.rows, part.columns)
+        self._held[piece] = _Held(group, memory, buffer, self._reader.submit(_read, piece, buffer))
+
+
+def _fresh(size: int) -> Tensor:
+    """New memory, (size,) bytes, in pages of 2 MiB where there are any: with small ones, faults outlast the reading."""
+    memory = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    with torch.inference_mode(False):  # the reader writes into it, and is not in that mode
+        return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def _read(piece: Piece, buffer: Tensor) -> None:
+    try:
+        piece.checkpoint.read_into(piece.part, buffer)
+    except OSError as error:
+        path = piece.checkpoint.entries[piece.part.name].path
+        raise UserError(f"tensor {piece.part.name} cannot be read from {path} ({error.strerror or error})") from error

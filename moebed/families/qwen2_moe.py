@@ -1,0 +1,84 @@
+"""Qwen1.5-MoE and Qwen2-MoE (2407.10671): a shared expert behind a sigmoid gate."""
+
+from typing import Any
+
+from moebed.config import ModelConfig
+from moebed.errors import ConfigError
+from moebed.families.base import Family, Settings, one_number
+from moebed.families.layout import ATTENTION_BIAS, DENSE_FFN, EXPERTS, LLAMA, ROUTER, shared_expert
+
+
+def sparse_layers(settings: Settings) -> list[int]:
+    """Routed experts of each layer, from ``mlp_only_layers`` and ``decoder_sparse_step``."""
+    dense, every = settings["mlp_only_layers"] or [], settings["decoder_sparse_step"]
+    layers = range(settings["num_hidden_layers"])
+    return [0 if i in dense or (i + 1) % every else settings["num_experts"] for i in layers]
+
+
+def sparse_settings(config: ModelConfig) -> dict[str, Any]:
+    """What :func:`sparse_layers` reads, and the sizes that its models have once for all layers."""
+    moe = config.moe_layers
+    if not moe:
+        raise ConfigError("model config: no layer has experts; write it as a dense family, such as llama")
+    return {
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [i for i in range(config.num_hidden_layers) if i not in moe],
+        "num_experts": one_number(config, "num_experts"),
+        "num_experts_per_tok": one_number(config, "num_experts_per_tok"),
+        "moe_intermediate_size": one_number(config, "moe_intermediate_size"),
+        # The class wants a width for dense layers, also where there are none.
+        "intermediate_size": config.intermediate_size or one_number(config, "moe_intermediate_size"),
+    }
+
+
+def _decode(settings: Settings) -> dict[str, Any]:
+    shared, width = settings["shared_expert_intermediate_size"], settings["moe_intermediate_size"]
+    if shared % width:
+        raise ConfigError(
+            f"shared_expert_intermediate_size is {shared}; only multiples of moe_intermediate_size {width} "
+            "are supported"
+        )
+    return {"num_experts": sparse_layers(settings), "num_shared_experts": shared // width}
+
+
+def _encode(config: ModelConfig) -> dict[str, Any]:
+    width = one_number(config, "num_shared_experts") * one_number(config, "moe_intermediate_size")
+    if not width:
+        raise ConfigError("model config: num_shared_experts is 0, but a qwen2_moe checkpoint has a shared expert")
+    return {**sparse_settings(config), "shared_expert_intermediate_size": width}
+
+
+SPARSE_FIELDS = {
+    "num_experts_per_tok": "num_experts_per_tok",
+    "moe_intermediate_size": "moe_intermediate_size",
+    "intermediate_size": "intermediate_size",
+    "norm_topk_prob": "norm_topk_prob",
+}
+SPARSE_DEFAULTS = {
+    "rms_norm_eps": 1e-6,
+    "norm_topk_prob": False,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": None,
+    "intermediate_size": None,
+}
+
+QWEN2_MOE = Family(
+    model_type="qwen2_moe",
+    architecture="Qwen2MoeForCausalLM",
+    tensors={
+        **LLAMA,
+        **ATTENTION_BIAS,
+        **DENSE_FFN,
+        **ROUTER,
+        **shared_expert("shared_expert"),
+        "layers.{i}.mlp.shared_expert_gate.weight": "model.layers.{i}.mlp.shared_expert_gate.weight",
+    },
+    experts=EXPERTS,
+    fields={**SPARSE_FIELDS, "attention_bias": "qkv_bias"},
+    fixed={"shared_expert_gate": True},
+    defaults={**SPARSE_DEFAULTS, "qkv_bias": True},
+    # Its sliding window differs between layers.
+    accepts={"use_sliding_window": (None, False)},
+    decode=_decode,
+    encode=_encode,
+)

@@ -1,0 +1,31 @@
+"""The families by ``model_type``."""
+
+from __future__ import annotations
+
+from moebed.errors import ConfigError
+from moebed.families.base import Family
+from moebed.families.deepseek import DEEPSEEK
+from moebed.families.grok1 import GROK1
+from moebed.families.llama import LLAMA_FAMILY
+from moebed.families.mistral import MISTRAL
+from moebed.families.mixtral import MIXTRAL
+from moebed.families.olmoe import OLMOE
+from moebed.families.qwen2 import QWEN2
+from moebed.families.qwen2_moe import QWEN2_MOE
+from moebed.families.qwen3_moe import QWEN3_MOE
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (MIXTRAL, MISTRAL, LLAMA_FAMILY, QWEN2, DEEPSEEK, GROK1, OLMOE, QWEN2_MOE, QWEN3_MOE)
+}
+
+
+def family_of(model_type: object, where: str = "config.json") -> Family:
+    """The family of a ``model_type``.
+
+    Raises:
+        ConfigError: No family has it.
+    """
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ConfigError(f"{where}: unknown model_type {model_type!r}; the known ones are {', '.join(FAMILIES)}")
+    return FAMILIES[model_type]

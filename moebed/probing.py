@@ -1,0 +1,174 @@
+"""``moebed probe CHECKPOINT --out DIR``: the probes over a checkpoint, a layer at a time.
+
+No more than ``Trainer.predict`` on a PretrainedMoE with ProbeCallback, TensorBoard and a progress bar.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from moebed.errors import ConfigError, UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors become a UserError of one line instead of a usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; `moebed probe --help` lists the options")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options; each can stand in a YAML file as well."""
+    parser = _Parser(
+        prog="moebed probe",
+        description="Run probes on a pretrained checkpoint of any size and write what they found.",
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("checkpoint", nargs="?", help="folder of a checkpoint, its hub id, or a .ckpt file")
+    parser.add_argument("--config", metavar="FILE.yaml", help="a file with these options; those given here come first")
+    parser.add_argument("--out", metavar="DIR", help="folder for results, figures, TensorBoard events and report.html")
+    parser.add_argument(
+        "--probes", metavar="A,B", help="all (the default), or some of the probes that need weights alone"
+    )
+    parser.add_argument("--reference-dense", metavar="DENSE", help='dense checkpoint to compare with, the paper\'s "F"')
+    parser.add_argument("--layers", metavar="0,5", help="all (the default), or some of them")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="look at the weights as rounded to this; default as stored"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where to compute; default cpu")
+    parser.add_argument("--memory-budget", metavar="8GiB", help="memory for weights and the work on them; default 8GiB")
+    return parser
+
+
+_DEFAULTS: dict[str, Any] = {
+    "probes": "all",
+    "reference_dense": None,
+    "layers": "all",
+    "dtype": None,
+    "device": "cpu",
+    "memory_budget": "8GiB",
+}
+
+
+def run(command: str, arguments: Sequence[str]) -> None:
+    """Probe a checkpoint.
+
+    Raises:
+        UserError: Nothing could be probed, or some layers could not; the results of the others are written then.
+    """
+    options = read_options(arguments)
+    # Heavy imports wait until the options are known to be well formed.
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    from moebed.pretrained import PretrainedMoE
+    from moebed.reading_bar import ReadingBar
+    from moebed.training import require_writable, say
+    from probes.callback import ProbeCallback
+    from probes.checkpoint_pass import probes_of_weights
+    from probes.report import write_report
+
+    out = Path(options["out"])
+    chosen = _listed(options["probes"])
+    probes_of_weights(chosen)
+    require_writable(out)
+    layers = _listed(options["layers"])
+    model = PretrainedMoE(
+        options["checkpoint"],
+        reference_dense=options["reference_dense"],
+        layers=None if "all" in layers else [_layer(text) for text in layers],
+        memory_budget=options["memory_budget"],
+        dtype=options["dtype"],
+    )
+    for note in model.notes:
+        say(f"note: {note}")
+    probing = ProbeCallback(chosen, out=str(out))
+    _quiet()
+    trainer = Trainer(
+        accelerator="cpu" if options["device"] == "cpu" else "gpu",
+        devices=1,
+        default_root_dir=out,
+        logger=TensorBoardLogger(out, name="tensorboard", version="", default_hp_metric=False),
+        callbacks=[ReadingBar(), probing],
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
+    try:
+        trainer.predict(model, return_predictions=False)
+    finally:
+        model.close()
+    say(f"report: {write_report([out], out / 'report.html')}")
+    if probing.missing:
+        first, why = next(iter(probing.missing.items()))
+        more = f" (and {len(probing.missing) - 1} more layers)" if len(probing.missing) > 1 else ""
+        raise UserError(f"layer {first}{more} is missing from the results in {out}: {why}")
+
+
+def read_options(arguments: Sequence[str]) -> dict[str, Any]:
+    """All options: those given, then those of the YAML file, then the defaults.
+
+    Raises:
+        ConfigError: A key of the file is unknown or has no such value, or checkpoint or out is given nowhere.
+    """
+    parser = build_parser()
+    given = vars(parser.parse_args(arguments))
+    known = [action.dest for action in parser._actions if action.dest not in ("help", "config")]
+    file = given.pop("config", None)
+    content = _read_yaml(Path(file), known) if file is not None else {}
+    options = {**_DEFAULTS, **content, **given}
+    for name in ("checkpoint", "out"):
+        if not options.get(name):
+            wanted = (
+                "CHECKPOINT, a folder or a hub id" if name == "checkpoint" else "--out DIR, a folder for the results"
+            )
+            raise ConfigError(f"moebed probe needs {wanted}")
+    for action in parser._actions:
+        value = options.get(action.dest)
+        if action.choices and value is not None and value not in action.choices:
+            raise ConfigError(f"{action.dest} is {value!r}; choose one of {', '.join(action.choices)}")
+    return options
+
+
+def _read_yaml(path: Path, known: Sequence[str]) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds no options by name")
+    for key in content:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the known ones are {', '.join(known)}"
+            raise ConfigError(f"{path}: unknown key {key!r}; {hint}")
+    return content
+
+
+def _listed(value: Any) -> list[str]:
+    """Names from "a,b" or from a list of a YAML file."""
+    parts = value if isinstance(value, list) else str(value).split(",")
+    return [str(part).strip() for part in parts if str(part).strip()]
+
+
+def _layer(text: str) -> int:
+    if not text.isdecimal():
+        raise ConfigError(f"layers: {text!r} is no layer; write all, or numbers such as 0,5,10")
+    return int(text)
+
+
+def _quiet() -> None:
+    """Leave out what Lightning says of devices, loaders and folders; none of it applies here."""
+    import logging
+    import warnings
+
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: record.getMessage().startswith("probes:")
+    )
+    warnings.filterwarnings("ignore", module="lightning.*")

@@ -1,0 +1,133 @@
+"""Expert projection: where do the experts, and their neurons, lie? (2406.18219, section 4.1, figures of its appendix)
+
+E routed experts, E' with the shared expert and the dense FFN where they fit, P neurons taken, F expert intermediate.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from moebed.views import LayerView, Need
+from probes.base import Arrays, Headline, Probe, ProbeResult, per_layer
+from probes.expert_matrices import by_matrix, compared, fitting, labels_of, num_experts, row_bands
+from probes.pictures import draw_depth
+from probes.principal import matrix_components, outliers, point_components
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_MOST_NEURONS = 4096
+_DIMS = 3
+
+
+class ExpertProjection(Probe):
+    """Principal components of the experts' matrices, and of their neurons.
+
+    Matrices: flattened, neurons as rows (down transposed), each coordinate standardised over the routed experts
+    (ddof 1). The components are those of the routed experts alone; the shared expert and the dense FFN, where they have
+    their shape, are projected onto them. Neurons: points of hidden size, standardised alike; of a large layer only some
+    are taken, as many of each expert and evenly spread over it, at most 4096 in all.
+
+    Stored for each layer and matrix: ``matrix_pca (E', 2)``, ``matrix_pca_var (2,)``, the shares of the variance, and
+    with three components ``matrix_pca_3d``, ``matrix_pca_3d_var``; ``neuron_pca (P, 2)``, ``neuron_pca_3d (P, 3)``,
+    ``neuron_pca_var (3,)``. For each layer: ``neuron_pca_expert (P,)`` and ``neuron_pca_index (P,)``, whose neurons the
+    points are; ``num_experts``. ``others/<layer>/<matrix>``, the labels of the rows after the routed experts'. A layer
+    with one expert has no ``matrix_pca``.
+
+    Args:
+        drop_outliers: Leave out of the pictures the neurons that DBSCAN calls noise, on two components standardised,
+            which are stored as ``neuron_outlier (P,)``.
+        eps: DBSCAN's reach, in standard deviations.
+        min_samples: Points within reach, itself counted, that make a core point.
+    """
+
+    name = "expert_projection"
+    question = "Where do the experts and their neurons lie?"
+    needs = frozenset({Need.WEIGHTS})
+
+    def __init__(self, drop_outliers: bool = False, eps: float = 0.5, min_samples: int = 5) -> None:
+        super().__init__()
+        self.drop_outliers, self.eps, self.min_samples = drop_outliers, eps, min_samples
+
+    def update_matrix(self, view: LayerView, name: str) -> None:
+        """Project one matrix of the experts of one layer."""
+        rest, count, at = fitting(view, name), view.num_experts, f"{view.index}/{name}"
+        fetch = compared(view, name, rest)
+        if count > 1:
+            points, share = matrix_components(row_bands(view, name, rest), count, _DIMS)
+            self.arrays[f"matrix_pca/{at}"], self.arrays[f"matrix_pca_3d/{at}"] = points[:, :2], points
+            self.arrays[f"matrix_pca_var/{at}"], self.arrays[f"matrix_pca_3d_var/{at}"] = share[:2], share
+        width = len(fetch(0))
+        taken = np.linspace(0, width - 1, min(width, max(1, _MOST_NEURONS // count))).round().astype(np.int64)
+        neurons = torch.cat([fetch(index)[torch.from_numpy(taken)].float() for index in range(count)])
+        points, share = point_components(neurons, _DIMS)
+        self.arrays[f"neuron_pca/{at}"], self.arrays[f"neuron_pca_3d/{at}"] = points[:, :2], points
+        self.arrays[f"neuron_pca_var/{at}"] = share
+        if self.drop_outliers and np.isfinite(points).all():
+            scaled = points[:, :2] / np.maximum(points[:, :2].std(axis=0), 1e-30)
+            self.arrays[f"neuron_outlier/{at}"] = outliers(scaled, self.eps, self.min_samples)
+        self.arrays[f"neuron_pca_expert/{view.index}"] = np.repeat(np.arange(count), len(taken)).astype(np.int16)
+        self.arrays[f"neuron_pca_index/{view.index}"] = np.tile(taken, count)
+        self.arrays[f"neuron_count/{view.index}"] = np.asarray(width, np.int64)
+        self.arrays[f"num_experts/{view.index}"] = np.asarray(count, np.int64)
+        self.arrays[f"others/{view.index}/{name}"] = np.array(list(rest), dtype="<U2")
+
+    @classmethod
+    def describe(cls, arrays: Arrays) -> ProbeResult:
+        """How much of the variance two components hold, and the clouds."""
+        experts = num_experts(arrays)
+        if not experts:
+            return ProbeResult(arrays, notes=["no layer has routed experts"])
+        notes = _notes(arrays)
+        pictures = {f"neurons_{dims}d": partial(_draw_neurons, arrays, dims) for dims in (2, 3)}
+        shares = by_matrix(arrays, "matrix_pca_var")
+        if not shares:
+            notes.append("every layer has one expert: no components of whole matrices")
+            return ProbeResult(arrays, figures=pictures, notes=notes)
+        pictures = {f"matrices_{dims}d": partial(_draw_matrices, arrays, dims) for dims in (2, 3)} | pictures
+        held = {name: {n: float(share.sum()) for n, share in layers.items()} for name, layers in shares.items()}
+        scalars: dict[str, float] = {}
+        headlines = {}
+        for name, values in held.items():
+            scalars |= per_layer(f"variance_of_two_{name}", values)
+            value = scalars[f"variance_of_two_{name}"]
+            even = float(np.mean([min(1.0, 2 / (experts[layer] - 1)) for layer in values]))
+            sentence = f"Two components hold {value:.1%} of the variance between {name} matrices ({even:.1%} if even)."
+            headlines[f"variance_of_two_{name}"] = Headline(value, sentence)
+        title = "Share of the variance between experts in two components"
+        pictures["over_depth"] = partial(draw_depth, held, title, "share of variance")
+        return ProbeResult(arrays, scalars, headlines, pictures, notes)
+
+
+def _notes(arrays: Arrays) -> list[str]:
+    notes = []
+    for layer, count in num_experts(arrays).items():
+        taken, width = len(arrays[f"neuron_pca_expert/{layer}"]) // count, int(arrays[f"neuron_count/{layer}"])
+        if taken < width:
+            notes.append(f"neurons: {taken} of each expert's {width} are taken, evenly spread")
+    dropped = [value for layers in by_matrix(arrays, "neuron_outlier").values() for value in layers.values()]
+    if dropped:
+        share = np.concatenate(dropped).mean()
+        notes.append(f"neurons: the pictures leave out {share:.2%}, which DBSCAN calls outliers")
+    return list(dict.fromkeys(notes))
+
+
+def _draw_matrices(arrays: Arrays, dims: int) -> Figure:
+    from probes import figures_clouds
+
+    points, share = (by_matrix(arrays, f"matrix_pca_3d{end}") for end in ("", "_var"))
+    title = "The experts' matrices on their principal components"
+    return figures_clouds.labelled_clouds(points, share, labels_of(arrays), num_experts(arrays), dims, title)
+
+
+def _draw_neurons(arrays: Arrays, dims: int) -> Figure:
+    from probes import figures_clouds
+
+    points, share = by_matrix(arrays, "neuron_pca_3d"), by_matrix(arrays, "neuron_pca_var")
+    experts = {layer: arrays[f"neuron_pca_expert/{layer}"] for layer in num_experts(arrays)}
+    title = "The experts' neurons on their principal components, coloured by expert"
+    return figures_clouds.coloured_clouds(points, share, experts, by_matrix(arrays, "neuron_outlier"), dims, title)

@@ -1,0 +1,64 @@
+"""What a stopped pass over a checkpoint has finished: the arrays of each layer, by what they were computed from.
+
+<out>/results/.partial/<fingerprint>/layer_07.npz     keys "<probe>|<key>/<layer>[/<matrix>]"
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from probes import store
+from probes.base import Arrays, Probe, layer_tag
+
+
+class PartialResults:
+    """The finished layers of one combination of checkpoint, arguments and probes.
+
+    Args:
+        out: Folder of the results.
+        fingerprint: Changes with the checkpoint's files and with the arguments.
+        probes: Names of the probes.
+    """
+
+    def __init__(self, out: Path, fingerprint: str, probes: Sequence[str]) -> None:
+        text = json.dumps([fingerprint, sorted(probes)])
+        self.folder = store.results_dir(out) / ".partial" / hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def load(self, layers: Sequence[int]) -> dict[int, dict[str, dict[str, np.ndarray]]]:
+        """The arrays of those of the layers that are finished: layer -> probe -> arrays. A damaged file is no file."""
+        found: dict[int, dict[str, dict[str, np.ndarray]]] = {}
+        for layer in layers:
+            try:
+                with np.load(self.folder / f"{layer_tag(layer)}.npz", allow_pickle=False) as file:
+                    arrays: dict[str, dict[str, np.ndarray]] = {}
+                    for key in file.files:
+                        probe, _, name = key.partition("|")
+                        arrays.setdefault(probe, {})[name] = file[key]
+            except (ValueError, OSError, EOFError, zipfile.BadZipFile):
+                continue
+            found[layer] = arrays
+        return found
+
+    def save(self, layer: int, probes: Sequence[Probe]) -> None:
+        """Keep what the probes stored of a layer."""
+        arrays: Arrays = {
+            f"{probe.name}|{key}": value
+            for probe in probes
+            for key, value in probe.arrays.items()
+            if key.split("/")[1:2] == [str(layer)]
+        }
+        with store.replacing(self.folder / f"{layer_tag(layer)}.npz") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+
+    def drop_others(self) -> None:
+        """Delete what other checkpoints, arguments or probes left; this one is kept, so that it need not run again."""
+        for folder in self.folder.parent.iterdir() if self.folder.parent.is_dir() else ():
+            if folder != self.folder:
+                shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,97 @@
+"""Principal components by way of Gram matrices, and outliers among points.
+
+E matrices, X further ones, N neurons of a matrix, H hidden, P points, D dimensions kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import eigsh
+from scipy.spatial import cKDTree
+from torch import Tensor
+
+_LANCZOS_FROM = 512
+
+
+def matrix_components(bands: Iterable[Sequence[Tensor]], count: int, dims: int) -> tuple[np.ndarray, ...]:
+    """PCA of whole matrices, each coordinate standardised over the first ``count`` of them (ddof 1).
+
+    Only the matrices' scalar products are kept, gathered over bands of rows in float64. A component's sign is chosen so
+    that the first matrix that lies clearly off its middle is positive. A coordinate in which all agree counts as 0.
+
+    Args:
+        bands: The same rows of all matrices at a time: ``count`` that the components are fitted to, at least 2, and any
+            number (X) that are only projected onto them.
+        count: E.
+        dims: Components; those beyond E − 1 are 0.
+
+    Returns:
+        (E + X, dims) coordinates and (dims,) shares of the variance, both float32.
+    """
+    gram = torch.zeros((), dtype=torch.float64)
+    for blocks in bands:
+        band = torch.stack(list(blocks)).flatten(1).double()  # (E + X, n)
+        deviation, mean = torch.std_mean(band[:count], dim=0)
+        band = band.sub_(mean).mul_(torch.where(deviation > 0, 1 / deviation, 0.0))
+        gram = gram + (band @ band[:count].T).cpu()
+    if not torch.isfinite(gram).all():
+        return np.full((len(gram), dims), np.nan, np.float32), np.full(dims, np.nan, np.float32)
+    values, vectors = torch.linalg.eigh(gram[:count])
+    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+    kept = values > 1e-12 * values[0]
+    scores = gram @ vectors * torch.where(kept, values.rsqrt(), 0.0)
+    scores, share = scores[:, :dims], torch.where(kept, values / values.sum(), 0.0)[:dims]
+    return _padded(_signed(scores.numpy(), count), dims), _padded(np.nan_to_num(share.numpy())[None], dims)[0]
+
+
+def point_components(points: Tensor, dims: int) -> tuple[np.ndarray, np.ndarray]:
+    """PCA of points (P, H), each coordinate standardised (ddof 1): (P, dims) coordinates, (dims,) shares; float32."""
+    points = points.float().cpu()
+    if len(points) < 2 or not torch.isfinite(points).all():
+        return np.full((len(points), dims), np.nan, np.float32), np.full(dims, np.nan, np.float32)
+    deviation, mean = torch.std_mean(points, dim=0)
+    points = (points - mean) * torch.where(deviation > 0, 1 / deviation, 0.0)
+    tall = len(points) >= points.shape[1]
+    gram = (points.T @ points if tall else points @ points.T).numpy()
+    values, vectors = top_eigenvectors(gram, min(dims, len(gram)))
+    scores = points.numpy() @ vectors if tall else vectors * np.sqrt(values)
+    return _padded(_signed(scores, len(scores)), dims), _padded((values / max(gram.trace(), 1e-30))[None], dims)[0]
+
+
+def top_eigenvectors(gram: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The largest eigenvalues (count,), descending, of a Gram matrix (M, M), and their vectors (M, count)."""
+    if len(gram) < _LANCZOS_FROM or count >= len(gram) // 4:
+        values, vectors = np.linalg.eigh(gram.astype(np.float64))
+        values, vectors = values[-count:], vectors[:, -count:]
+    else:
+        values, vectors = eigsh(gram, k=count, v0=np.ones(len(gram), gram.dtype), tol=1e-6)
+    order = np.argsort(values)[::-1]
+    return np.maximum(values[order], 0), vectors[:, order]
+
+
+def outliers(points: np.ndarray, eps: float, min_samples: int) -> np.ndarray:
+    """Which points (P, D) DBSCAN calls noise, (P,) bool: no core point, nor within reach of one.
+
+    A core point has ``min_samples`` points, itself among them, within ``eps``.
+    """
+    tree = cKDTree(points)
+    core = tree.query_ball_point(points, eps, return_length=True) >= min_samples
+    if not core.any():
+        return np.ones(len(points), bool)
+    return cKDTree(points[core]).query(points)[0] > eps
+
+
+def _signed(scores: np.ndarray, count: int) -> np.ndarray:
+    """Flip columns so that the first of ``count`` rows that is at least half as far out as the farthest is positive."""
+    size = np.abs(scores[:count])
+    first = (size >= 0.5 * size.max(axis=0)).argmax(axis=0)
+    sign = np.sign(scores[first, np.arange(scores.shape[1])])
+    return scores * np.where(sign == 0, 1, sign)
+
+
+def _padded(values: np.ndarray, dims: int) -> np.ndarray:
+    """Zero columns up to ``dims``, float32."""
+    return np.pad(values, ((0, 0), (0, dims - values.shape[1]))).astype(np.float32)

@@ -1,0 +1,137 @@
+"""Every family that transformers has, against it: logits of what it wrote, and of what we wrote for it."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from moebed.checkpoints import Checkpoint, load_decoder, write_checkpoint
+from moebed.families import FAMILIES
+
+COMMON = {
+    "vocab_size": 80,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "intermediate_size": 40,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "rms_norm_eps": 1e-4,
+}
+ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
+MOE = {"num_experts": 6, "num_experts_per_tok": 2}
+SPARSE = {**MOE, "moe_intermediate_size": 24}
+CASES = {
+    "mixtral": ("mixtral", {"num_local_experts": 6, "num_experts_per_tok": 2, **ROPE}),
+    "mixtral-window": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5}),
+    "mixtral-one-expert": ("mixtral", {"num_local_experts": 1, "num_experts_per_tok": 1, "head_dim": 16}),
+    "mistral": ("mistral", {"sliding_window": 4, **ROPE}),
+    "mistral-wide-heads": ("mistral", {"head_dim": 16, "sliding_window": None}),
+    "llama": ("llama", {"tie_word_embeddings": True}),
+    "llama-gelu": ("llama", {"hidden_act": "gelu_pytorch_tanh", **ROPE}),
+    "qwen2": ("qwen2", ROPE),
+    "olmoe": ("olmoe", {**MOE, "norm_topk_prob": False, **ROPE}),
+    "olmoe-normed": ("olmoe", {**MOE, "norm_topk_prob": True}),
+    "qwen2_moe": ("qwen2_moe", {**SPARSE, "shared_expert_intermediate_size": 48, "mlp_only_layers": [1], **ROPE}),
+    "qwen2_moe-no-bias": ("qwen2_moe", {**SPARSE, "shared_expert_intermediate_size": 24, "qkv_bias": False}),
+    "qwen3_moe": ("qwen3_moe", {**SPARSE, "head_dim": 16, "norm_topk_prob": True, **ROPE}),
+    "qwen3_moe-step": ("qwen3_moe", {**SPARSE, "decoder_sparse_step": 2}),
+    "qwen3_moe-window": ("qwen3_moe", {**SPARSE, "use_sliding_window": True, "sliding_window": 4}),
+}  # fmt: skip
+
+
+@pytest.fixture(params=CASES)
+def theirs(request):
+    model_type, changes = CASES[request.param]
+    torch.manual_seed(1)
+    config = transformers.AutoConfig.for_model(model_type, **COMMON, **changes)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():  # biases and norm scales too, which start as 0 and 1
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.normal_(1.0, 0.3)
+    return model
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model.eval()(ids).logits
+
+
+def same(found, wanted):
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())
+
+
+def test_logits_of_what_transformers_wrote(theirs, tmp_path):
+    ids = torch.randint(3, 80, (2, 12))
+    theirs.save_pretrained(tmp_path)
+    same(logits(load_decoder(tmp_path), ids), logits(theirs, ids))
+
+
+def test_transformers_loads_what_we_write(theirs, tmp_path):
+    ids = torch.randint(3, 80, (2, 12))
+    theirs.save_pretrained(tmp_path / "theirs")
+    decoder = load_decoder(tmp_path / "theirs")
+    family = theirs.config.model_type
+    write_checkpoint(decoder, family, tmp_path / "ours", torch.float32, shard_bytes=20_000)
+    assert (tmp_path / "ours" / "model.safetensors.index.json").is_file()
+    back, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", output_loading_info=True, dtype=torch.float32, attn_implementation="eager"
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    same(logits(back, ids), logits(theirs, ids))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(load_decoder(tmp_path / "ours").parameters(), decoder.parameters(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.experts and name != "grok-1"])
+def test_fused_experts_are_read(family, tmp_path):
+    """The names that transformers holds in memory, which some checkpoints have on disk."""
+    case = "deepseek" if family == "deepseek" else next(key for key, (name, _) in CASES.items() if name == family)
+    if case == "deepseek":
+        from oracle_folders import ORACLES
+
+        shutil.copytree(ORACLES / "deepseekmoe", tmp_path / "plain", ignore=shutil.ignore_patterns("*.npz"))
+    else:
+        config = transformers.AutoConfig.for_model(family, **COMMON, **CASES[case][1])
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "plain")
+    plain = Checkpoint.open(tmp_path / "plain")
+    decoder = load_decoder(plain)
+    tensors = {}
+    for path in sorted((tmp_path / "plain").glob("*.safetensors")):
+        tensors |= load_file(path)
+    for layer in plain.config.moe_layers:
+        experts, names = decoder.layers[layer].mlp.experts, FAMILIES[family].experts
+        for matrix in ("gate", "up", "down"):
+            for expert in range(experts.num_experts):
+                del tensors[getattr(names, matrix).format(i=layer, e=expert)]
+        tensors[names.gate_up_fused.format(i=layer)] = experts.gate_up_proj.detach().contiguous()
+        tensors[names.down_fused.format(i=layer)] = experts.down_proj.detach().contiguous()
+    (tmp_path / "fused").mkdir()
+    save_file(tensors, tmp_path / "fused" / "model.safetensors")
+    shutil.copy(tmp_path / "plain" / "config.json", tmp_path / "fused")
+    fused = load_decoder(tmp_path / "fused")
+    assert all(torch.equal(a, b) for a, b in zip(fused.parameters(), decoder.parameters(), strict=True))
+
+
+def test_config_in_its_old_form(tmp_path):
+    """rope_theta beside the other settings, no rope_parameters, nothing that has a default."""
+    config = transformers.MixtralConfig(**COMMON, num_local_experts=4)
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    settings = json.loads(path.read_text())
+    del settings["rope_parameters"]
+    path.write_text(json.dumps(settings))
+    assert Checkpoint.open(tmp_path).config.rope_theta == 1e6
+    path.write_text(json.dumps(settings | {"rope_theta": 123.0, "rope_scaling": None}))
+    assert Checkpoint.open(tmp_path).config.rope_theta == 123.0

@@ -1,0 +1,54 @@
+"""Memory: within the budget, and no more for many layers than for few."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from checkpoint_files import write_large
+
+MEASURE = Path(__file__).with_name("measure_memory.py")
+PROBES = "matrix_similarity,gate_similarity,neuron_similarity,gate_projection,expert_projection"
+
+
+def peak(folder, layers, budget, probes):
+    size = write_large(folder / "model", layers, width=3584, hidden=1024)
+    options = ["--out", str(folder / "out"), "--memory-budget", budget, "--probes", probes]
+    done = subprocess.run(
+        [sys.executable, MEASURE, folder / "model", *options], capture_output=True, text=True, check=True
+    )
+    shutil.rmtree(folder)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["exit"] == 0
+    return size, found["peak_anonymous"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", ["300MiB", "60MiB"])
+def test_peak_does_not_grow_with_the_number_of_layers(tmp_path, budget):
+    """A layer has 176 MB in three matrices; 300 MiB hold three matrices, 60 MiB not even one."""
+    probes = PROBES if budget == "300MiB" else "matrix_similarity,gate_similarity"
+    few_bytes, few = peak(tmp_path / "few", 2, budget, probes)
+    many_bytes, many = peak(tmp_path / "many", 8, budget, probes)
+    assert many_bytes > 3.9 * few_bytes
+    assert many < few + 40e6
+
+
+@pytest.mark.slow
+def test_a_budget_of_2_gib_stays_under_2_and_a_half_gb(tmp_path):
+    """At the size of Mixtral 8x7B, 12 GB and more on disk."""
+    if shutil.disk_usage(tmp_path).free < 40e9:
+        pytest.skip("needs 40 GB of disk")
+    folder = tmp_path / "large"
+    assert write_large(folder / "model", 5) > 12e9
+    done = subprocess.run(
+        [sys.executable, MEASURE, folder / "model", "--out", folder / "out", "--memory-budget", "2GiB", "--probes",
+         "matrix_similarity,gate_similarity"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    shutil.rmtree(folder)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["exit"] == 0
+    assert found["peak_resident"] < 2.5e9

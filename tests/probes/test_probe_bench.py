@@ -1,0 +1,40 @@
+"""``moebed bench probe`` at a size that takes a second."""
+
+import json
+
+import pytest
+
+from moebed.bench import cli, probe
+from moebed.errors import UserError
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(probe, "DEEPSEEK", (300, 24))
+    monkeypatch.setattr(probe, "SOME_EXPERTS", 3)
+    monkeypatch.setattr(probe, "big_rows", lambda rounds: [probe._row("big", [2.0], [1.0], 3, False)])
+
+
+def test_it_measures_prints_and_keeps(tiny, tmp_path, capsys):
+    cli.run("bench", ["probe", "--rounds", "1", "--json", str(tmp_path / "x.json")])
+    kept = json.loads((tmp_path / "x.json").read_text())
+    rows = kept["results"]["rows"]
+    assert len(rows) == 6
+    assert all(0 < row["ratio"][0] <= row["ratio"][1] <= row["ratio"][2] for row in rows)
+    assert rows[-1] == {"name": "big", "ratio": [2.0, 2.0, 2.0], "goal": "≤ 3", "met": True}
+    assert kept["machine"]["versions"]["scipy"]
+    out = capsys.readouterr().out
+    assert "random, 9 of 6048 pairs" in out
+    assert "≤ 4.5" in out
+
+
+def test_neurons_of_correlated_experts_have_the_cosine_asked_for():
+    a, b = probe.experts((200, 400), 2, 0.5, transposed=True)
+    cosine = (a.float() * b.float()).sum(1) / a.float().norm(dim=1) / b.float().norm(dim=1)
+    assert float(cosine.mean()) == pytest.approx(0.5, abs=0.02)
+    assert a.stride() == (1, 200)
+
+
+def test_no_rounds():
+    with pytest.raises(UserError, match="--rounds 0"):
+        cli.run("bench", ["probe", "--rounds", "0"])
