@@ -171,7 +171,8 @@ class WeightPool:
             # Spare memory of other sizes counts as well: let it go before more is taken.
             self._spare = [] if self._bytes() + size > self.limit // 2 else self._spare
             memory = _fresh(size)
-        buffer = memory.view(piece.checkpoint.dtype(part)).view(part.rows, part.columns)
+        with torch.inference_mode(False):  # the reader writes into it, and is not in that mode
+            buffer = memory.view(piece.checkpoint.dtype(part)).view(part.rows, part.columns)
         self._held[piece] = _Held(group, memory, buffer, self._reader.submit(_read, piece, buffer))
 
 
@@ -181,7 +182,7 @@ def _fresh(size: int) -> Tensor:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)
-    with torch.inference_mode(False):  # the reader writes into it, and is not in that mode
+    with torch.inference_mode(False):
         return torch.frombuffer(memory, dtype=torch.uint8)
 
 
