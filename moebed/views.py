@@ -32,6 +32,7 @@ class Need(Enum):
     ROUTING = "routing"
     OUTPUTS = "outputs"
     ACTIVATIONS = "activations"
+    PREDICTIONS = "predictions"
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,14 @@ class ProbeText:
         token_mask: (B, S) bool, False where a position is padding.
         domain: (B,) int64, index into domains.
         domains: Names of the domains.
+        token_text: What each of the T valid tokens says, for pictures; empty where no tokenizer tells.
     """
 
     input_ids: Tensor
     token_mask: Tensor
     domain: Tensor
     domains: tuple[str, ...] = ("text",)
+    token_text: tuple[str, ...] = ()
 
     @property
     def token_ids(self) -> Tensor:
@@ -61,14 +64,31 @@ class ProbeText:
         lengths = self.token_mask.sum(dim=1)
         return lengths.cumsum(0) - lengths
 
+    @property
+    def sequence(self) -> Tensor:
+        """(T,) which sequence each valid token belongs to."""
+        return self.token_mask.nonzero()[:, 0]
+
+    @property
+    def targets(self) -> Tensor:
+        """(T,) the id that follows each valid token in its sequence; -1 after the last one."""
+        ids, sequence = self.token_ids, self.sequence
+        targets = torch.full_like(ids, -1)
+        targets[:-1] = torch.where(sequence[1:] == sequence[:-1], ids[1:], -1)
+        return targets
+
 
 @dataclass
 class ExpertView:
-    """What one expert made of every token, whether it was chosen or not."""
+    """What one expert made of every token, whether it was chosen or not.
 
-    index: int  # 0 to E - 1, routed; E for the shared expert where there is one
+    The dense reference model's FFN comes as one more expert; it has seen that model's own hidden states.
+    """
+
+    index: int  # 0 to E - 1, routed; from E on the shared expert and the reference, where there are any
     output: Tensor | None = None  # (T, H) float32, not weighted
     activation: Tensor | None = None  # (T, F) float32, act(x W_gateᵀ)
+    name: str = ""  # "SE" for the shared expert, "F" for the reference, empty for a routed one
 
 
 @dataclass
@@ -123,6 +143,15 @@ class LayerView:
         assert self.weights is not None
         assert self.moe_input is not None
         return self.weights.run_experts(self.moe_input, needs)
+
+
+@dataclass(frozen=True)
+class HeadView:
+    """What the model made of the text in the end, after its last layer."""
+
+    text: ProbeText
+    predicted: Tensor  # (T,) int64, the most probable next token
+    loss: Tensor  # (T,) float32, nats of the token that follows; NaN after the last of a sequence
 
 
 class LayerWeights(Protocol):

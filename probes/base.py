@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from moebed.views import ExpertView, LayerView, Need
+from moebed.views import ExpertView, HeadView, LayerView, Need
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,10 +22,11 @@ Arrays = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Headline:
-    """One number that answers a probe's question, and the sentence that says so."""
+    """One number that answers a probe's question, the sentence that says so, and its 95 % interval where there is one."""
 
     value: float
     sentence: str
+    interval: tuple[float, float] | None = None
 
 
 @dataclass
@@ -37,6 +38,7 @@ class ProbeResult:
         scalars: ``<quantity>/layer_07`` or ``<quantity>`` -> number; TensorBoard's tag adds ``probes/<probe>/``.
         headlines: The few numbers a person asks for first, by name.
         figures: Name -> function that draws it; nothing is drawn until it is called.
+        pages: Name -> function that writes a self-contained piece of HTML, for what is read rather than looked at.
         notes: What was left out, and why.
     """
 
@@ -44,6 +46,7 @@ class ProbeResult:
     scalars: dict[str, float] = field(default_factory=dict)
     headlines: dict[str, Headline] = field(default_factory=dict)
     figures: Mapping[str, Callable[[], Figure]] = field(default_factory=dict)
+    pages: Mapping[str, Callable[[], str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -52,15 +55,27 @@ class Probe:
 
     A driver calls, for each layer that has experts, ``update_matrix`` for each of the three matrices (only where the
     probe needs weights) and ``update_expert`` for each expert (only where it needs outputs or activations); then, for
-    every layer, ``update``; at the end ``compute`` once. One object serves one pass.
+    every layer, ``update``; after the last one ``update_head`` (only where it needs predictions); at the end
+    ``compute`` once. One object serves one pass.
+
+    A probe that compares what other probes found names them in ``sources``; it is given their arrays before ``compute``
+    and runs after them.
     """
 
     name: ClassVar[str]
     question: ClassVar[str]
     needs: ClassVar[frozenset[Need]]
+    sources: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self) -> None:
         self.arrays: dict[str, np.ndarray] = {}
+
+    def begin(self, step: int, earlier: Arrays) -> None:
+        """Before a pass in training: the optimizer step, and the arrays that this probe stored at the probing before.
+
+        A probe that follows something over training takes over what it needs of the steps before ``step``; a run that
+        was resumed may have left later ones.
+        """
 
     def update_matrix(self, view: LayerView, name: str) -> None:
         """See one of the three matrices (``up``, ``gate``, ``down``) of a layer's experts, and of no other for now.
@@ -73,6 +88,12 @@ class Probe:
 
     def update(self, view: LayerView) -> None:
         """See one layer; store its arrays. Layers without experts come too."""
+
+    def update_head(self, head: HeadView) -> None:
+        """See what the model predicted in the end."""
+
+    def derive(self, found: Mapping[str, Arrays]) -> None:
+        """Store arrays that follow from those of ``sources``, given by probe."""
 
     def forget(self, layer: int) -> None:
         """Drop what is stored of a layer, some of whose weights turned out to be unreadable."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from moebed.allocator import release_freed_memory
 from moebed.errors import ConfigError, UserError
 from moebed.pretrained import PretrainedMoE
 from moebed.views import LayerView, Need
@@ -69,9 +70,11 @@ class CheckpointPass:
             self.missing[view.index] = str(error)
         else:
             self._partial.save(view.index, self._pass.probes)
+        release_freed_memory()  # or the holes of one layer's work add up to those of the next
 
     def results(self) -> dict[str, ProbeResult]:
         """Each probe's result over the layers that could be read, with a note on each that could not."""
+        self.model.close()  # the weights give room to the pictures
         results = self._pass.results()
         for result in results.values():
             result.notes.extend(f"layer {layer} is missing: {why}" for layer, why in self.missing.items())

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from moebed.errors import UserError
-from moebed.views import MATRICES, LayerView, Need
+from moebed.views import MATRICES, HeadView, LayerView, Need
 from probes.base import Probe, ProbeResult
 
 _PER_EXPERT = frozenset({Need.OUTPUTS, Need.ACTIVATIONS})
@@ -61,12 +61,17 @@ class ProbePass:
         self._expert_needs = needs_of(self._per_expert)
 
     @torch.no_grad()
-    def show(self, view: LayerView) -> None:
+    def show(self, view: LayerView | HeadView) -> None:
         """Show a layer to every probe, running its experts once for all probes that look at them.
 
         Raises:
             UserError: The layer's weights cannot be read; the probes then know nothing of the layer.
         """
+        if isinstance(view, HeadView):
+            for probe in self.probes:
+                with self._clock(probe):
+                    probe.update_head(view)
+            return
         try:
             if view.error is not None:
                 raise view.error
@@ -87,11 +92,13 @@ class ProbePass:
     @torch.no_grad()
     def results(self) -> dict[str, ProbeResult]:
         """Each probe's result over the layers shown, by name."""
-        results = {}
-        for probe in self.probes:
+        results: dict[str, ProbeResult] = {}
+        for probe in sorted(self.probes, key=lambda probe: bool(probe.sources)):
             with self._clock(probe):
+                if probe.sources:
+                    probe.derive({name: results[name].arrays for name in probe.sources})
                 results[probe.name] = probe.compute()
-        return results
+        return {probe.name: results[probe.name] for probe in self.probes}
 
     @contextmanager
     def _clock(self, probe: Probe) -> Iterator[None]:
@@ -102,7 +109,7 @@ class ProbePass:
 
 @torch.no_grad()
 def run_probes(
-    views: Iterable[LayerView], probes: Sequence[Probe], timing: Timing | None = None
+    views: Iterable[LayerView | HeadView], probes: Sequence[Probe], timing: Timing | None = None
 ) -> dict[str, ProbeResult]:
     """Show every layer to every probe.
 

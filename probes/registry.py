@@ -45,6 +45,8 @@ DEFAULT_PROBES: tuple[str, ...] = (
 def resolve_probes(names: Sequence[str] | None) -> tuple[str, ...]:
     """Probe names a person asked for, checked: None means the default ones, ``all`` every one there is.
 
+    What a probe takes its numbers from comes with it.
+
     Raises:
         ConfigError: A name is unknown; the message offers the nearest one.
     """
@@ -57,4 +59,4 @@ def resolve_probes(names: Sequence[str] | None) -> tuple[str, ...]:
             near = difflib.get_close_matches(name, PROBES, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"choose all or some of {', '.join(PROBES)}"
             raise ConfigError(f"probes: unknown probe {name!r}; {hint}")
-    return tuple(dict.fromkeys(names))
+    return tuple(dict.fromkeys(one for name in names for one in (*PROBES[name].sources, name)))

@@ -84,6 +84,8 @@ def save_summary(
 
     def entry(probe: str, key: str, headline: Headline) -> dict[str, Any]:
         found: dict[str, Any] = {"value": _finite(headline.value), "sentence": headline.sentence}
+        if headline.interval is not None:
+            found["interval"] = [_finite(bound) for bound in headline.interval]
         beside = published(f"{probe}/{key}", named)
         return found | ({"paper": beside._asdict()} if beside is not None else {})
 

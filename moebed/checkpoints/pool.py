@@ -178,7 +178,7 @@ class WeightPool:
 
 def _fresh(size: int) -> Tensor:
     """New memory, (size,) bytes, in pages of 2 MiB where there are any: with small ones, faults outlast the reading."""
-    memory = mmap.mmap(-1, size)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)

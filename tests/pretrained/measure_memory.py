@@ -1,4 +1,6 @@
-"""Run `moebed probe` and print, as the last line, how much memory it took: peak resident, of it mapped from files.
+"""Run `moebed probe` and print, as the last line, how much memory it took, in bytes.
+
+Peak resident, mapped files included; peak without those; and the latter of the walk alone, before pictures are drawn.
 
 python tests/pretrained/measure_memory.py CHECKPOINT --out DIR [options of moebed probe]
 """
@@ -32,8 +34,21 @@ class Watch(threading.Thread):
 
 
 if __name__ == "__main__":
+    from probes.checkpoint_pass import CheckpointPass
+
     watch = Watch()
     watch.start()
+    walked, results = [], CheckpointPass.results
+
+    def note_peak(self):
+        walked.append(watch.anonymous)
+        return results(self)
+
+    CheckpointPass.results = note_peak  # type: ignore[method-assign]
     code = main(["probe", *sys.argv[1:]])
     found = status()
-    print(json.dumps({"exit": code, "peak_resident": found["VmHWM"], "peak_anonymous": watch.anonymous}))
+    print(
+        json.dumps(
+            {"exit": code, "peak_resident": found["VmHWM"], "peak_anonymous": watch.anonymous, "walk": walked[0]}
+        )
+    )

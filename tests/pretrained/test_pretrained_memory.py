@@ -10,7 +10,7 @@ import pytest
 from checkpoint_files import write_large
 
 MEASURE = Path(__file__).with_name("measure_memory.py")
-PROBES = "matrix_similarity,gate_similarity,neuron_similarity,gate_projection,expert_projection"
+PROBES = "matrix_similarity,gate_similarity,neuron_similarity,gate_projection"
 
 
 def peak(folder, layers, budget, probes):
@@ -22,17 +22,21 @@ def peak(folder, layers, budget, probes):
     shutil.rmtree(folder)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["exit"] == 0
-    return size, found["peak_anonymous"]
+    return size, found["walk"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("budget", ["300MiB", "60MiB"])
 def test_peak_does_not_grow_with_the_number_of_layers(tmp_path, budget):
-    """A layer has 176 MB in three matrices; 300 MiB hold three matrices, 60 MiB not even one."""
-    probes = PROBES if budget == "300MiB" else "matrix_similarity,gate_similarity"
+    """A layer has 176 MB in three matrices; 300 MiB hold three matrices, 60 MiB not even one.
+
+    The probes named take little memory themselves, so that the difference is the reader's.
+    """
+    probes = "matrix_similarity,gate_similarity"
     few_bytes, few = peak(tmp_path / "few", 2, budget, probes)
     many_bytes, many = peak(tmp_path / "many", 8, budget, probes)
     assert many_bytes > 3.9 * few_bytes
+    print(budget, few, many)
     assert many < few + 40e6
 
 
@@ -45,10 +49,11 @@ def test_a_budget_of_2_gib_stays_under_2_and_a_half_gb(tmp_path):
     assert write_large(folder / "model", 5) > 12e9
     done = subprocess.run(
         [sys.executable, MEASURE, folder / "model", "--out", folder / "out", "--memory-budget", "2GiB", "--probes",
-         "matrix_similarity,gate_similarity"],
+         PROBES],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     shutil.rmtree(folder)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["exit"] == 0
+    print(found)
     assert found["peak_resident"] < 2.5e9
