@@ -38,16 +38,16 @@ class ProbeResult:
         scalars: ``<quantity>/layer_07`` or ``<quantity>`` -> number; TensorBoard's tag adds ``probes/<probe>/``.
         headlines: The few numbers a person asks for first, by name.
         figures: Name -> function that draws it; nothing is drawn until it is called.
-        pages: Name -> function that writes a self-contained piece of HTML, for what is read rather than looked at.
         notes: What was left out, and why.
+        pages: Name -> function that writes a self-contained piece of HTML, for what is read rather than looked at.
     """
 
     arrays: Arrays
     scalars: dict[str, float] = field(default_factory=dict)
     headlines: dict[str, Headline] = field(default_factory=dict)
     figures: Mapping[str, Callable[[], Figure]] = field(default_factory=dict)
-    pages: Mapping[str, Callable[[], str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    pages: Mapping[str, Callable[[], str]] = field(default_factory=dict)
 
 
 class Probe:
