@@ -57,10 +57,12 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """Tokens x (T, H) -> outputs (T, H) and the router's decisions."""
         routing = self.router(x, self.experts)
+        return self.combine(x, routing), routing
+
+    def combine(self, x: Tensor, routing: Routing) -> Tensor:
+        """Outputs (T, H) for tokens x (T, H) that are routed already."""
         out = self.experts(x, routing)
-        if self.shared_expert is not None:
-            out = out + self.shared_output(x)
-        return out, routing
+        return out if self.shared_expert is None else out + self.shared_output(x)
 
     def shared_output(self, x: Tensor) -> Tensor:
         """What the shared experts add for tokens x (T, H): (T, H)."""

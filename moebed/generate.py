@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moebed.attention import KVCache
 from moebed.decoder import Decoder
-from moebed.views import evaluating
+from moebed.walking import evaluating
 
 
 @torch.no_grad()

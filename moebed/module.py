@@ -18,7 +18,8 @@ from moebed.errors import ConfigError, UserError
 from moebed.losses import IGNORE_INDEX, load_balancing_loss, router_stats, token_losses
 from moebed.metrics import TextLoss, bits_per_byte
 from moebed.optim import OptimizerConfig, build_adamw, learning_rate_factor
-from moebed.views import LayerView, Need, ProbeText, walk
+from moebed.views import HeadView, LayerView, Need, ProbeText
+from moebed.walking import walk
 
 Batch = dict[str, Tensor]
 
@@ -65,7 +66,7 @@ class MoEModule(LightningModule):
 
     # What other parts of moebed read ------------------------------------------------------------------------------
 
-    def views(self, text: ProbeText | None, needs: frozenset[Need]) -> Iterator[LayerView]:
+    def views(self, text: ProbeText | None, needs: frozenset[Need]) -> Iterator[LayerView | HeadView]:
         """Layer views of the model as it is now, for the probes."""
         return walk(self.decoder, text, needs)
 

@@ -8,22 +8,34 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor
 
 from moebed.checkpoints.checkpoint import Checkpoint
 from moebed.checkpoints.hub import find_checkpoint
-from moebed.checkpoints.pool import Piece, WeightPool
+from moebed.checkpoints.plan import ReadingPlan
+from moebed.checkpoints.pool import Piece, WeightPool, limit_of
+from moebed.checkpoints.streamed import (
+    HEAD,
+    Precision,
+    StreamedModel,
+    StreamedWeights,
+    block_pieces,
+    ffn_pieces,
+    head_pieces,
+    matrix_pieces,
+)
 from moebed.config import ModelConfig
 from moebed.errors import ConfigError, UserError
-from moebed.families.keys import TensorPart
-from moebed.views import MATRICES, ExpertView, LayerView, Need, ProbeText
+from moebed.text_pass import Stream, TextPass
+from moebed.texts import TextOptions, read_texts
+from moebed.views import MATRICES, HeadView, LayerView, Need, ProbeText
 
+_REFERENCE = "reference "  # its steps in the plan
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -37,7 +49,9 @@ class PretrainedMoE(LightningModule):
         reference_dense: The same of the dense model whose FFNs the experts are compared with (the paper's "F").
         layers: Layers to walk; all of them if not given.
         memory_budget: Bytes, or a string such as 8GiB, for the weights held at a time and the work on them.
-        dtype: Look at the weights as rounded to this; as they are stored if not given.
+        dtype: Look at the weights as rounded to this, and compute in it; if not given, look at them as they are stored
+            and compute in float32.
+        text: Sequences to run through it, or which ones to read.
 
     Raises:
         UserError: A checkpoint is missing, damaged, or does not fit the other arguments.
@@ -50,10 +64,12 @@ class PretrainedMoE(LightningModule):
         layers: list[int] | None = None,
         memory_budget: str | int = "8GiB",
         dtype: Literal["float32", "bfloat16"] | None = None,
+        text: ProbeText | TextOptions | None = None,
     ) -> None:
         super().__init__()
         self.name = checkpoint if not Path(checkpoint).exists() else Path(checkpoint).resolve().name
-        self.checkpoint = Checkpoint.open(find_checkpoint(checkpoint))
+        path = find_checkpoint(checkpoint)
+        self.checkpoint = Checkpoint.open(path)
         self.reference = Checkpoint.open(find_checkpoint(reference_dense)) if reference_dense else None
         self.config: ModelConfig = self.checkpoint.config
         self.weights_dtype: torch.dtype | None = getattr(torch, dtype) if dtype else None
@@ -61,10 +77,16 @@ class PretrainedMoE(LightningModule):
         self.layers = list(range(self.config.num_hidden_layers)) if layers is None else sorted(set(layers))
         self.notes = list(self.checkpoint.notes) + (self.reference.notes if self.reference else [])
         self.on_read: Callable[[int], None] = lambda done: None
+        self.text_pass: TextPass | None = None
+        self._streams: tuple[Stream | None, Stream | None] = (None, None)
         self._skipped: frozenset[int] = frozenset()
         self._needs = frozenset({Need.WEIGHTS})
-        self._views: Iterator[LayerView] | None = None
+        self._views: Iterator[LayerView | HeadView] | None = None
         self._pool: WeightPool | None = None
+        self.text = text if isinstance(text, ProbeText) else None
+        if isinstance(text, TextOptions) and text:
+            self.text, notes = read_texts(text, path, self.config)
+            self.notes += notes
         self._check()
 
     def _check(self) -> None:
@@ -83,6 +105,11 @@ class PretrainedMoE(LightningModule):
                 f"reference_dense: {self.reference.name} has hidden_size {dense.hidden_size} but "
                 f"{self.checkpoint.name} has {self.config.hidden_size}; give the dense model of its size"
             )
+        if self.text is not None and int(self.text.token_ids.max()) >= dense.vocab_size:
+            raise ConfigError(
+                f"reference_dense: {self.reference.name} has an embedding of {dense.vocab_size} rows but the text has "
+                f"token {int(self.text.token_ids.max())}; give a dense model with the same tokenizer"
+            )
         if dense.num_hidden_layers < self.config.num_hidden_layers:
             self.notes.append(f"{self.reference.name} has no layer from {dense.num_hidden_layers} on to compare with")
 
@@ -95,32 +122,82 @@ class PretrainedMoE(LightningModule):
         return {"name": self.name, "model_type": self.checkpoint.family.model_type, **sizes}
 
     def fingerprint(self) -> str:
-        """A hash of all that decides what the walk shows of a layer: the files and the arguments."""
+        """A hash of all that decides what the walk shows of a layer: the files, the text and the arguments."""
         parts = [self.checkpoint.fingerprint(), self.reference.fingerprint() if self.reference else None]
-        return hashlib.sha256(json.dumps([*parts, str(self.weights_dtype)]).encode()).hexdigest()
+        text = self.text.fingerprint() if self.text is not None else None
+        return hashlib.sha256(json.dumps([*parts, str(self.weights_dtype), text]).encode()).hexdigest()
 
-    def skip(self, layers: Collection[int], needs: frozenset[Need]) -> None:
-        """Before a walk by ``Trainer.predict``: layers to leave out, and what the probes ask for."""
-        self._skipped, self._needs = frozenset(layers), needs
+    def prepare(
+        self,
+        skipped: Collection[int],
+        needs: frozenset[Need],
+        streams: tuple[Stream | None, Stream | None] = (None, None),
+    ) -> None:
+        """Before a walk.
 
-    def views(self, text: ProbeText | None, needs: frozenset[Need]) -> Iterator[LayerView]:
+        Args:
+            skipped: Layers to leave out; their number stands for what comes after the last one.
+            needs: What the probes ask for.
+            streams: Where the text was, in the model and in the reference, when an earlier walk was stopped.
+        """
+        self._skipped, self._needs, self._streams = frozenset(skipped), needs, streams
+
+    def views(self, text: ProbeText | None, needs: frozenset[Need]) -> Iterator[LayerView | HeadView]:
         """The walk over the layers that are not left out; the same views that a live model offers.
 
         Args:
-            text: Must be None: only weights can be looked at.
+            text: Sequences to run; None for weights alone.
             needs: What the probes ask for.
 
+        Yields:
+            A view a layer; then, where predictions are asked for and not left out, a HeadView.
+
         Raises:
-            UserError: The probes ask for more than weights.
+            UserError: The text does not fit the model, or the memory budget is too small.
         """
-        if text is not None or needs - {Need.WEIGHTS}:
-            raise UserError("a checkpoint that is read layer by layer offers its weights alone; leave out other probes")
-        layers = [layer for layer in self.layers if layer not in self._skipped]
-        moe_layers = [layer for layer in layers if self.config.layer(layer).num_experts]
-        plan = [self._pieces(layer, name) for layer in moe_layers for name in MATRICES]
         self.close()
-        self._pool = WeightPool(plan, self.memory_budget, lambda done: self.on_read(done))
-        return (self._view(self._pool, layer, moe_layers) for layer in layers)
+        runs = text is not None and bool(needs - {Need.WEIGHTS})
+        shown = frozenset(self.layers) - self._skipped
+        spoken_for = self._text_bytes(text) if runs and text is not None else 0
+        plan = ReadingPlan(limit_of(self.memory_budget, spoken_for))
+        streams = self._streams if runs else (None, None)
+        first = streams[0].layer if streams[0] is not None else 0
+        walked = range(
+            first, self.config.num_hidden_layers if self._wants_head(needs) and runs else max(shown, default=-1) + 1
+        )
+        for layer in walked:
+            if runs or layer in shown:
+                self._plan_layer(plan, layer, Need.WEIGHTS in needs and layer in shown, runs)
+        if runs and self._wants_head(needs):
+            plan.add(HEAD, {number: [piece] for number, piece in enumerate(head_pieces(self.checkpoint))})
+        self._pool = pool = WeightPool(plan.groups, self.memory_budget, lambda done: self.on_read(done), spoken_for)
+        precision = Precision(self.weights_dtype, self.device)
+        model = StreamedModel(self.checkpoint, pool, plan, precision)
+        reference = StreamedModel(self.reference, pool, plan, precision, _REFERENCE) if self.reference else None
+        if not runs or text is None:
+            return (self._view(model, reference, layer) for layer in walked if layer in shown)
+        self.text_pass = TextPass(model, text, reference, *streams)
+        return self._walk(self.text_pass, (self._view(model, reference, layer) for layer in walked), shown, needs)
+
+    @torch.no_grad()
+    def _walk(
+        self, run: TextPass, views: Iterator[LayerView], shown: frozenset[int], needs: frozenset[Need]
+    ) -> Iterator[LayerView | HeadView]:
+        yield from run.layers(views, shown)
+        head = run.head(Need.LOGITS in needs) if self._wants_head(needs) else None
+        if head is not None:
+            yield head
+
+    def _wants_head(self, needs: frozenset[Need]) -> bool:
+        return bool(needs & {Need.PREDICTIONS, Need.LOGITS}) and self.config.num_hidden_layers not in self._skipped
+
+    def _text_bytes(self, text: ProbeText) -> int:
+        """About what the text's states and the weights at work take, beside what the pool holds."""
+        config = self.config
+        widths = [config.layer(i).moe_intermediate_size for i in config.moe_layers] + [config.intermediate_size or 0]
+        attention = sum(piece.part.rows * piece.part.columns for piece in block_pieces(self.checkpoint, 0).values())
+        states = 8 * int(text.token_mask.sum()) * config.hidden_size
+        return 4 * (max(widths) * config.hidden_size + attention + states)
 
     @property
     def bytes_total(self) -> int:
@@ -133,93 +210,56 @@ class PretrainedMoE(LightningModule):
             self._pool.close()
             self._pool = None
 
-    def _pieces(self, layer: int, name: str) -> list[Piece]:
-        keys = self.checkpoint.keys
-        experts = range(self.config.layer(layer).num_experts)
-        pieces = [Piece(self.checkpoint, keys.expert(layer, name, expert)) for expert in experts]
-        shared, reference = keys.shared(layer, name), self._reference_part(layer, name)
-        pieces += [Piece(self.checkpoint, shared)] if shared is not None else []
-        return pieces + ([reference] if reference is not None else [])
+    def _plan_layer(self, plan: ReadingPlan, layer: int, by_matrix: bool, runs: bool) -> None:
+        """Plan what is read of a layer: each matrix for probes that compare weights, each expert for text."""
+        sizes = self.config.layer(layer)
+        matrices: dict[Hashable, list[Piece]] = {}
+        run: dict[Hashable, list[Piece]] = {}
+        if by_matrix and sizes.num_experts:
+            matrices = {name: matrix_pieces(self.checkpoint, self.reference, layer, name) for name in MATRICES}
+        if runs:
+            plan.add(layer, {"block": list(block_pieces(self.checkpoint, layer).values())})
+            if self.reference is not None and layer < self.reference.config.num_hidden_layers:
+                blocks = list(block_pieces(self.reference, layer).values())
+                plan.add(layer, {f"{_REFERENCE}block": blocks})
+                run[f"{_REFERENCE}ffn"] = list(ffn_pieces(self.reference, layer, "ffn").values())
+            steps: list[int | str] = [*range(sizes.num_experts)] or ["ffn"]
+            steps += ["shared"] if sizes.num_experts and sizes.num_shared_experts else []
+            run |= {step: list(ffn_pieces(self.checkpoint, layer, step).values()) for step in steps}
+        plan.add(layer, matrices, run)
 
-    def _reference_part(self, layer: int, name: str) -> Piece | None:
-        if self.reference is None or layer >= self.reference.config.num_hidden_layers:
-            return None
-        part = self.reference.keys.dense(layer, name)
-        return Piece(self.reference, part) if part is not None else None
-
-    def _view(self, pool: WeightPool, layer: int, moe_layers: list[int]) -> LayerView:
+    def _view(self, model: StreamedModel, reference: StreamedModel | None, layer: int) -> LayerView:
         sizes = self.config.layer(layer)
         view = LayerView(layer, self.config.num_hidden_layers, sizes.num_experts, sizes.num_experts_per_tok, None)
+        view.weights = StreamedWeights(model, layer, reference)
         if not sizes.num_experts:
             view.num_experts_per_tok = 0
             return view
-        view.weights = StreamedWeights(self, pool, layer, len(MATRICES) * moe_layers.index(layer))
         router = self.checkpoint.keys.router(layer)
         try:
-            view.gate = self.converted(self.checkpoint.read(router)).float() if router is not None else None
+            view.gate = model.precision.seen(self.checkpoint.read(router)).float() if router is not None else None
         except UserError as error:
             view.error = error
         return view
 
-    def converted(self, weights: Tensor) -> Tensor:
-        """Weights as the probes are to see them: on the device, and rounded where that was asked for."""
-        return weights.to(device=self.device, dtype=self.weights_dtype or weights.dtype)
-
     # Lightning -----------------------------------------------------------------------------------------------------
 
     def predict_dataloader(self) -> list[int]:
-        """The layers."""
-        return self.layers
+        """The layers, and one more for what comes after the last."""
+        return [*self.layers, self.config.num_hidden_layers]
 
     def on_predict_start(self) -> None:
         """Begin the walk."""
-        self._views = self.views(None, self._needs)
+        self._views = self.views(self.text, self._needs)
 
-    def predict_step(self, batch: int, batch_idx: int) -> LayerView | None:
-        """The view of a layer; None for one that is left out."""
+    def predict_step(self, batch: int, batch_idx: int) -> LayerView | HeadView | None:
+        """The view of a layer; None for one that is left out, and after the last one if nothing is asked of it."""
         assert self._views is not None
-        return None if batch in self._skipped else next(self._views)
+        return None if batch in self._skipped else next(self._views, None)
 
     def on_predict_end(self) -> None:
         """End the walk."""
         self.close()
-
-
-class StreamedWeights:
-    """The weights of one layer of a checkpoint: those of one matrix at a time are in memory."""
-
-    def __init__(self, model: PretrainedMoE, pool: WeightPool, layer: int, first_group: int) -> None:
-        self._model, self._pool, self._layer, self._first_group = model, pool, layer, first_group
-
-    def expert_matrix(self, name: str, index: int, rows: slice) -> Tensor:
-        """Rows of one routed expert's matrix, as stored."""
-        return self._give(name, Piece(self._model.checkpoint, self._expert(name, index)), rows)
-
-    def expert_shape(self, name: str) -> tuple[int, int]:
-        """Rows and columns of one routed expert's matrix."""
-        part = self._expert(name, 0)
-        return part.rows, part.columns
-
-    def shared_matrix(self, name: str) -> Tensor | None:
-        """The shared expert's matrix."""
-        part = self._model.checkpoint.keys.shared(self._layer, name)
-        return None if part is None else self._give(name, Piece(self._model.checkpoint, part))
-
-    def reference_matrix(self, name: str) -> Tensor | None:
-        """The matrix of the dense reference model's FFN at this layer."""
-        piece = self._model._reference_part(self._layer, name)
-        return None if piece is None else self._give(name, piece)
-
-    def run_experts(self, x: Tensor, needs: frozenset[Need]) -> Iterator[ExpertView]:
-        """Not offered: no text is run through a streamed checkpoint."""
-        raise UserError("a checkpoint that is read layer by layer offers its weights alone")
-
-    def _expert(self, name: str, index: int) -> TensorPart:
-        return self._model.checkpoint.keys.expert(self._layer, name, index)
-
-    def _give(self, name: str, piece: Piece, rows: slice = slice(None)) -> Tensor:
-        self._pool.enter(self._first_group + MATRICES.index(name))
-        return self._model.converted(self._pool.rows(piece, rows))
 
 
 def parse_bytes(text: str | int) -> int:

@@ -32,12 +32,31 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="FILE.yaml", help="a file with these options; those given here come first")
     parser.add_argument("--out", metavar="DIR", help="folder for results, figures, TensorBoard events and report.html")
     parser.add_argument(
-        "--probes", metavar="A,B", help="all (the default), or some of the probes that need weights alone"
+        "--probes", metavar="A,B", help="all that the inputs allow (the default), or some of them by name"
     )
+    text = parser.add_argument_group("text to run through it; without any, only weights are looked at")
+    text.add_argument(
+        "--text",
+        nargs="+",
+        metavar="FILE",
+        help="text files, a sequence each; or paper-short, paper-long[=FILE], paper-chosen",
+    )
+    text.add_argument("--input-ids", nargs="+", metavar="FILE.npy", help="token ids, a sequence each")
+    text.add_argument(
+        "--domain",
+        action="append",
+        metavar="NAME=FILE",
+        help="a labelled domain for the domain probes; may be repeated",
+    )
+    text.add_argument("--sequence-length", type=int, metavar="N", help="tokens of a domain's sequences; default 256")
+    text.add_argument("--domain-tokens", type=int, metavar="N", help="tokens of each domain; default 8192")
+    text.add_argument("--save-logits", action="store_true", help="keep the logits (T, V) in results/logits.npz")
     parser.add_argument("--reference-dense", metavar="DENSE", help='dense checkpoint to compare with, the paper\'s "F"')
     parser.add_argument("--layers", metavar="0,5", help="all (the default), or some of them")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="look at the weights as rounded to this; default as stored"
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="look at the weights as rounded to this and compute in it; default as stored, and in float32",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to compute; default cpu")
     parser.add_argument("--memory-budget", metavar="8GiB", help="memory for weights and the work on them; default 8GiB")
@@ -51,6 +70,12 @@ _DEFAULTS: dict[str, Any] = {
     "dtype": None,
     "device": "cpu",
     "memory_budget": "8GiB",
+    "text": [],
+    "input_ids": [],
+    "domain": [],
+    "sequence_length": 256,
+    "domain_tokens": 8192,
+    "save_logits": False,
 }
 
 
@@ -67,14 +92,25 @@ def run(command: str, arguments: Sequence[str]) -> None:
 
     from moebed.pretrained import PretrainedMoE
     from moebed.reading_bar import ReadingBar
+    from moebed.texts import TextOptions
     from moebed.training import require_writable, say
     from probes.callback import ProbeCallback
-    from probes.checkpoint_pass import probes_of_weights
+    from probes.checkpoint_pass import probes_for
     from probes.report import write_report
 
     out = Path(options["out"])
+    text = TextOptions(
+        **{name: _several(options[name]) for name in ("text", "input_ids")},
+        domain=_domains(options["domain"]),
+        sequence_length=options["sequence_length"],
+        domain_tokens=options["domain_tokens"],
+    )
     chosen = _listed(options["probes"])
-    probes_of_weights(chosen)
+    if options["save_logits"]:
+        if not text:
+            raise ConfigError("--save-logits needs text; give --text, --input-ids or --domain")
+        chosen.append("logits")
+    probes_for(chosen, bool(text))
     require_writable(out)
     layers = _listed(options["layers"])
     model = PretrainedMoE(
@@ -83,6 +119,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
         layers=None if "all" in layers else [_layer(text) for text in layers],
         memory_budget=options["memory_budget"],
         dtype=options["dtype"],
+        text=text,
     )
     for note in model.notes:
         say(f"note: {note}")
@@ -106,7 +143,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
     if probing.missing:
         first, why = next(iter(probing.missing.items()))
         more = f" (and {len(probing.missing) - 1} more layers)" if len(probing.missing) > 1 else ""
-        raise UserError(f"layer {first}{more} is missing from the results in {out}: {why}")
+        raise UserError(f"layer {first}{more} is missing from the results in {out}, at least in part: {why}")
 
 
 def read_options(arguments: Sequence[str]) -> dict[str, Any]:
@@ -155,6 +192,16 @@ def _listed(value: Any) -> list[str]:
     """Names from "a,b" or from a list of a YAML file."""
     parts = value if isinstance(value, list) else str(value).split(",")
     return [str(part).strip() for part in parts if str(part).strip()]
+
+
+def _several(value: Any) -> list[str]:
+    """One or several from a YAML file or the command line."""
+    return [str(one) for one in (value if isinstance(value, list) else [value])]
+
+
+def _domains(value: Any) -> list[str]:
+    """NAME=FILE, several; in a YAML file a mapping does as well."""
+    return [f"{name}={file}" for name, file in value.items()] if isinstance(value, dict) else _several(value)
 
 
 def _layer(text: str) -> int:

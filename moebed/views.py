@@ -1,15 +1,15 @@
 """Layer views: what a probe sees of one layer, and the walk that offers them in order.
 
-The walk over a live model below *is* a forward pass: each layer's input is what the real top-K model made of the text.
-A streamed checkpoint offers the same walk, so a probe never knows where a model came from.
+A live model and a streamed checkpoint offer the same walk over layers, so a probe never knows where a model came from.
 
 B sequences, S positions, T valid tokens, E experts, K experts per token, H hidden, F expert intermediate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import hashlib
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
@@ -17,9 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from moebed.decoder import Block, Decoder, FeedForward, MoE
 from moebed.errors import UserError
-from moebed.routers import Routing, SoftmaxTopK
+from moebed.routers import Routing
 
 MATRICES = ("up", "gate", "down")
 EVERY_ROW = slice(None)
@@ -33,6 +32,7 @@ class Need(Enum):
     OUTPUTS = "outputs"
     ACTIVATIONS = "activations"
     PREDICTIONS = "predictions"
+    LOGITS = "logits"
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,13 @@ class ProbeText:
     domain: Tensor
     domains: tuple[str, ...] = ("text",)
     token_text: tuple[str, ...] = ()
+
+    def fingerprint(self) -> str:
+        """A hash of the tokens, of where they stand, and of their domains."""
+        digest = hashlib.sha256(json.dumps([list(self.input_ids.shape), self.domains]).encode())
+        for part in (self.token_ids, self.token_mask, self.domain):
+            digest.update(part.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     @property
     def token_ids(self) -> Tensor:
@@ -108,6 +115,12 @@ class LayerView:
     text: ProbeText | None = None
     weights: LayerWeights | None = field(default=None, repr=False)
     error: UserError | None = None  # why this layer cannot be looked at, found before a probe asked for anything
+    text_error: UserError | None = None  # why the text did not come to this layer, whose weights can be looked at
+    reference_output: Tensor | None = None  # (T, H) what the dense reference's FFN made of its own hidden states
+    moe_output: Tensor | None = None  # (T, H) what the layer makes of its input, known once all experts have run
+    # Loss (T,) of each token, NaN after the last of a sequence, with one expert masked out of the choice at this layer;
+    # of expert -1, that of the model as it is. None where the model is not at hand as a whole.
+    ablate: Callable[[int], Tensor] | None = field(default=None, repr=False)
 
     def matrix(self, name: str) -> Tensor:
         """All routed experts' ``up`` or ``gate`` (E, F, H), or ``down`` (E, H, F), float32; for small models."""
@@ -139,10 +152,38 @@ class LayerView:
         return self.weights.reference_matrix(name) if self.weights is not None else None
 
     def experts(self, needs: frozenset[Need]) -> Iterator[ExpertView]:
-        """Run every expert on every token, one at a time; the shared expert comes last."""
+        """Run every expert on every token, one at a time; after the routed ones the shared one, then the reference.
+
+        The real model's output is summed up on the way, so that it costs nothing more.
+
+        Raises:
+            UserError: An expert's output has NaN or Inf.
+        """
         assert self.weights is not None
         assert self.moe_input is not None
-        return self.weights.run_experts(self.moe_input, needs)
+        total = torch.zeros_like(self.moe_input) if self.routing is not None else None  # (T, H)
+        others = 0
+        for expert in self.weights.run_experts(self.moe_input, needs | {Need.OUTPUTS}):
+            assert expert.output is not None
+            if not bool(expert.output.sum().isfinite()) and not bool(expert.output.isfinite().all()):
+                raise UserError(f"an output of expert {expert.index} at layer {self.index} is NaN or Inf on this text")
+            if total is not None and self.routing is not None:
+                _add_chosen(total, expert, self.num_experts, self.routing)
+            others += expert.index >= self.num_experts
+            yield expert
+        self.moe_output = total
+        if self.reference_output is not None:
+            yield ExpertView(self.num_experts + others, self.reference_output, name="F")
+
+
+def _add_chosen(total: Tensor, expert: ExpertView, num_experts: int, routing: Routing) -> None:
+    """Add an expert's output to the sum (T, H) of the tokens that chose it; the shared expert's to all."""
+    assert expert.output is not None
+    if expert.index >= num_experts:
+        total += expert.output
+        return
+    token, choice = torch.where(routing.topk_index == expert.index)
+    total.index_add_(0, token, expert.output[token] * routing.topk_weight[token, choice, None])
 
 
 @dataclass(frozen=True)
@@ -152,6 +193,7 @@ class HeadView:
     text: ProbeText
     predicted: Tensor  # (T,) int64, the most probable next token
     loss: Tensor  # (T,) float32, nats of the token that follows; NaN after the last of a sequence
+    logits: Tensor | None = None  # (T, V) float32, where they were asked for
 
 
 class LayerWeights(Protocol):
@@ -180,109 +222,14 @@ class LayerWeights(Protocol):
         """What every expert, the shared one last, makes of tokens x (T, H)."""
         ...
 
-
-@dataclass(frozen=True)
-class ModuleWeights:
-    """The weights of a live layer."""
-
-    mlp: MoE | FeedForward
-
-    def expert_matrix(self, name: str, index: int, rows: slice) -> Tensor:
-        """Rows of one routed expert's matrix; shares memory with the model."""
-        assert isinstance(self.mlp, MoE)
-        return self.mlp.experts.matrix(name)[index].detach()[rows]
-
-    def expert_shape(self, name: str) -> tuple[int, int]:
-        """Rows and columns of one routed expert's matrix."""
-        assert isinstance(self.mlp, MoE)
-        _, rows, columns = self.mlp.experts.matrix(name).shape
-        return rows, columns
-
-    def shared_matrix(self, name: str) -> Tensor | None:
-        """The shared expert's matrix; shares memory with the model."""
-        if not isinstance(self.mlp, MoE) or self.mlp.shared_expert is None:
-            return None
-        return getattr(self.mlp.shared_expert, f"{name}_proj").weight.detach()
-
-    def reference_matrix(self, name: str) -> Tensor | None:
-        """A live model has no reference."""
-        return None
-
-    def run_experts(self, x: Tensor, needs: frozenset[Need]) -> Iterator[ExpertView]:
-        """Run the modules."""
-        assert isinstance(self.mlp, MoE)
-        routed, shared = self.mlp.experts, self.mlp.shared_expert
-        for index in range(routed.num_experts):
-            activated = routed.activate(index, x)
-            output = routed.finish(index, x, activated) if Need.OUTPUTS in needs else None
-            yield ExpertView(index, output, activated if Need.ACTIVATIONS in needs else None)
-        if shared is not None:
-            yield ExpertView(
-                routed.num_experts,
-                self.mlp.shared_output(x) if Need.OUTPUTS in needs else None,
-                shared.activation(shared.gate_proj(x)) if Need.ACTIVATIONS in needs else None,
-            )
+    def combine(self, x: Tensor, routing: Routing | None) -> Tensor:
+        """What the layer makes of tokens x (T, H) by the chosen experts alone, or by its dense FFN: (T, H)."""
+        ...
 
 
-@torch.no_grad()
-def walk(decoder: Decoder, text: ProbeText | None, needs: frozenset[Need]) -> Iterator[LayerView]:
-    """Views of a live decoder's layers, from the first to the last, in float32 and in evaluation mode.
+def __getattr__(name: str) -> object:
+    if name not in ("walk", "evaluating", "ModuleWeights"):
+        raise AttributeError(name)
+    from moebed import walking
 
-    The model's parameters, its training flag and every random state are as before when the walk ends.
-
-    Args:
-        decoder: The model.
-        text: Sequences to run; None for weights alone.
-        needs: What the probes ask for; without routing, outputs or activations no text is run.
-
-    Yields:
-        A view a layer, layers without experts included.
-    """
-    runs_text = text is not None and bool(needs - {Need.WEIGHTS})
-    with evaluating(decoder):
-        if not runs_text:
-            for index, block in enumerate(decoder.blocks):
-                yield _view(decoder, index, block, text)
-            return
-        assert text is not None
-        device = decoder.embed_tokens.weight.device
-        mask = text.token_mask.to(device)
-        hidden, rope = decoder.embed(text.input_ids.to(device))
-        for index, block in enumerate(decoder.blocks):
-            hidden = block.attend(hidden, rope)
-            ffn_input = block.pre_ffn_norm(hidden)
-            out, routing = block.feed_forward(ffn_input)
-            view = _view(decoder, index, block, text)
-            view.moe_input = ffn_input[mask]
-            if routing is not None:
-                view.routing = Routing(*(value[mask.flatten()] for value in routing))
-            yield view
-            hidden = hidden + block.post_ffn_norm(out)
-
-
-@contextmanager
-def evaluating(decoder: Decoder) -> Iterator[None]:
-    """Evaluation mode without autocast, undone at the end."""
-    modes = [(module, module.training) for module in decoder.modules()]  # a part may be frozen in evaluation mode
-    device = decoder.embed_tokens.weight.device.type
-    decoder.eval()
-    try:
-        with torch.autocast(device, enabled=False):
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _view(decoder: Decoder, index: int, block: Block, text: ProbeText | None) -> LayerView:
-    layer = decoder.config.layer(index)
-    router = block.mlp.router if isinstance(block.mlp, MoE) else None
-    return LayerView(
-        index=index,
-        num_hidden_layers=decoder.config.num_hidden_layers,
-        num_experts=layer.num_experts,
-        num_experts_per_tok=layer.num_experts_per_tok if layer.num_experts else 0,
-        gate=router.weight.detach().float() if isinstance(router, SoftmaxTopK) else None,
-        text=text,
-        weights=ModuleWeights(block.mlp),
-    )
+    return getattr(walking, name)

@@ -1,24 +1,44 @@
 """Balance: do the experts share the work?
 
-T tokens, E experts, K experts per token.
+T tokens, E experts, K experts per token, B sequences.
 """
 
 from __future__ import annotations
 
 import math
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
 
 from moebed.views import LayerView, Need
 from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
+from probes.choices import counts_by_sequence, sequence_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DEAD_SHARE = 0.001
+
+
+class Unevenness(NamedTuple):
+    """How uneven the loads of E experts are; see :class:`Balance`."""
+
+    load: np.ndarray  # (E,)
+    max_violation: float
+    cv: float
+    entropy: float
+    dead: int
+
+
+def unevenness(counts: np.ndarray) -> Unevenness:
+    """Loads and their unevenness, from how often each expert was chosen (E,)."""
+    experts = len(counts)
+    load = counts / counts.sum()
+    used = load[load > 0]
+    entropy = -(used * np.log(used)).sum() / math.log(experts) if experts > 1 else 1.0
+    violation, cv = load.max() * experts - 1, load.std() * experts
+    return Unevenness(load, float(violation), float(cv), float(entropy), int((load < DEAD_SHARE).sum()))
 
 
 class Balance(Probe):
@@ -27,6 +47,9 @@ class Balance(Probe):
     Stored for each layer: ``load (E,)``, sums to 1; ``max_violation``, max load / mean load − 1 over the whole text
     (0 when balanced, E/K − 1 when the same K experts take all); ``cv``, standard deviation / mean; ``entropy``, of the
     loads in units of ln E, 1 when balanced and by definition with one expert; ``dead``, number of experts below 0.1 %.
+    Where there is text also ``max_violation_batch``: max_violation of each sequence by itself, averaged. A training
+    step's batch is not seen here; a sequence stands for it, the least that reaches the experts together. It is high
+    where sequences differ from each other, though the whole text may be balanced, and where they are short.
     """
 
     name = "balance"
@@ -37,18 +60,21 @@ class Balance(Probe):
         """Count the assignments of one layer."""
         if view.routing is None:
             return
-        experts = view.num_experts
-        counts = torch.bincount(view.routing.topk_index.flatten(), minlength=experts).double().cpu().numpy()
-        load = counts / counts.sum()  # (E,)
-        used = load[load > 0]
-        entropy = -(used * np.log(used)).sum() / math.log(experts) if experts > 1 else 1.0
+        index = view.routing.topk_index.cpu().numpy()
+        sequence = sequence_of(view.text) if view.text is not None else np.zeros(len(index), np.int64)
+        counts = counts_by_sequence(index, sequence, int(sequence.max(initial=0)) + 1, view.num_experts)  # (B, E)
+        whole = unevenness(counts.sum(axis=0).astype(np.float64))
         self.arrays |= {
-            f"load/{view.index}": load.astype(np.float32),
-            f"max_violation/{view.index}": np.asarray(load.max() * experts - 1, np.float32),
-            f"cv/{view.index}": np.asarray(load.std() * experts, np.float32),
-            f"entropy/{view.index}": np.asarray(entropy, np.float32),
-            f"dead/{view.index}": np.asarray((load < DEAD_SHARE).sum(), np.int64),
+            f"load/{view.index}": whole.load.astype(np.float32),
+            f"max_violation/{view.index}": np.asarray(whole.max_violation, np.float32),
+            f"cv/{view.index}": np.asarray(whole.cv, np.float32),
+            f"entropy/{view.index}": np.asarray(whole.entropy, np.float32),
+            f"dead/{view.index}": np.asarray(whole.dead, np.int64),
         }
+        if view.text is not None:
+            counts = counts[counts.any(axis=1)]
+            most = counts.max(axis=1) / counts.mean(axis=1) - 1
+            self.arrays[f"max_violation_batch/{view.index}"] = np.asarray(most.mean(), np.float32)
 
     @classmethod
     def describe(cls, arrays: Arrays) -> ProbeResult:
@@ -59,7 +85,7 @@ class Balance(Probe):
         violation = {layer: float(value) for layer, value in by_layer(arrays, "max_violation").items()}
         dead = {layer: float(value) for layer, value in by_layer(arrays, "dead").items()}
         scalars: dict[str, float] = {}
-        for quantity in ("max_violation", "cv", "entropy", "dead"):
+        for quantity in ("max_violation", "max_violation_batch", "cv", "entropy", "dead"):
             scalars |= per_layer(quantity, {layer: float(v) for layer, v in by_layer(arrays, quantity).items()})
         worst = max(violation, key=lambda layer: violation[layer])
         experts = sum(len(value) for value in load.values())

@@ -59,13 +59,14 @@ class Probe:
     ``compute`` once. One object serves one pass.
 
     A probe that compares what other probes found names them in ``sources``; it is given their arrays before ``compute``
-    and runs after them.
+    and runs after them. Those of ``optional_sources`` it is given only where they run as well.
     """
 
     name: ClassVar[str]
     question: ClassVar[str]
     needs: ClassVar[frozenset[Need]]
     sources: ClassVar[tuple[str, ...]] = ()
+    optional_sources: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self) -> None:
         self.arrays: dict[str, np.ndarray] = {}
@@ -93,7 +94,7 @@ class Probe:
         """See what the model predicted in the end."""
 
     def derive(self, found: Mapping[str, Arrays]) -> None:
-        """Store arrays that follow from those of ``sources``, given by probe."""
+        """Store arrays that follow from those of the sources, given by probe."""
 
     def forget(self, layer: int) -> None:
         """Drop what is stored of a layer, some of whose weights turned out to be unreadable."""

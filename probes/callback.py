@@ -23,7 +23,7 @@ from moebed.pretrained import PretrainedMoE
 from moebed.views import ProbeText
 from probes import store
 from probes.base import ProbeResult
-from probes.checkpoint_pass import CheckpointPass, probes_of_weights
+from probes.checkpoint_pass import CheckpointPass, probes_for
 from probes.driver import Timing, needs_of, run_probes
 from probes.registry import PROBES, resolve_probes
 
@@ -99,7 +99,7 @@ class ProbeCallback(Callback):
                 raise UserError("a checkpoint is probed by one process; use trainer.devices 1")
             if self.out is None:
                 self.out = Path(trainer.default_root_dir)
-            self.probes = probes_of_weights(self._asked)
+            self.probes = probes_for(self._asked, pl_module.text is not None)
             self._checkpoint = CheckpointPass(pl_module, self.probes, self.out)
             self._started = time.perf_counter()
             if self._checkpoint.continued:

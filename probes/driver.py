@@ -52,7 +52,7 @@ class ProbePass:
     """
 
     def __init__(self, probes: Sequence[Probe], timing: Timing | None = None) -> None:
-        self.probes = probes
+        self.probes, self.missing = probes, dict[int, str]()
         self.timing = Timing() if timing is None else timing
         for probe in probes:
             self.timing.probe[probe.name] = 0.0
@@ -61,17 +61,18 @@ class ProbePass:
         self._expert_needs = needs_of(self._per_expert)
 
     @torch.no_grad()
-    def show(self, view: LayerView | HeadView) -> None:
+    def show(self, view: LayerView | HeadView) -> bool:
         """Show a layer to every probe, running its experts once for all probes that look at them.
 
-        Raises:
-            UserError: The layer's weights cannot be read; the probes then know nothing of the layer.
+        Returns:
+            Whether all was seen. Of a layer that cannot be read, or where the text ends in NaN, the probes then know
+            nothing, and ``missing`` says why; where the text ended earlier, they know the layer's weights.
         """
         if isinstance(view, HeadView):
             for probe in self.probes:
                 with self._clock(probe):
                     probe.update_head(view)
-            return
+            return True
         try:
             if view.error is not None:
                 raise view.error
@@ -79,25 +80,30 @@ class ProbePass:
                 for probe in self._per_matrix:
                     with self._clock(probe):
                         probe.update_matrix(view, name)
-            if self._per_expert and view.num_experts:
+            if self._per_expert and view.num_experts and view.moe_input is not None:
                 _show_experts(view, self._per_expert, self._expert_needs, self.timing)
             for probe in self.probes:
                 with self._clock(probe):
                     probe.update(view)
-        except UserError:
+        except UserError as error:
+            self.missing[view.index] = str(error)
             for probe in self.probes:
                 probe.forget(view.index)
-            raise
+            return False
+        return view.text_error is None
 
     @torch.no_grad()
     def results(self) -> dict[str, ProbeResult]:
-        """Each probe's result over the layers shown, by name."""
+        """Each probe's result over the layers shown, by name, with a note on each layer that is missing."""
         results: dict[str, ProbeResult] = {}
         for probe in sorted(self.probes, key=lambda probe: bool(probe.sources)):
             with self._clock(probe):
                 if probe.sources:
-                    probe.derive({name: results[name].arrays for name in probe.sources})
+                    named = (*probe.sources, *(name for name in probe.optional_sources if name in results))
+                    probe.derive({name: results[name].arrays for name in named})
                 results[probe.name] = probe.compute()
+        for result in results.values():
+            result.notes.extend(f"layer {layer} is missing: {why}" for layer, why in self.missing.items())
         return {probe.name: results[probe.name] for probe in self.probes}
 
     @contextmanager

@@ -20,7 +20,12 @@ _NAMED_UP_TO = 16  # experts in a panel that can all be named
 _MOST_POINTS = 3000
 
 
-def scatter_grid(points: Mapping[str, Mapping[int, tuple[np.ndarray, np.ndarray]]], title: str) -> Figure:
+def scatter_grid(
+    points: Mapping[str, Mapping[int, tuple[np.ndarray, np.ndarray]]],
+    title: str,
+    across: str = "gate cosine",
+    up: str = "neuron cosine",
+) -> Figure:
     """A row a matrix, a column a layer: pairs of experts (P,), their regression line and r²."""
     fig, layers, axes = _grid(points, title, 2)
     for row, (name, by_layer) in enumerate(points.items()):
@@ -40,7 +45,7 @@ def scatter_grid(points: Mapping[str, Mapping[int, tuple[np.ndarray, np.ndarray]
                 ax.text(0.04, 0.93, f"r² {r * r:.2f}", transform=ax.transAxes, fontsize=8.5, color=figures.SERIES[1],
                         va="top", bbox={"fc": "white", "ec": "none", "alpha": 0.75, "pad": 1})  # fmt: skip
             _few_ticks(ax)
-            _titles(ax, row, column, len(points), name, layer, "gate cosine", "neuron cosine")
+            _titles(ax, row, column, len(points), name, layer, across, up)
     return fig
 
 

@@ -14,11 +14,18 @@ from torch import Tensor
 
 from moebed.views import ExpertView, LayerView, Need
 from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
+from probes.expert_matrices import REFERENCE
+from probes.ranks import correlation, rank_correlation, ranks
+from probes.short_texts import keep_tokens, token_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+__all__ = ["NormVsScore", "rank_correlation"]
+
 PICTURED_LAYERS = 11
+PICTURED_WITH_TOKENS = 3
+ACROSS = 4  # tokens in a row of panels
 READABLE_COUNT = 50  # a cell of 50 tokens is within 14 % of chance by chance
 
 
@@ -29,7 +36,10 @@ class NormVsScore(Probe):
     (E, E), tokens whose expert of score rank i (row) has norm rank j (column), 0 = smallest, ties by expert index;
     ``spearman``, mean over tokens of the rank correlation over experts, ties averaged, 0 for a token whose ranks are
     all tied; ``topk_overlap``, P(an expert of the top K by norm is in the top K by score); ``topk_overlap_random``,
-    K/E. Stored once for each number of experts: ``rank_count_all_layers/<E>``, summed over the layers with E experts.
+    K/E; where a dense reference is given, ``dense_ffn_output_norm (T,)``, the norm of what its FFN made of the dense
+    model's own hidden states. Stored once for each number of experts: ``rank_count_all_layers/<E>``, summed over the
+    layers with E experts. Of texts of up to 12 tokens also ``score (T, E)``, the router's, and stored once
+    ``token_ids (T,)`` and ``token_text (T,)``.
     """
 
     name = "norm_vs_score"
@@ -39,31 +49,43 @@ class NormVsScore(Probe):
     def __init__(self) -> None:
         super().__init__()
         self._norms: list[Tensor] = []
+        self._dense: Tensor | None = None
 
     def update_expert(self, view: LayerView, expert: ExpertView) -> None:
         """Keep the norm of one expert's outputs; the shared expert has no score."""
-        if expert.index < view.num_experts:
-            assert expert.output is not None
-            self._norms.append(torch.linalg.vector_norm(expert.output.float(), dim=-1))  # (T,)
+        if expert.index == 0:  # also where the layer before failed halfway
+            self._norms, self._dense = [], None
+        if expert.index >= view.num_experts and expert.name != REFERENCE:
+            return
+        assert expert.output is not None
+        norm = torch.linalg.vector_norm(expert.output.float(), dim=-1)  # (T,)
+        if expert.name == REFERENCE:
+            self._dense = norm
+        else:
+            self._norms.append(norm)
 
     def update(self, view: LayerView) -> None:
         """Compare norms with scores of one layer."""
         if view.routing is None:
             return
-        norm = torch.stack(self._norms, dim=1)  # (T, E)
-        self._norms.clear()
-        score = view.routing.router_probs.float()
+        norm = torch.stack(self._norms, dim=1).cpu().numpy()  # (T, E)
+        score = view.routing.router_probs.float().cpu().numpy()
         experts, chosen = view.num_experts, view.num_experts_per_tok
-        cell = _rank(score) * experts + _rank(norm)
-        count = torch.bincount(cell.flatten(), minlength=experts**2).view(experts, experts)
-        both = count[experts - chosen :, experts - chosen :].sum().item()
+        by_score, by_norm = ranks(score), ranks(norm)
+        cell = torch.from_numpy(by_score.whole * experts + by_norm.whole)
+        count = torch.bincount(cell.flatten(), minlength=experts**2).view(experts, experts).numpy()
+        both = count[experts - chosen :, experts - chosen :].sum()
         self.arrays |= {
-            f"output_norm/{view.index}": norm.cpu().numpy(),
-            f"rank_count_score_by_norm/{view.index}": count.cpu().numpy(),
-            f"spearman/{view.index}": np.asarray(rank_correlation(score, norm).mean().item(), np.float32),
+            f"output_norm/{view.index}": norm,
+            f"rank_count_score_by_norm/{view.index}": count,
+            f"spearman/{view.index}": np.asarray(correlation(by_score, by_norm).mean(), np.float32),
             f"topk_overlap/{view.index}": np.asarray(both / (len(norm) * chosen), np.float32),
             f"topk_overlap_random/{view.index}": np.asarray(chosen / experts, np.float32),
         }
+        if self._dense is not None:
+            self.arrays[f"dense_ffn_output_norm/{view.index}"] = self._dense.cpu().numpy()
+        if keep_tokens(self.arrays, view):
+            self.arrays[f"score/{view.index}"] = score.copy()
 
     def compute(self) -> ProbeResult:
         """The result, with the counts of equally wide layers summed."""
@@ -100,28 +122,9 @@ class NormVsScore(Probe):
             "rank_counts": partial(_draw_rank_counts, arrays),
             "over_depth": partial(_draw_over_depth, rho, overlap, random),
         }
+        if by_layer(arrays, "score"):
+            pictures["tokens"] = partial(_draw_tokens, arrays)
         return ProbeResult(arrays, scalars, headlines, pictures)
-
-
-def _rank(values: Tensor) -> Tensor:
-    """Rank of each entry in its row, 0 = smallest, ties by index: (T, E) int64."""
-    return values.argsort(dim=-1, stable=True).argsort(dim=-1)
-
-
-def _average_rank(values: Tensor) -> Tensor:
-    """Rank of each entry in its row, tied entries sharing the mean of their ranks: (T, E) float64."""
-    ordered = values.sort(dim=-1).values
-    below = torch.searchsorted(ordered, values.contiguous())
-    upto = torch.searchsorted(ordered, values.contiguous(), right=True)
-    return (below + upto - 1).double() / 2
-
-
-def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Spearman's rho of each row of a and b (T, E): (T,) float64; 0 where a row is all tied."""
-    x, y = _average_rank(a), _average_rank(b)
-    x, y = x - x.mean(dim=-1, keepdim=True), y - y.mean(dim=-1, keepdim=True)
-    size = (x.square().sum(dim=-1) * y.square().sum(dim=-1)).sqrt()
-    return torch.where(size > 0, (x * y).sum(dim=-1) / size.clamp(min=1e-12), 0.0)
 
 
 def _grouped(count: np.ndarray) -> tuple[np.ndarray, int]:
@@ -179,4 +182,60 @@ def _draw_over_depth(rho: dict[int, float], overlap: dict[int, float], random: d
     right.set_ylim(0, 1.05)
     right.set_title("overlap of top K by score and top K by norm", fontsize=10)
     right.legend(fontsize=8, frameon=False)
+    return fig
+
+
+def _draw_tokens(arrays: Arrays) -> Figure:
+    """The paper's Figure 3."""
+    from probes import figures
+
+    scores, norms = by_layer(arrays, "score"), by_layer(arrays, "output_norm")
+    dense = by_layer(arrays, "dense_ffn_output_norm")
+    layers = figures.pick(list(scores), PICTURED_WITH_TOKENS)
+    names = token_names(arrays, len(scores[layers[0]]))
+    columns = min(ACROSS, len(names))
+    rows = -(-len(names) // columns)
+    some = f"; {len(layers)} of {len(scores)} layers" if len(layers) < len(scores) else ""
+    line = "; dotted: norm of the dense model's FFN output" if dense else ""
+    fig = figures.new_figure(
+        max(7.0, 1.0 + 3.0 * columns),
+        1.1 + 1.75 * rows * len(layers),
+        f"Each expert's output norm (left, blue) and score (right, red) at each token{some}\n"
+        f"Experts in order of their number{line}",
+    )
+    axes = fig.subplots(rows * len(layers), columns, squeeze=False)
+    for ax in axes.ravel():
+        ax.set_visible(False)
+    for place, layer in enumerate(layers):
+        experts = np.arange(scores[layer].shape[1])
+        both = [norms[layer], dense[layer][:, None]] if layer in dense else [norms[layer]]
+        highest = max(float(np.nan_to_num(values).max()) for values in both) or 1.0
+        best = float(np.nan_to_num(scores[layer]).max()) or 1.0
+        for token, name in enumerate(names):
+            row, column = place * rows + token // columns, token % columns
+            ax = axes[row, column]
+            ax.set_visible(True)
+            figures.style_axes(ax)
+            other = ax.twinx()
+            ax.bar(experts - 0.2, norms[layer][token], width=0.4, color=figures.SERIES[0], lw=0)
+            other.bar(experts + 0.2, scores[layer][token], width=0.4, color=figures.SERIES[1], lw=0)
+            if layer in dense:
+                ax.axhline(dense[layer][token], color=figures.INK, lw=1, ls=":")
+            ax.set_ylim(0, 1.08 * highest)
+            other.set_ylim(0, 1.08 * best)
+            other.tick_params(labelsize=8, length=2, color=figures.MUTED)
+            for side in ("top", "left", "bottom"):
+                other.spines[side].set_visible(False)
+            other.spines["right"].set_color(figures.MUTED)
+            figures.index_ticks(ax.xaxis, experts.tolist())
+            ax.set_title(name, fontsize=9)
+            ax.grid(visible=False, axis="x")
+            if column == 0:
+                ax.set_ylabel(f"layer {layer}\nnorm", fontsize=8.5, color=figures.SERIES[0])
+            else:
+                ax.set_yticklabels([])
+            if column == columns - 1 or token == len(names) - 1:
+                other.set_ylabel("score", fontsize=8.5, color=figures.SERIES[1])
+            else:
+                other.set_yticklabels([])
     return fig

@@ -1,6 +1,7 @@
 """What a stopped pass over a checkpoint has finished: the arrays of each layer, by what they were computed from.
 
-<out>/results/.partial/<fingerprint>/layer_07.npz     keys "<probe>|<key>/<layer>[/<matrix>]"
+<out>/results/.partial/<fingerprint>/layer_07.npz     keys "<probe>|<key>/<layer>[/<matrix>]", and those of no layer
+<out>/results/.partial/<fingerprint>/stream.npz       residual streams of the text, and the layers that they enter
 """
 
 from __future__ import annotations
@@ -13,9 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from moebed.text_pass import Stream
 from probes import store
 from probes.base import Arrays, Probe, layer_tag
+
+_STREAMS = ("model", "reference")
 
 
 class PartialResults:
@@ -46,16 +51,43 @@ class PartialResults:
             found[layer] = arrays
         return found
 
-    def save(self, layer: int, probes: Sequence[Probe]) -> None:
-        """Keep what the probes stored of a layer."""
+    def save(self, layer: int, probes: Sequence[Probe], everything: bool = False) -> None:
+        """Keep what the probes stored of a layer and of none, or everything that they have stored so far."""
         arrays: Arrays = {
             f"{probe.name}|{key}": value
             for probe in probes
             for key, value in probe.arrays.items()
-            if key.split("/")[1:2] == [str(layer)]
+            if everything or key.split("/")[1:2] in ([], [str(layer)])
         }
         with store.replacing(self.folder / f"{layer_tag(layer)}.npz") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
+
+    def save_streams(self, streams: Sequence[Stream | None]) -> None:
+        """Keep where the text is."""
+        arrays: dict[str, np.ndarray] = {}
+        for name, stream in zip(_STREAMS, streams, strict=True):
+            if stream is not None:
+                arrays |= {f"{name}_layer": np.asarray(stream.layer), f"{name}_hidden": stream.hidden.cpu().numpy()}
+        with store.replacing(self.folder / "stream.npz") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type,unused-ignore]
+
+    def load_streams(self, device: torch.device) -> tuple[Stream | None, Stream | None]:
+        """Where the text was; nothing if that is not known. A damaged file is no file."""
+        try:
+            with np.load(self.folder / "stream.npz", allow_pickle=False) as file:
+                found = [
+                    Stream(int(file[f"{name}_layer"]), torch.from_numpy(file[f"{name}_hidden"]).to(device))
+                    if f"{name}_layer" in file.files
+                    else None
+                    for name in _STREAMS
+                ]
+        except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile):
+            return None, None
+        return found[0], found[1]
+
+    def drop_streams(self) -> None:
+        """Delete the streams, which are large, once the text is through."""
+        (self.folder / "stream.npz").unlink(missing_ok=True)
 
     def drop_others(self) -> None:
         """Delete what other checkpoints, arguments or probes left; this one is kept, so that it need not run again."""

@@ -1,7 +1,7 @@
-"""The numbers of 2406.18219 that our headlines can be laid beside.
+"""The published numbers that our headlines can be laid beside.
 
-Tables 2 and 3 and the ranges of section 4.1. A model is named as in the paper's tables; ``paper_model`` tells from a
-checkpoint's config whether it is one of them.
+Tables 2 and 3 and the ranges of section 4.1 of 2406.18219, "the paper"; Table 5 of the Mixtral paper (2401.04088).
+A model is named as in the paper's tables; ``paper_model`` tells from a checkpoint's config whether it is one of them.
 """
 
 from __future__ import annotations
@@ -58,6 +58,13 @@ _TABLE_2 = {
     GROK: {"mean_tau": -0.0003},
 }
 
+# Lowest and highest of eight domains of the Pile, by layer: repeated first choice, repeated first or second choice.
+_MIXTRAL_TABLE_5 = {
+    0: ((0.136, 0.149), (0.449, 0.499)),
+    15: ((0.236, 0.284), (0.616, 0.670)),
+    31: ((0.197, 0.263), (0.445, 0.536)),
+}
+
 # Model -> "<probe>/<headline>" -> what the paper says.
 PUBLISHED: dict[str, dict[str, Published]] = {model: {} for model in _CONFIGS.values()}
 for _model, _values in _TABLE_3.items():
@@ -76,6 +83,11 @@ for _name in ("up", "gate", "down"):
     PUBLISHED[MIXTRAL][f"matrix_similarity/reference_cos_{_name}"] = _exactly(0.6, "section 4.1; about")
     for _model in (DEEPSEEK, GROK):
         PUBLISHED[_model][f"matrix_similarity/mean_cos_{_name}"] = _exactly(0.0, "section 4.1; about")
+for _layer, _ranges in _MIXTRAL_TABLE_5.items():
+    for _name, (_low, _high) in zip(("first", "any"), _ranges, strict=True):
+        PUBLISHED[MIXTRAL][f"repeats/repeat_{_name}_layer_{_layer}"] = Published(
+            _low, _high, "arXiv 2401.04088, Table 5; over eight domains of the Pile"
+        )
 
 
 def paper_model(model_type: str | None, num_hidden_layers: int | None, hidden_size: int | None) -> str | None:

@@ -6,20 +6,50 @@ import difflib
 from collections.abc import Sequence
 
 from moebed.errors import ConfigError
+from probes.activations import Activations
 from probes.balance import Balance
 from probes.base import Probe
+from probes.chosen_vs_rest import ChosenVsRest
+from probes.coactivation import Coactivation
+from probes.domain_share import DomainShare
 from probes.expert_geometry import ExpertGeometry
+from probes.expert_importance import ExpertImportance
+from probes.expert_outputs import ExpertOutputs
 from probes.expert_projection import ExpertProjection
 from probes.gate_projection import GateProjection
 from probes.gate_similarity import GateSimilarity
+from probes.layer_diversity import LayerDiversity
 from probes.matrix_similarity import MatrixSimilarity
 from probes.neuron_matching import NeuronMatching
 from probes.neuron_similarity import NeuronSimilarity
 from probes.norm_vs_score import NormVsScore
+from probes.prediction import Logits, Prediction
+from probes.repeats import Repeats
 from probes.router_state import RouterState
 from probes.routing import RoutingMap
+from probes.saturation import Saturation
+from probes.vocabulary import Vocabulary
+from probes.weight_vs_output import WeightVsOutput
 
-_WITH_TEXT: tuple[type[Probe], ...] = (Balance, RouterState, RoutingMap, NormVsScore)
+_WITH_TEXT: tuple[type[Probe], ...] = (
+    Prediction,
+    Logits,
+    Balance,
+    RouterState,
+    RoutingMap,
+    DomainShare,
+    Repeats,
+    Coactivation,
+    Vocabulary,
+    Saturation,
+    NormVsScore,
+    ExpertOutputs,
+    ChosenVsRest,
+    WeightVsOutput,
+    LayerDiversity,
+    Activations,
+    ExpertImportance,
+)
 _STATIC: tuple[type[Probe], ...] = (
     MatrixSimilarity,
     NeuronSimilarity,
@@ -31,6 +61,8 @@ _STATIC: tuple[type[Probe], ...] = (
 )
 PROBES: dict[str, type[Probe]] = {probe.name: probe for probe in _WITH_TEXT + _STATIC}
 STATIC_PROBES: tuple[str, ...] = tuple(probe.name for probe in _STATIC)  # these need weights alone
+BY_NAME_ONLY = ("logits", "expert_importance")  # large to store; a forward pass for each expert of a live model
+TRAINING_ONLY = ("saturation",)  # follows a model over steps
 # What a training run measures unasked: neuron_matching and expert_geometry take minutes a layer of a large model.
 DEFAULT_PROBES: tuple[str, ...] = (
     "balance",
@@ -43,20 +75,21 @@ DEFAULT_PROBES: tuple[str, ...] = (
 
 
 def resolve_probes(names: Sequence[str] | None) -> tuple[str, ...]:
-    """Probe names a person asked for, checked: None means the default ones, ``all`` every one there is.
+    """Probe names a person asked for, checked: None means the default ones.
 
-    What a probe takes its numbers from comes with it.
+    ``all`` is every one that is not in ``BY_NAME_ONLY``; those can be named beside it. What a probe takes its numbers
+    from comes with it.
 
     Raises:
         ConfigError: A name is unknown; the message offers the nearest one.
     """
     if names is None:
         return DEFAULT_PROBES
-    if "all" in names:
-        return tuple(PROBES)
     for name in names:
-        if name not in PROBES:
+        if name not in PROBES and name != "all":
             near = difflib.get_close_matches(name, PROBES, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"choose all or some of {', '.join(PROBES)}"
             raise ConfigError(f"probes: unknown probe {name!r}; {hint}")
+    if "all" in names:
+        return tuple(name for name in PROBES if name in names or name not in BY_NAME_ONLY)
     return tuple(dict.fromkeys(one for name in names for one in (*PROBES[name].sources, name)))

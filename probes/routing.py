@@ -12,6 +12,8 @@ import numpy as np
 
 from moebed.views import LayerView, Need
 from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
+from probes.choices import domain_arrays, ranked
+from probes.coloured_tokens import draw_coloured, write_coloured
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,7 +28,7 @@ class RoutingMap(Probe):
 
     Stored for each layer: ``router_probs (T, E)``, ``topk_index (T, K)`` and ``topk_weight (T, K)``, chosen experts and
     their weights as applied, in descending weight. Stored once: ``token_ids (T,)``; ``sequence_start (B,)``, index of
-    each sequence's first token; ``domain (B,)`` and ``domain_names``.
+    each sequence's first token; ``domain (B,)`` and ``domain_names``; ``token_text (T,)`` where a tokenizer tells it.
     """
 
     name = "routing"
@@ -41,15 +43,14 @@ class RoutingMap(Probe):
             self.arrays |= {
                 "token_ids": view.text.token_ids.cpu().numpy(),
                 "sequence_start": view.text.sequence_start.cpu().numpy(),
-                "domain": view.text.domain.cpu().numpy(),
-                "domain_names": np.array(view.text.domains, dtype=np.str_),
-            }
-        weight, order = view.routing.topk_weight.float().sort(dim=-1, descending=True, stable=True)  # (T, K)
-        index = view.routing.topk_index.gather(1, order)
+            } | domain_arrays(view.text)
+            if len(view.text.token_text):
+                self.arrays["token_text"] = np.array(view.text.token_text, dtype=np.str_)
+        index, weight = ranked(view.routing)  # (T, K)
         self.arrays |= {
             f"router_probs/{view.index}": view.routing.router_probs.float().cpu().numpy(),
-            f"topk_index/{view.index}": index.cpu().numpy().astype(np.int32),
-            f"topk_weight/{view.index}": weight.cpu().numpy(),
+            f"topk_index/{view.index}": index.astype(np.int32),
+            f"topk_weight/{view.index}": weight,
         }
 
     @classmethod
@@ -67,7 +68,9 @@ class RoutingMap(Probe):
             f"they would hold {blind:.0%} if it had no preference."
         )
         headlines = {"topk_mass": Headline(scalars["topk_mass"], sentence)}
-        return ProbeResult(arrays, scalars, headlines, {"tokens": partial(_draw_tokens, arrays)})
+        pictures = {"tokens": partial(_draw_tokens, arrays), "coloured_tokens": partial(draw_coloured, arrays)}
+        pages = {"coloured_tokens": partial(write_coloured, arrays)}
+        return ProbeResult(arrays, scalars, headlines, pictures, pages=pages)
 
 
 def _draw_tokens(arrays: Arrays) -> Figure:

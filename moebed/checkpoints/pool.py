@@ -58,17 +58,22 @@ class WeightPool:
         plan: Groups of pieces, in the order in which they will be asked for.
         budget: Bytes for all that is held, and for the work on it.
         on_read: Called with the bytes of the plan that are read so far.
+        spoken_for: Bytes of the budget that others hold.
 
     Raises:
         ConfigError: Not even two pieces fit in the budget.
     """
 
     def __init__(
-        self, plan: Sequence[Sequence[Piece]], budget: int, on_read: Callable[[int], None] = lambda done: None
+        self,
+        plan: Sequence[Sequence[Piece]],
+        budget: int,
+        on_read: Callable[[int], None] = lambda done: None,
+        spoken_for: int = 0,
     ) -> None:
         self.plan = plan
-        self.limit = budget - min(int(budget * _RESERVED_SHARE), _RESERVED_BYTES)
-        self._limit_ahead = min(self.limit, int(budget * _AHEAD_SHARE))
+        self.limit = limit_of(budget, spoken_for)
+        self._limit_ahead = min(self.limit, int((budget - spoken_for) * _AHEAD_SHARE))
         self.total = sum(self._size(group) for group in range(len(plan)))
         self._on_read = on_read
         self._group = -1
@@ -78,7 +83,7 @@ class WeightPool:
         self._reader = ThreadPoolExecutor(1, "moebed-reader")
         largest = max((piece for group in plan for piece in group), key=lambda piece: piece.num_bytes, default=None)
         if largest is not None and 2 * largest.num_bytes > self.limit:
-            needed = -(-int(2 * largest.num_bytes / (1 - _RESERVED_SHARE)) // (1 << 20))
+            needed = -(-int(2 * largest.num_bytes / (1 - _RESERVED_SHARE) + spoken_for) // (1 << 20))
             raise ConfigError(
                 f"memory_budget is {budget >> 20} MiB, but two of {largest.part.name} "
                 f"({largest.num_bytes >> 20} MiB each) must fit beside the work on them; give at least {needed}MiB"
@@ -174,6 +179,12 @@ class WeightPool:
         with torch.inference_mode(False):  # the reader writes into it, and is not in that mode
             buffer = memory.view(piece.checkpoint.dtype(part)).view(part.rows, part.columns)
         self._held[piece] = _Held(group, memory, buffer, self._reader.submit(_read, piece, buffer))
+
+
+def limit_of(budget: int, spoken_for: int = 0) -> int:
+    """Bytes that a pool holds at most, so that the probes' own work has room in the budget as well."""
+    rest = budget - spoken_for
+    return rest - min(int(rest * _RESERVED_SHARE), _RESERVED_BYTES)
 
 
 def _fresh(size: int) -> Tensor:

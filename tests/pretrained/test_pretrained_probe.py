@@ -13,7 +13,8 @@ from checkpoint_files import ORACLES, random_decoder, write
 from moebed.cli import main
 from moebed.pretrained import PretrainedMoE, parse_bytes
 from moebed.probing import read_options
-from moebed.views import Need, walk
+from moebed.views import Need
+from moebed.walking import walk
 from probes import store
 from probes.driver import run_probes
 from probes.registry import PROBES

@@ -9,7 +9,8 @@ import torch
 from probe_cases import all_needs, make_text, probe
 
 from moebed.errors import ConfigError
-from moebed.views import Need, walk
+from moebed.views import Need
+from moebed.walking import walk
 from probes.driver import Timing, needs_of, run_probes
 from probes.figures import to_rgb
 from probes.registry import DEFAULT_PROBES, PROBES, resolve_probes

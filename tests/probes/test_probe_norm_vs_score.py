@@ -6,7 +6,8 @@ import torch
 from probe_cases import probe
 from scipy.stats import spearmanr
 
-from moebed.views import Need, walk
+from moebed.views import Need
+from moebed.walking import walk
 from probes.norm_vs_score import NormVsScore, rank_correlation
 
 

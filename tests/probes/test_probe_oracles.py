@@ -6,7 +6,8 @@ import torch
 from oracle_models import ORACLES, load_decoder
 from probe_cases import all_needs, probe
 
-from moebed.views import ProbeText, walk
+from moebed.views import ProbeText
+from moebed.walking import walk
 from probes.base import by_layer
 from probes.registry import PROBES
 

@@ -9,7 +9,8 @@ from oracle_models import ORACLES, load_decoder
 from probe_cases import probe
 from safetensors.torch import load_file
 
-from moebed.views import LayerView, Need, walk
+from moebed.views import LayerView, Need
+from moebed.walking import walk
 from probes.registry import STATIC_PROBES
 
 pytestmark = pytest.mark.skipif(not ORACLES.is_dir(), reason=f"no oracle checkpoints at {ORACLES}")

@@ -11,7 +11,7 @@ from probe_cases import all_needs, probe
 from torch.utils.tensorboard import SummaryWriter
 
 from moebed.errors import UserError
-from moebed.views import walk
+from moebed.walking import walk
 from probes import store
 from probes.base import layer_tag
 from probes.registry import PROBES

@@ -5,7 +5,8 @@ import pytest
 import torch
 from probe_cases import all_needs, probe
 
-from moebed.views import LayerView, walk
+from moebed.views import LayerView
+from moebed.walking import walk
 from probes.similarity import cosine_matrix, cosines, expert_gram, off_diagonal
 
 

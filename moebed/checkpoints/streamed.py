@@ -1,0 +1,281 @@
+"""A checkpoint as a model that text goes through, and its layers as probes see them: weights are read when needed.
+
+T tokens, N some tokens or rows, E experts, K experts per token, H hidden, F expert intermediate, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moebed.attention import RMSNorm
+from moebed.checkpoints.checkpoint import Checkpoint
+from moebed.checkpoints.plan import ReadingPlan
+from moebed.checkpoints.pool import Piece, WeightPool
+from moebed.config import ModelConfig
+from moebed.decoder import Block, MoE
+from moebed.experts import ACTIVATIONS
+from moebed.routers import Routing
+from moebed.text_pass import band_rows
+from moebed.views import MATRICES, ExpertView, Need
+
+_ACTIVATIONS_AT_A_TIME = 1 << 25  # numbers
+_HEAD_BAND = 1 << 26  # bytes
+_GAP = 16  # rows of the embedding that are read for nothing rather than with a read of their own
+_FFN = re.compile(r"mlp\.(experts\.|shared_expert\.|(gate|up|down)_proj\.)")
+HEAD = -1  # in a plan, what comes after the last layer
+
+
+@dataclass
+class Precision:
+    """How weights are looked at, and how text is computed.
+
+    Args:
+        dtype: Weights are rounded to this; as they are stored if not given.
+        device: Where everything is computed.
+    """
+
+    dtype: torch.dtype | None
+    device: torch.device
+    _scratch: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def compute(self) -> torch.dtype:
+        """What products are computed in."""
+        return self.dtype or torch.float32
+
+    def seen(self, weights: Tensor) -> Tensor:
+        """Weights as probes see them."""
+        return weights.to(device=self.device, dtype=self.dtype or weights.dtype)
+
+    def used(self, weights: Tensor) -> Tensor:
+        """Weights (N, M) for a product; valid until the next ones of this size are asked for."""
+        weights = self.seen(weights)
+        if weights.dtype == self.compute:
+            return weights
+        scratch = self._scratch.get(weights.numel())
+        if scratch is None:  # kept, because new memory costs more than the conversion
+            self._scratch = {weights.numel(): torch.empty(weights.numel(), dtype=self.compute, device=self.device)}
+            scratch = self._scratch[weights.numel()]
+        return scratch.view(weights.shape).copy_(weights)
+
+    def computing(self) -> AbstractContextManager[object]:
+        """Autocast where products are computed in less than float32; the residual stream always is float32."""
+        if self.compute == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.compute)
+
+
+class StreamedModel:
+    """A checkpoint as a TextPass asks for it; see ``moebed.text_pass.TextModel``.
+
+    Args:
+        checkpoint: Its files.
+        pool: Where its weights are read.
+        plan: What is read when.
+        precision: How it is computed.
+        role: What the names of its steps in the plan begin with.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, pool: WeightPool, plan: ReadingPlan, precision: Precision, role: str = ""
+    ) -> None:
+        self.checkpoint, self.pool, self.plan, self.precision, self.role = checkpoint, pool, plan, precision, role
+        self.config: ModelConfig = checkpoint.config
+        self.current: Block | None = None
+
+    def computing(self) -> AbstractContextManager[object]:
+        """The precision of products."""
+        return self.precision.computing()
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Residual stream (N, H) of ids (N,): only the rows of these ids are read."""
+        part = self.checkpoint.keys.parameter("embed_tokens.weight")[0].part
+        wanted, where = ids.cpu().unique(return_inverse=True)
+        rows = torch.empty(len(wanted), part.columns, device=self.precision.device)
+        numbers = wanted.tolist()
+        start = 0
+        while start < len(numbers):
+            stop = start + 1
+            while stop < len(numbers) and numbers[stop] - numbers[stop - 1] <= _GAP:
+                stop += 1
+            first = numbers[start]
+            found = self.checkpoint.read(part._replace(first=first, rows=numbers[stop - 1] - first + 1))
+            rows[start:stop] = self.precision.seen(found[wanted[start:stop] - first]).float()
+            start = stop
+        return rows[where.to(rows.device)] * self.config.embedding_multiplier
+
+    def block(self, index: int) -> Block:
+        """A layer's attention, norms and router, read; its experts or FFN have no weights here."""
+        with torch.device("meta"):
+            block = Block(self.config, index)
+        self.pool.enter(self.plan.group(index, f"{self.role}block"))
+        state = {}
+        for name, piece in block_pieces(self.checkpoint, index).items():
+            weights = self.precision.seen(self.pool.get(piece))
+            vector = len(piece.part.shape) == 1
+            exact = vector or ".router." in name or name.startswith("mlp.router")
+            state[name] = (weights[0] if vector else weights).to(torch.float32 if exact else self.precision.compute)
+            if state[name].data_ptr() == weights.data_ptr():
+                state[name] = state[name].clone()  # the pool will read over it
+        block.load_state_dict(state, strict=False, assign=True)
+        self.current = block
+        return block
+
+    def layer_weights(self, index: int) -> StreamedWeights:
+        """The layer's FFN or experts."""
+        return StreamedWeights(self, index)
+
+    def head(self, hidden: Tensor) -> Iterator[Tensor]:
+        """Logits (N, v), band after band of the vocabulary."""
+        norm = RMSNorm(self.config.hidden_size, self.config.rms_norm_eps)
+        part = self.checkpoint.keys.parameter("norm.weight")[0].part
+        norm.weight.data = self.precision.seen(self.checkpoint.read(part)).float()
+        x = norm(hidden)
+        for number, piece in enumerate(head_pieces(self.checkpoint)):
+            self.pool.enter(self.plan.group(HEAD, number))
+            for rows in self.precision.seen(self.pool.get(piece)).split(band_rows(len(x))):
+                yield F.linear(x, rows.to(self.precision.compute)) * self.config.logits_multiplier
+
+
+class StreamedWeights:
+    """The weights of one layer of a checkpoint; see ``moebed.views.LayerWeights``.
+
+    Args:
+        model: The checkpoint's model.
+        layer: Index of the layer.
+        reference: The layer of the dense reference.
+    """
+
+    def __init__(self, model: StreamedModel, layer: int, reference: StreamedModel | None = None) -> None:
+        self._model, self._layer, self._reference = model, layer, reference
+        self._config = model.config.layer(layer)
+        self._activation = ACTIVATIONS[model.config.hidden_act]
+
+    def expert_matrix(self, name: str, index: int, rows: slice) -> Tensor:
+        """Rows of one routed expert's matrix, as stored or rounded."""
+        part = self._model.checkpoint.keys.expert(self._layer, name, index)
+        return self._seen(name, Piece(self._model.checkpoint, part), rows)
+
+    def expert_shape(self, name: str) -> tuple[int, int]:
+        """Rows and columns of one routed expert's matrix."""
+        part = self._model.checkpoint.keys.expert(self._layer, name, 0)
+        return part.rows, part.columns
+
+    def shared_matrix(self, name: str) -> Tensor | None:
+        """The shared expert's matrix."""
+        part = self._model.checkpoint.keys.shared(self._layer, name)
+        return None if part is None else self._seen(name, Piece(self._model.checkpoint, part))
+
+    def reference_matrix(self, name: str) -> Tensor | None:
+        """The matrix of the dense reference model's FFN at this layer."""
+        piece = dense_piece(self._reference.checkpoint, self._layer, name) if self._reference is not None else None
+        return None if piece is None else self._seen(name, piece)
+
+    def run_experts(self, x: Tensor, needs: frozenset[Need]) -> Iterator[ExpertView]:
+        """What every expert, the shared one last, makes of tokens x (T, H); each expert's weights are read once."""
+        for index in range(self._config.num_experts):
+            output, activation = self._run(index, x, Need.ACTIVATIONS in needs)
+            yield ExpertView(index, output, activation)
+        if self._config.num_shared_experts:
+            output, activation = self._run("shared", x, Need.ACTIVATIONS in needs)
+            yield ExpertView(self._config.num_experts, output * self._shared_gate(x), activation, "SE")
+
+    def combine(self, x: Tensor, routing: Routing | None) -> Tensor:
+        """What the layer makes of tokens x (T, H) by the chosen experts alone, or by its dense FFN: (T, H)."""
+        if not self._config.num_experts:
+            return self._run(f"{self._model.role}ffn", x, False)[0]
+        assert routing is not None
+        total = torch.zeros_like(x)
+        for index in range(self._config.num_experts):
+            token, choice = torch.where(routing.topk_index == index)
+            if len(token):
+                output, _ = self._run(index, x[token], False)
+                total.index_add_(0, token, output * routing.topk_weight[token, choice, None])
+        if self._config.num_shared_experts:
+            total += self._run("shared", x, False)[0] * self._shared_gate(x)
+        return total
+
+    def _run(self, step: int | str, x: Tensor, keep: bool) -> tuple[Tensor, Tensor | None]:
+        """Output (N, H) of one FFN for tokens x (N, H), float32, and its activations (N, F) where they are kept."""
+        model, weights = self._model, ffn_pieces(self._model.checkpoint, self._layer, step)
+        model.pool.enter(model.plan.group(self._layer, step))
+        gate, up, down = (model.pool.get(weights[name]) for name in ("gate", "up", "down"))
+        output, kept = torch.empty_like(x), []
+        with model.computing():
+            for rows in torch.arange(len(x)).split(max(1, _ACTIVATIONS_AT_A_TIME // len(gate))):
+                part = slice(int(rows[0]), int(rows[-1]) + 1)
+                activated = self._activation(F.linear(x[part], model.precision.used(gate)))
+                kept += [activated.float()] if keep else []
+                inner = activated * F.linear(x[part], model.precision.used(up))
+                output[part] = F.linear(inner, model.precision.used(down)).float()
+        return output, torch.cat(kept) if keep else None
+
+    def _shared_gate(self, x: Tensor) -> Tensor | float:
+        mlp = self._model.current.mlp if self._model.current is not None else None
+        if not isinstance(mlp, MoE) or mlp.shared_expert_gate is None:
+            return 1.0
+        with self._model.computing():
+            return mlp.shared_expert_gate(x).float().sigmoid()
+
+    def _seen(self, name: str, piece: Piece, rows: slice = slice(None)) -> Tensor:
+        self._model.pool.enter(self._model.plan.group(self._layer, name))
+        return self._model.precision.seen(self._model.pool.rows(piece, rows))
+
+
+def block_pieces(checkpoint: Checkpoint, layer: int) -> dict[str, Piece]:
+    """What a layer has beside its experts or FFN, by the name of the Block's parameter."""
+    prefix, found = f"layers.{layer}.", {}
+    for name in checkpoint.keys.shapes:
+        if name.startswith(prefix) and not _FFN.search(name):
+            found[name.removeprefix(prefix)] = Piece(checkpoint, checkpoint.keys.parameter(name)[0].part)
+    return found
+
+
+def ffn_pieces(checkpoint: Checkpoint, layer: int, step: int | str) -> dict[str, Piece]:
+    """The three matrices of a routed expert, given by its index, of the shared expert, or of a dense layer's FFN."""
+    keys, found = checkpoint.keys, {}
+    for name in MATRICES:
+        if isinstance(step, int):
+            part = keys.expert(layer, name, step)
+        else:
+            given = keys.shared(layer, name) if step == "shared" else keys.dense(layer, name)
+            assert given is not None
+            part = given
+        found[name] = Piece(checkpoint, part)
+    return found
+
+
+def matrix_pieces(checkpoint: Checkpoint, reference: Checkpoint | None, layer: int, name: str) -> list[Piece]:
+    """One matrix of all experts of a layer, of the shared expert, and of the dense reference's FFN."""
+    keys = checkpoint.keys
+    pieces = [Piece(checkpoint, keys.expert(layer, name, e)) for e in range(checkpoint.config.layer(layer).num_experts)]
+    shared, dense = keys.shared(layer, name), dense_piece(reference, layer, name)
+    pieces += [Piece(checkpoint, shared)] if shared is not None else []
+    return pieces + ([dense] if dense is not None else [])
+
+
+def dense_piece(checkpoint: Checkpoint | None, layer: int, name: str) -> Piece | None:
+    """A matrix of a dense layer's FFN; None where there is no such layer."""
+    if checkpoint is None or layer >= checkpoint.config.num_hidden_layers:
+        return None
+    part = checkpoint.keys.dense(layer, name)
+    return Piece(checkpoint, part) if part is not None else None
+
+
+def head_pieces(checkpoint: Checkpoint) -> list[Piece]:
+    """The output embedding, which may be the input's, in bands of rows."""
+    keys = checkpoint.keys
+    name = "lm_head.weight" if "lm_head.weight" in keys.shapes else "embed_tokens.weight"
+    whole = keys.parameter(name)[0].part
+    band = max(1, _HEAD_BAND // (whole.columns * checkpoint.dtype(whole).itemsize))
+    return [
+        Piece(checkpoint, whole._replace(first=first, rows=min(band, whole.rows - first)))
+        for first in range(0, whole.rows, band)
+    ]

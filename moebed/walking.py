@@ -1,0 +1,159 @@
+"""The walk over the layers of a live model, which is a forward pass: each layer's input is what the real model made.
+
+E experts, K experts per token, H hidden, F expert intermediate, T valid tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moebed.config import ModelConfig
+from moebed.decoder import Block, Decoder, FeedForward, MoE
+from moebed.routers import Routing, SoftmaxTopK
+from moebed.text_pass import TextPass, band_rows
+from moebed.views import ExpertView, HeadView, LayerView, LayerWeights, Need, ProbeText
+
+
+@dataclass(frozen=True)
+class ModuleWeights:
+    """The weights of a live layer."""
+
+    mlp: MoE | FeedForward
+
+    def expert_matrix(self, name: str, index: int, rows: slice) -> Tensor:
+        """Rows of one routed expert's matrix; shares memory with the model."""
+        assert isinstance(self.mlp, MoE)
+        return self.mlp.experts.matrix(name)[index].detach()[rows]
+
+    def expert_shape(self, name: str) -> tuple[int, int]:
+        """Rows and columns of one routed expert's matrix."""
+        assert isinstance(self.mlp, MoE)
+        _, rows, columns = self.mlp.experts.matrix(name).shape
+        return rows, columns
+
+    def shared_matrix(self, name: str) -> Tensor | None:
+        """The shared expert's matrix; shares memory with the model."""
+        if not isinstance(self.mlp, MoE) or self.mlp.shared_expert is None:
+            return None
+        return getattr(self.mlp.shared_expert, f"{name}_proj").weight.detach()
+
+    def reference_matrix(self, name: str) -> Tensor | None:
+        """A live model has no reference."""
+        return None
+
+    def run_experts(self, x: Tensor, needs: frozenset[Need]) -> Iterator[ExpertView]:
+        """Run the modules."""
+        assert isinstance(self.mlp, MoE)
+        routed, shared = self.mlp.experts, self.mlp.shared_expert
+        x = x.to(routed.down_proj.dtype)
+        for index in range(routed.num_experts):
+            activated = routed.activate(index, x)
+            output = routed.finish(index, x, activated).float()
+            yield ExpertView(index, output, activated.float() if Need.ACTIVATIONS in needs else None)
+        if shared is not None:
+            activation = shared.activation(shared.gate_proj(x)).float() if Need.ACTIVATIONS in needs else None
+            yield ExpertView(routed.num_experts, self.mlp.shared_output(x).float(), activation, "SE")
+
+    def combine(self, x: Tensor, routing: Routing | None) -> Tensor:
+        """Run the modules on the chosen experts alone."""
+        if not isinstance(self.mlp, MoE):
+            return self.mlp(x.to(self.mlp.down_proj.weight.dtype))
+        assert routing is not None
+        return self.mlp.combine(x.to(self.mlp.experts.down_proj.dtype), routing)
+
+
+@torch.no_grad()
+def walk(decoder: Decoder, text: ProbeText | None, needs: frozenset[Need]) -> Iterator[LayerView | HeadView]:
+    """Views of a live decoder's layers, from the first to the last, in float32 and in evaluation mode.
+
+    The model's parameters, its training flag and every random state are as before when the walk ends.
+
+    Args:
+        decoder: The model.
+        text: Sequences to run; None for weights alone.
+        needs: What the probes ask for; without routing, outputs or activations no text is run.
+
+    Yields:
+        A view a layer, layers without experts included; then, where predictions are asked for, a HeadView.
+    """
+    views = (_view(decoder, index, block) for index, block in enumerate(decoder.blocks))
+    with evaluating(decoder):
+        if text is None or not needs - {Need.WEIGHTS}:
+            yield from views
+            return
+        run = TextPass(LiveModel(decoder), text)
+        yield from run.layers(views)
+        head = run.head(Need.LOGITS in needs) if needs & {Need.PREDICTIONS, Need.LOGITS} else None
+        if head is not None:
+            yield head
+
+
+@dataclass(frozen=True)
+class LiveModel:
+    """A decoder in memory, as a TextPass asks for it."""
+
+    decoder: Decoder
+
+    @property
+    def config(self) -> ModelConfig:
+        """The decoder's."""
+        return self.decoder.config
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Residual stream (N, H) of ids (N,)."""
+        table = self.decoder.embed_tokens
+        return table(ids.to(table.weight.device)) * self.config.embedding_multiplier
+
+    def block(self, index: int) -> Block:
+        """The layer."""
+        return self.decoder.blocks[index]
+
+    def layer_weights(self, index: int) -> LayerWeights:
+        """The layer's FFN or experts."""
+        return ModuleWeights(self.decoder.blocks[index].mlp)
+
+    def head(self, hidden: Tensor) -> Iterator[Tensor]:
+        """Logits (N, v), band after band of the vocabulary."""
+        x = self.decoder.norm(hidden)
+        for band in self.decoder.lm_head.weight.split(band_rows(len(x))):
+            yield F.linear(x, band) * self.config.logits_multiplier
+
+    def computing(self) -> AbstractContextManager[object]:
+        """In float32, or in what the parameters are in."""
+        weight = self.decoder.embed_tokens.weight
+        if weight.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(weight.device.type, dtype=weight.dtype)
+
+
+@contextmanager
+def evaluating(decoder: Decoder) -> Iterator[None]:
+    """Evaluation mode without autocast, undone at the end."""
+    modes = [(module, module.training) for module in decoder.modules()]  # a part may be frozen in evaluation mode
+    device = decoder.embed_tokens.weight.device.type
+    decoder.eval()
+    try:
+        with torch.autocast(device, enabled=False):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _view(decoder: Decoder, index: int, block: Block) -> LayerView:
+    layer = decoder.config.layer(index)
+    router = block.mlp.router if isinstance(block.mlp, MoE) else None
+    return LayerView(
+        index=index,
+        num_hidden_layers=decoder.config.num_hidden_layers,
+        num_experts=layer.num_experts,
+        num_experts_per_tok=layer.num_experts_per_tok if layer.num_experts else 0,
+        gate=router.weight.detach().float() if isinstance(router, SoftmaxTopK) else None,
+        weights=ModuleWeights(block.mlp),
+    )

@@ -1,0 +1,176 @@
+"""Activations: how many neurons of an expert does a token wake? (2406.18219, appendix, Figure 10)
+
+T tokens, E routed experts, F expert intermediate (neurons), C columns of a picture.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moebed.views import ExpertView, LayerView, Need
+from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
+from probes.short_texts import keep_tokens, token_names
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ABOVE = 1e-3
+SHORT_TEXT = 8  # tokens up to which the activations themselves are stored
+COLUMNS = 128
+PICTURED_LAYERS = 3
+_BLOCK_ELEMENTS = 1 << 16  # what is worked on at a time stays in the processor's cache
+_QUANTITIES = {
+    "act_gate_frac_above_1e-3": "share of neurons with |activation| > 0.001",
+    "act_gate_frac_positive": "share of neurons with activation > 0",
+    "act_gate_absmean": "mean |activation|",
+}
+
+
+class Activations(Probe):
+    """Of act(x W_gate) over the neurons of each routed expert, whether it was chosen or not.
+
+    Stored for each layer, all (T, E): ``act_gate_absmean``, mean absolute value; ``act_gate_frac_positive``, share
+    above 0; ``act_gate_frac_above_1e-3``, share with an absolute value above 0.001. Of texts of up to 8 tokens also
+    ``act_gate_map (T, E, C)``, mean absolute value of groups of neurons beside each other, at most 128 groups, and
+    stored once ``token_ids (T,)`` and ``token_text (T,)``.
+    """
+
+    name = "activations"
+    question = "How many neurons of an expert does a token wake?"
+    needs = frozenset({Need.ROUTING, Need.ACTIVATIONS})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._found: list[Tensor] = []
+        self._maps: list[Tensor] = []
+        self._neurons = 0
+
+    def update_expert(self, view: LayerView, expert: ExpertView) -> None:
+        """Measure one routed expert's activations."""
+        if expert.index == 0:  # also where the layer before failed halfway
+            self._found, self._maps = [], []
+        if expert.index >= view.num_experts:
+            return
+        assert expert.activation is not None
+        self._found.append(_measured(expert.activation))
+        self._neurons = expert.activation.shape[1]
+        if len(expert.activation) <= SHORT_TEXT:
+            self._maps.append(_grouped(expert.activation.float().abs()))
+
+    def update(self, view: LayerView) -> None:
+        """Store what was measured of one layer."""
+        found, maps = self._found, self._maps
+        self._found, self._maps = [], []
+        if view.routing is None or not found:
+            return
+        for key, values in zip(_QUANTITIES, torch.stack(found, dim=2).cpu().numpy(), strict=True):
+            self.arrays[f"{key}/{view.index}"] = np.ascontiguousarray(values)
+        self.arrays[f"num_neurons/{view.index}"] = np.asarray(self._neurons, np.int64)
+        if keep_tokens(self.arrays, view, SHORT_TEXT):
+            self.arrays[f"act_gate_map/{view.index}"] = torch.stack(maps, dim=1).cpu().numpy()
+
+    @classmethod
+    def describe(cls, arrays: Arrays) -> ProbeResult:
+        """Means over tokens and experts, and curves over depth; of a short text, the activations themselves."""
+        scalars: dict[str, float] = {}
+        for key in _QUANTITIES:
+            means = {layer: float(values.mean(dtype=np.float64)) for layer, values in by_layer(arrays, key).items()}
+            scalars |= per_layer(key.removeprefix("act_gate_"), means)
+        if not scalars:
+            return ProbeResult(arrays, notes=["no layer with routed experts has seen text"])
+        above, positive = scalars["frac_above_1e-3"], scalars["frac_positive"]
+        headlines = {
+            "frac_above_1e-3": Headline(
+                above, f"{above:.1%} of an expert's neurons have an activation beyond ±0.001 at a token."
+            ),
+            "frac_positive": Headline(
+                positive,
+                f"{positive:.1%} of an expert's neurons have a positive activation at a token; "
+                "50% if inputs were as often positive as negative.",
+            ),
+        }
+        pictures = {"over_depth": partial(_draw_over_depth, arrays)}
+        if by_layer(arrays, "act_gate_map"):
+            pictures["neurons"] = partial(_draw_neurons, arrays)
+        return ProbeResult(arrays, scalars, headlines, pictures)
+
+
+def _measured(activation: Tensor) -> Tensor:
+    """The three quantities of activations (T, F), in the order of ``_QUANTITIES``: (3, T) float32."""
+    tokens, neurons = activation.shape
+    step = max(1, _BLOCK_ELEMENTS // neurons)
+    found = torch.empty((3, tokens), dtype=torch.float32, device=activation.device)
+    for start in range(0, tokens, step):
+        part = slice(start, start + step)
+        values = activation[part].float()
+        size = values.abs()
+        found[2, part] = size.mean(dim=-1)
+        # The sign of a difference is exact, and summing floats is faster than counting truths.
+        found[1, part] = values.sign().clamp_(min=0).mean(dim=-1)
+        found[0, part] = size.sub_(ABOVE).sign_().clamp_(min=0).mean(dim=-1)
+    return found
+
+
+def _grouped(values: Tensor) -> Tensor:
+    """Means of groups of neurons beside each other, as equally large as can be: (T, F) to (T, min(F, 128))."""
+    neurons = values.shape[1]
+    columns = min(neurons, COLUMNS)
+    group = torch.arange(neurons, device=values.device) * columns // neurons
+    count = torch.bincount(group, minlength=columns)
+    return values.new_zeros((len(values), columns)).index_add_(1, group, values) / count
+
+
+def _draw_over_depth(arrays: Arrays) -> Figure:
+    from probes import figures
+
+    fig = figures.new_figure(
+        11.5,
+        3.4,
+        "The experts' activations over depth: median over tokens and experts, band between the quartiles",
+    )
+    for ax, (key, title), colour in zip(
+        fig.subplots(1, len(_QUANTITIES)), _QUANTITIES.items(), figures.SERIES, strict=False
+    ):
+        quartiles = {layer: np.quantile(value, (0.25, 0.5, 0.75)) for layer, value in by_layer(arrays, key).items()}
+        figures.depth_band(ax, quartiles, colour)
+        ax.set_title(title, fontsize=10)
+        ax.set_ylim(0, 1.03 if "frac" in key else None)
+    return fig
+
+
+def _draw_neurons(arrays: Arrays) -> Figure:
+    from probes import figures
+
+    every = by_layer(arrays, "act_gate_map")
+    layers = figures.pick(list(every), PICTURED_LAYERS)
+    names = token_names(arrays, len(every[layers[0]]))
+    grouped = any(every[n].shape[2] < int(arrays[f"num_neurons/{n}"]) for n in layers)
+    some = f"; {len(layers)} of {len(every)} layers" if len(layers) < len(every) else ""
+    kind = "Mean |activation| of groups of neurons beside each other" if grouped else "|activation| of each neuron"
+    height = min(2.6, max(1.15, 0.045 * max(every[layer].shape[1] for layer in layers)))
+    fig = figures.new_figure(1.6 + 4.0 * len(layers), 0.9 + height * len(names), f"{kind}, by expert and token{some}")
+    axes = fig.subplots(len(names), len(layers), squeeze=False)
+    for column, layer in enumerate(layers):
+        values = every[layer]
+        highest = float(np.nan_to_num(np.quantile(values, 0.995))) or 1.0
+        neurons = int(arrays[f"num_neurons/{layer}"])
+        for row, name in enumerate(names):
+            ax = axes[row, column]
+            extent = (0, neurons, values.shape[1] - 0.5, -0.5)
+            image = figures.heat_map(ax, values[row], "viridis", vmin=0, vmax=highest, aspect="auto", extent=extent)
+            figures.index_ticks(ax.yaxis, range(values.shape[1]))
+            if row == 0:
+                ax.set_title(f"layer {layer}", fontsize=10)
+            if row == len(names) - 1:
+                ax.set_xlabel("neuron", fontsize=9)
+            else:
+                ax.set_xticklabels([])
+            if column == 0:
+                ax.set_ylabel(f"{name}\nexpert", fontsize=9)
+        figures.colour_bar(fig, image, list(axes[:, column]), "", extend="max", location="bottom")
+    return fig

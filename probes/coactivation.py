@@ -1,0 +1,186 @@
+"""Co-activation: which experts are chosen together, and which one after the other? (OLMoE, arXiv 2409.02060, section 5)
+
+T tokens, E experts, K experts per token; N_i tokens that chose expert i, N_ij that chose i and j.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moebed.views import LayerView, Need
+from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
+from probes.choices import chosen_mask, first_middle_last, ranked
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NULL_DRAWS = 20
+SEED = 20240902
+
+
+class Coactivation(Probe):
+    """How often experts are chosen by the same token, within a layer and from one MoE layer to the next.
+
+    Stored for each layer: ``coactivation (E, E)``, N_ij / N_i over all pairs in a token's top K, 1 on the diagonal, NaN
+    in the row of an expert that no token chose; ``coactivation_expected (E, E)``, if the other K − 1 choices went by
+    load alone: (K − 1) N_j / Σ_{m≠i} N_m; ``partner``, the largest entry of a row off the diagonal, averaged over the
+    experts chosen; ``partner_chance``, the same of counts drawn from what is expected, as the largest of finite counts
+    is always above it. For each layer but the last one: ``coactivation_next (E, E of the next)``, P(the token chooses j
+    in the next MoE layer, given that it chose i here); ``coactivation_next_expected``, N_j / T in each row;
+    ``next_partner``, ``next_partner_chance``; ``next_layer``, which one that is. With K = 1 nothing is chosen together:
+    the first four are left out.
+    """
+
+    name = "coactivation"
+    question = "Which experts are chosen together?"
+    needs = frozenset({Need.ROUTING})
+
+    def update(self, view: LayerView) -> None:
+        """Count the pairs of a layer, and keep its choices for the next one."""
+        if view.routing is None:
+            return
+        index, _ = ranked(view.routing)
+        # Kept until compute, so that a layer can be forgotten, or be taken from a pass that was stopped.
+        self.arrays[f"choice/{view.index}"] = index.astype(np.int16)
+        self.arrays[f"num_experts/{view.index}"] = np.asarray(view.num_experts, np.int64)
+        chosen = index.shape[1]
+        if chosen == 1:
+            return
+        mask = chosen_mask(index, view.num_experts).astype(np.float32)
+        together = (mask.T @ mask).astype(np.float64)  # (E, E), whole numbers
+        count = together.diagonal().copy()  # (E,)
+        others = np.maximum(count.sum() - count, 1.0)[:, None]
+        expected = np.minimum((chosen - 1) * count[None, :] / others, 1.0)
+        np.fill_diagonal(expected, 0.0)
+        drawn = _drawn_rows(count * (chosen - 1), expected)
+        np.fill_diagonal(together, 0.0)
+        self._store(view.index, "partner", together, count, drawn)
+        share = _per_row(together, count)
+        np.fill_diagonal(share, np.where(count > 0, 1.0, np.nan))
+        np.fill_diagonal(expected, 1.0)
+        self.arrays |= {
+            f"coactivation/{view.index}": share.astype(np.float32),
+            f"coactivation_expected/{view.index}": expected.astype(np.float32),
+        }
+
+    def compute(self) -> ProbeResult:
+        """The result, with each layer's choices joined to those of the next one."""
+        choices, experts = by_layer(self.arrays, "choice"), by_layer(self.arrays, "num_experts")
+        layers = list(choices)
+        masks: dict[int, np.ndarray] = {}
+        for layer, following in pairwise(layers):
+            for one in (layer, following):
+                if one not in masks:
+                    masks[one] = chosen_mask(choices[one].astype(np.int64), int(experts[one])).astype(np.float32)
+            mask, after = masks.pop(layer), masks[following]
+            both = (mask.T @ after).astype(np.float64)  # (E, E of the next)
+            count, share = mask.sum(axis=0, dtype=np.float64), after.mean(axis=0, dtype=np.float64)
+            expected = np.repeat(share[None, :], len(count), axis=0)
+            random = np.random.default_rng(SEED)
+            drawn = random.binomial(count[None, :, None].astype(np.int64), expected, (NULL_DRAWS, *expected.shape))
+            self._store(layer, "next_partner", both, count, drawn)
+            self.arrays |= {
+                f"coactivation_next/{layer}": _per_row(both, count).astype(np.float32),
+                f"coactivation_next_expected/{layer}": expected.astype(np.float32),
+                f"next_layer/{layer}": np.asarray(following, np.int64),
+            }
+        for layer in layers:
+            del self.arrays[f"choice/{layer}"]
+        return self.describe(self.arrays)
+
+    def _store(self, layer: int, key: str, together: np.ndarray, count: np.ndarray, drawn: np.ndarray) -> None:
+        """Mean over the experts chosen of the largest share in a row, measured (E, E') and drawn (draws, E, E')."""
+        used = count > 0
+        for name, counts in ((key, together), (f"{key}_chance", drawn)):
+            largest = counts.max(axis=-1)[..., used] / count[used]
+            self.arrays[f"{name}/{layer}"] = np.asarray(largest.mean() if used.any() else 0.0, np.float32)
+
+    @classmethod
+    def describe(cls, arrays: Arrays) -> ProbeResult:
+        """How firm the closest partnerships are, beside chance, and the matrices in pictures."""
+        experts = by_layer(arrays, "num_experts")
+        if not experts:
+            return ProbeResult(arrays, notes=["no layer has experts and text: nothing is chosen together"])
+        scalars: dict[str, float] = {}
+        for key in ("partner", "partner_chance", "next_partner", "next_partner_chance"):
+            scalars |= per_layer(key, {layer: float(value) for layer, value in by_layer(arrays, key).items()})
+        headlines, notes = {}, []
+        pictures = {}
+        if "partner" in scalars:
+            value, blind = scalars["partner"], scalars["partner_chance"]
+            sentence = (
+                f"The expert most often chosen together with a given one joins it in {value:.0%} of its tokens on "
+                f"average; {blind:.0%} if partners came by load alone."
+            )
+            headlines["partner"] = Headline(value, sentence)
+            pictures["within_layer"] = partial(_draw, arrays, "coactivation")
+        else:
+            notes.append("every token goes to one expert: within a layer nothing is chosen together")
+        if "next_partner" in scalars:
+            value, blind = scalars["next_partner"], scalars["next_partner_chance"]
+            sentence = (
+                f"Of the tokens of an expert, {value:.0%} on average go on to the expert of the next layer that most "
+                f"of them choose; {blind:.0%} if the layers chose independently."
+            )
+            headlines["next_partner"] = Headline(value, sentence)
+            pictures["next_layer"] = partial(_draw, arrays, "coactivation_next")
+        return ProbeResult(arrays, scalars, headlines, pictures, notes)
+
+
+def _per_row(together: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Each row divided by its count; NaN where that is 0."""
+    nothing = np.full_like(together, np.nan)
+    return np.divide(together, count[:, None], out=nothing, where=count[:, None] > 0)
+
+
+def _drawn_rows(count: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """Counts (draws, E, E), each row of ``count`` (E,) draws with chances in proportion to ``expected`` (E, E)."""
+    total = expected.sum(axis=1, keepdims=True)
+    even = np.full_like(expected, 1 / expected.shape[1])
+    chances = np.divide(expected, total, out=even, where=total > 0)
+    random = np.random.default_rng(SEED)
+    return random.multinomial(count.astype(np.int64), chances, (NULL_DRAWS, len(count)))
+
+
+def _draw(arrays: Arrays, key: str) -> Figure:
+    from probes import figures
+
+    values, expected = by_layer(arrays, key), by_layer(arrays, f"{key}_expected")
+    layers = first_middle_last(list(values))
+    if key == "coactivation":
+        title = "Of the tokens that chose one expert (row), what share chose another one (column) as well?"
+    else:
+        title = "Of the tokens that chose one expert (row), what share chooses each of the next layer's (column)?"
+    title += "\nAbove: the share. Below: as a multiple of what the loads alone would give"
+    fig = figures.new_figure(max(7.0, 1.4 + 3.0 * len(layers)), 7.0, title)
+    axes = fig.subplots(2, len(layers), squeeze=False)
+    shares, ratios = {}, {}
+    for layer in layers:
+        shares[layer] = values[layer].astype(np.float64)
+        if key == "coactivation":
+            np.fill_diagonal(shares[layer], np.nan)
+        wanted = expected[layer].astype(np.float64)
+        ratios[layer] = np.divide(shares[layer], wanted, out=np.full_like(wanted, np.nan), where=wanted > 0)
+    highest = max((float(np.nanmax(v)) for v in shares.values() if np.isfinite(v).any()), default=1.0)
+    norm = figures.ratio_norm(list(ratios.values()), share=0.99)
+    for column, layer in enumerate(layers):
+        top, bottom = axes[:, column]
+        share = figures.heat_map(top, shares[layer], cmap="Blues", vmin=0, vmax=highest)
+        ratio = figures.heat_map(bottom, ratios[layer], cmap="RdBu_r", norm=norm)
+        if max(shares[layer].shape) <= 10:
+            figures.write_values(bottom, ratios[layer], norm)
+        onward = f" to {int(arrays[f'next_layer/{layer}'])}" if key == "coactivation_next" else ""
+        top.set_title(f"layer {layer}{onward}", fontsize=10)
+        for ax in (top, bottom):
+            figures.index_ticks(ax.xaxis, range(shares[layer].shape[1]))
+            figures.index_ticks(ax.yaxis, range(shares[layer].shape[0]))
+            if column == 0:
+                ax.set_ylabel("expert", fontsize=9)
+        bottom.set_xlabel("other expert" if key == "coactivation" else "expert of the next layer", fontsize=9)
+    figures.colour_bar(fig, share, axes[0], "share of the row's tokens")
+    figures.colour_bar(fig, ratio, axes[1], "share / expected", extend="max")
+    return fig

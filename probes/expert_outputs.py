@@ -1,0 +1,210 @@
+"""Expert outputs: do the experts make the same of a token? (2406.18219, section 5.1 and Figure 2)
+
+T tokens, T' of them taken, E routed experts, E' with the shared expert and the dense reference, K experts per token,
+H hidden, P pairs of the E'.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moebed.views import ExpertView, LayerView, Need
+from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
+from probes.expert_matrices import REFERENCE, SHARED, labels_of, num_experts
+from probes.output_pairs import angular_similarity, chosen_means, pair_cosines, taken_tokens, to_square
+from probes.pictures import draw_heat_maps
+from probes.short_texts import PICTURED_TOKENS, keep_tokens, token_names
+from probes.similarity import off_diagonal
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SHORT_TEXT = 64  # tokens up to which the cosines of each one are stored
+PICTURED_LAYERS = 3
+ACROSS = 6  # tokens in a row of panels
+
+
+class ExpertOutputs(Probe):
+    """Cosine and angular similarity, 1 − arccos(cos)/π, of all experts' unweighted outputs at each token.
+
+    Rows are the routed experts, then the shared expert and the dense reference FFN, which has seen the dense model's
+    own hidden states. All experts' outputs at a token are in memory together: where that would be more than
+    ``output_bytes`` for all tokens, an evenly spread part of them is taken.
+
+    Stored for each layer: ``output_angular_mean (E', E')``, mean over the tokens taken, diagonal 1; ``num_experts``, E;
+    ``others``, labels of the rows after the routed ones; ``num_tokens``, T; ``tokens_taken (T',)``, indices among the
+    T; ``sequence (T',)``, which sequence each is of; where there are such pairs, ``token_cos_chosen (T',)``,
+    ``token_cos_other`` and ``token_cos_mixed``, mean cosine over pairs of routed experts of which both, none or one
+    are chosen for the token. Of texts of up to 64 tokens also ``output_cos (T, E', E')`` and ``chosen (T, K)``, and
+    stored once ``token_ids (T,)`` and ``token_text (T,)``.
+    """
+
+    name = "expert_outputs"
+    question = "Do the experts make the same of a token?"
+    needs = frozenset({Need.ROUTING, Need.OUTPUTS})
+    output_bytes = 512 << 20
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._outputs: dict[str, Tensor] = {}
+        self._taken = torch.empty(0, dtype=torch.int64)
+
+    def update_expert(self, view: LayerView, expert: ExpertView) -> None:
+        """Keep one expert's output at the tokens taken."""
+        assert expert.output is not None
+        if expert.index == 0:  # also where the layer before failed halfway
+            self._outputs.clear()
+            tokens, hidden = expert.output.shape
+            most = view.num_experts + 2  # a shared expert and a reference may follow
+            self._taken = taken_tokens(tokens, most, hidden, self.output_bytes)
+        label = str(expert.index) if expert.index < view.num_experts else expert.name or SHARED
+        every = len(self._taken) == len(expert.output)
+        self._outputs[label] = expert.output if every else expert.output[self._taken.to(expert.output.device)]
+
+    def update(self, view: LayerView) -> None:
+        """Compare the outputs of one layer's experts."""
+        outputs, taken = dict(self._outputs), self._taken
+        self._outputs.clear()
+        if view.routing is None or not outputs:
+            return
+        device = next(iter(outputs.values())).device
+        chosen = view.routing.topk_index.to(device)
+        short = keep_tokens(self.arrays, view, SHORT_TEXT) and len(taken) == len(chosen)
+        angular = torch.zeros(math.comb(len(outputs), 2), dtype=torch.float64, device=device)
+        cosines: list[Tensor] = []
+        by_token: dict[str, list[Tensor]] = {"chosen": [], "other": [], "mixed": []}
+        where = taken.to(device)
+        for part, cosine in pair_cosines(list(outputs.values())):
+            angular += angular_similarity(cosine).sum(dim=0, dtype=torch.float64)
+            for kind, mean in chosen_means(cosine, chosen[where[part]], view.num_experts)._asdict().items():
+                if mean is not None:
+                    by_token[kind].append(mean)
+            if short:
+                cosines.append(cosine)
+        sequence = view.text.sequence.cpu()[taken] if view.text is not None else torch.zeros_like(taken)
+        found = {
+            "output_angular_mean": to_square((angular / len(taken)).float(), len(outputs)),
+            "tokens_taken": taken,
+            "sequence": sequence,
+        } | {f"token_cos_{kind}": torch.cat(means) for kind, means in by_token.items() if means}
+        if short:
+            found |= {"output_cos": to_square(torch.cat(cosines), len(outputs)), "chosen": chosen}
+        self.arrays |= {f"{key}/{view.index}": value.cpu().numpy() for key, value in found.items()}
+        self.arrays |= {
+            f"num_experts/{view.index}": np.asarray(view.num_experts, np.int64),
+            f"num_tokens/{view.index}": np.asarray(len(chosen), np.int64),
+            f"others/{view.index}": np.array(list(outputs)[view.num_experts :], dtype="<U2"),
+        }
+
+    @classmethod
+    def describe(cls, arrays: Arrays) -> ProbeResult:
+        """Mean similarities, heat maps of each layer and of each token of a short text."""
+        experts = num_experts(arrays)
+        if not experts:
+            return ProbeResult(arrays, notes=["no layer with routed experts has seen text"])
+        angular = by_layer(arrays, "output_angular_mean")
+        means = _mean_similarities(angular, labels_of(arrays), experts)
+        title = "Angular similarity of the experts' outputs, averaged over tokens (diagonal in grey)"
+        pictures = draw_heat_maps({"output": angular}, labels_of(arrays), title, "angular similarity")
+        notes = [
+            f"layer {layer}: {len(taken)} of {total} tokens, evenly spread, are compared, to bound memory"
+            for layer, taken in by_layer(arrays, "tokens_taken").items()
+            if len(taken) < (total := int(arrays[f"num_tokens/{layer}"]))
+        ]
+        cosines = by_layer(arrays, "output_cos")
+        if cosines and len(next(iter(cosines.values()))) <= PICTURED_TOKENS:
+            pictures["tokens"] = partial(_draw_tokens, arrays)
+        scalars: dict[str, float] = {}
+        headlines = {}
+        subjects = {
+            "experts": ("mean_angular", "Two experts' outputs at a token"),
+            SHARED: ("shared_angular", "The outputs of an expert and the shared one at a token"),
+            REFERENCE: ("reference_angular", "The outputs of an expert and of the dense model's FFN at a token"),
+        }
+        for kind, (key, subject) in subjects.items():
+            if means[kind]:
+                scalars |= per_layer(key, means[kind])
+                value = scalars[key]
+                sentence = f"{subject} have angular similarity {value:.3f} on average (1 the same, 0.5 unrelated)."
+                headlines[key] = Headline(value, sentence)
+        if not headlines:
+            notes.append("every layer has one expert: no pairs to compare")
+            return ProbeResult(arrays, figures=pictures, notes=notes)
+        pictures["over_depth"] = partial(_draw_over_depth, means)
+        return ProbeResult(arrays, scalars, headlines, pictures, notes)
+
+
+def _mean_similarities(
+    angular: Mapping[int, np.ndarray], labels: Mapping[int, Sequence[str]], experts: Mapping[int, int]
+) -> dict[str, dict[int, float]]:
+    """Mean over pairs of routed experts, and over pairs of one with the shared expert or the reference, by layer."""
+    means: dict[str, dict[int, float]] = {"experts": {}, SHARED: {}, REFERENCE: {}}
+    for layer, values in angular.items():
+        count = experts[layer]
+        if count > 1:
+            means["experts"][layer] = float(off_diagonal(values[:count, :count]).mean(dtype=np.float64))
+        for row, label in enumerate(labels[layer][count:], start=count):
+            means[label][layer] = float(values[row, :count].mean(dtype=np.float64))
+    return means
+
+
+def _draw_over_depth(means: Mapping[str, Mapping[int, float]]) -> Figure:
+    from probes import figures
+
+    fig = figures.new_figure(7, 3.4, "Mean angular similarity of outputs over depth")
+    ax = fig.subplots()
+    names = {"experts": "two experts", SHARED: "expert and shared expert", REFERENCE: "expert and dense FFN"}
+    for (kind, name), colour in zip(names.items(), figures.SERIES, strict=False):
+        if means[kind]:
+            figures.depth_line(ax, means[kind], colour, name)
+    ax.axhline(0.5, color=figures.MUTED, lw=1, ls="--", label="unrelated")
+    ax.set_ylabel("angular similarity", fontsize=9)
+    ax.legend(fontsize=8, frameon=False)
+    return fig
+
+
+def _draw_tokens(arrays: Arrays) -> Figure:
+    from probes import figures
+
+    every, labels = by_layer(arrays, "output_cos"), labels_of(arrays)
+    layers = figures.pick(list(every), PICTURED_LAYERS)
+    angular = {n: angular_similarity(torch.from_numpy(every[n]).double()).numpy() for n in layers}
+    for values in angular.values():
+        values[:, np.arange(values.shape[1]), np.arange(values.shape[1])] = np.nan
+    flat = np.concatenate([values[np.isfinite(values)] for values in angular.values()])
+    lowest, highest = (float(flat.min()), float(flat.max())) if flat.size else (0.0, 1.0)
+    names = token_names(arrays, len(next(iter(angular.values()))))
+    columns = min(ACROSS, len(names))
+    rows = math.ceil(len(names) / columns)
+    some = f"; {len(layers)} of {len(every)} layers" if len(layers) < len(every) else ""
+    fig = figures.new_figure(
+        max(7.5, 1.2 + 2.0 * columns),
+        1.0 + 2.35 * rows * len(layers),
+        f"Angular similarity of the experts' outputs at each token (diagonal in grey){some}\n"
+        "Above each panel: the token, and the experts chosen for it",
+    )
+    axes = fig.subplots(rows * len(layers), columns, squeeze=False)
+    for ax in axes.ravel():
+        ax.set_visible(False)
+    for place, layer in enumerate(layers):
+        for token, name in enumerate(names):
+            row, column = place * rows + token // columns, token % columns
+            ax = axes[row, column]
+            ax.set_visible(True)
+            image = figures.heat_map(ax, angular[layer][token], "viridis", vmin=lowest, vmax=highest)
+            for axis in (ax.xaxis, ax.yaxis):
+                figures.row_ticks(axis, labels[layer])
+            ax.tick_params(labelsize=6.5)
+            chosen = arrays[f"chosen/{layer}"][token]
+            ax.set_title(f"{name}\n{' '.join(map(str, chosen))}", fontsize=8)
+            if column == 0:
+                ax.set_ylabel(f"layer {layer}\nexpert", fontsize=8.5)
+    figures.colour_bar(fig, image, axes, "angular similarity")
+    return fig

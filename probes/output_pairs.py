@@ -1,0 +1,98 @@
+"""Cosines between experts' outputs at each token, in bounded memory.
+
+T tokens, T' of them taken, E routed experts, E' with the shared expert and the dense reference, K experts per token,
+H hidden, P = E' (E' − 1) / 2 pairs (i, j) with i > j, by i and then by j: pairs of the first E experts come first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_BLOCK_ELEMENTS = 1 << 20  # outputs compared at a time: a block and its products stay in the processor's cache
+
+
+def taken_tokens(tokens: int, experts: int, hidden: int, limit: int) -> Tensor:
+    """Evenly spread tokens (T',) int64, as many as have all experts' float32 outputs within ``limit`` bytes."""
+    count = max(1, min(tokens, limit // (4 * experts * hidden)))
+    return torch.arange(count) * tokens // count
+
+
+def pair_cosines(outputs: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor]]:
+    """Cosines of every two experts' outputs, a block of tokens at a time.
+
+    Args:
+        outputs: E' tensors (T', H).
+
+    Yields:
+        Which tokens, and their cosines (tokens, P), within −1 and 1; 0 where an output is zero. Equal outputs have
+        cosine 1 exactly: the angle between them would show the least rounding.
+    """
+    tokens, hidden = outputs[0].shape
+    experts = len(outputs)
+    first, second = torch.tril_indices(experts, experts, -1, device=outputs[0].device)
+    step = max(1, _BLOCK_ELEMENTS // (experts * max(hidden, experts)))
+    for start in range(0, tokens, step):
+        part = slice(start, min(start + step, tokens))
+        block = torch.stack([output[part] for output in outputs], dim=1).float()  # (b, E', H)
+        gram = torch.bmm(block, block.transpose(1, 2))  # (b, E', E')
+        square = gram.diagonal(dim1=1, dim2=2)
+        largest = square.amax(dim=1, keepdim=True)  # the product of two small squares would underflow
+        gram = gram.flatten(1) * torch.where(largest > 0, 1 / largest, 0.0)
+        square = gram[:, :: experts + 1]
+        size = (square[:, first] * square[:, second]).sqrt_()  # exactly the square where the two are equal
+        cosine = gram.index_select(1, first * experts + second).div_(size)
+        yield part, cosine.masked_fill_(size == 0, 0.0).clamp_(-1, 1)
+
+
+def angular_similarity(cosine: Tensor) -> Tensor:
+    """1 − arccos(cos)/π: 1 in the same direction, 0.5 at right angles, 0 in the opposite one."""
+    return 1 - cosine.clamp(-1, 1).acos_().div_(math.pi)
+
+
+def to_square(pairs: Tensor, experts: int) -> Tensor:
+    """Values of pairs (..., P) as symmetric matrices (..., E', E') with a diagonal of 1."""
+    first, second = torch.tril_indices(experts, experts, -1, device=pairs.device)
+    square = torch.ones((*pairs.shape[:-1], experts, experts), dtype=pairs.dtype, device=pairs.device)
+    square[..., first, second] = pairs
+    square[..., second, first] = pairs
+    return square
+
+
+class ChosenMeans(NamedTuple):
+    """Mean cosine (b,) over pairs of experts chosen for a token, of others, and of one of each; None where no such."""
+
+    chosen: Tensor | None
+    other: Tensor | None
+    mixed: Tensor | None
+
+
+def chosen_means(cosine: Tensor, chosen: Tensor, experts: int) -> ChosenMeans:
+    """Average the cosines of pairs by whether the two experts were chosen.
+
+    Args:
+        cosine: (b, P), the pairs of the E routed experts first.
+        chosen: (b, K) experts.
+        experts: E.
+    """
+    count, rest = chosen.shape[1], experts - chosen.shape[1]
+    if experts < 2:
+        return ChosenMeans(None, None, None)
+    number = torch.arange(experts, device=cosine.device)
+    high, low = torch.maximum(number, number.unsqueeze(1)), torch.minimum(number, number.unsqueeze(1))
+    pair = (high * (high - 1) // 2 + low).fill_diagonal_(0)  # (E, E); an expert is no pair with itself
+    rows = cosine.gather(1, pair[chosen].flatten(1)).view(len(cosine), count, experts)
+    rows.scatter_(2, chosen.unsqueeze(2), 0.0)
+    # Each pair of chosen experts is in two rows, a pair of a chosen one and another in one.
+    twice = rows.gather(2, chosen.unsqueeze(1).expand(-1, count, -1)).sum(dim=(1, 2))
+    both, mixed = twice / 2, rows.sum(dim=(1, 2)) - twice
+    none = cosine[:, : experts * (experts - 1) // 2].sum(dim=1) - both - mixed
+    return ChosenMeans(
+        both / math.comb(count, 2) if count > 1 else None,
+        none / math.comb(rest, 2) if rest > 1 else None,
+        mixed / (count * rest) if rest else None,
+    )

@@ -1,0 +1,161 @@
+"""Router saturation: when in training are the choices settled? (OLMoE, arXiv 2409.02060, section 5)
+
+T tokens, E experts, K experts per token, C probings of the run so far.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moebed.views import LayerView, Need
+from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MOST_PROBINGS = 64
+MOST_BYTES = 32 << 20  # of all choices kept
+UNKNOWN = -1  # the choice of a layer that an earlier probing did not see
+SETTLED = 0.8
+
+
+class Saturation(Probe):
+    """How many of the experts that a token has now it had at each probing before.
+
+    Stored for each layer: ``topk_index (C, T, K)`` int16, -1 where a probing did not see the layer; ``saturation
+    (C,)``, mean over tokens of ∣top-K(then) ∩ top-K(now)∣ / K, the last one 1; ``saturation_previous (C,)``, the same
+    against the probing before each, the first one NaN; ``saturation_random``, K/E. Stored once: ``steps (C,)``;
+    ``token_ids (T,)``.
+
+    At most 64 probings and 32 MiB of choices are kept: when one is too many, the one nearest to its neighbours goes, so
+    that they stay spread over training. The text must be the same at each probing; if it is not, the record starts
+    anew.
+    """
+
+    name = "saturation"
+    question = "When in training are the choices settled?"
+    needs = frozenset({Need.ROUTING})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._step = 0
+        self._earlier: dict[str, np.ndarray] = {}
+
+    def begin(self, step: int, earlier: Arrays) -> None:
+        """Take over the choices of the probings before ``step``, thinned where they are many."""
+        self._step, self._earlier = step, {}
+        if "steps" not in earlier or "token_ids" not in earlier:
+            return
+        choices, steps = by_layer(earlier, "topk_index"), earlier["steps"]
+        kept = np.flatnonzero(steps < step)
+        size = sum(value[0].nbytes for value in choices.values() if len(value))
+        limit = max(3, min(MOST_PROBINGS, MOST_BYTES // max(size, 1)))
+        while len(kept) + 1 > limit:
+            gap = steps[kept][2:] - steps[kept][:-2]  # that the removal of one would leave; the two ends stay
+            kept = np.delete(kept, 1 + int(np.argmin(gap)))
+        self._earlier = {f"topk_index/{layer}": value[kept] for layer, value in choices.items() if len(value)}
+        self._earlier |= {"steps": steps[kept], "token_ids": earlier["token_ids"]}
+
+    def update(self, view: LayerView) -> None:
+        """Compare a layer's choices with those of the probings before."""
+        if view.routing is None or view.text is None:
+            return
+        if "token_ids" not in self.arrays:
+            ids = view.text.token_ids.cpu().numpy()
+            if self._earlier and not np.array_equal(self._earlier["token_ids"], ids):
+                self._earlier = {}
+            before = self._earlier.get("steps", np.zeros(0, np.int64))
+            self.arrays |= {"token_ids": ids, "steps": np.append(before, self._step).astype(np.int64)}
+        now = view.routing.topk_index.sort(dim=-1).values.cpu().numpy().astype(np.int16)  # (T, K)
+        key = f"topk_index/{view.index}"
+        past = self._earlier.get(key)
+        if past is None or past.shape[1:] != now.shape:
+            past = np.full((len(self.arrays["steps"]) - 1, *now.shape), UNKNOWN, np.int16)
+        every = np.concatenate([past, now[None]])  # (C, T, K)
+        previous = [overlap(one, other) for one, other in pairwise(every)]
+        self.arrays |= {
+            key: every,
+            f"saturation/{view.index}": np.array([overlap(one, now) for one in every], np.float32),
+            f"saturation_previous/{view.index}": np.array([np.nan, *previous], np.float32),
+            f"saturation_random/{view.index}": np.asarray(now.shape[1] / view.num_experts, np.float32),
+        }
+
+    @classmethod
+    def describe(cls, arrays: Arrays) -> ProbeResult:
+        """The step from which most choices are as they are now."""
+        saturation = by_layer(arrays, "saturation")
+        if not saturation:
+            return ProbeResult(arrays, notes=["no layer has experts and text: there are no choices to follow"])
+        steps = arrays["steps"]
+        if len(steps) < 2:
+            return ProbeResult(arrays, notes=["probed once: choices can be compared from the second probing on"])
+        blind = float(np.mean([float(value) for value in by_layer(arrays, "saturation_random").values()]))
+        first = {layer: float(v[0]) for layer, v in saturation.items() if np.isfinite(v[0])}
+        previous = {layer: float(v[-1]) for layer, v in by_layer(arrays, "saturation_previous").items()}
+        previous = {layer: value for layer, value in previous.items() if np.isfinite(value)}
+        scalars = per_layer("first_to_now", first) | per_layer("previous_to_now", previous)
+        headlines = {}
+        known = np.stack(list(saturation.values()))  # (layers, C): no width of a layer is in it
+        known = known[np.isfinite(known).all(axis=1)]
+        if len(known) and steps[-1] > 0:
+            settled = known.mean(axis=0) >= SETTLED
+            start = len(settled) - int(np.argmin(settled[::-1])) if not settled.all() else 0
+            value = float(steps[start] / steps[-1])
+            reached = "only now" if start == len(steps) - 1 else f"from step {steps[start]} of {steps[-1]} on"
+            headlines["settled_at"] = Headline(
+                value,
+                f"{SETTLED:.0%} of the experts that tokens go to now were chosen {reached}, {value:.0%} of the "
+                f"training so far; choices at random agree in {blind:.0%}.",
+            )
+        if previous:
+            value = scalars["previous_to_now"]
+            headlines["previous_to_now"] = Headline(
+                value,
+                f"{value:.0%} of the choices are as at step {steps[-2]}, the probing before; {blind:.0%} by chance.",
+            )
+        return ProbeResult(arrays, scalars, headlines, {"over_steps": partial(_draw, arrays)})
+
+
+def overlap(one: np.ndarray, other: np.ndarray) -> float:
+    """Mean over tokens of ∣one ∩ other∣ / K, for choices (T, K); NaN where they are unknown."""
+    if not one.size or one.flat[0] == UNKNOWN or other.flat[0] == UNKNOWN:
+        return float("nan")
+    chosen = one.shape[1]
+    common = sum(np.count_nonzero(one == np.roll(other, shift, axis=1)) for shift in range(chosen))
+    return float(common / one.size)
+
+
+def _draw(arrays: Arrays) -> Figure:
+    from matplotlib import colormaps
+    from matplotlib.colors import Normalize
+
+    from probes import figures
+
+    steps, random = arrays["steps"], by_layer(arrays, "saturation_random")
+    fig = figures.new_figure(11.0, 3.9, "How many of a token's experts are the same at two probings? A line a layer")
+    axes = fig.subplots(1, 2, sharey=True)
+    labels = {"saturation": "as at the last probing", "saturation_previous": "as at the probing before"}
+    for ax, (key, label) in zip(axes, labels.items(), strict=True):
+        series = by_layer(arrays, key)
+        norm, colours = Normalize(min(series), max(max(series), min(series) + 1)), colormaps["viridis"]
+        few = len(series) <= 5
+        for number, (layer, values) in enumerate(series.items()):
+            colour = figures.SERIES[number] if few else colours(0.95 * float(norm(layer)))
+            ax.plot(steps, values, color=colour, marker="o", ms=3, lw=1.3, label=f"layer {layer}" if few else None)
+        for value in sorted({round(float(value), 6) for value in random.values()}):
+            ax.axhline(value, color=figures.MUTED, ls="--", lw=1, label="chance, K/E")
+        figures.style_axes(ax)
+        ax.set_xlabel("optimizer step", fontsize=9)
+        ax.set_ylim(0, 1.04)
+        ax.set_title(label, fontsize=10)
+    axes[0].set_ylabel("share of a token's experts", fontsize=9)
+    axes[0].legend(fontsize=8, frameon=False, loc="lower right")
+    if not few:
+        from matplotlib.cm import ScalarMappable
+
+        figures.colour_bar(fig, ScalarMappable(norm, colours.resampled(256)), list(axes), "layer")
+    return fig

@@ -1,0 +1,201 @@
+"""Vocabulary specialisation: does an expert own token ids? (OLMoE, arXiv 2409.02060, section 5)
+
+T tokens, E experts, K experts per token, V ids that are seen often enough.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from html import escape
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moebed.views import HeadView, LayerView, Need, ProbeText
+from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
+from probes.choices import by_part, first_middle_last, ranked
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SEEN_AT_LEAST = 10
+TOP_IDS = 10
+SHOWN_EXPERTS = 64
+SEED = 20240903
+_PAGE_STYLE = """.own { display: inline-block; margin: 1px 12px 1px 0; color: #6b7785; }
+.own code { background: #f5f7fa; color: #1f2933; padding: 0 3px; white-space: pre; }"""
+KINDS = {"input": "the token itself", "target": "the token that follows", "predicted": "the token predicted"}
+Layers = dict[int, np.ndarray]
+
+
+class Vocabulary(Probe):
+    """The largest share that one expert takes of an id's routings (tokens of the id times K), as OLMoE defines it.
+
+    It lies between 1/E and 1/K: the id's tokens all go to the same K experts. Ids seen at least 10 times count, each
+    once. Stored for each layer and for ``input``, ``target``, ``predicted`` (which needs the model's head):
+    ``vocab_specialisation``, mean over ids; ``vocab_shuffled``, the same with the ids shuffled over the tokens, as the
+    largest of finite counts is above 1/E without any meaning; ``top_ids``, ``top_shares (E, 10)``, the ids of which an
+    expert takes most, -1 and 0 after the last. Stored for each layer: ``num_experts_per_tok``. Stored once for each
+    kind: ``ids_<kind>``, ``seen_<kind> (V,)``; ``text_ids``, ``text_of_ids``, what the ids in the text say, where it is
+    known.
+    """
+
+    name = "vocabulary"
+    question = "Do experts own token ids?"
+    needs = frozenset({Need.ROUTING, Need.PREDICTIONS})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._text: ProbeText | None = None
+        self._predicted: np.ndarray | None = None
+
+    def update(self, view: LayerView) -> None:
+        """Keep a layer's choices: what the tokens are sorted by is known when the last layer has passed."""
+        if view.routing is None or view.text is None:
+            return
+        self._text = view.text
+        self.arrays[f"choice/{view.index}"] = ranked(view.routing)[0].astype(np.int16)
+        self.arrays[f"num_experts/{view.index}"] = np.asarray(view.num_experts, np.int64)
+
+    def update_head(self, head: HeadView) -> None:
+        """Keep what was predicted."""
+        self._text, self._predicted = head.text, head.predicted.cpu().numpy()
+
+    def compute(self) -> ProbeResult:
+        """The result: routings counted by id, in every layer."""
+        choices, experts = by_layer(self.arrays, "choice"), by_layer(self.arrays, "num_experts")
+        if choices and self._text is not None:
+            self._keep_text(self._text)
+            input_ids = self._text.token_ids.cpu().numpy()
+            ids = {"input": input_ids, "target": self._text.targets.cpu().numpy()}
+            if self._predicted is not None:
+                ids["predicted"] = self._predicted
+            for kind, of_token in ids.items():
+                self._measure(kind, of_token, choices, {layer: int(count) for layer, count in experts.items()})
+        for layer, choice in choices.items():
+            self.arrays[f"num_experts_per_tok/{layer}"] = np.asarray(choice.shape[1], np.int64)
+            del self.arrays[f"choice/{layer}"]
+        return self.describe(self.arrays)
+
+    def _keep_text(self, text: ProbeText) -> None:
+        if len(text.token_text):
+            ids, first = np.unique(text.token_ids.cpu().numpy(), return_index=True)
+            self.arrays["text_ids"] = ids
+            self.arrays["text_of_ids"] = np.array([text.token_text[position] for position in first], dtype=np.str_)
+
+    def _measure(self, kind: str, of_token: np.ndarray, choices: Layers, experts: dict[int, int]) -> None:
+        every, slot, seen = np.unique(of_token, return_inverse=True, return_counts=True)
+        often = (seen >= SEEN_AT_LEAST) & (every >= 0)
+        ids = every[often]
+        self.arrays |= {f"ids_{kind}": ids, f"seen_{kind}": seen[often]}
+        if not len(ids):
+            return
+        valid = np.flatnonzero(of_token >= 0)
+        order = np.random.default_rng(SEED).permutation(valid)
+        number = np.where(often, often.cumsum() - 1, -1)[slot]  # (T,) which of the V ids, or -1
+        for layer, choice in choices.items():
+            share, shuffled = (
+                _shares(number[valid], choice[tokens], len(ids), experts[layer]) for tokens in (valid, order)
+            )
+            top = np.argsort(-share, axis=0, kind="stable")[:TOP_IDS].T  # (E, 10)
+            top_share = np.take_along_axis(share.T, top, axis=1)
+            missing = max(TOP_IDS - top.shape[1], 0)
+            named = np.where(top_share > 0, ids[top], -1)
+            part = f"{layer}/{kind}"
+            self.arrays |= {
+                f"vocab_specialisation/{part}": np.asarray(share.max(axis=1).mean(), np.float32),
+                f"vocab_shuffled/{part}": np.asarray(shuffled.max(axis=1).mean(), np.float32),
+                f"top_ids/{part}": np.pad(named, ((0, 0), (0, missing)), constant_values=-1),
+                f"top_shares/{part}": np.pad(top_share, ((0, 0), (0, missing))).astype(np.float32),
+            }
+
+    @classmethod
+    def describe(cls, arrays: Arrays) -> ProbeResult:
+        """Specialisation beside that of shuffled ids, and each expert's own tokens."""
+        measured, shuffled = by_part(arrays, "vocab_specialisation"), by_part(arrays, "vocab_shuffled")
+        if not measured:
+            why = f"no layer has experts and a text in which an id is seen {SEEN_AT_LEAST} times"
+            return ProbeResult(arrays, notes=[why])
+        chosen = by_layer(arrays, "num_experts_per_tok")
+        most = float(np.mean([1 / int(count) for count in chosen.values()]))
+        scalars: dict[str, float] = {}
+        headlines = {}
+        for kind, label in KINDS.items():
+            if kind not in measured:
+                continue
+            quantity = f"specialisation_{kind}"
+            scalars |= per_layer(quantity, {layer: float(value) for layer, value in measured[kind].items()})
+            blind = per_layer(
+                f"specialisation_{kind}_shuffled", {n: float(value) for n, value in shuffled[kind].items()}
+            )
+            scalars |= blind
+            value = scalars[quantity]
+            sentence = (
+                f"Sorted by {label}, one expert takes {value:.1%} of an id's routings on average; "
+                f"{blind[f'{quantity}_shuffled']:.1%} if ids meant nothing, {most:.0%} at most."
+            )
+            headlines[quantity] = Headline(value, sentence)
+        return ProbeResult(
+            arrays,
+            scalars,
+            headlines,
+            {"over_depth": partial(_draw_over_depth, measured, shuffled)},
+            [] if "predicted" in measured else ["what the model predicted is not known: input and target only"],
+            {"specialised_tokens": partial(_write_tokens, arrays)},
+        )
+
+
+def _shares(number: np.ndarray, choice: np.ndarray, ids: int, experts: int) -> np.ndarray:
+    """Share of each id's routings that each expert takes: (V, E), from tokens' id (T,), -1 for none, and choices."""
+    known = number >= 0
+    cell = number[known, None] * experts + choice[known]
+    count = np.bincount(cell.ravel(), minlength=ids * experts).reshape(ids, experts)
+    return count / count.sum(axis=1, keepdims=True).clip(min=1)
+
+
+def _draw_over_depth(measured: dict[str, Layers], shuffled: dict[str, Layers]) -> Figure:
+    from probes import figures
+
+    fig = figures.new_figure(7.5, 3.8, "Largest share of a token id's routings that one expert takes, mean over ids")
+    ax = fig.subplots()
+    for (kind, layers), colour in zip(measured.items(), figures.SERIES, strict=False):
+        figures.depth_line(ax, {layer: float(value) for layer, value in layers.items()}, colour, f"by {KINDS[kind]}")
+        blind = {layer: float(value) for layer, value in shuffled[kind].items()}
+        figures.depth_line(ax, blind, colour, "the same, ids shuffled", dashed=True)
+    ax.set_ylim(bottom=0)
+    ax.set_ylabel("share", fontsize=9)
+    ax.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return fig
+
+
+def _write_tokens(arrays: Arrays) -> str:
+    """Tables: a row an expert, the tokens of which it takes most."""
+    words = dict(zip(arrays.get("text_ids", np.zeros(0)).tolist(), arrays.get("text_of_ids", ()), strict=True))
+    ids, shares = by_part(arrays, "top_ids"), by_part(arrays, "top_shares")
+    parts = [f"<style>{_PAGE_STYLE}</style>"]
+    for kind in ids:
+        for layer in first_middle_last(list(ids[kind])):
+            rows = []
+            for expert, (own, share) in enumerate(zip(ids[kind][layer], shares[kind][layer], strict=True)):
+                if expert == SHOWN_EXPERTS:
+                    rows.append(f'<tr><td colspan="2">… {len(ids[kind][layer]) - expert} more experts</td></tr>')
+                    break
+                cells = [
+                    f'<span class="own" title="id {int(one)}"><code>{escape(_word(words, int(one)))}</code> '
+                    f"{value:.0%}</span>"
+                    for one, value in zip(own, share, strict=True)
+                    if one >= 0
+                ]
+                rows.append(f"<tr><td>{expert}</td><td>{''.join(cells) or '–'}</td></tr>")
+            head = "<tr><th>expert</th><th>ids of whose routings it takes most, with the share</th></tr>"
+            opened = "" if len(parts) > 1 else " open"
+            parts.append(
+                f"<details{opened}><summary>layer {layer} <span>by {KINDS[kind]}</span></summary>"
+                f"<table>{head}{''.join(rows)}</table></details>"
+            )
+    return "".join(parts)
+
+
+def _word(words: dict[int, str], one: int) -> str:
+    text = str(words.get(one, ""))
+    return text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣") if text else f"#{one}"

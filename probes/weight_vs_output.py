@@ -1,0 +1,115 @@
+"""Weights against outputs: do experts with like weights have like outputs? (2406.18219, section 5.1)
+
+E routed experts, P = E (E − 1) / 2 pairs of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moebed.views import MATRICES, Need
+from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
+from probes.expert_matrices import by_matrix, num_experts
+from probes.gate_projection import pearson
+from probes.pictures import draw_depth
+from probes.similarity import off_diagonal
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# What is held against the outputs: the ending of its keys -> probe, that probe's key, what it is.
+_KINDS = {
+    "": ("matrix_similarity", "matrix_cos", "matrices"),
+    "_mean": ("neuron_similarity", "neuron_mean_cos", "average neurons"),
+    "_reordered": ("neuron_matching", "reorder_cos", "matrices, neurons reordered to fit"),
+}
+
+
+class WeightVsOutput(Probe):
+    """Correlation over pairs of routed experts of how alike their weights and how alike their outputs are.
+
+    Stored for each layer with three experts or more: ``pairs_output (P,)``, angular similarity of outputs averaged over
+    tokens; for each matrix ``pairs_weight (P,)``, cosine of the flattened matrices, and ``weight_output_r ()``,
+    Pearson's r of the two (NaN where one does not vary); the same with ``_mean`` for the cosine of average neurons, and
+    with ``_reordered`` for that of matrices after reordering, where ``neuron_matching`` runs as well.
+    """
+
+    name = "weight_vs_output"
+    question = "Do experts with like weights have like outputs?"
+    needs = frozenset({Need.ROUTING})  # weights and outputs are looked at by its sources
+    sources = ("matrix_similarity", "neuron_similarity", "expert_outputs")
+    optional_sources = ("neuron_matching",)
+
+    def derive(self, found: Mapping[str, Arrays]) -> None:
+        """Correlate what the sources found, layer by layer."""
+        outputs = found["expert_outputs"]
+        for layer, count in num_experts(outputs).items():
+            if count < 3:
+                continue
+            alike = off_diagonal(outputs[f"output_angular_mean/{layer}"][:count, :count])
+            for ending, (probe, key, _) in _KINDS.items():
+                for name in MATRICES:
+                    values = found.get(probe, {}).get(f"{key}/{layer}/{name}")
+                    if values is None:
+                        continue
+                    weights = off_diagonal(values[:count, :count])
+                    self.arrays[f"pairs_output/{layer}"] = alike
+                    self.arrays[f"pairs_weight{ending}/{layer}/{name}"] = weights
+                    r = np.asarray(pearson(weights, alike), np.float32)
+                    self.arrays[f"weight_output_r{ending}/{layer}/{name}"] = r
+
+    @classmethod
+    def describe(cls, arrays: Arrays) -> ProbeResult:
+        """Average correlations, scatters and curves over depth."""
+        outputs = by_layer(arrays, "pairs_output")
+        if not outputs:
+            return ProbeResult(arrays, notes=["no layer with three routed experts or more has seen text"])
+        scalars: dict[str, float] = {}
+        headlines = {}
+        pictures = {}
+        for ending, (_, _, what) in _KINDS.items():
+            weights = by_matrix(arrays, f"pairs_weight{ending}")
+            if not weights:
+                continue
+            points = {
+                name: {layer: (values, outputs[layer]) for layer, values in layers.items()}
+                for name, layers in weights.items()
+            }
+            pictures[f"scatter{ending}"] = partial(_draw_scatter, points, what)
+            r_by_depth = {}
+            for name, layers in by_matrix(arrays, f"weight_output_r{ending}").items():
+                r = {layer: float(value) for layer, value in layers.items() if np.isfinite(value)}
+                if not r:
+                    continue
+                r_by_depth[name] = r
+                scalars |= per_layer(f"r{ending}_{name}", r)
+                value = scalars[f"r{ending}_{name}"]
+                sentence = (
+                    f"How alike two experts' {_subject(ending, name)} are, and how alike their outputs, "
+                    f"go together with r = {value:+.2f} (0 unrelated, 1 in step)."
+                )
+                headlines[f"r{ending}_{name}"] = Headline(value, sentence)
+            if r_by_depth:
+                title = f"Do experts with like weights have like outputs? Over depth, by\n{what}"
+                pictures[f"over_depth{ending}"] = partial(draw_depth, r_by_depth, title, "Pearson's r over pairs")
+        notes = [] if headlines else ["all pairs of experts are equally alike: there is nothing to correlate"]
+        return ProbeResult(arrays, scalars, headlines, pictures, notes)
+
+
+def _subject(ending: str, name: str) -> str:
+    return {
+        "": f"{name} matrices",
+        "_mean": f"average {name} neurons",
+        "_reordered": f"{name} matrices, neurons reordered to fit,",
+    }[ending]
+
+
+def _draw_scatter(points: Mapping[str, Mapping[int, tuple[np.ndarray, np.ndarray]]], what: str) -> Figure:
+    from probes import figures_clouds
+
+    title = f"Pairs of experts: similarity of weights ({what}) and of outputs"
+    return figures_clouds.scatter_grid(points, title, "weights: cosine", "outputs: angular")
