@@ -156,15 +156,15 @@ class PretrainedMoE(LightningModule):
             UserError: The text does not fit the model, or the memory budget is too small.
         """
         self.close()
-        runs = text is not None and bool(needs - {Need.WEIGHTS})
         shown = frozenset(self.layers) - self._skipped
-        spoken_for = self._text_bytes(text) if runs and text is not None else 0
-        plan = ReadingPlan(limit_of(self.memory_budget, spoken_for))
+        runs = text is not None and bool(needs - {Need.WEIGHTS})
         streams = self._streams if runs else (None, None)
         first = streams[0].layer if streams[0] is not None else 0
-        walked = range(
-            first, self.config.num_hidden_layers if self._wants_head(needs) and runs else max(shown, default=-1) + 1
-        )
+        last = self.config.num_hidden_layers - 1 if runs and self._wants_head(needs) else max(shown, default=-1)
+        walked = range(first, last + 1)
+        runs = runs and (len(walked) > 0 or self._wants_head(needs))
+        spoken_for = self._text_bytes(text) if runs and text is not None else 0
+        plan = ReadingPlan(limit_of(self.memory_budget, spoken_for))
         for layer in walked:
             if runs or layer in shown:
                 self._plan_layer(plan, layer, Need.WEIGHTS in needs and layer in shown, runs)
@@ -235,9 +235,8 @@ class PretrainedMoE(LightningModule):
         if not sizes.num_experts:
             view.num_experts_per_tok = 0
             return view
-        router = self.checkpoint.keys.router(layer)
         try:
-            view.gate = model.precision.seen(self.checkpoint.read(router)).float() if router is not None else None
+            view.gate = model.gate(layer)
         except UserError as error:
             view.error = error
         return view

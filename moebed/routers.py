@@ -57,11 +57,14 @@ class SoftmaxTopK(Router):
     def forward(self, hidden_states: Tensor, experts: Experts) -> Routing:
         """Route hidden_states (T, H)."""
         with torch.autocast(hidden_states.device.type, enabled=False):
-            logits = F.linear(hidden_states.float(), self.weight.float())  # (T, E)
-            probs = logits.softmax(dim=-1)  # (T, E)
-            weight, index = probs.topk(self.num_experts_per_tok, dim=-1, sorted=True)  # (T, K)
-            if self.norm_topk_prob:
-                weight = weight / weight.sum(dim=-1, keepdim=True)
+            return self.choose(F.linear(hidden_states.float(), self.weight.float()))
+
+    def choose(self, logits: Tensor) -> Routing:
+        """The decision that follows from logits (T, E)."""
+        probs = logits.softmax(dim=-1)  # (T, E)
+        weight, index = probs.topk(self.num_experts_per_tok, dim=-1, sorted=True)  # (T, K)
+        if self.norm_topk_prob:
+            weight = weight / weight.sum(dim=-1, keepdim=True)
         return Routing(logits, probs, index, weight)
 
 

@@ -117,6 +117,10 @@ class TextPass:
                 yield view
             self._leave(view)
 
+    def continued(self, output: Tensor) -> TextPass:
+        """A pass of its own from here on, as if the layer that the text is in had made this output (T, H) of it."""
+        return TextPass(self._main.model, self.text, stream=self._main.after(output))
+
     def head(self, with_logits: bool = False) -> HeadView | None:
         """What the model predicts after the last layer; None where the text did not come that far."""
         if self.stopped is not None:
@@ -200,11 +204,15 @@ class _Way:
 
     def leave(self, output: Tensor) -> None:
         """On to the next layer with the FFN's or MoE's output (T, H)."""
+        self.stream = self.after(output)
+        require_finite(self.stream.hidden, f"the hidden states after layer {self.stream.layer - 1}")
+        self._block = None
+
+    def after(self, output: Tensor) -> Stream:
+        """What enters the next layer if this one makes this output (T, H)."""
         assert self._block is not None
         with self.model.computing():
-            hidden = self._attended + self._block.post_ffn_norm(output)
-        require_finite(hidden, f"the hidden states after layer {self.stream.layer}")
-        self.stream, self._block = Stream(self.stream.layer + 1, hidden), None
+            return Stream(self.stream.layer + 1, self._attended + self._block.post_ffn_norm(output))
 
     def head(self, text: ProbeText, with_logits: bool) -> HeadView:
         """Predictions and losses, over the vocabulary a band at a time."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,6 +86,8 @@ class CheckpointTokenizer:
             return
         import transformers
 
+        transformers.logging.set_verbosity_error()  # it knows not every model_type, and need not
+        warnings.filterwarnings("ignore", module="transformers.*")
         try:
             loaded = transformers.AutoTokenizer.from_pretrained(
                 str(checkpoint), trust_remote_code=False, local_files_only=True

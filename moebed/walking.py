@@ -5,7 +5,7 @@ E experts, K experts per token, H hidden, F expert intermediate, T valid tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moebed.config import ModelConfig
 from moebed.decoder import Block, Decoder, FeedForward, MoE
+from moebed.errors import UserError
 from moebed.routers import Routing, SoftmaxTopK
 from moebed.text_pass import TextPass, band_rows
 from moebed.views import ExpertView, HeadView, LayerView, LayerWeights, Need, ProbeText
@@ -88,10 +89,39 @@ def walk(decoder: Decoder, text: ProbeText | None, needs: frozenset[Need]) -> It
             yield from views
             return
         run = TextPass(LiveModel(decoder), text)
-        yield from run.layers(views)
+        for view in run.layers(views):
+            view.ablate = _ablation(decoder, run, view)
+            yield view
         head = run.head(Need.LOGITS in needs) if needs & {Need.PREDICTIONS, Need.LOGITS} else None
         if head is not None:
             yield head
+
+
+def _ablation(decoder: Decoder, run: TextPass, view: LayerView) -> Callable[[int], Tensor] | None:
+    """Loss (T,) of each token with one expert masked out of the choice at a layer, -1 for none."""
+    mlp = decoder.blocks[view.index].mlp
+    if not isinstance(mlp, MoE) or not isinstance(mlp.router, SoftmaxTopK) or view.routing is None:
+        return None
+    router, routing, x = mlp.router, view.routing, view.moe_input
+    if view.num_experts == 1 or x is None:
+        return None
+
+    def loss(expert: int) -> Tensor:
+        chosen = routing
+        if expert >= 0:
+            masked = routing.router_logits.index_fill(1, torch.tensor(expert, device=x.device), -torch.inf)
+            chosen = router.choose(masked)
+        rest = run.continued(ModuleWeights(mlp).combine(x, chosen).float())
+        for _ in rest.layers(
+            _view(decoder, index, decoder.blocks[index]) for index in range(view.index + 1, len(decoder.blocks))
+        ):
+            pass
+        head = rest.head()
+        if head is None:
+            raise rest.stopped or UserError("the text did not come to the head")
+        return head.loss
+
+    return loss
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from probes import store
 from probes.base import ProbeResult
 from probes.checkpoint_pass import CheckpointPass, probes_for
 from probes.driver import Timing, needs_of, run_probes
-from probes.registry import PROBES, resolve_probes
+from probes.registry import PROBES, TRAINING_ONLY, resolve_probes
 
 IGNORE_INDEX = -100
 
@@ -81,6 +81,7 @@ class ProbeCallback(Callback):
         self._checkpoint: CheckpointPass | None = None
         self._text: ProbeText | None = None
         self._started = self._seconds = 0.0
+        self._probe_seconds: dict[str, float] = {}
 
     def state_dict(self) -> dict[str, Any]:
         """The step last probed, so that a resumed run probes nothing twice."""
@@ -132,12 +133,14 @@ class ProbeCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget history that a resumed run will write anew; probe the untrained model."""
-        self._started, self._seconds = time.perf_counter(), 0.0
+        self._started, self._seconds, self._probe_seconds = time.perf_counter(), 0.0, {}
         if self.out is None:
             self.out = Path(trainer.default_root_dir)
         resumed = trainer.global_step > 0 or self.last_step is not None
         if trainer.is_global_zero:
             store.truncate_history(self.out, trainer.global_step if resumed else -1)
+            for name in TRAINING_ONLY if not resumed else ():
+                (store.results_dir(self.out) / f"{name}.npz").unlink(missing_ok=True)
         if self.at_start and not resumed:
             self._probe(trainer, pl_module)
 
@@ -195,6 +198,11 @@ class ProbeCallback(Callback):
 
     def _run(self, trainer: Trainer, pl_module: LightningModule, timing: Timing) -> dict[str, ProbeResult]:
         probes = [PROBES[name]() for name in self.probes]
+        assert self.out is not None
+        for probe in probes:
+            if probe.name in TRAINING_ONLY:
+                earlier = store.results_dir(self.out) / f"{probe.name}.npz"
+                probe.begin(trainer.global_step, store.load_arrays(self.out, probe.name) if earlier.exists() else {})
         if self._text is None:
             self._text = probe_text(trainer, self.num_sequences)
         views = getattr(pl_module, "views", None)
@@ -203,14 +211,19 @@ class ProbeCallback(Callback):
         return run_probes(views(self._text, needs_of(probes)), probes, timing)
 
     def _log(self, trainer: Trainer, results: Mapping[str, ProbeResult], timing: Timing, step: int) -> None:
-        share = self._seconds / (time.perf_counter() - self._started)
+        elapsed = time.perf_counter() - self._started
+        for name in results:
+            self._probe_seconds[name] = self._probe_seconds.get(name, 0.0) + timing.probe[name]
         for writer in _writers(trainer):
             for name, result in results.items():
                 for key, value in result.scalars.items():
                     writer.add_scalar(f"probes/{name}/{key}", value, step)
+                for key, headline in result.headlines.items():
+                    writer.add_text(f"probes/{name}/{key}", headline.sentence, step)
                 writer.add_scalar(f"probes_cost/{name}_seconds", timing.probe[name], step)
+                writer.add_scalar(f"probes_cost/{name}_share", self._probe_seconds[name] / elapsed, step)
             writer.add_scalar("probes_cost/forward_seconds", timing.forward, step)
-            writer.add_scalar("probes_cost/share_of_wall_time", share, step)
+            writer.add_scalar("probes_cost/share_of_wall_time", self._seconds / elapsed, step)
 
     def _draw(self, trainer: Trainer, results: Mapping[str, ProbeResult], step: int) -> None:
         from PIL import Image

@@ -89,7 +89,9 @@ def by_part(arrays: Arrays, key: str) -> dict[str, dict[int, np.ndarray]]:
 def names_by_key(arrays: Arrays) -> dict[str, str]:
     """What each domain of the arrays is called, by its key."""
     names = [str(name) for name in arrays.get("domain_names", ())]
-    return dict(zip(domain_keys(names), names, strict=True)) | {ALL: "all text"}
+    keys = domain_keys(names)
+    told = (name if names.count(name) == 1 else key for key, name in zip(keys, names, strict=True))
+    return dict(zip(keys, told, strict=True)) | {ALL: "all text"}
 
 
 def first_middle_last(layers: Sequence[int]) -> list[int]:

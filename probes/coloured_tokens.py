@@ -66,7 +66,7 @@ def write_coloured(arrays: Arrays) -> str:
     probs = by_layer(arrays, "router_probs")
     widths = {layer: probs[layer].shape[1] for layer in first_middle_last(list(index))}
     rules = [
-        f".e{experts}-{expert}{{background:{colour}}}"
+        f".e{experts}-{expert}{{background:{colour};box-shadow:inset -1px 0 white}}"
         for experts in sorted(set(widths.values()))
         for expert, colour in enumerate(expert_colours(experts))
     ]
@@ -111,7 +111,7 @@ def draw_coloured(arrays: Arrays) -> Figure:
     most = max(probs[layer].shape[1] for layer in layers)
     title = "The text, each token on the colour of the expert that is its first choice"
     title += "" if most <= 24 else f"\nSome of {most} colours look alike; the page of the same name tells the experts"
-    fig = figures.new_figure(5.0 * len(layers) + 0.4, 1.3 + 2.1 * len(passages), title)
+    fig = figures.new_figure(max(7.5, 5.0 * len(layers) + 0.4), 1.3 + 2.1 * len(passages), title)
     axes = fig.subplots(len(passages), len(layers), squeeze=False)
     for row, (name, tokens) in enumerate(passages):
         words = _words(arrays, tokens)
@@ -121,9 +121,10 @@ def draw_coloured(arrays: Arrays) -> Figure:
             label = f"{name}, layer {layer}".replace("$", r"\$")
             axes[row, column].set_title(label, fontsize=9, loc="left")
     if most <= 24:
+        columns = min(most, 12 if len(layers) == 1 else 24)
         handles = [Patch(color=colour, label=str(expert)) for expert, colour in enumerate(expert_colours(most))]
         fig.legend(
-            handles=handles, loc="outside lower center", ncols=min(most, 24), fontsize=8, frameon=False, title="expert",
+            handles=handles, loc="outside lower center", ncols=columns, fontsize=8, frameon=False, title="expert",
             title_fontsize=8, handlelength=1.2, columnspacing=1.0,
         )  # fmt: skip
     return fig

@@ -30,7 +30,7 @@ from probes.resampling import interval, p_value, resample_within, shuffle_labels
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PLACES = {"first": "first choice", "second": "second choice", "any": "any choice"}
+PLACES = {"first": "the first choices", "second": "the second choices", "any": "all choices"}
 
 
 def shares_of_counts(counts: np.ndarray, tokens: int | np.ndarray | None = None) -> np.ndarray:
@@ -191,7 +191,7 @@ def _draw_shares(arrays: Arrays, place: str) -> Figure:
         {names.get(key, key): layers for key, layers in shares.items()},
         {names.get(key, key): layers for key, layers in spread.items()},
         first_middle_last(every),
-        f"Share of each expert in the {PLACES[place]} of each domain's tokens",
+        f"Share of each expert in {PLACES[place]} of each domain's tokens",
     )
 
 

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 NO_ABLATION = "no expert was masked out: that needs a whole model in memory and an expert to take the place of another"
 
 
+NAMED_UP_TO = 8  # experts without tokens
+
+
 class ExpertImportance(Probe):
     """What an expert adds to its own tokens, and what the model loses without it.
 
@@ -78,23 +81,25 @@ class ExpertImportance(Probe):
         reap, counts = by_layer(arrays, "reap"), by_layer(arrays, "count")
         if not reap:
             return ProbeResult(arrays, notes=["no layer with routed experts has seen text"])
-        ratio = {n: float(v.max() / v.mean(dtype=np.float64)) if v.any() else 1.0 for n, v in reap.items()}
+        relative = {layer: _relative(values, counts[layer]) for layer, values in reap.items()}
+        ratio = {layer: float(np.nanmax(values)) for layer, values in relative.items()}
         unused = {layer: float((count == 0).mean()) for layer, count in counts.items()}
         scalars = per_layer("reap_max_to_mean", ratio) | per_layer("unused", unused)
         value = scalars["reap_max_to_mean"]
         headlines = {
             "reap_max_to_mean": Headline(
                 value,
-                f"The expert that adds most to its own tokens adds {value:.1f} times as much as the average one of its "
-                "layer (1 if all were equal).",
+                f"The expert that adds most to its own tokens adds {value:.1f} times as much as the average one "
+                "in use in its layer (1 if all were equal).",
             )
         }
         notes = [
-            f"layer {layer}: no token went to expert{'s' if len(idle) > 1 else ''} {', '.join(map(str, idle))}"
+            f"layer {layer}: no token went to {len(idle)} of {len(count)} experts"
+            + (f" ({', '.join(map(str, idle))})" if len(idle) <= NAMED_UP_TO else "")
             for layer, count in counts.items()
             if len(idle := np.flatnonzero(count == 0))
         ]
-        pictures = {"reap": partial(_draw_reap, reap, counts)}
+        pictures = {"reap": partial(_draw_reap, relative, counts)}
         rises = by_layer(arrays, "ablation_loss")
         if not rises:
             return ProbeResult(arrays, scalars, headlines, pictures, [*notes, NO_ABLATION])
@@ -124,6 +129,13 @@ class ExpertImportance(Probe):
         return ProbeResult(arrays, scalars, headlines, pictures, notes)
 
 
+def _relative(reap: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Over the mean of the experts in use (E,); NaN for the others."""
+    used = count > 0
+    mean = reap[used].mean(dtype=np.float64)
+    return np.where(used, reap / mean if mean > 0 else 1.0, np.nan)
+
+
 def _strip(ax: Axes, rows: dict[int, np.ndarray], title: str, **image: Any) -> Any:
     """A row a layer, a column an expert; grey where a layer has fewer experts than the widest."""
     from probes import figures
@@ -142,17 +154,16 @@ def _strip(ax: Axes, rows: dict[int, np.ndarray], title: str, **image: Any) -> A
 
 def _size(rows: dict[int, np.ndarray]) -> tuple[float, float]:
     widest = max(map(len, rows.values()))
-    return min(13.0, max(7.0, 2.2 + 0.16 * widest)), min(9.0, max(2.9, 1.5 + 0.2 * len(rows)))
+    return min(13.0, max(9.0, 2.2 + 0.16 * widest)), min(9.0, max(2.9, 1.5 + 0.2 * len(rows)))
 
 
-def _draw_reap(reap: dict[int, np.ndarray], counts: dict[int, np.ndarray]) -> Figure:
+def _draw_reap(relative: dict[int, np.ndarray], counts: dict[int, np.ndarray]) -> Figure:
     from probes import figures
 
-    relative = {layer: values / (values.mean() or 1.0) for layer, values in reap.items()}
     fig = figures.new_figure(
-        *_size(reap),
-        "What an expert adds to its own tokens, mean of weight × output norm (REAP), over its layer's mean\n"
-        "(a cross: no token went there; grey: no such expert)",
+        *_size(relative),
+        "What an expert adds to its own tokens: mean of weight × output norm (REAP), over its layer's mean\n"
+        "(grey with a cross: no token went there; grey: no such expert)",
     )
     ax = fig.subplots()
     norm = figures.ratio_norm(list(relative.values()), share=0.995)
@@ -160,7 +171,7 @@ def _draw_reap(reap: dict[int, np.ndarray], counts: dict[int, np.ndarray]) -> Fi
     idle = [(row, e) for row, count in enumerate(counts.values()) for e in np.flatnonzero(count == 0)]
     if idle:
         row, column = np.array(idle).T
-        ax.scatter(column, row, marker="x", s=14, color=figures.INK, linewidth=0.9)
+        ax.scatter(column, row, marker="x", s=12, color="white", linewidth=0.9)
     figures.colour_bar(fig, image, ax, "over the layer's mean", extend="max")
     return fig
 

@@ -181,8 +181,8 @@ def _draw_tokens(arrays: Arrays) -> Figure:
     flat = np.concatenate([values[np.isfinite(values)] for values in angular.values()])
     lowest, highest = (float(flat.min()), float(flat.max())) if flat.size else (0.0, 1.0)
     names = token_names(arrays, len(next(iter(angular.values()))))
-    columns = min(ACROSS, len(names))
-    rows = math.ceil(len(names) / columns)
+    rows = math.ceil(len(names) / ACROSS)
+    columns = math.ceil(len(names) / rows)
     some = f"; {len(layers)} of {len(every)} layers" if len(layers) < len(every) else ""
     fig = figures.new_figure(
         max(7.5, 1.2 + 2.0 * columns),

@@ -33,6 +33,7 @@ def share_panels(shares: BY_NAME, intervals: BY_NAME, layers: Sequence[int], tit
     rows = max(len(names) for names in domains.values())
     if wide:
         title += ", as a multiple of an even share\n(a dot: the 95 % interval leaves out an even share)"
+    title += f"; {len(COLOURS)} of {len(shares)} domains" if len(shares) > len(COLOURS) else ""
     height = 0.5 + 0.3 * rows + 0.35 if wide else 2.3
     fig = figures.new_figure(11.0, 1.1 + height * len(layers), title)
     axes = fig.subplots(len(layers), 1, squeeze=False)[:, 0]

@@ -85,9 +85,7 @@ class LayerDiversity(Probe):
         notes = []
         if not headlines:
             mean = scalars.get("diversity_outputs", math.nan)
-            sentence = (
-                f"The experts' outputs have diversity {mean:.3f} on average (0 all the same, 0.5 unrelated)."
-            )
+            sentence = f"The experts' outputs have diversity {mean:.3f} on average (0 all the same, 0.5 unrelated)."
             headlines = {"diversity_outputs": Headline(mean, sentence)} if math.isfinite(mean) else {}
             notes = [
                 f"with fewer than {ENOUGH_LAYERS} layers of two experts or more it cannot be told whether diversity "
@@ -150,12 +148,16 @@ def _mean_of(kinds: list[dict[int, float]]) -> dict[int, float]:
     return {layer: sum(rows[layer] for rows in kinds) / len(kinds) for layer in shared}
 
 
+def _p_text(p: float) -> str:
+    return f"p = {p:.2g}" if p >= 0.001 else "p < 0.001"
+
+
 def _trend_headline(subject: str, values: Mapping[int, float]) -> Headline:
     rho, p = trend(np.array(list(values.values()))[:-1])
     verdict = "shows no sure trend" if p >= SURE else "rises with depth" if rho > 0 else "falls with depth"
     sentence = (
         f"Diversity of the experts' {subject} {verdict}: rank correlation with the layer {rho:+.2f} "
-        f"(1 rises always, 0 unrelated; p = {p:.2g}), the last layer left out."
+        f"(1 rises always, 0 unrelated; {_p_text(p)}), the last layer left out."
     )
     return Headline(rho, sentence)
 
@@ -166,7 +168,7 @@ def _last_headline(subject: str, values: Mapping[int, float]) -> Headline:
     verdict = "stands out" if p < SURE else "does not surely stand out"
     sentence = (
         f"The last layer {verdict} in the diversity of its experts' {subject}: it is {abs(away):.2g} {side} the line "
-        f"through the other layers, {abs(value):.1f} times the spread expected (p = {p:.2g})."
+        f"through the other layers, {abs(value):.1f} times the spread expected ({_p_text(p)})."
     )
     return Headline(value, sentence)
 

@@ -5,6 +5,7 @@ T tokens, E experts, K experts per token, H hidden.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ __all__ = ["NormVsScore", "rank_correlation"]
 PICTURED_LAYERS = 11
 PICTURED_WITH_TOKENS = 3
 ACROSS = 4  # tokens in a row of panels
+BESIDE_UP_TO = 16  # experts whose norm and score are drawn as bars side by side
 READABLE_COUNT = 50  # a cell of 50 tokens is within 14 % of chance by chance
 
 
@@ -193,8 +195,8 @@ def _draw_tokens(arrays: Arrays) -> Figure:
     dense = by_layer(arrays, "dense_ffn_output_norm")
     layers = figures.pick(list(scores), PICTURED_WITH_TOKENS)
     names = token_names(arrays, len(scores[layers[0]]))
-    columns = min(ACROSS, len(names))
-    rows = -(-len(names) // columns)
+    rows = math.ceil(len(names) / ACROSS)
+    columns = math.ceil(len(names) / rows)
     some = f"; {len(layers)} of {len(scores)} layers" if len(layers) < len(scores) else ""
     line = "; dotted: norm of the dense model's FFN output" if dense else ""
     fig = figures.new_figure(
@@ -217,8 +219,14 @@ def _draw_tokens(arrays: Arrays) -> Figure:
             ax.set_visible(True)
             figures.style_axes(ax)
             other = ax.twinx()
-            ax.bar(experts - 0.2, norms[layer][token], width=0.4, color=figures.SERIES[0], lw=0)
-            other.bar(experts + 0.2, scores[layer][token], width=0.4, color=figures.SERIES[1], lw=0)
+            # Many experts have no room for two bars each: the score's stands in front of the norm's.
+            few = len(experts) <= BESIDE_UP_TO
+            norm_bar, score_bar = ((-0.2, 0.4, 1.0), (0.2, 0.4, 1.0)) if few else ((0.0, 0.9, 0.4), (0.0, 0.5, 1.0))
+            for panel, (shift, width, alpha), values, colour in (
+                (ax, norm_bar, norms[layer][token], figures.SERIES[0]),
+                (other, score_bar, scores[layer][token], figures.SERIES[1]),
+            ):
+                panel.bar(experts + shift, values, width=width, alpha=alpha, color=colour, lw=0)
             if layer in dense:
                 ax.axhline(dense[layer][token], color=figures.INK, lw=1, ls=":")
             ax.set_ylim(0, 1.08 * highest)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_BLOCK_ELEMENTS = 1 << 20  # outputs compared at a time: a block and its products stay in the processor's cache
+_BLOCK_ELEMENTS = 1 << 20  # outputs compared at a time
 
 
 def taken_tokens(tokens: int, experts: int, hidden: int, limit: int) -> Tensor:
@@ -35,14 +35,18 @@ def pair_cosines(outputs: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor]]:
     tokens, hidden = outputs[0].shape
     experts = len(outputs)
     first, second = torch.tril_indices(experts, experts, -1, device=outputs[0].device)
-    step = max(1, _BLOCK_ELEMENTS // (experts * max(hidden, experts)))
+    step = min(tokens, max(1, _BLOCK_ELEMENTS // (experts * max(hidden, experts))))
+    # Written over and over: fresh memory for each block costs more than what is done with it.
+    blocks = torch.empty((step, experts, hidden), dtype=torch.float32, device=outputs[0].device)
+    grams = torch.empty((step, experts, experts), dtype=torch.float32, device=outputs[0].device)
     for start in range(0, tokens, step):
         part = slice(start, min(start + step, tokens))
-        block = torch.stack([output[part] for output in outputs], dim=1).float()  # (b, E', H)
-        gram = torch.bmm(block, block.transpose(1, 2))  # (b, E', E')
+        count = part.stop - part.start
+        block = torch.stack([output[part].float() for output in outputs], dim=1, out=blocks[:count])  # (b, E', H)
+        gram = torch.bmm(block, block.transpose(1, 2), out=grams[:count])  # (b, E', E')
         square = gram.diagonal(dim1=1, dim2=2)
         largest = square.amax(dim=1, keepdim=True)  # the product of two small squares would underflow
-        gram = gram.flatten(1) * torch.where(largest > 0, 1 / largest, 0.0)
+        gram = gram.flatten(1).mul_(torch.where(largest > 0, 1 / largest, 0.0))
         square = gram[:, :: experts + 1]
         size = (square[:, first] * square[:, second]).sqrt_()  # exactly the square where the two are equal
         cosine = gram.index_select(1, first * experts + second).div_(size)
@@ -88,11 +92,12 @@ def chosen_means(cosine: Tensor, chosen: Tensor, experts: int) -> ChosenMeans:
     rows = cosine.gather(1, pair[chosen].flatten(1)).view(len(cosine), count, experts)
     rows.scatter_(2, chosen.unsqueeze(2), 0.0)
     # Each pair of chosen experts is in two rows, a pair of a chosen one and another in one.
-    twice = rows.gather(2, chosen.unsqueeze(1).expand(-1, count, -1)).sum(dim=(1, 2))
-    both, mixed = twice / 2, rows.sum(dim=(1, 2)) - twice
-    none = cosine[:, : experts * (experts - 1) // 2].sum(dim=1) - both - mixed
+    wide = torch.float64  # what is left of a sum once others are taken off it
+    twice = rows.gather(2, chosen.unsqueeze(1).expand(-1, count, -1)).sum(dim=(1, 2), dtype=wide)
+    both, mixed = twice / 2, rows.sum(dim=(1, 2), dtype=wide) - twice
+    none = cosine[:, : math.comb(experts, 2)].sum(dim=1, dtype=wide) - both - mixed
     return ChosenMeans(
-        both / math.comb(count, 2) if count > 1 else None,
-        none / math.comb(rest, 2) if rest > 1 else None,
-        mixed / (count * rest) if rest else None,
+        (both / math.comb(count, 2)).float() if count > 1 else None,
+        (none / math.comb(rest, 2)).float() if rest > 1 else None,
+        (mixed / (count * rest)).float() if rest else None,
     )

@@ -22,12 +22,13 @@ class Ranks(NamedTuple):
 def ranks(values: np.ndarray) -> Ranks:
     """Rank each row of (T, E), with one sort."""
     order = values.argsort(axis=1)  # its order among equals is anyone's guess
-    ordered = np.take_along_axis(values, order, axis=1)
+    first = np.arange(len(values))[:, None] * values.shape[1]  # of each row, in the flat array
+    ordered = values.ravel()[order + first]
     tied = (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)
     order[tied] = values[tied].argsort(axis=1, kind="stable")
     place = np.broadcast_to(np.arange(values.shape[1]), order.shape)
     whole = np.empty_like(order)
-    np.put_along_axis(whole, order, place, axis=1)
+    whole.ravel()[order + first] = place
     if not tied.any():
         return Ranks(whole, whole)
     some, place = ordered[tied], place[tied]

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from probes import store
+from probes.answers import QUESTIONS
+from probes.base import Headline
 from probes.published import PUBLISHED, paper_model, published
 from probes.registry import PROBES
 from probes.run_folder import RunFolder, read_run
@@ -41,6 +43,8 @@ img { max-width: 100%; height: auto; display: block; margin: 6px 0 14px; }
 details { border: 1px solid var(--line); border-radius: 6px; margin: 0 0 10px; padding: 0 16px; }
 details[open] { padding-bottom: 14px; }
 summary { cursor: pointer; padding: 10px 0; font-weight: 600; }
+details.section { border: 0; padding: 0; margin: 26px 0 0; }
+details.section > summary { padding: 0; } details.section > summary h2 { display: inline-block; margin: 6px 0 10px; }
 summary span { font-weight: 400; color: var(--muted); }
 pre { background: var(--soft); padding: 12px; overflow-x: auto; font-size: 12.5px; border-radius: 6px; }
 """
@@ -62,16 +66,17 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
     runs = [read_run(Path(folder)) for folder in run_dirs]
     _tell_apart(runs, [Path(folder) for folder in run_dirs])
     path = out if out.suffix.lower() in (".html", ".htm") else out / "report.html"
-    sections = [
-        _header(runs),
-        _found(runs),
-        _beside_the_paper(runs),
-        _numbers(runs),
-        _training(runs),
-        _history(runs),
-        _probes(runs),
-    ]
-    body = "\n".join([*sections, _configs(runs)])
+    sections = {
+        "What was found": _answers(runs),
+        "Every probe in a sentence": _found(runs),
+        "Beside the papers": _beside_the_paper(runs),
+        "Key numbers": _numbers(runs),
+        "Training": _training(runs),
+        "The probes over steps": _history(runs),
+        "The probes in pictures": _probes(runs),
+        "Configuration": _configs(runs),
+    }
+    body = "\n".join([_header(runs), *(_section(title, content) for title, content in sections.items() if content)])
     title = escape(", ".join(run.name for run in runs))
     page = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>moebed: {title}</title>'
@@ -102,6 +107,41 @@ def _header(runs: Sequence[RunFolder]) -> str:
     return f'<h1>{names}</h1><p class="muted">moebed report. {probed}</p>'
 
 
+def _section(title: str, content: str) -> str:
+    """A part of the report that a person can fold away."""
+    return f'<details class="section" open><summary><h2>{title}</h2></summary>{content}</details>'
+
+
+def _answers(runs: Sequence[RunFolder]) -> str:
+    """The questions that the runs can answer, each with its numbers, and what was published."""
+    parts = []
+    for question in QUESTIONS:
+        if not any(_headline(run, name) for run in runs for name in question.headlines):
+            continue
+
+        def cell(run: RunFolder, names: Sequence[str] = question.headlines) -> str:
+            found = [headline for name in names if (headline := _headline(run, name)) is not None]
+            items = [f"<li><b>{_with_interval(headline)}</b>{escape(headline.sentence)}</li>" for headline in found]
+            return f'<ul class="found">{"".join(items)}</ul>' if items else '<p class="muted">Not probed.</p>'
+
+        paper = f'<p class="muted">Published: {escape(question.paper)}</p>'
+        parts.append(f"<h3>{escape(question.text)}</h3>{_columns(runs, cell)}{paper}")
+    return "".join(parts)
+
+
+def _headline(run: RunFolder, name: str) -> Headline | None:
+    probe, _, key = name.partition("/")
+    return run.results[probe].headlines.get(key) if probe in run.results else None
+
+
+def _with_interval(headline: Headline) -> str:
+    value = _format(float(headline.value))
+    if headline.interval is None:
+        return value
+    low, high = (_format(float(bound)) for bound in headline.interval)
+    return f"{value} &nbsp;[{low}, {high}]"
+
+
 def _columns(runs: Sequence[RunFolder], cell: Callable[[RunFolder], str]) -> str:
     """The runs side by side; one alone takes the whole width and needs no name."""
     if len(runs) == 1:
@@ -130,7 +170,7 @@ def _found(runs: Sequence[RunFolder]) -> str:
             items.append(f"<li><b>{escape(PROBES[name].question)}</b>{said}</li>")
         return f'<ul class="found">{"".join(items)}</ul>'
 
-    return "<h2>What was found</h2>" + _columns(runs, cell)
+    return _columns(runs, cell)
 
 
 def _beside_the_paper(runs: Sequence[RunFolder]) -> str:
@@ -148,11 +188,11 @@ def _beside_the_paper(runs: Sequence[RunFolder]) -> str:
                     )
                     rows.append(f"<tr><td>{escape(f'{probe}: {key}')}</td>{found}{paper}</tr>")
         if rows:
-            head = f'<th class="number">{escape(run.name)}</th><th class="number">the paper</th><th>where</th>'
+            head = f'<th class="number">{escape(run.name)}</th><th class="number">published</th><th>where</th>'
             tables.append(f"<table><tr><th>{escape(model or '')}</th>{head}</tr>{''.join(rows)}</table>")
     if not tables:
         return ""
-    return f'<h2>Beside the paper (arXiv 2406.18219)</h2><div class="numbers">{"".join(tables)}</div>'
+    return f'<div class="numbers">{"".join(tables)}</div>'
 
 
 def _paper_model(model: Any) -> str | None:
@@ -180,7 +220,7 @@ def _numbers(runs: Sequence[RunFolder]) -> str:
             rows.append(f"<tr><td>{escape(str(key))}</td>{cells}</tr>")
         if rows:
             tables.append(f"<table><tr><th>{group}</th>{head}</tr>{''.join(rows)}</table>")
-    return f'<h2>Key numbers</h2><div class="numbers">{"".join(tables)}</div>' if tables else ""
+    return f'<div class="numbers">{"".join(tables)}</div>' if tables else ""
 
 
 def _last_logged(run: RunFolder) -> dict[str, float]:
@@ -210,11 +250,11 @@ def _training(runs: Sequence[RunFolder]) -> str:
     note = f'<p class="muted">Over optimizer steps. Long curves are smoothed, raw values behind them.{left_out}</p>'
     pictures = [_image(draw_losses(runs), "loss curves")] if losses else []
     pictures += [_image(draw_curves(runs, tags), "curves of the logged scalars")] if tags else []
-    return f"<h2>Training</h2>{note}{''.join(pictures)}"
+    return note + "".join(pictures)
 
 
 def _history(runs: Sequence[RunFolder]) -> str:
-    from probes.report_charts import draw_history, layer_series
+    from probes.report_charts import draw_headlines, draw_history, headline_series, layer_series
 
     if not any(len(run.history) > 1 for run in runs):
         return ""
@@ -225,7 +265,9 @@ def _history(runs: Sequence[RunFolder]) -> str:
             return '<p class="muted">Probed once: see the pictures below.</p>'
         return _image(draw_history(series, 4 if len(runs) == 1 else 2), "probes over steps")
 
-    return "<h2>The probes over steps</h2>" + _columns(runs, cell)
+    headlines = headline_series(runs)
+    first = f'<h3>Headlines</h3>{_image(draw_headlines(headlines, runs), "headlines over steps")}' if headlines else ""
+    return f"{first}<h3>By layer</h3>{_columns(runs, cell)}"
 
 
 def _probes(runs: Sequence[RunFolder]) -> str:
@@ -237,7 +279,7 @@ def _probes(runs: Sequence[RunFolder]) -> str:
             said = [f"<p>{escape(headline.sentence)}</p>" for headline in result.headlines.values()]
             said += [f'<p class="muted">{escape(note)}</p>' for note in result.notes]
             pictures = [_image(build(), f"{name}: {figure}") for figure, build in result.figures.items()]
-            return "".join(said + pictures)
+            return "".join(said + pictures + [write() for write in result.pages.values()])
 
         return cell
 
@@ -249,14 +291,14 @@ def _probes(runs: Sequence[RunFolder]) -> str:
                 f"<details{opened}><summary>{name} <span>{escape(probe.question)}</span></summary>"
                 f"{_columns(runs, cell_of(name))}</details>"
             )
-    return "<h2>The probes in pictures</h2>" + "".join(parts) if parts else ""
+    return "".join(parts)
 
 
 def _configs(runs: Sequence[RunFolder]) -> str:
     if not any(run.config for run in runs):
         return ""
     cells = _columns(runs, lambda run: f"<pre>{escape(run.config or 'no config.yaml')}</pre>")
-    return f"<h2>Configuration</h2><details><summary>config.yaml</summary>{cells}</details>"
+    return f"<details><summary>config.yaml</summary>{cells}</details>"
 
 
 def _image(fig: Figure, alt: str) -> str:

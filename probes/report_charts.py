@@ -128,6 +128,36 @@ def layer_series(history: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, Cu
     return found
 
 
+def headline_series(runs: Sequence[RunFolder]) -> dict[str, dict[str, Curve]]:
+    """Headlines that were probed more than once: ``<probe>/<headline>`` -> run -> curve over steps."""
+    found: dict[str, dict[str, Curve]] = {}
+    for run in runs:
+        for line in run.history if len(run.history) > 1 else ():
+            for name, value in line.get("headlines", {}).items():
+                if value is not None:
+                    steps, values = found.setdefault(name, {}).setdefault(run.name, ([], []))
+                    steps.append(line["step"])
+                    values.append(value)
+    return found
+
+
+def draw_headlines(series: Mapping[str, Mapping[str, Curve]], runs: Sequence[RunFolder]) -> Figure:
+    """One panel a headline, one line a run."""
+    fig, axes = _grid(len(series), 4)
+    colours = run_colours(runs)
+    for ax, (name, by_run) in zip(axes, series.items(), strict=True):
+        figures.style_axes(ax)
+        for run, (steps, values) in by_run.items():
+            ax.plot(steps, values, color=colours[run], lw=1.6, marker="o", ms=3, label=run)
+        probe, _, key = name.partition("/")
+        ax.set_title(f"{probe}: {key}", fontsize=9)
+        ax.set_xlabel("step", fontsize=8)
+    if len(runs) > 1:
+        lines = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+        fig.legend(list(lines.values()), list(lines), loc="outside upper left", ncols=4, fontsize=8.5, frameon=False)
+    return fig
+
+
 def draw_history(series: Mapping[str, Mapping[int, Curve]], columns: int) -> Figure:
     """One panel a quantity, one line a layer, from light (first) to dark (last)."""
     fig, axes = _grid(len(series), columns)

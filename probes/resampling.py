@@ -37,7 +37,7 @@ def resample_within(group: np.ndarray, draws: int = DRAWS, seed: int = SEED) -> 
 
 def shuffle_labels(labels: np.ndarray, draws: int = DRAWS, seed: int = SEED) -> np.ndarray:
     """(R, B) labels in random order: what the groups would be if they meant nothing."""
-    return np.random.default_rng(seed + 1).permuted(np.tile(labels, (draws, 1)), axis=1)
+    return np.random.default_rng(seed + 1).permuted(np.tile(labels.astype(np.int16), (draws, 1)), axis=1)
 
 
 def interval(values: np.ndarray) -> np.ndarray:

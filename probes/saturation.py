@@ -6,7 +6,6 @@ T tokens, E experts, K experts per token, C probings of the run so far.
 from __future__ import annotations
 
 from functools import partial
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -76,11 +75,10 @@ class Saturation(Probe):
         if past is None or past.shape[1:] != now.shape:
             past = np.full((len(self.arrays["steps"]) - 1, *now.shape), UNKNOWN, np.int16)
         every = np.concatenate([past, now[None]])  # (C, T, K)
-        previous = [overlap(one, other) for one, other in pairwise(every)]
         self.arrays |= {
             key: every,
-            f"saturation/{view.index}": np.array([overlap(one, now) for one in every], np.float32),
-            f"saturation_previous/{view.index}": np.array([np.nan, *previous], np.float32),
+            f"saturation/{view.index}": overlap(every, now).astype(np.float32),
+            f"saturation_previous/{view.index}": np.append(np.nan, overlap(every[:-1], every[1:])).astype(np.float32),
             f"saturation_random/{view.index}": np.asarray(now.shape[1] / view.num_experts, np.float32),
         }
 
@@ -120,13 +118,15 @@ class Saturation(Probe):
         return ProbeResult(arrays, scalars, headlines, {"over_steps": partial(_draw, arrays)})
 
 
-def overlap(one: np.ndarray, other: np.ndarray) -> float:
-    """Mean over tokens of ∣one ∩ other∣ / K, for choices (T, K); NaN where they are unknown."""
-    if not one.size or one.flat[0] == UNKNOWN or other.flat[0] == UNKNOWN:
-        return float("nan")
-    chosen = one.shape[1]
-    common = sum(np.count_nonzero(one == np.roll(other, shift, axis=1)) for shift in range(chosen))
-    return float(common / one.size)
+def overlap(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Mean over tokens of ∣one ∩ other∣ / K, for choices (..., T, K): (...); NaN where they are unknown."""
+    tokens, chosen = one.shape[-2:]
+    common = np.zeros(one.shape[:-2])
+    for a in range(chosen):  # a choice at a time, so that what is compared runs over tokens
+        for b in range(chosen):
+            common += (one[..., a] == other[..., b]).view(np.uint8).sum(axis=-1, dtype=np.uint32)
+    unknown = (one[..., :1, 0] == UNKNOWN).any(axis=-1) | (other[..., :1, 0] == UNKNOWN).any(axis=-1)
+    return np.where(unknown, np.nan, common / max(tokens * chosen, 1))
 
 
 def _draw(arrays: Arrays) -> Figure:

@@ -94,7 +94,7 @@ class WeightVsOutput(Probe):
                 )
                 headlines[f"r{ending}_{name}"] = Headline(value, sentence)
             if r_by_depth:
-                title = f"Do experts with like weights have like outputs? Over depth, by\n{what}"
+                title = f"Correlation of how alike weights and outputs are, over pairs of experts\nWeights: {what}"
                 pictures[f"over_depth{ending}"] = partial(draw_depth, r_by_depth, title, "Pearson's r over pairs")
         notes = [] if headlines else ["all pairs of experts are equally alike: there is nothing to correlate"]
         return ProbeResult(arrays, scalars, headlines, pictures, notes)

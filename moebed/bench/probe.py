@@ -13,14 +13,17 @@ import multiprocessing
 import resource
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from moebed.bench import streaming
 from probes.matching import exact_products, match_pairs
 
 DEEPSEEK, MIXTRAL = (1408, 2048), (14336, 4096)  # N, H
@@ -152,10 +155,41 @@ def big_rows(rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def streaming_rows(rounds: int) -> list[dict[str, Any]]:
+    """Reading a checkpoint, and a pass of text through it, on a layer of Mixtral 8x7B's size."""
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="moebed-bench-") as scratch:
+        folder = streaming.write_layer(Path(scratch) / "model")
+
+        def cold(read: Callable[[Path], float]) -> Callable[[], float]:
+            def measure() -> float:
+                streaming.forget_cached(folder)
+                return read(folder)
+
+            return measure
+
+        for kind, wrap in (("from disk", cold), ("from the page cache", lambda read: lambda: read(folder))):
+            plain, streamed = alternate(rounds, wrap(streaming.plain_read), wrap(streaming.streamed_read))
+            rows.append(_row(f"plain read / streamed read, {kind}", plain, streamed, 0.9, True))
+            size = sum(path.stat().st_size for path in folder.iterdir())
+            rows[-1]["bytes_per_second"] = size / statistics.median(streamed)
+        for dtype in ("float32", "bfloat16"):
+            ours, floor = alternate(
+                rounds,
+                lambda d=dtype: streaming.text_pass(folder, d),  # type: ignore[misc]
+                lambda d=dtype: streaming.products_alone(getattr(torch, d)),  # type: ignore[misc]
+            )
+            name = f"pass of {streaming.TOKENS} tokens / its products alone, {dtype}"
+            rows.append(_row(name, ours, floor, 1.3, False))
+            rows[-1]["seconds"] = statistics.median(ours)
+    return rows
+
+
 def run(rounds: int, full: bool, progress: Callable[[str], None]) -> dict[str, Any]:
     """Measure everything; ``rounds`` alternations of each comparison."""
     rows = []
     for what, measure in (
+        ("streaming of a checkpoint", lambda: streaming_rows(rounds)),
         ("one pair beside the published procedure", lambda: pair_rows(rounds)),
         ("a DeepSeekMoE layer beside its products", lambda: layer_rows(rounds, full)),
         ("one pair of Mixtral's size", lambda: big_rows(max(1, rounds // 2))),

@@ -38,6 +38,10 @@ class ReadingPlan:
                 self._group[layer, name] = len(self.groups)
                 self.groups.append(_distinct(pieces))
 
+    def has(self, layer: int, step: Hashable) -> bool:
+        """Whether a layer's step is planned."""
+        return (layer, step) in self._group
+
     def group(self, layer: int, step: Hashable) -> int:
         """Index of the group that a layer's step needs."""
         return self._group[layer, step]

@@ -128,6 +128,16 @@ class StreamedModel:
         self.current = block
         return block
 
+    def gate(self, index: int) -> Tensor | None:
+        """The gate embeddings (E, H) of a layer, float32; None where its router has none."""
+        part = self.checkpoint.keys.router(index)
+        if part is None:
+            return None
+        if self.plan.has(index, f"{self.role}block"):
+            self.pool.enter(self.plan.group(index, f"{self.role}block"))
+            return self.precision.seen(self.pool.get(Piece(self.checkpoint, part))).float().clone()
+        return self.precision.seen(self.checkpoint.read(part)).float()
+
     def layer_weights(self, index: int) -> StreamedWeights:
         """The layer's FFN or experts."""
         return StreamedWeights(self, index)

@@ -118,3 +118,20 @@ def test_importing_probes_is_cheap():
 def test_drawing_needs_no_pyplot():
     code = "import sys, probes.registry, probes.figures; print('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("expert", [-1, 0, 3])
+def test_ablation_is_the_loss_of_a_model_that_never_chooses_the_expert(make_decoder, text, expert):
+    decoder = make_decoder().eval()
+    view = next(v for v in walk(decoder, text, frozenset({Need.ROUTING})) if v.index == 1)
+    found = view.ablate(expert)
+    router = decoder.layers[1].mlp.router
+    if expert >= 0:
+        mask = torch.zeros(router.num_experts).index_fill(0, torch.tensor(expert), -torch.inf)
+        choose = router.choose
+        router.choose = lambda logits: choose(logits + mask)
+    logits = decoder(text.input_ids).logits[text.token_mask]
+    targets = text.targets
+    wanted = torch.nn.functional.cross_entropy(logits, targets.clamp(min=0), reduction="none")
+    assert torch.equal(found.isnan(), targets < 0)
+    torch.testing.assert_close(found[targets >= 0], wanted[targets >= 0].detach(), rtol=1e-4, atol=1e-5)

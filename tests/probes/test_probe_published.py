@@ -3,6 +3,7 @@
 import json
 
 from probe_cases import probe
+from routed_cases import chosen_view, text_of
 from test_probe_static import view
 
 from probes import store
@@ -26,11 +27,17 @@ def test_tables():
     assert published("matrix_similarity/mean_cos_up", "Mixtral 8x7B").text == "0.2 to 0.4"
     assert published("neuron_matching/mean_tau", "Mixtral 8x22B") is None
     assert published("neuron_matching/mean_tau", None) is None
+    assert published("repeats/repeat_first_layer_15", "Mixtral 8x7B").text == "0.236 to 0.284"
+    assert published("repeats/repeat_any_layer_31", "Mixtral 8x7B").high == 0.536
+    assert published("repeats/repeat_any_layer_30", "Mixtral 8x7B") is None
 
 
 def test_every_number_belongs_to_a_headline():
     names = {key.split("/")[0] for table in PUBLISHED.values() for key in table}
-    results = probe([view(4, reference=12)], *names)
+    text = text_of([[1, 2, 3]], [0], ("a",))
+    routed = ("repeats",)
+    results = probe([view(4, reference=12)], *(name for name in names if name not in routed))
+    results |= probe([chosen_view([[0, 1], [0, 2], [1, 2]], 4, text, layer) for layer in range(32)], *routed)
     for table in PUBLISHED.values():
         for key in table:
             name, headline = key.split("/")

@@ -79,7 +79,7 @@ def test_one_run(run):
     page = path.read_text()
     count = parse(path)
     pictures = sum(len(PROBES[name].describe(store.load_arrays(run, name)).figures) for name in SOME)
-    assert count["img"] == pictures + 3  # losses, other curves, probes over steps
+    assert count["img"] == pictures + 4  # losses, other curves, headlines and probes over steps
     assert count["details"] == len(SOME) + 1
     for name in SOME:
         for headline in PROBES[name].describe(store.load_arrays(run, name)).headlines.values():
