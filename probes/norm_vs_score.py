@@ -16,13 +16,11 @@ from torch import Tensor
 from moebed.views import ExpertView, LayerView, Need
 from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
 from probes.expert_matrices import REFERENCE
-from probes.ranks import correlation, rank_correlation, ranks
+from probes.ranks import correlation, ranks
 from probes.short_texts import keep_tokens, token_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-__all__ = ["NormVsScore", "rank_correlation"]
 
 PICTURED_LAYERS = 11
 PICTURED_WITH_TOKENS = 3

@@ -229,7 +229,7 @@ class TextDataModule(LightningDataModule):
         return [streaming if config.streaming else self.max_validation_windows for config in self.sources]
 
     def probe_batch(self, num_sequences: int, split: Literal["train", "validation"] = "validation") -> Batch:
-        """Returns a fixed batch for probes: whole windows from the start of each domain, the domains in turn.
+        """Returns a fixed batch for probes: whole windows, evenly spread over each domain, the domains in turn.
 
         Args:
             num_sequences: Rows (B).
@@ -244,16 +244,24 @@ class TextDataModule(LightningDataModule):
         streams = [getattr(store, split) for store in self.stores]
         counts = [0 if stream is None else (len(stream) - 1) // self.sequence_length for stream in streams]
         turns = sorted(
-            (window, domain) for domain, count in enumerate(counts) for window in range(min(count, num_sequences))
+            (turn, domain) for domain, count in enumerate(counts) for turn in range(min(count, num_sequences))
         )
         if len(turns) < num_sequences:
             raise UserError(
                 f"a probe batch of {num_sequences} sequences was asked for, but the {split} split has only "
                 f"{len(turns)} whole sequences of {self.sequence_length} tokens; ask for fewer or give more text"
             )
+        turns = turns[:num_sequences]
+        taken = [sum(domain == other for _, other in turns) for domain in range(len(streams))]
         windows = [
-            window_at(streams[domain], domain, window * self.sequence_length, self.sequence_length)
-            for window, domain in turns[:num_sequences]
+            # Evenly over the domain, so that as many documents as can be are seen.
+            window_at(
+                streams[domain],
+                domain,
+                turn * counts[domain] // taken[domain] * self.sequence_length,
+                self.sequence_length,
+            )
+            for turn, domain in turns
         ]
         return collate(windows, num_sequences, self.sequence_length, self.tokenizer.eos_id)
 

@@ -65,7 +65,7 @@ def test_the_papers_long_input_from_the_test_set(checkpoint):
     said = "".join(text.token_text)
     assert said.startswith("<s>B of the Bang was a sculpture by Thomas Heatherwick")
     assert " = " not in said
-    assert 900 < len(said.split()) < 1300
+    assert 800 < len(said.split()) < 1000  # words; about 1100 tokens of Mixtral
 
 
 def test_files_are_sequences_and_ids_may_be_many(checkpoint, tmp_path):

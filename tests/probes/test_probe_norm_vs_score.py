@@ -8,7 +8,8 @@ from scipy.stats import spearmanr
 
 from moebed.views import Need
 from moebed.walking import walk
-from probes.norm_vs_score import NormVsScore, rank_correlation
+from probes.norm_vs_score import NormVsScore
+from probes.ranks import rank_correlation
 
 
 def reference(decoder, text, layer):
