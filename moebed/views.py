@@ -22,6 +22,8 @@ from moebed.routers import Routing
 
 MATRICES = ("up", "gate", "down")
 EVERY_ROW = slice(None)
+# Is shown the activations act(x W_gateᵀ) (t, F) float32 of an expert, by its index, for some of the tokens.
+Watch = Callable[[int, slice, Tensor], None]
 
 
 class Need(Enum):
@@ -93,8 +95,7 @@ class ExpertView:
     """
 
     index: int  # 0 to E - 1, routed; from E on the shared expert and the reference, where there are any
-    output: Tensor | None = None  # (T, H) float32, not weighted
-    activation: Tensor | None = None  # (T, F) float32, act(x W_gateᵀ)
+    output: Tensor  # (T, H) float32, not weighted
     name: str = ""  # "SE" for the shared expert, "F" for the reference, empty for a routed one
 
 
@@ -151,10 +152,13 @@ class LayerView:
         """The same layer's FFN matrix in the dense reference model (the paper's "F"); None where none is given."""
         return self.weights.reference_matrix(name) if self.weights is not None else None
 
-    def experts(self, needs: frozenset[Need]) -> Iterator[ExpertView]:
+    def experts(self, watch: Watch | None = None) -> Iterator[ExpertView]:
         """Run every expert on every token, one at a time; after the routed ones the shared one, then the reference.
 
         The real model's output is summed up on the way, so that it costs nothing more.
+
+        Args:
+            watch: Is shown the activations of the routed experts and of the shared one, a block of tokens at a time.
 
         Raises:
             UserError: An expert's output has NaN or Inf.
@@ -163,8 +167,7 @@ class LayerView:
         assert self.moe_input is not None
         total = torch.zeros_like(self.moe_input) if self.routing is not None else None  # (T, H)
         others = 0
-        for expert in self.weights.run_experts(self.moe_input, needs | {Need.OUTPUTS}):
-            assert expert.output is not None
+        for expert in self.weights.run_experts(self.moe_input, watch):
             if not bool(expert.output.sum().isfinite()) and not bool(expert.output.isfinite().all()):
                 raise UserError(f"an output of expert {expert.index} at layer {self.index} is NaN or Inf on this text")
             if total is not None and self.routing is not None:
@@ -173,12 +176,11 @@ class LayerView:
             yield expert
         self.moe_output = total
         if self.reference_output is not None:
-            yield ExpertView(self.num_experts + others, self.reference_output, name="F")
+            yield ExpertView(self.num_experts + others, self.reference_output, "F")
 
 
 def _add_chosen(total: Tensor, expert: ExpertView, num_experts: int, routing: Routing) -> None:
     """Add an expert's output to the sum (T, H) of the tokens that chose it; the shared expert's to all."""
-    assert expert.output is not None
     if expert.index >= num_experts:
         total += expert.output
         return
@@ -218,7 +220,7 @@ class LayerWeights(Protocol):
         """The matrix of the dense reference model's FFN at this layer."""
         ...
 
-    def run_experts(self, x: Tensor, needs: frozenset[Need]) -> Iterator[ExpertView]:
+    def run_experts(self, x: Tensor, watch: Watch | None = None) -> Iterator[ExpertView]:
         """What every expert, the shared one last, makes of tokens x (T, H)."""
         ...
 

@@ -18,7 +18,7 @@ from moebed.decoder import Block, Decoder, FeedForward, MoE
 from moebed.errors import UserError
 from moebed.routers import Routing, SoftmaxTopK
 from moebed.text_pass import TextPass, band_rows
-from moebed.views import ExpertView, HeadView, LayerView, LayerWeights, Need, ProbeText
+from moebed.views import ExpertView, HeadView, LayerView, LayerWeights, Need, ProbeText, Watch
 
 
 @dataclass(frozen=True)
@@ -48,18 +48,20 @@ class ModuleWeights:
         """A live model has no reference."""
         return None
 
-    def run_experts(self, x: Tensor, needs: frozenset[Need]) -> Iterator[ExpertView]:
+    def run_experts(self, x: Tensor, watch: Watch | None = None) -> Iterator[ExpertView]:
         """Run the modules."""
         assert isinstance(self.mlp, MoE)
         routed, shared = self.mlp.experts, self.mlp.shared_expert
-        x = x.to(routed.down_proj.dtype)
+        x, every = x.to(routed.down_proj.dtype), slice(0, len(x))
         for index in range(routed.num_experts):
             activated = routed.activate(index, x)
-            output = routed.finish(index, x, activated).float()
-            yield ExpertView(index, output, activated.float() if Need.ACTIVATIONS in needs else None)
+            if watch is not None:
+                watch(index, every, activated.float())
+            yield ExpertView(index, routed.finish(index, x, activated).float())
         if shared is not None:
-            activation = shared.activation(shared.gate_proj(x)).float() if Need.ACTIVATIONS in needs else None
-            yield ExpertView(routed.num_experts, self.mlp.shared_output(x).float(), activation, "SE")
+            if watch is not None:
+                watch(routed.num_experts, every, shared.activation(shared.gate_proj(x)).float())
+            yield ExpertView(routed.num_experts, self.mlp.shared_output(x).float(), "SE")
 
     def combine(self, x: Tensor, routing: Routing | None) -> Tensor:
         """Run the modules on the chosen experts alone."""

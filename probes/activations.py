@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moebed.views import ExpertView, LayerView, Need
+from moebed.views import LayerView, Need
 from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
 from probes.short_texts import keep_tokens, token_names
 
@@ -46,25 +46,27 @@ class Activations(Probe):
 
     def __init__(self) -> None:
         super().__init__()
-        self._found: list[Tensor] = []
-        self._maps: list[Tensor] = []
+        self._found: list[list[Tensor]] = []
+        self._maps: list[list[Tensor]] = []
         self._neurons = 0
 
-    def update_expert(self, view: LayerView, expert: ExpertView) -> None:
-        """Measure one routed expert's activations."""
-        if expert.index == 0:  # also where the layer before failed halfway
+    def update_activations(self, view: LayerView, expert: int, tokens: slice, activations: Tensor) -> None:
+        """Measure some tokens' activations of one routed expert."""
+        if expert == 0 and tokens.start == 0:  # also where the layer before failed halfway
             self._found, self._maps = [], []
-        if expert.index >= view.num_experts:
+        if expert >= view.num_experts:
             return
-        assert expert.activation is not None
-        self._found.append(_measured(expert.activation))
-        self._neurons = expert.activation.shape[1]
-        if len(expert.activation) <= SHORT_TEXT:
-            self._maps.append(_grouped(expert.activation.float().abs()))
+        if tokens.start == 0:
+            self._found.append([])
+            self._maps.append([])
+        self._found[-1].append(_measured(activations))
+        self._neurons = activations.shape[1]
+        if view.moe_input is not None and len(view.moe_input) <= SHORT_TEXT:
+            self._maps[-1].append(_grouped(activations.abs()))
 
     def update(self, view: LayerView) -> None:
         """Store what was measured of one layer."""
-        found, maps = self._found, self._maps
+        found, maps = [torch.cat(blocks, dim=1) for blocks in self._found], self._maps
         self._found, self._maps = [], []
         if view.routing is None or not found:
             return
@@ -72,7 +74,9 @@ class Activations(Probe):
             self.arrays[f"{key}/{view.index}"] = np.ascontiguousarray(values)
         self.arrays[f"num_neurons/{view.index}"] = np.asarray(self._neurons, np.int64)
         if keep_tokens(self.arrays, view, SHORT_TEXT):
-            self.arrays[f"act_gate_map/{view.index}"] = torch.stack(maps, dim=1).cpu().numpy()
+            self.arrays[f"act_gate_map/{view.index}"] = (
+                torch.stack([torch.cat(blocks) for blocks in maps], dim=1).cpu().numpy()
+            )
 
     @classmethod
     def describe(cls, arrays: Arrays) -> ProbeResult:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
+from torch import Tensor
 
 from moebed.views import ExpertView, HeadView, LayerView, Need
 
@@ -22,7 +23,7 @@ Arrays = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Headline:
-    """One number that answers a probe's question, the sentence that says so, and its 95 % interval where there is one."""
+    """One number that answers a probe's question, the sentence that says so, and its 95 % interval if it has one."""
 
     value: float
     sentence: str
@@ -54,8 +55,8 @@ class Probe:
     """One analysis. It sees layer views in order, no Trainer, no path, no logger.
 
     A driver calls, for each layer that has experts, ``update_matrix`` for each of the three matrices (only where the
-    probe needs weights) and ``update_expert`` for each expert (only where it needs outputs or activations); then, for
-    every layer, ``update``; after the last one ``update_head`` (only where it needs predictions); at the end
+    probe needs weights), ``update_activations`` and ``update_expert`` for each expert (only where it needs them); then,
+    for every layer, ``update``; after the last one ``update_head`` (only where it needs predictions); at the end
     ``compute`` once. One object serves one pass.
 
     A probe that compares what other probes found names them in ``sources``; it is given their arrays before ``compute``
@@ -82,6 +83,12 @@ class Probe:
         """See one of the three matrices (``up``, ``gate``, ``down``) of a layer's experts, and of no other for now.
 
         A streamed layer holds one of the three at a time, so whatever compares weights does it here.
+        """
+
+    def update_activations(self, view: LayerView, expert: int, tokens: slice, activations: Tensor) -> None:
+        """See the activations (t, F) of one expert for some tokens, before its ``update_expert``.
+
+        Of a long text they are too many to be held at a time.
         """
 
     def update_expert(self, view: LayerView, expert: ExpertView) -> None:

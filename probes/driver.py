@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from moebed.errors import UserError
 from moebed.views import MATRICES, HeadView, LayerView, Need
@@ -58,7 +59,6 @@ class ProbePass:
             self.timing.probe[probe.name] = 0.0
         self._per_expert = [probe for probe in probes if probe.needs & _PER_EXPERT]
         self._per_matrix = [probe for probe in probes if Need.WEIGHTS in probe.needs]
-        self._expert_needs = needs_of(self._per_expert)
 
     @torch.no_grad()
     def show(self, view: LayerView | HeadView) -> bool:
@@ -81,7 +81,7 @@ class ProbePass:
                     with self._clock(probe):
                         probe.update_matrix(view, name)
             if self._per_expert and view.num_experts and view.moe_input is not None:
-                _show_experts(view, self._per_expert, self._expert_needs, self.timing)
+                _show_experts(view, self._per_expert, self.timing)
             for probe in self.probes:
                 with self._clock(probe):
                     probe.update(view)
@@ -142,10 +142,22 @@ def run_probes(
     return one_pass.results()
 
 
-def _show_experts(view: LayerView, probes: Sequence[Probe], needs: frozenset[Need], timing: Timing) -> None:
+def _show_experts(view: LayerView, probes: Sequence[Probe], timing: Timing) -> None:
+    """Run the experts once for all probes that look at them; what that takes is shared evenly between those."""
+    watchers = [probe for probe in probes if Need.ACTIVATIONS in probe.needs]
+    watched = 0.0
+
+    def watch(expert: int, tokens: slice, activations: Tensor) -> None:
+        nonlocal watched
+        for probe in watchers:
+            start = _now()
+            probe.update_activations(view, expert, tokens, activations)
+            timing.probe[probe.name] += _now() - start
+            watched += _now() - start
+
     mark = _now()
-    for expert in view.experts(needs):
-        share = (_now() - mark) / len(probes)
+    for expert in view.experts(watch if watchers else None):
+        share, watched = (_now() - mark - watched) / len(probes), 0.0
         for probe in probes:
             start = _now()
             probe.update_expert(view, expert)

@@ -49,7 +49,6 @@ class ExpertImportance(Probe):
         if expert.index == 0:  # also where the layer before failed halfway
             self._norms.clear()
         if expert.index < view.num_experts:
-            assert expert.output is not None
             self._norms.append(torch.linalg.vector_norm(expert.output.float(), dim=-1))  # (T,)
 
     def update(self, view: LayerView) -> None:

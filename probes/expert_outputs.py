@@ -58,7 +58,6 @@ class ExpertOutputs(Probe):
 
     def update_expert(self, view: LayerView, expert: ExpertView) -> None:
         """Keep one expert's output at the tokens taken."""
-        assert expert.output is not None
         if expert.index == 0:  # also where the layer before failed halfway
             self._outputs.clear()
             tokens, hidden = expert.output.shape

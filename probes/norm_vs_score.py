@@ -57,7 +57,6 @@ class NormVsScore(Probe):
             self._norms, self._dense = [], None
         if expert.index >= view.num_experts and expert.name != REFERENCE:
             return
-        assert expert.output is not None
         norm = torch.linalg.vector_norm(expert.output.float(), dim=-1)  # (T,)
         if expert.name == REFERENCE:
             self._dense = norm

@@ -16,8 +16,8 @@ from probes.base import Arrays, Headline, Probe, ProbeResult
 class Prediction(Probe):
     """Loss and most probable next token at each position of the text.
 
-    Stored once: ``loss (T,)``, nats of the token that follows, NaN after the last of a sequence; ``predicted (T,)``, the
-    id most probable; ``target (T,)``, the id that follows, −1 after the last; ``token_domain (T,)``, index into
+    Stored once: ``loss (T,)``, nats of the token that follows, NaN after the last of a sequence; ``predicted (T,)``,
+    the id most probable; ``target (T,)``, the id that follows, −1 after the last; ``token_domain (T,)``, index into
     ``domain_names``.
     """
 

@@ -266,7 +266,7 @@ def _history(runs: Sequence[RunFolder]) -> str:
         return _image(draw_history(series, 4 if len(runs) == 1 else 2), "probes over steps")
 
     headlines = headline_series(runs)
-    first = f'<h3>Headlines</h3>{_image(draw_headlines(headlines, runs), "headlines over steps")}' if headlines else ""
+    first = f"<h3>Headlines</h3>{_image(draw_headlines(headlines, runs), 'headlines over steps')}" if headlines else ""
     return f"{first}<h3>By layer</h3>{_columns(runs, cell)}"
 
 

@@ -6,9 +6,10 @@ T tokens, N some tokens or rows, E experts, K experts per token, H hidden, F exp
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from moebed.decoder import Block, MoE
 from moebed.experts import ACTIVATIONS
 from moebed.routers import Routing
 from moebed.text_pass import band_rows
-from moebed.views import MATRICES, ExpertView, Need
+from moebed.views import MATRICES, ExpertView, Watch
 
 _ACTIVATIONS_AT_A_TIME = 1 << 25  # numbers
 _HEAD_BAND = 1 << 26  # bytes
@@ -188,44 +189,45 @@ class StreamedWeights:
         piece = dense_piece(self._reference.checkpoint, self._layer, name) if self._reference is not None else None
         return None if piece is None else self._seen(name, piece)
 
-    def run_experts(self, x: Tensor, needs: frozenset[Need]) -> Iterator[ExpertView]:
+    def run_experts(self, x: Tensor, watch: Watch | None = None) -> Iterator[ExpertView]:
         """What every expert, the shared one last, makes of tokens x (T, H); each expert's weights are read once."""
-        for index in range(self._config.num_experts):
-            output, activation = self._run(index, x, Need.ACTIVATIONS in needs)
-            yield ExpertView(index, output, activation)
+        count = self._config.num_experts
+        for index in range(count):
+            yield ExpertView(index, self._run(index, x, None if watch is None else partial(watch, index)))
         if self._config.num_shared_experts:
-            output, activation = self._run("shared", x, Need.ACTIVATIONS in needs)
-            yield ExpertView(self._config.num_experts, output * self._shared_gate(x), activation, "SE")
+            output = self._run("shared", x, None if watch is None else partial(watch, count))
+            yield ExpertView(count, output * self._shared_gate(x), "SE")
 
     def combine(self, x: Tensor, routing: Routing | None) -> Tensor:
         """What the layer makes of tokens x (T, H) by the chosen experts alone, or by its dense FFN: (T, H)."""
         if not self._config.num_experts:
-            return self._run(f"{self._model.role}ffn", x, False)[0]
+            return self._run(f"{self._model.role}ffn", x)
         assert routing is not None
         total = torch.zeros_like(x)
         for index in range(self._config.num_experts):
             token, choice = torch.where(routing.topk_index == index)
             if len(token):
-                output, _ = self._run(index, x[token], False)
+                output = self._run(index, x[token])
                 total.index_add_(0, token, output * routing.topk_weight[token, choice, None])
         if self._config.num_shared_experts:
-            total += self._run("shared", x, False)[0] * self._shared_gate(x)
+            total += self._run("shared", x) * self._shared_gate(x)
         return total
 
-    def _run(self, step: int | str, x: Tensor, keep: bool) -> tuple[Tensor, Tensor | None]:
-        """Output (N, H) of one FFN for tokens x (N, H), float32, and its activations (N, F) where they are kept."""
+    def _run(self, step: int | str, x: Tensor, watch: Callable[[slice, Tensor], None] | None = None) -> Tensor:
+        """Output (N, H) of one FFN for tokens x (N, H), float32; its activations are shown, some tokens at a time."""
         model, weights = self._model, ffn_pieces(self._model.checkpoint, self._layer, step)
         model.pool.enter(model.plan.group(self._layer, step))
         gate, up, down = (model.pool.get(weights[name]) for name in ("gate", "up", "down"))
-        output, kept = torch.empty_like(x), []
+        output = torch.empty_like(x)
         with model.computing():
             for rows in torch.arange(len(x)).split(max(1, _ACTIVATIONS_AT_A_TIME // len(gate))):
                 part = slice(int(rows[0]), int(rows[-1]) + 1)
                 activated = self._activation(F.linear(x[part], model.precision.used(gate)))
-                kept += [activated.float()] if keep else []
+                if watch is not None:
+                    watch(part, activated.float())
                 inner = activated * F.linear(x[part], model.precision.used(up))
                 output[part] = F.linear(inner, model.precision.used(down)).float()
-        return output, torch.cat(kept) if keep else None
+        return output
 
     def _shared_gate(self, x: Tensor) -> Tensor | float:
         mlp = self._model.current.mlp if self._model.current is not None else None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moebed.routers import Routing
-from moebed.views import ExpertView, LayerView, Need, ProbeText
+from moebed.views import ExpertView, LayerView, ProbeText, Watch
 
 
 class GivenOutputs:
@@ -17,11 +17,16 @@ class GivenOutputs:
     def __init__(self, outputs: Tensor, others: dict[str, Tensor] | None = None, acts: Tensor | None = None) -> None:
         self.outputs, self.others, self.acts = outputs, others or {}, acts
 
-    def run_experts(self, x: Tensor, needs: frozenset[Need]) -> Iterator[ExpertView]:
+    def run_experts(self, x: Tensor, watch: Watch | None = None) -> Iterator[ExpertView]:
         for index, output in enumerate(self.outputs):
-            yield ExpertView(index, output, self.acts[index] if self.acts is not None else torch.ones(len(x), 4))
+            for start in range(0, len(x), 2) if watch is not None else ():  # two tokens at a time
+                acts = self.acts[index] if self.acts is not None else torch.ones(len(x), 4)
+                watch(index, slice(start, start + 2), acts[start : start + 2])
+            yield ExpertView(index, output)
         for shift, (name, output) in enumerate(self.others.items()):
-            yield ExpertView(len(self.outputs) + shift, output, torch.ones(len(x), 7), name)
+            if watch is not None:
+                watch(len(self.outputs) + shift, slice(0, len(x)), torch.ones(len(x), 7))
+            yield ExpertView(len(self.outputs) + shift, output, name)
 
 
 def plain_text(lengths: list[int], words: tuple[str, ...] = ()) -> ProbeText:
