@@ -5,6 +5,8 @@ from pathlib import Path
 
 # Several test processes share few cores: OpenMP threads of one would spin against those of another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# No test needs the network; without this, what asks for a missing repository waits for it.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch

@@ -20,6 +20,7 @@ ABOVE_ALL = {
     "moebed/probing.py",
     "moebed/bench/cli.py",
     "moebed/bench/probe.py",
+    "moebed/bench/streaming.py",
 }
 
 

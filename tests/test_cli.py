@@ -213,6 +213,8 @@ def test_every_recipe_builds_and_takes_a_step(path, tmp_path, recipe):
         decoder = Decoder(config)
     assert sum(parameter.numel() for parameter in decoder.parameters()) == count_parameters(config)[0]
     recipe()  # writes the text
+    text = (tmp_path / "text.txt").read_text()
+    (tmp_path / "text.txt").write_text("".join(f"{part}\n\n{text}" for part in range(12)))  # for 128 windows to probe
     changes = {
         "trainer.default_root_dir": tmp_path / "run",
         "trainer.accelerator": "cpu",

@@ -29,6 +29,7 @@ from probes.matching import exact_products, match_pairs
 DEEPSEEK, MIXTRAL = (1408, 2048), (14336, 4096)  # N, H
 LAYER_EXPERTS, SOME_EXPERTS = 64, 5
 SAMPLED_ROWS = 64
+STREAMED = streaming.Shape()
 MATRICES = 3  # of which one, down, has its neurons as columns
 
 
@@ -156,10 +157,10 @@ def big_rows(rounds: int) -> list[dict[str, Any]]:
 
 
 def streaming_rows(rounds: int) -> list[dict[str, Any]]:
-    """Reading a checkpoint, and a pass of text through it, on a layer of Mixtral 8x7B's size."""
+    """Reading a checkpoint, and a pass of text through a layer of it, at Mixtral 8x7B's size."""
     rows = []
     with tempfile.TemporaryDirectory(prefix="moebed-bench-") as scratch:
-        folder = streaming.write_layer(Path(scratch) / "model")
+        folder = streaming.write_model(Path(scratch) / "model", STREAMED)
 
         def cold(read: Callable[[Path], float]) -> Callable[[], float]:
             def measure() -> float:
@@ -172,14 +173,14 @@ def streaming_rows(rounds: int) -> list[dict[str, Any]]:
             plain, streamed = alternate(rounds, wrap(streaming.plain_read), wrap(streaming.streamed_read))
             rows.append(_row(f"plain read / streamed read, {kind}", plain, streamed, 0.9, True))
             size = sum(path.stat().st_size for path in folder.iterdir())
-            rows[-1]["bytes_per_second"] = size / statistics.median(streamed)
+            rows[-1] |= {"bytes": size, "seconds": statistics.median(streamed)}
         for dtype in ("float32", "bfloat16"):
             ours, floor = alternate(
                 rounds,
-                lambda d=dtype: streaming.text_pass(folder, d),  # type: ignore[misc]
-                lambda d=dtype: streaming.products_alone(getattr(torch, d)),  # type: ignore[misc]
+                lambda d=dtype: streaming.text_pass(folder, STREAMED, d),  # type: ignore[misc]
+                lambda d=dtype: streaming.products_alone(STREAMED, getattr(torch, d)),  # type: ignore[misc]
             )
-            name = f"pass of {streaming.TOKENS} tokens / its products alone, {dtype}"
+            name = f"pass of {STREAMED.tokens} tokens / its products alone, {dtype}"
             rows.append(_row(name, ours, floor, 1.3, False))
             rows[-1]["seconds"] = statistics.median(ours)
     return rows

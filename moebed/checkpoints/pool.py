@@ -25,6 +25,8 @@ from moebed.families.keys import TensorPart
 _RESERVED_SHARE, _RESERVED_BYTES = 0.25, 512 << 20
 # Of the budget: what is held and what is read ahead of need together take no more.
 _AHEAD_SHARE = 0.65
+# More than this ahead hides no more of the reading, and memory that is new costs time.
+_AHEAD_BYTES = 1 << 30
 
 
 class Piece(NamedTuple):
@@ -116,9 +118,10 @@ class WeightPool:
             return
         for piece in self._in_file_order(group):
             self._start(piece, group)
+        limit = min(self._limit_ahead, self._size(group) + _AHEAD_BYTES)
         for later in range(group + 1, len(self.plan)):
             for piece in self._in_file_order(later) if self.fits(later) else ():
-                if piece not in self._held and self._bytes() + piece.num_bytes > self._limit_ahead:
+                if piece not in self._held and self._bytes() + piece.num_bytes > limit:
                     return
                 self._start(piece, later)
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from moebed.bench import cli, probe
+from moebed.bench import cli, probe, streaming
 from moebed.errors import UserError
 
 
@@ -12,6 +12,7 @@ from moebed.errors import UserError
 def tiny(monkeypatch):
     monkeypatch.setattr(probe, "DEEPSEEK", (300, 24))
     monkeypatch.setattr(probe, "SOME_EXPERTS", 3)
+    monkeypatch.setattr(probe, "STREAMED", streaming.Shape(64, 96, 4, 2, 4, 2, 40, 20))
     monkeypatch.setattr(probe, "big_rows", lambda rounds: [probe._row("big", [2.0], [1.0], 3, False)])
 
 
@@ -19,8 +20,11 @@ def test_it_measures_prints_and_keeps(tiny, tmp_path, capsys):
     cli.run("bench", ["probe", "--rounds", "1", "--json", str(tmp_path / "x.json")])
     kept = json.loads((tmp_path / "x.json").read_text())
     rows = kept["results"]["rows"]
-    assert len(rows) == 6
+    assert len(rows) == 10
     assert all(0 < row["ratio"][0] <= row["ratio"][1] <= row["ratio"][2] for row in rows)
+    names = [row["name"] for row in rows]
+    assert "plain read / streamed read, from disk" in names
+    assert "pass of 20 tokens / its products alone, bfloat16" in names
     assert rows[-1] == {"name": "big", "ratio": [2.0, 2.0, 2.0], "goal": "≤ 3", "met": True}
     assert kept["machine"]["versions"]["scipy"]
     out = capsys.readouterr().out

@@ -13,7 +13,7 @@ from moebed.views import Need
 from moebed.walking import walk
 from probes.driver import Timing, needs_of, run_probes
 from probes.figures import to_rgb
-from probes.registry import DEFAULT_PROBES, PROBES, resolve_probes
+from probes.registry import BY_NAME_ONLY, DEFAULT_PROBES, PROBES, resolve_probes
 
 RAGGED = {"num_experts": [4, 0, 6, 1], "num_experts_per_tok": [2, 0, 6, 1], "num_hidden_layers": 4}
 
@@ -104,7 +104,9 @@ def test_timing_names_every_probe(make_decoder, text):
 
 def test_resolving_names():
     assert resolve_probes(None) == DEFAULT_PROBES
-    assert resolve_probes(["all"]) == tuple(PROBES)
+    assert resolve_probes(["all"]) == tuple(name for name in PROBES if name not in BY_NAME_ONLY)
+    assert set(resolve_probes(["all", *BY_NAME_ONLY])) == set(PROBES)
+    assert resolve_probes(["chosen_vs_rest"]) == ("expert_outputs", "chosen_vs_rest")
     assert resolve_probes(["balance", "balance"]) == ("balance",)
     with pytest.raises(ConfigError, match="unknown probe 'balanse'; did you mean 'balance'"):
         resolve_probes(["balanse"])
