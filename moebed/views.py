@@ -227,11 +227,3 @@ class LayerWeights(Protocol):
     def combine(self, x: Tensor, routing: Routing | None) -> Tensor:
         """What the layer makes of tokens x (T, H) by the chosen experts alone, or by its dense FFN: (T, H)."""
         ...
-
-
-def __getattr__(name: str) -> object:
-    if name not in ("walk", "evaluating", "ModuleWeights"):
-        raise AttributeError(name)
-    from moebed import walking
-
-    return getattr(walking, name)

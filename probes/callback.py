@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -226,18 +227,25 @@ class ProbeCallback(Callback):
             writer.add_scalar("probes_cost/share_of_wall_time", self._seconds / elapsed, step)
 
     def _draw(self, trainer: Trainer, results: Mapping[str, ProbeResult], step: int) -> None:
-        from PIL import Image
-
-        from probes.figures import to_rgb
+        from probes.figures import to_png
 
         assert self.out is not None
         for name, result in results.items():
             for key, build in result.figures.items():
-                pixels = to_rgb(build())
-                with store.replacing(self.out / "figures" / f"{name}_{key}.png") as file:
-                    Image.fromarray(pixels).save(file, format="png")
+                picture = to_png(build())
+                with store.replacing(store.picture_path(self.out, name, key)) as file:
+                    file.write(picture)
                 for writer in _writers(trainer):
-                    writer.add_image(f"probes/{name}/{key}", pixels, step, dataformats="HWC")
+                    _add_png(writer, f"probes/{name}/{key}", picture, step)
+
+
+def _add_png(writer: Any, tag: str, picture: bytes, step: int) -> None:
+    """Log a picture as it is; ``add_image`` would take its pixels and encode them once more."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    width, height = (int.from_bytes(picture[at : at + 4], "big") for at in (16, 20))  # PNG's header
+    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=picture)
+    writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
 
 def _writers(trainer: Trainer) -> Iterator[Any]:
@@ -258,4 +266,10 @@ def probe_text(trainer: Trainer, num_sequences: int) -> ProbeText:
     mask = batch["labels"] != IGNORE_INDEX
     if not bool(torch.any(mask)):
         raise UserError("the probes' text holds no tokens; raise the callback's num_sequences or give more text")
-    return ProbeText(batch["input_ids"], mask, batch["domain"], tuple(datamodule.domains))
+    text = ProbeText(batch["input_ids"], mask, batch["domain"], tuple(datamodule.domains))
+    tokenizer = getattr(datamodule, "tokenizer", None)
+    if tokenizer is None:
+        return text
+    ids = text.token_ids.tolist()
+    said = {number: tokenizer.decode([number]) for number in set(ids)}
+    return replace(text, token_text=tuple(said[number] for number in ids))

@@ -154,7 +154,7 @@ def _set_text(ax: Axes, words: Sequence[str], colours: Sequence[str]) -> None:
             paints.append(colour)
             ax.text(
                 column + len(piece) / 2, line + 0.46, piece.replace(" ", "\xa0"), fontsize=7, family="monospace",
-                ha="center", va="center", color=figures.INK, parse_math=False, clip_on=True,
+                ha="center", va="center", color=figures.INK, parse_math=False, clip_on=True, in_layout=False,
             )  # fmt: skip
             line, column = (line + 1, 0) if ends else (line, column + len(piece))
     ax.add_collection(PatchCollection(boxes, facecolor=paints, edgecolor="white", linewidth=0.6))

@@ -5,6 +5,7 @@ Only matplotlib's object API: no pyplot, so no global state and no display. Impo
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 
 INK, MUTED, GRID, MASKED = "#1f2933", "#6b7785", "#dde3ea", "#98a1ab"
 SERIES = ("#2f6db5", "#d1603d", "#3b9a6d", "#8a5fb0", "#b8860b")
@@ -38,6 +40,14 @@ def to_rgb(fig: Figure) -> np.ndarray:
     canvas = FigureCanvasAgg(fig)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def to_png(fig: Figure) -> bytes:
+    """The figure as a PNG file."""
+    buffer = io.BytesIO()
+    # A lower level of compression is several times faster, for files that are a tenth larger.
+    Image.fromarray(to_rgb(fig)).save(buffer, format="png", compress_level=3)
+    return buffer.getvalue()
 
 
 def pick(items: Sequence[Item], limit: int) -> list[Item]:
@@ -70,7 +80,7 @@ def write_values(ax: Axes, values: np.ndarray, norm: Normalize) -> None:
     for (row, column), value in np.ndenumerate(values):
         if math.isfinite(value):
             ink = "white" if abs(float(norm(value)) - 0.5) > 0.33 else INK
-            ax.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=7.5, color=ink)
+            ax.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=7.5, color=ink, in_layout=False)
 
 
 def index_ticks(axis: Any, labels: Sequence[int]) -> None:

@@ -6,7 +6,6 @@ It opens without a network: pictures, styles and all are inside.
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
@@ -278,7 +277,7 @@ def _probes(runs: Sequence[RunFolder]) -> str:
             result = run.results[name]
             said = [f"<p>{escape(headline.sentence)}</p>" for headline in result.headlines.values()]
             said += [f'<p class="muted">{escape(note)}</p>' for note in result.notes]
-            pictures = [_image(build(), f"{name}: {figure}") for figure, build in result.figures.items()]
+            pictures = [_picture(run, name, figure, build) for figure, build in result.figures.items()]
             return "".join(said + pictures + [write() for write in result.pages.values()])
 
         return cell
@@ -301,8 +300,19 @@ def _configs(runs: Sequence[RunFolder]) -> str:
     return f"<details><summary>config.yaml</summary>{cells}</details>"
 
 
+def _picture(run: RunFolder, name: str, figure: str, build: Callable[[], Figure]) -> str:
+    """A probe's picture: the one that lies in the folder, where it is as new as the arrays, or one drawn now."""
+    drawn, arrays = store.picture_path(run.folder, name, figure), store.results_dir(run.folder) / f"{name}.npz"
+    if drawn.exists() and drawn.stat().st_mtime_ns >= arrays.stat().st_mtime_ns:
+        return _embedded(drawn.read_bytes(), f"{name}: {figure}")
+    return _image(build(), f"{name}: {figure}")
+
+
 def _image(fig: Figure, alt: str) -> str:
-    buffer = io.BytesIO()
-    fig.savefig(buffer, format="png")
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{data}">'
+    from probes.figures import to_png
+
+    return _embedded(to_png(fig), alt)
+
+
+def _embedded(png: bytes, alt: str) -> str:
+    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'

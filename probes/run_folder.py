@@ -20,6 +20,7 @@ class RunFolder:
     """One run or checkpoint, as found on disk.
 
     Args:
+        folder: Where it is.
         name: What the report calls it.
         config: Text of ``config.yaml``.
         numbers: ``run_summary.json``, final numbers by name.
@@ -29,6 +30,7 @@ class RunFolder:
         results: What each probe says of its stored arrays.
     """
 
+    folder: Path
     name: str
     config: str
     numbers: dict[str, Any]
@@ -48,6 +50,7 @@ def read_run(folder: Path) -> RunFolder:
         raise UserError(f"{folder} is not a folder; give the folder of a run or of a probed checkpoint")
     config, numbers = folder / "config.yaml", folder / "run_summary.json"
     run = RunFolder(
+        folder=folder,
         name=folder.resolve().name,
         config=config.read_text(errors="replace") if config.exists() else "",
         numbers=_read_numbers(numbers) if numbers.exists() else {},

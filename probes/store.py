@@ -44,6 +44,11 @@ def results_dir(out: Path) -> Path:
     return out / "results"
 
 
+def picture_path(out: Path, name: str, figure: str) -> Path:
+    """Where a probe's picture lies."""
+    return out / "figures" / f"{name}_{figure}.png"
+
+
 def save_arrays(out: Path, name: str, arrays: Arrays) -> Path:
     """Write ``results/<name>.npz``."""
     path = results_dir(out) / f"{name}.npz"

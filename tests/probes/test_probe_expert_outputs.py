@@ -10,7 +10,8 @@ from output_cases import dense_view, output_view, plain_text
 from probe_cases import all_needs, probe
 
 from moebed.errors import UserError
-from moebed.views import ProbeText, walk
+from moebed.views import ProbeText
+from moebed.walking import walk
 from probes.chosen_vs_rest import ChosenVsRest
 from probes.driver import run_probes
 from probes.expert_outputs import ExpertOutputs

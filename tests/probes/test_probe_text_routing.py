@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from probe_cases import all_needs, probe
 
-from moebed.views import LayerView, walk
+from moebed.views import LayerView
+from moebed.walking import walk
 from probes import store
 from probes.figures import to_rgb
 from probes.registry import PROBES
