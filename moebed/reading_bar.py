@@ -31,7 +31,8 @@ class ReadingBar(Callback):
                 mininterval=0.2 if sys.stderr.isatty() else 10,
             )
             model.on_read = self._update
-        self._bar.set_description(f"layer {batch}", refresh=False)
+        ends = batch == model.config.num_hidden_layers
+        self._bar.set_description("predictions" if ends else f"layer {batch}", refresh=False)
 
     def _update(self, done: int) -> None:
         if self._bar is not None:

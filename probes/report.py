@@ -101,9 +101,14 @@ def _tell_apart(runs: Sequence[RunFolder], folders: Sequence[Path]) -> None:
 
 def _header(runs: Sequence[RunFolder]) -> str:
     names = " · ".join(escape(run.name) for run in runs)
-    steps = [str(run.summary["step"]) for run in runs if "step" in run.summary]
-    probed = f"Probed last at step {', '.join(steps)}." if steps else ""
-    return f'<h1>{names}</h1><p class="muted">moebed report. {probed}</p>'
+    said = []
+    for run in runs:
+        model = run.summary.get("model")
+        if isinstance(model, dict):
+            said.append(f"{run.name}: checkpoint {model.get('name')}, family {model.get('model_type')}")
+        elif "step" in run.summary:
+            said.append(f"{run.name}: probed last at step {run.summary['step']}")
+    return f'<h1>{names}</h1><p class="muted">moebed report. {escape("; ".join(said))}</p>'
 
 
 def _section(title: str, content: str) -> str:
@@ -115,13 +120,17 @@ def _answers(runs: Sequence[RunFolder]) -> str:
     """The questions that the runs can answer, each with its numbers, and what was published."""
     parts = []
     for question in QUESTIONS:
-        if not any(_headline(run, name) for run in runs for name in question.headlines):
+        probes = list(dict.fromkeys(name.partition("/")[0] for name in question.headlines))
+        if not any(name in run.results for run in runs for name in probes):
             continue
 
-        def cell(run: RunFolder, names: Sequence[str] = question.headlines) -> str:
+        def cell(run: RunFolder, names: Sequence[str] = question.headlines, probes: Sequence[str] = probes) -> str:
             found = [headline for name in names if (headline := _headline(run, name)) is not None]
             items = [f"<li><b>{_with_interval(headline)}</b>{escape(headline.sentence)}</li>" for headline in found]
-            return f'<ul class="found">{"".join(items)}</ul>' if items else '<p class="muted">Not probed.</p>'
+            if items:
+                return f'<ul class="found">{"".join(items)}</ul>'
+            notes = [note for name in probes if name in run.results for note in run.results[name].notes]
+            return f'<p class="muted">{escape("; ".join(notes) or "Not probed.")}</p>'
 
         paper = f'<p class="muted">Published: {escape(question.paper)}</p>'
         parts.append(f"<h3>{escape(question.text)}</h3>{_columns(runs, cell)}{paper}")

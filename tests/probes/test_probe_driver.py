@@ -137,3 +137,19 @@ def test_ablation_is_the_loss_of_a_model_that_never_chooses_the_expert(make_deco
     wanted = torch.nn.functional.cross_entropy(logits, targets.clamp(min=0), reduction="none")
     assert torch.equal(found.isnan(), targets < 0)
     torch.testing.assert_close(found[targets >= 0], wanted[targets >= 0].detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_recomputed_activations_are_not_counted_twice(make_decoder, text):
+    """Probes of a model in training mode that recomputes its activations are those of one that does not."""
+    plain = make_decoder()
+    recomputing = make_decoder()
+    recomputing.activation_checkpointing = True
+    recomputing.train()
+    recomputing(text.input_ids).logits.sum().backward()
+    names = ("balance", "routing", "domain_share", "repeats", "coactivation")
+    one, other = (probe(walk(decoder, text, all_needs()), *names) for decoder in (plain, recomputing))
+    for name in names:
+        for key, value in one[name].arrays.items():
+            np.testing.assert_array_equal(other[name].arrays[key], value, err_msg=f"{name} {key}")
+    load = other["balance"].arrays["load/0"]
+    assert load.sum() == pytest.approx(1)

@@ -159,3 +159,22 @@ def test_a_damaged_result_is_named_and_the_earlier_report_stays(run):
     with pytest.raises(UserError, match=r"balance\.npz"):
         write_report([run], run)
     assert path.read_bytes() == before
+
+
+def test_the_papers_questions_come_first_with_numbers_and_what_was_published(tmp_path, make_decoder, text):
+    results = probe(walk(make_decoder(num_hidden_layers=3), text, all_needs()), "norm_vs_score", "domain_share",
+                    "matrix_similarity", "neuron_similarity", "expert_outputs", "layer_diversity")  # fmt: skip
+    for name in ("norm_vs_score", "domain_share", "layer_diversity"):
+        store.save_arrays(tmp_path / "one", name, results[name].arrays)
+    log(tmp_path / "two", "train/loss", [3.0, 1.0])
+    path = write_report([tmp_path / "one", tmp_path / "two"], tmp_path / "report.html")
+    parse(path)
+    page = path.read_text()
+    found, rest = page.split("Every probe in a sentence", 1)
+    assert results["norm_vs_score"].headlines["spearman"].sentence in found
+    low, _ = results["domain_share"].headlines["divergence"].interval
+    assert f"[{low:.4g}, " in found
+    assert "cannot be told whether diversity" in found  # three layers are too few
+    assert found.count("Published: ") == 4
+    assert "weights stand for what they do" not in found  # not probed
+    assert "2401.04088" in found
