@@ -83,6 +83,8 @@ for _name in ("up", "gate", "down"):
     PUBLISHED[MIXTRAL][f"matrix_similarity/reference_cos_{_name}"] = _exactly(0.6, "section 4.1; about")
     for _model in (DEEPSEEK, GROK):
         PUBLISHED[_model][f"matrix_similarity/mean_cos_{_name}"] = _exactly(0.0, "section 4.1; about")
+for _model, _value in ((MIXTRAL, 0.996), (DEEPSEEK, 0.997), (GROK, 0.253)):
+    PUBLISHED[_model]["activations/frac_above_1e-3"] = _exactly(_value, "appendix; share with |activation| > 0.001")
 for _layer, _ranges in _MIXTRAL_TABLE_5.items():
     for _name, (_low, _high) in zip(("first", "any"), _ranges, strict=True):
         PUBLISHED[MIXTRAL][f"repeats/repeat_{_name}_layer_{_layer}"] = Published(

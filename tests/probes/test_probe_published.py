@@ -2,6 +2,8 @@
 
 import json
 
+import torch
+from output_cases import output_view
 from probe_cases import probe
 from routed_cases import chosen_view, text_of
 from test_probe_static import view
@@ -30,14 +32,16 @@ def test_tables():
     assert published("repeats/repeat_first_layer_15", "Mixtral 8x7B").text == "0.236 to 0.284"
     assert published("repeats/repeat_any_layer_31", "Mixtral 8x7B").high == 0.536
     assert published("repeats/repeat_any_layer_30", "Mixtral 8x7B") is None
+    assert published("activations/frac_above_1e-3", "Grok-1").low == 0.253
 
 
 def test_every_number_belongs_to_a_headline():
     names = {key.split("/")[0] for table in PUBLISHED.values() for key in table}
     text = text_of([[1, 2, 3]], [0], ("a",))
-    routed = ("repeats",)
-    results = probe([view(4, reference=12)], *(name for name in names if name not in routed))
+    routed, run = ("repeats",), ("activations",)
+    results = probe([view(4, reference=12)], *(name for name in names if name not in routed + run))
     results |= probe([chosen_view([[0, 1], [0, 2], [1, 2]], 4, text, layer) for layer in range(32)], *routed)
+    results |= probe([output_view(torch.ones(2, 3, 4), [[0]] * 3)], *run)
     for table in PUBLISHED.values():
         for key in table:
             name, headline = key.split("/")
