@@ -232,6 +232,7 @@ class PretrainedMoE(LightningModule):
         sizes = self.config.layer(layer)
         view = LayerView(layer, self.config.num_hidden_layers, sizes.num_experts, sizes.num_experts_per_tok, None)
         view.weights = StreamedWeights(model, layer, reference)
+        view.work_bytes = self.memory_budget - model.pool.most
         if not sizes.num_experts:
             view.num_experts_per_tok = 0
             return view

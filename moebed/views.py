@@ -115,6 +115,7 @@ class LayerView:
     moe_input: Tensor | None = None  # (T, H) normalised input of router and experts
     text: ProbeText | None = None
     weights: LayerWeights | None = field(default=None, repr=False)
+    work_bytes: int | None = None  # memory that a probe's work on the weights should stay within, if there is a limit
     error: UserError | None = None  # why this layer cannot be looked at, found before a probe asked for anything
     text_error: UserError | None = None  # why the text did not come to this layer, whose weights can be looked at
     reference_output: Tensor | None = None  # (T, H) what the dense reference's FFN made of its own hidden states

@@ -54,13 +54,16 @@ class Matching(NamedTuple):
     cosine_after: float
 
 
-def match_pairs(neurons: Callable[[int], Tensor], pairs: Sequence[tuple[int, int]], count: int) -> Iterator[Matching]:
+def match_pairs(
+    neurons: Callable[[int], Tensor], pairs: Sequence[tuple[int, int]], count: int, memory: int | None = None
+) -> Iterator[Matching]:
     """Match the neurons of pairs of experts, several pairs at a time: one to a core where memory allows.
 
     Args:
         neurons: Gives an expert's neurons (N, H) in any floating dtype; called from this thread, often.
         pairs: Experts to match.
         count: Number of experts.
+        memory: Bytes that the work may take, if there is a limit; one pair is matched at a time in any case.
 
     Yields:
         One matching a pair, in order. Where a matrix is not finite, its cosines are NaN and nothing is reordered.
@@ -72,7 +75,7 @@ def match_pairs(neurons: Callable[[int], Tensor], pairs: Sequence[tuple[int, int
         is_bf16 = is_bf16 and holds_bf16(matrix)
     threads = torch.get_num_threads()
     size, width = neurons(0).shape
-    workers, dense = _plan(size, width, min(threads, len(pairs)))
+    workers, dense = _plan(size, width, min(threads, len(pairs)), memory)
     waiting: deque[Future[Matching]] = deque()
     held: tuple[int, Tensor] | None = None
     with exact_products(is_bf16), ThreadPoolExecutor(workers, "match", _use_threads, (threads // workers,)) as pool:
@@ -253,9 +256,9 @@ def holds_bf16(matrix: Tensor) -> bool:
     return matrix.dtype == torch.bfloat16 or bool((matrix == matrix.bfloat16()).all())
 
 
-def _plan(size: int, width: int, most: int) -> tuple[int, threading.Semaphore]:
+def _plan(size: int, width: int, most: int, memory: int | None = None) -> tuple[int, threading.Semaphore]:
     """How many pairs to work on at a time, at most ``most``, and how many of them may run the dense solver."""
-    budget = min(_MEMORY_BUDGET, psutil.virtual_memory().available // 2)
+    budget = min(_MEMORY_BUDGET, psutil.virtual_memory().available // 2, *(() if memory is None else (memory,)))
     dense, pair = 8 * size * size, 4 * size * size + 8 * size * width
     workers = max(1, min(most, (budget - dense) // pair))
     return workers, threading.Semaphore(max(1, min(workers, (budget - workers * pair) // max(1, dense))))

@@ -56,7 +56,7 @@ class NeuronMatching(Probe):
         whole = np.diag([1.0 if bool((fetch(i) != 0).any()) else 0.0 for i in range(count)])
         cosine, tau, gain = whole, np.eye(count), np.zeros((count, count))
         start = said = time.perf_counter()
-        for done, match in enumerate(match_pairs(fetch, pairs, count), start=1):
+        for done, match in enumerate(match_pairs(fetch, pairs, count, view.work_bytes), start=1):
             at = (*match[:2],), (match.second, match.first)
             for place in at:
                 cosine[place], gain[place] = match.cosine_after, match.cosine_after - match.cosine_before

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from moebed.checkpoints.files import TensorEntry, UnknownEntry, open_bin, open_safetensors
-from moebed.checkpoints.run import OWN, open_run
+from moebed.checkpoints.run import open_run
 from moebed.checkpoints.xai import open_release, release_folder
 from moebed.config import ModelConfig
 from moebed.errors import ConfigError, UserError
 from moebed.families.base import Family
 from moebed.families.keys import KeyMap, TensorPart
+from moebed.families.own import RUN
 from moebed.families.registry import family_of
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -64,7 +65,7 @@ class Checkpoint:
         path = Path(path)
         if path.is_file():
             config, entries = open_run(path)
-            return cls(path.name, OWN, config, {"config": config.to_dict()}, entries, [])
+            return cls(path.name, RUN, config, {"config": config.to_dict()}, entries, [])
         if not path.is_dir():
             raise UserError(f"{path} does not exist; give the folder of a checkpoint or a hub id such as org/name")
         where, release = path / "config.json", release_folder(path)

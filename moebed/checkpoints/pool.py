@@ -91,6 +91,17 @@ class WeightPool:
                 f"({largest.num_bytes >> 20} MiB each) must fit beside the work on them; give at least {needed}MiB"
             )
 
+    @property
+    def most(self) -> int:
+        """Bytes that are held at most."""
+        return max((self._most(group) for group in range(len(self.plan))), default=0)
+
+    def _most(self, group: int) -> int:
+        """Bytes that are held while a group is in use, what is read ahead included."""
+        if not self.fits(group):
+            return self.limit
+        return max(self._size(group), min(self._limit_ahead, self._size(group) + _AHEAD_BYTES))
+
     def close(self) -> None:
         """Stop reading and free everything."""
         self._reader.shutdown(wait=True, cancel_futures=True)
@@ -118,7 +129,7 @@ class WeightPool:
             return
         for piece in self._in_file_order(group):
             self._start(piece, group)
-        limit = min(self._limit_ahead, self._size(group) + _AHEAD_BYTES)
+        limit = self._most(group)
         for later in range(group + 1, len(self.plan)):
             for piece in self._in_file_order(later) if self.fits(later) else ():
                 if piece not in self._held and self._bytes() + piece.num_bytes > limit:

@@ -101,6 +101,23 @@ def test_a_small_budget_reads_an_expert_at_a_time(tmp_path):
     assert done[-1] == model.bytes_total == 3 * 12 * 3 * 24 * 32 * 2
 
 
+def test_probes_are_told_what_memory_is_left(tmp_path):
+    write(tmp_path, num_experts=12)
+    matrices = 12 * 24 * 32 * 2  # bytes of one matrix of a layer
+    for budget in (40 * matrices, 4 * matrices):
+        model = PretrainedMoE(str(tmp_path), memory_budget=budget)
+        view = next(model.views(None, WEIGHTS))
+        assert view.work_bytes == budget - model._pool.most
+        assert 0 < view.work_bytes <= budget - matrices
+        held = 0
+        for name in ("up", "gate", "down"):
+            for expert in range(12):
+                view.expert_matrix(name, expert)
+                held = max(held, model._pool._bytes())
+        assert matrices <= held <= model._pool.most
+        model.close()
+
+
 def test_dtype_rounds_the_weights(tmp_path):
     decoder = write(tmp_path, dtype=torch.float32)
     model = PretrainedMoE(str(tmp_path), dtype="bfloat16")

@@ -130,6 +130,8 @@ def test_memory_decides_how_many_pairs_are_under_work(monkeypatch):
     monkeypatch.setattr(matching, "_MEMORY_BUDGET", 3 << 30)
     assert matching._plan(14336, 4096, 2)[0] == 1
     assert matching._plan(60000, 4096, 2)[0] == 1
+    assert matching._plan(1408, 2048, 2, 60 << 20)[0] == 1
+    assert matching._plan(1408, 2048, 2, 1 << 30)[0] == 2
 
 
 def test_stopping_early_leaves_nothing_behind():
