@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SEEN_AT_LEAST = 10
 TOP_IDS = 10
+DRAWN_EXPERTS, DRAWN_IDS, DRAWN_LETTERS = 16, 5, 8  # in the image, which is smaller than the page
 SHOWN_EXPERTS = 64
 SEED = 20240903
 _PAGE_STYLE = """.own { display: inline-block; margin: 1px 12px 1px 0; color: #6b7785; }
@@ -93,11 +94,13 @@ class Vocabulary(Probe):
         valid = np.flatnonzero(of_token >= 0)
         order = np.random.default_rng(SEED).permutation(valid)
         number = np.where(often, often.cumsum() - 1, -1)[slot]  # (T,) which of the V ids, or -1
+        frequency = 1e-6 * (seen[often] / seen[often].max())[:, None]  # (V, 1)
         for layer, choice in choices.items():
             share, shuffled = (
                 _shares(number[valid], choice[tokens], len(ids), experts[layer]) for tokens in (valid, order)
             )
-            top = np.argsort(-share, axis=0, kind="stable")[:TOP_IDS].T  # (E, 10)
+            # Among equal shares, that of the more frequent id tells more.
+            top = np.argsort(-(share + frequency), axis=0, kind="stable")[:TOP_IDS].T  # (E, 10)
             top_share = np.take_along_axis(share.T, top, axis=1)
             missing = max(TOP_IDS - top.shape[1], 0)
             named = np.where(top_share > 0, ids[top], -1)
@@ -139,7 +142,10 @@ class Vocabulary(Probe):
             arrays,
             scalars,
             headlines,
-            {"over_depth": partial(_draw_over_depth, measured, shuffled)},
+            {
+                "over_depth": partial(_draw_over_depth, measured, shuffled),
+                "specialised_tokens": partial(_draw_tokens, arrays, next(iter(measured))),
+            },
             [] if "predicted" in measured else ["what the model predicted is not known: input and target only"],
             {"specialised_tokens": partial(_write_tokens, arrays)},
         )
@@ -168,9 +174,39 @@ def _draw_over_depth(measured: dict[str, Layers], shuffled: dict[str, Layers]) -
     return fig
 
 
+def _draw_tokens(arrays: Arrays, kind: str) -> Figure:
+    """The page's first table of each layer as an image: a line an expert, a column a layer."""
+    from probes import figures
+
+    words = _words_of(arrays)
+    ids, shares = by_part(arrays, "top_ids")[kind], by_part(arrays, "top_shares")[kind]
+    layers = first_middle_last(list(ids))
+    rows = min(DRAWN_EXPERTS, max(len(ids[layer]) for layer in layers))
+    title = f"Ids of whose routings an expert takes most, sorted by {KINDS[kind]}, with the share it takes"
+    fig = figures.new_figure(max(7.5, 5.2 * len(layers)), 0.9 + 0.24 * rows, title)
+    for ax, layer in zip(fig.subplots(1, len(layers), squeeze=False)[0], layers, strict=True):
+        for row, expert in enumerate(figures.pick(range(len(ids[layer])), DRAWN_EXPERTS)):
+            own = zip(ids[layer][expert], shares[layer][expert], strict=True)
+            said = [f"{_word(words, int(one))[:DRAWN_LETTERS]} {value:.0%}" for one, value in own if one >= 0]
+            line = "   ".join(said[:DRAWN_IDS]) or "–"
+            for place, text in ((0.0, str(expert)), (0.06, line)):
+                ax.text(place, row, text, fontsize=7.5, family="monospace", va="center", color=figures.INK,
+                        parse_math=False, in_layout=False)  # fmt: skip
+        ax.set_title(f"layer {layer}: expert, ids", fontsize=9, loc="left")
+        ax.set_xlim(0, 1)
+        ax.set_ylim(rows - 0.5, -0.5)
+        ax.axis("off")
+    return fig
+
+
+def _words_of(arrays: Arrays) -> dict[int, str]:
+    """What is known of the text of ids."""
+    return dict(zip(arrays.get("text_ids", np.zeros(0)).tolist(), arrays.get("text_of_ids", ()), strict=True))
+
+
 def _write_tokens(arrays: Arrays) -> str:
     """Tables: a row an expert, the tokens of which it takes most."""
-    words = dict(zip(arrays.get("text_ids", np.zeros(0)).tolist(), arrays.get("text_of_ids", ()), strict=True))
+    words = _words_of(arrays)
     ids, shares = by_part(arrays, "top_ids"), by_part(arrays, "top_shares")
     parts = [f"<style>{_PAGE_STYLE}</style>"]
     for kind in ids:
