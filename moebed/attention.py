@@ -33,15 +33,28 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         assert config.head_dim is not None
-        self.head_dim, self.theta = config.head_dim, config.rope_theta
+        self.head_dim, self.theta, self.scaling = config.head_dim, config.rope_theta, config.rope_scaling
 
     def forward(self, start: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Cos and sin of positions start to start + length: each (S, D), float32."""
         exponent = torch.arange(0, self.head_dim, 2, device=device, dtype=torch.float32) / self.head_dim
         position = torch.arange(start, start + length, device=device, dtype=torch.float32)
-        angle = torch.outer(position, self.theta**-exponent)
+        angle = torch.outer(position, self._stretched(self.theta**-exponent))
         angle = torch.cat([angle, angle], dim=-1)
         return angle.cos(), angle.sin()
+
+    def _stretched(self, frequency: Tensor) -> Tensor:
+        """Frequencies (D/2,) by Llama 3's rule: slow ones divided by the factor, fast ones kept, between them blended.
+
+        A dimension is slow that turns fewer than low_freq_factor times within the original positions, and fast that
+        turns more than high_freq_factor times (The Llama 3 Herd of Models 2407.21783; the released reference code).
+        """
+        if self.scaling is None:
+            return frequency
+        low, high = self.scaling["low_freq_factor"], self.scaling["high_freq_factor"]
+        turns = self.scaling["original_max_position_embeddings"] * frequency / (2 * torch.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        return kept * frequency + (1 - kept) * frequency / self.scaling["factor"]
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -16,6 +16,9 @@ from moebed.errors import ConfigError
 PerLayer = int | list[int]
 
 
+ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
 @dataclass
 class ModelConfig:
     """Shape and behaviour of a decoder. Validated at construction; raises ConfigError in one line.
@@ -44,6 +47,8 @@ class ModelConfig:
         router_z_loss_coef: Coefficient of the router z-loss; 0 turns it off.
         rms_norm_eps: Added to the mean square in every RMSNorm.
         rope_theta: Base of the rotary position embedding.
+        rope_scaling: Llama 3's stretching of the rotary embedding's slow dimensions: factor, low_freq_factor,
+            high_freq_factor and original_max_position_embeddings; none if not given.
         max_position_embeddings: Longest sequence, in tokens.
         sliding_window: Tokens that a token may look back at, itself included; all of them if not given.
         attention_bias: Biases on the query, key and value projections (Qwen2).
@@ -55,7 +60,8 @@ class ModelConfig:
         logits_multiplier: Scale of the output logits (Grok-1).
         tie_word_embeddings: The head uses the embedding's weights.
         initializer_range: Standard deviation of initial weights.
-        experts_backend: How the expert products are computed: auto, grouped_mm or loop (see moebed.experts).
+        experts_backend: How the expert products are computed: auto, grouped_mm, loop or triton (see
+            moebed.experts).
         attention_backend: auto, sdpa (PyTorch's fused attention) or math (plain matrix products). auto is math where a
             soft cap asks for it and on a CPU up to 1024 positions, where it is faster; sdpa otherwise.
     """
@@ -80,6 +86,7 @@ class ModelConfig:
     router_z_loss_coef: float = 0.0
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
+    rope_scaling: dict[str, float] | None = None
     max_position_embeddings: int = 4096
     sliding_window: int | None = None
     attention_bias: bool = False
@@ -91,7 +98,7 @@ class ModelConfig:
     logits_multiplier: float = 1.0
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
-    experts_backend: Literal["auto", "grouped_mm", "loop"] = "auto"
+    experts_backend: Literal["auto", "grouped_mm", "loop", "triton"] = "auto"
     attention_backend: Literal["auto", "sdpa", "math"] = "auto"
 
     def __post_init__(self) -> None:
@@ -113,6 +120,15 @@ class ModelConfig:
             )
             self.head_dim = self.hidden_size // self.num_attention_heads
         self._require(self.head_dim % 2 == 0, f"head_dim is {self.head_dim}; rotary embeddings need an even number")
+        if self.rope_scaling is not None:
+            self._require(
+                set(self.rope_scaling) == set(ROPE_SCALING) and all(value > 0 for value in self.rope_scaling.values()),
+                f"rope_scaling is {self.rope_scaling!r}; it needs {', '.join(ROPE_SCALING)}, each above 0",
+            )
+            self._require(
+                self.rope_scaling["low_freq_factor"] < self.rope_scaling["high_freq_factor"],
+                f"rope_scaling is {self.rope_scaling!r}; low_freq_factor must be below high_freq_factor",
+            )
         self._require(
             self.num_key_value_heads >= 1 and self.num_attention_heads % self.num_key_value_heads == 0,
             f"num_attention_heads {self.num_attention_heads} is not a multiple of "
@@ -125,7 +141,7 @@ class ModelConfig:
         self._check_choice("hidden_act", ("silu", "gelu", "gelu_tanh"))
         self._check_choice("router_aux_loss_scope", ("micro", "global"))
         self._check_choice("qk_norm", ("none", "head", "full"))
-        self._check_choice("experts_backend", ("auto", "grouped_mm", "loop"))
+        self._check_choice("experts_backend", ("auto", "grouped_mm", "loop", "triton"))
         self._check_choice("attention_backend", ("auto", "sdpa", "math"))
         self._require(
             self.attention_backend != "sdpa" or self.attn_logit_softcapping is None,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from moebed.config import ModelConfig
+from moebed.config import ROPE_SCALING, ModelConfig
 from moebed.errors import ConfigError
 
 Settings = Mapping[str, Any]  # a Hugging Face config.json
@@ -114,7 +114,7 @@ class Family:
         if missing:
             raise ConfigError(f"{where}: {missing[0]} is missing; a {self.model_type} config has it")
         values = {ours: found[theirs] for ours, theirs in names.items()}
-        values |= {"rope_theta": _rope_theta(found, where), "head_dim": found.get("head_dim")}
+        values |= _rope(found, where) | {"head_dim": found.get("head_dim")}
         values["hidden_act"] = _READ_ACTIVATIONS.get(found["hidden_act"])
         if values["hidden_act"] is None:
             known = ", ".join(_READ_ACTIVATIONS)
@@ -137,13 +137,18 @@ class Family:
         settings |= {"head_dim": config.head_dim, "hidden_act": ACTIVATIONS[config.hidden_act]}
         # Older and newer transformers look for the base in different places.
         settings["rope_theta"] = config.rope_theta
-        settings["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
+        kind = "default" if config.rope_scaling is None else "llama3"
+        settings["rope_parameters"] = {
+            "rope_type": kind,
+            "rope_theta": config.rope_theta,
+            **(config.rope_scaling or {}),
+        }
         settings |= self.encode(config)
         back = self.read_config(settings, f"{self.model_type} config").to_dict()
         values = config.to_dict()
         for name in dict.fromkeys((*_PER_LAYER, *values)):
             value = values[name]
-            if name not in NOT_IN_CHECKPOINTS and _plain(config, name, value) != _plain(config, name, back[name]):
+            if name not in NOT_IN_CHECKPOINTS and not same_setting(config, back, name):
                 raise ConfigError(
                     f"model config: {name} is {value!r}, which a {self.model_type} checkpoint cannot express "
                     f"(it would be read as {back[name]!r}); choose another family"
@@ -153,7 +158,6 @@ class Family:
 
 _DEFAULTS = {"hidden_act": "silu", "num_key_value_heads": None, "tie_word_embeddings": False, "rope_theta": 10000.0}
 _ACCEPTS: dict[str, tuple[Any, ...]] = {
-    "rope_scaling": (None, {}, {"type": "default"}, {"rope_type": "default"}),
     "partial_rotary_factor": (None, 1, 1.0),
     "attention_bias": (None, False),
     "mlp_bias": (None, False),
@@ -161,15 +165,27 @@ _ACCEPTS: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _rope_theta(settings: Settings, where: str) -> float:
-    """The rotary base, from its old place or from its new one."""
-    parameters = settings.get("rope_parameters")
-    if not parameters:
-        return float(settings["rope_theta"])
-    kind = parameters.get("rope_type", "default")
-    if kind != "default" or parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ConfigError(f"{where}: rope_parameters is {parameters!r}; only rope_type 'default' is supported")
-    return float(parameters.get("rope_theta", settings["rope_theta"]))
+def _rope(settings: Settings, where: str) -> dict[str, Any]:
+    """The rotary base and Llama 3's scaling, from their old place or from their new one."""
+    key = "rope_parameters" if settings.get("rope_parameters") else "rope_scaling"
+    given: Mapping[str, Any] = settings.get(key) or {}
+    kind = given.get("rope_type", given.get("type", "default"))
+    plain = given.get("partial_rotary_factor", 1.0) == 1.0
+    if kind == "default" and plain:
+        scaling = None
+    elif kind == "llama3" and plain and all(name in given for name in ROPE_SCALING):
+        scaling = {name: float(given[name]) for name in ROPE_SCALING}
+    else:
+        raise ConfigError(
+            f"{where}: {key} is {given!r}; supported are rope_type 'default', and 'llama3' with "
+            f"{', '.join(ROPE_SCALING)}"
+        )
+    return {"rope_theta": float(given.get("rope_theta", settings["rope_theta"])), "rope_scaling": scaling}
+
+
+def same_setting(config: ModelConfig, other: Mapping[str, Any], name: str) -> bool:
+    """Whether a field means in config what it means in the plain data of another one."""
+    return _plain(config, name, getattr(config, name)) == _plain(config, name, other[name])
 
 
 _PER_LAYER = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "num_shared_experts")

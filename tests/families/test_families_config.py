@@ -32,6 +32,7 @@ SETTINGS = {
     [
         ("mixtral", "rope_scaling", {"rope_type": "yarn", "factor": 4}),
         ("llama", "rope_parameters", {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8}),
+        ("llama", "rope_scaling", {"type": "linear", "factor": 2.0}),
         ("llama", "attention_bias", True),
         ("llama", "mlp_bias", True),
         ("qwen2", "use_sliding_window", True),
@@ -47,6 +48,19 @@ def test_what_the_decoder_does_not_compute_is_refused_by_name(family, key, value
         FAMILIES[family].read_config({**SETTINGS, key: value}, "somewhere/config.json")
     assert "somewhere/config.json" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_llama_3_scaling_is_read_from_its_old_place():
+    """As Llama 3.1 and 3.2 were published."""
+    scaling = {
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    settings = {**SETTINGS, "rope_theta": 500000.0, "rope_scaling": {"rope_type": "llama3", **scaling}}
+    config = FAMILIES["llama"].read_config(settings)
+    assert (config.rope_theta, config.rope_scaling) == (500000.0, scaling)
 
 
 def test_a_missing_setting_is_named():

@@ -26,6 +26,15 @@ COMMON = {
     "rms_norm_eps": 1e-4,
 }
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
+# 12 positions are more than the original 4, and of the four dimensions some are slow, blended and fast.
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 30.0,
+    "factor": 8.0,
+    "low_freq_factor": 0.1,
+    "high_freq_factor": 0.5,
+    "original_max_position_embeddings": 4,
+}
 MOE = {"num_experts": 6, "num_experts_per_tok": 2}
 SPARSE = {**MOE, "moe_intermediate_size": 24}
 CASES = {
@@ -36,6 +45,7 @@ CASES = {
     "mistral-wide-heads": ("mistral", {"head_dim": 16, "sliding_window": None}),
     "llama": ("llama", {"tie_word_embeddings": True}),
     "llama-gelu": ("llama", {"hidden_act": "gelu_pytorch_tanh", **ROPE}),
+    "llama-3": ("llama", {"rope_parameters": LLAMA3}),
     "qwen2": ("qwen2", ROPE),
     "olmoe": ("olmoe", {**MOE, "norm_topk_prob": False, **ROPE}),
     "olmoe-normed": ("olmoe", {**MOE, "norm_topk_prob": True}),
