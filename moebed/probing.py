@@ -87,6 +87,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
     """
     options = read_options(arguments)
     # Heavy imports wait until the options are known to be well formed.
+    import torch
     from lightning.pytorch import Trainer
     from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -111,6 +112,8 @@ def run(command: str, arguments: Sequence[str]) -> None:
             raise ConfigError("--save-logits needs text; give --text, --input-ids or --domain")
         chosen.append("logits")
     probes_for(chosen, bool(text))
+    if options["device"] == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device is available here; use --device cpu")
     require_writable(out)
     layers = _listed(options["layers"])
     model = PretrainedMoE(

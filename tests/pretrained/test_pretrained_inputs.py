@@ -149,6 +149,8 @@ def test_faults(checkpoint, tmp_path, capsys):
     assert "two domains called x" in fails(capsys, checkpoint, *twice)
     assert "needs text" in fails(capsys, checkpoint, "--probes", "routing")
     assert "needs text" in fails(capsys, checkpoint, "--save-logits")
+    if not torch.cuda.is_available():
+        assert "no CUDA device" in fails(capsys, checkpoint, "--device", "cuda")
     assert "while it trains" in fails(capsys, checkpoint, "--text", "paper-short", "--probes", "saturation")
     with pytest.raises(ConfigError, match="at least 2"):
         TextOptions(sequence_length=1)
