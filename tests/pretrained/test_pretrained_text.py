@@ -254,3 +254,13 @@ def test_one_token_is_enough_or_said(name, tmp_path):
         assert np.isfinite(value)
     for build in result.figures.values():
         build()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_gpu_gives_the_numbers_of_a_cpu(case, tmp_path):
+    write(tmp_path, **case)
+    text = make_text(9, 4, 1, 12)
+    on_cpu = run(PretrainedMoE(str(tmp_path), text=text))
+    assert_equal_results(run(PretrainedMoE(str(tmp_path), text=text).to("cuda")), on_cpu)
