@@ -15,6 +15,8 @@ COMMANDS = {
     "test": ("moebed.training", "evaluate a checkpoint on the test text"),
     "predict": ("moebed.training", "per-token losses of a checkpoint on the test text"),
     "probe": ("moebed.probing", "run probes on a pretrained checkpoint, a layer at a time; a second run continues"),
+    "upcycle": ("moebed.upcycling.command", "make an MoE checkpoint from a dense one, a layer at a time"),
+    "export": ("moebed.exporting.command", "write a run's checkpoint as a folder that transformers loads"),
     "report": ("moebed.reporting", "results of one or several runs side by side, as one HTML file"),
     "bench": ("moebed.bench.cli", "measure side by side with the peers that are installed"),
 }

@@ -12,9 +12,12 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from moebed.checkpoints.checkpoint import Checkpoint
+from moebed.checkpoints.whole import fill
 from moebed.config import ModelConfig
 from moebed.decoder import Decoder
 from moebed.errors import ConfigError, UserError
+from moebed.families.base import NOT_IN_CHECKPOINTS, same_setting
 from moebed.losses import IGNORE_INDEX, load_balancing_loss, router_stats, token_losses
 from moebed.metrics import TextLoss, bits_per_byte
 from moebed.optim import OptimizerConfig, build_adamw, learning_rate_factor
@@ -44,6 +47,9 @@ class MoEModule(LightningModule):
             more recompilations than its limit are an error, not a silent fall back to eager. The first step takes
             from ten seconds to a minute longer.
         stop_on_nan: Stop with an error that names the step when the loss is not finite.
+        init_from: Folder or ``.ckpt`` file of a checkpoint of this very config, such as `moebed upcycle` writes, whose
+            weights training starts from; random weights if not given. A run that is continued reads its own checkpoint
+            instead.
     """
 
     def __init__(
@@ -53,11 +59,13 @@ class MoEModule(LightningModule):
         activation_checkpointing: bool = False,
         compile: bool = False,
         stop_on_nan: bool = True,
+        init_from: str | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.optimizer_config = optimizer or OptimizerConfig()
         self.stop_on_nan = stop_on_nan
+        self.init_from = init_from
         self.decoder = Decoder(config, activation_checkpointing)
         self._terms = torch.compile(self._forward_terms, fullgraph=True, dynamic=False) if compile else None
         self._window_counts: list[Tensor] = []
@@ -88,6 +96,25 @@ class MoEModule(LightningModule):
                 f"data.sequence_length is {data.sequence_length} but the model's max_position_embeddings is "
                 f"{self.config.max_position_embeddings}; lower the one or raise the other"
             )
+
+    def on_fit_start(self) -> None:
+        """Take the weights of ``init_from``, unless the run continues from a checkpoint of its own."""
+        # Lightning says which checkpoint it restores only once it has, so not in setup.
+        if self.init_from is not None and self.trainer.ckpt_path is None:
+            fill(self.decoder, self.initial_checkpoint())
+
+    def initial_checkpoint(self) -> Checkpoint:
+        """The checkpoint that training starts from; raises UserError if it is missing or of another model."""
+        assert self.init_from is not None
+        checkpoint = Checkpoint.open(self.init_from)
+        ours, theirs = self.config.to_dict(), checkpoint.config.to_dict()
+        other = [key for key in ours if key not in NOT_IN_CHECKPOINTS and not same_setting(self.config, theirs, key)]
+        if other:
+            raise ConfigError(
+                f"model.init_from: {self.init_from} has {other[0]} {theirs[other[0]]!r} but model.config has "
+                f"{ours[other[0]]!r}; `moebed upcycle` writes a start.yaml with the config that fits"
+            )
+        return checkpoint
 
     def configure_optimizers(self) -> Any:
         """Fused AdamW and its schedule, stepped once an optimizer step."""

@@ -9,21 +9,15 @@ import argparse
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from moebed.arguments import OneLineParser
 from moebed.errors import ConfigError, UserError
-
-
-class _Parser(argparse.ArgumentParser):
-    """Errors become a UserError of one line instead of a usage text."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; `moebed probe --help` lists the options")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The options; each can stand in a YAML file as well."""
-    parser = _Parser(
+    parser = OneLineParser(
         prog="moebed probe",
         description="Run probes on a pretrained checkpoint of any size and write what they found.",
         argument_default=argparse.SUPPRESS,

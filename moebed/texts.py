@@ -75,9 +75,10 @@ class CheckpointTokenizer:
 
     def __init__(self, checkpoint: Path) -> None:
         if checkpoint.is_file():
+            from moebed.checkpoints.companions import run_tokenizer
             from moebed.data.tokenizer import load_tokenizer
 
-            folder = next((p / "tokenizer" for p in checkpoint.resolve().parents if (p / "tokenizer").is_dir()), None)
+            folder = run_tokenizer(checkpoint)
             if folder is None:
                 raise UserError(f"{checkpoint}: no folder above it has a tokenizer; give --input-ids instead of text")
             own = load_tokenizer(folder)

@@ -175,6 +175,8 @@ class TrainingCLI(LightningCLI):
         folder = Path(self.trainer.default_root_dir)
         continued = self.config.fit.ckpt_path == "last" and (folder / "checkpoints" / "last.ckpt").exists()
         say(f"{'continuing the run' if continued else 'a new run'} in {folder}; --ckpt_path last continues it")
+        if self.model.init_from is not None and (self.config.fit.ckpt_path in (None, "last") and not continued):
+            say(f"weights: those of {self.model.initial_checkpoint().name}")
         say(
             f"model: {total / 1e6:.1f} M parameters, {active / 1e6:.1f} M active a token, "
             f"{flops / 1e6:.0f} MFLOP a token forward"

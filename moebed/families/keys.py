@@ -49,7 +49,8 @@ class KeyMap:
     Args:
         family: The checkpoint's family.
         config: The model.
-        present: Names in the checkpoint, which tell whether experts are fused; none for the published names.
+        present: Names in the checkpoint, which tell whether experts are fused; none for the published names. A family
+            without names for one expert's matrices has them fused always.
     """
 
     def __init__(self, family: Family, config: ModelConfig, present: Container[str] = ()) -> None:
@@ -57,7 +58,8 @@ class KeyMap:
         with torch.device("meta"):
             decoder = Decoder(config)
         self.shapes = {name: tuple(parameter.shape) for name, parameter in decoder.named_parameters()}
-        self._fused = {layer for layer in config.moe_layers if self._fused_name(layer) in present}
+        always = family.experts is not None and not family.experts.gate
+        self._fused = {layer for layer in config.moe_layers if always or self._fused_name(layer) in present}
 
     def _fused_name(self, layer: int) -> str | None:
         experts = self.family.experts

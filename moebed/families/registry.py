@@ -10,6 +10,7 @@ from moebed.families.llama import LLAMA_FAMILY
 from moebed.families.mistral import MISTRAL
 from moebed.families.mixtral import MIXTRAL
 from moebed.families.olmoe import OLMOE
+from moebed.families.own import MOEBED
 from moebed.families.qwen2 import QWEN2
 from moebed.families.qwen2_moe import QWEN2_MOE
 from moebed.families.qwen3_moe import QWEN3_MOE
@@ -21,11 +22,12 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(model_type: object, where: str = "config.json") -> Family:
-    """The family of a ``model_type``.
+    """The family of a ``model_type``; moebed's own layout is one more.
 
     Raises:
         ConfigError: No family has it.
     """
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise ConfigError(f"{where}: unknown model_type {model_type!r}; the known ones are {', '.join(FAMILIES)}")
-    return FAMILIES[model_type]
+    known = {**FAMILIES, MOEBED.model_type: MOEBED}
+    if not isinstance(model_type, str) or model_type not in known:
+        raise ConfigError(f"{where}: unknown model_type {model_type!r}; the known ones are {', '.join(known)}")
+    return known[model_type]

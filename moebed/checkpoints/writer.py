@@ -1,0 +1,195 @@
+"""A checkpoint folder written as a stream: every header first, then the tensors in order, a band of rows at a time.
+
+Nothing holds more than the band that is being written, so that a model may be larger than memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from moebed.checkpoints.checkpoint import Checkpoint
+from moebed.checkpoints.files import DTYPES
+from moebed.errors import UserError
+from moebed.families.keys import KeyMap, Placed, TensorPart
+
+SHARD_BYTES = 5 * 10**9
+BAND_BYTES = 64 << 20  # of a tensor that is copied as it is
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+# What a region of a decoder's parameter holds: bands of rows (rows, columns), or (columns,) for a vector, in order.
+Content = Callable[[str, Placed], Iterable[Tensor]]
+
+
+@dataclass
+class _Planned:
+    """A tensor of the checkpoint, and the regions of parameters that fill it, in order of their rows."""
+
+    shape: tuple[int, ...]
+    pieces: list[tuple[str, Placed]] = field(default_factory=list)
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+class FolderWriter:
+    """Plans and writes the weights of a checkpoint folder.
+
+    Args:
+        keys: The model and the family in whose names it is written.
+        settings: Its ``config.json``; the dtype is added.
+        dtype: What the weights are stored in.
+        shard_bytes: Largest size of one file; a tensor larger than that has a file to itself.
+    """
+
+    def __init__(
+        self,
+        keys: KeyMap,
+        settings: Mapping[str, Any],
+        dtype: torch.dtype = torch.bfloat16,
+        shard_bytes: int = SHARD_BYTES,
+    ) -> None:
+        # Both names: transformers before version 5 knows the first one only.
+        name = str(dtype).removeprefix("torch.")
+        self.settings, self.dtype = {**settings, "torch_dtype": name, "dtype": name}, dtype
+        planned: dict[str, _Planned] = {}
+        for parameter in keys.shapes:
+            for placed in keys.parameter(parameter):
+                part = placed.part
+                planned.setdefault(part.name, _Planned(part.shape)).pieces.append((parameter, placed))
+        for tensor in planned.values():
+            tensor.pieces.sort(key=lambda piece: piece[1].part.first)
+        self._shards: list[dict[str, _Planned]] = [{}]
+        size = 0
+        for tensor_name, tensor in planned.items():
+            count = tensor.numel * dtype.itemsize
+            if self._shards[-1] and size + count > shard_bytes:
+                self._shards.append({})
+                size = 0
+            self._shards[-1][tensor_name] = tensor
+            size += count
+        self.total = sum(tensor.numel * dtype.itemsize for tensor in planned.values())
+
+    def write(
+        self,
+        folder: Path,
+        content: Content,
+        finish: Callable[[Path], None] = lambda folder: None,
+        on_write: Callable[[int], None] = lambda count: None,
+    ) -> None:
+        """Write the folder under a temporary name beside it, then rename it: it is there whole, or not at all.
+
+        Args:
+            folder: A new or empty folder.
+            content: What goes where.
+            finish: Writes further files, such as the tokenizer's, into the folder that it is given.
+            on_write: Called with the bytes of every band that is written.
+
+        Raises:
+            UserError: The folder holds something, or cannot be written.
+        """
+        with new_folder(folder, self.total) as partial:
+            weight_map: dict[str, str] = {}
+            for number, shard in enumerate(self._shards, 1):
+                many = len(self._shards) > 1
+                name = f"model-{number:05d}-of-{len(self._shards):05d}.safetensors" if many else "model.safetensors"
+                with (partial / name).open("wb") as file:
+                    self._write_shard(file, shard, content, on_write)
+                    file.flush()
+                    os.fsync(file.fileno())
+                weight_map |= dict.fromkeys(shard, name)
+            if len(self._shards) > 1:
+                index = {"metadata": {"total_size": self.total}, "weight_map": weight_map}
+                (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+            finish(partial)
+            (partial / "config.json").write_text(json.dumps(self.settings, indent=2) + "\n")
+
+    def _write_shard(
+        self, file: BinaryIO, shard: dict[str, _Planned], content: Content, on_write: Callable[[int], None]
+    ) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name, tensor in shard.items():
+            size = tensor.numel * self.dtype.itemsize
+            header[name] = {
+                "dtype": _CODES[self.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [offset, offset + size],
+            }
+            offset += size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # the format asks for tensors aligned to 8 bytes
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name, tensor in shard.items():
+            written = 0
+            for parameter, placed in tensor.pieces:
+                for band in content(parameter, placed):
+                    data = band.detach().to("cpu", self.dtype).contiguous()
+                    file.write(data.view(-1).view(torch.uint8).numpy().data)
+                    written += data.numel()
+                    on_write(data.numel() * data.element_size())
+            if written != tensor.numel:
+                raise RuntimeError(f"{name} has {tensor.numel} numbers but {written} were written")
+
+
+def read_bands(source: Checkpoint, part: TensorPart) -> Iterator[Tensor]:
+    """The rows of a part of a checkpoint, some at a time, as they are stored."""
+    rows = max(1, BAND_BYTES // max(1, part.columns * source.dtype(part).itemsize))
+    for first in range(part.first, part.first + part.rows, rows):
+        yield source.read(part._replace(first=first, rows=min(rows, part.first + part.rows - first)))
+
+
+@contextmanager
+def new_folder(folder: Path, num_bytes: int = 0) -> Iterator[Path]:
+    """A temporary folder beside ``folder`` that takes its name at the end, and is removed if that is not reached.
+
+    Args:
+        folder: A new or empty folder.
+        num_bytes: What will be written, to be refused at once where the disk has no room for it.
+
+    Raises:
+        UserError: The folder holds something, or cannot be written.
+    """
+    folder = folder.resolve()
+    require_empty(folder)
+    partial = folder.with_name(f"{folder.name}.partial")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if partial.exists():  # left by a process that was killed
+            shutil.rmtree(partial)
+        free = shutil.disk_usage(folder.parent).free
+        if free < num_bytes:
+            raise UserError(
+                f"{folder.parent} has {free / 1e9:.1f} GB free but the checkpoint takes {num_bytes / 1e9:.1f} GB; "
+                "make room or choose another folder"
+            )
+        partial.mkdir()
+        yield partial
+        os.replace(partial, folder)  # also onto an empty folder
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(f"the checkpoint cannot be written to {folder} ({error.strerror or error})") from error
+        raise
+
+
+def require_empty(folder: Path) -> None:
+    """Raise UserError if there is something at ``folder`` already, or if nothing can be written there."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        what = "is not empty" if folder.is_dir() else "is a file"
+        raise UserError(f"{folder} {what}; choose another folder for the checkpoint")
+    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        what = "cannot be written to" if existing.is_dir() else "is a file"
+        raise UserError(f"{folder} cannot be made: {existing} {what}; choose another folder for the checkpoint")

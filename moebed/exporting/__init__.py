@@ -1,0 +1,1 @@
+"""Export: a run's checkpoint as a folder that transformers loads, or in moebed's own layout, with a model card."""

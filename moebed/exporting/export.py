@@ -1,0 +1,128 @@
+"""A checkpoint, a run's ``.ckpt`` above all, written anew in a family's layout, streamed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moebed.checkpoints.checkpoint import Checkpoint
+from moebed.checkpoints.companions import copy_tokenizer, special_ids
+from moebed.checkpoints.writer import FolderWriter, read_bands
+from moebed.exporting.card import Run, model_card
+from moebed.families.base import Family
+from moebed.families.choice import IN_TRANSFORMERS, choose_family
+from moebed.families.keys import KeyMap, Placed
+from moebed.families.own import MOEBED
+from moebed.families.registry import family_of
+
+
+class Plan(NamedTuple):
+    """What is about to be written.
+
+    Args:
+        family: In whose layout.
+        note: What a person should know of it, in one line; often nothing.
+    """
+
+    family: Family
+    note: str
+
+    @property
+    def in_transformers(self) -> bool:
+        """Whether transformers has a class for the family."""
+        return any(self.family.model_type in names for names in IN_TRANSFORMERS.values())
+
+
+def plan_export(source: Checkpoint, family: str | None = None) -> Plan:
+    """The family in whose layout a checkpoint is written.
+
+    Args:
+        source: The checkpoint.
+        family: Its ``model_type``; the first that transformers loads and that expresses the model, if not given.
+
+    Raises:
+        ConfigError: The family is unknown, or cannot express the model.
+    """
+    if family is None:
+        found = choose_family(source.config)
+        return Plan(found.family, found.note)
+    plan = Plan(family_of(family, "family"), "")
+    plan.family.write_config(source.config)
+    if plan.in_transformers:
+        return plan
+    return plan._replace(note=f"transformers has no class for {family}; moebed reads it")
+
+
+class _Copied:
+    """What each region of the model's parameters holds, from a checkpoint of the same model."""
+
+    def __init__(self, source: Checkpoint) -> None:
+        self.source = source
+        self._name = ""
+        self._parts: dict[str, Placed] = {}
+
+    def __call__(self, name: str, placed: Placed) -> Iterator[Tensor]:
+        """Bands of rows of a region of the parameter ``name``."""
+        if name != self._name:
+            self._name = name
+            self._parts = {str(found.region): found for found in self.source.keys.parameter(name)}
+        return read_bands(self.source, self._parts[str(placed.region)].part)
+
+
+@torch.no_grad()
+def export(
+    source: Checkpoint,
+    source_path: Path,
+    plan: Plan,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    on_start: Callable[[int], None] = lambda total: None,
+    on_write: Callable[[int], None] = lambda count: None,
+) -> list[str]:
+    """Write weights, config, tokenizer, generation config and model card.
+
+    Args:
+        source: The checkpoint.
+        source_path: Its folder or ``.ckpt`` file.
+        plan: From :func:`plan_export`.
+        folder: A new or empty folder.
+        dtype: What the weights are stored in; as in the checkpoint's embedding, if not given.
+        on_start: Called with the bytes that will be written.
+        on_write: Called with the bytes of every band that is written.
+
+    Returns:
+        Notes for the person who asked.
+
+    Raises:
+        UserError: A weight is NaN or Inf, or the folder cannot be written.
+    """
+    config = source.config
+    stored = dtype or source.dtype(source.keys.parameter("embed_tokens.weight")[0].part)
+    ids = special_ids(source_path, source.settings)
+    # What decides how transformers would train the model on.
+    trained: dict[str, Any] = {"initializer_range": config.initializer_range}
+    if config.moe_layers:
+        trained["router_aux_loss_coef"] = config.router_aux_loss_coef
+    written = {**plan.family.write_config(config), **(trained if plan.family is not MOEBED else {}), **ids}
+    writer = FolderWriter(KeyMap(plan.family, config), written, stored)
+    on_start(writer.total)
+    run = Run.of(source_path)
+    notes = [plan.note] if plan.note else []
+
+    def finish(partial: Path) -> None:
+        tokenizer, note = copy_tokenizer(source_path, partial)
+        notes.extend([note] if note else [])
+        if source_path.is_file():
+            generation = {**run.sampling, **ids}
+            (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+        name = run.name or source.name
+        card = model_card(name, config, plan.family, plan.in_transformers, run, tokenizer is not None)
+        (partial / "README.md").write_text(card)
+
+    writer.write(folder, _Copied(source), finish, on_write)
+    return notes

@@ -1,0 +1,121 @@
+"""``moebed upcycle DENSE --out DIR --method M``: an MoE checkpoint from a dense one, a layer at a time."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moebed.arguments import OneLineParser
+from moebed.errors import ConfigError
+
+# The names are those of moebed.upcycling.methods.METHODS, which needs torch; a test holds the two together.
+METHOD_LINES = {
+    "copy": "exact copies; the new model's logits are the dense model's (2212.05055)",
+    "noise": "copies, with N(0, noise-std) added to a fraction of the entries",
+    "drop": "copies, with a fraction of each expert's neurons drawn anew from their mean and deviation (2502.19261)",
+    "split": "each copy cut into shards that are routed together; logits are the dense model's (2410.07524)",
+    "cluster": "the neurons in balanced groups by k-means, an expert each (2110.01786, 2406.16554)",
+    "scratch": "random experts beside the dense model's attention and embeddings",
+}
+_PARTS = ("fraction", "noise_std", "granularity", "output_scale")  # settings that not every method reads
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options."""
+    parser = OneLineParser(
+        prog="moebed upcycle",
+        description="Make an MoE checkpoint from a dense one (mistral, llama, qwen2, or a dense run's .ckpt).",
+        epilog="methods:\n" + "\n".join(f"  {name:<9}{line}" for name, line in METHOD_LINES.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("dense", help="folder of a dense checkpoint, its hub id, or a .ckpt file of a dense run")
+    parser.add_argument("--out", metavar="DIR", required=True, help="new folder for the MoE checkpoint")
+    parser.add_argument("--method", choices=METHOD_LINES, required=True, help="how experts are made; see below")
+    parser.add_argument("--num-experts", type=int, metavar="E", help="experts of a layer, before split; default 8")
+    parser.add_argument(
+        "--num-experts-per-tok", type=int, metavar="K", help="experts of a token, before split; default 2"
+    )
+    parser.add_argument("--granularity", type=int, metavar="G", help="split: shards of each copy; default 2")
+    parser.add_argument("--fraction", type=float, metavar="R", help="noise, drop: part that changes; default 0.5")
+    parser.add_argument("--noise-std", type=float, metavar="S", help="noise: its standard deviation; default 0.02")
+    parser.add_argument("--output-scale", type=float, metavar="X", help="cluster: factor on down; default E / K")
+    parser.add_argument(
+        "--init-std",
+        type=float,
+        metavar="S",
+        help="standard deviation of random weights, the router's too; default 0.02",
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="decides all that is random; default 0")
+    parser.add_argument("--dense-layers", metavar="0,5", help="layers that stay dense; default none")
+    parser.add_argument(
+        "--shared-experts", type=int, metavar="N", help="shared experts beside the routed, silent at first; default 0"
+    )
+    parser.add_argument(
+        "--family",
+        metavar="NAME",
+        help="layout of the output; default the first of mixtral, olmoe, qwen2_moe and qwen3_moe that expresses the "
+        "model, else moebed's own (moebed)",
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default as in the dense checkpoint"
+    )
+    return parser
+
+
+def run(command: str, arguments: Sequence[str]) -> None:
+    """Upcycle.
+
+    Raises:
+        UserError: The dense checkpoint cannot be read, the options do not fit it, or the folder cannot be written.
+    """
+    options: dict[str, Any] = vars(build_parser().parse_args(arguments))
+    layers = _layers(options.get("dense_layers", ""))
+    # Heavy imports wait until the options are known to be well formed.
+    import torch
+
+    from moebed.checkpoints.checkpoint import Checkpoint
+    from moebed.checkpoints.hub import find_checkpoint
+    from moebed.checkpoints.writer import require_empty
+    from moebed.checkpoints.writing_bar import WritingBar, say
+    from moebed.flops import count_parameters
+    from moebed.upcycling.methods import METHODS, Settings
+    from moebed.upcycling.upcycle import plan_upcycling, upcycle
+
+    method, out = options["method"], Path(options["out"])
+    for name in _PARTS:
+        if name in options and name not in METHODS[method].uses:
+            readers = ", ".join(other for other, kind in METHODS.items() if name in kind.uses)
+            raise ConfigError(f"--{name.replace('_', '-')} does nothing with method {method}; it is for {readers}")
+    fields = {field.name for field in dataclasses.fields(Settings)}
+    settings = Settings(**{name: value for name, value in options.items() if name in fields})
+    require_empty(out)
+    path = find_checkpoint(options["dense"])
+    source = Checkpoint.open(path)
+    plan = plan_upcycling(source, method, settings, options.get("shared_experts", 0), layers, options.get("family"))
+    for note in source.notes:
+        say(f"note: {note}")
+    total, active = count_parameters(plan.config)
+    before, _ = count_parameters(source.config)
+    say(
+        f"{source.name} ({source.family.model_type}, {before / 1e6:.1f} M parameters) becomes "
+        f"{plan.family.model_type}: {total / 1e6:.1f} M parameters, {active / 1e6:.1f} M active a token"
+    )
+    dtype = getattr(torch, options["dtype"]) if "dtype" in options else None
+    with WritingBar() as bar:
+        notes = upcycle(source, path, plan, method, settings, out, dtype, bar.start, bar.update)
+    for note in notes:
+        say(f"note: {note}")
+    say(f"checkpoint: {out}; to train from it: moebed fit --config RECIPE.yaml --config {out / 'start.yaml'}")
+
+
+def _layers(text: str) -> list[int]:
+    """Layers from "0,5"."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    for part in parts:
+        if not part.isdecimal():
+            raise ConfigError(f"dense-layers: {part!r} is no layer; write numbers such as 0,5")
+    return sorted({int(part) for part in parts})

@@ -1,0 +1,223 @@
+"""A dense checkpoint into an MoE checkpoint, streamed: at most one layer's FFN and one expert's matrix in memory.
+
+E experts, K of them a token, H hidden, D width of the dense FFN, F width of an expert.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moebed.checkpoints.checkpoint import Checkpoint
+from moebed.checkpoints.companions import copy_tokenizer, special_ids, write_start_recipe
+from moebed.checkpoints.writer import FolderWriter, read_bands
+from moebed.config import ModelConfig
+from moebed.errors import ConfigError
+from moebed.families.base import Family
+from moebed.families.choice import choose_family
+from moebed.families.keys import KeyMap, Placed
+from moebed.families.registry import family_of
+from moebed.upcycling.methods import METHODS, Copy, Settings, generator
+
+_MLP = re.compile(r"^layers\.(\d+)\.mlp\.(experts\.|router\.|shared_expert)")
+
+
+class Plan(NamedTuple):
+    """What is about to be written.
+
+    Args:
+        config: The MoE.
+        family: In whose layout.
+        note: Why it is moebed's own layout, where it is.
+    """
+
+    config: ModelConfig
+    family: Family
+    note: str
+
+
+def plan_upcycling(
+    source: Checkpoint,
+    method: str,
+    settings: Settings,
+    shared_experts: int = 0,
+    dense_layers: Collection[int] = (),
+    family: str | None = None,
+) -> Plan:
+    """The MoE that a dense checkpoint becomes.
+
+    Args:
+        source: The dense checkpoint.
+        method: Name of the method.
+        settings: What it reads.
+        shared_experts: Shared experts that a layer gets beside the routed ones. Their ``down`` is zero, so that they
+            add nothing until they are trained. They have a sigmoid gate where attention has biases, as in Qwen2-MoE.
+        dense_layers: Layers that stay as they are.
+        family: Layout of the output; the first that transformers loads and that expresses it, if not given.
+
+    Raises:
+        ConfigError: The checkpoint is no dense one, or the settings do not fit it or the family.
+    """
+    old = source.config
+    if old.moe_layers:
+        raise ConfigError(f"{source.name} has experts already, in layer {old.moe_layers[0]}; give a dense checkpoint")
+    outside = [layer for layer in dense_layers if not 0 <= layer < old.num_hidden_layers]
+    if outside:
+        raise ConfigError(f"dense-layers: {source.name} has layers 0 to {old.num_hidden_layers - 1}, not {outside[0]}")
+    if shared_experts < 0:
+        raise ConfigError(f"shared-experts is {shared_experts}; it must not be negative")
+    assert old.intermediate_size is not None
+    experts, per_token, width = METHODS[method].sizes(settings, old.intermediate_size)
+    counts = [0 if layer in dense_layers else experts for layer in range(old.num_hidden_layers)]
+    if not any(counts):
+        raise ConfigError("dense-layers names every layer; leave some out, which become MoE layers")
+    config = dataclasses.replace(
+        old,
+        num_experts=counts if dense_layers else experts,
+        num_experts_per_tok=per_token,
+        moe_intermediate_size=width,
+        num_shared_experts=shared_experts,
+        shared_expert_gate=bool(shared_experts) and old.attention_bias,
+        intermediate_size=old.intermediate_size if dense_layers else None,
+        router="softmax_topk",
+        norm_topk_prob=True,
+    )
+    if family is not None:
+        chosen = family_of(family, "family")
+        chosen.write_config(config)
+        return Plan(config, chosen, "")
+    found = choose_family(config)
+    note = found.note
+    if note and old.attention_bias and not shared_experts:
+        note += "; --shared-experts 1 adds what qwen2_moe wants"
+    return Plan(config, found.family, note)
+
+
+class UpcycledWeights:
+    """What each region of the new model's parameters holds; asked in the order of its layers.
+
+    Args:
+        source: The dense checkpoint.
+        plan: The new model.
+        method: Name of the method.
+        settings: What it reads.
+    """
+
+    def __init__(self, source: Checkpoint, plan: Plan, method: str, settings: Settings) -> None:
+        self.source, self.plan, self.settings = source, plan, settings
+        self._method = METHODS[method]
+        self._current: Copy | None = None
+
+    def __call__(self, name: str, placed: Placed) -> Iterator[Tensor]:
+        """Bands of rows of a region of the parameter ``name``."""
+        found = _MLP.match(name)
+        if found is None:
+            yield from read_bands(self.source, self.source.keys.parameter(name)[0].part)
+            return
+        layer, kind = int(found.group(1)), found.group(2)
+        if kind == "shared_expert":
+            yield self._shared(name, layer)
+            return
+        if self._current is None or self._current.ffn.layer != layer:
+            self._current = self._method(self.settings, _SourceFFN(self.source, layer))
+        if kind == "router.":
+            yield self._current.router()
+            return
+        matrix = "down"
+        if name.endswith("gate_up_proj"):
+            half = placed.region[1]
+            assert isinstance(half, slice)
+            matrix = "up" if half.start else "gate"
+        expert = placed.region[0]
+        assert isinstance(expert, int)
+        yield self._current.expert(matrix, expert)
+
+    def _shared(self, name: str, layer: int) -> Tensor:
+        """A shared expert's matrix, or its gate (1, H): random, and zero where that keeps it silent."""
+        config = self.plan.config
+        wide, hidden = config.layer(layer), config.hidden_size
+        width = wide.num_shared_experts * wide.moe_intermediate_size
+        if name.endswith("down_proj.weight"):
+            return torch.zeros(hidden, width)
+        rows = 1 if name.endswith("shared_expert_gate.weight") else width
+        draws = generator(self.settings.seed, layer, "shared", name.rsplit(".", 2)[-2])
+        return torch.randn(rows, hidden, generator=draws).mul_(self.settings.init_std)
+
+
+class _SourceFFN:
+    """The FFN of a layer; each matrix is read once and kept as it is stored."""
+
+    def __init__(self, source: Checkpoint, layer: int) -> None:
+        self.source, self.layer = source, layer
+        self._matrices: dict[str, Tensor] = {}
+
+    def matrix(self, name: str) -> Tensor:
+        """``gate`` or ``up`` (D, H), or ``down`` (H, D)."""
+        if name not in self._matrices:
+            part = self.source.keys.dense(self.layer, name)
+            assert part is not None
+            self._matrices[name] = self.source.read(part)
+        return self._matrices[name]
+
+
+@torch.no_grad()
+def upcycle(
+    source: Checkpoint,
+    source_path: Path,
+    plan: Plan,
+    method: str,
+    settings: Settings,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    on_start: Callable[[int], None] = lambda total: None,
+    on_write: Callable[[int], None] = lambda count: None,
+) -> list[str]:
+    """Write the MoE: weights, config, the dense model's tokenizer, and ``start.yaml`` to train from it.
+
+    Args:
+        source: The dense checkpoint.
+        source_path: Its folder or ``.ckpt`` file.
+        plan: From :func:`plan_upcycling`.
+        method: Name of the method.
+        settings: What it reads.
+        folder: A new or empty folder.
+        dtype: What the weights are stored in; as in the dense checkpoint's embedding, if not given.
+        on_start: Called with the bytes that will be written.
+        on_write: Called with the bytes of every band that is written.
+
+    Returns:
+        Notes for the person who asked.
+
+    Raises:
+        UserError: A weight is NaN or Inf, or the folder cannot be written.
+    """
+    config = plan.config
+    stored = dtype or source.dtype(source.keys.parameter("embed_tokens.weight")[0].part)
+    keys = KeyMap(plan.family, config)
+    made = {"method": method, "dense": source.name, **dataclasses.asdict(settings)}
+    # transformers keeps what it does not know.
+    ids = special_ids(source_path, source.settings)
+    written = {**plan.family.write_config(config), **ids, "moebed_upcycled": made}
+    writer = FolderWriter(keys, written, stored)
+    on_start(writer.total)
+    notes = [plan.note] if plan.note else []
+    shards = settings.granularity
+    if method == "split" and stored != torch.float32 and shards & (shards - 1):
+        notes.append(
+            f"down times {shards} is rounded to {str(stored).removeprefix('torch.')}, so the first logits are the "
+            "dense model's but for that; a granularity that is a power of two, or --dtype float32, is exact"
+        )
+
+    def finish(partial: Path) -> None:
+        tokenizer, note = copy_tokenizer(source_path, partial)
+        notes.extend([note] if note else [])
+        write_start_recipe(partial, folder, config, tokenizer)
+
+    writer.write(folder, UpcycledWeights(source, plan, method, settings), finish, on_write)
+    return notes
