@@ -37,6 +37,7 @@ class Experts(nn.Module):
         self.num_experts, width = layer.num_experts, layer.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * width, config.hidden_size))
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, config.hidden_size, width))
+        self.hidden_act: str = config.hidden_act
         self.activation = ACTIVATIONS[config.hidden_act]
         self.backend = BACKENDS[resolve_backend(config.experts_backend)]
 
@@ -83,7 +84,24 @@ def _grouped_mm(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
     return from_slots(result, dispatch)
 
 
-BACKENDS: dict[str, Callable[[Experts, Tensor, Routing], Tensor]] = {"grouped_mm": _grouped_mm, "loop": _loop}
+def _triton(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
+    """The fused kernels of ``triton_kernels``, on a GPU or in Triton's interpreter."""
+    from triton_kernels.mlp import expert_mlp
+    from triton_kernels.mlp.checks import runs_on_cpu
+
+    if x.device.type == "cpu" and not runs_on_cpu():
+        raise ConfigError(
+            "experts_backend triton runs on a GPU; on a CPU set TRITON_INTERPRET=1 (slow, for tests), or choose auto"
+        )
+    matrices = experts.gate_up_proj, experts.down_proj
+    return expert_mlp(x, *matrices, routing.topk_index, routing.topk_weight, experts.hidden_act)
+
+
+BACKENDS: dict[str, Callable[[Experts, Tensor, Routing], Tensor]] = {
+    "grouped_mm": _grouped_mm,
+    "loop": _loop,
+    "triton": _triton,
+}
 
 
 def resolve_backend(name: str) -> str:
@@ -94,4 +112,18 @@ def resolve_backend(name: str) -> str:
         raise ConfigError(
             f"model config: unknown experts_backend {name!r}; choose auto or one of {', '.join(BACKENDS)}"
         )
+    if name == "triton":
+        _check_kernels_are_ours()
     return name
+
+
+def _check_kernels_are_ours() -> None:
+    """Refuse another distribution's ``triton_kernels``: Triton's own repository ships one under that name."""
+    import triton_kernels
+
+    if "expert_mlp" not in getattr(triton_kernels, "__all__", ()):
+        where = getattr(triton_kernels, "__file__", None) or next(iter(triton_kernels.__path__))
+        raise ConfigError(
+            f"experts_backend triton: {where} is another distribution called triton_kernels; uninstall it, or put"
+            " moebed's own folder before it on the path"
+        )

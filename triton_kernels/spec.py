@@ -52,8 +52,8 @@ class KernelSpec:
     Attributes:
         name: unique, as the table shows it: ``"up 128x256x64 w8 s3 tma"``.
         kernel: the ``@triton.jit`` function, without its autotuner.
-        op: the launch that it can serve: ``up``, ``down``, ``combine``, ``dhidden``, ``dx``, ``dw_up``, ``dw_down``, ...
-            Of each op one spec runs; the first in ``SHIPPED`` that names an architecture is what the roofline counts.
+        op: the launch that it can serve: ``up``, ``down``, ``combine``, ``grad_hidden``, ... Of each op one spec runs;
+            the first in ``SHIPPED`` that names an architecture is what the roofline counts.
         backward: the op belongs to the backward pass.
         arguments: run-time arguments by name, in any order; every other parameter is a constexpr.
         constexprs: values of the constexpr parameters; the string ``"T"`` is replaced by the element type.
@@ -68,6 +68,8 @@ class KernelSpec:
         archs: of ``sm_80``, ``sm_90``, ``sm_100``, ``gfx942``, those that it ships for.
         dtypes: element types that it ships for, of ``fp16``, ``bf16``, ``fp32``.
         gathers_indices: the main loop loads an index for each row: those loads may be narrow.
+        row_step: rows of R that a program takes at a time, whole steps being padded: BM, or BK where the rows are what
+            the loop runs over (dW). None stands for BM.
     """
 
     name: str
@@ -85,6 +87,7 @@ class KernelSpec:
     archs: tuple[str, ...] = ("sm_80", "sm_90", "sm_100", "gfx942")
     dtypes: tuple[str, ...] = DTYPES
     gathers_indices: bool = False
+    row_step: int | None = None
 
     @property
     def is_product(self) -> bool:

@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,28 @@ def run(command: str, arguments: Sequence[str]) -> None:
     probe = kinds.add_parser("probe", help="neuron matching beside the published procedure and its own products")
     probe.add_argument("--rounds", type=int, default=3, help="alternations of each comparison; 3 take five minutes")
     probe.add_argument("--full", action="store_true", help="a whole layer of 64 experts; takes more than an hour")
-    for kind in (train, probe):
+    kernels = kinds.add_parser("kernels", help="the Triton kernels: machine code and roofline, or times on a GPU")
+    kernels.add_argument("--static", action="store_true", help="compile and check the machine code; needs no GPU")
+    kernels.add_argument(
+        "--arch", action="append", help="sm_80, sm_90, sm_100, gfx942 or all; default sm_90; repeatable"
+    )
+    kernels.add_argument("--dtype", action="append", help="fp16, bf16, fp32 or all; default bf16")
+    kernels.add_argument("--only", default="", metavar="TEXT", help="only kernels whose name contains this")
+    kernels.add_argument("--first", action="store_true", help="one configuration of each op, to be quick")
+    experts = kinds.add_parser("experts", help="the expert MLP: our backends, transformers', and peers that import")
+    experts.add_argument("--dtype", action="append", help="float32, bfloat16 or autocast; default the first two")
+    experts.add_argument("--device", default="cpu", help="cpu or cuda")
+    for kind in (kernels, experts):
+        kind.add_argument("--shape", action="append", help="A, F, B, mixtral, deepseekmoe or olmoe; repeatable")
+        kind.add_argument("--tokens", type=int, help="tokens; default those of the size, or 256 (CPU) or 8192 (GPU)")
+        kind.add_argument("--rounds", type=int, default=10, help="alternations between all contestants")
+        kind.add_argument("--steps", type=int, default=3, help="steps of each contestant in a round")
+    for kind in (train, probe, kernels, experts):
         kind.add_argument("--json", type=Path, metavar="FILE", help="keep the figures, with versions and machine")
     options = parser.parse_args(arguments)
     if options.json is not None and not options.json.parent.is_dir():
         raise UserError(f"--json {options.json}: the folder {options.json.parent} does not exist; make it first")
-    found = _train(options) if options.what == "train" else _probe(options)
+    found = {"train": _train, "probe": _probe, "kernels": _kernels, "experts": _experts}[options.what](options)
     if options.json is not None:
         temporary = options.json.with_name(options.json.name + ".partial")
         temporary.write_text(json.dumps({"machine": machine(), "results": found}, indent=2) + "\n")
@@ -43,15 +59,10 @@ def run(command: str, arguments: Sequence[str]) -> None:
 
 
 def _train(options: argparse.Namespace) -> list[dict[str, Any]]:
-    import torch
-
     from moebed.bench import train
 
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device is available here; use --device cpu")
-    for name in options.size or []:
-        if name not in train.SIZES:
-            raise UserError(f"--size {name}: choose among {', '.join(train.SIZES)}")
+    _check_device(options.device)
+    _check_choices("--size", options.size or [], train.SIZES)
     results = []
     for name in options.size or ["A", "F"]:
         found = train.run(name, options.rounds, options.steps, options.compile, options.device)
@@ -86,7 +97,7 @@ def _probe(options: argparse.Namespace) -> dict[str, Any]:
 
     if options.rounds < 1:
         raise UserError(f"--rounds {options.rounds}: give at least 1")
-    found = probe.run(options.rounds, options.full, lambda line: print(line, file=sys.stderr, flush=True))
+    found = probe.run(options.rounds, options.full, _say)
     table = Table(title=f"weight probes, median \\[least, most] of {found['rounds']} rounds")
     for heading in ("ratio of times", "found", "goal", ""):
         table.add_column(heading, justify="left" if heading == "ratio of times" else "right")
@@ -97,6 +108,81 @@ def _probe(options: argparse.Namespace) -> dict[str, Any]:
     table.caption = "\n".join(found["notes"])
     Console(width=max(110, Console().width)).print(table)
     return found
+
+
+def _kernels(options: argparse.Namespace) -> Any:
+    from moebed.bench import kernels, tables
+
+    if not options.static:
+        _check_measured(options)
+        results = kernels.timed(options.shape or _paper_shapes(), options.tokens, options.rounds, options.steps)
+        for found in results:
+            tables.experts(found)
+        return results
+    _check_choices("--arch", options.arch or [], [*kernels.ARCHS, "all"])
+    _check_choices("--dtype", options.dtype or [], [*kernels.DTYPES, "all"])
+    archs = kernels.ARCHS if "all" in (options.arch or []) else options.arch or ["sm_90"]
+    dtypes = kernels.DTYPES if "all" in (options.dtype or []) else options.dtype or ["bf16"]
+    found = kernels.static(archs, dtypes, options.only, options.first, _say)
+    tables.gates(found)
+    tables.roofline(found)
+    return found
+
+
+def _experts(options: argparse.Namespace) -> list[dict[str, Any]]:
+    import torch
+
+    from moebed.bench import experts, tables
+
+    _check_device(options.device)
+    _check_choices("--dtype", options.dtype or [], experts.TOLERANCES)
+    _check_measured(options)
+    device = torch.device(options.device)
+    results = []
+    for name in options.shape or ["A", "F"]:
+        for dtype in options.dtype or ["float32", "bfloat16"]:
+            case = experts.case(name, options.tokens, device)
+            found = experts.run(case, dtype, device, options.rounds, options.steps)
+            tables.experts(found)
+            results.append(found)
+    return results
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _paper_shapes() -> list[str]:
+    from moebed.bench import experts
+
+    return list(experts.PAPER)
+
+
+def _shapes() -> list[str]:
+    from moebed.bench import train
+
+    return [*train.SIZES, *_paper_shapes()]
+
+
+def _check_measured(options: argparse.Namespace) -> None:
+    _check_choices("--shape", options.shape or [], _shapes())
+    for name in ("tokens", "rounds", "steps"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: give at least 1")
+
+
+def _check_choices(option: str, given: Iterable[str], known: Iterable[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise UserError(f"{option} {name}: choose among {', '.join(known)}")
+
+
+def _check_device(name: str) -> None:
+    import torch
+
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device is available here; use --device cpu")
 
 
 def machine() -> dict[str, Any]:

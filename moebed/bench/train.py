@@ -39,7 +39,8 @@ class Size:
         return self.batch_size * self.sequence_length
 
 
-def _mixtral(hidden: int, width: int, layers: int, experts: int, top_k: int, vocab: int) -> ModelConfig:
+def mixtral(hidden: int, width: int, layers: int, experts: int, top_k: int, vocab: int) -> ModelConfig:
+    """A Mixtral with heads of 32 and no balancing loss."""
     return ModelConfig(
         vocab_size=vocab,
         hidden_size=hidden,
@@ -53,9 +54,9 @@ def _mixtral(hidden: int, width: int, layers: int, experts: int, top_k: int, voc
 
 
 SIZES = {
-    "A": Size(_mixtral(256, 512, 4, 8, 2, 4096), 8, 256),
-    "F": Size(_mixtral(256, 128, 4, 32, 4, 4096), 8, 256),
-    "B": Size(_mixtral(512, 1024, 6, 16, 2, 8192), 4, 512),
+    "A": Size(mixtral(256, 512, 4, 8, 2, 4096), 8, 256),
+    "F": Size(mixtral(256, 128, 4, 32, 4, 4096), 8, 256),
+    "B": Size(mixtral(512, 1024, 6, 16, 2, 8192), 4, 512),
 }
 
 
@@ -72,7 +73,8 @@ NOTES = [
     "'matrix products alone' is the most that any step of these sizes can reach here",
 ]
 
-Step = Callable[[Tensor, Tensor], float]
+Step = Callable[..., float]  # takes one item of a feed
+Feed = Callable[[int], Iterator[tuple[Any, ...]]]  # what the steps take, endlessly, by seed
 
 
 def _training_step(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], device: torch.device) -> Step:
@@ -134,24 +136,31 @@ def products_step(config: ModelConfig, tokens: int, device: torch.device) -> Ste
     hidden, layer = config.hidden_size, config.layer(0)
     width = layer.moe_intermediate_size
     rows = tokens * layer.num_experts_per_tok // layer.num_experts
-    # (rows, in, out) of the forward products, and how often each occurs in a step.
     shapes = {
         (tokens, hidden, config.num_attention_heads * config.head_dim): 4 * config.num_hidden_layers,
         (rows, hidden, 2 * width): layer.num_experts * config.num_hidden_layers,
         (rows, width, hidden): layer.num_experts * config.num_hidden_layers,
         (tokens, hidden, config.vocab_size): 1,
     }
+    return bare_products(shapes, device, torch.bfloat16, backward=True)
+
+
+def bare_products(
+    shapes: dict[tuple[int, int, int], int], device: torch.device, dtype: torch.dtype, backward: bool
+) -> Step:
+    """Products by (rows, in, out) and how often each occurs in a step; with backward, their gradients' as well."""
     work = []
     for (m, k, n), count in shapes.items():
-        x, weight, grad = (torch.randn(*shape, device=device).bfloat16() for shape in ((m, k), (n, k), (m, n)))
+        x, weight, grad = (torch.randn(*size, device=device).to(dtype) for size in ((m, k), (n, k), (m, n)))
         work.append((x, weight, grad, count))
 
-    def step(input_ids: Tensor, labels: Tensor) -> float:
+    def step(*item: Any) -> float:
         for x, weight, grad, count in work:
             for _ in range(count):
                 torch.mm(x, weight.t())
-                torch.mm(grad, weight)
-                torch.mm(grad.t(), x)
+                if backward:
+                    torch.mm(grad, weight)
+                    torch.mm(grad.t(), x)
         return 0.0
 
     return step
@@ -188,23 +197,30 @@ def _say(text: str) -> None:
 
 
 def measure(
-    contestants: dict[str, Step], size: Size, device: torch.device, rounds: int, steps: int, progress: Callable = _say
+    contestants: dict[str, Step],
+    size: Size,
+    device: torch.device,
+    rounds: int,
+    steps: int,
+    progress: Callable = _say,
+    feed: Feed | None = None,
 ) -> Measured:
-    """Time all contestants in alternation, after a warm-up of each."""
+    """Time all contestants in alternation, after a warm-up of each; without a feed they take batches of tokens."""
+    feed = feed or (lambda seed: batches(size, device, seed))
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for name, step in contestants.items():
         begin = time.perf_counter()
-        for (input_ids, labels), _ in zip(batches(size, device), range(3), strict=False):
-            step(input_ids, labels)
+        for item, _ in zip(feed(0), range(3), strict=False):
+            step(*item)
         progress(f"warm-up of {name}: {time.perf_counter() - begin:.1f} s")
     for index in range(rounds):
         for name, step in contestants.items():
-            feed = batches(size, device, seed=index + 1)
-            data = [next(feed) for _ in range(steps)]
+            source = feed(index + 1)
+            data = [next(source) for _ in range(steps)]
             _synchronize(device)
             begin = time.perf_counter()
-            for input_ids, labels in data:
-                step(input_ids, labels)
+            for item in data:
+                step(*item)
             _synchronize(device)
             seconds[name].append((time.perf_counter() - begin) / steps)
         progress(f"round {index + 1} of {rounds}")

@@ -1,0 +1,46 @@
+"""Weighted combine of a token's rows, its unweighted twin for dX, and the sum behind d(topk weight)."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from triton_kernels.combine.kernels import combine_kernel, weight_grad_kernel
+from triton_kernels.configs import Config
+
+WEIGHT_GRAD_BLOCK = 256
+
+
+def combine(rows: Tensor, slot: Tensor, weight: Tensor | None, top_k: int, config: Config) -> Tensor:
+    """Sum each token's rows.
+
+    Args:
+        rows: (R, H) contiguous, in the sorted order.
+        slot: (R,) int32, row of each assignment.
+        weight: (T, K) float32, or None for a plain sum.
+        top_k: K.
+        config: tile sizes.
+
+    Returns:
+        (T, H), of the dtype of rows; summed in float32.
+    """
+    width, num_tokens = rows.shape[1], len(slot) // top_k
+    out = rows.new_empty(num_tokens, width)
+    columns = min(config.combine_columns, triton.next_power_of_2(width))
+    grid = (triton.cdiv(num_tokens, config.combine_tokens), triton.cdiv(width, columns))
+    combine_kernel[grid](
+        rows, slot, slot if weight is None else weight, out, num_tokens,
+        H=width, K=top_k, WEIGHTED=weight is not None, BLOCK_T=config.combine_tokens, BLOCK_H=columns,
+    )  # fmt: skip
+    return out
+
+
+def weight_grad(partial: Tensor, slot: Tensor) -> Tensor:
+    """Sum partial (column tiles, R, Q) over its tiles and their parts and return it by assignment: (R,) float32."""
+    out = torch.empty(len(slot), dtype=torch.float32, device=slot.device)
+    grid = (triton.cdiv(len(slot), WEIGHT_GRAD_BLOCK),)
+    weight_grad_kernel[grid](
+        partial, slot, out, len(slot), PARTS=len(partial), Q=partial.shape[2], BLOCK=WEIGHT_GRAD_BLOCK
+    )
+    return out

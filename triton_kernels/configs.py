@@ -1,0 +1,155 @@
+"""Tile sizes: what each kernel is launched with, by device and by shape class. Imports neither torch nor Triton.
+
+R = T·K rows of the sorted order, E experts. BM × BN is the output tile of a program, BK the depth of a step.
+
+All kernels that walk the rows share one BM, because they share one table of tiles (see ``routing``). There is one
+configuration for each kind of device: each passes the gates of ``triton_kernels.gates``, none was timed (no GPU was at
+hand), and nothing is tuned at run time, so two runs launch the same code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One kernel's tile: BN columns, BK deep, with its warps, pipeline stages and the rows of tiles that share L2."""
+
+    columns: int
+    depth: int
+    warps: int = 4
+    stages: int = 3
+    group: int = 8
+
+
+@dataclass(frozen=True)
+class WeightTile:
+    """Tile of a weight gradient: BM rows and BN columns of one expert's matrix, BK rows of tokens a step."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int = 8
+    stages: int = 3
+    group: int = 8
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tiles of every kernel of one launch of the expert MLP.
+
+    Attributes:
+        name: kind of device, as the gate table shows it.
+        rows: BM of the kernels that walk the sorted rows.
+        up: fused up and gate product; its columns count gate and up together.
+        down: down product.
+        grad_hidden: gradient of the activations, with the backward of the activation in its epilogue.
+        grad_rows: gradient of the gathered rows.
+        grad_up: gradient of ``gate_up``.
+        grad_down: gradient of ``down``.
+        combine_tokens: tokens that one program of the combine sums.
+        combine_columns: columns of one program of the combine.
+        routing_cells: assignments × experts that one program of the routing kernels holds.
+        archs: architectures that it ships for.
+    """
+
+    name: str
+    rows: int
+    up: Tile
+    down: Tile
+    grad_hidden: Tile
+    grad_rows: Tile
+    grad_up: WeightTile
+    grad_down: WeightTile
+    combine_tokens: int = 4
+    combine_columns: int = 512
+    routing_cells: int = 4096
+    archs: tuple[str, ...] = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+# 227 KiB of shared memory: three stages of (128 + 256) × 64 two-byte elements are 144 KiB. Where the loop first loads
+# the row's token, the compiler spends two of its five stages on that and keeps three of the operands.
+HOPPER = Config(
+    name="hopper",
+    rows=128,
+    up=Tile(256, 64, warps=8, stages=3),
+    down=Tile(256, 64, warps=8, stages=3),
+    grad_hidden=Tile(128, 64, warps=8, stages=3),
+    grad_rows=Tile(256, 64, warps=8, stages=3),
+    grad_up=WeightTile(128, 256, 64, warps=8, stages=5),
+    grad_down=WeightTile(128, 256, 64, warps=8, stages=5),
+    archs=("sm_90", "sm_100"),
+)
+
+# 163 KiB: half the columns and half the depth leave room for two programs on a multiprocessor.
+AMPERE = Config(
+    name="ampere",
+    rows=128,
+    up=Tile(128, 32, warps=8, stages=4),
+    down=Tile(128, 32, warps=8, stages=4),
+    grad_hidden=Tile(128, 32, warps=8, stages=4),
+    grad_rows=Tile(128, 32, warps=8, stages=4),
+    grad_up=WeightTile(128, 128, 32, warps=8, stages=7),
+    grad_down=WeightTile(128, 128, 32, warps=8, stages=7),
+    archs=("sm_80",),
+)
+
+# 64 KiB, and a pipeline that passes through registers.
+CDNA = Config(
+    name="cdna",
+    rows=128,
+    up=Tile(128, 32, warps=8, stages=2),
+    down=Tile(128, 32, warps=8, stages=2),
+    grad_hidden=Tile(128, 32, warps=8, stages=2),
+    grad_rows=Tile(128, 32, warps=8, stages=2),
+    grad_up=WeightTile(128, 128, 32, warps=8, stages=2),
+    grad_down=WeightTile(128, 128, 32, warps=8, stages=2),
+    archs=("gfx942",),
+)
+
+# An element of 4 bytes halves what fits, and accumulates in TF32 or plain float32: no large tile pays.
+WIDE = Config(
+    name="wide",
+    rows=64,
+    up=Tile(64, 32, warps=4, stages=3),
+    down=Tile(64, 32, warps=4, stages=3),
+    grad_hidden=Tile(64, 32, warps=4, stages=3),
+    grad_rows=Tile(64, 32, warps=4, stages=3),
+    grad_up=WeightTile(64, 64, 32, warps=8, stages=3),
+    grad_down=WeightTile(64, 64, 32, warps=8, stages=3),
+)
+
+# The interpreter pays by the operation, not by the element: few programs, as large as a small model is.
+INTERPRETED = Config(
+    name="interpreted",
+    rows=64,
+    up=Tile(128, 64, group=2),
+    down=Tile(64, 64, group=2),
+    grad_hidden=Tile(64, 64, group=2),
+    grad_rows=Tile(64, 64, group=2),
+    grad_up=WeightTile(128, 64, 64, group=2),
+    grad_down=WeightTile(64, 64, 64, group=2),
+    combine_tokens=64,
+    combine_columns=64,
+    archs=(),
+)
+
+BY_NAME = {config.name: config for config in (HOPPER, AMPERE, CDNA, WIDE, INTERPRETED)}
+
+
+def choose(capability: tuple[int, int] | None, element_size: int, interpreted: bool) -> Config:
+    """The configuration of a launch.
+
+    Args:
+        capability: CUDA compute capability, or None on another accelerator.
+        element_size: bytes of an element that is multiplied.
+        interpreted: the kernels run in Triton's interpreter.
+    """
+    if interpreted:
+        return INTERPRETED
+    if element_size > 2:
+        return WIDE
+    if capability is None:
+        return CDNA
+    return HOPPER if capability >= (9, 0) else AMPERE

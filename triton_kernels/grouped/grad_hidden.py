@@ -1,0 +1,154 @@
+"""Backward of the down product and of the activation, in one kernel.
+
+T tokens, K experts per token, R = T·K rows, E experts, H hidden, F expert intermediate, G = 2F.
+
+With s = dY W_down (the gradient of an unweighted activation row), h = act(gate) ⊙ up recomputed from the saved
+pre-activations and w the row's weight: d(w) = Σ_f h s, d(gate) = w s up act'(gate), d(up) = w s act(gate), and
+w h is what the gradient of W_down multiplies dY by. dY is gathered at the load.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from triton_kernels.activations import activate_with_slope
+from triton_kernels.configs import Config
+from triton_kernels.grouped.parts import halves, multiply, own_tile
+from triton_kernels.precision import constants
+from triton_kernels.routing import Metadata
+
+PARTS = 8
+
+
+@triton.jit
+def finish(
+    s, w, pre, grad_pre, weighted, lines, height, first,
+    F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """Write the gradients of s (BM, BN), whose columns begin at first; Σ over its columns of h s: (BM,)."""
+    G: tl.constexpr = 2 * F
+    columns = first + tl.arange(0, BLOCK_N)
+    both = 2 * first + tl.arange(0, 2 * BLOCK_N)
+    inside = (lines < height)[:, None] & (both < G)[None, :]
+    # 32 bits hold a place within the tile. Zeros outside make h zero there, so that the sum counts the matrix's own
+    # columns alone.
+    place = lines[:, None] * G + both[None, :]
+    saved = tl.load(pre + place, mask=inside, other=0.0)
+    gate, up = tl.split(tl.reshape(saved.to(tl.float32), (BLOCK_M, BLOCK_N, 2)))
+    act, slope = activate_with_slope(gate, ACTIVATION)
+    h = act * up
+    ws = w * s
+    joined = tl.reshape(tl.join(ws * up * slope, ws * act), (BLOCK_M, 2 * BLOCK_N))
+    tl.store(grad_pre + place, joined.to(grad_pre.dtype.element_ty), mask=inside)
+    mask = (lines < height)[:, None] & (columns < F)[None, :]
+    tl.store(weighted + lines[:, None] * F + columns[None, :], (h * w).to(weighted.dtype.element_ty), mask=mask)
+    return tl.sum(h * s, 1)
+
+
+@triton.jit
+def quarters(
+    s, w, pre, grad_pre, weighted, lines, height, first,
+    F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """``finish`` on one quarter of s after another: (BM, 2, 2) sums."""
+    PART: tl.constexpr = BLOCK_N // 4
+    left, right = halves(s, BLOCK_M, BLOCK_N)
+    s0, s1 = halves(left, BLOCK_M, BLOCK_N // 2)
+    s2, s3 = halves(right, BLOCK_M, BLOCK_N // 2)
+    sum0 = finish(s0, w, pre, grad_pre, weighted, lines, height, first, F, BLOCK_M, PART, ACTIVATION)
+    first += PART
+    sum1 = finish(s1, w, pre, grad_pre, weighted, lines, height, first, F, BLOCK_M, PART, ACTIVATION)
+    first += PART
+    sum2 = finish(s2, w, pre, grad_pre, weighted, lines, height, first, F, BLOCK_M, PART, ACTIVATION)
+    first += PART
+    sum3 = finish(s3, w, pre, grad_pre, weighted, lines, height, first, F, BLOCK_M, PART, ACTIVATION)
+    return tl.join(tl.join(sum0, sum1), tl.join(sum2, sum3))
+
+
+@triton.jit
+def grad_hidden_kernel(
+    grad, weight, pre, topk_weight, order, token, offsets, tile_expert, tile_start,
+    grad_pre, weighted, partial, num_rows,
+    H: tl.constexpr, F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """grad_pre (R, G) interleaved, weighted (R, F) = w h, partial (column tiles, R, 8) = Σ h s of eighths of a tile."""
+    tile, column_tile = own_tile(tl.cdiv(F, BLOCK_N), GROUP)
+    expert = tl.load(tile_expert + tile)
+    if expert < 0:
+        return
+    end = tl.load(offsets + expert + 1)
+    start = tl.load(tile_start + tile)
+    lines = tl.arange(0, BLOCK_M)
+    columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    depth = tl.arange(0, BLOCK_K)
+    rows = tl.minimum(start + lines, end - 1)
+    tokens = tl.load(token + rows).to(tl.int64)
+    a = grad + tokens[:, None] * H + depth[None, :]
+    b = weight + expert.to(tl.int64) * (H * F) + depth.to(tl.int64)[:, None] * F + (columns % F)[None, :]
+    s = multiply(a, b, BLOCK_K * F, H, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST)
+
+    w = tl.load(topk_weight + tl.load(order + rows))[:, None]
+    height = end - start
+    pre += start.to(tl.int64) * (2 * F)
+    grad_pre += start.to(tl.int64) * (2 * F)
+    weighted += start.to(tl.int64) * F
+    # By quarters of halves: the epilogue of a whole tile, with gate, up and their gradients beside s, outgrows the
+    # registers.
+    HALF: tl.constexpr = BLOCK_N // 2
+    first = column_tile * BLOCK_N
+    left, right = halves(s, BLOCK_M, BLOCK_N)
+    sums = tl.join(
+        quarters(left, w, pre, grad_pre, weighted, lines, height, first, F, BLOCK_M, HALF, ACTIVATION),
+        quarters(right, w, pre, grad_pre, weighted, lines, height, first + HALF, F, BLOCK_M, HALF, ACTIVATION),
+    )
+    # The eight sums are kept apart: added up here, a row's store would be 4 bytes wide.
+    partial += (column_tile.to(tl.int64) * num_rows + start) * PARTS
+    place = partial + lines[:, None] * PARTS + tl.arange(0, PARTS)[None, :]
+    tl.store(place, tl.reshape(sums, (BLOCK_M, PARTS)), mask=(lines < height)[:, None])
+
+
+def constexprs(width: int, inter: int, activation: str, config: Config) -> dict[str, Any]:
+    """Compile-time arguments of a launch, without those of ``precision.constants``."""
+    tile = config.grad_hidden
+    return {
+        "H": width, "F": inter, "BLOCK_M": config.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth,
+        "GROUP": tile.group, "PARTS": PARTS, "ACTIVATION": activation,
+    }  # fmt: skip
+
+
+def grad_hidden(
+    grad: Tensor, weight: Tensor, pre: Tensor, topk_weight: Tensor, meta: Metadata, activation: str, config: Config
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the product.
+
+    Args:
+        grad: (T, H) gradient of the output, contiguous.
+        weight: (E, H, F), the down matrices.
+        pre: (R, G) saved pre-activations, interleaved.
+        topk_weight: (T, K) float32.
+        meta: sorted order.
+        activation: silu, gelu or gelu_tanh.
+        config: tile sizes.
+
+    Returns:
+        grad_pre (R, G) interleaved, weighted activations (R, F), and the parts (column tiles, R, 8) of d(topk
+        weight).
+    """
+    rows, (width, inter), tile = len(pre), weight.shape[1:], config.grad_hidden
+    parts = triton.cdiv(inter, tile.columns)
+    grad_pre = torch.empty_like(pre)
+    weighted = torch.empty(rows, inter, dtype=pre.dtype, device=pre.device)
+    partial = torch.empty(parts, rows, PARTS, dtype=torch.float32, device=pre.device)
+    grad_hidden_kernel[(len(meta.tile_expert) * parts,)](
+        grad, weight, pre, topk_weight, meta.order, meta.token, meta.offsets, meta.tile_expert, meta.tile_start,
+        grad_pre, weighted, partial, rows,
+        **constexprs(width, inter, activation, config), **constants(pre.dtype),
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return grad_pre, weighted, partial

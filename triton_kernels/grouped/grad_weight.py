@@ -1,0 +1,110 @@
+"""Gradients of the expert matrices: one program owns one tile of one expert, and sums over that expert's rows.
+
+T tokens, R rows, E experts, H hidden, F expert intermediate, G = 2F. M × N is one expert's matrix.
+
+d(gate_up) = d(pre)ᵀ x with x gathered at the load, d(down) = dYᵀ (w h) with dY gathered at the load. An expert
+without rows never enters the loop and writes its zeros: nothing is filled beforehand.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from triton_kernels.configs import Config, WeightTile
+from triton_kernels.grouped.parts import dot, own_tile
+from triton_kernels.precision import constants
+from triton_kernels.routing import Metadata
+
+
+@triton.jit
+def grad_weight_kernel(
+    left, right, token, offsets, out,
+    M: tl.constexpr, N: tl.constexpr, GATHER_LEFT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """out (E, M, N) = leftᵀ right over each expert's rows.
+
+    Of left (·, M) and right (·, N) one is gathered by token and the other sorted. Where right is gathered, left is
+    the interleaved gradient of gate and up, and the rows of out are put back as gate first, up after.
+    """
+    NUM_M: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
+    tile, column_tile = own_tile(tl.cdiv(N, BLOCK_N), GROUP)
+    expert = tile // NUM_M
+    m = (tile % NUM_M) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    start = tl.load(offsets + expert)
+    end = tl.load(offsets + expert + 1)
+    depth = tl.arange(0, BLOCK_K)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # The left tile is loaded as its transpose (BM, BK): a transpose of a loaded tile would pass through registers.
+    if GATHER_LEFT:
+        ordered = right + start.to(tl.int64) * N
+        inner = depth[:, None] * N + (n % N)[None, :]
+        gathered = left + (m % M)[:, None]
+    else:
+        ordered = left + start.to(tl.int64) * M
+        inner = depth[None, :] * M + (m % M)[:, None]
+        gathered = right + (n % N)[None, :]
+    whole = start + (end - start) // BLOCK_K * BLOCK_K
+    for row in range(start, whole, BLOCK_K):
+        tokens = tl.load(token + row + depth).to(tl.int64)
+        if GATHER_LEFT:
+            a = tl.load(gathered + tokens[None, :] * M)
+            b = tl.load(ordered + inner)
+            ordered += BLOCK_K * N
+        else:
+            a = tl.load(ordered + inner)
+            b = tl.load(gathered + tokens[:, None] * N)
+            ordered += BLOCK_K * M
+        acc = dot(a, b, acc, PRECISION, UPCAST)
+    if whole < end:
+        # The rows that fill no block, after the loop, which then needs no mask. Zeros on the sorted side alone: the
+        # gathered side repeats a row of this expert, as finite as its others.
+        inside = whole + depth < end
+        tokens = tl.load(token + tl.minimum(whole + depth, end - 1)).to(tl.int64)
+        if GATHER_LEFT:
+            a = tl.load(gathered + tokens[None, :] * M)
+            b = tl.load(ordered + inner, mask=inside[:, None], other=0.0)
+        else:
+            a = tl.load(ordered + inner, mask=inside[None, :], other=0.0)
+            b = tl.load(gathered + tokens[:, None] * N)
+        acc = dot(a, b, acc, PRECISION, UPCAST)
+    matrix_row = m if GATHER_LEFT else (m % 2) * (M // 2) + m // 2
+    place = out + expert.to(tl.int64) * (M * N) + matrix_row.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(place, acc.to(out.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+
+
+def constexprs(rows: int, columns: int, gather_left: bool, tile: WeightTile) -> dict[str, Any]:
+    """Compile-time arguments of a launch, without those of ``precision.constants``."""
+    return {
+        "M": rows, "N": columns, "GATHER_LEFT": gather_left,
+        "BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth, "GROUP": tile.group,
+    }  # fmt: skip
+
+
+def _launch(left: Tensor, right: Tensor, meta: Metadata, gather_left: bool, tile: WeightTile) -> Tensor:
+    rows, columns, num_experts = left.shape[1], right.shape[1], len(meta.offsets) - 1
+    out = torch.empty(num_experts, rows, columns, dtype=left.dtype, device=left.device)
+    grid = (num_experts * triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)
+    grad_weight_kernel[grid](
+        left, right, meta.token, meta.offsets, out,
+        **constexprs(rows, columns, gather_left, tile), **constants(left.dtype),
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return out
+
+
+def grad_up(grad_pre: Tensor, x: Tensor, meta: Metadata, config: Config) -> Tensor:
+    """d(gate_up) (E, G, H), gate rows first, of grad_pre (R, G) interleaved and x (T, H)."""
+    return _launch(grad_pre, x, meta, False, config.grad_up)
+
+
+def grad_down(grad: Tensor, weighted: Tensor, meta: Metadata, config: Config) -> Tensor:
+    """d(down) (E, H, F) of the output's gradient (T, H) and the weighted activations (R, F)."""
+    return _launch(grad, weighted, meta, True, config.grad_down)

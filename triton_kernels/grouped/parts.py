@@ -1,0 +1,67 @@
+"""What the grouped products share: which tile a program owns, and the main loop.
+
+BM × BN is the output tile of a program, BK the depth of a step. A row tile never crosses an expert.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def own_tile(NUM_N: tl.constexpr, GROUP: tl.constexpr):
+    """(row tile, column tile) of this program: GROUP row tiles share their columns' weights in L2."""
+    program = tl.program_id(0)
+    num_m = tl.num_programs(0) // NUM_N
+    first = program // (GROUP * NUM_N) * GROUP
+    height = tl.minimum(num_m - first, GROUP)
+    inner = program % (GROUP * NUM_N)
+    return first + inner % height, inner // height
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """acc + a @ b in float32. UPCAST is for the interpreter, which multiplies bfloat16 as if it were an integer."""
+    if UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def multiply(
+    a, b, step_b,
+    DEPTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Σ over DEPTH of a (BM, BK) @ b (BK, BN), pointers that move by BK and by step_b: (BM, BN) float32."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    REST: tl.constexpr = DEPTH % BLOCK_K
+    for _ in range(0, DEPTH - REST, BLOCK_K):
+        acc = dot(tl.load(a), tl.load(b), acc, PRECISION, UPCAST)
+        a += BLOCK_K
+        b += step_b
+    if REST > 0:
+        # After the loop, which then needs no mask. Both sides have one: what lies past the end may be NaN, and
+        # 0 · NaN is NaN.
+        inside = tl.arange(0, BLOCK_K) < REST
+        a_tile = tl.load(a, mask=inside[None, :], other=0.0)
+        b_tile = tl.load(b, mask=inside[:, None], other=0.0)
+        acc = dot(a_tile, b_tile, acc, PRECISION, UPCAST)
+    return acc
+
+
+@triton.jit
+def halves(values, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The left and the right half of the columns of values (BM, BN)."""
+    return tl.split(tl.permute(tl.reshape(values, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def store_rows(
+    target, values, rows, columns, end,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Write values (BM, BN) to target (R, WIDTH), rows before end and columns before WIDTH alone."""
+    mask = (rows < end)[:, None] & (columns < WIDTH)[None, :]
+    place = target + rows.to(tl.int64)[:, None] * WIDTH + columns[None, :]
+    tl.store(place, values.to(target.dtype.element_ty), mask=mask)

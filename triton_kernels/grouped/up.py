@@ -1,0 +1,93 @@
+"""Fused gate and up product: rows gathered at the load, activation in the epilogue.
+
+T tokens, R = T·K rows, E experts, H hidden, F expert intermediate, G = 2F.
+
+The columns of a tile interleave gate and up: column 2f is gate row f, column 2f + 1 is up row f. So one program owns
+both halves of each activation, one accumulator holds them side by side in a thread's registers, and the saved
+pre-activations are written as they lie: ``pre (R, G)`` is interleaved too, and so are all that derive from it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from triton_kernels.activations import activate
+from triton_kernels.configs import Config
+from triton_kernels.grouped.parts import halves, multiply, own_tile, store_rows
+from triton_kernels.precision import constants
+from triton_kernels.routing import Metadata
+
+
+@triton.jit
+def up_kernel(
+    x, weight, token, offsets, tile_expert, tile_start, hidden, pre,
+    H: tl.constexpr, F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr, ACTIVATION: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """hidden (R, F) = act(x W_gateᵀ) ⊙ x W_upᵀ, and pre (R, G) where SAVE."""
+    G: tl.constexpr = 2 * F
+    tile, column_tile = own_tile(tl.cdiv(G, BLOCK_N), GROUP)
+    expert = tl.load(tile_expert + tile)
+    if expert < 0:
+        return
+    end = tl.load(offsets + expert + 1)
+    rows = tl.load(tile_start + tile) + tl.arange(0, BLOCK_M)
+    columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    depth = tl.arange(0, BLOCK_K)
+    # Rows and columns past the end repeat real ones, so that the loop needs no mask for them; the store drops them.
+    tokens = tl.load(token + tl.minimum(rows, end - 1)).to(tl.int64)
+    wrapped = columns % G
+    matrix_row = ((wrapped % 2) * F + wrapped // 2).to(tl.int64)
+    a = x + tokens[:, None] * H + depth[None, :]
+    b = weight + expert.to(tl.int64) * (G * H) + matrix_row[None, :] * H + depth[:, None]
+    acc = multiply(a, b, BLOCK_K, H, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST)
+    # By halves: the epilogue of a whole tile, with gate and up beside it, outgrows the registers.
+    left, right = halves(acc, BLOCK_M, BLOCK_N)
+    for side in tl.static_range(2):
+        values = left if side == 0 else right
+        first = column_tile * BLOCK_N + side * (BLOCK_N // 2)
+        if SAVE:
+            store_rows(pre, values, rows, first + tl.arange(0, BLOCK_N // 2), end, G)
+        gate, up = tl.split(tl.reshape(values, (BLOCK_M, BLOCK_N // 4, 2)))
+        half = first // 2 + tl.arange(0, BLOCK_N // 4)
+        store_rows(hidden, activate(gate, ACTIVATION) * up, rows, half, end, F)
+
+
+def constexprs(width: int, inter: int, activation: str, save: bool, config: Config) -> dict[str, Any]:
+    """Compile-time arguments of a launch, without those of ``precision.constants``."""
+    return {
+        "H": width, "F": inter, "BLOCK_M": config.rows, "BLOCK_N": config.up.columns, "BLOCK_K": config.up.depth,
+        "GROUP": config.up.group, "ACTIVATION": activation, "SAVE": save,
+    }  # fmt: skip
+
+
+def up(x: Tensor, weight: Tensor, meta: Metadata, activation: str, save: bool, config: Config) -> tuple[Tensor, Tensor]:
+    """Launch the product.
+
+    Args:
+        x: (T, H) contiguous.
+        weight: (E, G, H) contiguous, gate rows first, dtype of x.
+        meta: sorted order.
+        activation: silu, gelu or gelu_tanh.
+        save: write the pre-activations as well.
+        config: tile sizes.
+
+    Returns:
+        hidden (R, F), and pre (R, G) interleaved, or (0, G) without save.
+    """
+    width, inter = x.shape[1], weight.shape[1] // 2
+    rows, tile = len(meta.order), config.up
+    hidden = torch.empty(rows, inter, dtype=x.dtype, device=x.device)
+    pre = torch.empty(rows if save else 0, 2 * inter, dtype=x.dtype, device=x.device)
+    grid = (len(meta.tile_expert) * triton.cdiv(2 * inter, tile.columns),)
+    up_kernel[grid](
+        x, weight, meta.token, meta.offsets, meta.tile_expert, meta.tile_start, hidden, pre,
+        **constexprs(width, inter, activation, save, config), **constants(x.dtype),
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return hidden, pre

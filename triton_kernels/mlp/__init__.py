@@ -1,0 +1,77 @@
+"""The whole expert MLP: the public function, its checks, its fallback and the custom ops behind it."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from triton_kernels.mlp import reference
+from triton_kernels.mlp.checks import check, check_index, why_not
+
+
+@cache
+def _say(reason: str) -> None:
+    warnings.warn(f"expert_mlp: using the plain torch reference, because {reason}", stacklevel=4)
+
+
+def expert_mlp(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    topk_index: Tensor,
+    topk_weight: Tensor,
+    activation: str = "silu",
+) -> Tensor:
+    """Weighted sum of the chosen experts' gated FFNs: Σ_k w_k (act(x W_gateᵀ) ⊙ x W_upᵀ) W_downᵀ.
+
+    T tokens, K experts per token, E experts, H hidden, F expert intermediate. Differentiable once in x, gate_up, down
+    and topk_weight. Products accumulate in float32. Two runs on the same device agree in every bit, forward and
+    backward: no sum depends on the order in which programs finish.
+
+    Under autocast, x, gate_up and down are cast to its dtype, and the result has that dtype.
+
+    The kernels take float32, float16 and bfloat16, H and F that are multiples of 8, T·K below 2^31, and CUDA of
+    compute capability 8.0 or ROCm (or TRITON_INTERPRET=1 on a CPU). A tensor that is not contiguous, or does not begin
+    at a 16-byte boundary, is copied first. Everything else (float64, other sizes, T = 0 or K = 0, an older GPU, no
+    Triton) goes to the plain torch reference, which says so once, is exact, and does not compile in one graph.
+
+    Args:
+        x: (T, H) tokens.
+        gate_up: (E, 2F, H), gate rows first; dtype of x.
+        down: (E, H, F); dtype of x.
+        topk_index: (T, K) integers in [0, E). An expert may occur twice in a row.
+        topk_weight: (T, K) floating point, used in float32 (float64 by the reference).
+        activation: ``silu`` (SwiGLU), ``gelu`` (GeGLU, exact) or ``gelu_tanh``.
+
+    Returns:
+        (T, H), of the dtype of x.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit; E = 0; an unknown activation; an index outside [0, E)
+            (on a GPU a device-side assertion, queued before the kernels, so that no layer waits for the answer).
+    """
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
+    check(x, gate_up, down, topk_index, topk_weight, activation)
+    reason = why_not(x, gate_up, topk_index.shape[1])
+    if reason is not None:
+        if not torch.compiler.is_compiling():
+            _say(reason)
+        check_index(topk_index, len(gate_up))
+        with torch.autocast(device, enabled=False):
+            return reference.expert_mlp(x, gate_up, down, topk_index, topk_weight, activation)
+
+    from triton_kernels.mlp.op import forward_op
+
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, gate_up, down, topk_weight))
+    return forward_op(x, gate_up, down, _narrow(topk_index, len(gate_up)), topk_weight.float(), activation, save)[0]
+
+
+def _narrow(index: Tensor, num_experts: int) -> Tensor:
+    """The index in int32; clamped first, so that an index outside E stays outside E in fewer bits."""
+    return index.clamp(-1, num_experts).to(torch.int32)

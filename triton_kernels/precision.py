@@ -1,0 +1,22 @@
+"""Where the kernels run, and with what precision they multiply."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from triton_kernels.activations import activate
+
+
+def interpreted() -> bool:
+    """Whether the kernels were imported for Triton's interpreter (TRITON_INTERPRET=1 before the first import)."""
+    return not isinstance(activate, triton.runtime.JITFunction)
+
+
+def constants(dtype: torch.dtype) -> dict[str, str | bool]:
+    """The constexprs PRECISION and UPCAST of a launch on dtype.
+
+    float32 is multiplied as PyTorch's own products are: in TF32 only where ``torch.backends.cuda.matmul`` allows it.
+    """
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return {"PRECISION": "tf32" if tf32 else "ieee", "UPCAST": interpreted()}

@@ -1,0 +1,166 @@
+"""``SHIPPED``: every kernel in every configuration that a launch on a GPU can pick, for the gates to compile.
+
+T tokens, K experts per token, R = T·K rows, E experts, H hidden, F expert intermediate, G = 2F.
+
+The constexprs come from the functions that the launches call, so a spec cannot drift from what runs. Sizes are
+compile-time constants of the kernels; here they are DeepSeekMoE-16B's. No tile divides a K-loop of H = 2056 or
+F = 1416, so the products are listed once more with those sizes, as ``ragged``: their loops carry masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from triton_kernels.activations import NAMES
+from triton_kernels.combine import WEIGHT_GRAD_BLOCK
+from triton_kernels.combine.kernels import combine_kernel, weight_grad_kernel
+from triton_kernels.configs import AMPERE, CDNA, HOPPER, WIDE, Config, Tile, WeightTile
+from triton_kernels.grouped import down, grad_hidden, grad_rows, grad_weight, up
+from triton_kernels.routing import block_sizes
+from triton_kernels.routing.kernels import count_kernel, place_kernel, scan_kernel, tiles_kernel
+from triton_kernels.spec import Argument, KernelSpec
+
+EXPERTS, TOP_K = 64, 6
+EVEN, RAGGED = (2048, 1408), (2056, 1416)  # (H, F)
+
+_TABLE = {name: Argument("*i32", aligned=True) for name in ("offsets", "tile_expert", "tile_start")}
+_TOKEN = {"token": Argument("*i32", aligned=True)}
+
+
+def _elements(shape: str, passes: float = 1.0) -> Argument:
+    return Argument("*T", aligned=True, shape=shape, passes=passes)
+
+
+def _product(
+    op: str,
+    label: str,
+    kernel: Any,
+    config: Config,
+    tile: Tile | WeightTile,
+    arguments: Mapping[str, Argument],
+    constexprs: Mapping[str, Any],
+    flops: float,
+    gathers_indices: bool = False,
+) -> Iterator[KernelSpec]:
+    rows = tile.rows if isinstance(tile, WeightTile) else config.rows
+    size = f"{rows}x{tile.columns}x{tile.depth} w{tile.warps} s{tile.stages}"
+    for precision in ("ieee", "tf32") if config is WIDE else ("ieee",):
+        yield KernelSpec(
+            name=" ".join(filter(None, (op, size, config.name, label, precision if config is WIDE else ""))),
+            kernel=kernel,
+            op=op,
+            backward=op not in ("up", "down"),
+            arguments=arguments,
+            constexprs={**constexprs, "PRECISION": precision, "UPCAST": False},
+            tile=(rows, tile.columns, tile.depth),
+            loop_flops=2 * rows * tile.columns * tile.depth,
+            flops=flops,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            archs=config.archs,
+            dtypes=("fp32",) if config is WIDE else ("fp16", "bf16"),
+            gathers_indices=gathers_indices,
+        )
+
+
+def _products(config: Config, width: int, inter: int, label: str) -> Iterator[KernelSpec]:
+    tall = {"weight": _elements("EGH"), **_TABLE}
+    for activation in NAMES:
+        for save in (True, False):
+            arguments = {"x": _elements("TH"), **_TOKEN, **tall, "hidden": _elements("RF"), "pre": _elements("RG")}
+            if not save:
+                arguments["pre"] = Argument("*T", aligned=True)
+            what = " ".join(filter(None, (activation, "" if save else "inference", label)))
+            constexprs = up.constexprs(width, inter, activation, save, config)
+            yield from _product("up", what, up.up_kernel, config, config.up, arguments, constexprs, 4)
+    short = {"weight": _elements("EHF"), **_TABLE}
+    arguments = {"hidden": _elements("RF"), **short, "out": _elements("RH")}
+    constexprs = down.constexprs(width, inter, config)
+    yield from _product("down", label, down.down_kernel, config, config.down, arguments, constexprs, 2)
+    for activation in NAMES:
+        arguments = {
+            "grad": _elements("TH"), **short, **_TOKEN, "order": Argument("*i32", aligned=True),
+            "topk_weight": Argument("*fp32", aligned=True), "pre": _elements("RG"), "grad_pre": _elements("RG"),
+            "weighted": _elements("RF"), "partial": Argument("*fp32", aligned=True), "num_rows": Argument("i32"),
+        }  # fmt: skip
+        constexprs = grad_hidden.constexprs(width, inter, activation, config)
+        what, kernel = f"{activation} {label}".strip(), grad_hidden.grad_hidden_kernel
+        yield from _product("grad_hidden", what, kernel, config, config.grad_hidden, arguments, constexprs, 2)
+    arguments = {"grad_pre": _elements("RG"), **tall, "out": _elements("RH")}
+    constexprs = grad_rows.constexprs(width, inter, config)
+    kernel = grad_rows.grad_rows_kernel
+    yield from _product("grad_rows", label, kernel, config, config.grad_rows, arguments, constexprs, 4)
+
+    kernel, shared = grad_weight.grad_weight_kernel, {**_TOKEN, "offsets": _TABLE["offsets"]}
+    arguments = {"left": _elements("RG"), "right": _elements("TH"), **shared, "out": _elements("EGH")}
+    constexprs = grad_weight.constexprs(2 * inter, width, False, config.grad_up)
+    yield from _product("grad_up", label, kernel, config, config.grad_up, arguments, constexprs, 4, True)
+    arguments = {"left": _elements("TH"), "right": _elements("RF"), **shared, "out": _elements("EHF")}
+    constexprs = grad_weight.constexprs(width, inter, True, config.grad_down)
+    yield from _product("grad_down", label, kernel, config, config.grad_down, arguments, constexprs, 2, True)
+
+
+def _plain(op: str, kernel: Any, arguments: Mapping[str, Argument], **changes: Any) -> KernelSpec:
+    settings = {"backward": False, "dtypes": ("bf16",), **changes}
+    return KernelSpec(
+        name=f"{op} w4", kernel=kernel, op=op, arguments=arguments, tile=(0, 0, 0), loop_flops=0, flops=0,
+        num_warps=4, num_stages=3, **settings,
+    )  # fmt: skip
+
+
+def _others(config: Config) -> Iterator[KernelSpec]:
+    block, chunk, block_e = block_sizes(EXPERTS, config.routing_cells)
+    numbers = Argument("*i32", aligned=True)
+    size = {"E": EXPERTS, "BLOCK": block, "BLOCK_E": block_e}
+    where = {"index": numbers, "counts": numbers, "size": Argument("i32")}
+    yield _plain("route_count", count_kernel, where, constexprs=size)
+    yield _plain(
+        "route_scan", scan_kernel, {"counts": numbers, "offsets": numbers, "num_blocks": Argument("i32")},
+        constexprs={"E": EXPERTS, "CHUNK": chunk, "BLOCK_E": block_e},
+    )  # fmt: skip
+    placed = {name: numbers for name in ("offsets", "order", "token", "slot")}
+    yield _plain("route_place", place_kernel, {**where, **placed}, constexprs={**size, "K": TOP_K})
+    yield _plain(
+        "route_tiles", tiles_kernel, {**_TABLE, "num_tiles": Argument("i32")},
+        constexprs={**size, "BLOCK_M": config.rows},
+    )  # fmt: skip
+    for op, weighted in (("combine", True), ("combine_grad", False)):
+        yield _plain(
+            op, combine_kernel,
+            {
+                "rows": _elements("RH"), "slot": numbers,
+                "weight": Argument("*fp32" if weighted else "*i32", aligned=True),
+                "out": _elements("TH"), "num_tokens": Argument("i32"),
+            },
+            constexprs={
+                "H": EVEN[0], "K": TOP_K, "WEIGHTED": weighted, "BLOCK_T": config.combine_tokens,
+                "BLOCK_H": config.combine_columns,
+            },
+            backward=not weighted, dtypes=("fp16", "bf16", "fp32"),
+        )  # fmt: skip
+    yield _plain(
+        "weight_grad", weight_grad_kernel,
+        {
+            "partial": Argument("*fp32", aligned=True), "slot": numbers, "out": Argument("*fp32", aligned=True),
+            "size": Argument("i32"),
+        },
+        constexprs={
+            "PARTS": -(-EVEN[1] // config.grad_hidden.columns), "BLOCK": WEIGHT_GRAD_BLOCK,
+            "Q": grad_hidden.PARTS,
+        },
+        backward=True,
+    )  # fmt: skip
+
+
+SHIPPED: tuple[KernelSpec, ...] = (
+    *_products(HOPPER, *EVEN, ""),
+    *_products(AMPERE, *EVEN, ""),
+    *_products(CDNA, *EVEN, ""),
+    *_products(WIDE, *EVEN, ""),
+    *_products(HOPPER, *RAGGED, "ragged"),
+    *_products(AMPERE, *RAGGED, "ragged"),
+    *_products(CDNA, *RAGGED, "ragged"),
+    *_products(WIDE, *RAGGED, "ragged"),
+    *_others(HOPPER),
+)
