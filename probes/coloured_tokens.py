@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAGE_TOKENS, PAGE_DOMAINS = 200, 8  # tokens of each domain
-IMAGE_LINES, IMAGE_COLUMNS, IMAGE_DOMAINS = 6, 62, 3
+IMAGE_LINES, IMAGE_COLUMNS, IMAGE_DOMAINS = 4, 62, 3
 LEGEND = 64  # experts
 # Light enough for dark text, and far apart for the few experts that most models here have.
 _FEW = ("#a6cee3", "#fdbf6f", "#b2df8a", "#fb9a99", "#cab2d6", "#ffff99", "#8dd3c7", "#d9d9d9", "#fccde5", "#d8b48a")
@@ -111,7 +111,7 @@ def draw_coloured(arrays: Arrays) -> Figure:
     most = max(probs[layer].shape[1] for layer in layers)
     title = "The text, each token on the colour of the expert that is its first choice"
     title += "" if most <= 24 else f"\nSome of {most} colours look alike; the page of the same name tells the experts"
-    fig = figures.new_figure(max(7.5, 5.0 * len(layers) + 0.4), 1.3 + 1.25 * len(passages), title)
+    fig = figures.new_figure(max(7.5, 5.0 * len(layers) + 0.4), 1.3 + 0.9 * len(passages), title)
     axes = fig.subplots(len(passages), len(layers), squeeze=False)
     for row, (name, tokens) in enumerate(passages):
         words = _words(arrays, tokens)
