@@ -1,7 +1,7 @@
 """The published neuron matching of one pair of experts, to be timed in a process of its own.
 
 Its rows allocate and free memory all the time, and how fast that is depends on what the process has allocated before.
-This one imports nothing else of moebed, and holds nothing but the two experts.
+This module imports what the procedure needs and nothing else of moebed, and holds nothing but the two experts.
 
 N neurons of an expert, H hidden.
 """
