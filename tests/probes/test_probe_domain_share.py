@@ -17,7 +17,7 @@ from probes.domain_share import DomainShare, divergence, shares_of_counts
 from probes.figures import to_rgb
 from probes.resampling import p_value, resample_within, shuffle_labels, smallest_p
 
-PUBLISHED = Path("/work/shared/data/published_mixtral_expert_counts.json")
+PUBLISHED = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "published_mixtral_expert_counts.json"
 
 
 def domain_share(views):
