@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 from moebed.checkpoints.pool import Piece
 
@@ -47,5 +47,5 @@ class ReadingPlan:
         return self._group[layer, step]
 
 
-def _distinct(pieces: object) -> list[Piece]:
-    return list(dict.fromkeys(pieces))  # type: ignore[call-overload]
+def _distinct(pieces: Iterable[Piece]) -> list[Piece]:
+    return list(dict.fromkeys(pieces))
