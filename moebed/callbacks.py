@@ -13,12 +13,17 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from moebed.checkpoints.sharded import is_sharded, read_whole, remove
 from moebed.errors import UserError
 from moebed.generate import generate
+from moebed.parallel.strategy import MeshStrategy
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoints written to a temporary name beside the target, then renamed; loaded as data, never as code."""
+    """Checkpoints written to a temporary name beside the target, then renamed; loaded as data, never as code.
+
+    A folder of parts, as ranks of a sharded model write it, is loaded as the file that one process would have written.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write checkpoint to path; a failure leaves whatever was at path before."""
@@ -30,6 +35,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
+            if target.is_dir():
+                remove(target)  # of the same run in another layout; the new file is whole already
             os.replace(temporary, target)
         except (OSError, RuntimeError) as error:
             temporary.unlink(missing_ok=True)
@@ -40,8 +47,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint with torch.load(weights_only=True), whatever was asked."""
+        if is_sharded(path):
+            return read_whole(Path(path))
         if not Path(path).is_file():
-            raise UserError(f"checkpoint {path} does not exist; give the path of a .ckpt file, or last")
+            raise UserError(f"checkpoint {path} does not exist; give the path of a .ckpt, or last")
         try:
             return torch.load(path, map_location=map_location or "cpu", weights_only=True)
         except Exception as error:  # torch raises several unrelated types for a damaged file
@@ -128,10 +137,9 @@ class SampleText(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sample, with a generator of its own so that training draws what it would have drawn without."""
-        if trainer.sanity_checking or not trainer.is_global_zero:
-            return
+        together = isinstance(trainer.strategy, MeshStrategy)  # then a forward pass takes every rank
         loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        if not loggers:
+        if trainer.sanity_checking or not loggers or not (trainer.is_global_zero or together):
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         batch = data.probe_batch(len(data.domains))
@@ -146,7 +154,7 @@ class SampleText(Callback):
                 _quoted(data.tokenizer.decode(prompt)) + "\n\n*continues:*\n\n" + _quoted(data.tokenizer.decode(rest))
             )
             sections.append(f"**{data.domains[domain]}**\n\n{text}")
-        for logger in loggers:
+        for logger in loggers if trainer.is_global_zero else ():
             logger.experiment.add_text("samples", "\n\n".join(sections), trainer.global_step)
 
 

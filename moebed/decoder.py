@@ -5,6 +5,8 @@ B sequences, S positions, T = B·S tokens, E experts, K experts per token, H hid
 
 from __future__ import annotations
 
+import hashlib
+from functools import partial
 from typing import NamedTuple, cast
 
 import torch
@@ -61,8 +63,7 @@ class MoE(nn.Module):
 
     def combine(self, x: Tensor, routing: Routing) -> Tensor:
         """Outputs (T, H) for tokens x (T, H) that are routed already."""
-        out = self.experts(x, routing)
-        return out if self.shared_expert is None else out + self.shared_output(x)
+        return self.experts(x, routing, partial(self.shared_output, x) if self.shared_expert is not None else None)
 
     def shared_output(self, x: Tensor) -> Tensor:
         """What the shared experts add for tokens x (T, H): (T, H)."""
@@ -126,6 +127,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = activation_checkpointing
+        self.seed = int(torch.randint(2**62, (), device="cpu"))  # before any part draws numbers of its own
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.rotary = RotaryEmbedding(config)
         self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_hidden_layers))
@@ -137,14 +139,25 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Matrices from N(0, initializer_range), biases 0, norm scales 1."""
+        """Matrices from N(0, initializer_range), biases 0, norm scales 1.
+
+        Each parameter is drawn by its name from one seed of torch's generator: two models under one seed share every
+        parameter of equal name and shape, and a rank can draw its parts of a model without the rest.
+        """
         for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                parameter.zero_()
-            elif parameter.ndim == 1:
-                parameter.fill_(1.0)
-            else:
-                parameter.normal_(0.0, self.config.initializer_range)
+            if not parameter.is_meta:
+                parameter.copy_(self.initial(name, parameter))
+
+    def initial(self, name: str, parameter: Tensor) -> Tensor:
+        """What a parameter begins with: a tensor of its full shape, on the CPU."""
+        value = torch.zeros(parameter.shape, dtype=parameter.dtype, device="cpu")
+        if name.endswith("bias"):
+            return value
+        if parameter.ndim == 1:
+            return value.fill_(1.0)
+        digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        return value.normal_(0.0, self.config.initializer_range, generator=generator)
 
     @property
     def blocks(self) -> list[Block]:

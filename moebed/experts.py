@@ -6,6 +6,8 @@ T tokens, E experts, K experts per token, H hidden, F expert intermediate, R slo
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,9 @@ from moebed.config import LayerConfig, ModelConfig
 from moebed.errors import ConfigError
 from moebed.grouped import CPU_ALIGN, from_slots, grouped_mm, sort_by_expert, to_slots
 from moebed.routers import Routing
+
+if TYPE_CHECKING:
+    from moebed.parallel.exchange import TokenExchange
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -29,7 +34,8 @@ class Experts(nn.Module):
     """E gated FFNs side by side: E_e(x) = (act(x W_gateᵀ) ⊙ x W_upᵀ) W_downᵀ.
 
     The matrices are stored fused as in Hugging Face's recent MoE classes: ``gate_up_proj (E, 2F, H)``, gate first,
-    and ``down_proj (E, H, F)``.
+    and ``down_proj (E, H, F)``. Where they are spread over ranks (see moebed.parallel) both are DTensors, split on
+    their first axis, and ``exchange`` takes tokens to their experts and back.
     """
 
     def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
@@ -40,15 +46,36 @@ class Experts(nn.Module):
         self.hidden_act: str = config.hidden_act
         self.activation = ACTIVATIONS[config.hidden_act]
         self.backend = BACKENDS[resolve_backend(config.experts_backend)]
+        self.exchange: TokenExchange | None = None
 
-    def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        """Weighted sum of the chosen experts' outputs for tokens x (T, H): (T, H)."""
-        return self.backend(self, x, routing)
+    def forward(self, x: Tensor, routing: Routing, beside: Callable[[], Tensor] | None = None) -> Tensor:
+        """Weighted sum of the chosen experts' outputs for tokens x (T, H): (T, H).
+
+        Args:
+            x: (T, H).
+            routing: The router's decisions on them.
+            beside: Something to compute while tokens travel, where experts are on other ranks; it is added, (T, H).
+        """
+        finish: Callable[[], Tensor] = partial(self.backend, self, x, routing)
+        if self.exchange is not None:
+            finish = self.exchange.begin(self, x, routing)
+        if beside is None:
+            return finish()
+        other = beside()
+        return finish() + other
+
+    @property
+    def local(self) -> tuple[Tensor, Tensor]:
+        """gate_up_proj and down_proj of this process's own experts: of all E, unless they are spread over ranks."""
+        if self.exchange is None:
+            return self.gate_up_proj, self.down_proj
+        return self.exchange.owned(self.gate_up_proj), self.exchange.owned(self.down_proj)
 
     def matrix(self, name: str) -> Tensor:
-        """One matrix of all experts: ``gate`` and ``up`` are (E, F, H), ``down`` is (E, H, F); a view, not a copy."""
-        gate, up = self.gate_up_proj.chunk(2, dim=1)
-        return {"gate": gate, "up": up, "down": self.down_proj}[name]
+        """One matrix of all own experts: ``gate`` and ``up`` (E, F, H), ``down`` (E, H, F); a view, not a copy."""
+        gate_up, down = self.local
+        gate, up = gate_up.chunk(2, dim=1)
+        return {"gate": gate, "up": up, "down": down}[name]
 
     def activate(self, expert: int, x: Tensor) -> Tensor:
         """act(x W_gateᵀ) of one expert on tokens x (T, H): (T, F)."""
@@ -56,13 +83,13 @@ class Experts(nn.Module):
 
     def finish(self, expert: int, x: Tensor, activated: Tensor) -> Tensor:
         """Output of one expert from its activations (T, F): (T, H), not weighted."""
-        return F.linear(activated * F.linear(x, self.matrix("up")[expert]), self.down_proj[expert])
+        return F.linear(activated * F.linear(x, self.matrix("up")[expert]), self.matrix("down")[expert])
 
 
 def _loop(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
     """One expert after another on its own tokens: the plain reference that the other backends are held to."""
     out = torch.zeros_like(x)
-    for expert in range(experts.num_experts):
+    for expert in range(len(experts.matrix("down"))):
         token, choice = torch.where(routing.topk_index == expert)
         rows = x[token]
         result = experts.finish(expert, rows, experts.activate(expert, rows))
@@ -76,11 +103,12 @@ def _grouped_mm(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     align = CPU_ALIGN if device == "cpu" else 1
-    dispatch = sort_by_expert(routing.topk_index, routing.topk_weight, experts.num_experts, align)
+    gate_up, down = experts.local
+    dispatch = sort_by_expert(routing.topk_index, routing.topk_weight, len(down), align)
     rows = to_slots(x.to(dtype), dispatch)  # (R, H)
-    gate, up = grouped_mm(rows, experts.gate_up_proj.to(dtype), dispatch.offsets).chunk(2, dim=-1)  # (R, F)
+    gate, up = grouped_mm(rows, gate_up.to(dtype), dispatch.offsets).chunk(2, dim=-1)  # (R, F)
     hidden = experts.activation(gate) * up * dispatch.slot_weight.to(dtype).unsqueeze(-1)  # (R, F)
-    result = grouped_mm(hidden, experts.down_proj.to(dtype), dispatch.offsets)  # (R, H)
+    result = grouped_mm(hidden, down.to(dtype), dispatch.offsets)  # (R, H)
     return from_slots(result, dispatch)
 
 
@@ -93,8 +121,7 @@ def _triton(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
         raise ConfigError(
             "experts_backend triton runs on a GPU; on a CPU set TRITON_INTERPRET=1 (slow, for tests), or choose auto"
         )
-    matrices = experts.gate_up_proj, experts.down_proj
-    return expert_mlp(x, *matrices, routing.topk_index, routing.topk_weight, experts.hidden_act)
+    return expert_mlp(x, *experts.local, routing.topk_index, routing.topk_weight, experts.hidden_act)
 
 
 BACKENDS: dict[str, Callable[[Experts, Tensor, Routing], Tensor]] = {

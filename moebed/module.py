@@ -6,7 +6,7 @@ B sequences, S positions, T = B·S tokens, E experts.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule
@@ -20,9 +20,12 @@ from moebed.errors import ConfigError, UserError
 from moebed.families.base import NOT_IN_CHECKPOINTS, same_setting
 from moebed.losses import IGNORE_INDEX, load_balancing_loss, router_stats, token_losses
 from moebed.metrics import TextLoss, bits_per_byte
-from moebed.optim import OptimizerConfig, build_adamw, learning_rate_factor
+from moebed.not_finite import NotFinite
+from moebed.optim import OptimizerConfig, build_adamw, gradient_norm, learning_rate_factor, scale_gradients
+from moebed.parallel.gathered import GatheredModel
+from moebed.parallel.strategy import MeshStrategy
 from moebed.views import HeadView, LayerView, Need, ProbeText
-from moebed.walking import walk
+from moebed.walking import evaluating, walk, walk_model
 
 Batch = dict[str, Tensor]
 
@@ -46,7 +49,8 @@ class MoEModule(LightningModule):
         compile: Compile the forward pass and the loss with torch.compile, with static shapes and without graph breaks;
             more recompilations than its limit are an error, not a silent fall back to eager. The first step takes
             from ten seconds to a minute longer.
-        stop_on_nan: Stop with an error that names the step when the loss is not finite.
+        on_nan: What happens when the loss or the gradient of a step is not finite, on any rank: stop with an error that
+            names step, rank and layer, or skip the step (ten in a row stop the run).
         init_from: Folder or ``.ckpt`` file of a checkpoint of this very config, such as `moebed upcycle` writes, whose
             weights training starts from; random weights if not given. A run that is continued reads its own checkpoint
             instead.
@@ -58,16 +62,17 @@ class MoEModule(LightningModule):
         optimizer: OptimizerConfig | None = None,
         activation_checkpointing: bool = False,
         compile: bool = False,
-        stop_on_nan: bool = True,
+        on_nan: Literal["stop", "skip"] = "stop",
         init_from: str | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.optimizer_config = optimizer or OptimizerConfig()
-        self.stop_on_nan = stop_on_nan
+        self.not_finite = NotFinite(on_nan)
         self.init_from = init_from
         self.decoder = Decoder(config, activation_checkpointing)
         self._terms = torch.compile(self._forward_terms, fullgraph=True, dynamic=False) if compile else None
+        self._laid_out = False
         self._window_counts: list[Tensor] = []
         self._val_loss: TextLoss | None = None
         self.last_validated_step: int | None = None
@@ -75,8 +80,25 @@ class MoEModule(LightningModule):
     # What other parts of moebed read ------------------------------------------------------------------------------
 
     def views(self, text: ProbeText | None, needs: frozenset[Need]) -> Iterator[LayerView | HeadView]:
-        """Layer views of the model as it is now, for the probes."""
-        return walk(self.decoder, text, needs)
+        """Layer views of the model as it is now, for the probes; rank 0's, where ranks share the model."""
+        if not self._laid_out:
+            yield from walk(self.decoder, text, needs)
+            return
+        model = GatheredModel(self.decoder)
+        with model.leading(), evaluating(self.decoder):
+            yield from walk_model(model, text, needs)
+
+    def assist_views(self) -> None:
+        """What the other ranks do while rank 0 looks at views of a model that they share."""
+        if self._laid_out:
+            GatheredModel(self.decoder).follow()
+
+    def configure_model(self) -> None:
+        """Lay the decoder out over ranks, where the strategy has a layout."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, MeshStrategy) and not self._laid_out:
+            strategy.layout.apply(self.decoder, strategy.root_device)
+            self._laid_out = True
 
     # Training ------------------------------------------------------------------------------------------------------
 
@@ -132,11 +154,15 @@ class MoEModule(LightningModule):
 
         Lightning's own clipping refuses fused optimizers under mixed precision, although bf16 has no loss scaling.
         """
-        if gradient_clip_algorithm == "value" and gradient_clip_val:
-            torch.nn.utils.clip_grad_value_(self.decoder.parameters(), gradient_clip_val)
-            return
-        norm = torch.nn.utils.clip_grad_norm_(self.decoder.parameters(), gradient_clip_val or float("inf"))
+        parameters = list(self.decoder.parameters())
+        norm = gradient_norm(parameters)
         self._log("train/grad_norm", norm)
+        if self.not_finite.skips(self, norm):
+            optimizer.zero_grad(set_to_none=True)  # AdamW leaves a parameter without a gradient as it is
+        elif gradient_clip_val and gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val, foreach=False)
+        elif gradient_clip_val:
+            scale_gradients(parameters, (gradient_clip_val / (norm + 1e-6)).clamp(max=1.0))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Language-model loss plus the weighted balancing losses of one micro-batch."""
@@ -149,11 +175,8 @@ class MoEModule(LightningModule):
         self._log("train/bits_per_byte", bits_per_byte(nats, batch["label_bytes"].sum()), prog_bar=True)
         self._log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
         total = loss + self._balancing_losses(terms)
-        if self.stop_on_nan and not torch.isfinite(total):
-            raise UserError(
-                f"the loss is {total.item()} at step {self.global_step} on rank {self.global_rank}; lower the learning "
-                "rate, lengthen the warm-up, or continue from an earlier checkpoint with --ckpt_path"
-            )
+        if not torch.isfinite(total):
+            self.not_finite.note(total, terms.z_losses, self.config.moe_layers)
         return total
 
     def _forward_terms(self, input_ids: Tensor, labels: Tensor) -> StepTerms:

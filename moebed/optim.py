@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from moebed.errors import ConfigError
+from moebed.experts import Experts
 
 
 @dataclass
@@ -46,14 +49,57 @@ class OptimizerConfig:
 
 
 def build_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Fused AdamW; parameters of two or more dimensions decay, the others do not."""
+    """Fused AdamW; parameters of two or more dimensions decay, the others do not.
+
+    Routed experts have a group of their own: they may lie on another mesh of ranks than the rest. Groups and their
+    order are the same whatever the layout, so that a checkpoint fits any.
+    """
+    experts = {id(p) for module in model.modules() if isinstance(module, Experts) for p in module.parameters()}
     parameters = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in parameters if p.ndim >= 2]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in matrices if id(p) not in experts], "weight_decay": config.weight_decay},
+        {"params": [p for p in matrices if id(p) in experts], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     betas = (config.beta1, config.beta2)
+    groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.eps, fused=True)
+
+
+@torch.no_grad()
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """Norm of all gradients together, as a number that every rank has; they may lie on several meshes of ranks."""
+    total = torch.zeros(())
+    for grads in _gradients_by_mesh(parameters):
+        squares = torch.nn.utils.get_total_norm(_local(grads)).square()
+        if isinstance(grads[0], DTensor):
+            for dimension, placement in enumerate(grads[0].placements):
+                if placement.is_shard():
+                    torch.distributed.all_reduce(squares, group=grads[0].device_mesh.get_group(dimension))
+        total = total.to(squares) + squares
+    return total.sqrt()
+
+
+@torch.no_grad()
+def scale_gradients(parameters: Iterable[Tensor], factor: Tensor) -> None:
+    """Multiply all gradients by one number."""
+    for grads in _gradients_by_mesh(parameters):
+        torch._foreach_mul_(_local(grads), factor)
+
+
+def _local(grads: list[Tensor]) -> list[Tensor]:
+    """What this rank holds of them."""
+    return [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+
+
+def _gradients_by_mesh(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
+    found: dict[object, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            mesh = parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None
+            found.setdefault(mesh, []).append(parameter.grad)
+    return list(found.values())
 
 
 def learning_rate_factor(config: OptimizerConfig, step: int, total_steps: int) -> float:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moebed.checkpoints.run import is_run
 from moebed.config import ModelConfig
 from moebed.errors import ConfigError, UserError
 from moebed.views import ProbeText
@@ -74,7 +75,7 @@ class CheckpointTokenizer:
     """
 
     def __init__(self, checkpoint: Path) -> None:
-        if checkpoint.is_file():
+        if is_run(checkpoint):
             from moebed.checkpoints.companions import run_tokenizer
             from moebed.data.tokenizer import load_tokenizer
 

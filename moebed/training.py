@@ -11,6 +11,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,10 +26,13 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from moebed.allocator import keep_freed_memory
 from moebed.callbacks import AtomicCheckpointIO, ProgressBar, SampleText, TrainingRate, UnbrokenLog
+from moebed.checkpoints import sharded
 from moebed.data.datamodule import TextDataModule
 from moebed.errors import ConfigError, UserError
 from moebed.flops import count_parameters, flops_per_token
 from moebed.module import MoEModule
+from moebed.parallel.config import ParallelConfig
+from moebed.parallel.strategy import MeshStrategy
 
 # What Lightning warns of although it is meant here: batches without loader workers, a run folder that is continued or
 # begun with --ckpt_path last, the command line's own arguments, and its own use of a deprecated name.
@@ -107,6 +111,12 @@ class TrainingCLI(LightningCLI):
         """The callbacks that every run has, and defaults that suit small runs."""
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(SampleText, "samples")
+        parser.add_argument(
+            "--parallel",
+            type=ParallelConfig | None,
+            default=None,
+            help="layout over processes: sharded parameters, experts spread over ranks",
+        )
         parser.set_defaults(
             {
                 "trainer.default_root_dir": "runs/default",
@@ -129,6 +139,7 @@ class TrainingCLI(LightningCLI):
         folder = Path(config.trainer.default_root_dir)
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(folder / "checkpoints")
+        sharded.recover(Path(config.checkpoint.dirpath))
         if self.subcommand == "fit":
             if (folder / "config.yaml").exists() and config.ckpt_path is None:
                 raise UserError(
@@ -141,8 +152,11 @@ class TrainingCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build model, data and callbacks; what they refuse is shown as they say it."""
+        # Ranks that share a model fill in their own parts of it (MoEModule.configure_model).
+        shared = self.config[self.subcommand].parallel is not None
         try:
-            super().instantiate_classes()
+            with torch.device("meta") if shared else nullcontext():
+                super().instantiate_classes()
         except ValueError as error:
             raise _user_error_behind(error) or ConfigError(str(error)) from error
 
@@ -159,7 +173,16 @@ class TrainingCLI(LightningCLI):
             callbacks.append(ProgressBar(refresh_rate=1 if sys.stderr.isatty() else 50))
         kwargs["callbacks"] = callbacks
         kwargs["plugins"] = [AtomicCheckpointIO(), *(config.get("plugins") or [])]
-        return super().instantiate_trainer(**kwargs)
+        parallel = self._get(self.config_init, "parallel")
+        if parallel is None:
+            return super().instantiate_trainer(**kwargs)
+        if config.get("strategy") not in (None, "auto"):
+            raise ConfigError("parallel and trainer.strategy exclude each other; leave one of them out")
+        kwargs["strategy"] = MeshStrategy(parallel)
+        with torch.device("cpu"):
+            trainer = super().instantiate_trainer(**kwargs)
+        parallel.check(trainer.world_size, self._get(self.config_init, "model").config)
+        return trainer
 
     def before_fit(self) -> None:
         """Say what is about to be trained, once model and data fit each other.

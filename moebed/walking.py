@@ -17,7 +17,7 @@ from moebed.config import ModelConfig
 from moebed.decoder import Block, Decoder, FeedForward, MoE
 from moebed.errors import UserError
 from moebed.routers import Routing, SoftmaxTopK
-from moebed.text_pass import TextPass, band_rows
+from moebed.text_pass import TextModel, TextPass, band_rows
 from moebed.views import ExpertView, HeadView, LayerView, LayerWeights, Need, ProbeText, Watch
 
 
@@ -85,23 +85,29 @@ def walk(decoder: Decoder, text: ProbeText | None, needs: frozenset[Need]) -> It
     Yields:
         A view a layer, layers without experts included; then, where predictions are asked for, a HeadView.
     """
-    views = (_view(decoder, index, block) for index, block in enumerate(decoder.blocks))
     with evaluating(decoder):
-        if text is None or not needs - {Need.WEIGHTS}:
-            yield from views
-            return
-        run = TextPass(LiveModel(decoder), text)
-        for view in run.layers(views):
-            view.ablate = _ablation(decoder, run, view)
-            yield view
-        head = run.head(Need.LOGITS in needs) if needs & {Need.PREDICTIONS, Need.LOGITS} else None
-        if head is not None:
-            yield head
+        yield from walk_model(LiveModel(decoder), text, needs)
 
 
-def _ablation(decoder: Decoder, run: TextPass, view: LayerView) -> Callable[[int], Tensor] | None:
+@torch.no_grad()
+def walk_model(model: TextModel, text: ProbeText | None, needs: frozenset[Need]) -> Iterator[LayerView | HeadView]:
+    """The same of any model that hands out its layers in order."""
+    views = _views(model, 0)
+    if text is None or not needs - {Need.WEIGHTS}:
+        yield from views
+        return
+    run = TextPass(model, text)
+    for view in run.layers(views):
+        view.ablate = _ablation(model, run, view)
+        yield view
+    head = run.head(Need.LOGITS in needs) if needs & {Need.PREDICTIONS, Need.LOGITS} else None
+    if head is not None:
+        yield head
+
+
+def _ablation(model: TextModel, run: TextPass, view: LayerView) -> Callable[[int], Tensor] | None:
     """Loss (T,) of each token with one expert masked out of the choice at a layer, -1 for none."""
-    mlp = decoder.blocks[view.index].mlp
+    mlp = model.block(view.index).mlp
     if not isinstance(mlp, MoE) or not isinstance(mlp.router, SoftmaxTopK) or view.routing is None:
         return None
     router, routing, x = mlp.router, view.routing, view.moe_input
@@ -114,9 +120,7 @@ def _ablation(decoder: Decoder, run: TextPass, view: LayerView) -> Callable[[int
             masked = routing.router_logits.index_fill(1, torch.tensor(expert, device=x.device), -torch.inf)
             chosen = router.choose(masked)
         rest = run.continued(ModuleWeights(mlp).combine(x, chosen).float())
-        for _ in rest.layers(
-            _view(decoder, index, decoder.blocks[index]) for index in range(view.index + 1, len(decoder.blocks))
-        ):
+        for _ in rest.layers(_views(model, view.index + 1)):
             pass
         head = rest.head()
         if head is None:
@@ -158,10 +162,14 @@ class LiveModel:
 
     def computing(self) -> AbstractContextManager[object]:
         """In float32, or in what the parameters are in."""
-        weight = self.decoder.embed_tokens.weight
-        if weight.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(weight.device.type, dtype=weight.dtype)
+        return computing_like(self.decoder.embed_tokens.weight)
+
+
+def computing_like(weight: Tensor) -> AbstractContextManager[object]:
+    """Products in float32, or in the dtype of the weights."""
+    if weight.dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(weight.device.type, dtype=weight.dtype)
 
 
 @contextmanager
@@ -178,14 +186,16 @@ def evaluating(decoder: Decoder) -> Iterator[None]:
             module.training = training
 
 
-def _view(decoder: Decoder, index: int, block: Block) -> LayerView:
-    layer = decoder.config.layer(index)
-    router = block.mlp.router if isinstance(block.mlp, MoE) else None
-    return LayerView(
-        index=index,
-        num_hidden_layers=decoder.config.num_hidden_layers,
-        num_experts=layer.num_experts,
-        num_experts_per_tok=layer.num_experts_per_tok if layer.num_experts else 0,
-        gate=router.weight.detach().float() if isinstance(router, SoftmaxTopK) else None,
-        weights=ModuleWeights(block.mlp),
-    )
+def _views(model: TextModel, start: int) -> Iterator[LayerView]:
+    """Views of the layers from one on, each made when it is asked for."""
+    for index in range(start, model.config.num_hidden_layers):
+        layer, mlp = model.config.layer(index), model.block(index).mlp
+        router = mlp.router if isinstance(mlp, MoE) else None
+        yield LayerView(
+            index=index,
+            num_hidden_layers=model.config.num_hidden_layers,
+            num_experts=layer.num_experts,
+            num_experts_per_tok=layer.num_experts_per_tok if layer.num_experts else 0,
+            gate=router.weight.detach().float() if isinstance(router, SoftmaxTopK) else None,
+            weights=model.layer_weights(index),
+        )

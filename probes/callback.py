@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from moebed.errors import ConfigError, UserError
+from moebed.parallel.strategy import MeshStrategy
 from moebed.pretrained import PretrainedMoE
 from moebed.views import ProbeText
 from probes import store
@@ -36,8 +37,8 @@ class ProbeCallback(Callback):
 
     The module offers ``views(text, needs)``, the datamodule ``probe_batch(num_sequences)`` and ``domains``. Scalars go
     to every TensorBoard logger as ``probes/<probe>/<quantity>/layer_07``, pictures as ``probes/<probe>/<figure>``, and
-    what probing costs as ``probes_cost/``. Arrays, history and summary go to ``out``. A replicated model is probed on
-    rank 0, while the other ranks wait at their next step; a sharded one is refused.
+    what probing costs as ``probes_cost/``. Arrays, history and summary go to ``out``. The model is probed on rank 0;
+    of one that ranks share, the others hand it a layer at a time.
 
     A checkpoint's layers are probed as ``Trainer.predict`` comes to them, by all probes that need weights alone if none
     are named. What is finished is kept, and a second run continues there. ``missing`` has the layers that cannot be
@@ -93,9 +94,10 @@ class ProbeCallback(Callback):
         self.last_step = state_dict["last_step"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what would end in a hang: rank 0 alone cannot gather a sharded model's parameters."""
-        if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy)) and trainer.world_size > 1:
-            raise UserError("the probes cannot look into a sharded model; use strategy ddp or leave ProbeCallback out")
+        """Refuse what would end in a hang: a sharded model whose other ranks have no part in a walk over it."""
+        sharded = isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy)) and trainer.world_size > 1
+        if sharded and not (hasattr(pl_module, "assist_views") and isinstance(trainer.strategy, MeshStrategy)):
+            raise UserError("the probes cannot look into a module that is sharded by itself; use moebed's `parallel`")
         if stage == "predict" and isinstance(pl_module, PretrainedMoE):
             if trainer.world_size > 1:
                 raise UserError("a checkpoint is probed by one process; use trainer.devices 1")
@@ -170,7 +172,12 @@ class ProbeCallback(Callback):
         if self.figures_every_n_steps is not None and step % self.figures_every_n_steps == 0:
             draw = True
         done, self.last_step = self.last_step == step, step
-        if not trainer.is_global_zero or (done and not draw):
+        if not trainer.is_global_zero:
+            assist = getattr(pl_module, "assist_views", None)
+            if assist is not None and not done:
+                assist()
+            return
+        if done and not draw:
             return
         start = time.perf_counter()
         assert self.out is not None

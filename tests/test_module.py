@@ -225,7 +225,7 @@ def test_nan_loss_stops_with_the_step(tmp_path, data):
     module = _module()
     with torch.no_grad():
         module.decoder.lm_head.weight[0, 0] = float("nan")
-    with pytest.raises(UserError, match="the loss is nan at step 0 on rank 0"):
+    with pytest.raises(UserError, match="the loss is nan, first seen after the last router on rank 0, at step 0"):
         _trainer(tmp_path, 3).fit(module, datamodule=data())
 
 

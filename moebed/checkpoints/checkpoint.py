@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moebed.checkpoints.files import TensorEntry, UnknownEntry, open_bin, open_safetensors
-from moebed.checkpoints.run import open_run
+from moebed.checkpoints.run import is_run, open_run
 from moebed.checkpoints.xai import open_release, release_folder
 from moebed.config import ModelConfig
 from moebed.errors import ConfigError, UserError
@@ -63,7 +63,7 @@ class Checkpoint:
             UserError: Something is missing, damaged, or does not fit; one line that names the file and the tensor.
         """
         path = Path(path)
-        if path.is_file():
+        if is_run(path):
             config, entries = open_run(path)
             return cls(path.name, RUN, config, {"config": config.to_dict()}, entries, [])
         if not path.is_dir():

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
+from moebed.checkpoints.run import is_run
 from moebed.config import ModelConfig
 from moebed.families.base import NOT_IN_CHECKPOINTS
 
@@ -45,7 +46,7 @@ def special_ids(checkpoint: Path, settings: Mapping[str, Any]) -> dict[str, int 
         checkpoint: Folder of a checkpoint, or the ``.ckpt`` file of a run.
         settings: The checkpoint's ``config.json``.
     """
-    own = run_tokenizer(checkpoint) if checkpoint.is_file() else None
+    own = run_tokenizer(checkpoint) if is_run(checkpoint) else None
     if own is None:
         return {key: settings[key] for key in _SPECIAL_IDS if key in settings}
     from moebed.data.tokenizer import load_tokenizer

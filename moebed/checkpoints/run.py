@@ -1,25 +1,40 @@
-"""A training run's own ``.ckpt`` file, read as one more kind of checkpoint (its family: ``moebed.families.own``)."""
+"""A training run's own ``.ckpt``, file or folder, read as one more kind of checkpoint (see ``moebed.families.own``)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from moebed.checkpoints.files import MappedEntry, TensorEntry, load_mapped
+from moebed.checkpoints.sharded import entries, is_sharded, read_rest
 from moebed.config import ModelConfig
 from moebed.errors import UserError
 
 
+def is_run(path: Path) -> bool:
+    """Whether a checkpoint is a run's: a file, or a folder to which ranks wrote their parts."""
+    return path.is_file() or is_sharded(path)
+
+
+def read_run(path: Path) -> Mapping[str, Any]:
+    """What a run's checkpoint holds; of a folder, all but its tensors."""
+    return read_rest(path) if is_sharded(path) else load_mapped(path)
+
+
 def open_run(path: Path) -> tuple[ModelConfig, dict[str, TensorEntry]]:
-    """The model of a ``.ckpt`` file, and its weights; the optimizer's state is not read.
+    """The model of a ``.ckpt``, and its weights; the optimizer's state is not read.
 
     Raises:
-        UserError: The file is damaged or was not written by a run of moebed.
+        UserError: It is damaged or was not written by a run of moebed.
     """
-    found = load_mapped(path)
-    config, state = found.get("model_config"), found.get("state_dict")
+    found = read_run(path)
+    config, state = found.get("model_config"), found.get("state_dict", {})
     if not isinstance(config, dict) or not isinstance(state, dict):
         raise UserError(f"{path} is no checkpoint of a moebed run: it has no model_config and state_dict")
-    entries = {name: MappedEntry(path, value) for name, value in state.items() if isinstance(value, Tensor)}
-    return ModelConfig.from_dict(config), dict(entries)
+    if is_sharded(path):
+        return ModelConfig.from_dict(config), entries(path)
+    mapped = {name: MappedEntry(path, value) for name, value in state.items() if isinstance(value, Tensor)}
+    return ModelConfig.from_dict(config), dict(mapped)

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from moebed.checkpoints.files import load_mapped
+from moebed.checkpoints.run import is_run, read_run
 from moebed.config import ModelConfig
 from moebed.families.base import Family
 from moebed.flops import count_parameters
@@ -35,9 +35,9 @@ class Run:
     @classmethod
     def of(cls, checkpoint: Path) -> Run:
         """What lies in the folder of the run that a ``.ckpt`` file belongs to."""
-        if not checkpoint.is_file():
+        if not is_run(checkpoint):
             return cls()
-        step = load_mapped(checkpoint).get("global_step")
+        step = read_run(checkpoint).get("global_step")
         folder = next((p for p in checkpoint.resolve().parents if (p / "config.yaml").is_file()), None)
         if folder is None:
             return cls(step=step)

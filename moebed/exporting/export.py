@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moebed.checkpoints.checkpoint import Checkpoint
 from moebed.checkpoints.companions import copy_tokenizer, special_ids
+from moebed.checkpoints.run import is_run
 from moebed.checkpoints.writer import FolderWriter, read_bands
 from moebed.exporting.card import Run, model_card
 from moebed.families.base import Family
@@ -117,7 +118,7 @@ def export(
     def finish(partial: Path) -> None:
         tokenizer, note = copy_tokenizer(source_path, partial)
         notes.extend([note] if note else [])
-        if source_path.is_file():
+        if is_run(source_path):
             generation = {**run.sampling, **ids}
             (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
         name = run.name or source.name

@@ -1,0 +1,259 @@
+"""A run's checkpoint in parts: each rank writes what it holds (torch.distributed.checkpoint), any layout reads it.
+
+last.ckpt/
+    __0_0.distcp, __1_0.distcp, ...   a file a rank: `model.NAME` and `optimizer.NAME.STATE`, parts of whole tensors
+    .metadata                         which part of which tensor lies where
+    rest.ckpt                         all that is no tensor of the model or optimizer; written last
+
+A folder takes the place of an older one by two renames; `recover` finishes what was stopped between them. Checkpoints
+are data: `.metadata` is a pickle, of which only the handful of records that it is made of are admitted.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
+
+from moebed.checkpoints.files import TensorEntry
+from moebed.errors import UserError
+
+REST = "rest.ckpt"
+_RECORDS = {
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex",
+        "StorageMeta", "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
+    "pathlib": {"PosixPath", "PurePosixPath", "Path"},
+}  # fmt: skip
+
+
+class _Unpickler(pickle.Unpickler):
+    """Builds the records of a metadata file and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        # pathlib's classes live in a private module from Python 3.13 on.
+        if name in _RECORDS.get("pathlib" if module.startswith("pathlib") else module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint of ours holds")
+
+
+class Reader(dcp.FileSystemReader):
+    """Reads parts of tensors; raises UserError where its metadata is damaged or holds anything but records."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """What the folder holds."""
+        path = Path(self.path) / ".metadata"
+        try:
+            with open(path, "rb") as file:
+                metadata = _Unpickler(file).load()
+        except Exception as error:  # a damaged pickle raises nearly anything
+            raise UserError(f"checkpoint {path.parent} cannot be read ({error}); use an earlier one") from error
+        if metadata.storage_meta is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+def is_sharded(path: str | Path) -> bool:
+    """Whether a checkpoint is a folder of parts."""
+    return (Path(path) / REST).is_file()
+
+
+def sizes(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and dtype of every tensor in a folder, by name."""
+    found = Reader(path).read_metadata().state_dict_metadata
+    return {
+        name: (entry.size, entry.properties.dtype)
+        for name, entry in found.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+
+
+def entries(path: Path) -> dict[str, TensorEntry]:
+    """Every tensor of the model in a folder, by its name in the model, to be read some rows at a time."""
+    metadata = Reader(path).read_metadata()
+    return {
+        name.removeprefix("model."): PartsEntry(path, name, entry, metadata.storage_data, position)
+        for position, (name, entry) in enumerate(metadata.state_dict_metadata.items())
+        if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
+    }
+
+
+class PartsEntry:
+    """A tensor of which several ranks wrote a part each."""
+
+    def __init__(self, path: Path, name: str, entry: TensorStorageMetadata, places: Any, position: int) -> None:
+        self.path, self.shape, self.dtype, self.position = path, tuple(entry.size), entry.properties.dtype, position
+        self._parts = [(chunk, places[MetadataIndex(name, chunk.offsets)]) for chunk in entry.chunks]
+
+    def read(self, first: int, out: Tensor) -> None:
+        """Fill out (rows, columns) with the rows from ``first`` on; see TensorPart."""
+        for chunk, place in self._parts:
+            row, wide = torch.zeros(1, dtype=torch.long), 1  # of the part, in the tensor's rows
+            for offset, size, length in zip(chunk.offsets[:-1], chunk.sizes[:-1], self.shape[:-1], strict=True):
+                row = (row.unsqueeze(1) * length + torch.arange(offset, offset + size)).flatten()
+                wide *= size
+            inside = (row >= first) & (row < first + len(out))
+            if not bool(inside.any()):
+                continue
+            columns = slice(chunk.offsets[-1], chunk.offsets[-1] + chunk.sizes[-1]) if self.shape else slice(None)
+            out[row[inside] - first, columns] = self._load(place).reshape(wide, -1)[inside]
+
+    def _load(self, place: Any) -> Tensor:
+        try:
+            with open(self.path / place.relative_path, "rb") as file:
+                file.seek(place.offset)
+                part = file.read(place.length)
+            return torch.load(io.BytesIO(part), map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises several unrelated types for a damaged file
+            raise UserError(
+                f"{self.path / place.relative_path} cannot be read ({_first_line(error)}); use an earlier checkpoint"
+            ) from error
+
+
+def read_rest(path: Path) -> dict[str, Any]:
+    """All that is no tensor of the model or of the optimizer."""
+    try:
+        return torch.load(path / REST, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises several unrelated types for a damaged file
+        first_line = str(error).strip().splitlines()[0]
+        raise UserError(f"checkpoint {path / REST} cannot be read ({first_line}); use an earlier one") from error
+
+
+def read_tensors(path: Path, tensors: dict[str, Any], alone: bool = False) -> None:
+    """Fill tensors in place from a folder, whatever layout it was written in; DTensors get this rank's part.
+
+    Args:
+        path: The folder.
+        tensors: By name in the folder.
+        alone: Only this process reads; otherwise all ranks do, together.
+    """
+    try:
+        dcp.load(tensors, storage_reader=Reader(path), no_dist=alone)
+    except UserError:
+        raise
+    except (OSError, RuntimeError, ValueError, KeyError, AssertionError, dcp.api.CheckpointException) as error:
+        raise UserError(f"checkpoint {path} cannot be read ({_first_line(error)}); use an earlier one") from error
+
+
+def read_whole(path: Path) -> dict[str, Any]:
+    """A folder as the dictionary that a single file of the same run would hold, every tensor in full."""
+    rest = read_rest(path)
+    tensors: dict[str, Any] = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in sizes(path).items()}
+    read_tensors(path, tensors, alone=True)
+    rest["state_dict"] = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
+    for state in rest.get("optimizer_states", []):
+        state["state"] = unflatten(tensors, state.pop("names"))
+    return rest
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
+    """Write a folder, all ranks together; what was at path before stays whole until the new one is.
+
+    Raises:
+        UserError: It could not be written; the same on every rank.
+    """
+    partial, first = partial_name(path), dist.get_rank() == 0
+    error: Exception | None = None
+    try:
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(partial))
+        if first:
+            with open(partial / REST, "wb") as file:
+                torch.save(dict(rest), file)
+                file.flush()
+                os.fsync(file.fileno())
+            replace(path)
+    except Exception as caught:  # noqa: BLE001 - whatever it is, every rank is told
+        error = caught
+    failures: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, _first_line(error) if error is not None else None)
+    failed = [(rank, text) for rank, text in enumerate(failures) if text is not None]
+    if failed:
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"checkpoint {path} could not be written (rank {failed[0][0]}: {failed[0][1]}); the previous one is whole: "
+            "make room or choose another folder, then continue with --ckpt_path last"
+        ) from error
+
+
+def partial_name(path: Path) -> Path:
+    """Where a checkpoint is written before it takes its name."""
+    return path.with_name(path.name + ".partial")
+
+
+def _old_name(path: Path) -> Path:
+    return path.with_name(path.name + ".old")
+
+
+def replace(path: Path) -> None:
+    """Give the folder that was written the name of the older one, which goes."""
+    old = _old_name(path)
+    remove(old)
+    if path.exists():
+        os.rename(path, old)
+    os.rename(partial_name(path), path)
+    remove(old)
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint, folder or file."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def recover(folder: Path) -> None:
+    """Give every checkpoint in a folder its name again whose replacement was stopped between two renames."""
+    for old in folder.glob("*.old"):
+        path = old.with_name(old.name.removesuffix(".old"))
+        if not path.exists():
+            os.rename(partial_name(path) if is_sharded(partial_name(path)) else old, path)
+        if old.exists():
+            remove(old)
+
+
+def flatten(states: Mapping[int, Mapping[str, Any]], names: list[str]) -> dict[str, Tensor]:
+    """An optimizer's state, by parameter's number, as tensors by name."""
+    return {
+        f"optimizer.{names[number]}.{key}": value if isinstance(value, Tensor) else torch.tensor(value)
+        for number, state in states.items()
+        for key, value in state.items()
+    }
+
+
+def unflatten(tensors: Mapping[str, Tensor], names: list[str]) -> dict[int, dict[str, Tensor]]:
+    """An optimizer's state by parameter's number again."""
+    numbers = {name: number for number, name in enumerate(names)}
+    states: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            parameter, key = name.removeprefix("optimizer.").rsplit(".", 1)
+            states.setdefault(numbers[parameter], {})[key] = value
+    return states
+
+
+def _first_line(error: BaseException) -> str:
+    """What went wrong, without the ranks' tracebacks that DCP puts before it."""
+    if isinstance(error, dcp.api.CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

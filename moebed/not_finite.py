@@ -1,0 +1,74 @@
+"""What happens when a training step is not finite: every rank does the same, and a person reads where it began."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from moebed.errors import UserError
+
+if TYPE_CHECKING:
+    from moebed.module import MoEModule
+
+MOST_IN_A_ROW = 10
+
+
+class NotFinite:
+    """Stops a run whose loss or gradient is NaN or Inf, or skips that step.
+
+    A rank notes a loss that is not finite, and goes on: its gradient makes the norm, which all ranks share, NaN. So all
+    of them know at the same moment, and none waits for another.
+
+    Args:
+        choice: ``stop`` or ``skip``.
+    """
+
+    def __init__(self, choice: Literal["stop", "skip"]) -> None:
+        self.choice = choice
+        self._noted: str | None = None
+        self._in_a_row = 0
+
+    def note(self, loss: Tensor, z_losses: list[Tensor], moe_layers: list[int]) -> None:
+        """Keep what this rank saw.
+
+        Args:
+            loss: The loss, not finite.
+            z_losses: () of each MoE layer; a router's logits are not finite if anything before them is not.
+            moe_layers: Index of each.
+        """
+        found = [layer for layer, z in zip(moe_layers, z_losses, strict=True) if not torch.isfinite(z)]
+        where = f"first seen at the router of layer {found[0]}" if found else "first seen after the last router"
+        self._noted = f"the loss is {loss.item()}, {where if moe_layers else 'in a model without routers'}"
+
+    def skips(self, module: MoEModule, norm: Tensor) -> bool:
+        """Whether this step is to be left out.
+
+        Args:
+            module: The module that trains.
+            norm: Norm of the gradient over all ranks.
+
+        Raises:
+            UserError: The step is not finite and the choice is to stop, or too many in a row were skipped.
+        """
+        noted, self._noted = self._noted, None
+        scaled = getattr(module.trainer.precision_plugin, "scaler", None) is not None
+        if bool(torch.isfinite(norm)) or (scaled and noted is None):  # a loss scaler looks for Inf by itself
+            self._in_a_row = 0
+            return False
+        reports: list[str | None] = [noted]
+        if module.trainer.world_size > 1:
+            reports = [None] * module.trainer.world_size
+            torch.distributed.all_gather_object(reports, noted)
+        said = [f"{text} on rank {rank}" for rank, text in enumerate(reports) if text is not None]
+        what = said[0] if said else f"the loss is finite but the gradient's norm is {norm.item()}"
+        self._in_a_row += 1
+        if self.choice == "stop" or self._in_a_row >= MOST_IN_A_ROW:
+            raise UserError(
+                f"{what}, at step {module.global_step}; lower the learning rate, lengthen the warm-up, or continue "
+                "from an earlier checkpoint with --ckpt_path"
+            )
+        rank_zero_warn(f"step {module.global_step} is skipped: {what}")
+        return True

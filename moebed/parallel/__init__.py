@@ -1,0 +1,1 @@
+"""Many processes: sharded parameters, experts spread over ranks, checkpoints of both, and their probes."""

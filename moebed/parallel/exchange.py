@@ -1,0 +1,93 @@
+"""Tokens to the ranks that own their experts, and back (expert parallelism).
+
+T tokens of this rank, K experts per token, E experts of the layer, X ranks that share them, H hidden,
+R rows that this rank's own E / X experts receive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.distributed.tensor import DTensor
+
+from moebed.grouped import from_slots, sort_by_expert, to_slots
+from moebed.routers import Routing
+
+if TYPE_CHECKING:
+    from moebed.experts import Experts
+
+
+class TokenExchange:
+    """Sends each assignment's row to its expert's rank by one all-to-all, and its output back by another.
+
+    Rank r owns experts r·E/X to (r + 1)·E/X. Nothing is dropped: how many rows travel is agreed by an all-to-all of
+    counts first. Backward passes travel the same ways in reverse.
+
+    Args:
+        group: The ranks that share the experts.
+    """
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self.group, self.size = group, group.size()
+
+    def owned(self, matrix: Tensor) -> Tensor:
+        """This rank's part of a matrix (E, ...) that is spread over the group: (E/X, ...).
+
+        Its gradient is a sum over what all X ranks sent, each of which takes the mean over its own tokens, so it is
+        divided by X; what holds the same experts elsewhere is averaged by FSDP2.
+        """
+        assert isinstance(matrix, DTensor)
+        return _GradientOver.apply(matrix.to_local(), self.size)
+
+    def begin(self, experts: Experts, x: Tensor, routing: Routing) -> Callable[[], Tensor]:
+        """Start sending the tokens x (T, H); what it returns waits for them and gives the layer's outputs (T, H).
+
+        Rows travel while the caller computes something else, where the backend of the group can do both.
+        """
+        num_experts = experts.num_experts
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        dispatch = sort_by_expert(routing.topk_index, routing.topk_weight, num_experts, align=1)
+        counts = dispatch.offsets.diff().long()  # (E,)
+        received = torch.empty_like(counts)  # from each rank in turn, for each of this rank's experts
+        torch.distributed.all_to_all_single(received, counts, group=self.group)
+        outward = counts.view(self.size, -1).sum(dim=1).tolist()
+        inward = received.view(self.size, -1).sum(dim=1).tolist()
+
+        def send(rows: Tensor, back: bool = False) -> Tensor:
+            splits = (outward, inward) if back else (inward, outward)
+            return all_to_all_single_autograd(rows.contiguous(), *splits, self.group)
+
+        rows = send(to_slots(x.to(dtype), dispatch))  # (R, H)
+        weight = send(dispatch.slot_weight.unsqueeze(1))  # (R, 1)
+
+        def finish() -> Tensor:
+            own = num_experts // self.size
+            index = torch.arange(own, device=x.device).repeat(self.size).repeat_interleave(received).unsqueeze(1)
+            # Where nothing came, a row of weight 0: the experts then have a gradient here as on other ranks.
+            absent = (0, 0, 0, 0 if len(index) else 1)
+            blank = weight.new_empty(0)
+            routing = Routing(blank, blank, F.pad(index, absent), F.pad(weight, absent))
+            done = experts.backend(experts, F.pad(rows, absent), routing)
+            return from_slots(send(done[: len(index)], back=True), dispatch)
+
+        return finish
+
+
+class _GradientOver(torch.autograd.Function):
+    """The same tensor, with a gradient divided by a number."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, divisor: int) -> Tensor:
+        ctx.divisor = divisor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad / ctx.divisor, None

@@ -1,0 +1,112 @@
+"""The walk over a model that ranks share: the first rank looks, and the others hand it a layer at a time.
+
+No rank ever holds more of the model than one layer, the embedding or the head beside its own parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moebed.attention import RMSNorm
+from moebed.config import ModelConfig
+from moebed.decoder import Block, Decoder
+from moebed.parallel.sharding import reshard, whole
+from moebed.text_pass import band_rows
+from moebed.views import LayerWeights
+from moebed.walking import ModuleWeights, computing_like
+
+_EMBEDDING, _HEAD, _DONE = -1, -2, -3
+
+
+class GatheredModel:
+    """A decoder whose parts are gathered as a TextPass asks for them.
+
+    Rank 0 calls the methods; every other rank is in :meth:`follow` meanwhile, until :meth:`leading` ends.
+
+    Args:
+        decoder: The decoder, laid out over ranks.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        reshard(decoder)
+        self._decoder = decoder
+        self._block: tuple[int, Block] | None = None
+        self._device = next(decoder.parameters()).device
+
+    @property
+    def config(self) -> ModelConfig:
+        """The decoder's."""
+        return self._decoder.config
+
+    @contextmanager
+    def leading(self) -> Iterator[None]:
+        """Rank 0's side; at its end the other ranks go on with their own work."""
+        try:
+            yield
+        finally:
+            self._tell(_DONE)
+
+    def follow(self) -> None:
+        """The other ranks' side: give what rank 0 asks for."""
+        while (part := self._tell(_DONE)) != _DONE:
+            for parameter in self._parameters(part):
+                whole(parameter.detach())
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Residual stream (N, H) of ids (N,)."""
+        (table,) = self._gather(_EMBEDDING)
+        return F.embedding(ids.to(self._device), table) * self.config.embedding_multiplier
+
+    def block(self, index: int) -> Block:
+        """The layer, with all of its weights; the one before it is let go."""
+        if self._block is None or self._block[0] != index:
+            self._block = None
+            values = self._gather(index)
+            with torch.device("meta"):
+                block = Block(self.config, index).eval()
+            for (name, _), value in zip(list(block.named_parameters()), values, strict=True):
+                path, _, last = name.rpartition(".")
+                block.get_submodule(path).register_parameter(last, nn.Parameter(value, requires_grad=False))
+            self._block = index, block
+        return self._block[1]
+
+    def layer_weights(self, index: int) -> LayerWeights:
+        """The layer's FFN or experts."""
+        return ModuleWeights(self.block(index).mlp)
+
+    def head(self, hidden: Tensor) -> Iterator[Tensor]:
+        """Logits (N, v), band after band of the vocabulary."""
+        norm, table = self._gather(_HEAD)
+        rms = RMSNorm(len(norm), self.config.rms_norm_eps)
+        rms.weight = nn.Parameter(norm, requires_grad=False)
+        x = rms(hidden)
+        for band in table.split(band_rows(len(x))):
+            yield F.linear(x, band) * self.config.logits_multiplier
+
+    def computing(self) -> AbstractContextManager[object]:
+        """In float32, or in what the parameters are in."""
+        return computing_like(next(self._decoder.parameters()))
+
+    def _gather(self, part: int) -> list[Tensor]:
+        """Parameters of a part in full."""
+        self._tell(part)
+        return [whole(parameter.detach()) for parameter in self._parameters(part)]
+
+    def _parameters(self, part: int) -> list[Tensor]:
+        if part == _EMBEDDING:
+            return [self._decoder.embed_tokens.weight]
+        if part == _HEAD:
+            return [self._decoder.norm.weight, self._decoder.lm_head.weight]
+        return list(self._decoder.blocks[part].parameters())
+
+    def _tell(self, part: int) -> int:
+        """Rank 0 says what is next; all ranks get to know it."""
+        said = torch.tensor(part, device=self._device)
+        dist.broadcast(said, src=0)
+        return int(said)

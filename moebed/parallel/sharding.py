@@ -1,0 +1,133 @@
+"""A decoder laid out over a mesh of ranks: experts spread over them, everything sharded or replicated by FSDP2.
+
+W ranks = D data × X expert. The mesh has three dimensions, of which one of the first two is 1:
+
+    (replicate, shard, expert) = (1, D, X) where parameters are sharded, (D, 1, X) where they are replicated
+
+Routed experts: first axis over X (DTensor), what is left over D by FSDP2. All other parameters: over all W by FSDP2.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from moebed.decoder import Decoder, MoE
+from moebed.experts import Experts
+from moebed.parallel.config import ParallelConfig
+from moebed.parallel.exchange import TokenExchange
+
+
+class Layout:
+    """The meshes that a decoder is laid out over.
+
+    Args:
+        parallel: The layout.
+        world_size: Number of processes (W).
+        device_type: ``cpu`` or ``cuda``.
+    """
+
+    def __init__(self, parallel: ParallelConfig, world_size: int, device_type: str) -> None:
+        self.parallel, self.world_size = parallel, world_size
+        data = parallel.data_size(world_size)
+        replicate, shard = (1, data) if parallel.shard else (data, 1)
+        names = ("replicate", "shard", "expert")
+        self.mesh = init_device_mesh(device_type, (replicate, shard, parallel.expert), mesh_dim_names=names)
+        whole = (1, world_size) if parallel.shard else (world_size, 1)
+        self._all = init_device_mesh(device_type, whole, mesh_dim_names=names[:2])
+
+    @property
+    def for_experts(self) -> DeviceMesh:
+        """Ranks that hold the same experts."""
+        return self._without_ones(self.mesh)
+
+    @property
+    def for_all_else(self) -> DeviceMesh:
+        """All ranks."""
+        return self._without_ones(self._all)
+
+    def _without_ones(self, mesh: DeviceMesh) -> DeviceMesh:
+        """FSDP2 takes one dimension to shard over, or two to replicate and to shard over."""
+        return mesh["shard"] if self.parallel.shard else mesh["replicate", "shard"]
+
+    def apply(self, decoder: Decoder, device: torch.device) -> None:
+        """Lay a decoder out; its parameters become DTensors.
+
+        Those on the meta device get their initial values, a block at a time, so that no rank ever has the whole model.
+
+        Args:
+            decoder: The model.
+            device: Where this rank computes.
+        """
+        wide = MixedPrecisionPolicy(cast_forward_inputs=False)
+        narrow = torch.bfloat16 if self.parallel.gather_dtype == "bfloat16" else None
+        policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        again = self.parallel.reshard_after_forward
+        for index, block in enumerate(decoder.blocks):
+            prefix = f"layers.{index}."
+            if isinstance(block.mlp, MoE):
+                self._spread(decoder, block.mlp.experts, f"{prefix}mlp.experts.", device)
+            _materialise(decoder, block, prefix, device)
+            if isinstance(block.mlp, MoE):
+                fully_shard(
+                    block.mlp.experts,
+                    mesh=self.for_experts,
+                    mp_policy=policy,
+                    reshard_after_forward=again,
+                    # Not the axis that ranks of `expert` split.
+                    shard_placement_fn=lambda parameter: Shard(1),
+                )
+                if narrow is not None:
+                    fully_shard(block.mlp.router, mesh=self.for_all_else, mp_policy=wide, reshard_after_forward=again)
+            fully_shard(block, mesh=self.for_all_else, mp_policy=policy, reshard_after_forward=again)
+        _materialise(decoder, decoder, "", device)
+        fully_shard(decoder, mesh=self.for_all_else, mp_policy=policy)
+
+    def _spread(self, decoder: Decoder, experts: Experts, prefix: str, device: torch.device) -> None:
+        """Give each rank of `expert` its part of the experts."""
+        mesh = self.mesh["expert"]
+        if mesh.size() == 1:
+            return
+        for name, parameter in list(experts.named_parameters(recurse=False)):
+            full = decoder.initial(prefix + name, parameter) if parameter.is_meta else parameter.detach()
+            own = distribute_tensor(full, mesh, [Shard(0)], src_data_rank=None).to_local().to(device, copy=True)
+            spread = DTensor.from_local(own, mesh, [Shard(0)], run_check=False)
+            experts.register_parameter(name, nn.Parameter(spread, requires_grad=parameter.requires_grad))
+        experts.exchange = TokenExchange(mesh.get_group())
+
+
+def _materialise(decoder: Decoder, module: nn.Module, prefix: str, device: torch.device) -> None:
+    """Give a module's parameters that are on the meta device their initial values."""
+    for path, part in module.named_modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                full = f"{prefix}{path}.{name}" if path else f"{prefix}{name}"
+                value = decoder.initial(full, parameter).to(device)
+                part.register_parameter(name, nn.Parameter(value, requires_grad=parameter.requires_grad))
+    if isinstance(module, Decoder) and decoder.config.tie_word_embeddings:
+        decoder.lm_head.weight = decoder.embed_tokens.weight
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of every parameter that an evaluation left gathered."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@torch.no_grad()
+def assign(parameter: Tensor, value: Tensor) -> None:
+    """Set a parameter, of which this rank may hold a part, to the full value that every rank has."""
+    if isinstance(parameter, DTensor):
+        value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.to_local().copy_(value.to_local())
+    else:
+        parameter.copy_(value)
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """A parameter in full, gathered from the ranks that hold parts of it; all of them call this together."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
