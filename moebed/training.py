@@ -33,6 +33,7 @@ from moebed.flops import count_parameters, flops_per_token
 from moebed.module import MoEModule
 from moebed.parallel.config import ParallelConfig
 from moebed.parallel.strategy import MeshStrategy
+from moebed.termination import Termination
 
 # What Lightning warns of although it is meant here: batches without loader workers, a run folder that is continued or
 # begun with --ckpt_path last, the command line's own arguments, and its own use of a deprecated name.
@@ -140,6 +141,8 @@ class TrainingCLI(LightningCLI):
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(folder / "checkpoints")
         sharded.recover(Path(config.checkpoint.dirpath))
+        if config.checkpoint.train_time_interval is not None:
+            config.checkpoint.every_n_train_steps = None  # its default; ModelCheckpoint takes one of the two
         if self.subcommand == "fit":
             if (folder / "config.yaml").exists() and config.ckpt_path is None:
                 raise UserError(
@@ -168,7 +171,7 @@ class TrainingCLI(LightningCLI):
                 config.default_root_dir, name="tensorboard", version="", default_hp_metric=False
             )
         # First, so that its clock stops before other callbacks begin to work.
-        callbacks: list[Callback] = [TrainingRate(), UnbrokenLog(), *(config.get("callbacks") or [])]
+        callbacks: list[Callback] = [TrainingRate(), UnbrokenLog(), *(config.get("callbacks") or []), Termination()]
         if config.get("enable_progress_bar") is not False:
             callbacks.append(ProgressBar(refresh_rate=1 if sys.stderr.isatty() else 50))
         kwargs["callbacks"] = callbacks

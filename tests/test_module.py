@@ -280,7 +280,8 @@ def test_schedules():
 
 
 def test_norms_and_biases_do_not_decay():
-    groups = build_adamw(_module(attention_bias=True).decoder, OptimizerConfig()).param_groups
-    assert all(parameter.ndim >= 2 for parameter in groups[0]["params"])
-    assert all(parameter.ndim < 2 for parameter in groups[1]["params"])
-    assert (groups[0]["weight_decay"], groups[1]["weight_decay"]) == (0.1, 0.0)
+    rest, experts, scales = build_adamw(_module(attention_bias=True).decoder, OptimizerConfig()).param_groups
+    assert all(parameter.ndim >= 2 for parameter in [*rest["params"], *experts["params"]])
+    assert all(parameter.ndim == 3 for parameter in experts["params"])
+    assert all(parameter.ndim < 2 for parameter in scales["params"])
+    assert [group["weight_decay"] for group in (rest, experts, scales)] == [0.1, 0.1, 0.0]

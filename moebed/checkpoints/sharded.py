@@ -15,6 +15,7 @@ import io
 import os
 import pickle
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,9 @@ def read_tensors(path: Path, tensors: dict[str, Any], alone: bool = False) -> No
         alone: Only this process reads; otherwise all ranks do, together.
     """
     try:
-        dcp.load(tensors, storage_reader=Reader(path), no_dist=alone)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as `alone` says
+            dcp.load(tensors, storage_reader=Reader(path), no_dist=alone)
     except UserError:
         raise
     except (OSError, RuntimeError, ValueError, KeyError, AssertionError, dcp.api.CheckpointException) as error:

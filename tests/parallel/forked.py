@@ -5,13 +5,20 @@ import signal
 import socket
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
+import matplotlib.figure  # noqa: F401 - what ranks need is imported before the fork
 import torch
+import torch.distributed as dist
 
-import moebed.training  # noqa: F401 - imported before the fork
+import moebed.training  # noqa: F401
+import probes.report  # noqa: F401
 
 
 @dataclass
@@ -44,10 +51,34 @@ class Ranks:
         return "\n".join(f"[{rank}] {log.read_text()}" for rank, log in enumerate(self.logs) if log.exists())
 
 
-def start(arguments: list[str], world_size: int, folder: Path) -> Ranks:
-    """Start a command on so many ranks, as torchrun would."""
+def call(work: Callable[..., None], world_size: int, *arguments: Any) -> None:
+    """Call work(rank, world_size, *arguments) on so many ranks, which can talk to each other; none may fail."""
+
+    def joined() -> int:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+        work(dist.get_rank(), world_size, *arguments)
+        dist.destroy_process_group()
+        return 0
+
+    with TemporaryDirectory() as folder:
+        ranks = _fork(joined, world_size, Path(folder))
+        codes = ranks.wait(120)
+        assert codes == [0] * world_size, f"{codes}\n{ranks.said}"
+
+
+def start(arguments: list[str], world_size: int, folder: Path, before: Callable[[int], None] | None = None) -> Ranks:
+    """Start a command on so many ranks, as torchrun would; each calls before(rank) first."""
     from moebed.cli import main
 
+    def command() -> int:
+        if before is not None:
+            before(int(os.environ.get("RANK", "0")))
+        return main(arguments)
+
+    return _fork(command, world_size, folder)
+
+
+def _fork(work: Callable[[], int], world_size: int, folder: Path) -> Ranks:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
@@ -60,6 +91,7 @@ def start(arguments: list[str], world_size: int, folder: Path) -> Ranks:
             continue
         code = 1
         try:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
             if world_size > 1:
                 os.environ |= {
                     "RANK": str(rank),
@@ -76,17 +108,17 @@ def start(arguments: list[str], world_size: int, folder: Path) -> Ranks:
                 os.dup2(log.fileno(), 1)
                 os.dup2(log.fileno(), 2)
                 try:
-                    code = main(arguments)
+                    code = work()
                 except SystemExit as stop:
                     code = stop.code if isinstance(stop.code, int) else 1
-                except BaseException:
+                except BaseException:  # noqa: BLE001 - what it was is in the log, and the exit code tells
                     traceback.print_exc(file=log)
         finally:
             os._exit(code)
     return ranks
 
 
-def run(arguments: list[str], world_size: int, folder: Path, limit: float = 120) -> str:
+def run(arguments: list[str], world_size: int, folder: Path, limit: float = 300) -> str:
     """The same, to its end; every rank must end with 0. Returns what they printed."""
     ranks = start(arguments, world_size, folder)
     codes = ranks.wait(limit)

@@ -1,0 +1,69 @@
+"""The same run in every layout: the same losses, balancing, validation and probes; and one layout continues another."""
+
+import pytest
+
+from tests.parallel.forked import run
+from tests.parallel.parallel_runs import LAYOUTS, curves, fit, recipe
+
+STEPS = 20
+TRAINED = ("train/loss", "train/grad_norm", "train/load_balancing_loss", "train/router_z_loss", "val/bits_per_byte")
+
+
+def _largest(found: dict, wanted: dict, tags: list[str]) -> float:
+    """Largest relative difference over all steps of these tags."""
+    return max(
+        abs(found[tag][step] - value) / max(abs(value), 1e-3) for tag in tags for step, value in wanted[tag].items()
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_every_layout_trains_the_same_model(tmp_path):
+    path, rows, wanted = recipe(tmp_path, STEPS), [], {}
+    for layout in LAYOUTS:
+        arguments, ranks = fit(path, tmp_path / layout, layout)
+        run(arguments, ranks, tmp_path / "logs" / layout)
+        found = curves(tmp_path / layout)
+        wanted = wanted or found
+        assert len(found["train/loss"]) == STEPS
+        probed = [tag for tag in wanted if tag.startswith("probes/")]
+        assert len(probed) > 20
+        assert probed == [tag for tag in found if tag.startswith("probes/")]
+        row = {tag: _largest(found, wanted, [tag]) for tag in TRAINED} | {"probes": _largest(found, wanted, probed)}
+        rows.append((layout, row))
+    print("\nlargest relative difference from one process, over 20 steps")
+    print(f"{'':14}" + "".join(f"{tag.split('/')[-1]:>22}" for tag in rows[0][1]))
+    for layout, row in rows:
+        print(f"{layout:14}" + "".join(f"{value:22.1e}" for value in row.values()))
+    for layout, row in rows:
+        assert max(row[tag] for tag in TRAINED) < 1e-5, layout
+        assert row["probes"] < 1e-2, layout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    ("first", "second", "options"),
+    [
+        ("FSDP2×EP", "1 process", []),
+        ("1 process", "FSDP2-2", []),
+        ("EP-2", "DDP-2", []),
+        ("DDP-2", "EP-2", ["--parallel.checkpoint", "file"]),
+    ],
+)
+def test_another_layout_continues_a_run(tmp_path, first, second, options):
+    """Ten steps in one layout and ten in another are twenty steps in one process."""
+    path = recipe(tmp_path, STEPS)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(*fit(path, whole, "1 process"), tmp_path / "logs" / "whole")
+    # The first part ends where a checkpoint is asked for; its schedule is that of all twenty steps.
+    stop = ["--trainer.limit_train_batches", "10", "--trainer.max_epochs", "1"]
+    arguments, ranks = fit(path, parts, first, *stop)
+    run(arguments, ranks, tmp_path / "logs" / "first")
+    arguments, ranks = fit(path, parts, second, "--ckpt_path", "last", *options)
+    said = run(arguments, ranks, tmp_path / "logs" / "second")
+    assert "continuing the run" in said
+    found, wanted = curves(parts), curves(whole)
+    for tag in TRAINED:
+        assert found[tag].keys() == wanted[tag].keys(), tag
+        assert _largest(found, wanted, [tag]) < 1e-5, tag

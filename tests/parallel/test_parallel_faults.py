@@ -1,0 +1,152 @@
+"""What goes wrong in a run of several ranks: it ends with an error, never waits forever, and continues bit for bit."""
+
+import os
+import random
+import resource
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.parallel.forked import Ranks, run, start
+from tests.parallel.parallel_runs import curves, fit, recipe
+
+STEPS = 30
+KILLS = 20
+EXACT = ("train/loss", "train/grad_norm", "train/load_balancing_loss", "val/bits_per_byte")
+
+
+def _wait_for_a_checkpoint(path: Path, ranks: Ranks) -> None:
+    """Return when these ranks have written one."""
+    before = path.stat().st_mtime_ns if path.exists() else None
+    for _ in range(12000):
+        try:
+            if path.stat().st_mtime_ns != before:
+                return
+        except FileNotFoundError:  # between two renames
+            pass
+        if any(os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) for pid in ranks.pids):
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"no checkpoint within a minute\n{ranks.said}")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize(("layout", "kills"), [("EP-2", KILLS), ("DDP-2", 4)])
+def test_killed_ranks_end_the_run_and_it_continues_bit_for_bit(tmp_path, layout, kills):
+    """kill -9 of one rank or of all of them, at random moments, during a save as well."""
+    path = recipe(tmp_path, STEPS)
+    options = ["--checkpoint.every_n_train_steps", "2"]
+    run(*fit(path, tmp_path / "whole", layout, *options), tmp_path / "logs" / "whole")
+    killed, draw, saving = tmp_path / "killed", random.Random(0), 0
+    last = killed / "checkpoints" / "last.ckpt"
+    arguments, ranks = fit(path, killed, layout, *options, "--ckpt_path", "last")
+    for number in range(kills):
+        started = start(arguments, ranks, tmp_path / "logs" / f"kill{number}")
+        _wait_for_a_checkpoint(last, started)
+        time.sleep(draw.uniform(0.0, 0.5))
+        whole_job = number % 2 == 0
+        saving += last.with_name("last.ckpt.partial").exists()
+        for pid in started.pids if whole_job else [draw.choice(started.pids)]:
+            os.kill(pid, signal.SIGKILL)
+        codes = started.wait(60)
+        assert 0 not in codes or codes == [0] * ranks, f"{codes}\n{started.said}"
+        if not whole_job and codes.count(-9) == 1 and 0 not in codes:
+            assert sorted(codes) == [-9, 2]
+            assert "another process of this run has ended" in started.said
+        if codes == [0] * ranks or len(curves(killed).get("train/loss", {})) == STEPS:
+            break
+    print(f"\n{layout}: {number + 1} kills, {saving} of them during a save")
+    run(arguments, ranks, tmp_path / "logs" / "last")
+    found, wanted = curves(killed), curves(tmp_path / "whole")
+    for tag in EXACT:
+        assert found[tag] == wanted[tag], tag
+
+
+def _small_files(rank: int) -> None:
+    """No file may grow past 200 kB in this process, as on a disk that is nearly full."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("layout", ["1 process", "EP-2"])
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, layout):
+    path, folder = recipe(tmp_path, 6), tmp_path / "run"
+    arguments, ranks = fit(path, folder, layout)
+    run(arguments, ranks, tmp_path / "logs" / "first")
+    last = folder / "checkpoints" / "last.ckpt"
+    before = {file.name: file.read_bytes() for file in ([last] if last.is_file() else last.iterdir())}
+    arguments, ranks = fit(path, folder, layout, "--ckpt_path", "last", "--trainer.max_steps", "12")
+    started = start(arguments, ranks, tmp_path / "logs" / "second", before=_small_files)
+    assert started.wait(120) == [2] * ranks, started.said
+    assert "last.ckpt could not be written" in started.said
+    assert "the previous one is whole" in started.said
+    assert before == {file.name: file.read_bytes() for file in ([last] if last.is_file() else last.iterdir())}
+    assert [file.name for file in last.parent.iterdir()] == ["last.ckpt"]
+    run(arguments, ranks, tmp_path / "logs" / "third")
+
+
+def _nan_on_rank_1(rank: int) -> None:
+    """The fourth step's loss is NaN on rank 1."""
+    from moebed.module import MoEModule
+
+    original = MoEModule._forward_terms
+
+    def poisoned(self, input_ids, labels):
+        terms = original(self, input_ids, labels)
+        if self.training and self.global_step == 3 and rank == 1:
+            z_losses = [terms.z_losses[0], terms.z_losses[1] * float("nan")]
+            terms = terms._replace(nats=terms.nats * float("nan"), z_losses=z_losses)
+        return terms
+
+    MoEModule._forward_terms = poisoned
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("layout", ["DDP-2", "FSDP2-2", "EP-2"])
+def test_a_nan_on_one_rank_stops_all_of_them(tmp_path, layout):
+    arguments, ranks = fit(recipe(tmp_path, 6), tmp_path / "run", layout)
+    started = start(arguments, ranks, tmp_path / "logs", before=_nan_on_rank_1)
+    assert started.wait(120) == [2, 2], started.said
+    assert "the loss is nan, first seen at the router of layer 1 on rank 1, at step 3" in started.said
+    assert started.said.count("moebed: error") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_nan_on_one_rank_can_be_skipped(tmp_path):
+    arguments, ranks = fit(recipe(tmp_path, 6), tmp_path / "run", "EP-2", "--model.on_nan", "skip")
+    started = start(arguments, ranks, tmp_path / "logs", before=_nan_on_rank_1)
+    assert started.wait(120) == [0, 0], started.said
+    assert "step 3 is skipped: the loss is nan, first seen at the router of layer 1 on rank 1" in started.said
+    losses = curves(tmp_path / "run")["train/loss"]
+    assert losses[3] != losses[3]
+    assert all(losses[step] == losses[step] for step in (0, 1, 2, 4, 5))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("layout", ["1 process", "EP-2"])
+def test_sigterm_saves_and_the_run_continues(tmp_path, layout):
+    path = recipe(tmp_path, STEPS)
+    options = ["--checkpoint.every_n_train_steps", "1000"]  # nothing but the signal saves
+    run(*fit(path, tmp_path / "whole", layout, *options), tmp_path / "logs" / "whole")
+    folder = tmp_path / "stopped"
+    arguments, ranks = fit(path, folder, layout, *options, "--ckpt_path", "last")
+    started = start(arguments, ranks, tmp_path / "logs" / "first")
+    while not list(folder.glob("tensorboard/events*")):
+        time.sleep(0.05)
+    time.sleep(1.0)
+    for pid in started.pids[::-1]:  # one after another, wherever each of them is
+        os.kill(pid, signal.SIGTERM)
+        time.sleep(0.05)
+    assert started.wait(60) == [143] + [0] * (ranks - 1), started.said
+    assert (folder / "checkpoints" / "last.ckpt").exists()
+    run(arguments, ranks, tmp_path / "logs" / "second")
+    found, wanted = curves(folder), curves(tmp_path / "whole")
+    for tag in EXACT:
+        assert found[tag] == wanted[tag], tag

@@ -1,0 +1,88 @@
+"""Layouts of a decoder over two ranks: values, gradients and initial weights are those of one process."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moebed.decoder import Decoder
+from moebed.optim import OptimizerConfig, build_adamw, gradient_norm, scale_gradients
+from moebed.parallel.config import ParallelConfig
+from moebed.parallel.sharding import Layout, reshard, whole
+from tests.conftest import tiny_config
+from tests.parallel.forked import call
+
+
+def _steps(decoder: Decoder, ids: torch.Tensor, rank: int, world_size: int) -> list[float]:
+    """Two optimizer steps with clipping on this rank's share of the sequences: loss and norm of each, then weights."""
+    optimizer = build_adamw(decoder, OptimizerConfig(learning_rate=0.05))
+    found = []
+    for _ in range(2):
+        share = ids.chunk(world_size)[rank]
+        logits, routings = decoder(share)
+        loss = logits.float().logsumexp(-1).mean() + sum(r.router_logits.square().mean() for r in routings)
+        loss.backward()
+        norm = gradient_norm(decoder.parameters())
+        scale_gradients(decoder.parameters(), (0.5 / norm).clamp(max=1.0))
+        optimizer.step()
+        optimizer.zero_grad()
+        mean = loss.detach().clone()
+        if world_size > 1:
+            dist.all_reduce(mean)
+        found += [float(mean) / world_size, float(norm)]
+    return found
+
+
+def _work(rank: int, world_size: int, options: dict, changes: dict, meta: bool) -> None:
+    config = tiny_config(num_shared_experts=1, **changes)
+    ids = torch.randint(0, 96, (4, 24), generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(5)
+    alone = Decoder(config)
+    expected = _steps(alone, ids, 0, 1)
+    torch.manual_seed(5)
+    with torch.device("meta" if meta else "cpu"):
+        spread = Decoder(config)
+    parallel = ParallelConfig(**options)
+    parallel.check(world_size, config)
+    Layout(parallel, world_size, "cpu").apply(spread, torch.device("cpu"))
+    found = _steps(spread, ids, rank, world_size)
+    assert found == pytest.approx(expected, rel=1e-5)
+    reshard(spread)
+    wanted = dict(alone.named_parameters())
+    for name, parameter in spread.named_parameters():
+        torch.testing.assert_close(whole(parameter.detach()), wanted[name].detach(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "meta"),
+    [
+        ({}, {}, True),
+        ({"shard": False}, {}, False),
+        ({"expert": 2}, {}, True),
+        ({"expert": 2, "shard": False}, {"num_experts": [4, 2], "num_experts_per_tok": 1}, False),
+        ({"expert": 2}, {"experts_backend": "loop", "tie_word_embeddings": True}, True),
+        ({"expert": 2}, {"num_experts": [0, 2], "num_experts_per_tok": [0, 2], "intermediate_size": 48}, True),
+    ],
+)
+def test_two_ranks_train_as_one(options, changes, meta):
+    call(_work, 2, options, changes, meta)
+
+
+def _uneven(rank: int, world_size: int) -> None:
+    """All tokens of all ranks go to experts of one rank; the other's have a gradient of zeros."""
+    config = tiny_config(num_experts_per_tok=1)
+    torch.manual_seed(5)
+    decoder = Decoder(config)
+    with torch.no_grad():
+        for block in decoder.blocks:
+            block.mlp.router.weight.zero_()  # of equal experts it is always the same one that is chosen
+    Layout(ParallelConfig(expert=2), world_size, "cpu").apply(decoder, torch.device("cpu"))
+    decoder(torch.arange(20).view(1, 20)).logits.square().mean().backward()
+    for block in decoder.blocks:
+        grad = block.mlp.experts.down_proj.grad
+        assert grad is not None
+        norms = whole(grad).flatten(1).norm(dim=1)
+        assert int((norms > 0).sum()) == 1
+
+
+def test_a_rank_without_tokens():
+    call(_uneven, 2)
