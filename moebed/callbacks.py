@@ -146,7 +146,8 @@ class SampleText(Callback):
         prompts = batch["input_ids"][:, : self.prompt_tokens].to(pl_module.device)
         decoder: Any = pl_module.decoder
         generator = torch.Generator(device=prompts.device).manual_seed(0)
-        ids = generate(decoder, prompts, self.new_tokens, self.temperature, self.top_k, generator).tolist()
+        with torch.compiler.set_stance("force_eager"):  # every step of it has another length
+            ids = generate(decoder, prompts, self.new_tokens, self.temperature, self.top_k, generator).tolist()
         sections = []
         for row, domain in zip(ids, batch["domain"].tolist(), strict=True):
             prompt, rest = row[: prompts.shape[1]], row[prompts.shape[1] :]

@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         if verbose:
             raise
-        print(f"moebed: error: {' '.join(str(error).split())}", file=sys.stderr)
+        if not getattr(error, "said_elsewhere", False):
+            print(f"moebed: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 

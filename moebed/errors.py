@@ -11,3 +11,16 @@ class UserError(Exception):
 
 class ConfigError(UserError):
     """A configuration that no model or run can be built from."""
+
+
+class SharedError(UserError):
+    """An error that every rank of a run raises at the same moment; the first one says it for all.
+
+    Args:
+        message: The line.
+        rank: This process.
+    """
+
+    def __init__(self, message: str, rank: int) -> None:
+        super().__init__(message)
+        self.said_elsewhere = rank != 0

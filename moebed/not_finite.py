@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from moebed.errors import UserError
+from moebed.errors import SharedError
 
 if TYPE_CHECKING:
     from moebed.module import MoEModule
@@ -51,7 +51,7 @@ class NotFinite:
             norm: Norm of the gradient over all ranks.
 
         Raises:
-            UserError: The step is not finite and the choice is to stop, or too many in a row were skipped.
+            SharedError: The step is not finite and the choice is to stop, or too many in a row were skipped.
         """
         noted, self._noted = self._noted, None
         scaled = getattr(module.trainer.precision_plugin, "scaler", None) is not None
@@ -66,9 +66,11 @@ class NotFinite:
         what = said[0] if said else f"the loss is finite but the gradient's norm is {norm.item()}"
         self._in_a_row += 1
         if self.choice == "stop" or self._in_a_row >= MOST_IN_A_ROW:
-            raise UserError(
+            raise SharedError(
                 f"{what}, at step {module.global_step}; lower the learning rate, lengthen the warm-up, or continue "
-                "from an earlier checkpoint with --ckpt_path"
+                "from an earlier checkpoint with --ckpt_path",
+                module.global_rank,
             )
-        rank_zero_warn(f"step {module.global_step} is skipped: {what}")
+        if module.trainer.is_global_zero:
+            print(f"step {module.global_step} is skipped: {what}", file=sys.stderr, flush=True)
         return True

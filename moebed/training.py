@@ -45,6 +45,9 @@ LIGHTNING_ADVICE = (
     "LeafSpec",
 )
 
+# What gloo and NCCL say when a peer is gone or silent.
+LOST_RANK = ("onnection closed by peer", "onnection reset by peer", "Broken pipe", "imed out", "NCCL", "ocket")
+
 
 class _Parser(LightningArgumentParser):
     """Errors become a UserError of one line instead of a usage text."""
@@ -314,3 +317,11 @@ def run(command: str, arguments: Sequence[str]) -> None:
         TrainingCLI([command, *arguments])
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
+    except RuntimeError as error:
+        if torch.distributed.is_initialized() and any(sign in str(error) for sign in LOST_RANK):
+            first = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"another process of this run has ended or cannot be reached ({first[:160]}); "
+                "see what it said, then continue with --ckpt_path last"
+            ) from error
+        raise

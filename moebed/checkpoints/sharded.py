@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 
 from moebed.checkpoints.files import TensorEntry
-from moebed.errors import UserError
+from moebed.errors import SharedError, UserError
 
 REST = "rest.ckpt"
 _RECORDS = {
@@ -168,7 +168,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) ->
     """Write a folder, all ranks together; what was at path before stays whole until the new one is.
 
     Raises:
-        UserError: It could not be written; the same on every rank.
+        SharedError: It could not be written.
     """
     partial, first = partial_name(path), dist.get_rank() == 0
     error: Exception | None = None
@@ -192,9 +192,10 @@ def write(path: Path, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) ->
     if failed:
         if first:
             shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(
+        raise SharedError(
             f"checkpoint {path} could not be written (rank {failed[0][0]}: {failed[0][1]}); the previous one is whole: "
-            "make room or choose another folder, then continue with --ckpt_path last"
+            "make room or choose another folder, then continue with --ckpt_path last",
+            dist.get_rank(),
         ) from error
 
 

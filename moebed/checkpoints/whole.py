@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from moebed.checkpoints.checkpoint import Checkpoint
 from moebed.checkpoints.writer import SHARD_BYTES, FolderWriter
 from moebed.decoder import Decoder
 from moebed.families.keys import KeyMap
 from moebed.families.registry import family_of
+from moebed.parallel.sharding import assign
 
 
 @torch.no_grad()
@@ -37,14 +39,18 @@ def load_decoder(checkpoint: Checkpoint | str | Path, dtype: torch.dtype = torch
 
 @torch.no_grad()
 def fill(decoder: Decoder, checkpoint: Checkpoint) -> None:
-    """Set the parameters of a decoder of the checkpoint's model, a tensor at a time.
+    """Set the parameters of a decoder of the checkpoint's model, a tensor at a time; each rank its own parts.
 
     Raises:
         UserError: A weight is NaN or Inf.
     """
     for name, parameter in decoder.named_parameters():
+        spread = isinstance(parameter, DTensor)
+        value = torch.empty(parameter.shape, dtype=parameter.dtype) if spread else parameter
         for part, region in checkpoint.keys.parameter(name):
-            parameter[region] = checkpoint.read(part).to(parameter)
+            value[region] = checkpoint.read(part).to(value)
+        if spread:
+            assign(parameter, value)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from moebed.checkpoints import sharded
 from moebed.checkpoints.files import load_mapped
-from moebed.errors import UserError
+from moebed.errors import SharedError, UserError
 from moebed.parallel.config import ParallelConfig
 from moebed.parallel.sharding import Layout, assign, reshard, whole
 
@@ -103,7 +103,7 @@ class MeshStrategy(ModelParallelStrategy):
             except UserError as error:
                 failed = error
         if (said := self.broadcast(str(failed) if failed is not None else None)) is not None:
-            raise failed or UserError(said)
+            raise SharedError(said, self.global_rank)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint of any layout into model and optimizer; what is left is what Lightning restores."""

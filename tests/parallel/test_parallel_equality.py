@@ -67,3 +67,28 @@ def test_another_layout_continues_a_run(tmp_path, first, second, options):
     for tag in TRAINED:
         assert found[tag].keys() == wanted[tag].keys(), tag
         assert _largest(found, wanted, [tag]) < 1e-5, tag
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("layout", ["FSDP2-2", "EP-2"])
+def test_compiled_parts_train_the_same_model(tmp_path, layout):
+    path, found = recipe(tmp_path, 4), []
+    for compiled in ("false", "true"):
+        arguments, ranks = fit(path, tmp_path / compiled, layout, "--model.compile", compiled)
+        run(arguments, ranks, tmp_path / "logs" / compiled)
+        found.append(curves(tmp_path / compiled)["train/loss"])
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_bfloat16_gathering_is_close(tmp_path):
+    path, found = recipe(tmp_path, 6), []
+    for dtype in ("float32", "bfloat16"):
+        options = ["--trainer.precision", "bf16-mixed", "--parallel.gather_dtype", dtype, "--parallel.expert", "2"]
+        arguments, ranks = fit(path, tmp_path / dtype, "FSDP2-2", *options, "--parallel.data", "1")
+        run(arguments, ranks, tmp_path / "logs" / dtype)
+        found.append(curves(tmp_path / dtype)["train/loss"])
+    assert found[1] == pytest.approx(found[0], rel=5e-3)
+    assert found[1] != found[0]

@@ -1,13 +1,20 @@
 """Layouts of a decoder over two ranks: values, gradients and initial weights are those of one process."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
 
+from moebed.checkpoints.checkpoint import Checkpoint
+from moebed.checkpoints.whole import fill, load_decoder, write_checkpoint
 from moebed.decoder import Decoder
 from moebed.optim import OptimizerConfig, build_adamw, gradient_norm, scale_gradients
 from moebed.parallel.config import ParallelConfig
+from moebed.parallel.gathered import GatheredModel
 from moebed.parallel.sharding import Layout, reshard, whole
+from moebed.views import Need, ProbeText
+from moebed.walking import walk, walk_model
 from tests.conftest import tiny_config
 from tests.parallel.forked import call
 
@@ -86,3 +93,47 @@ def _uneven(rank: int, world_size: int) -> None:
 
 def test_a_rank_without_tokens():
     call(_uneven, 2)
+
+
+def _filled(rank: int, world_size: int, folder: Path) -> None:
+    """Every rank takes its parts of a checkpoint's weights."""
+    config = tiny_config()
+    wanted = dict(load_decoder(folder).named_parameters())
+    decoder = Decoder(config)
+    Layout(ParallelConfig(expert=2), world_size, "cpu").apply(decoder, torch.device("cpu"))
+    fill(decoder, Checkpoint.open(folder))
+    for name, parameter in decoder.named_parameters():
+        assert torch.equal(whole(parameter.detach()), wanted[name])
+
+
+def test_weights_of_a_checkpoint(tmp_path):
+    write_checkpoint(Decoder(tiny_config()), "mixtral", tmp_path / "source", torch.float32)
+    call(_filled, 2, tmp_path / "source")
+
+
+def _gathered(rank: int, world_size: int) -> None:
+    """A walk over a model that ranks share gives what a walk over the whole gives; nobody is left waiting."""
+    config = tiny_config(num_shared_experts=1, tie_word_embeddings=True)
+    torch.manual_seed(5)
+    alone = Decoder(config)
+    torch.manual_seed(5)
+    spread = Decoder(config)
+    Layout(ParallelConfig(expert=2), world_size, "cpu").apply(spread, torch.device("cpu"))
+    ids = torch.randint(0, 96, (2, 12), generator=torch.Generator().manual_seed(1))
+    text = ProbeText(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros(2, dtype=torch.long))
+    needs = frozenset(Need)
+    model = GatheredModel(spread)
+    if rank:
+        model.follow()
+    else:
+        with model.leading(), torch.no_grad():
+            pairs = list(zip(walk_model(model, text, needs), walk(alone, text, needs), strict=True))
+        for found, wanted in pairs[:-1]:
+            torch.testing.assert_close(found.routing.router_logits, wanted.routing.router_logits)
+            assert torch.equal(found.matrix("up"), wanted.matrix("up"))
+        torch.testing.assert_close(pairs[-1][0].loss, pairs[-1][1].loss, equal_nan=True)
+    dist.barrier()
+
+
+def test_probes_see_the_whole_of_a_shared_model():
+    call(_gathered, 2)
