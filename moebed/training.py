@@ -12,7 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -29,6 +29,9 @@ from moebed.data.datamodule import TextDataModule
 from moebed.errors import ConfigError, UserError
 from moebed.flops import count_parameters, flops_per_token
 from moebed.module import MoEModule
+from moebed.parallel.config import ParallelConfig
+from moebed.plan.plan import make_plan, setup_of
+from moebed.plan.table import print_plan
 
 # What Lightning warns of although it is meant here: batches without loader workers, a run folder that is continued or
 # begun with --ckpt_path last, the command line's own arguments, and its own use of a deprecated name.
@@ -103,10 +106,24 @@ class TrainingCLI(LightningCLI):
         parser.add_argument("-c", "--config", action=ActionConfigFile, help="a recipe, or a run's config.yaml")
         return parser
 
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Only ``fit`` can be planned."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "fit":
+            parser.add_argument(
+                "--print_plan",
+                type=Literal["table", "json"] | None,
+                nargs="?",
+                const="table",
+                help="print parameters, memory of a rank, tokens and bytes sent, as a table or as json, and exit",
+            )
+        return parser
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The callbacks that every run has, and defaults that suit small runs."""
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(SampleText, "samples")
+        parser.add_argument("--parallel", type=ParallelConfig | None, default=None, help="layout over many processes")
         parser.set_defaults(
             {
                 "trainer.default_root_dir": "runs/default",
@@ -126,6 +143,9 @@ class TrainingCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Place everything of a run in its folder, and refuse to overwrite another run."""
         config = self.config[self.subcommand]
+        if self.subcommand == "fit" and config.print_plan is not None:
+            print_plan(make_plan(setup_of(config, torch.cuda.device_count())), as_json=config.print_plan == "json")
+            sys.exit()
         folder = Path(config.trainer.default_root_dir)
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(folder / "checkpoints")
