@@ -169,9 +169,8 @@ def moments(setup: Setup, max_violation: float = 0.0) -> Iterator[Moment]:
     whole = {"gradients": all_gradients}
     if setup.checkpointing:
         inner = activations.block(setup, last, max_violation)
-        passing: Parts = {
-            part: inner[part] for part in ("dispatch rows", "expert activations", "dense FFN") if part in inner
-        }
+        ffn_parts = ("dispatch rows", "expert activations", "dense FFN")
+        passing: Parts = {part: inner[part] for part in ffn_parts if part in inner}
         passing["all-to-all buffers"] = all_to_all_buffers(setup, last)
         passing["weights cast by autocast"] = cached - head_cast + casts[last][1]
         yield moment("forward pass of the last block", whole, kept(last), passing)

@@ -47,7 +47,7 @@ def resident(field: str) -> int:
 
 
 class Watch(Callback):
-    """Samples what is in use while training, and writes both peaks when training ends, before the report."""
+    """Samples what is in use while training, and writes both peaks when training ends."""
 
     def __init__(self, out: str) -> None:
         self.out, self.most = out, 0
@@ -90,6 +90,7 @@ if __name__ == "__main__":
         cli.trainer.callbacks.append(watching[0])
 
     moebed.training.TrainingCLI.instantiate_classes = measured
+    moebed.training.TrainingCLI.after_fit = lambda cli: None  # no validation and report after the last step
     moebed.training.run("fit", arguments)
     sys.stderr.flush()
     os._exit(0)  # the sampling thread has no end of its own
