@@ -143,8 +143,9 @@ class TrainingCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Place everything of a run in its folder, and refuse to overwrite another run."""
         config = self.config[self.subcommand]
-        if self.subcommand == "fit" and config.print_plan is not None:
-            print_plan(make_plan(setup_of(config, torch.cuda.device_count())), as_json=config.print_plan == "json")
+        wanted = config.pop("print_plan", None)  # no part of the run, so not of its config.yaml
+        if wanted is not None:
+            print_plan(make_plan(setup_of(config, torch.cuda.device_count())), as_json=wanted == "json")
             sys.exit()
         folder = Path(config.trainer.default_root_dir)
         if config.checkpoint.dirpath is None:
