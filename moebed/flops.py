@@ -5,44 +5,68 @@ H hidden, F expert intermediate, E experts, K experts per token, V vocabulary, S
 
 from __future__ import annotations
 
+import math
+
 from moebed.config import ModelConfig
+
+Shapes = dict[str, list[tuple[int, ...]]]  # of parameters, by part
+
+
+def outer_shapes(config: ModelConfig) -> Shapes:
+    """Shapes of the parameters outside the layers."""
+    matrix = (config.vocab_size, config.hidden_size)
+    return {
+        "embedding": [matrix],
+        "norms": [(config.hidden_size,)],
+        "head": [] if config.tie_word_embeddings else [matrix],
+    }
+
+
+def layer_shapes(config: ModelConfig, index: int) -> Shapes:
+    """Shapes of the parameters of one layer; those of "experts" have E as their first axis."""
+    hidden, layer = config.hidden_size, config.layer(index)
+    assert config.head_dim is not None
+    assert config.num_key_value_heads is not None
+    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    attention: list[tuple[int, ...]] = [(queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries)]
+    if config.attention_bias:
+        attention += [(queries,), (keys,), (keys,)]
+    norms: list[tuple[int, ...]] = [(hidden,)] * (4 if config.post_norms else 2)
+    if config.qk_norm != "none":
+        norms += [(config.head_dim,)] * 2 if config.qk_norm == "head" else [(queries,), (keys,)]
+    shapes: Shapes = {"attention": attention, "norms": norms}
+    if layer.num_experts == 0:
+        assert config.intermediate_size is not None
+        return shapes | {"dense FFN": _gated_ffn(hidden, config.intermediate_size)}
+    width = layer.moe_intermediate_size
+    shapes["router"] = [(layer.num_experts, hidden)]
+    shapes["experts"] = [(layer.num_experts, 2 * width, hidden), (layer.num_experts, hidden, width)]
+    if layer.num_shared_experts:
+        shapes["shared experts"] = _gated_ffn(hidden, layer.num_shared_experts * width)
+        if config.shared_expert_gate:
+            shapes["shared experts"].append((1, hidden))
+    return shapes
+
+
+def _gated_ffn(hidden: int, width: int) -> list[tuple[int, ...]]:
+    return [(width, hidden), (width, hidden), (hidden, width)]
+
+
+def count(shapes: list[tuple[int, ...]]) -> int:
+    """Elements of tensors of these shapes."""
+    return sum(math.prod(shape) for shape in shapes)
 
 
 def count_parameters(config: ModelConfig) -> tuple[int, int]:
     """Parameters in total, and those active for one token (K experts a layer; embedding and head included)."""
-    hidden = config.hidden_size
-    embedding = config.vocab_size * hidden
-    total = active = hidden + embedding * (1 if config.tie_word_embeddings else 2)
+    total = active = sum(map(count, outer_shapes(config).values()))
     for index in range(config.num_hidden_layers):
-        layer = config.layer(index)
-        common = _attention_parameters(config) + hidden * (4 if config.post_norms else 2)
-        total += common
-        active += common
-        if layer.num_experts == 0:
-            assert config.intermediate_size is not None
-            total += 3 * hidden * config.intermediate_size
-            active += 3 * hidden * config.intermediate_size
-            continue
-        expert = 3 * hidden * layer.moe_intermediate_size
-        shared = layer.num_shared_experts * expert
-        if layer.num_shared_experts and config.shared_expert_gate:
-            shared += hidden
-        router = layer.num_experts * hidden
-        total += layer.num_experts * expert + shared + router
-        active += layer.num_experts_per_tok * expert + shared + router
+        shapes, layer = layer_shapes(config, index), config.layer(index)
+        experts = count(shapes.pop("experts", []))
+        common = sum(map(count, shapes.values()))
+        total += common + experts
+        active += common + (experts // layer.num_experts * layer.num_experts_per_tok if experts else 0)
     return total, active
-
-
-def _attention_parameters(config: ModelConfig) -> int:
-    assert config.head_dim is not None
-    assert config.num_key_value_heads is not None
-    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    parameters = config.hidden_size * (2 * queries + 2 * keys)
-    if config.attention_bias:
-        parameters += queries + 2 * keys
-    if config.qk_norm != "none":
-        parameters += 2 * config.head_dim if config.qk_norm == "head" else queries + keys
-    return parameters
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int) -> int:

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -33,6 +33,8 @@ from moebed.flops import count_parameters, flops_per_token
 from moebed.module import MoEModule
 from moebed.parallel.config import ParallelConfig
 from moebed.parallel.strategy import MeshStrategy
+from moebed.plan.plan import make_plan, setup_of
+from moebed.plan.table import print_plan
 from moebed.termination import Termination
 
 # What Lightning warns of although it is meant here: batches without loader workers, a run folder that is continued or
@@ -111,6 +113,19 @@ class TrainingCLI(LightningCLI):
         parser.add_argument("-c", "--config", action=ActionConfigFile, help="a recipe, or a run's config.yaml")
         return parser
 
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Only ``fit`` can be planned."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "fit":
+            parser.add_argument(
+                "--print_plan",
+                type=Literal["table", "json"] | None,
+                nargs="?",
+                const="table",
+                help="print parameters, memory of a rank, tokens and bytes sent, as a table or as json, and exit",
+            )
+        return parser
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The callbacks that every run has, and defaults that suit small runs."""
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
@@ -140,6 +155,10 @@ class TrainingCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Place everything of a run in its folder, and refuse to overwrite another run."""
         config = self.config[self.subcommand]
+        wanted = config.pop("print_plan", None)  # no part of the run, so not of its config.yaml
+        if wanted is not None:
+            print_plan(make_plan(setup_of(config, torch.cuda.device_count())), as_json=wanted == "json")
+            sys.exit()
         folder = Path(config.trainer.default_root_dir)
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(folder / "checkpoints")

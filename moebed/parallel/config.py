@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -61,6 +62,10 @@ class ParallelConfig:
                 f"starts {world_size}; set trainer.devices (times trainer.num_nodes) to fit, or change parallel"
             )
         return data
+
+    def resolve(self, world_size: int) -> ParallelConfig:
+        """The same with `data` filled in."""
+        return dataclasses.replace(self, data=self.data_size(world_size))
 
     def check(self, world_size: int, config: ModelConfig) -> None:
         """Raise ConfigError in one line if a model cannot be laid out like this over so many processes."""

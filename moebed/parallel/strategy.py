@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,16 @@ class MeshStrategy(ModelParallelStrategy):
         self._device_mesh = self._layout.mesh
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = self._device_mesh
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """While gradients accumulate, replicas do not average theirs; shards are reduced in every micro-batch."""
+        model: Any = self.lightning_module.decoder  # type: ignore[union-attr]
+        model.set_requires_all_reduce(False)
+        try:
+            yield
+        finally:
+            model.set_requires_all_reduce(True)
 
     # Checkpoints ---------------------------------------------------------------------------------------------------
 

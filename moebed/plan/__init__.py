@@ -1,0 +1,1 @@
+"""What a run will need, by arithmetic alone: parameters, memory of a rank, tokens, bytes sent (``--print_plan``)."""

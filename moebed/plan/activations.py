@@ -1,0 +1,143 @@
+"""What the forward pass keeps for the backward pass, counted from the tensors that autograd saves.
+
+T tokens, S positions, H hidden, A query heads, G key-value heads, D head width, E experts, K experts per token,
+F expert intermediate, R rows of the experts, V vocabulary; r bytes of the residual stream, c bytes of a product's
+operands. Every formula is for eager execution; a compiled step keeps at most as much, as it recomputes what is cheap.
+"""
+
+from __future__ import annotations
+
+from moebed.plan.setup import Setup
+
+Parts = dict[str, int]  # bytes by part
+
+
+def residual(setup: Setup) -> int:
+    """Bytes of the residual stream, r·T·H: what activation checkpointing keeps of a block."""
+    return setup.precision.parameter * setup.tokens * setup.config.hidden_size
+
+
+def _norm(setup: Setup, width: int, narrow: int) -> int:
+    """An RMSNorm: its input in float32, and the normalised value at narrow bytes, (4 + narrow)·T·width.
+
+    The input is the residual stream itself where that is float32, a wide copy otherwise.
+    """
+    return (4 + narrow) * setup.tokens * width
+
+
+def _stream_norm(setup: Setup) -> int:
+    """Of the residual stream: (4 + r)·T·H."""
+    return _norm(setup, setup.config.hidden_size, setup.precision.parameter)
+
+
+def _product_norm(setup: Setup, width: int) -> int:
+    """Of what a product gave: (4 + c)·T·width."""
+    return _norm(setup, width, setup.precision.compute)
+
+
+def _matrix_inputs(setup: Setup, products: int) -> int:
+    """The normed input of several linear maps: kept once, or under autocast as a cast copy for each of them."""
+    if setup.precision.autocast:
+        return products * setup.precision.compute * setup.tokens * setup.config.hidden_size
+    return residual(setup)
+
+
+def attention(setup: Setup) -> int:
+    """Norm, the input of the three projections, Q, K, V with keys repeated to A heads, what mixes, and its output.
+
+    3·c·T·A·D for Q, K, V; c·T·A·D for the output projection's input; plain products keep the probabilities,
+    c·T·A·S (a soft cap: tanh's and softmax's in float32, and the cast copy), fused attention 4·T·A.
+    """
+    config, c, tokens = setup.config, setup.precision.compute, setup.tokens
+    assert config.head_dim is not None
+    assert config.num_key_value_heads is not None
+    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    total = _stream_norm(setup) + _matrix_inputs(setup, 3) + 4 * c * tokens * queries
+    if config.qk_norm != "none":
+        total += _product_norm(setup, queries) + _product_norm(setup, keys)
+    if config.post_norms:
+        total += _product_norm(setup, config.hidden_size)
+    pairs = tokens * config.num_attention_heads * setup.sequence_length
+    if not setup.keeps_attention_probabilities:
+        return total + 4 * tokens * config.num_attention_heads
+    if config.attn_logit_softcapping is None:
+        return total + c * pairs
+    return total + 8 * pairs + (c * pairs if c < 4 else 0)
+
+
+def router(setup: Setup, index: int) -> int:
+    """Norm, its output in float32, logits, probabilities, their sums, choices (int64) and weights before and after.
+
+    4·T·H + 8·T·E + 4·T + (8 + 4 + 4)·T·K, and 4·T for the sum by which the weights are divided.
+    """
+    layer, tokens = setup.config.layer(index), setup.tokens
+    weights = 8 * layer.num_experts_per_tok + 4 if setup.config.norm_topk_prob else 4 * layer.num_experts_per_tok
+    kept = 4 * setup.config.hidden_size + 8 * layer.num_experts + 4 + 8 * layer.num_experts_per_tok + weights
+    return _stream_norm(setup) + kept * tokens
+
+
+def dispatch(setup: Setup, index: int, max_violation: float = 0.0) -> int:
+    """The experts' input rows, c·R·H; the order of rows and choices (int64), and the weight of each row."""
+    layer, rows = setup.config.layer(index), setup.expert_rows(index, max_violation)
+    order = 8 * rows + 8 * setup.tokens * layer.num_experts_per_tok
+    return setup.precision.compute * rows * (setup.config.hidden_size + 1) + order
+
+
+def experts(setup: Setup, index: int, max_violation: float = 0.0) -> int:
+    """Gate and up before the activation (2F), activated (F), their product (F), the weighted product (F): 5·c·R·F."""
+    rows, width = setup.expert_rows(index, max_violation), setup.config.layer(index).moe_intermediate_size
+    return 5 * setup.precision.compute * rows * width
+
+
+def _gated_ffn(setup: Setup, width: int) -> int:
+    """Gate, activated, up, product: 4·c·T·width."""
+    return 4 * setup.precision.compute * setup.tokens * width
+
+
+def shared_experts(setup: Setup, index: int) -> int:
+    """As one FFN on the router's input; a gate keeps its sigmoid and the output that it scales."""
+    config, layer, c = setup.config, setup.config.layer(index), setup.precision.compute
+    if not layer.num_shared_experts:
+        return 0
+    gated = config.shared_expert_gate
+    total = _gated_ffn(setup, layer.num_shared_experts * layer.moe_intermediate_size)
+    if setup.precision.autocast:
+        total += _matrix_inputs(setup, 3 if gated else 2)
+    elif setup.precision.parameter < 4:  # in float32 the router keeps this very tensor
+        total += residual(setup)
+    return total + (c * setup.tokens * (config.hidden_size + 1) if gated else 0)
+
+
+def dense_ffn(setup: Setup) -> int:
+    """Norm, the input of gate and up, and the FFN between."""
+    assert setup.config.intermediate_size is not None
+    return _stream_norm(setup) + _matrix_inputs(setup, 2) + _gated_ffn(setup, setup.config.intermediate_size)
+
+
+def block(setup: Setup, index: int, max_violation: float = 0.0) -> Parts:
+    """All that one block keeps, by part."""
+    parts = {"attention": attention(setup)}
+    if setup.config.layer(index).num_experts == 0:
+        parts["dense FFN"] = dense_ffn(setup)
+    else:
+        parts["router"] = router(setup, index)
+        parts["dispatch rows"] = dispatch(setup, index, max_violation)
+        parts["expert activations"] = experts(setup, index, max_violation)
+        if shared := shared_experts(setup, index):
+            parts["shared experts"] = shared
+    if setup.config.post_norms:
+        last = "dense FFN" if "dense FFN" in parts else "expert activations"
+        parts[last] += _product_norm(setup, setup.config.hidden_size)
+    return parts
+
+
+def block_outputs(setup: Setup, index: int) -> int:
+    """What a recomputed block still keeps beside its input: the routing, which the balancing losses read."""
+    layer = setup.config.layer(index)
+    return (8 * layer.num_experts + 4 + 12 * layer.num_experts_per_tok) * setup.tokens if layer.num_experts else 0
+
+
+def logits(setup: Setup) -> int:
+    """Last norm, the head's input, logits c·T·V, and 4·T for the sums of the cross entropy."""
+    vocabulary = setup.precision.compute * setup.tokens * setup.config.vocab_size
+    return _stream_norm(setup) + _matrix_inputs(setup, 1) + vocabulary + 4 * setup.tokens

@@ -1,0 +1,125 @@
+"""What a plan depends on, and nothing else: the part of a recipe that decides memory and traffic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from moebed.config import ModelConfig
+from moebed.errors import ConfigError
+from moebed.grouped import CPU_ALIGN
+from moebed.parallel.config import ParallelConfig
+
+
+class Precision(NamedTuple):
+    """Bytes of an element.
+
+    Under autocast (``-mixed``) parameters and the residual stream stay in float32 and matrices are cast for each
+    product; with ``-true`` everything but norms, router and loss is in the one dtype.
+    """
+
+    parameter: int
+    compute: int
+
+    @property
+    def autocast(self) -> bool:
+        """Whether parameters are wider than what products are computed in."""
+        return self.parameter != self.compute
+
+
+PRECISIONS = {"32-true": Precision(4, 4), "bf16-mixed": Precision(4, 2), "bf16-true": Precision(2, 2)}
+_ALIASES = {"32": "32-true", "None": "32-true", "bf16": "bf16-mixed"}
+_ALIASES |= {"16-mixed": "bf16-mixed", "16": "bf16-mixed", "16-true": "bf16-true"}
+
+
+def precision_of(name: str | int | None) -> Precision:
+    """What a name of ``trainer.precision`` means; raises ConfigError for one that cannot be planned."""
+    name = _ALIASES.get(str(name), str(name))
+    if name not in PRECISIONS:
+        raise ConfigError(f"a plan does not know trainer.precision {name!r}; choose one of {', '.join(PRECISIONS)}")
+    return PRECISIONS[name]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run as the formulas see it.
+
+    Args:
+        config: The model.
+        batch_size: Sequences of a micro-batch on each rank (B).
+        sequence_length: Tokens of a sequence (S).
+        precision: Bytes of parameters and of products.
+        layout: Processes as D x X, with data filled in.
+        accumulate: Micro-batches of an optimizer step.
+        checkpointing: Each block is recomputed in the backward pass.
+        device: Where it runs; a CPU pads each expert's rows, and keeps attention probabilities up to 1024 positions.
+        max_steps: Optimizer steps of the run; unknown if not given.
+    """
+
+    config: ModelConfig
+    batch_size: int
+    sequence_length: int
+    precision: Precision = PRECISIONS["32-true"]
+    layout: ParallelConfig = field(default_factory=lambda: ParallelConfig(data=1, shard=False))
+    accumulate: int = 1
+    checkpointing: bool = False
+    device: Literal["cpu", "gpu"] = "gpu"
+    max_steps: int | None = None
+
+    @property
+    def world_size(self) -> int:
+        """Ranks (W = D·X)."""
+        return self.layout.data * self.layout.expert
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch on one rank (T = B·S)."""
+        return self.batch_size * self.sequence_length
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of an optimizer step over all ranks."""
+        return self.tokens * self.world_size * self.accumulate
+
+    @property
+    def moves_tokens(self) -> bool:
+        """Whether tokens are sent to experts on other ranks."""
+        return self.layout.expert > 1
+
+    @property
+    def gathered_bytes(self) -> int:
+        """Bytes of a gathered parameter's element."""
+        return 2 if self.layout.gather_dtype == "bfloat16" else self.precision.parameter
+
+    @property
+    def gathers(self) -> bool:
+        """Whether parameters are sharded, so that a block is gathered for use (FSDP2)."""
+        return self.layout.shard and self.world_size > 1
+
+    @property
+    def uses_ddp(self) -> bool:
+        """Whether every rank holds the whole model."""
+        return not self.layout.shard and self.layout.expert == 1 and self.world_size > 1
+
+    @property
+    def keeps_attention_probabilities(self) -> bool:
+        """Whether attention is plain products, whose (S, S) probabilities the backward pass needs (see attention)."""
+        config = self.config
+        if config.attn_logit_softcapping is not None or config.attention_backend == "math":
+            return True
+        return config.attention_backend == "auto" and self.device == "cpu" and self.sequence_length <= 1024
+
+    def expert_rows(self, index: int, max_violation: float = 0.0) -> int:
+        """Rows (R) that the experts of one rank compute in a micro-batch, padding included.
+
+        A rank's tokens make T·K rows. With experts split over X ranks, a rank sends T·K rows and receives as many on
+        average; one whose experts all have (1 + max_violation) times the mean load receives that many more, but
+        never more than all the rows of the X ranks.
+        """
+        layer, split = self.config.layer(index), self.layout.expert
+        rows = self.tokens * layer.num_experts_per_tok
+        if split > 1:
+            rows = min(round(rows * (1 + max_violation)), rows * split)
+        if self.device == "cpu":
+            rows = -(-(rows + layer.num_experts // split * (CPU_ALIGN - 1)) // CPU_ALIGN) * CPU_ALIGN
+        return rows

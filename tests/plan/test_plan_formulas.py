@@ -1,0 +1,247 @@
+"""The plan's formulas against the tensors themselves: shapes, what autograd saves, what is alive at the peak."""
+
+import math
+import weakref
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moebed.config import ModelConfig
+from moebed.decoder import Decoder
+from moebed.flops import count_parameters, flops_per_token, layer_shapes
+from moebed.module import MoEModule
+from moebed.optim import OptimizerConfig, build_adamw
+from moebed.parallel.config import ParallelConfig
+from moebed.plan import activations, memory, traffic
+from moebed.plan.plan import make_plan
+from moebed.plan.setup import PRECISIONS, Setup
+
+SIZES = {
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_experts": 8,
+    "moe_intermediate_size": 128,
+}
+KINDS = {
+    "mixtral": {"num_key_value_heads": 2},
+    "dense": {"num_experts": 0, "intermediate_size": 512},
+    "deepseek": {
+        "num_experts": [0, 8],
+        "intermediate_size": 300,
+        "num_shared_experts": 2,
+        "norm_topk_prob": False,
+        "num_experts_per_tok": 3,
+    },
+    "qwen": {"num_shared_experts": 1, "shared_expert_gate": True, "attention_bias": True},
+    "olmoe": {"qk_norm": "full", "num_key_value_heads": 2, "attention_backend": "sdpa"},
+    "grok": {
+        "post_norms": True,
+        "attn_logit_softcapping": 30.0,
+        "tie_word_embeddings": True,
+        "hidden_act": "gelu",
+    },
+}
+
+
+def config_of(kind: str, **changes) -> ModelConfig:
+    return ModelConfig(**{**SIZES, **KINDS[kind], **changes})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", [(1, 1, False), (2, 1, True), (2, 4, False), (4, 4, True), (8, 1, True)])
+def test_parameters_of_a_rank_are_those_of_the_model(kind, layout):
+    """Exactly, uneven shards included: each parameter is cut as torch.chunk cuts it, and rank 0 holds the most."""
+    config = config_of(kind, hidden_size=264, num_attention_heads=4)
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    data, expert, shard = layout
+    expected = 0
+    for name, parameter in decoder.named_parameters():
+        routed = ".experts." in name
+        part = parameter.chunk(expert)[0] if routed else parameter
+        ranks = data if routed else data * expert
+        expected += (part.chunk(ranks, dim=int(routed))[0] if shard else part).numel()
+    setup = Setup(config, 1, 16, layout=ParallelConfig(*layout))
+    plan = make_plan(setup)
+    assert plan.rank_parameters == expected
+    assert plan.total_parameters == sum(parameter.numel() for parameter in decoder.parameters())
+    assert plan.total_parameters == count_parameters(config)[0]
+
+
+def saved_bytes(config: ModelConfig, setup: Setup, precision: str, casts: bool) -> int:
+    """Bytes of the storages that autograd saves in a forward pass, parameters left out."""
+    module = MoEModule(config, activation_checkpointing=setup.checkpointing)
+    if precision == "bf16-true":
+        module = module.bfloat16()
+    parameters = list(module.parameters())
+    seen = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    weights = {parameter.numel() for parameter in parameters}
+    kept = []  # so that no address is used twice
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            kept.append(tensor)
+        return tensor
+
+    shape = setup.batch_size, setup.sequence_length
+    ids = torch.randint(0, config.vocab_size, shape)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+            terms = module._forward_terms(ids, ids)
+    is_cast = [t.dtype == torch.bfloat16 and t.untyped_storage().nbytes() // 2 in weights for t in kept]
+    total = sum(tensor.untyped_storage().nbytes() for tensor, cast in zip(kept, is_cast, strict=True) if cast == casts)
+    del terms
+    return total
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_activations_are_what_autograd_saves(kind, precision):
+    """Within 2 %: rotary tables and other tensors without T are left out."""
+    config = config_of(kind)
+    setup = Setup(config, 3, 160, PRECISIONS[precision], device="cpu")
+    kept = [activations.block(setup, index) for index in range(2)]
+    expected = sum(sum(parts.values()) for parts in kept) + activations.logits(setup)
+    assert expected == pytest.approx(saved_bytes(config, setup, precision, casts=False), rel=0.02)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "deepseek", "grok"])
+def test_cast_weights_are_counted(kind):
+    config = config_of(kind)
+    setup = Setup(config, 3, 160, PRECISIONS["bf16-mixed"], device="cpu")
+    parts = next(m for m in memory.moments(setup) if m.name == "end of the forward pass").parts
+    assert parts["weights cast by autocast"] == saved_bytes(config, setup, "bf16-mixed", casts=True)
+
+
+class Live(TorchDispatchMode):
+    """Bytes of all storages that operators make while it is on: now, and at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self.seen = set()
+
+    def _track(self, tensor):
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.seen:
+            self.seen.add(key)
+            self.now += size
+            weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key, size):
+        self.seen.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        pytree.tree_map_only(torch.Tensor, self._track, out)
+        self.most = max(self.most, self.now)
+        return out
+
+
+def live_peak(config: ModelConfig, setup: Setup) -> int:
+    """Most bytes alive in the second of two steps, taken as the trainer takes them."""
+    with Live() as live:
+        module = MoEModule(config, activation_checkpointing=setup.checkpointing)
+        optimizer = build_adamw(module.decoder, OptimizerConfig())
+        ids = torch.randint(0, config.vocab_size, (setup.batch_size, setup.sequence_length))
+        for _ in range(2):
+            live.most = 0
+            for micro in range(setup.accumulate):
+                with torch.autocast("cpu", torch.bfloat16, enabled=setup.precision.autocast):
+                    terms = module._forward_terms(ids, ids)
+                    balance = torch.stack([probs.square().sum() for probs in terms.mean_probs] or [torch.zeros(())])
+                    loss = terms.nats.mean() + balance.sum()
+                if micro == 0:
+                    optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                del terms, loss, balance
+            torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            optimizer.step()
+    return live.most
+
+
+@pytest.mark.parametrize(
+    ("precision", "checkpointing", "accumulate", "layers", "sequence"),
+    [
+        ("32-true", False, 1, 3, 64),
+        ("32-true", True, 1, 2, 256),
+        ("bf16-mixed", False, 2, 2, 256),
+        ("bf16-mixed", True, 1, 3, 128),
+    ],
+)
+@pytest.mark.parametrize("kind", ["mixtral", "dense", "deepseek", "grok"])
+def test_peak_is_what_is_alive(kind, precision, checkpointing, accumulate, layers, sequence):
+    """Within 5 %, where parameters weigh most and where activations do."""
+    experts = [0] + [8] * (layers - 1) if kind == "deepseek" else KINDS[kind].get("num_experts", 8)
+    config = config_of(kind, num_hidden_layers=layers, num_experts=experts)
+    setup = Setup(
+        config,
+        2,
+        sequence,
+        PRECISIONS[precision],
+        accumulate=accumulate,
+        checkpointing=checkpointing,
+        device="cpu",
+    )
+    found, live = memory.peak(setup), live_peak(config, setup)
+    assert found.total == pytest.approx(live, rel=0.05)
+
+
+def test_traffic_by_hand():
+    """Four ranks, two columns, T 8, K 2, H 4 in bf16: 16 rows of 8 bytes and a weight of 4 go out, 8 come back."""
+    config = ModelConfig(
+        vocab_size=8, hidden_size=4, num_attention_heads=1, num_hidden_layers=1, moe_intermediate_size=2
+    )
+    setup = Setup(config, 2, 4, PRECISIONS["bf16-mixed"], ParallelConfig(2, 2, True, "bfloat16"), accumulate=3)
+    assert traffic.all_to_all_bytes(setup, 0) == 3 * 2 * (16 * (8 + 4) + 16 * 8) / 2
+    again = Setup(**{**vars(setup), "checkpointing": True})
+    assert traffic.all_to_all_bytes(again, 0) == 1.5 * traffic.all_to_all_bytes(setup, 0)
+    routed, rest = 8 * 3 * 4 * 2 // 2, 2 * 32 + 4 + 4 * 16 + 8 + 32
+    gathers = 3 * (routed * 1 / 2 + rest * 3 / 4)
+    assert traffic.fsdp_bytes(setup) == (2 * 2 * gathers, 4 * gathers)
+    assert traffic.all_reduce_bytes(setup) == 0
+    replicated = Setup(**{**vars(setup), "layout": ParallelConfig(2, 2, False)})
+    assert traffic.fsdp_bytes(replicated) == (0, 0)
+    assert traffic.all_reduce_bytes(replicated) == 2 * 4 * (routed / 2 + rest * 3 / 4)
+    ddp = Setup(**{**vars(setup), "layout": ParallelConfig(4, 1, False)})
+    assert traffic.all_reduce_bytes(ddp) == 2 * 4 * (2 * routed + rest) * 3 / 4
+    assert traffic.probe_gather_bytes(ddp, layer_shapes(config, 0)) == 0
+    layer = 4 * 16 + 8 + 32
+    own = routed // 2 + layer // 4
+    assert traffic.probe_gather_bytes(setup, layer_shapes(config, 0)) == 4 * (2 * routed + layer - own)
+
+
+def test_tokens_of_experts():
+    config = config_of("deepseek", num_experts=[0, 8])
+    setup = Setup(config, 2, 10, layout=ParallelConfig(3, 2, False), accumulate=5, max_steps=7)
+    plan = make_plan(setup)
+    assert plan.tokens_per_step == 2 * 10 * 6 * 5
+    assert plan.tokens == 7 * plan.tokens_per_step
+    assert plan.expert_tokens_per_step == [0, plan.tokens_per_step * 3 / 8]
+    assert plan.busiest_expert_tokens_per_step[1] == 2 * plan.expert_tokens_per_step[1]
+    assert plan.expert_rows == [0, 2 * 10 * 2 * 3 / 8]  # an expert is in each of the 3 rows, and serves its 2 columns
+    assert setup.expert_rows(1) == 2 * 10 * 3
+    assert setup.expert_rows(1, max_violation=1.0) == setup.expert_rows(1, max_violation=9.0) == 2 * 10 * 3 * 2
+
+
+def test_sharding_and_checkpointing_save_memory():
+    config = config_of("mixtral", num_hidden_layers=8)
+    replicated = Setup(config, 1, 64, PRECISIONS["bf16-mixed"], ParallelConfig(8, 1, False))
+    totals = [
+        memory.peak(Setup(**{**vars(replicated), "layout": ParallelConfig(*layout)})).total
+        for layout in [(8, 1, False), (1, 8, False), (8, 1, True), (1, 8, True)]
+    ]
+    assert totals[0] > totals[1] > max(totals[2:])
+    plan = make_plan(replicated)
+    assert sum(plan.peak_memory.values()) == plan.peak_memory_total
+    assert sum(plan.activations_checkpointed.values()) < sum(plan.activations.values()) / 3
+    assert plan.training_flops_per_token == 3 * flops_per_token(config, 64)
+    assert math.isclose(plan.all_reduce_bytes, 2 * 7 / 8 * 4 * plan.total_parameters)
