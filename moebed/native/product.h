@@ -21,13 +21,14 @@ namespace moebed {
 
 using c10::BFloat16;
 
-constexpr int LANES = 16;          // columns of a panel
-constexpr int PANELS = 4;          // panels of a strip
-constexpr int STRIP = 64;          // columns of a strip, and row length of its float32 buffer
-constexpr int TILE = 6;            // rows whose TILE x PANELS sums stay in registers
-constexpr int BLOCK = 96;          // rows of a block: a strip's buffer (24 KB) stays in the first-level cache
-constexpr int64_t DEPTH = 256;     // pairs between visits to that buffer: a strip's panels (64 KB) stay in the second
-constexpr int64_t LINE = 2 * LANES;  // elements of a panel's line
+constexpr int LANES = 16;             // columns of a panel
+constexpr int PANELS = 4;             // panels of a strip
+constexpr int STRIP = 64;             // columns of a strip, and row length of its float32 buffer
+constexpr int TILE = 6;               // rows whose TILE x PANELS sums stay in registers
+constexpr int BLOCK = 96;             // rows of a block: a strip's buffer takes 24 KB of the first-level cache
+constexpr int64_t DEPTH = 256;        // pairs between visits to that buffer: a strip's panels take 64 KB of the second
+constexpr int64_t LINE = 2 * LANES;   // elements of a panel's line
+constexpr int64_t AHEAD = 16 * LINE;  // how far ahead of the products a panel is fetched
 
 // ---- one tile
 
@@ -44,7 +45,10 @@ void tile(const char* const* rows, int64_t step, const BFloat16* panels, int64_t
   int64_t offset = 0;
   for (int64_t p = begin; p < end; ++p, line += LINE, offset += step) {
     __m512bh right[N];
-    for (int j = 0; j < N; ++j) right[j] = (__m512bh)_mm512_loadu_si512(line + j * panel);
+    for (int j = 0; j < N; ++j) {
+      _mm_prefetch(line + j * panel + AHEAD, _MM_HINT_T0);
+      right[j] = (__m512bh)_mm512_loadu_si512(line + j * panel);
+    }
     for (int i = 0; i < M; ++i) {
       int32_t pair;
       __builtin_memcpy(&pair, row[i] + offset, sizeof pair);
@@ -128,7 +132,8 @@ void pack_transposed(const T* from, int64_t pairs, BFloat16* out) {
         a[i + 2 * h + 1] = _mm512_unpackhi_epi64(b[i + h], b[i + h + 2]);
       }
     for (int i = 0; i < 4; ++i) {  // a[4 r + i] holds column i of each quarter of rows 4 r to 4 r + 3
-      const __m512i low01 = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x88), high01 = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xdd);
+      const __m512i low01 = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x88);
+      const __m512i high01 = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xdd);
       const __m512i low23 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0x88);
       const __m512i high23 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xdd);
       BFloat16* line = out + (p + i) * LINE;
