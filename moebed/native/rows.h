@@ -28,8 +28,10 @@ void run(int64_t count, const Task& task) {
   });
 }
 
-inline Tensor empty(int64_t elements) { return at::empty({elements}, at::TensorOptions().dtype(at::kBFloat16)); }
-inline Tensor empty(at::IntArrayRef size, at::ScalarType type) { return at::empty(size, at::TensorOptions().dtype(type)); }
+inline Tensor empty(at::IntArrayRef size, at::ScalarType type) {
+  return at::empty(size, at::TensorOptions().dtype(type));
+}
+inline Tensor empty(int64_t elements) { return empty({elements}, at::kBFloat16); }
 inline BFloat16* data(const Tensor& tensor) { return tensor.data_ptr<BFloat16>(); }
 
 // Room for a block's values, not initialised.
