@@ -60,8 +60,8 @@ class ModelConfig:
         logits_multiplier: Scale of the output logits (Grok-1).
         tie_word_embeddings: The head uses the embedding's weights.
         initializer_range: Standard deviation of initial weights.
-        experts_backend: How the expert products are computed: auto, grouped_mm, loop or triton (see
-            moebed.experts).
+        experts_backend: How the expert products are computed: auto, grouped_mm, loop, native (compiled on first
+            use, for CPUs with AVX512-BF16) or triton (see moebed.experts).
         attention_backend: auto, sdpa (PyTorch's fused attention) or math (plain matrix products). auto is math where a
             soft cap asks for it and on a CPU up to 1024 positions, where it is faster; sdpa otherwise.
     """
@@ -98,7 +98,7 @@ class ModelConfig:
     logits_multiplier: float = 1.0
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
-    experts_backend: Literal["auto", "grouped_mm", "loop", "triton"] = "auto"
+    experts_backend: Literal["auto", "grouped_mm", "loop", "native", "triton"] = "auto"
     attention_backend: Literal["auto", "sdpa", "math"] = "auto"
 
     def __post_init__(self) -> None:
@@ -141,7 +141,7 @@ class ModelConfig:
         self._check_choice("hidden_act", ("silu", "gelu", "gelu_tanh"))
         self._check_choice("router_aux_loss_scope", ("micro", "global"))
         self._check_choice("qk_norm", ("none", "head", "full"))
-        self._check_choice("experts_backend", ("auto", "grouped_mm", "loop", "triton"))
+        self._check_choice("experts_backend", ("auto", "grouped_mm", "loop", "native", "triton"))
         self._check_choice("attention_backend", ("auto", "sdpa", "math"))
         self._require(
             self.attention_backend != "sdpa" or self.attn_logit_softcapping is None,

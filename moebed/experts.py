@@ -5,6 +5,8 @@ T tokens, E experts, K experts per token, H hidden, F expert intermediate, R slo
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
@@ -13,13 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moebed import native
 from moebed.config import LayerConfig, ModelConfig
 from moebed.errors import ConfigError
-from moebed.grouped import CPU_ALIGN, from_slots, grouped_mm, sort_by_expert, to_slots
+from moebed.grouped import CPU_ALIGN, compute_dtype, from_slots, grouped_mm, sort_by_expert, to_slots
 from moebed.routers import Routing
 
 if TYPE_CHECKING:
     from moebed.parallel.exchange import TokenExchange
+
+log = logging.getLogger(__name__)
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -100,9 +105,8 @@ def _loop(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
 
 def _grouped_mm(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
     """All experts in two grouped products over tokens sorted by expert (see moebed.grouped)."""
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    align = CPU_ALIGN if device == "cpu" else 1
+    dtype = compute_dtype(x)
+    align = CPU_ALIGN if x.device.type == "cpu" else 1
     gate_up, down = experts.local
     dispatch = sort_by_expert(routing.topk_index, routing.topk_weight, len(down), align)
     rows = to_slots(x.to(dtype), dispatch)  # (R, H)
@@ -110,6 +114,16 @@ def _grouped_mm(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
     hidden = experts.activation(gate) * up * dispatch.slot_weight.to(dtype).unsqueeze(-1)  # (R, F)
     result = grouped_mm(hidden, down.to(dtype), dispatch.offsets)  # (R, H)
     return from_slots(result, dispatch)
+
+
+def _native(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
+    """The compiled extension for CPUs with AVX512-BF16; what it is not made for takes ``grouped_mm``."""
+    dtype = compute_dtype(x)
+    matrices = experts.local
+    if not native.fits(x, dtype, *matrices):
+        return _grouped_mm(experts, x, routing)
+    weight = routing.topk_weight.float()
+    return native.expert_mlp(x.to(dtype), *matrices, routing.topk_index, weight, experts.hidden_act)
 
 
 def _triton(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
@@ -127,6 +141,7 @@ def _triton(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
 BACKENDS: dict[str, Callable[[Experts, Tensor, Routing], Tensor]] = {
     "grouped_mm": _grouped_mm,
     "loop": _loop,
+    "native": _native,
     "triton": _triton,
 }
 
@@ -141,7 +156,15 @@ def resolve_backend(name: str) -> str:
         )
     if name == "triton":
         _check_kernels_are_ours()
+    if name == "native" and (reason := native.load()) is not None:
+        _say_once(f"experts_backend native is not to be had ({reason}); grouped_mm serves instead")
+        return "grouped_mm"
     return name
+
+
+@functools.cache
+def _say_once(sentence: str) -> None:
+    log.debug(sentence)
 
 
 def _check_kernels_are_ours() -> None:

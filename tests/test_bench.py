@@ -1,16 +1,24 @@
 """The benchmark's own logic: pairing, ratios, and a run at a size that takes a second."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 
+from moebed import native
 from moebed.bench import train
 from moebed.cli import main
 from moebed.flops import count_parameters, flops_per_token
 from tests.conftest import tiny_config
 
 TINY = train.Size(tiny_config(vocab_size=64, router_aux_loss_coef=0.0), 2, 16)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_compiled_in_a_fast_test(monkeypatch, request):
+    if request.node.get_closest_marker("slow") is None:
+        monkeypatch.setattr(native, "load", lambda: "nothing is compiled in a fast test")
 
 
 def test_ratios_are_within_a_round():
@@ -25,6 +33,26 @@ def test_dense_model_has_equal_active_flops():
     router = 2 * moe.num_experts * moe.hidden_size * moe.num_hidden_layers
     assert flops_per_token(moe, 64) - flops_per_token(dense, 64) == router
     assert count_parameters(dense)[0] == count_parameters(dense)[1]
+
+
+def test_each_of_ours_is_held_to_the_dense_model_run_as_it_is():
+    names = ("moebed eager", "moebed native compiled", "transformers eager")
+    assert [train._dense_peer(name) for name in names] == ["moebed dense eager", "moebed dense compiled", ""]
+
+
+@pytest.mark.slow
+def test_the_compiled_backend_trains_as_the_default_does():
+    if (reason := native.load()) is not None:
+        pytest.skip(reason)
+    config = tiny_config(vocab_size=64, router_aux_loss_coef=0.0, moe_intermediate_size=64)
+    batch, losses = next(train.batches(train.Size(config, 2, 16), torch.device("cpu"))), {}
+    for backend in ("native", "auto"):
+        torch.manual_seed(0)
+        step = train.own_step(dataclasses.replace(config, experts_backend=backend), torch.device("cpu"), compile=False)
+        losses[backend] = [step(*batch) for _ in range(20)]
+    assert losses["native"] == pytest.approx(losses["auto"], rel=0.02)
+    assert losses["native"] != losses["auto"]
+    assert losses["native"][-1] < 0.9 * losses["native"][0]
 
 
 def test_every_contestant_trains_on_the_loss_of_next_tokens():

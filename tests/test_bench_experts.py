@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from moebed import native
 from moebed.bench import experts, kernels, peers, train
 from moebed.cli import main
 from tests.conftest import tiny_config
@@ -15,8 +16,10 @@ TINY = train.Size(tiny_config(vocab_size=64, router_aux_loss_coef=0.0), 2, 16)
 
 
 @pytest.fixture(autouse=True)
-def tiny(monkeypatch):
+def tiny(monkeypatch, request):
     monkeypatch.setitem(train.SIZES, "T", TINY)
+    if request.node.get_closest_marker("slow") is None:
+        monkeypatch.setattr(native, "load", lambda: "nothing is compiled in a fast test")
 
 
 def tiny_case() -> experts.Case:
@@ -35,6 +38,19 @@ def test_contestants_agree_with_the_reference_in_output_and_gradients():
         assert set(found) | set(left_out) == set(
             peers.makers(TINY.model, 32, *experts.weights(TINY.model, CPU, torch.float32))
         )
+
+
+@pytest.mark.slow
+def test_the_compiled_backend_is_a_contestant_where_it_computes(monkeypatch):
+    if (reason := native.load()) is not None:
+        pytest.skip(reason)
+    config = tiny_config(vocab_size=64, router_aux_loss_coef=0.0, moe_intermediate_size=64)
+    monkeypatch.setitem(train.SIZES, "T", train.Size(config, 2, 16))
+    for dtype in ("bfloat16", "autocast"):
+        _, off, _ = experts.contestants(tiny_case(), dtype, CPU, gpu_only=False)
+        assert off["moebed native"] < experts.TOLERANCES[dtype]
+    _, _, left_out = experts.contestants(tiny_case(), "float32", CPU, gpu_only=False)
+    assert "bf16" in left_out["moebed native"]
 
 
 def test_what_differs_gets_no_ratio(monkeypatch):

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moebed import native
 from moebed.bench.train import dense_of_equal_flops
 from moebed.config import ModelConfig
 from moebed.decoder import FeedForward
-from moebed.experts import BACKENDS, Experts
+from moebed.experts import BACKENDS, Experts, compute_dtype
 from moebed.routers import Routing
 
 OWN, DENSE, REFERENCE = "moebed ", "dense FFN of equal FLOPs", "loop"
@@ -50,11 +51,19 @@ def own(config: ModelConfig, backend: str, gate_up: Tensor, down: Tensor) -> Pee
     """Our experts with one backend."""
     if backend == "triton" and gate_up.device.type == "cpu":
         raise LeftOut("its kernels need a GPU")
+    if backend == "native" and (reason := native.load()) is not None:
+        raise LeftOut(reason)
     with torch.device("meta"):
         experts = Experts(config, config.layer(0))
     experts.backend = BACKENDS[backend]
     experts.gate_up_proj, experts.down_proj = nn.Parameter(gate_up), nn.Parameter(down)
-    return Peer(experts, experts, lambda: {"gate_up": experts.gate_up_proj.grad, "down": experts.down_proj.grad})
+
+    def run(x: Tensor, routing: Routing) -> Tensor:
+        if backend == "native" and not native.fits(x, compute_dtype(x), gate_up, down):
+            raise LeftOut(f"it computes in bf16 on a CPU, with sizes that are multiples of {native.MULTIPLE}")
+        return experts(x, routing)
+
+    return Peer(experts, run, lambda: {"gate_up": experts.gate_up_proj.grad, "down": experts.down_proj.grad})
 
 
 def transformers_names() -> list[str]:

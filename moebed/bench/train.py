@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moebed import native
 from moebed.allocator import keep_freed_memory
 from moebed.config import ModelConfig
 from moebed.decoder import Decoder
@@ -69,8 +70,9 @@ def dense_of_equal_flops(config: ModelConfig) -> ModelConfig:
 
 TRANSFORMERS_EXPERTS = ("grouped_mm", "eager")
 NOTES = [
+    "'native' is experts_backend native, where it can be compiled; the others take what auto stands for",
     "transformers' batched_mm copies an expert's weights for every token and is left out",
-    "'matrix products alone' is the most that any step of these sizes can reach here",
+    "'matrix products alone' is the most that a step with PyTorch's own products can reach here",
 ]
 
 Step = Callable[..., float]  # takes one item of a feed
@@ -237,15 +239,15 @@ PRODUCTS_ALONE = "matrix products alone"
 
 def contestants_of(size: Size, device: torch.device, compile: bool) -> dict[str, Step]:
     """Ours and the peers, by the name that the table shows."""
-    dense = dense_of_equal_flops(size.model)
+    models = {"moebed": size.model, "moebed dense": dense_of_equal_flops(size.model)}
+    if device.type == "cpu" and native.load() is None:
+        models["moebed native"] = dataclasses.replace(size.model, experts_backend="native")
     steps: dict[str, Step] = {}
     for implementation in TRANSFORMERS_EXPERTS:
         steps[f"transformers {implementation}"] = transformers_step(size.model, device, implementation)
-    steps["moebed eager"] = own_step(size.model, device, compile=False)
-    steps["moebed dense eager"] = own_step(dense, device, compile=False)
-    if compile:
-        steps["moebed compiled"] = own_step(size.model, device, compile=True)
-        steps["moebed dense compiled"] = own_step(dense, device, compile=True)
+    for compiled in (False, True) if compile else (False,):
+        for name, model in models.items():
+            steps[f"{name} {'compiled' if compiled else 'eager'}"] = own_step(model, device, compiled)
     steps[PRODUCTS_ALONE] = products_step(size.model, size.tokens, device)
     return steps
 
@@ -283,4 +285,5 @@ def run(size_name: str, rounds: int, steps: int, compile: bool, device: str = "c
 
 
 def _dense_peer(name: str) -> str:
-    return name.replace("moebed ", "moebed dense ") if name.startswith("moebed ") and "dense" not in name else ""
+    """Our dense model, eager or compiled as the contestant is."""
+    return f"moebed dense {name.split()[-1]}" if name.startswith("moebed ") else ""

@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.tensor import DTensor
 
-from moebed.grouped import from_slots, sort_by_expert, to_slots
+from moebed.grouped import compute_dtype, from_slots, sort_by_expert, to_slots
 from moebed.routers import Routing
 
 if TYPE_CHECKING:
@@ -51,8 +51,6 @@ class TokenExchange:
         Rows travel while the caller computes something else, where the backend of the group can do both.
         """
         num_experts = experts.num_experts
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         dispatch = sort_by_expert(routing.topk_index, routing.topk_weight, num_experts, align=1)
         counts = dispatch.offsets.diff().long()  # (E,)
         received = torch.empty_like(counts)  # from each rank in turn, for each of this rank's experts
@@ -64,7 +62,7 @@ class TokenExchange:
             splits = (outward, inward) if back else (inward, outward)
             return all_to_all_single_autograd(rows.contiguous(), *splits, self.group)
 
-        rows = send(to_slots(x.to(dtype), dispatch))  # (R, H)
+        rows = send(to_slots(x.to(compute_dtype(x)), dispatch))  # (R, H)
         weight = send(dispatch.slot_weight.unsqueeze(1))  # (R, 1)
 
         def finish() -> Tensor:
