@@ -5,11 +5,18 @@ H hidden, F expert intermediate, E experts, K experts per token, V vocabulary, S
 
 from __future__ import annotations
 
-from moebed.config import ModelConfig
+import torch
+
+from moebed.config import LayerConfig, ModelConfig
+from moebed.routers import ROUTERS, build_router
 
 
-def count_parameters(config: ModelConfig) -> tuple[int, int]:
-    """Parameters in total, and those active for one token (K experts a layer; embedding and head included)."""
+def count_parameters(config: ModelConfig, training: bool = False) -> tuple[int, int]:
+    """Parameters in total, and those active for one token (embedding and head included).
+
+    Active are the K experts that a token is sent to, and where the router runs more, those; in expectation where chance
+    decides (competesmoe in training), or where K is an average (relu).
+    """
     hidden = config.hidden_size
     embedding = config.vocab_size * hidden
     total = active = hidden + embedding * (1 if config.tie_word_embeddings else 2)
@@ -23,14 +30,21 @@ def count_parameters(config: ModelConfig) -> tuple[int, int]:
             total += 3 * hidden * config.intermediate_size
             active += 3 * hidden * config.intermediate_size
             continue
-        expert = 3 * hidden * layer.moe_intermediate_size
-        shared = layer.num_shared_experts * expert
+        router = ROUTERS[config.router]
+        expert = (router.gate_width(config) + 2 * hidden) * layer.moe_intermediate_size
+        shared = layer.num_shared_experts * 3 * hidden * layer.moe_intermediate_size
         if layer.num_shared_experts and config.shared_expert_gate:
             shared += hidden
-        router = layer.num_experts * hidden
-        total += layer.num_experts * expert + shared + router
-        active += layer.num_experts_per_tok * expert + shared + router
+        common = shared + _router_parameters(config, layer)
+        total += layer.num_experts * expert + common
+        active += round(router.experts_run(config, layer, training) * expert) + common
     return total, active
+
+
+def _router_parameters(config: ModelConfig, layer: LayerConfig) -> int:
+    """All of them are active for every token."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in build_router(config, layer).parameters())
 
 
 def _attention_parameters(config: ModelConfig) -> int:
@@ -45,14 +59,15 @@ def _attention_parameters(config: ModelConfig) -> int:
     return parameters
 
 
-def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
+def flops_per_token(config: ModelConfig, sequence_length: int, training: bool = False) -> int:
     """Forward FLOPs of one token, a multiply-add as two: matrices of the active path, head, and causal attention.
 
     Attention products count S / 2 keys a token on average (or the sliding window). Backward takes twice as many.
+    In training a router may run more experts than in evaluation.
     """
     assert config.head_dim is not None
     hidden = config.hidden_size
-    _, active = count_parameters(config)
+    _, active = count_parameters(config, training)
     norms = hidden * (1 + config.num_hidden_layers * (4 if config.post_norms else 2))
     matrices = active - norms - (0 if config.tie_word_embeddings else config.vocab_size * hidden)
     keys = sequence_length / 2 if config.sliding_window is None else min(sequence_length / 2, config.sliding_window)

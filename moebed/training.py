@@ -171,7 +171,7 @@ class TrainingCLI(LightningCLI):
         self.model.check_data(self.datamodule)
         config: Any = self.model.config
         total, active = count_parameters(config)
-        flops = flops_per_token(config, self.datamodule.sequence_length)
+        flops = flops_per_token(config, self.datamodule.sequence_length, training=True)
         folder = Path(self.trainer.default_root_dir)
         continued = self.config.fit.ckpt_path == "last" and (folder / "checkpoints" / "last.ckpt").exists()
         say(f"{'continuing the run' if continued else 'a new run'} in {folder}; --ckpt_path last continues it")

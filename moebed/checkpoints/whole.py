@@ -37,14 +37,14 @@ def load_decoder(checkpoint: Checkpoint | str | Path, dtype: torch.dtype = torch
 
 @torch.no_grad()
 def fill(decoder: Decoder, checkpoint: Checkpoint) -> None:
-    """Set the parameters of a decoder of the checkpoint's model, a tensor at a time.
+    """Set the parameters, and the routers' state, of a decoder of the checkpoint's model, a tensor at a time.
 
     Raises:
         UserError: A weight is NaN or Inf.
     """
-    for name, parameter in decoder.named_parameters():
+    for name, parameter in decoder.stored().items():
         for part, region in checkpoint.keys.parameter(name):
-            parameter[region] = checkpoint.read(part).to(parameter)
+            parameter[region] = checkpoint.read(part).to(parameter).view_as(parameter[region])
 
 
 @torch.no_grad()
@@ -73,7 +73,7 @@ def write_checkpoint(
     """
     found = family_of(family, "family")
     keys = KeyMap(found, decoder.config)
-    parameters = dict(decoder.named_parameters())
+    parameters = decoder.stored()
     writer = FolderWriter(keys, found.write_config(decoder.config), dtype, shard_bytes)
     writer.write(Path(folder), lambda name, placed: [parameters[name][placed.region]])
     return Path(folder)
