@@ -116,7 +116,7 @@ class StreamedModel:
     def block(self, index: int) -> Block:
         """A layer's attention, norms and router, read; its experts or FFN have no weights here."""
         with torch.device("meta"):
-            block = Block(self.config, index)
+            block = Block(self.config, index).eval()
         self.pool.enter(self.plan.group(index, f"{self.role}block"))
         state = {}
         for name, piece in block_pieces(self.checkpoint, index).items():
