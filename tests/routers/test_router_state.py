@@ -227,7 +227,7 @@ def _seen(views):
 
 @pytest.mark.parametrize("name", ALL)
 def test_live_exported_and_streamed_are_the_same_model(name, tmp_path):
-    """A folder and a run's file keep every weight and the state; streamed, by one expert at a time too, all is as live."""
+    """A folder and a run's file keep every weight and the state; streamed, an expert at a time too, all is as live."""
     decoder = _decoder(name)
     folder = write_checkpoint(decoder, "moebed", tmp_path / "model", dtype=torch.float32)
     back = load_decoder(folder)
