@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moebed.config import LayerConfig, ModelConfig
-from moebed.routers.competition import of_chosen
 from moebed.routers.contract import ExpertOutputs, Router, Routing
+from moebed.routers.norms import norms, of_chosen
 
 
 class Autonomy(Router):
@@ -40,7 +40,7 @@ class Autonomy(Router):
         """Route hidden_states (T, H)."""
         low = self._low(hidden_states)
         with torch.autocast(hidden_states.device.type, enabled=False):
-            routing = self.choose(torch.linalg.vector_norm(low, dim=-1, dtype=torch.float32))
+            routing = self.choose(norms(low))
         return routing._replace(carried=of_chosen(low, routing.topk_index))
 
     def _low(self, hidden_states: Tensor) -> Tensor:

@@ -12,17 +12,8 @@ from torch import Tensor
 
 from moebed.config import LayerConfig, ModelConfig
 from moebed.routers.contract import ExpertOutputs, Router, Routing
+from moebed.routers.norms import norms, of_chosen
 from moebed.routers.softmax import GatedRouter
-
-
-def output_norms(outputs: Tensor) -> Tensor:
-    """‖E_i(x)‖₂ of outputs (T, E, H): (T, E) float32."""
-    return torch.linalg.vector_norm(outputs, dim=-1, dtype=torch.float32)
-
-
-def of_chosen(values: Tensor, index: Tensor) -> Tensor:
-    """Rows of values (T, E, D) that index (T, K) names: (T, K, D)."""
-    return values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
 
 
 def _all_outputs(experts: ExpertOutputs, hidden_states: Tensor, num_experts: int) -> Tensor:
@@ -43,7 +34,7 @@ class ExpertNorm(Router):
         """Route hidden_states (T, H)."""
         outputs = _all_outputs(experts, hidden_states, self.num_experts)
         with torch.autocast(hidden_states.device.type, enabled=False):
-            routing = self.choose(output_norms(outputs))
+            routing = self.choose(norms(outputs))
         return routing._replace(outputs=of_chosen(outputs, routing.topk_index))
 
     @classmethod
@@ -86,7 +77,7 @@ class CompeteSMoE(GatedRouter):
 
     def compete(self, outputs: Tensor) -> Routing:
         """The decision of a competition between outputs (T, E, H)."""
-        return self.choose(output_norms(outputs))
+        return self.choose(norms(outputs))
 
     def lessons(self, gated: Routing, won: Routing, winners: Tensor) -> dict[str, Tensor]:
         """Losses (T,) by name: what the gate decided, against who won with the outputs winners (T, K, H)."""
