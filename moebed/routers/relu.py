@@ -57,7 +57,7 @@ class ReLU(GatedRouter):
     def end_step(self, load: Load) -> None:
         """Penalise more where more experts than meant were active, less where fewer were."""
         self.l1_coefficient *= self.factor ** torch.sign(load.density - 1)
-        self.experts_per_token = load.density * self.num_experts_per_tok
+        self.experts_per_token.copy_(load.density * self.num_experts_per_tok)
 
     def numbers(self) -> dict[str, Tensor]:
         """λ, and how many experts it came with."""

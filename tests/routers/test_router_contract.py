@@ -91,6 +91,18 @@ def test_a_layer_is_one_graph(name):
     assert routing.losses is None or set(routing.losses) == {"relu_l1"}
 
 
+def test_a_training_step_with_router_losses_is_one_graph():
+    from moebed.module import MoEModule
+
+    module = MoEModule(config_of("relu")).train()
+    expected = module._forward_terms(IDS, IDS)
+    torch._dynamo.reset()
+    found = torch.compile(module._forward_terms, fullgraph=True, backend="eager", dynamic=False)(IDS, IDS)
+    torch.testing.assert_close(found.nats, expected.nats)
+    torch.testing.assert_close(found.router_losses, expected.router_losses)
+    assert expected.router_losses[0]["relu_l1"] > 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED)
 def test_one_graph_in_training(name):
