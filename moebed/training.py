@@ -46,6 +46,13 @@ class _Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         text = " ".join(message.split())
+        choice = re.search(r'Parser key "([\w.]+)": Expected a (?:typing\.)?Literal\[(.+?)\]\. Got value: (.*)$', text)
+        if choice is not None:
+            key, given = choice.group(1), choice.group(3)
+            known = [name.strip("'") for name in choice.group(2).split(", ")]
+            near = difflib.get_close_matches(given, known, 1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ConfigError(f"{key} is {given!r}; choose one of {', '.join(known)}{hint}") from ex
         unknown = re.search(r"does not accept option '([\w.]+)'", text)
         if unknown is None:
             raise ConfigError(text) from ex
