@@ -8,15 +8,66 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 from moebed.errors import ConfigError
 
 PerLayer = int | list[int]
 
 
+RouterName = Literal[
+    "softmax_topk",
+    "sigmoid_topk",
+    "expert_norm",
+    "competesmoe",
+    "competesmoe_v2",
+    "autonomy",
+    "relu",
+    "random",
+    "hash",
+    "factorised_gate",
+    "balanced",
+]
 ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+@dataclass
+class RouterOptions:
+    """Settings that single routers have; the others pass them by.
+
+    Args:
+        seed: Of what is drawn apart from the weights: the steps with competition, and the table of hash.
+        d_low: Width of each expert's first projection (autonomy), and of the gate made as large (factorised_gate);
+            about a third of hidden_size was best.
+        bias_update_rate: What the selection bias changes by in each optimizer step (sigmoid_topk).
+        competition_rate: Probability, per step and layer, that all experts compete (competesmoe, competesmoe_v2).
+        competition_loss_coef: Coefficient of the gate's loss in steps with competition.
+        winners_weight: What the winners count for once more in that loss (competesmoe_v2).
+        winner_similarity_coef: Coefficient of the mean cosine between the winners' outputs (competesmoe_v2).
+        l1_coef: Coefficient of the penalty on router weights at the start (relu).
+        l1_factor: What the coefficient is multiplied with, or divided by, after each optimizer step (relu).
+    """
+
+    seed: int = 0
+    d_low: int | None = None
+    bias_update_rate: float = 1e-3
+    competition_rate: float = 0.07
+    competition_loss_coef: float = 1e-3
+    winners_weight: float = 0.2
+    winner_similarity_coef: float = 1e-3
+    l1_coef: float = 1e-8
+    l1_factor: float = 1.2
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            least = 1 if name in ("d_low", "l1_factor") else 0
+            if value is not None and not value >= least:
+                raise ConfigError(f"model config: router_options.{name} is {value}; it must be at least {least}")
+        if self.competition_rate > 1:
+            raise ConfigError(
+                f"model config: router_options.competition_rate is {self.competition_rate}; it must be at most 1"
+            )
 
 
 @dataclass
@@ -40,7 +91,9 @@ class ModelConfig:
         shared_expert_gate: Scale the shared expert's output by a learned sigmoid gate (Qwen2-MoE).
         hidden_act: Activation on the gate projection: silu (SwiGLU), gelu (GeGLU, exact) or gelu_tanh.
         router: Name of the routing rule (see moebed.routers).
-        norm_topk_prob: Divide the weights of the chosen experts by their sum (Mixtral does, DeepSeek and Grok do not).
+        router_options: Settings that single routers have.
+        norm_topk_prob: Divide the weights of the chosen experts by their sum (Mixtral does, DeepSeek and Grok do not);
+            if not given, as in the router's paper: autonomy does not, the others do.
         router_aux_loss_coef: Coefficient of the load-balancing loss; 0 turns it off.
         router_aux_loss_scope: Tokens over which the load-balancing loss counts assignments: micro (one forward pass
             of one rank) or global (summed over data-parallel ranks and over the accumulation steps so far).
@@ -79,8 +132,9 @@ class ModelConfig:
     num_shared_experts: PerLayer = 0
     shared_expert_gate: bool = False
     hidden_act: Literal["silu", "gelu", "gelu_tanh"] = "silu"
-    router: str = "softmax_topk"
-    norm_topk_prob: bool = True
+    router: RouterName = "softmax_topk"
+    router_options: RouterOptions = field(default_factory=RouterOptions)
+    norm_topk_prob: bool | None = None
     router_aux_loss_coef: float = 0.01
     router_aux_loss_scope: Literal["micro", "global"] = "micro"
     router_z_loss_coef: float = 0.0
@@ -139,6 +193,7 @@ class ModelConfig:
         for name in ("router_aux_loss_coef", "router_z_loss_coef", "initializer_range"):
             self._require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
         self._check_choice("hidden_act", ("silu", "gelu", "gelu_tanh"))
+        self._check_router()
         self._check_choice("router_aux_loss_scope", ("micro", "global"))
         self._check_choice("qk_norm", ("none", "head", "full"))
         self._check_choice("experts_backend", ("auto", "grouped_mm", "loop", "native", "triton"))
@@ -149,6 +204,22 @@ class ModelConfig:
         )
         for layer in range(self.num_hidden_layers):
             self._check_layer(layer)
+
+    def _check_router(self) -> None:
+        self._check_choice("router", get_args(RouterName))
+        if isinstance(self.router_options, Mapping):
+            self.router_options = _from_dict(RouterOptions, self.router_options, "router_options")
+        if self.norm_topk_prob is None:
+            self.norm_topk_prob = self.router != "autonomy"
+        self._require(
+            self.router not in ("autonomy", "factorised_gate") or self.router_options.d_low is not None,
+            f"router {self.router} needs router_options.d_low, the width of each expert's first projection; about "
+            f"hidden_size / 3 was best, {max(1, self.hidden_size // 3)} here",
+        )
+        self._require(
+            self.router != "autonomy" or self.experts_backend != "triton",
+            "experts_backend triton has no kernel for the factorised gates of router autonomy; use auto",
+        )
 
     def _check_layer(self, layer: int) -> None:
         ffn = self.layer(layer)
@@ -169,7 +240,9 @@ class ModelConfig:
 
     def _check_choice(self, name: str, choices: Sequence[str]) -> None:
         value = getattr(self, name)
-        self._require(value in choices, f"{name} is {value!r}; choose one of {', '.join(choices)}")
+        near = difflib.get_close_matches(str(value), choices, 1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        self._require(value in choices, f"{name} is {value!r}; choose one of {', '.join(choices)}{hint}")
 
     @staticmethod
     def _require(condition: bool, message: str) -> None:
@@ -183,6 +256,7 @@ class ModelConfig:
             num_experts_per_tok=self._at("num_experts_per_tok", index),
             moe_intermediate_size=self._at("moe_intermediate_size", index) if self.moe_intermediate_size else 0,
             num_shared_experts=self._at("num_shared_experts", index),
+            index=index,
         )
 
     def _at(self, name: str, index: int) -> int:
@@ -207,14 +281,20 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ModelConfig:
         """Build from plain data; an unknown key is an error that names the nearest known one."""
-        known = [f.name for f in dataclasses.fields(cls)]
-        for key in data:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, 1)
-                raise ConfigError(
-                    f"model config: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-                )
-        return cls(**data)
+        return _from_dict(cls, data)
+
+
+def _from_dict(kind: type[Any], data: Mapping[str, Any], where: str = "") -> Any:
+    """A dataclass from plain data; an unknown key is an error that names the nearest known one."""
+    known = [f.name for f in dataclasses.fields(kind)]
+    for key in data:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            place = f" in {where}" if where else ""
+            raise ConfigError(
+                f"model config: unknown key {key!r}{place}" + (f"; did you mean {near[0]!r}?" if near else "")
+            )
+    return kind(**data)
 
 
 @dataclass(frozen=True)
@@ -225,3 +305,4 @@ class LayerConfig:
     num_experts_per_tok: int
     moe_intermediate_size: int
     num_shared_experts: int
+    index: int = field(default=0, compare=False)  # of the layer

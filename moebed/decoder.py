@@ -10,14 +10,15 @@ from functools import partial
 from typing import NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moebed.attention import Attention, KVCache, RMSNorm, RotaryEmbedding
 from moebed.config import LayerConfig, ModelConfig
 from moebed.errors import UserError
-from moebed.experts import ACTIVATIONS, Experts
-from moebed.routers import Routing, build_router
+from moebed.experts import ACTIVATIONS, build_experts
+from moebed.routers import Router, Routing, build_router
 
 
 class DecoderOutput(NamedTuple):
@@ -48,7 +49,7 @@ class MoE(nn.Module):
     def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
         super().__init__()
         self.router = build_router(config, layer)
-        self.experts = Experts(config, layer)
+        self.experts = build_experts(config, layer)
         self.shared_expert: FeedForward | None = None
         self.shared_expert_gate: nn.Linear | None = None
         if layer.num_shared_experts:
@@ -56,14 +57,25 @@ class MoE(nn.Module):
             if config.shared_expert_gate:
                 self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
-        """Tokens x (T, H) -> outputs (T, H) and the router's decisions."""
-        routing = self.router(x, self.experts)
-        return self.combine(x, routing), routing
+    def forward(self, x: Tensor, token_ids: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """Tokens x (T, H) with ids (T,) -> outputs (T, H) and the router's decisions."""
+        routing = self.router(x, self.experts, token_ids)
+        return self.combine(x, routing), routing.decision()
 
     def combine(self, x: Tensor, routing: Routing) -> Tensor:
         """Outputs (T, H) for tokens x (T, H) that are routed already."""
-        return self.experts(x, routing, partial(self.shared_output, x) if self.shared_expert is not None else None)
+        beside = partial(self.shared_output, x) if self.shared_expert is not None else None
+        return self.experts(x, self.router.carry(x, routing), beside)
+
+    def expert_matrix(self, name: str, expert: int) -> Tensor:
+        """One routed expert's ``gate`` or ``up`` (F, H), or ``down`` (H, F)."""
+        matrix, basis = self.experts.matrix(name)[expert], self.router.basis()
+        return matrix @ basis[expert] if name == "gate" and basis is not None else matrix
+
+    def activate(self, expert: int, x: Tensor) -> Tensor:
+        """act(x W_gateᵀ) of one routed expert on tokens x (T, H): (T, F)."""
+        basis = self.router.basis()
+        return self.experts.activate(expert, x if basis is None else F.linear(x, basis[expert]))
 
     def shared_output(self, x: Tensor) -> Tensor:
         """What the shared experts add for tokens x (T, H): (T, H)."""
@@ -99,19 +111,23 @@ class Block(nn.Module):
         """Residual stream after attention, (B, S, H)."""
         return hidden + self.post_attn_norm(self.self_attn(self.pre_attn_norm(hidden), rope, cache))
 
-    def feed_forward(self, x: Tensor) -> tuple[Tensor, Routing | None]:
+    def feed_forward(self, x: Tensor, token_ids: Tensor | None = None) -> tuple[Tensor, Routing | None]:
         """Output of the FFN or MoE on its normalised input x (B, S, H), and the routing of an MoE."""
         if isinstance(self.mlp, MoE):
-            out, routing = self.mlp(x.flatten(0, 1))
+            out, routing = self.mlp(x.flatten(0, 1), None if token_ids is None else token_ids.flatten())
             return out.view_as(x), routing
         return self.mlp(x), None
 
     def forward(
-        self, hidden: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None = None
+        self,
+        hidden: Tensor,
+        rope: tuple[Tensor, Tensor],
+        cache: KVCache | None = None,
+        token_ids: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
-        """hidden (B, S, H) -> (B, S, H) and the routing of an MoE layer."""
+        """hidden (B, S, H) of tokens token_ids (B, S) -> (B, S, H) and the routing of an MoE layer."""
         hidden = self.attend(hidden, rope, cache)
-        out, routing = self.feed_forward(self.pre_ffn_norm(hidden))
+        out, routing = self.feed_forward(self.pre_ffn_norm(hidden), token_ids)
         return hidden + self.post_ffn_norm(out), routing
 
 
@@ -139,7 +155,7 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Matrices from N(0, initializer_range), biases 0, norm scales 1.
+        """Matrices from N(0, initializer_range), biases 0, norm scales 1, routers' state at its start.
 
         Each parameter is drawn by its name from one seed of torch's generator: two models under one seed share every
         parameter of equal name and shape, and a rank can draw its parts of a model without the rest.
@@ -147,6 +163,8 @@ class Decoder(nn.Module):
         for name, parameter in self.named_parameters():
             if not parameter.is_meta:
                 parameter.copy_(self.initial(name, parameter))
+        for router in self.routers:
+            router.reset_state()
 
     def initial(self, name: str, parameter: Tensor) -> Tensor:
         """What a parameter begins with: a tensor of its full shape, on the CPU."""
@@ -158,6 +176,17 @@ class Decoder(nn.Module):
         digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
         return value.normal_(0.0, self.config.initializer_range, generator=generator)
+
+    @property
+    def routers(self) -> list[Router]:
+        """Those of the layers that have experts, in order."""
+        return [block.mlp.router for block in self.blocks if isinstance(block.mlp, MoE)]
+
+    def stored(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of it, by name: every parameter, tied ones once, and the state of routers."""
+        kept = self.state_dict(keep_vars=True).keys()
+        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        return {name: tensor for name, tensor in tensors.items() if name in kept}
 
     @property
     def blocks(self) -> list[Block]:
@@ -191,9 +220,9 @@ class Decoder(nn.Module):
         routings = []
         for index, block in enumerate(self.blocks):
             if recompute:
-                hidden, routing = checkpoint(block, hidden, rope, use_reentrant=False)
+                hidden, routing = checkpoint(block, hidden, rope, None, input_ids, use_reentrant=False)
             else:
-                hidden, routing = block(hidden, rope, caches[index] if caches else None)
+                hidden, routing = block(hidden, rope, caches[index] if caches else None, input_ids)
             if routing is not None:
                 routings.append(routing)
         return DecoderOutput(self.head(hidden), tuple(routings))

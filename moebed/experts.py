@@ -18,15 +18,25 @@ from torch import Tensor, nn
 from moebed import native
 from moebed.config import LayerConfig, ModelConfig
 from moebed.errors import ConfigError
-from moebed.grouped import CPU_ALIGN, compute_dtype, from_slots, grouped_mm, sort_by_expert, to_slots
-from moebed.routers import Routing
+from moebed.grouped import (
+    CPU_ALIGN,
+    carried_to_slots,
+    compute_dtype,
+    from_slots,
+    grouped_mm,
+    sort_by_expert,
+    to_slots,
+)
+from moebed.routers import ROUTERS, Routing
 
 if TYPE_CHECKING:
-    from moebed.parallel.exchange import TokenExchange
+    pass
 
 log = logging.getLogger(__name__)
 
 Activation = Callable[[Tensor], Tensor]
+# Rows in segments, and matrices (E, B, A) of all experts -> each row's product with its own expert's.
+Product = Callable[[Tensor, Tensor], Tensor]
 
 ACTIVATIONS: dict[str, Activation] = {
     "silu": F.silu,
@@ -46,12 +56,15 @@ class Experts(nn.Module):
     def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
         super().__init__()
         self.num_experts, width = layer.num_experts, layer.moe_intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * width, config.hidden_size))
+        self.add_gate_and_up(config, width)
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, config.hidden_size, width))
         self.hidden_act: str = config.hidden_act
         self.activation = ACTIVATIONS[config.hidden_act]
         self.backend = BACKENDS[resolve_backend(config.experts_backend)]
-        self.exchange: TokenExchange | None = None
+
+    def add_gate_and_up(self, config: ModelConfig, width: int) -> None:
+        """Add the parameters of the two projections into the experts' width F."""
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * width, config.hidden_size))
 
     def forward(self, x: Tensor, routing: Routing, beside: Callable[[], Tensor] | None = None) -> Tensor:
         """Weighted sum of the chosen experts' outputs for tokens x (T, H): (T, H).
@@ -62,28 +75,46 @@ class Experts(nn.Module):
             beside: Something to compute while tokens travel, where experts are on other ranks; it is added, (T, H).
         """
         finish: Callable[[], Tensor] = partial(self.backend, self, x, routing)
-        if self.exchange is not None:
+        if routing.outputs is not None:  # the router ran them
+            finish = partial(_weighted_sum, routing.topk_weight, routing.outputs)
+        elif self.exchange is not None:
             finish = self.exchange.begin(self, x, routing)
         if beside is None:
             return finish()
         other = beside()
         return finish() + other
 
+    def own(self, matrix: Tensor) -> Tensor:
+        """A parameter's part of this process's own experts: of all E, unless they are spread over ranks."""
+        return matrix if self.exchange is None else self.exchange.owned(matrix)
+
     @property
-    def local(self) -> tuple[Tensor, Tensor]:
-        """gate_up_proj and down_proj of this process's own experts: of all E, unless they are spread over ranks."""
-        if self.exchange is None:
-            return self.gate_up_proj, self.down_proj
-        return self.exchange.owned(self.gate_up_proj), self.exchange.owned(self.down_proj)
+    def num_own(self) -> int:
+        """How many experts this process has."""
+        return self.num_experts if self.exchange is None else self.num_experts // self.exchange.size
+
+    def each(self, x: Tensor, topk_index: Tensor) -> Tensor:
+        """Outputs (T, K, H) of the experts topk_index (T, K) for tokens x (T, H), not weighted; differentiable."""
+        num_tokens, top_k = topk_index.shape
+        rows = x.unsqueeze(1).expand(-1, top_k, -1).flatten(0, 1)  # (T·K, H) each choice a token of its own
+        index = topk_index.flatten().unsqueeze(1)
+        ones = torch.ones(index.shape, dtype=torch.float32, device=x.device)
+        return self(rows, Routing(ones, ones, index, ones)).unflatten(0, (num_tokens, top_k))
 
     def matrix(self, name: str) -> Tensor:
         """One matrix of all own experts: ``gate`` and ``up`` (E, F, H), ``down`` (E, H, F); a view, not a copy."""
-        gate_up, down = self.local
-        gate, up = gate_up.chunk(2, dim=1)
-        return {"gate": gate, "up": up, "down": down}[name]
+        if name == "down":
+            return self.own(self.down_proj)
+        gate, up = self.own(self.gate_up_proj).chunk(2, dim=1)
+        return gate if name == "gate" else up
+
+    def gate_and_up(self, rows: Tensor, carried: Tensor | None, product: Product) -> tuple[Tensor, Tensor]:
+        """Both projections (R, F) of rows (R, H), by a product of rows and matrices."""
+        gate, up = product(rows, self.own(self.gate_up_proj)).chunk(2, dim=-1)
+        return gate, up
 
     def activate(self, expert: int, x: Tensor) -> Tensor:
-        """act(x W_gateᵀ) of one expert on tokens x (T, H): (T, F)."""
+        """act(x W_gateᵀ) of one expert on what its gate takes, tokens x (T, H): (T, F)."""
         return self.activation(F.linear(x, self.matrix("gate")[expert]))
 
     def finish(self, expert: int, x: Tensor, activated: Tensor) -> Tensor:
@@ -91,13 +122,46 @@ class Experts(nn.Module):
         return F.linear(activated * F.linear(x, self.matrix("up")[expert]), self.matrix("down")[expert])
 
 
+class FactorisedExperts(Experts):
+    """Experts whose gates see c (T, C) alone, what the router carries to them: act(c W_gateᵀ) ⊙ x W_upᵀ, then down.
+
+    ``gate_proj (E, F, C)``, ``up_proj (E, F, H)`` and ``down_proj (E, H, F)``.
+    """
+
+    def add_gate_and_up(self, config: ModelConfig, width: int) -> None:
+        """Add the parameters of the two projections into the experts' width F."""
+        carried = ROUTERS[config.router].gate_width(config)
+        self.gate_proj = nn.Parameter(torch.empty(self.num_experts, width, carried))
+        self.up_proj = nn.Parameter(torch.empty(self.num_experts, width, config.hidden_size))
+
+    def matrix(self, name: str) -> Tensor:
+        """One matrix of all experts: ``gate`` is (E, F, C), ``up`` (E, F, H), ``down`` (E, H, F)."""
+        return self.own({"gate": self.gate_proj, "up": self.up_proj, "down": self.down_proj}[name])
+
+    def gate_and_up(self, rows: Tensor, carried: Tensor | None, product: Product) -> tuple[Tensor, Tensor]:
+        """Both projections (R, F), the gate's of carried (R, C)."""
+        assert carried is not None
+        return product(carried, self.own(self.gate_proj)), product(rows, self.own(self.up_proj))
+
+
+def build_experts(config: ModelConfig, layer: LayerConfig) -> Experts:
+    """The experts of a layer, in the form that its router goes with."""
+    return FactorisedExperts(config, layer) if ROUTERS[config.router].carries else Experts(config, layer)
+
+
+def _weighted_sum(weight: Tensor, outputs: Tensor) -> Tensor:
+    """Of outputs (T, K, H) by weights (T, K): (T, H)."""
+    return torch.einsum("tk,tkh->th", weight.to(outputs.dtype), outputs)
+
+
 def _loop(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
     """One expert after another on its own tokens: the plain reference that the other backends are held to."""
     out = torch.zeros_like(x)
-    for expert in range(len(experts.matrix("down"))):
-        token, choice = torch.where(routing.topk_index == expert)
+    for expert in range(experts.num_own):
+        token, choice = torch.where((routing.topk_index == expert) & routing.assigned)
         rows = x[token]
-        result = experts.finish(expert, rows, experts.activate(expert, rows))
+        seen = rows if routing.carried is None else routing.carried[token, choice]
+        result = experts.finish(expert, rows, experts.activate(expert, seen))
         weighted = result * routing.topk_weight[token, choice, None].to(result.dtype)
         out = out.index_add(0, token, weighted.to(out.dtype))
     return out
@@ -107,19 +171,24 @@ def _grouped_mm(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
     """All experts in two grouped products over tokens sorted by expert (see moebed.grouped)."""
     dtype = compute_dtype(x)
     align = CPU_ALIGN if x.device.type == "cpu" else 1
-    gate_up, down = experts.local
-    dispatch = sort_by_expert(routing.topk_index, routing.topk_weight, len(down), align)
+    dispatch = sort_by_expert(routing.topk_index, routing.topk_weight, experts.num_own, align, routing.ragged)
+
+    def product(rows: Tensor, matrices: Tensor) -> Tensor:
+        return grouped_mm(rows, matrices.to(dtype), dispatch.offsets, routing.ragged)
+
     rows = to_slots(x.to(dtype), dispatch)  # (R, H)
-    gate, up = grouped_mm(rows, gate_up.to(dtype), dispatch.offsets).chunk(2, dim=-1)  # (R, F)
+    carried = None if routing.carried is None else carried_to_slots(routing.carried.to(dtype), dispatch)  # (R, C)
+    gate, up = experts.gate_and_up(rows, carried, product)  # (R, F)
     hidden = experts.activation(gate) * up * dispatch.slot_weight.to(dtype).unsqueeze(-1)  # (R, F)
-    result = grouped_mm(hidden, down.to(dtype), dispatch.offsets)  # (R, H)
-    return from_slots(result, dispatch)
+    return from_slots(product(hidden, experts.own(experts.down_proj)), dispatch)
 
 
 def _native(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
     """The compiled extension for CPUs with AVX512-BF16; what it is not made for takes ``grouped_mm``."""
     dtype = compute_dtype(x)
-    matrices = experts.local
+    if routing.carried is not None:
+        return _grouped_mm(experts, x, routing)
+    matrices = experts.own(experts.gate_up_proj), experts.own(experts.down_proj)
     if not native.fits(x, dtype, *matrices):
         return _grouped_mm(experts, x, routing)
     weight = routing.topk_weight.float()
@@ -135,7 +204,8 @@ def _triton(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
         raise ConfigError(
             "experts_backend triton runs on a GPU; on a CPU set TRITON_INTERPRET=1 (slow, for tests), or choose auto"
         )
-    return expert_mlp(x, *experts.local, routing.topk_index, routing.topk_weight, experts.hidden_act)
+    matrices = experts.own(experts.gate_up_proj), experts.own(experts.down_proj)
+    return expert_mlp(x, *matrices, routing.topk_index, routing.topk_weight, experts.hidden_act)
 
 
 BACKENDS: dict[str, Callable[[Experts, Tensor, Routing], Tensor]] = {

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 from moebed.config import ModelConfig
+from moebed.routers import ROUTERS, build_router
 
 Shapes = dict[str, list[tuple[int, ...]]]  # of parameters, by part
 
@@ -39,8 +42,16 @@ def layer_shapes(config: ModelConfig, index: int) -> Shapes:
         assert config.intermediate_size is not None
         return shapes | {"dense FFN": _gated_ffn(hidden, config.intermediate_size)}
     width = layer.moe_intermediate_size
-    shapes["router"] = [(layer.num_experts, hidden)]
-    shapes["experts"] = [(layer.num_experts, 2 * width, hidden), (layer.num_experts, hidden, width)]
+    with torch.device("meta"):
+        shapes["router"] = [tuple(parameter.shape) for parameter in build_router(config, layer).parameters()]
+    rule, experts = ROUTERS[config.router], layer.num_experts
+    shapes["experts"] = [(experts, 2 * width, hidden), (experts, hidden, width)]
+    if rule.carries:  # the gates see what the router carries to them
+        shapes["experts"] = [
+            (experts, width, rule.gate_width(config)),
+            (experts, width, hidden),
+            (experts, hidden, width),
+        ]
     if layer.num_shared_experts:
         shapes["shared experts"] = _gated_ffn(hidden, layer.num_shared_experts * width)
         if config.shared_expert_gate:
@@ -57,26 +68,34 @@ def count(shapes: list[tuple[int, ...]]) -> int:
     return sum(math.prod(shape) for shape in shapes)
 
 
-def count_parameters(config: ModelConfig) -> tuple[int, int]:
-    """Parameters in total, and those active for one token (K experts a layer; embedding and head included)."""
+def count_parameters(config: ModelConfig, training: bool = False) -> tuple[int, int]:
+    """Parameters in total, and those active for one token (embedding and head included).
+
+    Active are the K experts that a token is sent to, and where the router runs more, those; in expectation where chance
+    decides (competesmoe in training), or where K is an average (relu). A router is active as a whole.
+    """
     total = active = sum(map(count, outer_shapes(config).values()))
     for index in range(config.num_hidden_layers):
         shapes, layer = layer_shapes(config, index), config.layer(index)
         experts = count(shapes.pop("experts", []))
         common = sum(map(count, shapes.values()))
         total += common + experts
-        active += common + (experts // layer.num_experts * layer.num_experts_per_tok if experts else 0)
+        active += common
+        if experts:
+            run = ROUTERS[config.router].experts_run(config, layer, training)
+            active += round(experts / layer.num_experts * run)
     return total, active
 
 
-def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
+def flops_per_token(config: ModelConfig, sequence_length: int, training: bool = False) -> int:
     """Forward FLOPs of one token, a multiply-add as two: matrices of the active path, head, and causal attention.
 
     Attention products count S / 2 keys a token on average (or the sliding window). Backward takes twice as many.
+    In training a router may run more experts than in evaluation.
     """
     assert config.head_dim is not None
     hidden = config.hidden_size
-    _, active = count_parameters(config)
+    _, active = count_parameters(config, training)
     norms = hidden * (1 + config.num_hidden_layers * (4 if config.post_norms else 2))
     matrices = active - norms - (0 if config.tie_word_embeddings else config.vocab_size * hidden)
     keys = sequence_length / 2 if config.sliding_window is None else min(sequence_length / 2, config.sliding_window)

@@ -31,22 +31,31 @@ class Dispatch(NamedTuple):
 
     slot_token: Tensor  # (R,) token in each slot
     token_slot: Tensor  # (T, K) slot of each assignment
-    slot_weight: Tensor  # (R,) weight of each slot, 0 where it is padding; differentiable
+    slot_weight: Tensor  # (R,) weight of each slot, 0 where it is padding or left out; differentiable
     offsets: Tensor  # (E + 1,) int32, first slot of each expert; the last entry is where the last segment ends
 
 
-def sort_by_expert(topk_index: Tensor, topk_weight: Tensor, num_experts: int, align: int) -> Dispatch:
-    """Sort T·K assignments by expert, stably, with each expert's segment padded to a multiple of align slots."""
+def sort_by_expert(
+    topk_index: Tensor, topk_weight: Tensor, num_experts: int, align: int, ragged: bool = False
+) -> Dispatch:
+    """Sort T·K assignments by expert, stably, with each expert's segment padded to a multiple of align slots.
+
+    Where assignments of weight 0 are none (ragged), they take slots after the last segment, where nothing is computed.
+    """
     num_tokens, top_k = topk_index.shape
     assignments = num_tokens * top_k
     device = topk_index.device
     num_slots = -(-(assignments + num_experts * (align - 1)) // align) * align
+    if ragged:
+        topk_index = torch.where(topk_weight == 0, num_experts, topk_index)
     expert_sorted, order = torch.sort(topk_index.flatten(), stable=True)  # (T·K,)
     bounds = torch.searchsorted(expert_sorted, torch.arange(num_experts + 1, device=device))  # (E + 1,)
     counts = bounds.diff()  # (E,)
     padded = (counts + (align - 1)) // align * align
     ends = padded.cumsum(0)
     shift = ends - padded - bounds[:-1]  # (E,) from position in the sorted order to slot
+    if ragged:
+        shift = torch.cat([shift, ends[-1:] - bounds[-1:]])
     slot_sorted = torch.arange(assignments, device=device) + shift[expert_sorted]
     token_slot = torch.empty_like(order).scatter_(0, order, slot_sorted)  # (T·K,)
     slot_token = torch.zeros(num_slots, dtype=order.dtype, device=device).scatter_(0, slot_sorted, order // top_k)
@@ -101,20 +110,32 @@ def from_slots(y: Tensor, dispatch: Dispatch) -> Tensor:
     return _FromSlots.apply(y, dispatch.slot_token, dispatch.token_slot)
 
 
-def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+def carried_to_slots(carried: Tensor, dispatch: Dispatch) -> Tensor:
+    """Place what each assignment carries (T, K, C) into its slot (R, C); 0 in padding."""
+    out = carried.new_zeros(len(dispatch.slot_token), carried.shape[-1])
+    return out.index_copy(0, dispatch.token_slot.flatten(), carried.flatten(0, 1))
+
+
+def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, ragged: bool = False) -> Tensor:
     """Each segment of rows times the transpose of its expert's matrix; differentiable in x and weight.
 
     Args:
         x: (R, A) rows in segments.
         weight: (E, B, A), same dtype as x.
         offsets: (E + 1,) int32 bounds of the segments.
+        ragged: Rows may lie after the last segment although nothing was padded.
 
     Returns:
-        (R, B); rows after the last segment are 0.
+        (R, B); rows after the last segment are 0, and so is their gradient.
     """
     if x.device.type == "cpu":
         return _grouped_mm_cpu(x, weight, offsets)
-    return F.grouped_mm(x, weight.transpose(-2, -1), offs=offsets[1:])
+    if not ragged:
+        return F.grouped_mm(x, weight.transpose(-2, -1), offs=offsets[1:])
+    # PyTorch leaves rows after the last segment as they were in memory, in the result and in the gradient.
+    rest = (torch.arange(len(x), device=x.device) >= offsets[-1]).unsqueeze(1)
+    out = F.grouped_mm(x.masked_fill(rest, 0), weight.transpose(-2, -1), offs=offsets[1:])
+    return out.masked_fill(rest, 0)
 
 
 @torch.library.custom_op("moebed::grouped_mm_cpu", mutates_args=())

@@ -63,6 +63,7 @@ class RouterStats(NamedTuple):
     counts: Tensor  # (E,) float32 assignments to each expert; no gradient
     mean_probs: Tensor  # (E,) mean router probability
     z_loss: Tensor  # () mean of logsumexp(logits)²  (ST-MoE 2202.08906, eq. 5)
+    losses: dict[str, Tensor]  # () means of the router's own losses, by name
 
 
 def router_stats(routing: Routing, token_mask: Tensor) -> RouterStats:
@@ -70,10 +71,12 @@ def router_stats(routing: Routing, token_mask: Tensor) -> RouterStats:
     weight = token_mask.to(torch.float32)  # (T,)
     num_tokens = weight.sum().clamp(min=1)
     counts = torch.zeros(routing.router_probs.shape[-1], dtype=torch.float32, device=weight.device)
-    counts = counts.scatter_add(0, routing.topk_index.flatten(), weight.repeat_interleave(routing.topk_index.shape[1]))
+    counted = (weight.unsqueeze(1) * routing.assigned).flatten()  # (T·K,)
+    counts = counts.scatter_add(0, routing.topk_index.flatten(), counted)
     mean_probs = (weight @ routing.router_probs) / num_tokens
     z_loss = (weight * routing.router_logits.logsumexp(dim=-1).square()).sum() / num_tokens
-    return RouterStats(counts.detach(), mean_probs, z_loss)
+    losses = {name: (weight * values).sum() / num_tokens for name, values in (routing.losses or {}).items()}
+    return RouterStats(counts.detach(), mean_probs, z_loss, losses)
 
 
 def load_balancing_loss(mean_probs: Tensor, counts: Tensor) -> Tensor:

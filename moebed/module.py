@@ -24,6 +24,7 @@ from moebed.not_finite import NotFinite
 from moebed.optim import OptimizerConfig, build_adamw, gradient_norm, learning_rate_factor, scale_gradients
 from moebed.parallel.gathered import GatheredModel
 from moebed.parallel.strategy import MeshStrategy
+from moebed.routers import RouterSteps
 from moebed.views import HeadView, LayerView, Need, ProbeText
 from moebed.walking import evaluating, walk, walk_model
 
@@ -37,6 +38,7 @@ class StepTerms(NamedTuple):
     counts: list[Tensor]  # (E,) assignments to each expert
     mean_probs: list[Tensor]  # (E,) mean router probability
     z_losses: list[Tensor]  # ()
+    router_losses: list[dict[str, Tensor]]  # () by name, what a router asks for beside
 
 
 class MoEModule(LightningModule):
@@ -72,6 +74,12 @@ class MoEModule(LightningModule):
         self.not_finite = NotFinite(on_nan)
         self.init_from = init_from
         self.decoder = Decoder(config, activation_checkpointing)
+        if compile and not all(router.compiles for router in self.decoder.routers):
+            raise ConfigError(
+                f"model.compile is on, but router {config.router} decides anew in each step which graph it is; "
+                "turn compile off"
+            )
+        self._router_steps = RouterSteps(self.decoder.routers)
         self._terms = torch.compile(self._forward_terms, fullgraph=True, dynamic=False) if compile else None
         self._laid_out = False
         self._window_counts: list[Tensor] = []
@@ -176,6 +184,10 @@ class MoEModule(LightningModule):
         elif gradient_clip_val:
             scale_gradients(parameters, (gradient_clip_val / (norm + 1e-6)).clamp(max=1.0))
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Routers learn which optimizer step this is part of."""
+        self._router_steps.begin(self.global_step)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Language-model loss plus the weighted balancing losses of one micro-batch."""
         input_ids, labels = batch["input_ids"], batch["labels"]
@@ -186,7 +198,8 @@ class MoEModule(LightningModule):
         self._log("train/loss", loss, prog_bar=True)
         self._log("train/bits_per_byte", bits_per_byte(nats, batch["label_bytes"].sum()), prog_bar=True)
         self._log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
-        total = loss + self._balancing_losses(terms)
+        total = loss + self._balancing_losses(terms) + self._router_losses(terms)
+        self._router_steps.add(terms.counts, tokens)
         if not torch.isfinite(total):
             self.not_finite.note(total, terms.z_losses, self.config.moe_layers)
         return total
@@ -200,6 +213,7 @@ class MoEModule(LightningModule):
             [layer.counts for layer in stats],
             [layer.mean_probs for layer in stats],
             [layer.z_loss for layer in stats],
+            [layer.losses for layer in stats],
         )
 
     def _balancing_losses(self, terms: StepTerms) -> Tensor:
@@ -223,6 +237,21 @@ class MoEModule(LightningModule):
                 zero = zero + coefficient * value
         return zero
 
+    def _router_losses(self, terms: StepTerms) -> Tensor:
+        """Weighted sum of what the routers ask for, a mean over the MoE layers; logs each, unweighted.
+
+        A loss that some layers alone have in this step is logged as the mean of those.
+        """
+        total = terms.nats.new_zeros(())
+        found: dict[str, list[Tensor]] = {}
+        for router, losses in zip(self.decoder.routers, terms.router_losses, strict=True):
+            for name, value in losses.items():
+                total = total + router.loss_coefficients()[name] * value / len(terms.router_losses)
+                found.setdefault(name, []).append(value)
+        for name, values in found.items():
+            self._log(f"train/{name}_loss", torch.stack(values).mean())
+        return total
+
     def _log(self, name: str, value: Tensor | float, prog_bar: bool = False) -> None:
         """Log a number, averaged over ranks."""
         self.log(name, value, prog_bar=prog_bar, sync_dist=self.trainer.world_size > 1)
@@ -239,8 +268,10 @@ class MoEModule(LightningModule):
         return summed
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """The accumulation window ends here."""
+        """The accumulation window ends here, and routers adapt to its load."""
         self._window_counts = []
+        for name, value in self._router_steps.end().items():
+            self._log(f"train/{name}", value)
 
     # Validation ----------------------------------------------------------------------------------------------------
 
@@ -294,6 +325,8 @@ class MoEModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint is of this model; the random states are restored when training starts."""
         saved = checkpoint.get("model_config")
+        if saved is not None:
+            saved = ModelConfig.from_dict(saved).to_dict()  # an older one lacks the settings that are new
         if saved is not None and saved != self.config.to_dict():
             keys = [key for key, value in self.config.to_dict().items() if saved.get(key) != value]
             raise ConfigError(

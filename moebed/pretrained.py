@@ -28,9 +28,11 @@ from moebed.checkpoints.streamed import (
     ffn_pieces,
     head_pieces,
     matrix_pieces,
+    routing_step,
 )
 from moebed.config import ModelConfig
 from moebed.errors import ConfigError, UserError
+from moebed.routers import ROUTERS
 from moebed.text_pass import Stream, TextPass
 from moebed.texts import TextOptions, read_texts
 from moebed.views import MATRICES, HeadView, LayerView, Need, ProbeText
@@ -215,6 +217,7 @@ class PretrainedMoE(LightningModule):
         sizes = self.config.layer(layer)
         matrices: dict[Hashable, list[Piece]] = {}
         run: dict[Hashable, list[Piece]] = {}
+        routing: dict[Hashable, list[Piece]] = {}
         if by_matrix and sizes.num_experts:
             matrices = {name: matrix_pieces(self.checkpoint, self.reference, layer, name) for name in MATRICES}
         if runs:
@@ -226,7 +229,10 @@ class PretrainedMoE(LightningModule):
             steps: list[int | str] = [*range(sizes.num_experts)] or ["ffn"]
             steps += ["shared"] if sizes.num_experts and sizes.num_shared_experts else []
             run |= {step: list(ffn_pieces(self.checkpoint, layer, step).values()) for step in steps}
-        plan.add(layer, matrices, run)
+            if ROUTERS[self.config.router].runs_experts:
+                experts = range(sizes.num_experts)
+                routing = {routing_step(e): list(ffn_pieces(self.checkpoint, layer, e).values()) for e in experts}
+        plan.add(layer, routing, matrices, run)
 
     def _view(self, model: StreamedModel, reference: StreamedModel | None, layer: int) -> LayerView:
         sizes = self.config.layer(layer)

@@ -136,7 +136,10 @@ class TextPass:
             view.text_error = self.stopped
             return
         try:
-            view.moe_input, view.routing = self._main.enter(view.weights)
+            view.moe_input, routing = self._main.enter(view.weights)
+            if routing is not None:
+                view.routing = routing.strongest(view.num_experts_per_tok)
+                view.applied = routing if routing.ragged else None
             if self._reference is not None and view.index < self._reference.model.config.num_hidden_layers:
                 x, _ = self._reference.enter(None)
                 weights = self._reference.model.layer_weights(view.index)
@@ -170,7 +173,7 @@ class _Way:
                 f"a sequence of {longest} tokens is longer than the model's max_position_embeddings "
                 f"{model.config.max_position_embeddings}; shorten the text or raise it"
             )
-        self.model = model
+        self.model, self._token_ids = model, text.token_ids
         if stream is None:
             with model.computing():
                 stream = Stream(0, model.embed(text.token_ids).float())
@@ -193,14 +196,16 @@ class _Way:
                 self._attended[group[valid]] = block.attend(hidden[group.clamp(min=0)], rope)[valid].float()
             x = block.pre_ffn_norm(self._attended)
             require_finite(x, f"the hidden states at layer {self.stream.layer}")
-            routing = block.mlp.router(x, block.mlp.experts) if isinstance(block.mlp, MoE) else None
-        return x, routing
+            if not isinstance(block.mlp, MoE):
+                return x, None
+            assert weights is not None
+            return x, block.mlp.router(x, weights, self._token_ids.to(x.device))
 
     def combine(self, view: LayerView) -> Tensor:
         """The layer's output (T, H), by the chosen experts alone."""
         assert view.moe_input is not None
         with self.model.computing():
-            return self.model.layer_weights(view.index).combine(view.moe_input, view.routing).float()
+            return self.model.layer_weights(view.index).combine(view.moe_input, view.decision).float()
 
     def leave(self, output: Tensor) -> None:
         """On to the next layer with the FFN's or MoE's output (T, H)."""

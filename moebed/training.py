@@ -56,6 +56,13 @@ class _Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         text = " ".join(message.split())
+        choice = re.search(r'Parser key "([\w.]+)": Expected a (?:typing\.)?Literal\[(.+?)\]\. Got value: (.*)$', text)
+        if choice is not None:
+            key, given = choice.group(1), choice.group(3)
+            known = [name.strip("'") for name in choice.group(2).split(", ")]
+            near = difflib.get_close_matches(given, known, 1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ConfigError(f"{key} is {given!r}; choose one of {', '.join(known)}{hint}") from ex
         unknown = re.search(r"does not accept option '([\w.]+)'", text)
         if unknown is None:
             raise ConfigError(text) from ex
@@ -219,7 +226,7 @@ class TrainingCLI(LightningCLI):
         self.model.check_data(self.datamodule)
         config: Any = self.model.config
         total, active = count_parameters(config)
-        flops = flops_per_token(config, self.datamodule.sequence_length)
+        flops = flops_per_token(config, self.datamodule.sequence_length, training=True)
         folder = Path(self.trainer.default_root_dir)
         continued = self.config.fit.ckpt_path == "last" and (folder / "checkpoints" / "last.ckpt").exists()
         say(f"{'continuing the run' if continued else 'a new run'} in {folder}; --ckpt_path last continues it")

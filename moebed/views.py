@@ -111,7 +111,8 @@ class LayerView:
     num_experts: int
     num_experts_per_tok: int
     gate: Tensor | None  # (E, H) router's gate embeddings W_g, where it has them
-    routing: Routing | None = None  # of the T valid tokens
+    routing: Routing | None = None  # of the T valid tokens; the K largest weights, where tokens have more experts
+    applied: Routing | None = field(default=None, repr=False)  # what the layer applies, where it is not the same
     moe_input: Tensor | None = None  # (T, H) normalised input of router and experts
     text: ProbeText | None = None
     weights: LayerWeights | None = field(default=None, repr=False)
@@ -123,6 +124,11 @@ class LayerView:
     # Loss (T,) of each token, NaN after the last of a sequence, with one expert masked out of the choice at this layer;
     # of expert -1, that of the model as it is. None where the model is not at hand as a whole.
     ablate: Callable[[int], Tensor] | None = field(default=None, repr=False)
+
+    @property
+    def decision(self) -> Routing | None:
+        """The routing that the layer applies."""
+        return self.applied if self.applied is not None else self.routing
 
     def matrix(self, name: str) -> Tensor:
         """All routed experts' ``up`` or ``gate`` (E, F, H), or ``down`` (E, H, F), float32; for small models."""
@@ -166,13 +172,14 @@ class LayerView:
         """
         assert self.weights is not None
         assert self.moe_input is not None
-        total = torch.zeros_like(self.moe_input) if self.routing is not None else None  # (T, H)
+        routing = self.decision
+        total = torch.zeros_like(self.moe_input) if routing is not None else None  # (T, H)
         others = 0
         for expert in self.weights.run_experts(self.moe_input, watch):
             if not bool(expert.output.sum().isfinite()) and not bool(expert.output.isfinite().all()):
                 raise UserError(f"an output of expert {expert.index} at layer {self.index} is NaN or Inf on this text")
-            if total is not None and self.routing is not None:
-                _add_chosen(total, expert, self.num_experts, self.routing)
+            if total is not None and routing is not None:
+                _add_chosen(total, expert, self.num_experts, routing)
             others += expert.index >= self.num_experts
             yield expert
         self.moe_output = total
@@ -185,7 +192,7 @@ def _add_chosen(total: Tensor, expert: ExpertView, num_experts: int, routing: Ro
     if expert.index >= num_experts:
         total += expert.output
         return
-    token, choice = torch.where(routing.topk_index == expert.index)
+    token, choice = torch.where((routing.topk_index == expert.index) & routing.assigned)
     total.index_add_(0, token, expert.output[token] * routing.topk_weight[token, choice, None])
 
 
@@ -223,6 +230,10 @@ class LayerWeights(Protocol):
 
     def run_experts(self, x: Tensor, watch: Watch | None = None) -> Iterator[ExpertView]:
         """What every expert, the shared one last, makes of tokens x (T, H)."""
+        ...
+
+    def each(self, x: Tensor, topk_index: Tensor) -> Tensor:
+        """What the experts topk_index (T, K) make of tokens x (T, H), for a router that asks: (T, K, H)."""
         ...
 
     def combine(self, x: Tensor, routing: Routing | None) -> Tensor:

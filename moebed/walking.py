@@ -16,7 +16,7 @@ from torch import Tensor
 from moebed.config import ModelConfig
 from moebed.decoder import Block, Decoder, FeedForward, MoE
 from moebed.errors import UserError
-from moebed.routers import Routing, SoftmaxTopK
+from moebed.routers import Routing
 from moebed.text_pass import TextModel, TextPass, band_rows
 from moebed.views import ExpertView, HeadView, LayerView, LayerWeights, Need, ProbeText, Watch
 
@@ -28,14 +28,14 @@ class ModuleWeights:
     mlp: MoE | FeedForward
 
     def expert_matrix(self, name: str, index: int, rows: slice) -> Tensor:
-        """Rows of one routed expert's matrix; shares memory with the model."""
+        """Rows of one routed expert's matrix; shares memory with the model, unless it is a product."""
         assert isinstance(self.mlp, MoE)
-        return self.mlp.experts.matrix(name)[index].detach()[rows]
+        return self.mlp.expert_matrix(name, index).detach()[rows]
 
     def expert_shape(self, name: str) -> tuple[int, int]:
         """Rows and columns of one routed expert's matrix."""
         assert isinstance(self.mlp, MoE)
-        _, rows, columns = self.mlp.experts.matrix(name).shape
+        _, rows, columns = self.mlp.experts.matrix("up" if name == "gate" else name).shape  # which a gate is like
         return rows, columns
 
     def shared_matrix(self, name: str) -> Tensor | None:
@@ -54,7 +54,7 @@ class ModuleWeights:
         routed, shared = self.mlp.experts, self.mlp.shared_expert
         x, every = x.to(routed.down_proj.dtype), slice(0, len(x))
         for index in range(routed.num_experts):
-            activated = routed.activate(index, x)
+            activated = self.mlp.activate(index, x)
             if watch is not None:
                 watch(index, every, activated.float())
             yield ExpertView(index, routed.finish(index, x, activated).float())
@@ -62,6 +62,11 @@ class ModuleWeights:
             if watch is not None:
                 watch(routed.num_experts, every, shared.activation(shared.gate_proj(x)).float())
             yield ExpertView(routed.num_experts, self.mlp.shared_output(x).float(), "SE")
+
+    def each(self, x: Tensor, topk_index: Tensor) -> Tensor:
+        """Run the modules."""
+        assert isinstance(self.mlp, MoE)
+        return self.mlp.experts.each(x.to(self.mlp.experts.down_proj.dtype), topk_index)
 
     def combine(self, x: Tensor, routing: Routing | None) -> Tensor:
         """Run the modules on the chosen experts alone."""
@@ -108,10 +113,10 @@ def walk_model(model: TextModel, text: ProbeText | None, needs: frozenset[Need])
 def _ablation(model: TextModel, run: TextPass, view: LayerView) -> Callable[[int], Tensor] | None:
     """Loss (T,) of each token with one expert masked out of the choice at a layer, -1 for none."""
     mlp = model.block(view.index).mlp
-    if not isinstance(mlp, MoE) or not isinstance(mlp.router, SoftmaxTopK) or view.routing is None:
+    if not isinstance(mlp, MoE):
         return None
-    router, routing, x = mlp.router, view.routing, view.moe_input
-    if view.num_experts == 1 or x is None:
+    router, routing, x = mlp.router, view.decision, view.moe_input
+    if view.num_experts == 1 or x is None or routing is None:
         return None
 
     def loss(expert: int) -> Tensor:
@@ -190,12 +195,12 @@ def _views(model: TextModel, start: int) -> Iterator[LayerView]:
     """Views of the layers from one on, each made when it is asked for."""
     for index in range(start, model.config.num_hidden_layers):
         layer, mlp = model.config.layer(index), model.block(index).mlp
-        router = mlp.router if isinstance(mlp, MoE) else None
+        gate = mlp.router.gate() if isinstance(mlp, MoE) else None
         yield LayerView(
             index=index,
             num_hidden_layers=model.config.num_hidden_layers,
             num_experts=layer.num_experts,
             num_experts_per_tok=layer.num_experts_per_tok if layer.num_experts else 0,
-            gate=router.weight.detach().float() if isinstance(router, SoftmaxTopK) else None,
+            gate=None if gate is None else gate.detach().float(),
             weights=model.layer_weights(index),
         )

@@ -136,7 +136,7 @@ def _set(content, dotted, value):
         ("trainer.max_step", 5, ["unknown key", "max_step"]),
         ("model.config.hidden_act", "relu", ["hidden_act", "relu"]),
         ("model.config.hidden_size", "wide", ["hidden_size", "wide"]),
-        ("model.config.router", "best", ["unknown router 'best'", "softmax_topk"]),
+        ("model.config.router", "sofmax_topk", ["router is 'sofmax_topk'", "did you mean 'softmax_topk'?"]),
         ("model.config.vocab_size", 100, ["vocab_size is 100"]),
         ("data.sources", [{"name": "x", "kind": "files", "path": "nowhere/at/all.txt"}], ["nowhere/at/all.txt"]),
         ("data.tokenizer", {"kind": "auto", "path": "nowhere/tokenizer"}, ["nowhere/tokenizer"]),

@@ -27,6 +27,13 @@ def run(command: str, arguments: Sequence[str]) -> None:
     train.add_argument("--steps", type=int, default=3, help="steps of each contestant in a round")
     train.add_argument("--compile", action="store_true", help="our models compiled as well; their warm-up takes longer")
     train.add_argument("--device", default="cpu", help="cpu or cuda")
+    routers = kinds.add_parser("routers", help="tokens/s of a training step with each router, beside softmax_topk")
+    routers.add_argument("--size", action="append", help="A, F or B (see moebed/bench/train.py); may be repeated")
+    routers.add_argument("--router", action="append", help="one of moebed.routers; default all; may be repeated")
+    routers.add_argument("--rounds", type=int, default=10, help="alternations between all contestants")
+    routers.add_argument("--steps", type=int, default=3, help="steps of each contestant in a round")
+    routers.add_argument("--compile", action="store_true", help="compiled, where the router can be")
+    routers.add_argument("--device", default="cpu", help="cpu or cuda")
     probe = kinds.add_parser("probe", help="neuron matching beside the published procedure and its own products")
     probe.add_argument("--rounds", type=int, default=3, help="alternations of each comparison; 3 take five minutes")
     probe.add_argument("--full", action="store_true", help="a whole layer of 64 experts; takes more than an hour")
@@ -46,12 +53,13 @@ def run(command: str, arguments: Sequence[str]) -> None:
         kind.add_argument("--tokens", type=int, help="tokens; default those of the size, or 256 (CPU) or 8192 (GPU)")
         kind.add_argument("--rounds", type=int, default=10, help="alternations between all contestants")
         kind.add_argument("--steps", type=int, default=3, help="steps of each contestant in a round")
-    for kind in (train, probe, kernels, experts):
+    for kind in (train, routers, probe, kernels, experts):
         kind.add_argument("--json", type=Path, metavar="FILE", help="keep the figures, with versions and machine")
     options = parser.parse_args(arguments)
     if options.json is not None and not options.json.parent.is_dir():
         raise UserError(f"--json {options.json}: the folder {options.json.parent} does not exist; make it first")
-    found = {"train": _train, "probe": _probe, "kernels": _kernels, "experts": _experts}[options.what](options)
+    parts = {"train": _train, "routers": _routers, "probe": _probe, "kernels": _kernels, "experts": _experts}
+    found = parts[options.what](options)
     if options.json is not None:
         temporary = options.json.with_name(options.json.name + ".partial")
         temporary.write_text(json.dumps({"machine": machine(), "results": found}, indent=2) + "\n")
@@ -87,6 +95,36 @@ def _print_train(found: dict[str, Any]) -> None:
     for note in found["notes"]:
         table.caption = f"{table.caption}\n{note}"
     Console(width=max(100, Console().width)).print(table)
+
+
+def _routers(options: argparse.Namespace) -> list[dict[str, Any]]:
+    from rich.console import Console
+    from rich.table import Table
+
+    from moebed.bench import routers, train
+    from moebed.routers import ROUTERS
+
+    _check_device(options.device)
+    _check_choices("--size", options.size or [], train.SIZES)
+    _check_choices("--router", options.router or [], ROUTERS)
+    results = []
+    for size in options.size or ["A"]:
+        names = options.router or list(ROUTERS)
+        found = routers.run(size, names, options.rounds, options.steps, options.compile, options.device)
+        table = Table(
+            title=f"size {size}: speed over {routers.BASELINE}, median \\[least, most] of {found['rounds']} rounds"
+        )
+        for heading in ("router", "width", "FLOPs", "tokens/s", "speed"):
+            table.add_column(heading, justify="left" if heading == "router" else "right")
+        for row in found["rows"]:
+            least, middle, most = row["over_baseline"]
+            cells = (f"{row['flops_ratio']:.2f}", f"{row['tokens_per_second']:,.0f}")
+            speed = f"{middle:.2f} \\[{least:.2f}, {most:.2f}]"
+            table.add_row(row["name"], str(row["moe_intermediate_size"]), *cells, speed)
+        table.caption = "FLOPs of a training step's forward pass over softmax_topk's, expected where a coin decides"
+        Console(width=max(100, Console().width)).print(table)
+        results.append(found)
+    return results
 
 
 def _probe(options: argparse.Namespace) -> dict[str, Any]:

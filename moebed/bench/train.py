@@ -8,6 +8,7 @@ machine falls on all of them, and only ratios within a round are compared.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
 import sys
 import time
@@ -24,6 +25,7 @@ from moebed.config import ModelConfig
 from moebed.decoder import Decoder
 from moebed.losses import token_losses
 from moebed.optim import OptimizerConfig, build_adamw
+from moebed.routers import RouterSteps
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,14 @@ def own_step(config: ModelConfig, device: torch.device, compile: bool) -> Step:
     def loss(input_ids: Tensor, labels: Tensor) -> Tensor:
         return token_losses(decoder(input_ids).logits, labels).mean()
 
-    return _training_step(decoder, torch.compile(loss, fullgraph=True, dynamic=False) if compile else loss, device)
+    forward = torch.compile(loss, fullgraph=True, dynamic=False) if compile else loss
+    routers, count = RouterSteps(decoder.routers), itertools.count()
+
+    def begun(input_ids: Tensor, labels: Tensor) -> Tensor:
+        routers.begin(next(count))
+        return forward(input_ids, labels)
+
+    return _training_step(decoder, begun, device)
 
 
 def transformers_step(config: ModelConfig, device: torch.device, experts_implementation: str) -> Step:

@@ -6,7 +6,7 @@ T tokens, N some tokens or rows, E experts, K experts per token, H hidden, F exp
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,7 +22,7 @@ from moebed.checkpoints.pool import Piece, WeightPool
 from moebed.config import ModelConfig
 from moebed.decoder import Block, MoE
 from moebed.experts import ACTIVATIONS
-from moebed.routers import Routing
+from moebed.routers import Routing, build_router
 from moebed.text_pass import band_rows
 from moebed.views import MATRICES, ExpertView, Watch
 
@@ -30,6 +30,7 @@ _ACTIVATIONS_AT_A_TIME = 1 << 25  # numbers
 _HEAD_BAND = 1 << 26  # bytes
 _GAP = 16  # rows of the embedding that are read for nothing rather than with a read of their own
 _FFN = re.compile(r"mlp\.(experts\.|shared_expert\.|(gate|up|down)_proj\.)")
+_ROUTER = "mlp.router."
 HEAD = -1  # in a plan, what comes after the last layer
 
 
@@ -115,14 +116,15 @@ class StreamedModel:
     def block(self, index: int) -> Block:
         """A layer's attention, norms and router, read; its experts or FFN have no weights here."""
         with torch.device("meta"):
-            block = Block(self.config, index)
+            block = Block(self.config, index).eval()
         self.pool.enter(self.plan.group(index, f"{self.role}block"))
         state = {}
         for name, piece in block_pieces(self.checkpoint, index).items():
             weights = self.precision.seen(self.pool.get(piece))
             vector = len(piece.part.shape) == 1
-            exact = vector or ".router." in name or name.startswith("mlp.router")
-            state[name] = (weights[0] if vector else weights).to(torch.float32 if exact else self.precision.compute)
+            exact = vector or name.startswith(_ROUTER)
+            weights = weights.view(piece.part.shape)
+            state[name] = weights.to(torch.float32 if exact else self.precision.compute)
             if state[name].data_ptr() == weights.data_ptr():
                 state[name] = state[name].clone()  # the pool will read over it
         block.load_state_dict(state, strict=False, assign=True)
@@ -131,13 +133,21 @@ class StreamedModel:
 
     def gate(self, index: int) -> Tensor | None:
         """The gate embeddings (E, H) of a layer, float32; None where its router has none."""
-        part = self.checkpoint.keys.router(index)
-        if part is None:
-            return None
-        if self.plan.has(index, f"{self.role}block"):
+        planned = self.plan.has(index, f"{self.role}block")
+        if planned:
             self.pool.enter(self.plan.group(index, f"{self.role}block"))
-            return self.precision.seen(self.pool.get(Piece(self.checkpoint, part))).float().clone()
-        return self.precision.seen(self.checkpoint.read(part)).float()
+        with torch.device("meta"):
+            router = build_router(self.config, self.config.layer(index))
+        if router.gate() is None:
+            return None
+        state = {}
+        for name, piece in block_pieces(self.checkpoint, index).items():
+            if name.startswith(_ROUTER):
+                weights = self.pool.get(piece) if planned else self.checkpoint.read(piece.part)
+                state[name.removeprefix(_ROUTER)] = self.precision.seen(weights).float().clone().view(piece.part.shape)
+        router.load_state_dict(state, assign=True)
+        gate = router.gate()
+        return None if gate is None else gate.detach()
 
     def layer_weights(self, index: int) -> StreamedWeights:
         """The layer's FFN or experts."""
@@ -171,12 +181,16 @@ class StreamedWeights:
 
     def expert_matrix(self, name: str, index: int, rows: slice) -> Tensor:
         """Rows of one routed expert's matrix, as stored or rounded."""
-        part = self._model.checkpoint.keys.expert(self._layer, name, index)
-        return self._seen(name, Piece(self._model.checkpoint, part), rows)
+        checkpoint = self._model.checkpoint
+        found = self._seen(name, Piece(checkpoint, checkpoint.keys.expert(self._layer, name, index)), rows)
+        basis = checkpoint.keys.basis(self._layer, index) if name == "gate" else None
+        if basis is None:
+            return found
+        return found.float() @ self._seen(name, Piece(checkpoint, basis)).float()
 
     def expert_shape(self, name: str) -> tuple[int, int]:
         """Rows and columns of one routed expert's matrix."""
-        part = self._model.checkpoint.keys.expert(self._layer, name, 0)
+        part = self._model.checkpoint.keys.expert(self._layer, "up" if name == "gate" else name, 0)  # alike
         return part.rows, part.columns
 
     def shared_matrix(self, name: str) -> Tensor | None:
@@ -198,6 +212,15 @@ class StreamedWeights:
             output = self._run("shared", x, None if watch is None else partial(watch, count))
             yield ExpertView(count, output * self._shared_gate(x), "SE")
 
+    def each(self, x: Tensor, topk_index: Tensor) -> Tensor:
+        """What the experts topk_index (T, K) make of tokens x (T, H): (T, K, H) float32."""
+        outputs = x.new_zeros(*topk_index.shape, x.shape[1], dtype=torch.float32)
+        for index in range(self._config.num_experts):
+            token, choice = torch.where(topk_index == index)
+            if len(token):
+                outputs[token, choice] = self._run(index, x[token], step=routing_step(index))
+        return outputs
+
     def combine(self, x: Tensor, routing: Routing | None) -> Tensor:
         """What the layer makes of tokens x (T, H) by the chosen experts alone, or by its dense FFN: (T, H)."""
         if not self._config.num_experts:
@@ -205,7 +228,7 @@ class StreamedWeights:
         assert routing is not None
         total = torch.zeros_like(x)
         for index in range(self._config.num_experts):
-            token, choice = torch.where(routing.topk_index == index)
+            token, choice = torch.where((routing.topk_index == index) & routing.assigned)
             if len(token):
                 output = self._run(index, x[token])
                 total.index_add_(0, token, output * routing.topk_weight[token, choice, None])
@@ -213,16 +236,27 @@ class StreamedWeights:
             total += self._run("shared", x) * self._shared_gate(x)
         return total
 
-    def _run(self, step: int | str, x: Tensor, watch: Callable[[slice, Tensor], None] | None = None) -> Tensor:
-        """Output (N, H) of one FFN for tokens x (N, H), float32; its activations are shown, some tokens at a time."""
-        model, weights = self._model, ffn_pieces(self._model.checkpoint, self._layer, step)
-        model.pool.enter(model.plan.group(self._layer, step))
+    def _run(
+        self,
+        ffn: int | str,
+        x: Tensor,
+        watch: Callable[[slice, Tensor], None] | None = None,
+        step: Hashable | None = None,
+    ) -> Tensor:
+        """Output (N, H) of one FFN for tokens x (N, H), float32; its activations are shown, some tokens at a time.
+
+        The step of the plan is called as the FFN is, if not given.
+        """
+        model, weights = self._model, ffn_pieces(self._model.checkpoint, self._layer, ffn)
+        model.pool.enter(model.plan.group(self._layer, ffn if step is None else step))
         gate, up, down = (model.pool.get(weights[name]) for name in ("gate", "up", "down"))
+        basis = model.pool.get(weights["basis"]) if "basis" in weights else None
         output = torch.empty_like(x)
         with model.computing():
             for rows in torch.arange(len(x)).split(max(1, _ACTIVATIONS_AT_A_TIME // len(gate))):
                 part = slice(int(rows[0]), int(rows[-1]) + 1)
-                activated = self._activation(F.linear(x[part], model.precision.used(gate)))
+                seen = x[part] if basis is None else F.linear(x[part], model.precision.used(basis))
+                activated = self._activation(F.linear(seen, model.precision.used(gate)))
                 if watch is not None:
                     watch(part, activated.float())
                 inner = activated * F.linear(x[part], model.precision.used(up))
@@ -250,8 +284,16 @@ def block_pieces(checkpoint: Checkpoint, layer: int) -> dict[str, Piece]:
     return found
 
 
+def routing_step(expert: int) -> Hashable:
+    """What the plan calls running an expert because the router asks for its outputs."""
+    return "routing", expert
+
+
 def ffn_pieces(checkpoint: Checkpoint, layer: int, step: int | str) -> dict[str, Piece]:
-    """The three matrices of a routed expert, given by its index, of the shared expert, or of a dense layer's FFN."""
+    """The three matrices of a routed expert, given by its index, of the shared expert, or of a dense layer's FFN.
+
+    Where an expert's gate is factorised, its first factor is there as ``basis``.
+    """
     keys, found = checkpoint.keys, {}
     for name in MATRICES:
         if isinstance(step, int):
@@ -261,13 +303,16 @@ def ffn_pieces(checkpoint: Checkpoint, layer: int, step: int | str) -> dict[str,
             assert given is not None
             part = given
         found[name] = Piece(checkpoint, part)
-    return found
+    basis = keys.basis(layer, step) if isinstance(step, int) else None
+    return found if basis is None else {**found, "basis": Piece(checkpoint, basis)}
 
 
 def matrix_pieces(checkpoint: Checkpoint, reference: Checkpoint | None, layer: int, name: str) -> list[Piece]:
     """One matrix of all experts of a layer, of the shared expert, and of the dense reference's FFN."""
-    keys = checkpoint.keys
-    pieces = [Piece(checkpoint, keys.expert(layer, name, e)) for e in range(checkpoint.config.layer(layer).num_experts)]
+    keys, experts = checkpoint.keys, range(checkpoint.config.layer(layer).num_experts)
+    pieces = [Piece(checkpoint, keys.expert(layer, name, e)) for e in experts]
+    bases = [keys.basis(layer, e) for e in experts] if name == "gate" else []
+    pieces += [Piece(checkpoint, basis) for basis in bases if basis is not None]
     shared, dense = keys.shared(layer, name), dense_piece(reference, layer, name)
     pieces += [Piece(checkpoint, shared)] if shared is not None else []
     return pieces + ([dense] if dense is not None else [])

@@ -39,18 +39,20 @@ def load_decoder(checkpoint: Checkpoint | str | Path, dtype: torch.dtype = torch
 
 @torch.no_grad()
 def fill(decoder: Decoder, checkpoint: Checkpoint) -> None:
-    """Set the parameters of a decoder of the checkpoint's model, a tensor at a time; each rank its own parts.
+    """Set the parameters, and the routers' state, of a decoder of the checkpoint's model; each rank its own parts.
+
+    One tensor at a time.
 
     Raises:
         UserError: A weight is NaN or Inf.
     """
-    for name, parameter in decoder.named_parameters():
-        spread = isinstance(parameter, DTensor)
-        value = torch.empty(parameter.shape, dtype=parameter.dtype) if spread else parameter
+    for name, tensor in decoder.stored().items():
+        spread = isinstance(tensor, DTensor)
+        value = torch.empty(tensor.shape, dtype=tensor.dtype) if spread else tensor
         for part, region in checkpoint.keys.parameter(name):
-            value[region] = checkpoint.read(part).to(value)
+            value[region] = checkpoint.read(part).to(value).view_as(value[region])
         if spread:
-            assign(parameter, value)
+            assign(tensor, value)
 
 
 @torch.no_grad()
@@ -79,7 +81,7 @@ def write_checkpoint(
     """
     found = family_of(family, "family")
     keys = KeyMap(found, decoder.config)
-    parameters = dict(decoder.named_parameters())
+    parameters = decoder.stored()
     writer = FolderWriter(keys, found.write_config(decoder.config), dtype, shard_bytes)
     writer.write(Path(folder), lambda name, placed: [parameters[name][placed.region]])
     return Path(folder)

@@ -6,6 +6,7 @@ decoder does not compute. Writing reads its own result back, so that a model whi
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -188,6 +189,10 @@ def same_setting(config: ModelConfig, other: Mapping[str, Any], name: str) -> bo
     return _plain(config, name, getattr(config, name)) == _plain(config, name, other[name])
 
 
+def _as_dict(value: Any) -> Any:
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+
+
 _PER_LAYER = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "num_shared_experts")
 
 
@@ -200,6 +205,8 @@ def _plain(config: ModelConfig, name: str, value: Any) -> Any:
         return None
     if name in ("norm_topk_prob", "router") and not moe:
         return None
+    if name == "router_options":  # the plain rule has none
+        return None if config.router == "softmax_topk" or not moe else _as_dict(value)
     if name == "shared_expert_gate" and not any(config.layer(i).num_shared_experts for i in moe):
         return None
     if name not in _PER_LAYER:

@@ -5,6 +5,7 @@ E experts, H hidden, F expert intermediate.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Container, Iterator
 from typing import NamedTuple
@@ -57,7 +58,7 @@ class KeyMap:
         self.family, self.config = family, config
         with torch.device("meta"):
             decoder = Decoder(config)
-        self.shapes = {name: tuple(parameter.shape) for name, parameter in decoder.named_parameters()}
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in decoder.stored().items()}
         always = family.experts is not None and not family.experts.gate
         self._fused = {layer for layer in config.moe_layers if always or self._fused_name(layer) in present}
 
@@ -87,15 +88,18 @@ class KeyMap:
         if template not in self.family.tensors:
             raise ConfigError(f"a {self.family.model_type} checkpoint has no tensor for the parameter {template}")
         shape = self.shapes[template.format(i=layer)]
-        rows = shape[0] if len(shape) > 1 else 1
+        rows = math.prod(shape[:-1])
         return TensorPart(self.family.tensors[template].format(i=layer), shape, 0, rows)
 
     def expert(self, layer: int, matrix: str, expert: int) -> TensorPart:
-        """One routed expert's ``gate`` or ``up`` (F, H), or ``down`` (H, F)."""
+        """One routed expert's ``gate`` or ``up`` (F, H), or ``down`` (H, F); a factorised gate is (F, C)."""
         names, sizes = self.family.experts, self.config.layer(layer)
         if names is None:
             raise ConfigError(f"a {self.family.model_type} checkpoint has no experts, but layer {layer} does")
         hidden, width = self.config.hidden_size, sizes.moe_intermediate_size
+        if matrix != "down" and f"layers.{layer}.mlp.experts.{matrix}_proj" in self.shapes:  # a factorised gate's
+            whole = self._whole(f"layers.{{i}}.mlp.experts.{matrix}_proj", layer)
+            return whole._replace(first=expert * width, rows=width)
         rows, columns = (hidden, width) if matrix == "down" else (width, hidden)
         if layer not in self._fused:
             name = {"gate": names.gate, "up": names.up, "down": names.down}[matrix].format(i=layer, e=expert)
@@ -109,11 +113,13 @@ class KeyMap:
         shape = (sizes.num_experts, 2 * width, hidden)
         return TensorPart(names.gate_up_fused.format(i=layer), shape, first, width)
 
-    def router(self, layer: int) -> TensorPart | None:
-        """The gate embeddings of a layer, (E, H); None where its router has none."""
-        if f"layers.{layer}.mlp.router.weight" not in self.shapes:
+    def basis(self, layer: int, expert: int) -> TensorPart | None:
+        """One expert's projection (C, H) that its gate goes on from; None where gates are not factorised."""
+        if f"layers.{layer}.mlp.experts.gate_proj" not in self.shapes:
             return None
-        return self._whole("layers.{i}.mlp.router.weight", layer)
+        whole = self._whole("layers.{i}.mlp.router.low_proj", layer)
+        rows = whole.shape[1]
+        return whole._replace(first=expert * rows, rows=rows)
 
     def shared(self, layer: int, matrix: str) -> TensorPart | None:
         """The shared expert's matrix; None in a layer that has none."""

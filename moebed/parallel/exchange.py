@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.tensor import DTensor
 
-from moebed.grouped import compute_dtype, from_slots, sort_by_expert, to_slots
+from moebed.grouped import carried_to_slots, compute_dtype, from_slots, sort_by_expert, to_slots
 from moebed.routers import Routing
 
 if TYPE_CHECKING:
@@ -50,30 +50,36 @@ class TokenExchange:
 
         Rows travel while the caller computes something else, where the backend of the group can do both.
         """
-        num_experts = experts.num_experts
-        dispatch = sort_by_expert(routing.topk_index, routing.topk_weight, num_experts, align=1)
+        weights = routing.topk_weight
+        dispatch = sort_by_expert(routing.topk_index, weights, experts.num_experts, align=1, ragged=routing.ragged)
         counts = dispatch.offsets.diff().long()  # (E,)
         received = torch.empty_like(counts)  # from each rank in turn, for each of this rank's experts
         torch.distributed.all_to_all_single(received, counts, group=self.group)
         outward = counts.view(self.size, -1).sum(dim=1).tolist()
         inward = received.view(self.size, -1).sum(dim=1).tolist()
+        sent = sum(outward)  # assignments that are none have slots after these
 
         def send(rows: Tensor, back: bool = False) -> Tensor:
             splits = (outward, inward) if back else (inward, outward)
             return all_to_all_single_autograd(rows.contiguous(), *splits, self.group)
 
-        rows = send(to_slots(x.to(compute_dtype(x)), dispatch))  # (R, H)
-        weight = send(dispatch.slot_weight.unsqueeze(1))  # (R, 1)
+        dtype, carried = compute_dtype(x), routing.carried
+        rows = send(to_slots(x.to(dtype), dispatch)[:sent])  # (R, H)
+        weight = send(dispatch.slot_weight.unsqueeze(1)[:sent])  # (R, 1)
+        if carried is not None:
+            carried = send(carried_to_slots(carried.to(dtype), dispatch)[:sent])  # (R, C)
 
         def finish() -> Tensor:
-            own = num_experts // self.size
-            index = torch.arange(own, device=x.device).repeat(self.size).repeat_interleave(received).unsqueeze(1)
+            index = torch.arange(experts.num_own, device=x.device).repeat(self.size).repeat_interleave(received)
             # Where nothing came, a row of weight 0: the experts then have a gradient here as on other ranks.
             absent = (0, 0, 0, 0 if len(index) else 1)
             blank = weight.new_empty(0)
-            routing = Routing(blank, blank, F.pad(index, absent), F.pad(weight, absent))
-            done = experts.backend(experts, F.pad(rows, absent), routing)
-            return from_slots(send(done[: len(index)], back=True), dispatch)
+            own = Routing(blank, blank, F.pad(index.unsqueeze(1), absent), F.pad(weight, absent))
+            if carried is not None:
+                own = own._replace(carried=F.pad(carried, absent).unsqueeze(1))
+            done = send(experts.backend(experts, F.pad(rows, absent), own)[: len(index)], back=True)
+            unsent = len(dispatch.slot_token) - sent
+            return from_slots(F.pad(done, (0, 0, 0, unsent)) if unsent else done, dispatch)
 
         return finish
 

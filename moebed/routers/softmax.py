@@ -1,0 +1,34 @@
+"""The learned gate, and the plainest rule on its logits.
+
+T tokens, E experts, K experts per token, H hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moebed.config import LayerConfig, ModelConfig
+from moebed.routers.contract import ExpertOutputs, Router, Routing
+
+
+class GatedRouter(Router):
+    """A router whose logits are x W_gᵀ, in float32 whatever the rest of the model computes in."""
+
+    def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
+        super().__init__(config, layer)
+        self.weight = nn.Parameter(torch.empty(layer.num_experts, config.hidden_size))  # gate embeddings W_g (E, H)
+
+    def forward(self, hidden_states: Tensor, experts: ExpertOutputs, token_ids: Tensor | None = None) -> Routing:
+        """Route hidden_states (T, H)."""
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return self.choose(F.linear(hidden_states.float(), self.weight.float()))
+
+    def gate(self) -> Tensor:
+        """Gate embeddings (E, H)."""
+        return self.weight
+
+
+class SoftmaxTopK(GatedRouter):
+    """p = softmax(x W_gᵀ); the K largest; weight p, or p / Σ_topK p with norm_topk_prob (Shazeer 2017; Jiang 2024)."""
