@@ -32,6 +32,9 @@ from moebed.routers import ROUTERS, Routing
 if TYPE_CHECKING:
     pass
 
+if TYPE_CHECKING:
+    from moebed.parallel.exchange import TokenExchange
+
 log = logging.getLogger(__name__)
 
 Activation = Callable[[Tensor], Tensor]
@@ -61,6 +64,7 @@ class Experts(nn.Module):
         self.hidden_act: str = config.hidden_act
         self.activation = ACTIVATIONS[config.hidden_act]
         self.backend = BACKENDS[resolve_backend(config.experts_backend)]
+        self.exchange: TokenExchange | None = None
 
     def add_gate_and_up(self, config: ModelConfig, width: int) -> None:
         """Add the parameters of the two projections into the experts' width F."""

@@ -19,6 +19,7 @@ from moebed.decoder import Decoder, MoE
 from moebed.experts import Experts
 from moebed.parallel.config import ParallelConfig
 from moebed.parallel.exchange import TokenExchange
+from moebed.routers import Router
 
 
 class Layout:
@@ -72,6 +73,7 @@ class Layout:
                 self._spread(decoder, block.mlp.experts, f"{prefix}mlp.experts.", device)
             _materialise(decoder, block, prefix, device)
             if isinstance(block.mlp, MoE):
+                _materialise_state(block.mlp.router, device)
                 fully_shard(
                     block.mlp.experts,
                     mesh=self.for_experts,
@@ -109,6 +111,14 @@ def _materialise(decoder: Decoder, module: nn.Module, prefix: str, device: torch
                 part.register_parameter(name, nn.Parameter(value, requires_grad=parameter.requires_grad))
     if isinstance(module, Decoder) and decoder.config.tie_word_embeddings:
         decoder.lm_head.weight = decoder.embed_tokens.weight
+
+
+def _materialise_state(router: Router, device: torch.device) -> None:
+    """Give a router's state, which every rank has as a whole, its first values."""
+    if any(state.is_meta for state in router.buffers()):
+        for name, state in list(router.named_buffers(recurse=False)):
+            setattr(router, name, torch.zeros_like(state, device=device))
+        router.reset_state()
 
 
 def reshard(model: nn.Module) -> None:
