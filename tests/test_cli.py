@@ -189,14 +189,17 @@ def test_fit_help_has_a_sentence_for_every_model_knob(capsys):
     text = " ".join(capsys.readouterr().out.split())
     import dataclasses
 
-    for field in dataclasses.fields(ModelConfig):
-        at = (
-            text.index(f"--model.config.{field.name} {field.name.upper()}", text.index("options:"))
-            if (f"--model.config.{field.name} {field.name.upper()}" in text[text.index("options:") :])
-            else text.index(f"--model.config.{field.name} {{", text.index("options:"))
-        )
-        sentence = text[at : at + 400].split("(type:")[0]
-        assert len(sentence.split()) > 3, field.name
+    from moebed.config import RouterOptions
+
+    names = [field.name for field in dataclasses.fields(ModelConfig) if field.name != "router_options"]
+    names += [f"router_options.{field.name}" for field in dataclasses.fields(RouterOptions)]
+    options = text[text.index("options:") :]
+    for name in names:
+        values = (f"--model.config.{name} {{", f"--model.config.{name} {name.rpartition('.')[2].upper()}")
+        at = max(options.find(value) for value in values)
+        assert at >= 0, name
+        sentence = options[at : at + 400].split("(type:")[0]
+        assert len(sentence.split()) > 3, name
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

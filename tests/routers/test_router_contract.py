@@ -12,6 +12,7 @@ from moebed.decoder import Decoder
 from moebed.errors import ConfigError
 from moebed.flops import count_parameters, flops_per_token
 from moebed.generate import generate
+from moebed.losses import load_balancing_loss, router_stats
 from moebed.routers import ROUTERS
 from tests.routers.router_cases import ALL, COMPILED, config_of
 
@@ -89,6 +90,20 @@ def test_a_layer_is_one_graph(name):
     out, routing = torch.compile(moe, fullgraph=True, backend="eager", dynamic=False)(x, IDS.flatten())
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
     assert routing.losses is None or set(routing.losses) == {"relu_l1"}
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name not in CARELESS])
+def test_balancing_reaches_what_decides(name):
+    """The gradient of the load-balancing loss: the router's parameters, or the experts' where they decide."""
+    decoder = _decoder(name)
+    stats = router_stats(decoder(IDS).routings[0], torch.ones(IDS.numel(), dtype=torch.bool))
+    idle = (decoder(IDS).routings[0].router_probs.sum(-1) == 0).float().mean()  # relu: tokens without any expert
+    assert (stats.mean_probs.sum() + idle).item() == pytest.approx(1.0, abs=1e-4)
+    assert idle == 0 or name == "relu"
+    load_balancing_loss(stats.mean_probs, stats.counts).backward()
+    decides = ".experts." if name in ("expert_norm", "competesmoe", "competesmoe_v2") else ".router."
+    reached = [key for key, p in decoder.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0]
+    assert any(key.startswith("layers.0") and decides in key for key in reached)
 
 
 def test_a_training_step_with_router_losses_is_one_graph():
