@@ -16,6 +16,7 @@ from moebed.config import LayerConfig, ModelConfig
 from moebed.errors import UserError
 from moebed.experts import ACTIVATIONS, Experts
 from moebed.routers import Routing, build_router
+from moebed.seeding import generator
 
 
 class DecoderOutput(NamedTuple):
@@ -126,6 +127,9 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = activation_checkpointing
+        # Drawn first: modules draw default weights when they are built, as many as their shapes have entries.
+        is_meta = torch.get_default_device().type == "meta"
+        seed = 0 if is_meta else int(torch.randint(2**62, (), device="cpu"))
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.rotary = RotaryEmbedding(config)
         self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_hidden_layers))
@@ -133,18 +137,24 @@ class Decoder(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        self.reset_parameters()
+        if not is_meta:
+            self.reset_parameters(seed)
 
     @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Matrices from N(0, initializer_range), biases 0, norm scales 1."""
+    def reset_parameters(self, seed: int) -> None:
+        """Matrices from N(0, initializer_range), biases 0, norm scales 1.
+
+        A parameter's weights follow from the seed and its name alone, so two models of one seed begin with equal
+        weights wherever name and shape are equal, whatever else they have.
+        """
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
             elif parameter.ndim == 1:
                 parameter.fill_(1.0)
             else:
-                parameter.normal_(0.0, self.config.initializer_range)
+                drawn = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+                parameter.copy_(drawn.normal_(0.0, self.config.initializer_range, generator=generator(seed, name)))
 
     @property
     def blocks(self) -> list[Block]:

@@ -16,7 +16,7 @@ from moebed.checkpoints.checkpoint import Checkpoint
 from moebed.checkpoints.whole import fill
 from moebed.config import ModelConfig
 from moebed.decoder import Decoder
-from moebed.errors import ConfigError, UserError
+from moebed.errors import ConfigError, DivergedError, UserError
 from moebed.families.base import NOT_IN_CHECKPOINTS, same_setting
 from moebed.losses import IGNORE_INDEX, load_balancing_loss, router_stats, token_losses
 from moebed.metrics import TextLoss, bits_per_byte
@@ -150,7 +150,7 @@ class MoEModule(LightningModule):
         self._log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
         total = loss + self._balancing_losses(terms)
         if self.stop_on_nan and not torch.isfinite(total):
-            raise UserError(
+            raise DivergedError(
                 f"the loss is {total.item()} at step {self.global_step} on rank {self.global_rank}; lower the learning "
                 "rate, lengthen the warm-up, or continue from an earlier checkpoint with --ckpt_path"
             )
