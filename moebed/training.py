@@ -275,13 +275,18 @@ def print_closing_table(numbers: dict[str, float | int], folder: Path, report: P
     Console(stderr=True).print(table)
 
 
-def run(command: str, arguments: Sequence[str]) -> None:
-    """Entry of the four training commands."""
+def quiet() -> None:
+    """Leave out what Lightning warns of although it is meant."""
     for message in LIGHTNING_ADVICE:
         warnings.filterwarnings("ignore", message=f".*{message}.*")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip:" not in record.getMessage()
     )
+
+
+def run(command: str, arguments: Sequence[str]) -> None:
+    """Entry of the four training commands."""
+    quiet()
     torch.set_float32_matmul_precision("high")
     keep_freed_memory()
     try:
