@@ -77,9 +77,8 @@ def write_report(run_dirs: Sequence[Path], out: Path, first: Mapping[str, str] |
         "The probes in pictures": _probes(runs),
         "Configuration": _configs(runs),
     }
-    body = "\n".join(
-        [_header(runs) if runs else "", *(_section(title, content) for title, content in sections.items() if content)]
-    )
+    header = [_header(runs)] if runs else []
+    body = "\n".join([*header, *(_section(title, content) for title, content in sections.items() if content)])
     title = escape(", ".join([*(first or {}), *(run.name for run in runs)]))
     page = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>moebed: {title}</title>'

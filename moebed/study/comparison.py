@@ -85,21 +85,20 @@ def compare_arms(study: Mapping[str, Any]) -> Comparison:
     names = [baseline, *(name for name in study["arms"] if name != baseline)]
     arms = {name: _arm(name, study["arms"][name]) for name in names}
     losses = {name: _by_seed(study["arms"][name], lambda run: run["loss"]) for name in names}
-    compared = []
+    compared: list[tuple[ArmResult, float]] = []
     for name in names[1:]:
-        arms[name].difference = _paired(losses[name], losses[baseline])
-        pairs = arms[name].difference.pairs if arms[name].difference else 0
+        arm, found = arms[name], _paired(losses[name], losses[baseline])
         missing = sorted(set(study["seeds"]) - (set(losses[name]) & set(losses[baseline])))
         if missing:
             seeds = f"seed{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}"
-            arms[name].marks.append(f"{pairs} of {len(study['seeds'])} pairs: without {seeds}")
-        arms[name].marks += _unmatched(arms[name].facts, arms[baseline].facts, study["tolerance"])
-        if arms[name].difference is not None and arms[name].difference.p is not None:
-            compared.append(arms[name])
-    adjusted = holm([arm.difference.p for arm in compared if arm.difference and arm.difference.p is not None])
-    for arm, p in zip(compared, adjusted, strict=True):
-        arm.holm = p
-    return Comparison(study, arms, _headlines(study, names), _warnings(study, compared))
+            arm.marks.append(f"{found.pairs if found else 0} of {len(study['seeds'])} pairs: without {seeds}")
+        arm.marks += _unmatched(arm.facts, arms[baseline].facts, study["tolerance"])
+        arm.difference = found
+        if found is not None and found.p is not None:
+            compared.append((arm, found.p))
+    for (arm, _), adjusted in zip(compared, holm([p for _, p in compared]), strict=True):
+        arm.holm = adjusted
+    return Comparison(study, arms, _headlines(study, names), _warnings(study, len(compared)))
 
 
 def _unmatched(facts: Mapping[str, Any], baseline: Mapping[str, Any], tolerance: float) -> list[str]:
@@ -182,7 +181,7 @@ def _headlines(study: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict
     return {headline: by_arm for headline, by_arm in found.items() if by_arm}
 
 
-def _warnings(study: Mapping[str, Any], compared: Sequence[ArmResult]) -> list[str]:
+def _warnings(study: Mapping[str, Any], compared: int) -> list[str]:
     warnings = []
     if len(study["seeds"]) == 1:
         warnings.append("ONE SEED: no interval, nothing can be concluded.")
@@ -194,10 +193,10 @@ def _warnings(study: Mapping[str, Any], compared: Sequence[ArmResult]) -> list[s
     ]
     if left_out:
         warnings.append(f"LEFT OUT of every mean and difference: {'; '.join(left_out)}.")
-    if len(compared) > 1:
+    if compared > 1:
         warnings.append(
-            f"{len(compared)} comparisons: if no arm differed, the interval of at least one would exclude 0 in up to "
-            f"{100 * (1 - 0.95 ** len(compared)):.0f} % of such studies; Holm's p takes that into account."
+            f"{compared} comparisons: if no arm differed, the interval of at least one would exclude 0 in up to "
+            f"{100 * (1 - 0.95**compared):.0f} % of such studies; Holm's p takes that into account."
         )
     return warnings
 

@@ -82,10 +82,8 @@ def draw_loss_curves(found: Comparison) -> Figure:
         }
         _band(right, pairs, styles[name], name)
     right.axhline(0, color=figures.MUTED, lw=1, ls="--", zorder=1)
-    for ax, title in (
-        (left, "loss on held-out text (nats a token)"),
-        (right, f"paired difference from {found.baseline}"),
-    ):
+    titles = "loss on held-out text (nats a token)", f"paired difference from {found.baseline}"
+    for ax, title in zip((left, right), titles, strict=True):
         figures.style_axes(ax)
         ax.set_title(title, fontsize=10.5)
         ax.set_xlabel("step", fontsize=9)

@@ -146,9 +146,8 @@ def _resolve_steps(recipe: StudyRecipe, steps: Sequence[Step]) -> list[_Resolved
             arguments = [f"--{key.replace('_', '-')}={value}" for key, value in step.settings.items()]
             options = read_options(["DENSE", "--out=OUT", *arguments])
             shared, layers = options.get("shared_experts", 0), read_layers(options)
-            config = upcycled_config(
-                dense, options["method"], read_settings(options), shared, layers, "the step before"
-            )
+            settings = read_settings(options)
+            config = upcycled_config(dense, options["method"], settings, shared, layers, "the step before")
             upcycled = {
                 f"model.config.{key}": value
                 for key, value in config.to_dict().items()

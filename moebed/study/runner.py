@@ -91,9 +91,7 @@ def check_unchanged(runs: Sequence[RunLike], out: Path) -> None:
         if not (out / run.name).exists() or (record is not None and record["hash"] == run.hash):
             continue
         if record is None:
-            raise UserError(
-                f"{out / run.name} is there but this study did not begin it; delete it or choose another --out"
-            )
+            raise UserError(f"{out / run.name} was not begun by this study; delete it, or choose another --out")
         old = record["identity"]
         changed = [
             f"{key} was {old.get(key)!r} and is {run.identity.get(key)!r}"

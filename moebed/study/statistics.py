@@ -6,7 +6,7 @@ The interval is a bootstrap over pairs, widened. With so few pairs the plain per
 (it covers the truth in 75 % of cases with 3 pairs and 80 % with 4, where 95 % are meant), and the studentised one too
 wide (infinite with 3 pairs, since one resample in nine holds one pair three times). So the percentile interval's
 distances from the mean are multiplied by t_{n-1} / z · sqrt(n / (n - 1)): what makes it as wide as the t interval where
-the differences are normal, while their skew still shows. ``tests/study/test_study_statistics.py`` simulates its coverage.
+the differences are normal, while their skew still shows. Its coverage is simulated in the tests (test_study_statistics).
 """
 
 from __future__ import annotations

@@ -86,12 +86,8 @@ def run(command: str, arguments: Sequence[str]) -> None:
     from moebed.flops import count_parameters
     from moebed.upcycling.upcycle import plan_upcycling, upcycle
 
-    method, out, settings, layers = (
-        options["method"],
-        Path(options["out"]),
-        read_settings(options),
-        read_layers(options),
-    )
+    method, out = options["method"], Path(options["out"])
+    settings, layers = read_settings(options), read_layers(options)
     require_empty(out)
     path = find_checkpoint(options["dense"])
     source = Checkpoint.open(path)
