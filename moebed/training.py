@@ -46,13 +46,15 @@ class _Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         text = " ".join(message.split())
-        unknown = re.search(r"does not accept option '([\w.]+)'", text)
+        # In a file, and on the command line.
+        unknown = re.search(r"does not accept option '([\w.]+)'|unrecognized arguments: --([\w.]+)", text)
         if unknown is None:
             raise ConfigError(text) from ex
-        actions = self._subcommands_action._name_parser_map["fit"]._actions if self._subcommands_action else []
-        near = difflib.get_close_matches(unknown.group(1), [action.dest for action in actions], 1)
+        key = unknown.group(1) or unknown.group(2)
+        parser = self._subcommands_action._name_parser_map["fit"] if self._subcommands_action else self
+        near = difflib.get_close_matches(key, [action.dest for action in parser._actions], 1)
         hint = f"did you mean {near[0]!r}?" if near else "`moebed fit --help` lists the known ones"
-        raise ConfigError(f"unknown key {unknown.group(1)!r} in the config; {hint}") from ex
+        raise ConfigError(f"unknown key {key!r} in the config; {hint}") from ex
 
 
 def _user_error_behind(error: BaseException | None) -> UserError | None:
@@ -99,7 +101,7 @@ class TrainingCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser whose errors are one line."""
-        parser = _Parser(**kwargs)
+        parser = _Parser(allow_abbrev=False, **kwargs)  # half a key must not set another
         parser.add_argument("-c", "--config", action=ActionConfigFile, help="a recipe, or a run's config.yaml")
         return parser
 

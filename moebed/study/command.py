@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from moebed.arguments import OneLineParser
 from moebed.errors import UserError
 from moebed.study.files import STUDY_FILE
-from moebed.study.recipe import read_recipe
+from moebed.study.recipe import StudyRecipe, read_recipe
 
 if TYPE_CHECKING:
     from moebed.study.plan import Run, StudyPlan
@@ -54,6 +54,10 @@ def run(command: str, arguments: Sequence[str]) -> None:
     if options.jobs < 1:
         raise UserError(f"--jobs is {options.jobs}; give at least 1")
     recipe = read_recipe(options.study)
+    arms = _read_arms(options.arms, recipe)
+    count = len(recipe.arms) * len(recipe.seeds)
+    if options.run is not None and not 0 <= options.run < count:
+        raise UserError(f"--run {options.run}: the study has runs 0 to {count - 1}")
     out = options.out or Path("runs/studies") / recipe.name
     # Heavy imports wait until the file is known to be well formed.
     from moebed.study.collecting import collect
@@ -69,7 +73,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
         own = ["moebed", "study", str(options.study), "--out", str(out)]
         print(job_array(own, recipe.name, len(plan.final), options.jobs))
         return
-    runs = _choose(plan, options.arms, options.run)
+    runs = _choose(plan, arms, options.run)
     if not options.collect:
         trained = len({name for name in plan.final.values()} & {one.name for one in runs})
         _say(f"study {recipe.name}: {trained} runs of {len(recipe.arms)} arms and {len(recipe.seeds)} seeds in {out}")
@@ -87,22 +91,23 @@ def run(command: str, arguments: Sequence[str]) -> None:
     _present(out)
 
 
-def _choose(plan: StudyPlan, arms: str | None, index: int | None) -> list[Run]:
+def _read_arms(text: str | None, recipe: StudyRecipe) -> list[str]:
+    """The arms to run: those named and the baseline, or all."""
+    if text is None:
+        return list(recipe.arms)
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in recipe.arms:
+            raise UserError(f"--arms: {name!r} is no arm; the study has {', '.join(recipe.arms)}")
+    return [*names, recipe.baseline]
+
+
+def _choose(plan: StudyPlan, arms: Sequence[str], index: int | None) -> list[Run]:
     """The runs that are asked for, with those that they need, in order."""
-    final = list(plan.final)
-    if index is not None:
-        if not 0 <= index < len(final):
-            raise UserError(f"--run {index}: the study has runs 0 to {len(final) - 1}")
-        final = [final[index]]
-    if arms is not None:
-        asked = [arm.strip() for arm in arms.split(",")]
-        for arm in asked:
-            if arm not in plan.arms:
-                raise UserError(f"--arms: {arm!r} is no arm; the study has {', '.join(plan.arms)}")
-        final = [key for key in final if key[0] in (*asked, plan.recipe.baseline)]
+    final = list(plan.final) if index is None else [list(plan.final)[index]]
     wanted: set[str] = set()
-    for key in final:
-        name: str | None = plan.final[key]
+    for arm, seed in final:
+        name: str | None = plan.final[arm, seed] if arm in arms else None
         while name is not None:
             wanted.add(name)
             name = plan.runs[name].needs

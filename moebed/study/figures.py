@@ -54,15 +54,25 @@ def _by_step(series: Series, key: str) -> dict[int, float]:
 
 
 def _band(ax: Axes, curves: Mapping[str, Mapping[int, float]], style: Mapping[str, Any], label: str) -> None:
-    """Mean over seeds as a line, least to most as a band; steps that every seed has."""
+    """Mean over seeds as a line, least to most as a faint band; steps that every seed has."""
     steps = sorted(set.intersection(*(set(curve) for curve in curves.values()))) if curves else []
     if not steps:
         return
     values = np.array([[curve[step] for step in steps] for curve in curves.values()])  # (seeds, steps)
     if len(values) > 1:
-        ax.fill_between(steps, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.15, lw=0)
+        ax.fill_between(steps, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.1, lw=0)
     ax.plot(steps, values.mean(axis=0), marker="o", ms=3, label=label, **style)
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+
+
+def _legend(fig: Figure, axes: Sequence[Axes]) -> None:
+    """One legend above all panels, in as many columns as fit; the figure grows by its rows."""
+    lines = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    longest = max((len(label) for label in lines), default=1)
+    columns = max(1, int(fig.get_figwidth() / (0.75 + 0.085 * longest)))
+    fig.set_figheight(fig.get_figheight() + 0.2 * (len(lines) // columns))
+    place = {"loc": "outside upper left", "ncols": columns, "handlelength": 2.8}
+    fig.legend(list(lines.values()), list(lines), fontsize=8.5, frameon=False, **place)
 
 
 def draw_loss_curves(found: Comparison) -> Figure:
@@ -87,8 +97,7 @@ def draw_loss_curves(found: Comparison) -> Figure:
         figures.style_axes(ax)
         ax.set_title(title, fontsize=10.5)
         ax.set_xlabel("step", fontsize=9)
-    handles, labels = left.get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside upper left", ncols=6, fontsize=8.5, frameon=False)
+    _legend(fig, [left])
     fig.supxlabel("mean over seeds; bands from the least to the most", fontsize=8.5, color=figures.MUTED)
     return fig
 
@@ -154,6 +163,5 @@ def draw_headlines(found: Comparison) -> Figure:
         probe, _, key = headline.partition("/")
         ax.set_title(f"{probe}: {key}", fontsize=8.5)
         ax.set_xlabel("step", fontsize=8)
-    lines = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    fig.legend(list(lines.values()), list(lines), loc="outside upper left", ncols=6, fontsize=8.5, frameon=False)
+    _legend(fig, axes)
     return fig

@@ -58,6 +58,7 @@ class Process:
     run: RunLike
     process: subprocess.Popen[bytes]
     lock: int
+    log_begin: int  # bytes of the log that are of earlier processes
 
 
 @dataclass
@@ -193,12 +194,13 @@ def _start(run: RunLike, out: Path, jobs: int, command: Callable[[RunLike], list
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     with log.open("ab") as file:
+        begin = file.tell()
         # A session of its own: Ctrl-C reaches the study alone, which then ends its processes. The lock stays held for
         # as long as the process lives, even if the study is killed.
         process = subprocess.Popen(
             command(run), env=environment, stdout=file, stderr=file, start_new_session=True, pass_fds=(lock,)
         )
-    return Process(run, process, lock)
+    return Process(run, process, lock, begin)
 
 
 def _settle(process: Process, out: Path, outcome: Outcome, bar: StudyBar) -> None:
@@ -210,7 +212,7 @@ def _settle(process: Process, out: Path, outcome: Outcome, bar: StudyBar) -> Non
         outcome.finished.append(name)
         bar.say(f"done: {name}")
         return
-    said = _last_words(status_path(out, name, "log"))
+    said = _last_words(status_path(out, name, "log"), process.log_begin)
     path = status_path(out, name, "json")
     write_json(path, {**read_json(path), "exit_code": code, "said": said})
     if code == DivergedError.exit_code:
@@ -220,9 +222,10 @@ def _settle(process: Process, out: Path, outcome: Outcome, bar: StudyBar) -> Non
     bar.say(f"{'diverged' if code == DivergedError.exit_code else f'failed with exit code {code}'}: {name}: {said}")
 
 
-def _last_words(log: Path) -> str:
-    """The line of the error, or the last one."""
-    lines = [line.strip() for line in log.read_text(errors="replace").replace("\r", "\n").splitlines() if line.strip()]
+def _last_words(log: Path, begin: int) -> str:
+    """The line of the error, or the last one, of what was said from a byte on."""
+    text = log.read_bytes()[begin:].decode(errors="replace").replace("\r", "\n")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line.removeprefix("moebed: error: ") for line in lines if line.startswith("moebed: error: ")]
     return (errors or lines or ["it said nothing"])[-1]
 
