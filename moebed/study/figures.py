@@ -69,10 +69,17 @@ def _legend(fig: Figure, axes: Sequence[Axes]) -> None:
     """One legend above all panels, in as many columns as fit; the figure grows by its rows."""
     lines = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     longest = max((len(label) for label in lines), default=1)
-    columns = max(1, int(fig.get_figwidth() / (0.75 + 0.085 * longest)))
+    columns = max(1, int(fig.get_figwidth() / (0.65 + 0.08 * longest)))
     fig.set_figheight(fig.get_figheight() + 0.2 * (len(lines) // columns))
-    place = {"loc": "outside upper left", "ncols": columns, "handlelength": 2.8}
-    fig.legend(list(lines.values()), list(lines), fontsize=8.5, frameon=False, **place)
+    fig.legend(
+        list(lines.values()),
+        list(lines),
+        loc="outside upper left",
+        ncols=columns,
+        handlelength=2.8,
+        fontsize=8.5,
+        frameon=False,
+    )
 
 
 def draw_loss_curves(found: Comparison) -> Figure:
