@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from simulate_coverage import SHAPES, coverage
 
 from moebed.study.statistics import bootstrap_interval, compare, detectable, holm
-from probes.resampling import interval, resample_within
 
 ROOT = Path(__file__).resolve().parents[2]
 SIMULATED = 1000
@@ -26,17 +26,9 @@ def _pairs(rng, n, difference, seed_deviation=SEED_DEVIATION, paired_deviation=P
 @pytest.mark.parametrize(("pairs", "percentile"), [(3, 0.75), (4, 0.80), (8, 0.885), (12, 0.91)])
 def test_interval_covers_what_it_says(pairs, percentile):
     """95 % within the error of the simulation (sd .007), where the plain percentile bootstrap is far below."""
-    rng = np.random.default_rng(pairs)
-    covered = plain = 0
-    weights = resample_within(np.zeros(pairs), 1000) / pairs
-    for _ in range(SIMULATED):
-        values = rng.normal(0.3, 1.0, pairs)
-        low, high = bootstrap_interval(values, draws=1000)
-        covered += low <= 0.3 <= high
-        low, high = interval(weights @ values)
-        plain += low <= 0.3 <= high
-    assert covered / SIMULATED == pytest.approx(0.95, abs=0.02)
-    assert plain / SIMULATED == pytest.approx(percentile, abs=0.03)
+    covered, plain = coverage(SHAPES["normal"], pairs, SIMULATED)
+    assert covered == pytest.approx(0.95, abs=0.02)
+    assert plain == pytest.approx(percentile, abs=0.03)
 
 
 def test_interval_shows_skew_and_is_reproducible():
