@@ -62,7 +62,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
     # Heavy imports wait until the file is known to be well formed.
     from moebed.study.collecting import collect
     from moebed.study.plan import plan_study
-    from moebed.study.runner import run_all
+    from moebed.study.runner import Outcome, check_unchanged, run_all
 
     plan = plan_study(recipe, out)
     for note in plan.notes:
@@ -73,22 +73,20 @@ def run(command: str, arguments: Sequence[str]) -> None:
         own = ["moebed", "study", str(options.study), "--out", str(out)]
         print(job_array(own, recipe.name, len(plan.final), options.jobs))
         return
-    runs = _choose(plan, arms, options.run)
+    check_unchanged(list(plan.runs.values()), out)  # all, since all that are finished are compared
+    runs, outcome = _choose(plan, arms, options.run, out), Outcome()
     if not options.collect:
-        trained = len({name for name in plan.final.values()} & {one.name for one in runs})
+        trained = sum(run.name in plan.final.values() for run in runs)
         _say(f"study {recipe.name}: {trained} runs of {len(recipe.arms)} arms and {len(recipe.seeds)} seeds in {out}")
         outcome = run_all(runs, out, options.jobs)
-        if options.run is None:
-            collect(plan, out)
-            _present(out)
-        for name, said in outcome.diverged.items():
-            _say(f"diverged: {name}: {said}")
-        if outcome.failed:
-            failed = "; ".join(f"{name} ({said})" for name, said in outcome.failed.items())
-            raise UserError(f"{len(outcome.failed)} of {len(runs)} runs failed: {failed}; logs are in {out / 'status'}")
-        return
-    collect(plan, out)
-    _present(out)
+    if options.run is None:
+        collect(plan, out)
+        _present(out)
+    for name, said in outcome.diverged.items():
+        _say(f"diverged: {name}: {said}")
+    if outcome.failed:
+        failed = "; ".join(f"{name} ({said})" for name, said in outcome.failed.items())
+        raise UserError(f"{len(outcome.failed)} of {len(runs)} runs failed: {failed}; logs are in {out / 'status'}")
 
 
 def _read_arms(text: str | None, recipe: StudyRecipe) -> list[str]:
@@ -102,15 +100,17 @@ def _read_arms(text: str | None, recipe: StudyRecipe) -> list[str]:
     return [*names, recipe.baseline]
 
 
-def _choose(plan: StudyPlan, arms: Sequence[str], index: int | None) -> list[Run]:
-    """The runs that are asked for, with those that they need, in order."""
+def _choose(plan: StudyPlan, arms: Sequence[str], index: int | None, out: Path) -> list[Run]:
+    """The runs that are asked for, in order, with those that they still need."""
+    from moebed.study.runner import is_finished
+
     final = list(plan.final) if index is None else [list(plan.final)[index]]
     wanted: set[str] = set()
     for arm, seed in final:
         name: str | None = plan.final[arm, seed] if arm in arms else None
         while name is not None:
             wanted.add(name)
-            name = plan.runs[name].needs
+            name = None if is_finished(plan.runs[name], out) else plan.runs[name].needs
     return [run for name, run in plan.runs.items() if name in wanted]
 
 

@@ -189,3 +189,18 @@ def test_nothing_half_written_is_read(tmp_path, capsys):
     (tmp_path / "study.json").write_text(json.dumps({"format": 0}))
     assert main(["study", str(tmp_path / "study.json")]) == 2
     assert "no study.json of this version" in capsys.readouterr().err
+
+
+def test_what_is_compared_was_run_with_this_config(study, tmp_path, capsys):
+    """Collecting alone, too, refuses a folder that was begun with another config."""
+    path, out = study(), tmp_path / "out"
+    run = plan_study(read_recipe(path), out).runs["runs/raw/seed_1"]
+    (out / run.name).mkdir(parents=True)
+    record = {"hash": "another", "identity": {**run.identity, "model.config.num_experts": 8}}
+    (out / "status/runs/raw").mkdir(parents=True)
+    (out / "status/runs/raw/seed_1.json").write_text(json.dumps(record))
+    assert main(["study", str(path), "--out", str(out), "--collect"]) == 2
+    assert (
+        "raw/seed_1 was begun with another config (model.config.num_experts was 8 and is 4)" in capsys.readouterr().err
+    )
+    assert not (out / "study.json").exists()
