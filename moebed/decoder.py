@@ -5,6 +5,7 @@ B sequences, S positions, T = B·S tokens, E experts, K experts per token, H hid
 
 from __future__ import annotations
 
+import hashlib
 from typing import NamedTuple, cast
 
 import torch
@@ -16,7 +17,6 @@ from moebed.config import LayerConfig, ModelConfig
 from moebed.errors import UserError
 from moebed.experts import ACTIVATIONS, Experts
 from moebed.routers import Routing, build_router
-from moebed.seeding import generator
 
 
 class DecoderOutput(NamedTuple):
@@ -127,9 +127,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = activation_checkpointing
-        # Drawn first: modules draw default weights when they are built, as many as their shapes have entries.
-        is_meta = torch.get_default_device().type == "meta"
-        seed = 0 if is_meta else int(torch.randint(2**62, (), device="cpu"))
+        self.seed = int(torch.randint(2**62, (), device="cpu"))  # before any part draws numbers of its own
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.rotary = RotaryEmbedding(config)
         self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_hidden_layers))
@@ -137,24 +135,29 @@ class Decoder(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        if not is_meta:
-            self.reset_parameters(seed)
+        self.reset_parameters()
 
     @torch.no_grad()
-    def reset_parameters(self, seed: int) -> None:
+    def reset_parameters(self) -> None:
         """Matrices from N(0, initializer_range), biases 0, norm scales 1.
 
-        A parameter's weights follow from the seed and its name alone, so two models of one seed begin with equal
-        weights wherever name and shape are equal, whatever else they have.
+        Each parameter is drawn by its name from one seed of torch's generator: two models under one seed share every
+        parameter of equal name and shape, and a rank can draw its parts of a model without the rest.
         """
         for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                parameter.zero_()
-            elif parameter.ndim == 1:
-                parameter.fill_(1.0)
-            else:
-                drawn = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
-                parameter.copy_(drawn.normal_(0.0, self.config.initializer_range, generator=generator(seed, name)))
+            if not parameter.is_meta:
+                parameter.copy_(self.initial(name, parameter))
+
+    def initial(self, name: str, parameter: Tensor) -> Tensor:
+        """What a parameter begins with: a tensor of its full shape, on the CPU."""
+        value = torch.zeros(parameter.shape, dtype=parameter.dtype, device="cpu")
+        if name.endswith("bias"):
+            return value
+        if parameter.ndim == 1:
+            return value.fill_(1.0)
+        digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        return value.normal_(0.0, self.config.initializer_range, generator=generator)
 
     @property
     def blocks(self) -> list[Block]:

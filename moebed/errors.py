@@ -11,11 +11,11 @@ class UserError(Exception):
     exit_code = 2
 
 
-class ConfigError(UserError):
-    """A configuration that no model or run can be built from."""
-
-
 class DivergedError(UserError):
     """The loss of a run is no longer finite. Its own exit code tells who started the run that it is no use to retry."""
 
     exit_code = 3
+
+
+class ConfigError(UserError):
+    """A configuration that no model or run can be built from."""

@@ -5,6 +5,7 @@ E experts, K of them a token, H hidden, D width of the dense FFN, F width of an 
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor
 
 from moebed.errors import ConfigError
-from moebed.seeding import generator
 from moebed.upcycling.clusters import balanced_kmeans
 
 
@@ -229,3 +229,9 @@ METHODS: dict[str, type[Copy]] = {
     "cluster": Cluster,
     "scratch": Scratch,
 }
+
+
+def generator(*what: object) -> torch.Generator:
+    """A generator whose state follows from what it is for."""
+    digest = hashlib.sha256(" ".join(map(str, what)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

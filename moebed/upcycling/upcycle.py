@@ -23,8 +23,7 @@ from moebed.families.base import Family
 from moebed.families.choice import choose_family
 from moebed.families.keys import KeyMap, Placed
 from moebed.families.registry import family_of
-from moebed.seeding import generator
-from moebed.upcycling.methods import METHODS, Copy, Settings
+from moebed.upcycling.methods import METHODS, Copy, Settings, generator
 
 _MLP = re.compile(r"^layers\.(\d+)\.mlp\.(experts\.|router\.|shared_expert)")
 
