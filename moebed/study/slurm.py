@@ -16,6 +16,7 @@ def job_array(command: Sequence[str], name: str, count: int, jobs: int) -> str:
         jobs: Tasks at a time.
     """
     study = shlex.join(command)
+    one, collect = shlex.quote(f'{study} --run "$SLURM_ARRAY_TASK_ID"'), shlex.quote(f"{study} --collect")
     return f"""\
 #!/bin/bash
 # Run this script with bash where sbatch is known. A task that is preempted or runs out of time continues from its last
@@ -24,9 +25,9 @@ def job_array(command: Sequence[str], name: str, count: int, jobs: int) -> str:
 set -e
 array=$(sbatch --parsable --job-name={shlex.quote(name)} --array=0-{count - 1}%{jobs} \\
   --requeue --output=slurm-%A_%a.log \\
-  --wrap '{study} --run "$SLURM_ARRAY_TASK_ID"')
+  --wrap {one})
 sbatch --job-name={shlex.quote(name + "-collect")} --dependency=afterany:"$array" --output=slurm-%j.log \\
-  --wrap '{study} --collect'
+  --wrap {collect}
 # Add what your cluster wants (--partition, --gpus-per-task=1, --cpus-per-task, --time) through SBATCH_ variables or to
 # the first command.
 """
