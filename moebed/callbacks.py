@@ -84,6 +84,35 @@ class TrainingRate(Callback):
         pl_module.log("train/tokens_per_second", tokens * trainer.world_size / seconds, prog_bar=True)
 
 
+class StepFile(Callback):
+    """Keeps the number of finished optimizer steps in a file, for whoever started the run as a process of its own.
+
+    Args:
+        path: The file.
+        seconds: It is written at most this often, and at the end.
+    """
+
+    def __init__(self, path: str, seconds: float = 1.0) -> None:
+        self.path, self.seconds = Path(path), seconds
+        self._last = 0.0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write, unless that was done a moment ago."""
+        if time.perf_counter() - self._last > self.seconds:
+            self._write(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the last step."""
+        self._write(trainer)
+
+    def _write(self, trainer: Trainer) -> None:
+        if trainer.is_global_zero:
+            self.path.write_text(str(trainer.global_step))
+        self._last = time.perf_counter()
+
+
 class UnbrokenLog(Callback):
     """No logged step is lost when a run is killed right after it wrote a checkpoint.
 

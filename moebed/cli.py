@@ -17,7 +17,8 @@ COMMANDS = {
     "probe": ("moebed.probing", "run probes on a pretrained checkpoint, a layer at a time; a second run continues"),
     "upcycle": ("moebed.upcycling.command", "make an MoE checkpoint from a dense one, a layer at a time"),
     "export": ("moebed.exporting.command", "write a run's checkpoint as a folder that transformers loads"),
-    "report": ("moebed.reporting", "results of one or several runs side by side, as one HTML file"),
+    "study": ("moebed.study.command", "run arms over seeds, then compare them with paired differences and intervals"),
+    "report": ("moebed.reporting", "results of runs side by side, or of a study, as one HTML file"),
     "bench": ("moebed.bench.cli", "measure side by side with the peers that are installed"),
 }
 
@@ -38,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, or 2 for an error that a person can mend."""
+    """Run a command; returns the exit code: 0, 2 for an error that a person can mend, 3 for a loss that diverged."""
     options = build_parser().parse_args(argv)
     verbose = options.verbose or bool({"-v", "--verbose"} & set(options.arguments))
     arguments = [argument for argument in options.arguments if argument not in ("-v", "--verbose")]
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if not getattr(error, "said_elsewhere", False):
             print(f"moebed: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return error.exit_code
     return 0
 
 

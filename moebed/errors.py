@@ -1,12 +1,14 @@
-"""Errors that a person can cause: one clear line, exit code 2."""
+"""Errors that a person can cause: one clear line, and an exit code."""
 
 
 class UserError(Exception):
     """Something the user asked for cannot be done.
 
     The message is one line that says what is wrong, where, and what to do. The command line prints it and
-    exits with code 2; the traceback is shown with ``-v`` only.
+    exits with ``exit_code``; the traceback is shown with ``-v`` only.
     """
+
+    exit_code = 2
 
 
 class ConfigError(UserError):
@@ -24,3 +26,9 @@ class SharedError(UserError):
     def __init__(self, message: str, rank: int) -> None:
         super().__init__(message)
         self.said_elsewhere = rank != 0
+
+
+class DivergedError(SharedError):
+    """The loss of a run is no longer finite. Its own exit code tells who started the run that it is no use to retry."""
+
+    exit_code = 3

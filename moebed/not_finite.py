@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from moebed.errors import SharedError
+from moebed.errors import DivergedError
 
 if TYPE_CHECKING:
     from moebed.module import MoEModule
@@ -51,7 +51,7 @@ class NotFinite:
             norm: Norm of the gradient over all ranks.
 
         Raises:
-            SharedError: The step is not finite and the choice is to stop, or too many in a row were skipped.
+            DivergedError: The step is not finite and the choice is to stop, or too many in a row were skipped.
         """
         noted, self._noted = self._noted, None
         scaled = getattr(module.trainer.precision_plugin, "scaler", None) is not None
@@ -66,7 +66,7 @@ class NotFinite:
         what = said[0] if said else f"the loss is finite but the gradient's norm is {norm.item()}"
         self._in_a_row += 1
         if self.choice == "stop" or self._in_a_row >= MOST_IN_A_ROW:
-            raise SharedError(
+            raise DivergedError(
                 f"{what}, at step {module.global_step}; lower the learning rate, lengthen the warm-up, or continue "
                 "from an earlier checkpoint with --ckpt_path",
                 module.global_rank,

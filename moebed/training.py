@@ -63,13 +63,15 @@ class _Parser(LightningArgumentParser):
             near = difflib.get_close_matches(given, known, 1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise ConfigError(f"{key} is {given!r}; choose one of {', '.join(known)}{hint}") from ex
-        unknown = re.search(r"does not accept option '([\w.]+)'", text)
+        # In a file, and on the command line.
+        unknown = re.search(r"does not accept option '([\w.]+)'|unrecognized arguments: --([\w.]+)", text)
         if unknown is None:
             raise ConfigError(text) from ex
-        actions = self._subcommands_action._name_parser_map["fit"]._actions if self._subcommands_action else []
-        near = difflib.get_close_matches(unknown.group(1), [action.dest for action in actions], 1)
+        key = unknown.group(1) or unknown.group(2)
+        parser = self._subcommands_action._name_parser_map["fit"] if self._subcommands_action else self
+        near = difflib.get_close_matches(key, [action.dest for action in parser._actions], 1)
         hint = f"did you mean {near[0]!r}?" if near else "`moebed fit --help` lists the known ones"
-        raise ConfigError(f"unknown key {unknown.group(1)!r} in the config; {hint}") from ex
+        raise ConfigError(f"unknown key {key!r} in the config; {hint}") from ex
 
 
 def _user_error_behind(error: BaseException | None) -> UserError | None:
@@ -116,7 +118,7 @@ class TrainingCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser whose errors are one line."""
-        parser = _Parser(**kwargs)
+        parser = _Parser(allow_abbrev=False, **kwargs)  # half a key must not set another
         parser.add_argument("-c", "--config", action=ActionConfigFile, help="a recipe, or a run's config.yaml")
         return parser
 
@@ -330,13 +332,18 @@ def print_closing_table(numbers: dict[str, float | int], folder: Path, report: P
     Console(stderr=True).print(table)
 
 
-def run(command: str, arguments: Sequence[str]) -> None:
-    """Entry of the four training commands."""
+def quiet() -> None:
+    """Leave out what Lightning warns of although it is meant."""
     for message in LIGHTNING_ADVICE:
         warnings.filterwarnings("ignore", message=f".*{message}.*")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip:" not in record.getMessage()
     )
+
+
+def run(command: str, arguments: Sequence[str]) -> None:
+    """Entry of the four training commands."""
+    quiet()
     torch.set_float32_matmul_precision("high")
     keep_freed_memory()
     try:

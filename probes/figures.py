@@ -21,6 +21,7 @@ from PIL import Image
 
 INK, MUTED, GRID, MASKED = "#1f2933", "#6b7785", "#dde3ea", "#98a1ab"
 SERIES = ("#2f6db5", "#d1603d", "#3b9a6d", "#8a5fb0", "#b8860b")
+MANY = (*SERIES, "#c2477f", "#4a9fb5", "#7a7a2e")
 DPI = 110
 PICTURED_LAYERS = 8
 

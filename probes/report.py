@@ -6,7 +6,7 @@ It opens without a network: pictures, styles and all are inside.
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,12 +49,13 @@ pre { background: var(--soft); padding: 12px; overflow-x: auto; font-size: 12.5p
 """
 
 
-def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
+def write_report(run_dirs: Sequence[Path], out: Path, first: Mapping[str, str] | None = None) -> Path:
     """Write the report of one or several runs.
 
     Args:
         run_dirs: Folders of runs or of probed checkpoints; what each holds is reported.
         out: The file to write, or a folder, in which it becomes ``report.html``.
+        first: Title -> HTML of sections that come before those of the runs.
 
     Returns:
         The file written.
@@ -66,6 +67,7 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
     _tell_apart(runs, [Path(folder) for folder in run_dirs])
     path = out if out.suffix.lower() in (".html", ".htm") else out / "report.html"
     sections = {
+        **{f"Study {escape(title)}": content for title, content in (first or {}).items()},
         "What was found": _answers(runs),
         "Every probe in a sentence": _found(runs),
         "Beside the papers": _beside_the_paper(runs),
@@ -75,8 +77,9 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
         "The probes in pictures": _probes(runs),
         "Configuration": _configs(runs),
     }
-    body = "\n".join([_header(runs), *(_section(title, content) for title, content in sections.items() if content)])
-    title = escape(", ".join(run.name for run in runs))
+    header = [_header(runs)] if runs else []
+    body = "\n".join([*header, *(_section(title, content) for title, content in sections.items() if content)])
+    title = escape(", ".join([*(first or {}), *(run.name for run in runs)]))
     page = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>moebed: {title}</title>'
         f"<style>{_STYLE}</style></head><body><main>\n{body}\n</main></body></html>\n"
@@ -313,15 +316,16 @@ def _picture(run: RunFolder, name: str, figure: str, build: Callable[[], Figure]
     """A probe's picture: the one that lies in the folder, where it is as new as the arrays, or one drawn now."""
     drawn, arrays = store.picture_path(run.folder, name, figure), store.results_dir(run.folder) / f"{name}.npz"
     if drawn.exists() and drawn.stat().st_mtime_ns >= arrays.stat().st_mtime_ns:
-        return _embedded(drawn.read_bytes(), f"{name}: {figure}")
+        return embedded(drawn.read_bytes(), f"{name}: {figure}")
     return _image(build(), f"{name}: {figure}")
 
 
 def _image(fig: Figure, alt: str) -> str:
     from probes.figures import to_png
 
-    return _embedded(to_png(fig), alt)
+    return embedded(to_png(fig), alt)
 
 
-def _embedded(png: bytes, alt: str) -> str:
+def embedded(png: bytes, alt: str) -> str:
+    """A picture inside the page."""
     return f'<img alt="{escape(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'

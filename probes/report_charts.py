@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -13,7 +13,9 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from probes import figures
-from probes.run_folder import Curve, RunFolder
+
+if TYPE_CHECKING:
+    from probes.run_folder import Curve, RunFolder
 
 # The order in which a reader wants them; other tags follow.
 LOSSES = {
@@ -34,8 +36,7 @@ SMOOTHED_FROM = 60
 
 def run_colours(runs: Sequence[RunFolder]) -> dict[str, str]:
     """A colour for each run, the same all over the report."""
-    colours = [*figures.SERIES, "#c2477f", "#4a9fb5", "#7a7a2e"]
-    return {run.name: colours[index % len(colours)] for index, run in enumerate(runs)}
+    return {run.name: figures.MANY[index % len(figures.MANY)] for index, run in enumerate(runs)}
 
 
 def tags_in_order(runs: Sequence[RunFolder]) -> list[str]:
@@ -69,7 +70,7 @@ def draw_losses(runs: Sequence[RunFolder]) -> Figure:
 
 def draw_curves(runs: Sequence[RunFolder], tags: Sequence[str]) -> Figure:
     """One panel a tag, one line a run; a long curve is drawn smoothed over its raw values."""
-    fig, axes = _grid(min(len(tags), MOST_PANELS), 4)
+    fig, axes = small_panels(min(len(tags), MOST_PANELS), 4)
     colours = run_colours(runs)
     for ax, tag in zip(axes, tags, strict=False):
         for run in runs:
@@ -143,7 +144,7 @@ def headline_series(runs: Sequence[RunFolder]) -> dict[str, dict[str, Curve]]:
 
 def draw_headlines(series: Mapping[str, Mapping[str, Curve]], runs: Sequence[RunFolder]) -> Figure:
     """One panel a headline, one line a run."""
-    fig, axes = _grid(len(series), 4)
+    fig, axes = small_panels(len(series), 4)
     colours = run_colours(runs)
     for ax, (name, by_run) in zip(axes, series.items(), strict=True):
         figures.style_axes(ax)
@@ -160,7 +161,7 @@ def draw_headlines(series: Mapping[str, Mapping[str, Curve]], runs: Sequence[Run
 
 def draw_history(series: Mapping[str, Mapping[int, Curve]], columns: int) -> Figure:
     """One panel a quantity, one line a layer, from light (first) to dark (last)."""
-    fig, axes = _grid(len(series), columns)
+    fig, axes = small_panels(len(series), columns)
     layers = sorted({layer for by_layer in series.values() for layer in by_layer})
     scale = Normalize(layers[0] - 0.6 * max(1, layers[-1] - layers[0]), max(layers[-1], layers[0] + 1))
     colours = {layer: colormaps["YlGnBu"](float(scale(layer))) for layer in layers}
@@ -179,7 +180,8 @@ def draw_history(series: Mapping[str, Mapping[int, Curve]], columns: int) -> Fig
     return fig
 
 
-def _grid(count: int, columns: int) -> tuple[Figure, list[Axes]]:
+def small_panels(count: int, columns: int) -> tuple[Figure, list[Axes]]:
+    """A figure with ``count`` small panels, at most so many a row."""
     columns = min(columns, count)
     rows = math.ceil(count / columns)
     fig = figures.new_figure(2.9 * columns, 2.2 * rows + 0.3, "")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moebed.arguments import OneLineParser
 from moebed.errors import ConfigError
+
+if TYPE_CHECKING:
+    from moebed.upcycling.methods import Settings
 
 # The names are those of moebed.upcycling.methods.METHODS, which needs torch; a test holds the two together.
 METHOD_LINES = {
@@ -72,8 +75,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
     Raises:
         UserError: The dense checkpoint cannot be read, the options do not fit it, or the folder cannot be written.
     """
-    options: dict[str, Any] = vars(build_parser().parse_args(arguments))
-    layers = _layers(options.get("dense_layers", ""))
+    options = read_options(arguments)
     # Heavy imports wait until the options are known to be well formed.
     import torch
 
@@ -82,16 +84,10 @@ def run(command: str, arguments: Sequence[str]) -> None:
     from moebed.checkpoints.writer import require_empty
     from moebed.checkpoints.writing_bar import WritingBar, say
     from moebed.flops import count_parameters
-    from moebed.upcycling.methods import METHODS, Settings
     from moebed.upcycling.upcycle import plan_upcycling, upcycle
 
     method, out = options["method"], Path(options["out"])
-    for name in _PARTS:
-        if name in options and name not in METHODS[method].uses:
-            readers = ", ".join(other for other, kind in METHODS.items() if name in kind.uses)
-            raise ConfigError(f"--{name.replace('_', '-')} does nothing with method {method}; it is for {readers}")
-    fields = {field.name for field in dataclasses.fields(Settings)}
-    settings = Settings(**{name: value for name, value in options.items() if name in fields})
+    settings, layers = read_settings(options), read_layers(options)
     require_empty(out)
     path = find_checkpoint(options["dense"])
     source = Checkpoint.open(path)
@@ -112,9 +108,29 @@ def run(command: str, arguments: Sequence[str]) -> None:
     say(f"checkpoint: {out}; to train from it: moebed fit --config RECIPE.yaml --config {out / 'start.yaml'}")
 
 
-def _layers(text: str) -> list[int]:
-    """Layers from "0,5"."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
+def read_options(arguments: Sequence[str]) -> dict[str, Any]:
+    """The options that were given, by name; raises ConfigError if one is unknown or missing."""
+    options: dict[str, Any] = vars(build_parser().parse_args(arguments))
+    read_layers(options)
+    return options
+
+
+def read_settings(options: Mapping[str, Any]) -> Settings:
+    """How the experts are made; raises ConfigError for an option that the method does not read."""
+    from moebed.upcycling.methods import METHODS, Settings
+
+    method = options["method"]
+    for name in _PARTS:
+        if name in options and name not in METHODS[method].uses:
+            readers = ", ".join(other for other, kind in METHODS.items() if name in kind.uses)
+            raise ConfigError(f"--{name.replace('_', '-')} does nothing with method {method}; it is for {readers}")
+    fields = {field.name for field in dataclasses.fields(Settings)}
+    return Settings(**{name: value for name, value in options.items() if name in fields})
+
+
+def read_layers(options: Mapping[str, Any]) -> list[int]:
+    """Layers that stay dense, from "0,5"."""
+    parts = [part.strip() for part in options.get("dense_layers", "").split(",") if part.strip()]
     for part in parts:
         if not part.isdecimal():
             raise ConfigError(f"dense-layers: {part!r} is no layer; write numbers such as 0,5")

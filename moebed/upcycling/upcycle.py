@@ -64,39 +64,54 @@ def plan_upcycling(
     Raises:
         ConfigError: The checkpoint is no dense one, or the settings do not fit it or the family.
     """
-    old = source.config
-    if old.moe_layers:
-        raise ConfigError(f"{source.name} has experts already, in layer {old.moe_layers[0]}; give a dense checkpoint")
-    outside = [layer for layer in dense_layers if not 0 <= layer < old.num_hidden_layers]
-    if outside:
-        raise ConfigError(f"dense-layers: {source.name} has layers 0 to {old.num_hidden_layers - 1}, not {outside[0]}")
-    if shared_experts < 0:
-        raise ConfigError(f"shared-experts is {shared_experts}; it must not be negative")
-    assert old.intermediate_size is not None
-    experts, per_token, width = METHODS[method].sizes(settings, old.intermediate_size)
-    counts = [0 if layer in dense_layers else experts for layer in range(old.num_hidden_layers)]
-    if not any(counts):
-        raise ConfigError("dense-layers names every layer; leave some out, which become MoE layers")
-    config = dataclasses.replace(
-        old,
-        num_experts=counts if dense_layers else experts,
-        num_experts_per_tok=per_token,
-        moe_intermediate_size=width,
-        num_shared_experts=shared_experts,
-        shared_expert_gate=bool(shared_experts) and old.attention_bias,
-        intermediate_size=old.intermediate_size if dense_layers else None,
-        router="softmax_topk",
-        norm_topk_prob=True,
-    )
+    config = upcycled_config(source.config, method, settings, shared_experts, dense_layers, source.name)
     if family is not None:
         chosen = family_of(family, "family")
         chosen.write_config(config)
         return Plan(config, chosen, "")
     found = choose_family(config)
     note = found.note
-    if note and old.attention_bias and not shared_experts:
+    if note and config.attention_bias and not shared_experts:
         note += "; --shared-experts 1 adds what qwen2_moe wants"
     return Plan(config, found.family, note)
+
+
+def upcycled_config(
+    dense: ModelConfig,
+    method: str,
+    settings: Settings,
+    shared_experts: int = 0,
+    dense_layers: Collection[int] = (),
+    name: str = "the model",
+) -> ModelConfig:
+    """Config of the MoE that a dense model becomes; the arguments are those of :func:`plan_upcycling`.
+
+    Raises:
+        ConfigError: The model, called ``name``, is no dense one, or the settings do not fit it.
+    """
+    if dense.moe_layers:
+        raise ConfigError(f"{name} has experts already, in layer {dense.moe_layers[0]}; give a dense checkpoint")
+    outside = [layer for layer in dense_layers if not 0 <= layer < dense.num_hidden_layers]
+    if outside:
+        raise ConfigError(f"dense-layers: {name} has layers 0 to {dense.num_hidden_layers - 1}, not {outside[0]}")
+    if shared_experts < 0:
+        raise ConfigError(f"shared-experts is {shared_experts}; it must not be negative")
+    assert dense.intermediate_size is not None
+    experts, per_token, width = METHODS[method].sizes(settings, dense.intermediate_size)
+    counts = [0 if layer in dense_layers else experts for layer in range(dense.num_hidden_layers)]
+    if not any(counts):
+        raise ConfigError("dense-layers names every layer; leave some out, which become MoE layers")
+    return dataclasses.replace(
+        dense,
+        num_experts=counts if dense_layers else experts,
+        num_experts_per_tok=per_token,
+        moe_intermediate_size=width,
+        num_shared_experts=shared_experts,
+        shared_expert_gate=bool(shared_experts) and dense.attention_bias,
+        intermediate_size=dense.intermediate_size if dense_layers else None,
+        router="softmax_topk",
+        norm_topk_prob=True,
+    )
 
 
 class UpcycledWeights:

@@ -111,7 +111,7 @@ def _nan_on_rank_1(rank: int) -> None:
 def test_a_nan_on_one_rank_stops_all_of_them(tmp_path, layout):
     arguments, ranks = fit(recipe(tmp_path, 6), tmp_path / "run", layout)
     started = start(arguments, ranks, tmp_path / "logs", before=_nan_on_rank_1)
-    assert started.wait(120) == [2, 2], started.said
+    assert started.wait(120) == [3, 3], started.said
     assert "the loss is nan, first seen at the router of layer 1 on rank 1, at step 3" in started.said
     assert started.said.count("moebed: error") == 1
 

@@ -1,0 +1,1 @@
+"""Studies: arms over seeds, each run a run folder of its own, compared by paired differences with intervals."""

@@ -1,0 +1,129 @@
+"""From run folders to ``study.json``: plain data from which tables and figures are made, and made again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moebed.errors import DivergedError
+from moebed.study.files import FORMAT, STUDY_FILE, read_json, write_json
+from moebed.study.plan import Arm, Run, StudyPlan
+from moebed.study.progress import status_path, steps_done
+from moebed.study.runner import is_finished
+from probes.run_folder import Curve, read_curves
+from probes.store import load_history
+
+
+def collect(plan: StudyPlan, out: Path) -> Path:
+    """Write ``study.json`` from whatever the runs have left by now.
+
+    Returns:
+        The file.
+
+    Raises:
+        UserError: A file in a run's folder is damaged.
+    """
+    recipe = plan.recipe
+    content = {
+        "format": FORMAT,
+        "name": recipe.name,
+        "question": recipe.question,
+        "baseline": recipe.baseline,
+        "seeds": list(recipe.seeds),
+        "settings": dict(recipe.settings),
+        "match": list(recipe.match),
+        "tolerance": recipe.tolerance,
+        "arms": {
+            name: {
+                "steps_before": [[step.kind, dict(step.settings)] for step in recipe.arms[name][:-1]],
+                "settings": dict(arm.settings),
+                "steps": arm.steps,
+                "tokens": arm.tokens,
+                "total_parameters": arm.total_parameters,
+                "active_parameters": arm.active_parameters,
+                "active_flops_per_token": arm.active_flops,
+                "runs": {str(seed): _read_run(plan.runs[plan.final[name, seed]], arm, out) for seed in recipe.seeds},
+            }
+            for name, arm in plan.arms.items()
+        },
+    }
+    return write_json(out / STUDY_FILE, content)
+
+
+def _read_run(run: Run, arm: Arm, out: Path) -> dict[str, Any]:
+    folder = out / run.name
+    curves = read_curves(folder) if folder.is_dir() else {}
+    found: dict[str, Any] = {"folder": run.name, "config_hash": run.hash}
+    numbers = read_json(folder / run.finished) if is_finished(run, out) else {}
+    loss, start = numbers.get("val/loss"), _start_loss(run, arm, curves)
+    found["status"], found["why"] = _status(run, loss, start, out)
+    found |= {
+        "loss": _finite(loss),
+        "bits_per_byte": _finite(numbers.get("val/bits_per_byte")),
+        "start_loss": _finite(start),
+        "curve": _validation_curve(curves),
+        "tokens_per_second": _median(curves.get("train/tokens_per_second")),
+        "headlines": _headlines(load_history(folder)) if folder.is_dir() else {},
+    }
+    return found
+
+
+def _status(run: Run, loss: float | None, start: float, out: Path) -> tuple[str, str]:
+    """``finished``, ``diverged``, ``failed`` or ``not run``; and the reason, where it is not finished."""
+    if is_finished(run, out):
+        if loss is None or not math.isfinite(loss):
+            return "diverged", f"its loss on held-out text is {loss}"
+        if loss >= start:
+            return "diverged", f"its loss on held-out text is {loss:.3f}, not below the {start:.3f} that it began with"
+        return "finished", ""
+    record = read_json(status_path(out, run.name, "json")) or {}
+    code = record.get("exit_code")
+    if code == DivergedError.exit_code:
+        return "diverged", record["said"]
+    if code is not None:
+        return "failed", f"exit code {code}: {record['said']}"
+    done = steps_done(out, run.name)
+    return "not run", f"stopped at step {done} of {run.steps}" if done else ""
+
+
+def _start_loss(run: Run, arm: Arm, curves: Mapping[str, Curve]) -> float:
+    """The first logged training loss, where that is early in the run; else that of guessing, ln V."""
+    steps, values = curves.get("train/loss", ([], []))
+    if steps and steps[0] < run.steps / 5 and math.isfinite(values[0]):
+        return values[0]
+    return math.log(arm.config.vocab_size)
+
+
+def _validation_curve(curves: Mapping[str, Curve]) -> dict[str, list[Any]]:
+    steps, losses = curves.get("val/loss", ([], []))
+    bits = dict(zip(*curves.get("val/bits_per_byte", ([], [])), strict=True))
+    # Logged steps count from 0, finished ones, as the probes have them, from 1.
+    return {
+        "step": [step + 1 for step in steps],
+        "loss": [_finite(value) for value in losses],
+        "bits_per_byte": [_finite(bits.get(step)) for step in steps],
+    }
+
+
+def _headlines(history: list[dict[str, Any]]) -> dict[str, dict[str, list[Any]]]:
+    """``<probe>/<headline>`` -> its value at each probing."""
+    found: dict[str, dict[str, list[Any]]] = {}
+    for line in history:
+        for name, value in line.get("headlines", {}).items():
+            if value is not None:
+                series = found.setdefault(name, {"step": [], "value": []})
+                series["step"].append(line["step"])
+                series["value"].append(value)
+    return found
+
+
+def _median(curve: Curve | None) -> float | None:
+    return _finite(float(np.median(curve[1]))) if curve and curve[1] else None
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

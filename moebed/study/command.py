@@ -1,0 +1,125 @@
+"""``moebed study RECIPE.yaml``: run arms over seeds and compare them; ``moebed study STUDY.json`` shows them again."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moebed.arguments import OneLineParser
+from moebed.errors import UserError
+from moebed.study.files import STUDY_FILE
+from moebed.study.recipe import StudyRecipe, read_recipe
+
+if TYPE_CHECKING:
+    from moebed.study.plan import Run, StudyPlan
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options."""
+    parser = OneLineParser(
+        prog="moebed study",
+        description="Run the arms of a study over its seeds, each run a folder of its own, and compare them: paired "
+        "differences with intervals, tables, pictures. Called again, it continues; finished runs are left alone.",
+    )
+    parser.add_argument(
+        "study",
+        type=Path,
+        metavar="RECIPE.yaml | STUDY.json",
+        help="a study, such as recipes/studies/router_tiny.yaml; or a study.json, to make tables and pictures again",
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the study; default runs/studies/NAME")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, which share the cores")
+    parser.add_argument("--arms", metavar="A,B", help="run only these arms, and the baseline")
+    parser.add_argument("--slurm", action="store_true", help="print a script that runs the study as a SLURM job array")
+    parser.add_argument("--run", type=int, metavar="I", help="run only the I-th run, and what it needs")
+    parser.add_argument("--collect", action="store_true", help="run nothing; compare what is there")
+    return parser
+
+
+def run(command: str, arguments: Sequence[str]) -> None:
+    """Run a study, or show it again.
+
+    Raises:
+        UserError: The study is refused, a run has failed, or the study was stopped.
+    """
+    options = build_parser().parse_args(arguments)
+    if options.study.suffix == ".json":
+        if options.study.name != STUDY_FILE:
+            raise UserError(f"{options.study}: a study's result is called {STUDY_FILE}; it lies in the study's folder")
+        _present(options.study.parent)
+        return
+    if options.jobs < 1:
+        raise UserError(f"--jobs is {options.jobs}; give at least 1")
+    recipe = read_recipe(options.study)
+    arms = _read_arms(options.arms, recipe)
+    count = len(recipe.arms) * len(recipe.seeds)
+    if options.run is not None and not 0 <= options.run < count:
+        raise UserError(f"--run {options.run}: the study has runs 0 to {count - 1}")
+    out = options.out or Path("runs/studies") / recipe.name
+    # Heavy imports wait until the file is known to be well formed.
+    from moebed.study.collecting import collect
+    from moebed.study.plan import plan_study
+    from moebed.study.runner import Outcome, check_unchanged, run_all
+
+    plan = plan_study(recipe, out)
+    for note in plan.notes:
+        _say(f"note: {note}")
+    if options.slurm:
+        from moebed.study.slurm import job_array
+
+        own = ["moebed", "study", str(options.study), "--out", str(out)]
+        print(job_array(own, recipe.name, len(plan.final), options.jobs))
+        return
+    check_unchanged(list(plan.runs.values()), out)  # all, since all that are finished are compared
+    runs, outcome = _choose(plan, arms, options.run, out), Outcome()
+    if not options.collect:
+        trained = sum(run.name in plan.final.values() for run in runs)
+        _say(f"study {recipe.name}: {trained} runs of {len(recipe.arms)} arms and {len(recipe.seeds)} seeds in {out}")
+        outcome = run_all(runs, out, options.jobs)
+    if options.run is None:
+        collect(plan, out)
+        _present(out)
+    for name, said in outcome.diverged.items():
+        _say(f"diverged: {name}: {said}")
+    if outcome.failed:
+        failed = "; ".join(f"{name} ({said})" for name, said in outcome.failed.items())
+        raise UserError(f"{len(outcome.failed)} of {len(runs)} runs failed: {failed}; logs are in {out / 'status'}")
+
+
+def _read_arms(text: str | None, recipe: StudyRecipe) -> list[str]:
+    """The arms to run: those named and the baseline, or all."""
+    if text is None:
+        return list(recipe.arms)
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in recipe.arms:
+            raise UserError(f"--arms: {name!r} is no arm; the study has {', '.join(recipe.arms)}")
+    return [*names, recipe.baseline]
+
+
+def _choose(plan: StudyPlan, arms: Sequence[str], index: int | None, out: Path) -> list[Run]:
+    """The runs that are asked for, in order, with those that they still need."""
+    from moebed.study.runner import is_finished
+
+    final = list(plan.final) if index is None else [list(plan.final)[index]]
+    wanted: set[str] = set()
+    for arm, seed in final:
+        name: str | None = plan.final[arm, seed] if arm in arms else None
+        while name is not None:
+            wanted.add(name)
+            name = None if is_finished(plan.runs[name], out) else plan.runs[name].needs
+    return [run for name, run in plan.runs.items() if name in wanted]
+
+
+def _present(folder: Path) -> None:
+    from moebed.study.page import present
+
+    for path in present(folder):
+        _say(str(path))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,225 @@
+"""What a study found, from the content of ``study.json`` alone: means, paired differences, and what may be said."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from moebed.study.statistics import Difference, compare, holm
+
+Run = Mapping[str, Any]
+
+
+@dataclass
+class ArmResult:
+    """One arm.
+
+    Args:
+        name: The arm.
+        settings: What it changes, in a few words.
+        finished: Seeds whose run is finished and did not diverge.
+        loss: Mean loss on held-out text over them, in nats a token; None where there is none.
+        loss_deviation: Standard deviation over seeds; None with fewer than two.
+        bits_per_byte: Mean.
+        tokens_per_second: Mean over runs of each run's median.
+        facts: Tokens, parameters, FLOPs, as in the file.
+        difference: Loss minus the baseline's, over seeds finished in both; None for the baseline or without pairs.
+        holm: The difference's p, adjusted for all comparisons of the study.
+        marks: What the reader must know: runs that are missing, failed or diverged.
+    """
+
+    name: str
+    settings: str
+    finished: list[int]
+    loss: float | None
+    loss_deviation: float | None
+    bits_per_byte: float | None
+    tokens_per_second: float | None
+    facts: Mapping[str, Any]
+    difference: Difference | None = None
+    holm: float | None = None
+    marks: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class HeadlineResult:
+    """A probe's headline at the last probing of one arm's runs.
+
+    Args:
+        mean: Over finished seeds.
+        difference: From the baseline, paired; None for the baseline or without pairs.
+    """
+
+    mean: float
+    difference: Difference | None
+
+
+@dataclass
+class Comparison:
+    """A whole study.
+
+    Args:
+        study: Content of ``study.json``.
+        arms: By name, the baseline first.
+        headlines: ``<probe>/<headline>`` -> arm -> result, where the baseline or any arm has it.
+        warnings: What holds for the whole study, in words.
+    """
+
+    study: Mapping[str, Any]
+    arms: dict[str, ArmResult]
+    headlines: dict[str, dict[str, HeadlineResult]]
+    warnings: list[str]
+
+    @property
+    def baseline(self) -> str:
+        """Name of the arm that others are compared with."""
+        return self.study["baseline"]
+
+
+def compare_arms(study: Mapping[str, Any]) -> Comparison:
+    """All that is computed from a study: deterministic, so that tables and figures can be made again."""
+    baseline = study["baseline"]
+    names = [baseline, *(name for name in study["arms"] if name != baseline)]
+    arms = {name: _arm(name, study["arms"][name]) for name in names}
+    losses = {name: _by_seed(study["arms"][name], lambda run: run["loss"]) for name in names}
+    compared: list[tuple[ArmResult, float]] = []
+    for name in names[1:]:
+        arm, found = arms[name], _paired(losses[name], losses[baseline])
+        missing = sorted(set(study["seeds"]) - (set(losses[name]) & set(losses[baseline])))
+        if missing:
+            seeds = f"seed{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}"
+            arm.marks.append(f"{found.pairs if found else 0} of {len(study['seeds'])} pairs: without {seeds}")
+        arm.marks += _unmatched(arm.facts, arms[baseline].facts, study["tolerance"])
+        arm.difference = found
+        if found is not None and found.p is not None:
+            compared.append((arm, found.p))
+    for (arm, _), adjusted in zip(compared, holm([p for _, p in compared]), strict=True):
+        arm.holm = adjusted
+    return Comparison(study, arms, _headlines(study, names), _warnings(study, len(compared)))
+
+
+def _unmatched(facts: Mapping[str, Any], baseline: Mapping[str, Any], tolerance: float) -> list[str]:
+    """Sizes in which an arm differs from the baseline: whatever its loss is, that may be why."""
+    marks = []
+    for key in ("total_parameters", "active_parameters", "active_flops_per_token"):
+        ratio = facts[key] / baseline[key]
+        if abs(ratio - 1) > tolerance:
+            marks.append(f"has {ratio:.3g} times the baseline's {key.replace('_', ' ').replace('flops', 'FLOPs')}")
+    return marks
+
+
+def _by_seed(arm: Mapping[str, Any], value: Any) -> dict[int, float]:
+    """A number of each run that finished and did not diverge."""
+    found = {int(seed): value(run) for seed, run in arm["runs"].items() if run["status"] == "finished"}
+    return {seed: number for seed, number in found.items() if number is not None}
+
+
+def _paired(arm: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:
+    seeds = [seed for seed in arm if seed in baseline]
+    return compare([arm[seed] for seed in seeds], [baseline[seed] for seed in seeds]) if seeds else None
+
+
+def _arm(name: str, arm: Mapping[str, Any]) -> ArmResult:
+    losses = _by_seed(arm, lambda run: run["loss"])
+    bits = _by_seed(arm, lambda run: run["bits_per_byte"])
+    speeds = _by_seed(arm, lambda run: run["tokens_per_second"])
+    marks = [
+        f"seed {seed} {run['status'].upper() if run['status'] != 'not run' else 'not run'}"
+        + (f": {run['why']}" if run["why"] else "")
+        for seed, run in arm["runs"].items()
+        if run["status"] != "finished"
+    ]
+    before = [
+        f"{kind} " + ", ".join(f"{_short(key)} {value}" for key, value in settings.items())
+        for kind, settings in arm["steps_before"]
+    ]
+    own = ", ".join(f"{_short(key)} {value}" for key, value in arm["settings"].items())
+    return ArmResult(
+        name,
+        "; then ".join([*before, own or "the base recipe"]),
+        sorted(losses),
+        _mean(losses),
+        float(np.std(list(losses.values()), ddof=1)) if len(losses) > 1 else None,
+        _mean(bits),
+        _mean(speeds),
+        {key: value for key, value in arm.items() if key != "runs"},
+        marks=marks,
+    )
+
+
+def _short(key: str) -> str:
+    return key.removeprefix("model.config.").removeprefix("model.").removeprefix("trainer.")
+
+
+def _mean(values: Mapping[int, float]) -> float | None:
+    return float(np.mean(list(values.values()))) if values else None
+
+
+def _headlines(study: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, HeadlineResult]]:
+    known = dict.fromkeys(
+        headline for name in names for run in study["arms"][name]["runs"].values() for headline in run["headlines"]
+    )
+    found: dict[str, dict[str, HeadlineResult]] = {}
+    for headline in known:
+
+        def last(run: Run, headline: str = headline) -> float | None:
+            series = run["headlines"].get(headline)
+            return series["value"][-1] if series else None
+
+        values = {name: _by_seed(study["arms"][name], last) for name in names}
+        base = values[study["baseline"]]
+        found[headline] = {
+            name: HeadlineResult(
+                float(np.mean(list(of_arm.values()))), _paired(of_arm, base) if name != study["baseline"] else None
+            )
+            for name, of_arm in values.items()
+            if of_arm
+        }
+    return {headline: by_arm for headline, by_arm in found.items() if by_arm}
+
+
+def _warnings(study: Mapping[str, Any], compared: int) -> list[str]:
+    warnings = []
+    if len(study["seeds"]) == 1:
+        warnings.append("ONE SEED: no interval, nothing can be concluded.")
+    left_out = [
+        f"{name}, seed {seed}: {run['status']}"
+        for name, arm in study["arms"].items()
+        for seed, run in arm["runs"].items()
+        if run["status"] != "finished"
+    ]
+    if left_out:
+        warnings.append(f"LEFT OUT of every mean and difference: {'; '.join(left_out)}.")
+    if compared > 1:
+        warnings.append(
+            f"{compared} comparisons: if no arm differed, the interval of at least one would exclude 0 in up to "
+            f"{100 * (1 - 0.95**compared):.0f} % of such studies; Holm's p takes that into account."
+        )
+    return warnings
+
+
+def verdict(arm: ArmResult, baseline: str) -> str:
+    """What may be said of an arm, with its interval, in a sentence."""
+    found = arm.difference
+    if found is None:
+        return f"{arm.name}: no pair of finished runs, so it cannot be compared with {baseline}."
+    if found.interval is None:
+        return f"{arm.name}: {found.mean:+.4f} nats from {baseline} in one pair; no interval, nothing can be concluded."
+    pairs = f"{found.pairs} pairs"
+    if found.deviation == 0.0 and found.mean == 0.0:
+        return f"{arm.name}: equal to {baseline} in every one of {pairs}; no difference."
+    low, high = found.interval
+    numbers = f"{found.mean:+.4f} nats, 95 % interval [{low:+.4f}, {high:+.4f}], {pairs}"
+    if found.called:
+        word = "a higher loss than" if found.mean > 0 else "a lower loss than"
+        doubt = ""
+        if arm.holm is not None and arm.holm > 0.05:
+            doubt = f"; among all comparisons of the study it may still be chance (Holm's p {arm.holm:.2g})"
+        return f"{arm.name}: {word} {baseline} ({numbers}){doubt}."
+    return (
+        f"{arm.name}: no difference from {baseline} was found ({numbers}); one below {found.detectable:.4f} would "
+        "have been missed more often than in one of five such studies."
+    )

@@ -1,0 +1,66 @@
+"""How far the runs of a study are: small files below ``OUT/status``, and a bar on the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+
+from tqdm import tqdm
+
+
+def status_path(out: Path, run: str, kind: str) -> Path:
+    """What is known of a run: ``json`` its identity and outcome, ``log`` what it said, ``step``, ``lock``."""
+    return out / "status" / f"{run}.{kind}"
+
+
+def steps_done(out: Path, run: str) -> int:
+    """Optimizer steps that a run has finished, as it last said."""
+    try:
+        return int(status_path(out, run, "step").read_text() or 0)
+    except (FileNotFoundError, ValueError):
+        return 0
+
+
+class StudyBar:
+    """Steps of all runs together, with those that are under way; a context."""
+
+    def __init__(self, out: Path, steps: Mapping[str, int]) -> None:
+        self._out, self._steps = out, steps
+        self._finished: set[str] = set()
+        self._bar = tqdm(
+            total=sum(steps.values()),
+            initial=sum(min(steps_done(out, name), limit) for name, limit in steps.items()),
+            unit="step",
+            file=sys.stderr,
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 60,
+        )
+
+    def finish(self, run: str) -> None:
+        """A run has come to its end, or needs no running."""
+        self._finished.add(run)
+
+    def show(self, running: Iterable[str]) -> None:
+        """Read how far the runs are."""
+        done = {
+            name: limit if name in self._finished else min(steps_done(self._out, name), limit)
+            for name, limit in self._steps.items()
+        }
+        names = [f"{name.partition('/')[2]} {done[name]}/{self._steps[name]}" for name in running]
+        self._bar.set_description(f"{len(self._finished)} of {len(self._steps)} runs", refresh=False)
+        self._bar.set_postfix_str(", ".join(names), refresh=False)
+        self._bar.update(sum(done.values()) - self._bar.n)
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        self._bar.write(text, file=sys.stderr)
+
+    def __enter__(self) -> StudyBar:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()

@@ -1,0 +1,63 @@
+"""A run's config as ``moebed fit`` would read it, checked without starting anything."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from moebed.config import ModelConfig
+from moebed.training import TrainingCLI, quiet
+
+
+class _ResolvedCLI(TrainingCLI):
+    """Reads arguments, builds model, data and callbacks to check them, and stops there.
+
+    Nothing is drawn, read or written: the model is on the meta device, and there is no Trainer, since the machine that
+    asks may not be the one that trains.
+    """
+
+    def _set_seed(self) -> None:
+        """Leave random states alone."""
+
+    def before_instantiate_classes(self) -> None:
+        """Leave folders alone."""
+
+    def instantiate_classes(self) -> None:
+        """Build on the meta device."""
+        with torch.device("meta"):
+            super().instantiate_classes()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """None."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Stop."""
+
+
+def resolve(arguments: Sequence[str]) -> tuple[dict[str, Any], ModelConfig]:
+    """The whole config, as plain data, of the run that ``moebed fit`` with these arguments is; and its model's.
+
+    Raises:
+        UserError: What ``moebed fit`` would say before it reads any text.
+    """
+    quiet()
+    cli = _ResolvedCLI(["fit", *arguments])
+    text = cli._parser("fit").dump(cli.config.fit, skip_none=False, format="json")
+    return json.loads(text), cli.model.config
+
+
+def as_arguments(overrides: Mapping[str, Any]) -> list[str]:
+    """Overrides as the command line takes them: ``--key=value``."""
+    return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in overrides.items()]
+
+
+def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key; lists stay whole."""
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        inner = isinstance(value, dict) and value
+        flat |= flatten(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return flat

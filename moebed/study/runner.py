@@ -1,0 +1,258 @@
+"""Runs the processes of a study: some at a time, each after what it needs, finished ones never again.
+
+A run is locked while its process lives, by the process itself, so that two calls of one study, or the tasks of a job
+array, share the work, and one that was killed leaves nothing to clean up.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from moebed.errors import DivergedError, UserError
+from moebed.study.files import read_json, write_json
+from moebed.study.progress import StudyBar, status_path
+
+POLL_SECONDS = 0.2
+GRACE_SECONDS = 20.0  # from the signal that asks a process to end to the one that ends it
+
+
+class StoppedError(UserError):
+    """A person stopped the study."""
+
+    exit_code = 130
+
+
+class RunLike(Protocol):
+    """What is read of a :class:`moebed.study.plan.Run`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def arguments(self) -> Sequence[str]: ...
+    @property
+    def identity(self) -> Mapping[str, Any]: ...
+    @property
+    def hash(self) -> str: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def finished(self) -> str: ...
+    @property
+    def needs(self) -> str | None: ...
+
+
+@dataclass
+class Process:
+    """A run under way."""
+
+    run: RunLike
+    process: subprocess.Popen[bytes]
+    lock: int
+    log_begin: int  # bytes of the log that are of earlier processes
+
+
+@dataclass
+class Outcome:
+    """What came of the runs, by name.
+
+    Args:
+        finished: Those that are done, now or earlier.
+        diverged: Those whose loss was no longer finite, with what they said.
+        failed: Those that ended otherwise, with what they said; a second call tries them again.
+    """
+
+    finished: list[str] = field(default_factory=list)
+    diverged: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def moebed_command(run: RunLike) -> list[str]:
+    """The run as a process of this very Python."""
+    return [sys.executable, "-m", "moebed.cli", *run.arguments]
+
+
+def check_unchanged(runs: Sequence[RunLike], out: Path) -> None:
+    """Refuse to go on with runs that were begun with another config.
+
+    Raises:
+        UserError: Names the run and the settings that changed.
+    """
+    for run in runs:
+        record = read_json(status_path(out, run.name, "json"))
+        if not (out / run.name).exists() or (record is not None and record["hash"] == run.hash):
+            continue
+        if record is None:
+            raise UserError(f"{out / run.name} was not begun by this study; delete it, or choose another --out")
+        old = record["identity"]
+        changed = [
+            f"{key} was {old.get(key)!r} and is {run.identity.get(key)!r}"
+            for key in dict.fromkeys([*old, *run.identity])
+            if old.get(key) != run.identity.get(key)
+        ]
+        raise UserError(
+            f"{out / run.name} was begun with another config ({'; '.join(changed[:3])}); choose another --out, or "
+            "delete that folder to run it anew"
+        )
+
+
+def is_finished(run: RunLike, out: Path) -> bool:
+    """Whether nothing is left to do: its last file is there, and if it trained, it came to its last step."""
+    path = out / run.name / run.finished
+    if not path.is_file():
+        return False
+    return not run.steps or read_json(path).get("step") == run.steps
+
+
+def run_all(
+    runs: Sequence[RunLike],
+    out: Path,
+    jobs: int = 1,
+    command: Callable[[RunLike], list[str]] = moebed_command,
+) -> Outcome:
+    """Run what is not finished, at most ``jobs`` at a time; one that fails stops only those that need it.
+
+    Args:
+        runs: In order, each after what it needs.
+        out: The study's folder.
+        jobs: Processes at a time.
+        command: Makes the command line of a run.
+
+    Returns:
+        What came of each.
+
+    Raises:
+        UserError: A run was begun with another config.
+        StoppedError: SIGINT or SIGTERM came; the processes have been ended, and the next call continues them.
+    """
+    check_unchanged(runs, out)
+    outcome, running = Outcome(), dict[str, Process]()
+    waiting = list(runs)
+    with _signals() as signals, StudyBar(out, {run.name: run.steps for run in runs}) as bar:
+        while waiting or running:
+            for name, process in list(running.items()):
+                if process.process.poll() is not None:
+                    del running[name]
+                    _settle(process, out, outcome, bar)
+            for run in list(waiting):
+                if _settled_already(run, out, outcome, bar):
+                    waiting.remove(run)
+                elif len(running) < jobs and (run.needs is None or run.needs in outcome.finished):
+                    started = _start(run, out, jobs, command)
+                    if started is not None:
+                        waiting.remove(run)
+                        running[run.name] = started
+            bar.show(running)
+            if signals:
+                _end(running)
+                raise StoppedError("stopped; the same command continues where the last checkpoints are")
+            time.sleep(POLL_SECONDS)
+    return outcome
+
+
+def _settled_already(run: RunLike, out: Path, outcome: Outcome, bar: StudyBar) -> bool:
+    """Note a run that is finished, that diverged before, or that can never start."""
+    if is_finished(run, out):
+        outcome.finished.append(run.name)
+        bar.finish(run.name)
+        return True
+    record = read_json(status_path(out, run.name, "json"))
+    if record is not None and record.get("exit_code") == DivergedError.exit_code and (out / run.name).exists():
+        outcome.diverged[run.name] = record["said"]
+    elif run.needs in outcome.failed or run.needs in outcome.diverged:
+        outcome.failed[run.name] = f"not started: it needs {run.needs}"
+    else:
+        return False
+    bar.finish(run.name)
+    return True
+
+
+def _start(run: RunLike, out: Path, jobs: int, command: Callable[[RunLike], list[str]]) -> Process | None:
+    """Start a process, unless another one has the run."""
+    log = status_path(out, run.name, "log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    lock = os.open(status_path(out, run.name, "lock"), os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        return None
+    if is_finished(run, out):  # the other process came to its end between the two looks
+        os.close(lock)
+        return None
+    record = {"hash": run.hash, "identity": dict(run.identity)}
+    write_json(status_path(out, run.name, "json"), record)
+    environment = dict(os.environ)
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    with log.open("ab") as file:
+        begin = file.tell()
+        # A session of its own: Ctrl-C reaches the study alone, which then ends its processes. The lock stays held for
+        # as long as the process lives, even if the study is killed.
+        process = subprocess.Popen(
+            command(run), env=environment, stdout=file, stderr=file, start_new_session=True, pass_fds=(lock,)
+        )
+    return Process(run, process, lock, begin)
+
+
+def _settle(process: Process, out: Path, outcome: Outcome, bar: StudyBar) -> None:
+    """Note what came of a process that has ended."""
+    os.close(process.lock)
+    name, code = process.run.name, process.process.returncode
+    bar.finish(name)
+    if code == 0 and is_finished(process.run, out):
+        outcome.finished.append(name)
+        bar.say(f"done: {name}")
+        return
+    said = _last_words(status_path(out, name, "log"), process.log_begin)
+    path = status_path(out, name, "json")
+    write_json(path, {**read_json(path), "exit_code": code, "said": said})
+    if code == DivergedError.exit_code:
+        outcome.diverged[name] = said
+    else:
+        outcome.failed[name] = f"exit code {code}: {said}"
+    bar.say(f"{'diverged' if code == DivergedError.exit_code else f'failed with exit code {code}'}: {name}: {said}")
+
+
+def _last_words(log: Path, begin: int) -> str:
+    """The line of the error, or the last one, of what was said from a byte on."""
+    text = log.read_bytes()[begin:].decode(errors="replace").replace("\r", "\n")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line.removeprefix("moebed: error: ") for line in lines if line.startswith("moebed: error: ")]
+    return (errors or lines or ["it said nothing"])[-1]
+
+
+def _end(running: Mapping[str, Process]) -> None:
+    """Ask all processes to end, and after a while make them."""
+    for last, deadline in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, GRACE_SECONDS)):
+        for process in running.values():
+            if process.process.poll() is None:
+                os.killpg(process.process.pid, last)
+        end = time.monotonic() + deadline
+        for process in running.values():
+            try:
+                process.process.wait(timeout=max(0.1, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                continue
+    for process in running.values():
+        os.close(process.lock)
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """The signals that asked the study to stop, while the block lasts."""
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda n, _: came.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

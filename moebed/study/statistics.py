@@ -1,0 +1,124 @@
+"""Paired differences over seeds: interval, p-value, and the smallest difference that could have been seen.
+
+n pairs, usually 3 to 12; a pair is two runs of one seed, so of one data order and one draw of the initial weights.
+
+The interval is a bootstrap over pairs, widened. With so few pairs the plain percentile bootstrap is much too narrow
+(it covers the truth in 75 % of cases with 3 pairs and 80 % with 4, where 95 % are meant), and the studentised one too
+wide (infinite with 3 pairs, since one resample in nine holds one pair three times). So the percentile interval's
+distances from the mean are multiplied by t_{n-1} / z · sqrt(n / (n - 1)), which makes it as wide as the t interval
+where the differences are normal, while their skew still shows. The tests simulate what it covers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from probes.resampling import interval, resample_within
+
+DRAWS = 10_000
+TAIL = 0.975  # of a two-sided 95 % interval
+POWER = 0.80
+
+
+@dataclass(frozen=True)
+class Difference:
+    """An arm's loss minus the baseline's, over pairs.
+
+    Args:
+        mean: Of the paired differences.
+        pairs: n.
+        deviation: Standard deviation of the paired differences; None with one pair.
+        interval: 95 %; None with one pair.
+        p: Two-sided paired t-test; None with one pair.
+        detectable: The smallest difference that n pairs of this deviation show with 80 % power at 5 %; None with one.
+    """
+
+    mean: float
+    pairs: int
+    deviation: float | None = None
+    interval: tuple[float, float] | None = None
+    p: float | None = None
+    detectable: float | None = None
+
+    @property
+    def called(self) -> bool:
+        """Whether the interval excludes 0: the only ground on which a difference is claimed."""
+        return self.interval is not None and not self.interval[0] <= 0.0 <= self.interval[1]
+
+
+def compare(arm: Sequence[float], baseline: Sequence[float]) -> Difference:
+    """Compare two arms, whose entries belong together in pairs."""
+    differences = np.asarray(arm, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)
+    mean, pairs = float(differences.mean()), len(differences)
+    if pairs < 2:
+        return Difference(mean, pairs)
+    from scipy import stats
+
+    deviation = float(differences.std(ddof=1))
+    if deviation == 0.0:  # the same run twice, as in a study of an arm against itself
+        return Difference(mean, pairs, 0.0, (mean, mean), 1.0 if mean == 0.0 else 0.0, 0.0)
+    p = float(2 * stats.t.sf(abs(mean) * math.sqrt(pairs) / deviation, pairs - 1))
+    return Difference(mean, pairs, deviation, bootstrap_interval(differences), p, detectable(deviation, pairs))
+
+
+def bootstrap_interval(values: Sequence[float] | np.ndarray, draws: int = DRAWS) -> tuple[float, float]:
+    """Widened percentile-bootstrap 95 % interval of the mean of n ≥ 2 values; see the top of this file."""
+    from scipy import stats
+
+    values = np.asarray(values, dtype=np.float64)
+    n = len(values)
+    means = _times_drawn(n, draws) @ values / n  # (R,)
+    widening = float(stats.t.ppf(TAIL, n - 1) / stats.norm.ppf(TAIL)) * math.sqrt(n / (n - 1))
+    low, high = values.mean() + widening * (interval(means) - values.mean())
+    return float(low), float(high)
+
+
+@lru_cache
+def _times_drawn(n: int, draws: int) -> np.ndarray:
+    """(R, n) how often each of n values is drawn."""
+    return resample_within(np.zeros(n), draws)
+
+
+def detectable(deviation: float, pairs: int) -> float:
+    """The mean difference at which a two-sided paired t-test at 5 % has 80 % power.
+
+    Args:
+        deviation: Standard deviation of the paired differences (σ).
+        pairs: n ≥ 2.
+
+    Returns:
+        δ with P(|Z + δ·sqrt(n) / σ| > t_{.975, n-1} · S) = .8, Z normal and S² chi-square over its n - 1 degrees.
+    """
+    return _detectable_shift(pairs) * deviation / math.sqrt(pairs)
+
+
+@lru_cache
+def _detectable_shift(pairs: int) -> float:
+    """δ·sqrt(n) / σ."""
+    from scipy import optimize, stats
+
+    freedom = pairs - 1
+    # The chance given S is a difference of normal ones; its mean over 4000 equally likely values of S is plain and
+    # sure where scipy's noncentral t is not a number.
+    scale = np.sqrt(stats.chi2.ppf((np.arange(4000) + 0.5) / 4000, freedom) / freedom)
+    critical = stats.t.ppf(TAIL, freedom) * scale
+
+    def missing(shift: float) -> float:
+        return float((stats.norm.cdf(shift - critical) + stats.norm.cdf(-shift - critical)).mean()) - POWER
+
+    return float(optimize.brentq(missing, 0.0, 100.0))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down adjustment: each is at most 5 % with 5 % chance that any is, if no arm differs (Holm 1979)."""
+    adjusted = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted

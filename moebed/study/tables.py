@@ -1,0 +1,168 @@
+"""The tables of a study: Markdown for a file, rich for the terminal; one list of rows for both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moebed.study.comparison import ArmResult, Comparison, verdict
+from moebed.study.statistics import Difference
+
+COLUMNS = (
+    "arm",
+    "seeds",
+    "loss",
+    "± sd",
+    "bits/byte",
+    "Δ loss [95 %]",
+    "p (Holm)",
+    "could see",
+    "tokens/s",
+    "params",
+    "active",
+    "MFLOP",
+)
+NOTE = (
+    "Loss in nats a token on held-out text, mean over seeds. Δ: paired difference from the baseline over seeds, with a "
+    "bootstrap 95 % interval, widened for few pairs; * where it excludes 0. p: paired t-test, and adjusted for all "
+    "comparisons. Could see: the smallest difference that this many pairs show with 80 % power at 5 %. Tokens/s as the "
+    "runs went, beside each other where they did. Parameters, those active for a token, and its forward MFLOP are "
+    "counted from the config."
+)
+
+
+def arm_rows(found: Comparison) -> list[list[str]]:
+    """The cells of the main table, a row an arm."""
+    return [_row(arm, found) for arm in found.arms.values()]
+
+
+def _row(arm: ArmResult, found: Comparison) -> list[str]:
+    planned = len(found.study["seeds"])
+    seeds = str(planned) if len(arm.finished) == planned else f"{len(arm.finished)} of {planned}"
+    difference = arm.difference
+    p = ""
+    if difference is not None and difference.p is not None:
+        p = f"{difference.p:.2g} ({arm.holm:.2g})"
+    return [
+        arm.name,
+        seeds,
+        _number(arm.loss, ".4f"),
+        _number(arm.loss_deviation, ".4f"),
+        _number(arm.bits_per_byte, ".4f"),
+        "baseline" if arm.name == found.baseline else format_difference(difference),
+        p,
+        _number(difference.detectable if difference else None, ".4f"),
+        _number(arm.tokens_per_second, ",.0f"),
+        f"{arm.facts['total_parameters'] / 1e6:.2f} M",
+        f"{arm.facts['active_parameters'] / 1e6:.2f} M",
+        f"{arm.facts['active_flops_per_token'] / 1e6:.1f}",
+    ]
+
+
+def format_difference(difference: Difference | None, digits: int = 4) -> str:
+    """Mean and interval; a star where the interval excludes 0."""
+    if difference is None:
+        return "no pair"
+    mean = f"{difference.mean:+.{digits}f}"
+    if difference.interval is None:
+        return f"{mean} (ONE PAIR)"
+    low, high = difference.interval
+    return f"{mean} [{low:+.{digits}f}, {high:+.{digits}f}]{' *' if difference.called else ''}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def headline_rows(found: Comparison) -> list[list[str]]:
+    """The cells of the table of headlines: name, then a cell an arm."""
+    rows = []
+    for headline, by_arm in found.headlines.items():
+        cells = []
+        for name in found.arms:
+            result = by_arm.get(name)
+            if result is None:
+                cells.append("–")
+                continue
+            beside = result.difference
+            star = " *" if beside is not None and beside.called else ""
+            cells.append(f"{result.mean:.3g}{star}")
+        rows.append([headline, *cells])
+    return rows
+
+
+def headline_note(found: Comparison) -> str:
+    """What the stars of that table mean."""
+    pairs = [r.difference for by_arm in found.headlines.values() for r in by_arm.values() if r.difference is not None]
+    count = sum(difference.interval is not None for difference in pairs)
+    return (
+        f"Mean over seeds; * where the 95 % interval of the paired difference from {found.baseline} excludes 0. "
+        f"These are {count} intervals, not adjusted: about {0.05 * count:.0f} would do so by chance."
+    )
+
+
+def notes(found: Comparison) -> list[str]:
+    """Warnings, and the marks of each arm."""
+    return [*found.warnings, *(f"{arm.name}: {mark}" for arm in found.arms.values() for mark in arm.marks)]
+
+
+def verdicts(found: Comparison) -> list[str]:
+    """A sentence for each arm but the baseline."""
+    return [verdict(arm, found.baseline) for arm in found.arms.values() if arm.name != found.baseline]
+
+
+def markdown(found: Comparison, figures: Sequence[str] = ()) -> str:
+    """The whole result as Markdown.
+
+    Args:
+        found: The result.
+        figures: Paths of pictures, as seen from the file.
+    """
+    study = found.study
+    parts = [f"# Study {study['name']}"]
+    if study["question"]:
+        parts.append(study["question"])
+    tokens = study["arms"][found.baseline]["tokens"]
+    seeds = ", ".join(map(str, study["seeds"]))
+    parts.append(f"{len(found.arms)} arms, seeds {seeds}, {tokens:,} training tokens a run.")
+    parts += [f"**{warning}**" for warning in found.warnings]
+    parts.append("\n".join(f"- {sentence}" for sentence in verdicts(found)))
+    parts.append(_markdown_table(COLUMNS, arm_rows(found), left=1))
+    parts.append(NOTE)
+    marks = [f"- {arm.name}: {mark}" for arm in found.arms.values() for mark in arm.marks]
+    if marks:
+        parts.append("\n".join(marks))
+    parts.append(_markdown_table(("arm", "is"), [[arm.name, arm.settings] for arm in found.arms.values()], left=2))
+    if found.headlines:
+        parts.append("## Probes, at the last step")
+        parts.append(_markdown_table(("headline", *found.arms), headline_rows(found), left=1))
+        parts.append(headline_note(found))
+    parts += [f"![{path}]({path})" for path in figures]
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    rule = ["---" if index < left else "---:" for index in range(len(columns))]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (columns, rule, *escaped))
+
+
+def print_table(found: Comparison) -> None:
+    """The main table, what must be known, and the verdicts, on standard output."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.measure import Measurement
+    from rich.table import Table
+
+    table = Table(title=f"study {found.study['name']}", title_justify="left")
+    for index, column in enumerate(COLUMNS):
+        table.add_column(escape(column), justify="right" if index else "left", no_wrap=True)
+    for row in arm_rows(found):
+        table.add_row(*(escape(cell) for cell in row))
+    # A terminal that is too narrow wraps the lines, which is read more easily than cells cut short.
+    natural = Measurement.get(Console(width=1000), Console(width=1000).options, table).maximum
+    console = Console(width=max(natural, Console().width))
+    console.print(table)
+    for note in notes(found):
+        console.print(escape(note), style="bold red")
+    for sentence in verdicts(found):
+        console.print(escape(sentence))

@@ -1,0 +1,74 @@
+"""What becomes of a run's folder in study.json: finished, diverged, failed or not run, each for its reason."""
+
+import json
+
+import pytest
+from study_runs import FakeRun
+from torch.utils.tensorboard import SummaryWriter
+
+from moebed.study.collecting import collect
+from moebed.study.files import load_study
+from moebed.study.plan import Arm, StudyPlan
+from moebed.study.recipe import Step, StudyRecipe
+from tests.conftest import tiny_config
+
+STEPS = 40
+
+
+@pytest.fixture
+def collected(tmp_path):
+    """Lays out a run's folder and reads it."""
+
+    def read(numbers=None, record=None, first_loss=4.6, first_step=4, step=None):
+        run, out = FakeRun("runs/topk/seed_1", steps=STEPS), tmp_path
+        (out / run.name).mkdir(parents=True)
+        (out / "status/runs/topk").mkdir(parents=True)
+        if numbers is not None:
+            (out / run.name / "run_summary.json").write_text(json.dumps(numbers))
+        (out / "status/runs/topk/seed_1.json").write_text(json.dumps({"hash": "", "identity": {}, **(record or {})}))
+        if step is not None:
+            (out / "status/runs/topk/seed_1.step").write_text(str(step))
+        with SummaryWriter(out / run.name / "tensorboard") as writer:
+            writer.add_scalar("train/loss", first_loss, first_step)
+            for logged, loss in ((19, 4.1), (39, 3.9)):
+                writer.add_scalar("val/loss", loss, logged)
+                writer.add_scalar("val/bits_per_byte", loss / 2, logged)
+            for logged, speed in enumerate((10.0, 100.0, 110.0)):
+                writer.add_scalar("train/tokens_per_second", speed, logged)
+        steps = {"topk": [Step("fit", {})]}
+        recipe = StudyRecipe("try", tmp_path / "base.yaml", steps, "topk", [1])
+        arm = Arm(tiny_config(), {}, STEPS, 640, 100, 60, 200)
+        plan = StudyPlan(recipe, {"topk": arm}, {run.name: run}, {("topk", 1): run.name})
+        return load_study(collect(plan, out))["arms"]["topk"]["runs"]["1"]
+
+    return read
+
+
+def test_a_finished_run(collected):
+    found = collected({"step": STEPS, "val/loss": 3.9, "val/bits_per_byte": 1.95})
+    assert (found["status"], found["why"]) == ("finished", "")
+    assert (found["loss"], found["bits_per_byte"]) == (3.9, 1.95)
+    assert found["curve"]["step"] == [20, 40]
+    assert found["curve"]["loss"] == pytest.approx([4.1, 3.9])
+    assert found["tokens_per_second"] == 100.0  # the median: the first steps are slow
+    assert found["start_loss"] == pytest.approx(4.6)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "options", "status", "why"),
+    [
+        ({"step": STEPS, "val/loss": float("nan")}, {}, "diverged", "its loss on held-out text is nan"),
+        ({"step": STEPS, "val/loss": 4.7}, {}, "diverged", "4.700, not below the 4.600 that it began with"),
+        # First logged late, so guessing among 96 tokens is the start: ln 96 = 4.564.
+        ({"step": STEPS, "val/loss": 4.5}, {"first_loss": 4.2, "first_step": 30}, "finished", ""),
+        ({"step": STEPS, "val/loss": 4.57}, {"first_loss": 4.9, "first_step": 30}, "diverged", "4.564"),
+        (None, {"record": {"exit_code": 3, "said": "the loss is nan"}}, "diverged", "the loss is nan"),
+        (None, {"record": {"exit_code": 1, "said": "no space"}}, "failed", "exit code 1: no space"),
+        (None, {"step": 17}, "not run", "stopped at step 17 of 40"),
+        ({"step": 17, "val/loss": 4.0}, {"step": 17}, "not run", "stopped at step 17 of 40"),
+    ],
+)
+def test_a_run_that_does_not_count_says_why(collected, numbers, options, status, why):
+    found = collected(numbers, **options)
+    assert found["status"] == status
+    assert why in found["why"]

@@ -1,0 +1,206 @@
+"""Bad studies are refused in one line that says what is wrong, before anything runs."""
+
+import json
+
+import pytest
+import yaml
+
+from moebed.cli import main
+from moebed.errors import ConfigError
+from moebed.study.plan import plan_study
+from moebed.study.recipe import read_recipe
+
+SIZES = {
+    "vocab_size": 260,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
+BASE = {
+    "trainer": {"accelerator": "cpu", "devices": 1, "max_steps": 6},
+    "model": {"config": SIZES},
+    "data": {"tokenizer": {"kind": "bytes"}, "sequence_length": 32, "batch_size": 2},
+}
+DENSE = {"model.config.num_experts": 0, "model.config.intermediate_size": 32, "trainer.max_steps": 4}
+UPCYCLED = {"steps": [{"fit": DENSE}, {"upcycle": {"method": "copy", "num_experts": 4}}, {"fit": {}}]}
+
+
+@pytest.fixture
+def study(tmp_path):
+    """Writes a study that is right but for the changes given, and returns its file."""
+
+    def write(**changes):
+        (tmp_path / "base.yaml").write_text(yaml.safe_dump(BASE))
+        content = {
+            "base": "base.yaml",
+            "arms": {"topk": {}, "raw": {"model.config.norm_topk_prob": False}},
+            "seeds": [1, 2, 3],
+        }
+        path = tmp_path / "try.yaml"
+        path.write_text(yaml.safe_dump({**content, **changes}, sort_keys=False))
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"arm": {}}, ["unknown key 'arm'", "did you mean 'arms'"]),
+        ({"seeds": []}, ["seeds is missing"]),
+        ({"seeds": [1, 1]}, ["[1, 1]", "twice"]),
+        ({"seeds": ["one"]}, ["whole numbers"]),
+        ({"arms": {"topk": {}}}, ["one arm", "at least two"]),
+        ({"arms": {"a b": {}, "c": {}}}, ["'a b'", "folder"]),
+        ({"baseline": "topc"}, ["'topc' is no arm", "did you mean 'topk'"]),
+        ({"base": "none.yaml"}, ["none.yaml does not exist"]),
+        ({"match": "flops"}, ["match is 'flops'", "active_flops"]),
+        ({"budget": {"hours": 3}}, ["budget", "steps or tokens"]),
+        ({"settings": {"data.seed": 3}}, ["data.seed", "the study sets"]),
+        ({"arms": {"topk": {}, "other": {"seed_everything": 3}}}, ["arm 'other'", "seed_everything"]),
+        ({"arms": {"topk": {}, "two": {"steps": [{"fit": {}}, {"upcycle": {}}]}}}, ["arm 'two'", "fit, upcycle, fit"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_file_that_is_no_study_is_refused(study, changes, words):
+    with pytest.raises(ConfigError) as caught:
+        read_recipe(study(**changes))
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"arms": {"topk": {}, "typo": {"model.config.num_expert": 8}}},
+            ["arm 'typo'", "unknown key 'model.config.num_expert'", "did you mean 'model.config.num_experts'"],
+        ),
+        (
+            {"arms": {"topk": {}, "many": {"model.config.num_experts_per_tok": 5}}},
+            ["arm 'many'", "num_experts_per_tok is 5"],
+        ),
+        (
+            {"arms": {"topk": {}, "longer": {"trainer.max_steps": 7}}},
+            ["arm 'longer' trains on 448 tokens", "'topk' on 384", "budget"],
+        ),
+        (
+            {"arms": {"topk": {}, "longer": {"trainer.max_steps": 7}}, "budget": {"steps": 6}},
+            ["arm 'longer'", "trainer.max_steps", "budget decides"],
+        ),
+        ({"arms": {"topk": {}, "odd": {"data.batch_size": 5}}, "budget": {"tokens": 384}}, ["'odd'", "384 tokens"]),
+        (
+            {"arms": {"topk": {}, "text": {"data.validation_fraction": 0.2}}},
+            ["arm 'text'", "data.validation_fraction", "same text"],
+        ),
+        (
+            {"arms": {"topk": {}, "wide": {"model.config.moe_intermediate_size": 64}}, "match": ["active_flops"]},
+            ["arm 'wide'", "active flops", "outside the tolerance of 0.02", "1."],
+        ),
+        (
+            {"arms": {"topk": {}, "dense": {**UPCYCLED, "steps": [*UPCYCLED["steps"][:2], {"fit": {"x.y": 1}}]}}},
+            ["arm 'dense'", "unknown key 'x.y'"],
+        ),
+        (
+            {"arms": {"topk": {}, "no": {"steps": [{"fit": DENSE}, {"upcycle": {"method": "copies"}}, {"fit": {}}]}}},
+            ["arm 'no'", "copies"],
+        ),
+        (
+            {"arms": {"topk": {}, "no": {"steps": [{"fit": {}}, {"upcycle": {"method": "copy"}}, {"fit": {}}]}}},
+            ["arm 'no'", "the step before has experts already"],
+        ),
+    ],
+)
+def test_arms_that_cannot_be_compared_are_refused(study, tmp_path, changes, words):
+    with pytest.raises(ConfigError) as caught:
+        plan_study(read_recipe(study(**changes)), tmp_path / "out")
+    for word in words:
+        assert word in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_arms_of_equal_tokens_get_the_steps_for_it(study, tmp_path):
+    arms = {"topk": {}, "small_batches": {"data.batch_size": 1}}
+    plan = plan_study(read_recipe(study(arms=arms, budget={"tokens": 640})), tmp_path / "out")
+    assert [(arm.steps, arm.tokens) for arm in plan.arms.values()] == [(10, 640), (20, 640)]
+    assert plan.runs["runs/small_batches/seed_2"].steps == 20
+    assert "--trainer.max_steps=20" in plan.runs["runs/small_batches/seed_2"].arguments
+
+
+def test_a_seed_decides_data_and_weights_and_nothing_else_differs(study, tmp_path):
+    plan = plan_study(read_recipe(study()), tmp_path / "out")
+    assert list(plan.runs)[:3] == ["runs/topk/seed_1", "runs/raw/seed_1", "runs/topk/seed_2"]  # pairs complete early
+    for name in ("topk", "raw"):
+        arguments = plan.runs[f"runs/{name}/seed_2"].arguments
+        assert {"--seed_everything=2", "--data.seed=2", "--ckpt_path=last"} <= set(arguments)
+    first, second = (plan.runs[f"runs/topk/seed_{seed}"].identity for seed in (1, 2))
+    assert {key for key in first if first[key] != second[key]} == {"seed"}
+
+
+def test_arms_share_the_steps_before_and_match_by_what_they_become(study, tmp_path):
+    drop = {"steps": [{"fit": DENSE}, {"upcycle": {"method": "drop", "num_experts": 4, "fraction": 0.5}}, {"fit": {}}]}
+    recipe = read_recipe(
+        study(
+            arms={"scratch": {}, "copy": UPCYCLED, "drop": drop}, seeds=[1], match=["total_parameters", "active_flops"]
+        )
+    )
+    plan = plan_study(recipe, tmp_path / "out")
+    dense = [name for name in plan.runs if name.startswith("stages/fit")]
+    upcycled = [name for name in plan.runs if name.startswith("stages/upcycle")]
+    assert (len(dense), len(upcycled), len(plan.runs)) == (1, 2, 6)
+    assert {plan.runs[name].needs for name in upcycled} == set(dense)
+    assert {plan.runs[f"runs/{arm}/seed_1"].needs for arm in ("copy", "drop")} == set(upcycled)
+    assert len({arm.total_parameters for arm in plan.arms.values()}) == 1
+    assert any("one seed" in note for note in plan.notes)
+
+
+def test_an_arm_against_itself_is_said_to_be_one(study, tmp_path):
+    plan = plan_study(read_recipe(study(arms={"a": {}, "b": {}})), tmp_path / "out")
+    assert plan.notes == ["arms 'a' and 'b' have the same config: their runs will be equal"]
+
+
+def test_slurm_script_and_refusals_on_the_command_line(study, tmp_path, capsys):
+    path, out = study(), tmp_path / "out"
+    assert main(["study", str(path), "--out", str(out), "--slurm", "--jobs", "3"]) == 0
+    script = capsys.readouterr().out
+    assert script.startswith("#!/bin/bash")
+    assert "--array=0-5%3" in script
+    assert f'moebed study {path} --out {out} --run "$SLURM_ARRAY_TASK_ID"' in script
+    assert f"moebed study {path} --out {out} --collect" in script
+    for arguments, words in (
+        ([str(path), "--arms", "rwa"], "'rwa' is no arm"),
+        ([str(path), "--run", "6"], "runs 0 to 5"),
+        ([str(path), "--jobs", "0"], "--jobs is 0"),
+        ([str(tmp_path / "none.yaml")], "none.yaml cannot be read"),
+        ([str(tmp_path / "study.json")], "study.json does not exist"),
+    ):
+        assert main(["study", *arguments, *(["--out", str(out)] if len(arguments) > 1 else [])]) == 2
+        assert words in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_nothing_half_written_is_read(tmp_path, capsys):
+    (tmp_path / "study.json").write_text('{"format": 1, "arms"')
+    assert main(["study", str(tmp_path / "study.json")]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+    (tmp_path / "study.json").write_text(json.dumps({"format": 0}))
+    assert main(["study", str(tmp_path / "study.json")]) == 2
+    assert "no study.json of this version" in capsys.readouterr().err
+
+
+def test_what_is_compared_was_run_with_this_config(study, tmp_path, capsys):
+    """Collecting alone, too, refuses a folder that was begun with another config."""
+    path, out = study(), tmp_path / "out"
+    run = plan_study(read_recipe(path), out).runs["runs/raw/seed_1"]
+    (out / run.name).mkdir(parents=True)
+    record = {"hash": "another", "identity": {**run.identity, "model.config.num_experts": 8}}
+    (out / "status/runs/raw").mkdir(parents=True)
+    (out / "status/runs/raw/seed_1.json").write_text(json.dumps(record))
+    assert main(["study", str(path), "--out", str(out), "--collect"]) == 2
+    assert (
+        "raw/seed_1 was begun with another config (model.config.num_experts was 8 and is 4)" in capsys.readouterr().err
+    )
+    assert not (out / "study.json").exists()

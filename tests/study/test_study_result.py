@@ -1,0 +1,131 @@
+"""From study.json alone: what is said, tables, pictures, report; and that nothing bad is averaged in silence."""
+
+import json
+
+import numpy as np
+import pytest
+from study_runs import made_up_study
+
+from moebed.cli import main
+from moebed.study.comparison import compare_arms, verdict
+from moebed.study.figures import draw_all
+from moebed.study.tables import arm_rows, markdown, verdicts
+
+LOSSES = {
+    "topk": [3.97, 4.01, 3.95, 3.99],
+    "worse": [4.02, 4.065, 3.995, 4.045],
+    "alike": [3.96, 4.02, 3.955, 3.985],
+}
+
+
+def test_means_differences_and_verdicts():
+    found = compare_arms(made_up_study(LOSSES))
+    assert list(found.arms) == ["topk", "worse", "alike"]
+    worse = found.arms["worse"]
+    assert worse.loss == pytest.approx(np.mean(LOSSES["worse"]))
+    assert worse.bits_per_byte == pytest.approx(np.mean(LOSSES["worse"]) / 2)
+    assert worse.difference.mean == pytest.approx(np.mean(LOSSES["worse"]) - np.mean(LOSSES["topk"]))
+    assert worse.difference.called
+    assert worse.holm == pytest.approx(2 * worse.difference.p)
+    sentences = verdicts(found)
+    assert sentences[0].startswith("worse: a higher loss than topk (+0.0512 nats, 95 % interval [+0.0")
+    assert sentences[1].startswith("alike: no difference from topk was found")
+    assert f"one below {found.arms['alike'].difference.detectable:.4f} would" in sentences[1]
+    assert any("2 comparisons" in warning for warning in found.warnings)
+
+
+def test_a_result_that_one_comparison_in_many_gives_by_chance_says_so():
+    rng = np.random.default_rng(0)
+    base = [4.0, 4.1, 4.05, 3.95]
+    arms = {f"arm{i}": (np.array(base) + rng.normal(0, 0.01, 4)).tolist() for i in range(9)}
+    found = compare_arms(made_up_study({"topk": base, "lucky": [3.99, 4.08, 4.04, 3.935], **arms}))
+    lucky = found.arms["lucky"]
+    assert lucky.difference.called
+    assert lucky.holm > 0.05
+    assert "may still be chance (Holm's p" in verdict(lucky, "topk")
+
+
+def _spoil(study, arm, seed, **changes):
+    study["arms"][arm]["runs"][str(seed)].update(changes)
+
+
+@pytest.mark.parametrize(
+    ("status", "why"),
+    [("diverged", "the loss is nan at step 3"), ("failed", "exit code 1: no space"), ("not run", "stopped at step 40")],
+)
+def test_a_bad_run_leaves_its_pair_and_is_named(status, why):
+    study = made_up_study(LOSSES)
+    _spoil(study, "worse", 2, status=status, why=why, loss=9.9)
+    found = compare_arms(study)
+    worse, alike = found.arms["worse"], found.arms["alike"]
+    assert worse.finished == [1, 3, 4]
+    assert worse.difference.pairs == 3
+    assert worse.loss == pytest.approx(np.mean([4.02, 3.995, 4.045]))
+    assert worse.difference.mean == pytest.approx(np.mean([0.05, 0.045, 0.055]))
+    assert alike.difference.pairs == 4
+    text = markdown(found)
+    assert f"LEFT OUT of every mean and difference: worse, seed 2: {status}" in text
+    assert why in text
+    assert "3 of 4 pairs: without seed 2" in text
+    assert "| worse | 3 of 4 |" in text
+
+
+def test_a_bad_run_of_the_baseline_leaves_every_pair():
+    study = made_up_study(LOSSES)
+    _spoil(study, "topk", 1, status="diverged", why="")
+    found = compare_arms(study)
+    assert [found.arms[name].difference.pairs for name in ("worse", "alike")] == [3, 3]
+    assert found.arms["worse"].finished == [1, 2, 3, 4]
+
+
+def test_one_seed_is_marked_loudly_and_has_no_interval():
+    found = compare_arms(made_up_study({"topk": [4.0], "other": [3.5]}))
+    assert found.warnings == ["ONE SEED: no interval, nothing can be concluded."]
+    assert verdict(found.arms["other"], "topk").endswith("no interval, nothing can be concluded.")
+    assert arm_rows(found)[1][5] == "-0.5000 (ONE PAIR)"
+    assert set(draw_all(found)) == {"loss_curves", "differences", "headlines"}
+
+
+def test_no_run_at_all_is_said_and_draws_nothing():
+    study = made_up_study(LOSSES)
+    for arm in LOSSES:
+        for seed in (1, 2, 3, 4):
+            _spoil(study, arm, seed, status="not run", loss=None)
+    found = compare_arms(study)
+    assert verdicts(found)[0] == "worse: no pair of finished runs, so it cannot be compared with topk."
+    assert draw_all(found) == {}
+    assert "| worse | 0 of 4 | – |" in markdown(found)
+
+
+def test_sizes_that_do_not_match_are_marked():
+    study = made_up_study(LOSSES)
+    study["arms"]["worse"]["active_flops_per_token"] *= 2
+    found = compare_arms(study)
+    assert found.arms["worse"].marks == ["has 2 times the baseline's active FLOPs per token"]
+    assert found.arms["alike"].marks == []
+
+
+def test_one_command_makes_everything_again_from_the_file_alone(tmp_path, capsys):
+    study = made_up_study(LOSSES)
+    _spoil(study, "alike", 3, status="diverged", why="the loss is nan at step 7")
+    (tmp_path / "study.json").write_text(json.dumps(study))
+    assert main(["study", str(tmp_path / "study.json")]) == 0
+    out = capsys.readouterr().out
+    assert "worse: a higher loss than topk" in out
+    assert "alike: seed 3 DIVERGED: the loss is nan at step 7" in " ".join(out.split())
+    names = {"loss_curves.png", "differences.png", "headlines.png"}
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == names
+    for path in (tmp_path / "figures").iterdir():
+        assert path.read_bytes().startswith(b"\x89PNG")
+    text = (tmp_path / "study.md").read_text()
+    assert "![figures/differences.png](figures/differences.png)" in text
+    assert "norm_vs_score/spearman" in text
+    page = (tmp_path / "report.html").read_text()
+    assert "Study made_up" in page
+    assert "worse: a higher loss than topk" in page
+    assert page.count("data:image/png;base64,") == 3
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert main(["study", str(tmp_path / "study.json")]) == 0
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "again.html")]) == 0
+    assert (tmp_path / "again.html").read_text() == page

@@ -1,0 +1,126 @@
+"""Processes of a study: shared out, in order, continued, and never run twice."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from study_runs import FakeRun, program
+
+from moebed.errors import UserError
+from moebed.study.runner import StoppedError, run_all
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr("moebed.study.runner.POLL_SECONDS", 0.01)
+
+
+def _starts(out, name):
+    path = out / name / "starts"
+    return len(path.read_text()) if path.exists() else 0
+
+
+def test_everything_runs_once_and_a_second_call_runs_nothing(tmp_path):
+    runs = [FakeRun(f"runs/{arm}/seed_{seed}") for seed in (1, 2) for arm in ("a", "b")]
+    for _ in range(2):
+        outcome = run_all(runs, tmp_path, jobs=2, command=program(tmp_path))
+        assert sorted(outcome.finished) == sorted(run.name for run in runs)
+        assert [_starts(tmp_path, run.name) for run in runs] == [1, 1, 1, 1]
+    assert "OMP_NUM_THREADS" in os.environ  # or the runs would share the cores as jobs ask
+
+
+def test_a_failed_run_stops_only_what_needs_it_and_is_tried_again(tmp_path):
+    first = FakeRun("stages/fit/seed_1", behaviour="fails")
+    runs = [first, FakeRun("runs/b/seed_1", needs=first.name), FakeRun("runs/c/seed_1"), FakeRun("runs/d/seed_1")]
+    runs[3].behaviour = "ends early"
+    outcome = run_all(runs, tmp_path, command=program(tmp_path))
+    assert outcome.finished == ["runs/c/seed_1"]
+    assert outcome.failed[first.name] == "exit code 1: no space on the disk"
+    assert outcome.failed["runs/b/seed_1"] == f"not started: it needs {first.name}"
+    assert "exit code 0" in outcome.failed["runs/d/seed_1"]
+    assert _starts(tmp_path, "runs/b/seed_1") == 0
+    first.behaviour = runs[3].behaviour = "works"
+    assert len(run_all(runs, tmp_path, command=program(tmp_path)).finished) == 4
+    assert _starts(tmp_path, "runs/c/seed_1") == 1
+
+
+def test_a_diverged_run_is_told_from_a_failed_one_and_not_tried_again(tmp_path):
+    runs = [FakeRun("runs/a/seed_1", behaviour="diverges"), FakeRun("runs/b/seed_1")]
+    for _ in range(2):
+        outcome = run_all(runs, tmp_path, command=program(tmp_path))
+        assert outcome.diverged == {"runs/a/seed_1": "the loss is nan at step 3"}
+        assert (outcome.finished, outcome.failed) == (["runs/b/seed_1"], {})
+    assert _starts(tmp_path, "runs/a/seed_1") == 1
+
+
+def test_a_changed_config_is_an_error_that_names_what_changed(tmp_path):
+    run = FakeRun("runs/a/seed_1", identity={"model.config.num_experts": 8, "seed": 1})
+    run_all([run], tmp_path, command=program(tmp_path))
+    run.identity = {"model.config.num_experts": 16, "seed": 1}
+    with pytest.raises(
+        UserError, match=r"seed_1 was begun with another config \(model.config.num_experts was 8 and is"
+    ):
+        run_all([run], tmp_path, command=program(tmp_path))
+    (tmp_path / "status" / "runs" / "a" / "seed_1.json").unlink()
+    with pytest.raises(UserError, match="was not begun by this study"):
+        run_all([run], tmp_path, command=program(tmp_path))
+
+
+def test_a_signal_ends_the_processes_and_the_next_call_continues(tmp_path):
+    runs = [FakeRun("runs/a/seed_1", steps=400), FakeRun("runs/b/seed_1", steps=400), FakeRun("runs/c/seed_1")]
+    step = tmp_path / "runs/b/seed_1/step"
+
+    def interrupt():
+        while not step.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(StoppedError, match="same command continues"):
+        run_all(runs, tmp_path, jobs=2, command=program(tmp_path))
+    thread.join()
+    reached = int(step.read_text())
+    time.sleep(0.1)
+    assert int(step.read_text()) == reached  # nothing goes on
+    for run in runs:
+        run.steps = reached + 5
+    assert len(run_all(runs, tmp_path, jobs=2, command=program(tmp_path)).finished) == 3
+    assert [_starts(tmp_path, run.name) for run in runs] == [2, 2, 1]
+
+
+def test_a_run_that_outlived_its_study_is_waited_for(tmp_path):
+    """The process holds the lock itself, so a study that was killed outright cannot lead to a second one beside it."""
+    code = (
+        "import sys, pathlib; sys.path.insert(0, 'tests/study')\n"
+        "from study_runs import FakeRun, program\n"
+        "from moebed.study.runner import run_all\n"
+        f"out = pathlib.Path({str(tmp_path)!r})\n"
+        "run_all([FakeRun('runs/a/seed_1', steps=150)], out, command=program(out))\n"
+    )
+    study = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
+    step = tmp_path / "runs/a/seed_1/step"
+    while not step.exists():
+        assert study.poll() is None
+        time.sleep(0.01)
+    study.kill()
+    study.wait()
+    outcome = run_all([FakeRun("runs/a/seed_1", steps=150)], tmp_path, command=program(tmp_path))
+    assert outcome.finished == ["runs/a/seed_1"]
+    assert _starts(tmp_path, "runs/a/seed_1") == 1
+
+
+def test_the_status_file_keeps_config_and_last_words(tmp_path):
+    run = FakeRun("runs/a/seed_1", behaviour="fails", identity={"seed": 1})
+    run_all([run], tmp_path, command=program(tmp_path))
+    record = json.loads((tmp_path / "status/runs/a/seed_1.json").read_text())
+    assert record["identity"] == {"seed": 1}
+    assert (record["exit_code"], record["said"]) == (1, "no space on the disk")
