@@ -15,6 +15,7 @@ from moebed.attention import Attention, KVCache, RMSNorm, RotaryEmbedding
 from moebed.config import LayerConfig, ModelConfig
 from moebed.errors import UserError
 from moebed.experts import ACTIVATIONS, Experts
+from moebed.losses import output_similarity, weight_similarity
 from moebed.routers import Routing, build_router
 
 
@@ -53,15 +54,26 @@ class MoE(nn.Module):
             self.shared_expert = FeedForward(config, layer.num_shared_experts * layer.moe_intermediate_size)
             if config.shared_expert_gate:
                 self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
+        self.watches_outputs = config.output_diversity_loss_coef > 0
+        self.watches_weights = config.weight_diversity_loss_coef > 0
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """Tokens x (T, H) -> outputs (T, H) and the router's decisions."""
         routing = self.router(x, self.experts)
-        return self.combine(x, routing), routing
+        if self.training and self.watches_weights:
+            routing = routing._replace(weight_similarity=weight_similarity(self.experts))
+        if not (self.training and self.watches_outputs):
+            return self.combine(x, routing), routing
+        outputs = self.experts.each(x, routing.topk_index)  # (T, K, H)
+        routing = routing._replace(output_similarity=output_similarity(outputs))
+        out = (outputs * routing.topk_weight.unsqueeze(-1).to(outputs.dtype)).sum(dim=1)
+        return self._with_shared(x, out), routing
 
     def combine(self, x: Tensor, routing: Routing) -> Tensor:
         """Outputs (T, H) for tokens x (T, H) that are routed already."""
-        out = self.experts(x, routing)
+        return self._with_shared(x, self.experts(x, routing))
+
+    def _with_shared(self, x: Tensor, out: Tensor) -> Tensor:
         return out if self.shared_expert is None else out + self.shared_output(x)
 
     def shared_output(self, x: Tensor) -> Tensor:

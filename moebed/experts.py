@@ -45,6 +45,16 @@ class Experts(nn.Module):
         """Weighted sum of the chosen experts' outputs for tokens x (T, H): (T, H)."""
         return self.backend(self, x, routing)
 
+    def each(self, x: Tensor, topk_index: Tensor) -> Tensor:
+        """Output of every chosen expert by itself, not weighted: (T, K, H) for tokens x (T, H) and their topk_index.
+
+        Each choice is a token of its own with one expert and weight 1, so every backend serves.
+        """
+        choices = topk_index.reshape(-1, 1)  # (T·K, 1)
+        unused, ones = x.new_empty(0), torch.ones(choices.shape, dtype=torch.float32, device=x.device)
+        rows = x.repeat_interleave(topk_index.shape[1], dim=0)  # (T·K, H)
+        return self.backend(self, rows, Routing(unused, unused, choices, ones)).unflatten(0, topk_index.shape)
+
     def matrix(self, name: str) -> Tensor:
         """One matrix of all experts: ``gate`` and ``up`` are (E, F, H), ``down`` is (E, H, F); a view, not a copy."""
         gate, up = self.gate_up_proj.chunk(2, dim=1)

@@ -1,17 +1,22 @@
-"""The language-model loss, and the balancing losses on router decisions, each without its coefficient.
+"""The language-model loss, the balancing losses on router decisions and the diversity losses on the experts.
 
-B sequences, S positions, V vocabulary, T = B·S tokens, E experts, K experts per token.
+Each is without its coefficient.
+
+B sequences, S positions, V vocabulary, T = B·S tokens, E experts, K experts per token, H hidden, F expert intermediate.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moebed.routers import Routing
+
+if TYPE_CHECKING:
+    from moebed.experts import Experts
 
 IGNORE_INDEX = -100
 
@@ -63,17 +68,21 @@ class RouterStats(NamedTuple):
     counts: Tensor  # (E,) float32 assignments to each expert; no gradient
     mean_probs: Tensor  # (E,) mean router probability
     z_loss: Tensor  # () mean of logsumexp(logits)²  (ST-MoE 2202.08906, eq. 5)
+    output_similarity: Tensor | None = None  # () mean over tokens, where its loss is on
+    weight_similarity: Tensor | None = None  # () where its loss is on
 
 
 def router_stats(routing: Routing, token_mask: Tensor) -> RouterStats:
-    """Counts, mean probabilities and z-loss of one layer over the tokens of token_mask (T,) bool."""
+    """Counts and the means of what the losses look at, of one layer, over the tokens of token_mask (T,) bool."""
     weight = token_mask.to(torch.float32)  # (T,)
     num_tokens = weight.sum().clamp(min=1)
     counts = torch.zeros(routing.router_probs.shape[-1], dtype=torch.float32, device=weight.device)
     counts = counts.scatter_add(0, routing.topk_index.flatten(), weight.repeat_interleave(routing.topk_index.shape[1]))
     mean_probs = (weight @ routing.router_probs) / num_tokens
     z_loss = (weight * routing.router_logits.logsumexp(dim=-1).square()).sum() / num_tokens
-    return RouterStats(counts.detach(), mean_probs, z_loss)
+    similarity = routing.output_similarity
+    mean_similarity = None if similarity is None else (weight * similarity).sum() / num_tokens
+    return RouterStats(counts.detach(), mean_probs, z_loss, mean_similarity, routing.weight_similarity)
 
 
 def load_balancing_loss(mean_probs: Tensor, counts: Tensor) -> Tensor:
@@ -84,3 +93,37 @@ def load_balancing_loss(mean_probs: Tensor, counts: Tensor) -> Tensor:
         counts: (E,) assignments to each expert, of the same tokens or of a wider scope; f_i is their share.
     """
     return len(counts) * (counts / counts.sum().clamp(min=1) * mean_probs).sum()
+
+
+def output_similarity(outputs: Tensor) -> Tensor:
+    """Mean cosine between the outputs of a token's experts, over its K·(K − 1) ordered pairs; 0 for K = 1.
+
+    The diversity loss of CompeteSMoE 2 (2505.13380). An output of length 0 has cosine 0 with every other.
+
+    Args:
+        outputs: (T, K, H), not weighted.
+
+    Returns:
+        (T,) float32.
+    """
+    top_k = outputs.shape[1]
+    unit = F.normalize(outputs.float(), dim=-1)
+    # Σ_{j≠k} u_j·u_k = |Σ_k u_k|² − Σ_k |u_k|², which needs no (K, K) table for each token.
+    pairs = unit.sum(dim=1).square().sum(dim=-1) - unit.square().sum(dim=(1, 2))
+    return pairs / max(top_k * (top_k - 1), 1)
+
+
+def weight_similarity(experts: Experts) -> Tensor:
+    """Mean squared cosine between the mean neurons of two experts, over pairs and over gate, up and down.
+
+    An expert's mean neuron is the mean of its F rows of gate or of up, or of its F columns of down, as the probe
+    ``neuron_similarity`` has it (2406.18219, section 4.1). 0 for one expert; float32 scalar.
+    """
+    num_experts = experts.num_experts
+    found = []
+    for name, neurons in (("gate", 1), ("up", 1), ("down", 2)):
+        unit = F.normalize(experts.matrix(name).mean(dim=neurons, dtype=torch.float32), dim=-1)  # (E, H)
+        with torch.autocast(unit.device.type, enabled=False):
+            cosine = unit @ unit.t()  # (E, E)
+        found.append(cosine.square().sum() - cosine.diagonal().square().sum())
+    return torch.stack(found).mean() / max(num_experts * (num_experts - 1), 1)

@@ -34,10 +34,12 @@ class StepTerms(NamedTuple):
     counts: list[Tensor]  # (E,) assignments to each expert
     mean_probs: list[Tensor]  # (E,) mean router probability
     z_losses: list[Tensor]  # ()
+    output_similarities: list[Tensor]  # () of each layer, none where the loss is off
+    weight_similarities: list[Tensor]  # ()
 
 
 class MoEModule(LightningModule):
-    """Trains a decoder on next-token prediction, with the balancing losses logged apart from the language-model loss.
+    """Trains a decoder on next-token prediction, with the balancing and diversity losses logged apart.
 
     Args:
         config: Shape and behaviour of the decoder.
@@ -165,10 +167,12 @@ class MoEModule(LightningModule):
             [layer.counts for layer in stats],
             [layer.mean_probs for layer in stats],
             [layer.z_loss for layer in stats],
+            [layer.output_similarity for layer in stats if layer.output_similarity is not None],
+            [layer.weight_similarity for layer in stats if layer.weight_similarity is not None],
         )
 
     def _balancing_losses(self, terms: StepTerms) -> Tensor:
-        """Weighted sum of the balancing losses, each a mean over the MoE layers; logs them unweighted."""
+        """Weighted sum of the balancing and diversity losses, means over the MoE layers; logs them unweighted."""
         zero = terms.nats.new_zeros(())
         if not terms.counts:
             return zero
@@ -180,10 +184,16 @@ class MoEModule(LightningModule):
         self._log("train/router_z_loss", z_loss)
         violation = torch.stack([count.max() / count.mean() - 1 for count in terms.counts]).mean()
         self._log("train/max_violation", violation)
-        for coefficient, value in (
-            (self.config.router_aux_loss_coef, balance),
-            (self.config.router_z_loss_coef, z_loss),
+        weighted = [(self.config.router_aux_loss_coef, balance), (self.config.router_z_loss_coef, z_loss)]
+        for kind, coefficient, found in (
+            ("output", self.config.output_diversity_loss_coef, terms.output_similarities),
+            ("weight", self.config.weight_diversity_loss_coef, terms.weight_similarities),
         ):
+            if found:
+                value = torch.stack(found).mean()
+                self._log(f"train/{kind}_diversity_loss", value)
+                weighted.append((coefficient, value))
+        for coefficient, value in weighted:
             if coefficient:
                 zero = zero + coefficient * value
         return zero

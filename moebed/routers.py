@@ -28,6 +28,8 @@ class Routing(NamedTuple):
     router_probs: Tensor  # (T, E) the distribution that balancing losses and probes see
     topk_index: Tensor  # (T, K) int64, in descending weight
     topk_weight: Tensor  # (T, K) as applied to the experts' outputs
+    output_similarity: Tensor | None = None  # (T,) cosine between the chosen experts' outputs, where its loss is on
+    weight_similarity: Tensor | None = None  # () squared cosine between the experts' weights, where its loss is on
 
 
 class Router(nn.Module):
