@@ -165,6 +165,10 @@ class ModelConfig:
             self.attention_backend != "sdpa" or self.attn_logit_softcapping is None,
             "attention_backend sdpa cannot apply attn_logit_softcapping; use auto or math",
         )
+        self._require(
+            self.router != "relu" or not self.output_diversity_loss_coef,
+            "output_diversity_loss_coef compares the K experts of a token, but router relu has no fixed K; set it to 0",
+        )
         if allocation is not None:
             self._allocate(allocation)
         for layer in range(self.num_hidden_layers):
@@ -227,6 +231,14 @@ class ModelConfig:
             f"{name} lists {len(value)} numbers for {self.num_hidden_layers} layers; give one number a layer",
         )
         return value[index]
+
+    @property
+    def diversity_losses(self) -> dict[str, float]:
+        """Coefficients of the diversity losses, by name."""
+        return {
+            "output_diversity": self.output_diversity_loss_coef,
+            "weight_diversity": self.weight_diversity_loss_coef,
+        }
 
     @property
     def moe_layers(self) -> list[int]:

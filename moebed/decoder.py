@@ -54,26 +54,35 @@ class MoE(nn.Module):
             self.shared_expert = FeedForward(config, layer.num_shared_experts * layer.moe_intermediate_size)
             if config.shared_expert_gate:
                 self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
-        self.watches_outputs = config.output_diversity_loss_coef > 0
-        self.watches_weights = config.weight_diversity_loss_coef > 0
+        self.diversity_losses = frozenset(name for name, coefficient in config.diversity_losses.items() if coefficient)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """Tokens x (T, H) -> outputs (T, H) and the router's decisions."""
         routing = self.router(x, self.experts)
-        if self.training and self.watches_weights:
-            routing = routing._replace(weight_similarity=weight_similarity(self.experts))
-        if not (self.training and self.watches_outputs):
-            return self.combine(x, routing), routing
-        outputs = self.experts.each(x, routing.topk_index)  # (T, K, H)
-        routing = routing._replace(output_similarity=output_similarity(outputs))
-        out = (outputs * routing.topk_weight.unsqueeze(-1).to(outputs.dtype)).sum(dim=1)
-        return self._with_shared(x, out), routing
+        if self.training and self.diversity_losses:
+            routing = self._with_diversity(x, routing)
+        return self.combine(x, routing), routing.decision()
+
+    def _with_diversity(self, x: Tensor, routing: Routing) -> Routing:
+        """The routing with the diversity losses that are on, and with the outputs that one of them looks at."""
+        losses = dict(routing.losses or {})
+        if "weight_diversity" in self.diversity_losses:
+            # Here, not from outside, since only here are a sharded layer's weights whole.
+            losses["weight_diversity"] = weight_similarity(self.mean_neurons()).expand(len(x))
+        if "output_diversity" in self.diversity_losses:
+            outputs = routing.outputs if routing.outputs is not None else self.experts.each(x, routing.topk_index)
+            losses["output_diversity"] = output_similarity(outputs)
+            routing = routing._replace(outputs=outputs)
+        return routing._replace(losses=losses)
+
+    def mean_neurons(self) -> list[Tensor]:
+        """Each expert's mean neuron (E, H): the mean of its rows of gate and of up, and of its columns of down."""
+        neurons = {"gate": 1, "up": 1, "down": 2}
+        return [self.experts.matrix(name).mean(dim=axis, dtype=torch.float32) for name, axis in neurons.items()]
 
     def combine(self, x: Tensor, routing: Routing) -> Tensor:
         """Outputs (T, H) for tokens x (T, H) that are routed already."""
-        return self._with_shared(x, self.experts(x, routing))
-
-    def _with_shared(self, x: Tensor, out: Tensor) -> Tensor:
+        out = self.experts(x, routing)
         return out if self.shared_expert is None else out + self.shared_output(x)
 
     def shared_output(self, x: Tensor) -> Tensor:

@@ -43,17 +43,17 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """Weighted sum of the chosen experts' outputs for tokens x (T, H): (T, H)."""
+        if routing.outputs is not None:
+            return torch.einsum("tk,tkh->th", routing.topk_weight.to(routing.outputs.dtype), routing.outputs)
         return self.backend(self, x, routing)
 
     def each(self, x: Tensor, topk_index: Tensor) -> Tensor:
-        """Output of every chosen expert by itself, not weighted: (T, K, H) for tokens x (T, H) and their topk_index.
-
-        Each choice is a token of its own with one expert and weight 1, so every backend serves.
-        """
-        choices = topk_index.reshape(-1, 1)  # (T·K, 1)
-        unused, ones = x.new_empty(0), torch.ones(choices.shape, dtype=torch.float32, device=x.device)
-        rows = x.repeat_interleave(topk_index.shape[1], dim=0)  # (T·K, H)
-        return self.backend(self, rows, Routing(unused, unused, choices, ones)).unflatten(0, topk_index.shape)
+        """Outputs (T, K, H) of the experts topk_index (T, K) for tokens x (T, H), not weighted; differentiable."""
+        num_tokens, top_k = topk_index.shape
+        rows = x.unsqueeze(1).expand(-1, top_k, -1).flatten(0, 1)  # (T·K, H) each choice a token of its own
+        index = topk_index.flatten().unsqueeze(1)
+        ones = torch.ones(index.shape, dtype=torch.float32, device=x.device)
+        return self(rows, Routing(ones, ones, index, ones)).unflatten(0, (num_tokens, top_k))
 
     def matrix(self, name: str) -> Tensor:
         """One matrix of all experts: ``gate`` and ``up`` are (E, F, H), ``down`` is (E, H, F); a view, not a copy."""

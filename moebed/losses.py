@@ -2,21 +2,19 @@
 
 Each is without its coefficient.
 
-B sequences, S positions, V vocabulary, T = B·S tokens, E experts, K experts per token, H hidden, F expert intermediate.
+B sequences, S positions, V vocabulary, T = B·S tokens, E experts, K experts per token, H hidden.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moebed.routers import Routing
-
-if TYPE_CHECKING:
-    from moebed.experts import Experts
 
 IGNORE_INDEX = -100
 
@@ -68,21 +66,19 @@ class RouterStats(NamedTuple):
     counts: Tensor  # (E,) float32 assignments to each expert; no gradient
     mean_probs: Tensor  # (E,) mean router probability
     z_loss: Tensor  # () mean of logsumexp(logits)²  (ST-MoE 2202.08906, eq. 5)
-    output_similarity: Tensor | None = None  # () mean over tokens, where its loss is on
-    weight_similarity: Tensor | None = None  # () where its loss is on
+    losses: dict[str, Tensor]  # () means of the layer's own losses, by name
 
 
 def router_stats(routing: Routing, token_mask: Tensor) -> RouterStats:
-    """Counts and the means of what the losses look at, of one layer, over the tokens of token_mask (T,) bool."""
+    """Counts, mean probabilities and z-loss of one layer over the tokens of token_mask (T,) bool."""
     weight = token_mask.to(torch.float32)  # (T,)
     num_tokens = weight.sum().clamp(min=1)
     counts = torch.zeros(routing.router_probs.shape[-1], dtype=torch.float32, device=weight.device)
     counts = counts.scatter_add(0, routing.topk_index.flatten(), weight.repeat_interleave(routing.topk_index.shape[1]))
     mean_probs = (weight @ routing.router_probs) / num_tokens
     z_loss = (weight * routing.router_logits.logsumexp(dim=-1).square()).sum() / num_tokens
-    similarity = routing.output_similarity
-    mean_similarity = None if similarity is None else (weight * similarity).sum() / num_tokens
-    return RouterStats(counts.detach(), mean_probs, z_loss, mean_similarity, routing.weight_similarity)
+    losses = {name: (weight * values).sum() / num_tokens for name, values in (routing.losses or {}).items()}
+    return RouterStats(counts.detach(), mean_probs, z_loss, losses)
 
 
 def load_balancing_loss(mean_probs: Tensor, counts: Tensor) -> Tensor:
@@ -113,17 +109,22 @@ def output_similarity(outputs: Tensor) -> Tensor:
     return pairs / max(top_k * (top_k - 1), 1)
 
 
-def weight_similarity(experts: Experts) -> Tensor:
-    """Mean squared cosine between the mean neurons of two experts, over pairs and over gate, up and down.
+def weight_similarity(mean_neurons: Sequence[Tensor]) -> Tensor:
+    """Mean squared cosine between the mean neurons of two experts, over pairs of experts and over matrices.
 
-    An expert's mean neuron is the mean of its F rows of gate or of up, or of its F columns of down, as the probe
-    ``neuron_similarity`` has it (2406.18219, section 4.1). 0 for one expert; float32 scalar.
+    As the probe ``neuron_similarity`` has it (2406.18219, section 4.1), squared; 0 for one expert.
+
+    Args:
+        mean_neurons: (E, H) of each matrix.
+
+    Returns:
+        () float32.
     """
-    num_experts = experts.num_experts
     found = []
-    for name, neurons in (("gate", 1), ("up", 1), ("down", 2)):
-        unit = F.normalize(experts.matrix(name).mean(dim=neurons, dtype=torch.float32), dim=-1)  # (E, H)
+    for vectors in mean_neurons:
+        unit = F.normalize(vectors.float(), dim=-1)
         with torch.autocast(unit.device.type, enabled=False):
             cosine = unit @ unit.t()  # (E, E)
         found.append(cosine.square().sum() - cosine.diagonal().square().sum())
+    num_experts = len(mean_neurons[0])
     return torch.stack(found).mean() / max(num_experts * (num_experts - 1), 1)

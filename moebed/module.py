@@ -34,12 +34,11 @@ class StepTerms(NamedTuple):
     counts: list[Tensor]  # (E,) assignments to each expert
     mean_probs: list[Tensor]  # (E,) mean router probability
     z_losses: list[Tensor]  # ()
-    output_similarities: list[Tensor]  # () of each layer, none where the loss is off
-    weight_similarities: list[Tensor]  # ()
+    router_losses: list[dict[str, Tensor]]  # () by name, what a layer asks for beside
 
 
 class MoEModule(LightningModule):
-    """Trains a decoder on next-token prediction, with the balancing and diversity losses logged apart.
+    """Trains a decoder on next-token prediction, with all other losses logged apart from the language-model loss.
 
     Args:
         config: Shape and behaviour of the decoder.
@@ -150,7 +149,7 @@ class MoEModule(LightningModule):
         self._log("train/loss", loss, prog_bar=True)
         self._log("train/bits_per_byte", bits_per_byte(nats, batch["label_bytes"].sum()), prog_bar=True)
         self._log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
-        total = loss + self._balancing_losses(terms)
+        total = loss + self._balancing_losses(terms) + self._router_losses(terms)
         if self.stop_on_nan and not torch.isfinite(total):
             raise UserError(
                 f"the loss is {total.item()} at step {self.global_step} on rank {self.global_rank}; lower the learning "
@@ -167,12 +166,11 @@ class MoEModule(LightningModule):
             [layer.counts for layer in stats],
             [layer.mean_probs for layer in stats],
             [layer.z_loss for layer in stats],
-            [layer.output_similarity for layer in stats if layer.output_similarity is not None],
-            [layer.weight_similarity for layer in stats if layer.weight_similarity is not None],
+            [layer.losses for layer in stats],
         )
 
     def _balancing_losses(self, terms: StepTerms) -> Tensor:
-        """Weighted sum of the balancing and diversity losses, means over the MoE layers; logs them unweighted."""
+        """Weighted sum of the balancing losses, each a mean over the MoE layers; logs them unweighted."""
         zero = terms.nats.new_zeros(())
         if not terms.counts:
             return zero
@@ -184,19 +182,25 @@ class MoEModule(LightningModule):
         self._log("train/router_z_loss", z_loss)
         violation = torch.stack([count.max() / count.mean() - 1 for count in terms.counts]).mean()
         self._log("train/max_violation", violation)
-        weighted = [(self.config.router_aux_loss_coef, balance), (self.config.router_z_loss_coef, z_loss)]
-        for kind, coefficient, found in (
-            ("output", self.config.output_diversity_loss_coef, terms.output_similarities),
-            ("weight", self.config.weight_diversity_loss_coef, terms.weight_similarities),
+        for coefficient, value in (
+            (self.config.router_aux_loss_coef, balance),
+            (self.config.router_z_loss_coef, z_loss),
         ):
-            if found:
-                value = torch.stack(found).mean()
-                self._log(f"train/{kind}_diversity_loss", value)
-                weighted.append((coefficient, value))
-        for coefficient, value in weighted:
             if coefficient:
                 zero = zero + coefficient * value
         return zero
+
+    def _router_losses(self, terms: StepTerms) -> Tensor:
+        """Weighted sum of what the layers ask for beside, a mean over the MoE layers; logs each, unweighted."""
+        total = terms.nats.new_zeros(())
+        found: dict[str, list[Tensor]] = {}
+        for losses in terms.router_losses:
+            for name, value in losses.items():
+                total = total + self.config.diversity_losses[name] * value / len(terms.router_losses)
+                found.setdefault(name, []).append(value)
+        for name, values in found.items():
+            self._log(f"train/{name}_loss", torch.stack(values).mean())
+        return total
 
     def _log(self, name: str, value: Tensor | float, prog_bar: bool = False) -> None:
         """Log a number, averaged over ranks."""

@@ -28,8 +28,12 @@ class Routing(NamedTuple):
     router_probs: Tensor  # (T, E) the distribution that balancing losses and probes see
     topk_index: Tensor  # (T, K) int64, in descending weight
     topk_weight: Tensor  # (T, K) as applied to the experts' outputs
-    output_similarity: Tensor | None = None  # (T,) cosine between the chosen experts' outputs, where its loss is on
-    weight_similarity: Tensor | None = None  # () squared cosine between the experts' weights, where its loss is on
+    outputs: Tensor | None = None  # (T, K, H) outputs of the chosen experts, not weighted, where they ran already
+    losses: dict[str, Tensor] | None = None  # by name, (T,): what the layer asks of each token, without coefficient
+
+    def decision(self) -> Routing:
+        """The decision without what the experts alone need, so that keeping it holds no memory of their size."""
+        return self._replace(outputs=None)
 
 
 class Router(nn.Module):

@@ -13,12 +13,12 @@ from tests.conftest import tiny_config
 ON = {"output_diversity_loss_coef": 0.1, "weight_diversity_loss_coef": 0.1}
 
 
-def _experts(**changes) -> Experts:
+def _mlp(**changes) -> MoE:
     config = tiny_config(**changes)
-    experts = Experts(config, config.layer(0))
-    for parameter in experts.parameters():
+    mlp = MoE(config, config.layer(0))
+    for parameter in mlp.parameters():
         nn.init.normal_(parameter, std=0.3)
-    return experts
+    return mlp
 
 
 def _module(**changes) -> MoEModule:
@@ -35,7 +35,9 @@ def _batch(tokens: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _both(terms: StepTerms) -> torch.Tensor:
-    return torch.stack([*terms.output_similarities, *terms.weight_similarities])
+    """The output losses of all layers, then the weight losses."""
+    names = ("output_diversity", "weight_diversity")
+    return torch.stack([losses[name] for name in names for losses in terms.router_losses])
 
 
 def test_output_similarity_by_hand():
@@ -58,7 +60,8 @@ def test_output_similarity_is_the_mean_over_pairs():
 
 def test_weight_similarity_by_hand():
     """The mean neurons of gate are at 60 degrees, of up at right angles, of down opposite: (1/4 + 0 + 1) / 3."""
-    experts = _experts(hidden_size=4, num_attention_heads=2, num_experts=2, num_experts_per_tok=1)
+    mlp = _mlp(hidden_size=4, num_attention_heads=2, num_experts=2, num_experts_per_tok=1)
+    experts = mlp.experts
     angles = torch.tensor([[1.0, 0, 0, 0], [0.5, 0.75**0.5, 0, 0]])
     spread = torch.randn(2, 48, 4)
     spread = spread - spread.mean(dim=1, keepdim=True)  # does not move the mean
@@ -66,27 +69,26 @@ def test_weight_similarity_by_hand():
         experts.matrix("gate").copy_(angles.unsqueeze(1) + spread)
         experts.matrix("up").copy_(torch.eye(4)[:2].unsqueeze(1) * 3 + spread)
         experts.matrix("down").copy_((torch.tensor([[1.0], [-2.0]]) * torch.eye(4)[2]).unsqueeze(2) + spread.mT)
-    assert weight_similarity(experts).item() == pytest.approx((0.25 + 0 + 1) / 3, abs=1e-5)
+    found = weight_similarity(mlp.mean_neurons())
+    assert found.item() == pytest.approx((0.25 + 0 + 1) / 3, abs=1e-5)
 
 
 def test_weight_similarity_is_what_the_probe_measures():
     from probes.similarity import cosine_matrix
 
-    experts, off_diagonal = _experts(), ~torch.eye(4, dtype=torch.bool)
+    mlp, off_diagonal = _mlp(), ~torch.eye(4, dtype=torch.bool)
     squares = []
     for name, neurons in (("gate", 1), ("up", 1), ("down", 2)):
-        cosine = torch.as_tensor(cosine_matrix(experts.matrix(name).detach().mean(dim=neurons)))
+        cosine = torch.as_tensor(cosine_matrix(mlp.experts.matrix(name).detach().mean(dim=neurons)))
         squares.append(cosine[off_diagonal].square().mean())
-    torch.testing.assert_close(weight_similarity(experts).detach(), torch.stack(squares).mean().float())
+    torch.testing.assert_close(weight_similarity(mlp.mean_neurons()).detach(), torch.stack(squares).mean().float())
 
 
 @pytest.mark.parametrize("backend", ["grouped_mm", "loop"])
 def test_each_expert_by_itself(backend):
     """What `each` returns is the experts' own output, and its weighted sum is what the layer computes."""
-    experts = _experts(experts_backend=backend)
-    x, router = torch.randn(30, 32), MoE(tiny_config(), tiny_config().layer(0)).router
-    nn.init.normal_(router.weight)
-    routing = router(x, experts)
+    mlp, x = _mlp(experts_backend=backend), torch.randn(30, 32)
+    experts, routing = mlp.experts, mlp.router(x, mlp.experts)
     each = experts.each(x, routing.topk_index)
     alone = torch.stack([experts.finish(e, x, experts.activate(e, x)) for e in range(4)], dim=1)  # (T, E, H)
     chosen = alone.gather(1, routing.topk_index.unsqueeze(-1).expand(-1, -1, 32))
@@ -116,7 +118,8 @@ def test_the_total_is_the_weighted_sum_and_what_is_logged_is_not_weighted():
     module = _module(**ON)
     logged = {}
     module._log = lambda name, value, *_: logged.update({name: value.item()})
-    total = module._balancing_losses(module._forward_terms(*_batch()))
+    terms = module._forward_terms(*_batch())
+    total = module._balancing_losses(terms) + module._router_losses(terms)
     output, weight = logged["train/output_diversity_loss"], logged["train/weight_diversity_loss"]
     assert total.item() == pytest.approx(0.1 * output + 0.1 * weight, rel=1e-5)
     assert weight > 0
@@ -131,10 +134,11 @@ def test_off_costs_nothing(monkeypatch):
     module._log = lambda name, *_: logged.add(name)
     terms = module._forward_terms(*_batch())
     module._balancing_losses(terms)
-    assert (terms.output_similarities, terms.weight_similarities) == ([], [])
+    module._router_losses(terms)
+    assert terms.router_losses == [{}, {}]
     assert not any("diversity" in name for name in logged)
     with torch.no_grad():
-        assert _module(**ON).eval()._forward_terms(*_batch()).output_similarities == []
+        assert _module(**ON).eval()._forward_terms(*_batch()).router_losses == [{}, {}]
 
 
 def test_the_language_model_loss_does_not_change():
@@ -152,9 +156,9 @@ def test_padding_is_left_out():
 @pytest.mark.parametrize("changes", [{"num_experts": 1, "num_experts_per_tok": 1}, {"num_experts_per_tok": 1}])
 def test_one_expert_has_no_pair(changes):
     terms = _module(**ON, **changes)._forward_terms(*_batch())
-    assert torch.stack(terms.output_similarities).tolist() == [0, 0]
-    if changes.get("num_experts") == 1:
-        assert torch.stack(terms.weight_similarities).tolist() == [0, 0]
+    found = _both(terms).tolist()
+    assert found[:2] == [0, 0]
+    assert (found[2:] == [0, 0]) == (changes.get("num_experts") == 1)
     _both(terms).sum().backward()
 
 
@@ -182,7 +186,7 @@ def test_compiles_without_graph_break():
 
     def losses(x):
         out, routing = mlp(x)
-        return out, routing.output_similarity, routing.weight_similarity
+        return out, *routing.losses.values()
 
     compiled = torch.compile(losses, fullgraph=True, dynamic=False, backend="aot_eager")
     results = []
