@@ -17,6 +17,7 @@ COMMANDS = {
     "probe": ("moebed.probing", "run probes on a pretrained checkpoint, a layer at a time; a second run continues"),
     "upcycle": ("moebed.upcycling.command", "make an MoE checkpoint from a dense one, a layer at a time"),
     "export": ("moebed.exporting.command", "write a run's checkpoint as a folder that transformers loads"),
+    "size": ("moebed.sizing", "what a recipe's model has in each layer and what it costs; nothing is built"),
     "report": ("moebed.reporting", "results of one or several runs side by side, as one HTML file"),
     "bench": ("moebed.bench.cli", "measure side by side with the peers that are installed"),
 }

@@ -13,6 +13,7 @@ import yaml
 from moebed.config import ModelConfig
 from moebed.decoder import Decoder, MoE
 from moebed.flops import count_parameters, flops_per_token
+from moebed.sizing import overridden
 from moebed.upcycling.methods import METHODS, Settings
 
 EXPERIMENTS = ("routing", "allocation", "scheme", "measurement", "granularity")
@@ -28,15 +29,8 @@ def _read(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _config(base: Mapping[str, Any], *overrides: Mapping[str, Any]) -> ModelConfig:
     """The base recipe's model under dotted overrides, later ones first."""
-    content: dict[str, Any] = dict(base["model"]["config"])
-    for key, value in (item for one in overrides for item in one.items()):
-        if key.startswith("model.config."):
-            *path, last = key.removeprefix("model.config.").split(".")
-            inner = content
-            for part in path:
-                inner = inner.setdefault(part, {})
-            inner[last] = value
-    return ModelConfig.from_dict(content)
+    changes = {key: value for one in overrides for key, value in one.items() if key.startswith("model.config.")}
+    return ModelConfig.from_dict(overridden(base, changes)["model"]["config"])
 
 
 def _dense(study: Mapping[str, Any], base: Mapping[str, Any], arm: Mapping[str, Any]) -> ModelConfig:
