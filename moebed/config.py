@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any, Literal, get_args
 
+from moebed.allocation import allocate
 from moebed.errors import ConfigError
 
 PerLayer = int | list[int]
@@ -98,6 +100,10 @@ class ModelConfig:
         router_aux_loss_scope: Tokens over which the load-balancing loss counts assignments: micro (one forward pass
             of one rank) or global (summed over data-parallel ranks and over the accumulation steps so far).
         router_z_loss_coef: Coefficient of the router z-loss; 0 turns it off.
+        output_diversity_loss_coef: Coefficient of the mean cosine between the outputs of the experts that a token
+            passes; 0 turns it off. It takes each output by itself, which costs memory.
+        weight_diversity_loss_coef: Coefficient of the mean squared cosine between the experts' mean neurons; 0 turns
+            it off.
         rms_norm_eps: Added to the mean square in every RMSNorm.
         rope_theta: Base of the rotary position embedding.
         rope_scaling: Llama 3's stretching of the rotary embedding's slow dimensions: factor, low_freq_factor,
@@ -117,6 +123,9 @@ class ModelConfig:
             use, for CPUs with AVX512-BF16) or triton (see moebed.experts).
         attention_backend: auto, sdpa (PyTorch's fused attention) or math (plain matrix products). auto is math where a
             soft cap asks for it and on a CPU up to 1024 positions, where it is faster; sdpa otherwise.
+        allocation: How the experts are spread over the layers, num_experts being their mean: uniform, ascending,
+            ascending_small_last, descending, {dense_at: LAYER}, or a list of relative sizes (see moebed.allocation).
+            Resolved at construction into num_experts and intermediate_size, and not kept beside them.
     """
 
     vocab_size: int = 4096
@@ -138,6 +147,8 @@ class ModelConfig:
     router_aux_loss_coef: float = 0.01
     router_aux_loss_scope: Literal["micro", "global"] = "micro"
     router_z_loss_coef: float = 0.0
+    output_diversity_loss_coef: float = 0.0
+    weight_diversity_loss_coef: float = 0.0
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: dict[str, float] | None = None
@@ -154,8 +165,9 @@ class ModelConfig:
     initializer_range: float = 0.02
     experts_backend: Literal["auto", "grouped_mm", "loop", "native", "triton"] = "auto"
     attention_backend: Literal["auto", "sdpa", "math"] = "auto"
+    allocation: InitVar[str | dict[str, int] | list[float] | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, allocation: str | dict[str, int] | list[float] | None) -> None:
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         for name in (
@@ -190,7 +202,13 @@ class ModelConfig:
         )
         for name, value in (("sliding_window", self.sliding_window), ("intermediate_size", self.intermediate_size)):
             self._require(value is None or value >= 1, f"{name} is {value}; it must be at least 1")
-        for name in ("router_aux_loss_coef", "router_z_loss_coef", "initializer_range"):
+        for name in (
+            "router_aux_loss_coef",
+            "router_z_loss_coef",
+            "output_diversity_loss_coef",
+            "weight_diversity_loss_coef",
+            "initializer_range",
+        ):
             self._require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
         self._check_choice("hidden_act", ("silu", "gelu", "gelu_tanh"))
         self._check_router()
@@ -202,6 +220,12 @@ class ModelConfig:
             self.attention_backend != "sdpa" or self.attn_logit_softcapping is None,
             "attention_backend sdpa cannot apply attn_logit_softcapping; use auto or math",
         )
+        self._require(
+            self.router != "relu" or not self.output_diversity_loss_coef,
+            "output_diversity_loss_coef compares the K experts of a token, but router relu has no fixed K; set it to 0",
+        )
+        if allocation is not None:
+            self._allocate(allocation)
         for layer in range(self.num_hidden_layers):
             self._check_layer(layer)
 
@@ -220,6 +244,19 @@ class ModelConfig:
             self.router != "autonomy" or self.experts_backend != "triton",
             "experts_backend triton has no kernel for the factorised gates of router autonomy; use auto",
         )
+
+    def _allocate(self, allocation: str | dict[str, int] | list[float]) -> None:
+        for name in ("num_experts", "num_experts_per_tok", "num_shared_experts", "moe_intermediate_size"):
+            value = getattr(self, name)
+            self._require(
+                isinstance(value, int),
+                f"allocation {allocation!r} spreads one number over the layers, but {name} is {value}",
+            )
+        layer = self.layer(0)
+        sizes = layer.num_experts, layer.num_experts_per_tok, layer.num_shared_experts, layer.moe_intermediate_size
+        self._require(min(sizes[0], sizes[3]) >= 1, f"allocation {allocation!r} needs experts; num_experts is 0")
+        self.num_experts, dense_width = allocate(allocation, self.num_hidden_layers, *sizes, self.intermediate_size)
+        self.intermediate_size = dense_width or self.intermediate_size
 
     def _check_layer(self, layer: int) -> None:
         ffn = self.layer(layer)
@@ -270,6 +307,14 @@ class ModelConfig:
         return value[index]
 
     @property
+    def diversity_losses(self) -> dict[str, float]:
+        """Coefficients of the diversity losses, by name."""
+        return {
+            "output_diversity": self.output_diversity_loss_coef,
+            "weight_diversity": self.weight_diversity_loss_coef,
+        }
+
+    @property
     def moe_layers(self) -> list[int]:
         """Indices of the layers that have experts."""
         return [i for i in range(self.num_hidden_layers) if self.layer(i).num_experts > 0]
@@ -286,7 +331,7 @@ class ModelConfig:
 
 def _from_dict(kind: type[Any], data: Mapping[str, Any], where: str = "") -> Any:
     """A dataclass from plain data; an unknown key is an error that names the nearest known one."""
-    known = [f.name for f in dataclasses.fields(kind)]
+    known = list(inspect.signature(kind).parameters)
     for key in data:
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)

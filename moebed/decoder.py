@@ -18,6 +18,7 @@ from moebed.attention import Attention, KVCache, RMSNorm, RotaryEmbedding
 from moebed.config import LayerConfig, ModelConfig
 from moebed.errors import UserError
 from moebed.experts import ACTIVATIONS, build_experts
+from moebed.losses import output_similarity, weight_similarity
 from moebed.routers import Router, Routing, build_router
 
 
@@ -56,11 +57,35 @@ class MoE(nn.Module):
             self.shared_expert = FeedForward(config, layer.num_shared_experts * layer.moe_intermediate_size)
             if config.shared_expert_gate:
                 self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
+        self.diversity_losses = frozenset(name for name, coefficient in config.diversity_losses.items() if coefficient)
 
     def forward(self, x: Tensor, token_ids: Tensor | None = None) -> tuple[Tensor, Routing]:
         """Tokens x (T, H) with ids (T,) -> outputs (T, H) and the router's decisions."""
         routing = self.router(x, self.experts, token_ids)
+        if self.training and self.diversity_losses:
+            routing = self._with_diversity(x, routing)
         return self.combine(x, routing), routing.decision()
+
+    def _with_diversity(self, x: Tensor, routing: Routing) -> Routing:
+        """The routing with the diversity losses that are on, and with the outputs that one of them looks at."""
+        losses = dict(routing.losses or {})
+        if "weight_diversity" in self.diversity_losses:
+            # Here, not from outside, since only here are a sharded layer's weights whole.
+            losses["weight_diversity"] = weight_similarity(self.mean_neurons()).expand(len(x))
+        if "output_diversity" in self.diversity_losses:
+            outputs = routing.outputs
+            if outputs is None:
+                outputs = self.experts.each(x, routing.topk_index, routing.carried)
+            losses["output_diversity"] = output_similarity(outputs)
+            routing = routing._replace(outputs=outputs)
+        return routing._replace(losses=losses)
+
+    def mean_neurons(self) -> list[Tensor]:
+        """Each expert's mean neuron (E, H): the mean of its rows of gate and of up, and of its columns of down."""
+        means, basis = self.experts.mean_neurons(), self.router.basis()
+        if basis is not None:
+            means["gate"] = torch.einsum("ec,ech->eh", means["gate"], basis.float())
+        return list(means.values())
 
     def combine(self, x: Tensor, routing: Routing) -> Tensor:
         """Outputs (T, H) for tokens x (T, H) that are routed already."""

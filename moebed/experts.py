@@ -97,13 +97,29 @@ class Experts(nn.Module):
         """How many experts this process has."""
         return self.num_experts if self.exchange is None else self.num_experts // self.exchange.size
 
-    def each(self, x: Tensor, topk_index: Tensor) -> Tensor:
-        """Outputs (T, K, H) of the experts topk_index (T, K) for tokens x (T, H), not weighted; differentiable."""
+    def each(self, x: Tensor, topk_index: Tensor, carried: Tensor | None = None) -> Tensor:
+        """Outputs (T, K, H) of the experts topk_index (T, K) for tokens x (T, H), not weighted; differentiable.
+
+        Args:
+            x: (T, H).
+            topk_index: (T, K).
+            carried: (T, K, C) where the experts go on from what their router carries.
+        """
         num_tokens, top_k = topk_index.shape
         rows = x.unsqueeze(1).expand(-1, top_k, -1).flatten(0, 1)  # (T·K, H) each choice a token of its own
         index = topk_index.flatten().unsqueeze(1)
         ones = torch.ones(index.shape, dtype=torch.float32, device=x.device)
-        return self(rows, Routing(ones, ones, index, ones)).unflatten(0, (num_tokens, top_k))
+        if carried is not None:
+            carried = carried.flatten(0, 1).unsqueeze(1)  # (T·K, 1, C)
+        return self(rows, Routing(ones, ones, index, ones, carried)).unflatten(0, (num_tokens, top_k))
+
+    def mean_neurons(self) -> dict[str, Tensor]:
+        """Means (E, ·) of each expert's rows of ``gate`` and of ``up``, and of its columns of ``down``; float32."""
+        axes = {"gate": 1, "up": 1, "down": 2}
+        means = {name: self.matrix(name).mean(dim=axis, dtype=torch.float32) for name, axis in axes.items()}
+        if self.exchange is None:
+            return means
+        return {name: self.exchange.of_all(mean) for name, mean in means.items()}
 
     def matrix(self, name: str) -> Tensor:
         """One matrix of all own experts: ``gate`` and ``up`` (E, F, H), ``down`` (E, H, F); a view, not a copy."""

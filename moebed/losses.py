@@ -1,10 +1,13 @@
-"""The language-model loss, and the balancing losses on router decisions, each without its coefficient.
+"""The language-model loss, the balancing losses on router decisions and the diversity losses on the experts.
 
-B sequences, S positions, V vocabulary, T = B·S tokens, E experts, K experts per token.
+Each is without its coefficient.
+
+B sequences, S positions, V vocabulary, T = B·S tokens, E experts, K experts per token, H hidden.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -63,7 +66,7 @@ class RouterStats(NamedTuple):
     counts: Tensor  # (E,) float32 assignments to each expert; no gradient
     mean_probs: Tensor  # (E,) mean router probability
     z_loss: Tensor  # () mean of logsumexp(logits)²  (ST-MoE 2202.08906, eq. 5)
-    losses: dict[str, Tensor]  # () means of the router's own losses, by name
+    losses: dict[str, Tensor]  # () means of the layer's own losses, by name
 
 
 def router_stats(routing: Routing, token_mask: Tensor) -> RouterStats:
@@ -87,3 +90,42 @@ def load_balancing_loss(mean_probs: Tensor, counts: Tensor) -> Tensor:
         counts: (E,) assignments to each expert, of the same tokens or of a wider scope; f_i is their share.
     """
     return len(counts) * (counts / counts.sum().clamp(min=1) * mean_probs).sum()
+
+
+def output_similarity(outputs: Tensor) -> Tensor:
+    """Mean cosine between the outputs of a token's experts, over its K·(K − 1) ordered pairs; 0 for K = 1.
+
+    The diversity loss of CompeteSMoE 2 (2505.13380). An output of length 0 has cosine 0 with every other.
+
+    Args:
+        outputs: (T, K, H), not weighted.
+
+    Returns:
+        (T,) float32.
+    """
+    top_k = outputs.shape[1]
+    unit = F.normalize(outputs.float(), dim=-1)
+    # Σ_{j≠k} u_j·u_k = |Σ_k u_k|² − Σ_k |u_k|², which needs no (K, K) table for each token.
+    pairs = unit.sum(dim=1).square().sum(dim=-1) - unit.square().sum(dim=(1, 2))
+    return pairs / max(top_k * (top_k - 1), 1)
+
+
+def weight_similarity(mean_neurons: Sequence[Tensor]) -> Tensor:
+    """Mean squared cosine between the mean neurons of two experts, over pairs of experts and over matrices.
+
+    As the probe ``neuron_similarity`` has it (2406.18219, section 4.1), squared; 0 for one expert.
+
+    Args:
+        mean_neurons: (E, H) of each matrix.
+
+    Returns:
+        () float32.
+    """
+    found = []
+    for vectors in mean_neurons:
+        unit = F.normalize(vectors.float(), dim=-1)
+        with torch.autocast(unit.device.type, enabled=False):
+            cosine = unit @ unit.t()  # (E, E)
+        found.append(cosine.square().sum() - cosine.diagonal().square().sum())
+    num_experts = len(mean_neurons[0])
+    return torch.stack(found).mean() / max(num_experts * (num_experts - 1), 1)

@@ -38,11 +38,11 @@ class StepTerms(NamedTuple):
     counts: list[Tensor]  # (E,) assignments to each expert
     mean_probs: list[Tensor]  # (E,) mean router probability
     z_losses: list[Tensor]  # ()
-    router_losses: list[dict[str, Tensor]]  # () by name, what a router asks for beside
+    router_losses: list[dict[str, Tensor]]  # () by name, what a layer asks for beside
 
 
 class MoEModule(LightningModule):
-    """Trains a decoder on next-token prediction, with the balancing losses logged apart from the language-model loss.
+    """Trains a decoder on next-token prediction, with all other losses logged apart from the language-model loss.
 
     Args:
         config: Shape and behaviour of the decoder.
@@ -238,15 +238,16 @@ class MoEModule(LightningModule):
         return zero
 
     def _router_losses(self, terms: StepTerms) -> Tensor:
-        """Weighted sum of what the routers ask for, a mean over the MoE layers; logs each, unweighted.
+        """Weighted sum of what the layers ask for beside, a mean over the MoE layers; logs each, unweighted.
 
         A loss that some layers alone have in this step is logged as the mean of those.
         """
         total = terms.nats.new_zeros(())
         found: dict[str, list[Tensor]] = {}
         for router, losses in zip(self.decoder.routers, terms.router_losses, strict=True):
+            coefficients = {**router.loss_coefficients(), **self.config.diversity_losses}
             for name, value in losses.items():
-                total = total + router.loss_coefficients()[name] * value / len(terms.router_losses)
+                total = total + coefficients[name] * value / len(terms.router_losses)
                 found.setdefault(name, []).append(value)
         for name, values in found.items():
             self._log(f"train/{name}_loss", torch.stack(values).mean())

@@ -225,6 +225,8 @@ def test_every_recipe_builds_and_takes_a_step(path, tmp_path, recipe, monkeypatc
         "trainer.default_root_dir": tmp_path / "run",
         "trainer.accelerator": "cpu",
         "trainer.devices": 1,
+        "trainer.num_nodes": 1,
+        "trainer.strategy": "auto",
         "trainer.max_steps": 1,
         "trainer.val_check_interval": 1,
         "trainer.accumulate_grad_batches": 1,

@@ -22,6 +22,8 @@ from tests.conftest import tiny_config
         ({"head_dim": 7}, "head_dim is 7; rotary embeddings need an even number"),
         ({"attention_backend": "sdpa", "attn_logit_softcapping": 30.0}, "sdpa cannot apply attn_logit_softcapping"),
         ({"router_aux_loss_coef": -1.0}, "router_aux_loss_coef is -1.0"),
+        ({"output_diversity_loss_coef": -1.0}, "output_diversity_loss_coef is -1.0"),
+        ({"router": "relu", "output_diversity_loss_coef": 0.1}, "router relu has no fixed K"),
         ({"vocab_size": 0}, "vocab_size is 0"),
     ],
 )

@@ -39,6 +39,8 @@ NOT_IN_CHECKPOINTS = frozenset(
         "router_aux_loss_coef",
         "router_aux_loss_scope",
         "router_z_loss_coef",
+        "output_diversity_loss_coef",
+        "weight_diversity_loss_coef",
         "initializer_range",
         "experts_backend",
         "attention_backend",

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.distributed._functional_collectives import all_gather_tensor_autograd, all_to_all_single_autograd
 from torch.distributed.tensor import DTensor
 
 from moebed.grouped import carried_to_slots, compute_dtype, from_slots, sort_by_expert, to_slots
@@ -44,6 +44,10 @@ class TokenExchange:
         """
         assert isinstance(matrix, DTensor)
         return _GradientOver.apply(matrix.to_local(), self.size)
+
+    def of_all(self, rows: Tensor) -> Tensor:
+        """Rows (E/X, ·) of this rank's experts, with those of all others in their order: (E, ·); differentiable."""
+        return all_gather_tensor_autograd(rows.contiguous(), gather_dim=0, group=self.group)
 
     def begin(self, experts: Experts, x: Tensor, routing: Routing) -> Callable[[], Tensor]:
         """Start sending the tokens x (T, H); what it returns waits for them and gives the layer's outputs (T, H).

@@ -73,6 +73,9 @@ class GatheredModel:
             for (name, _), value in zip(list(block.named_parameters()), values, strict=True):
                 path, _, last = name.rpartition(".")
                 block.get_submodule(path).register_parameter(last, nn.Parameter(value, requires_grad=False))
+            for name, state in self._decoder.blocks[index].named_buffers():  # every rank has it as a whole
+                path, _, last = name.rpartition(".")
+                setattr(block.get_submodule(path), last, state)
             self._block = index, block
         return self._block[1]
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from moebed.decoder import Decoder, MoE
@@ -82,6 +82,7 @@ class Layout:
                     # Not the axis that ranks of `expert` split.
                     shard_placement_fn=lambda parameter: Shard(1),
                 )
+                register_fsdp_forward_method(block.mlp.experts, "mean_neurons")
                 if narrow is not None:
                     fully_shard(block.mlp.router, mesh=self.for_all_else, mp_policy=wide, reshard_after_forward=again)
             fully_shard(block, mesh=self.for_all_else, mp_policy=policy, reshard_after_forward=again)

@@ -13,6 +13,7 @@ from moebed.optim import OptimizerConfig, build_adamw, gradient_norm, scale_grad
 from moebed.parallel.config import ParallelConfig
 from moebed.parallel.gathered import GatheredModel
 from moebed.parallel.sharding import Layout, reshard, whole
+from moebed.routers import ROUTERS
 from moebed.views import Need, ProbeText
 from moebed.walking import walk, walk_model
 from tests.conftest import tiny_config
@@ -23,10 +24,15 @@ def _steps(decoder: Decoder, ids: torch.Tensor, rank: int, world_size: int) -> l
     """Two optimizer steps with clipping on this rank's share of the sequences: loss and norm of each, then weights."""
     optimizer = build_adamw(decoder, OptimizerConfig(learning_rate=0.05))
     found = []
-    for _ in range(2):
+    for step in range(2):
         share = ids.chunk(world_size)[rank]
+        for router in decoder.routers:
+            router.begin_step(step)
         logits, routings = decoder(share)
-        loss = logits.float().logsumexp(-1).mean() + sum(r.router_logits.square().mean() for r in routings)
+        loss = logits.float().logsumexp(-1).mean()
+        for routing in routings:
+            loss = loss + routing.router_probs.square().mean()
+            loss = loss + sum(asked.mean() for asked in (routing.losses or {}).values())
         loss.backward()
         norm = gradient_norm(decoder.parameters())
         scale_gradients(decoder.parameters(), (0.5 / norm).clamp(max=1.0))
@@ -56,7 +62,9 @@ def _work(rank: int, world_size: int, options: dict, changes: dict, meta: bool) 
     reshard(spread)
     wanted = dict(alone.named_parameters())
     for name, parameter in spread.named_parameters():
-        torch.testing.assert_close(whole(parameter.detach()), wanted[name].detach(), rtol=1e-3, atol=1e-4)
+        # In norm: where a gradient is nearly 0, Adam's step has the size of the others whatever its sign.
+        difference = torch.dist(whole(parameter.detach()), wanted[name].detach())
+        assert difference < 1e-4 * wanted[name].norm(), name
 
 
 @pytest.mark.parametrize(
@@ -68,6 +76,13 @@ def _work(rank: int, world_size: int, options: dict, changes: dict, meta: bool) 
         ({"expert": 2, "shard": False}, {"num_experts": [4, 2], "num_experts_per_tok": 1}, False),
         ({"expert": 2}, {"experts_backend": "loop", "tie_word_embeddings": True}, True),
         ({"expert": 2}, {"num_experts": [0, 2], "num_experts_per_tok": [0, 2], "intermediate_size": 48}, True),
+        ({}, {"weight_diversity_loss_coef": 1.0, "output_diversity_loss_coef": 1.0}, True),
+        ({"expert": 2}, {"weight_diversity_loss_coef": 1.0, "output_diversity_loss_coef": 1.0}, True),
+        *(
+            (layout, {"router": router, "router_options": {"d_low": 8, "competition_rate": 1.0}}, True)
+            for layout in ({}, {"expert": 2})
+            for router in ROUTERS
+        ),
     ],
 )
 def test_two_ranks_train_as_one(options, changes, meta):
