@@ -56,7 +56,7 @@ def test_a_router_that_follows_the_norm(make_decoder, text):
     with torch.no_grad():
         mlp.experts.gate_up_proj[:] = mlp.experts.gate_up_proj[0]
         mlp.experts.down_proj[:] = mlp.experts.down_proj[0] * torch.tensor([1.0, 2, 3, 4]).view(4, 1, 1)
-        mlp.router.forward = lambda x, experts: forward(x, experts, torch.tensor([0.0, 1, 2, 3]))
+        mlp.router.forward = lambda x, experts, ids: forward(x, experts, torch.tensor([0.0, 1, 2, 3]))
     from moebed.routers import Routing
 
     def forward(x, experts, logits):
