@@ -18,8 +18,6 @@ from triton_kernels.spec import DTYPES, Argument
 
 # Gates that kernels miss today: (op, architecture, element type) -> names of gates.
 MISSED: dict[tuple[str, str, str], set[str]] = {}
-# The epilogue of grad_hidden holds gradients of gate and up: its tile is 128 × 128, at ρ .37 and AI 64.
-BEST_MISSED = {"grad_hidden": {"best ρ", "best AI"}}
 
 PRODUCTS = [spec for spec in roofline.launched(SHIPPED, "sm_90", "bf16") if spec.is_product]
 FIRST = roofline.launched(SHIPPED, "sm_90", "bf16")
@@ -61,8 +59,9 @@ def test_everything_that_ships_passes(arch, dtype):
     listed = {key: gates for key, gates in MISSED.items() if key[1:] == (arch, dtype)}
     assert found == listed, "a miss that is listed is gone: take it off the list"
     if (arch, dtype) == ("sm_90", "bf16"):
-        best = {op: {gate.name for gate in gates if not gate.held} for op, gates in check.best_gates(rows).items()}
-        assert {op: gates for op, gates in best.items() if gates} == BEST_MISSED
+        best = check.best_gates(rows)
+        assert best.keys() == {spec.op for spec in PRODUCTS}
+        assert not [(op, gate) for op, gates in best.items() for gate in gates if not gate.held]
 
 
 @pytest.mark.parametrize("spec", PRODUCTS, ids=lambda spec: spec.op)

@@ -110,3 +110,17 @@ def test_smaller_steps_waste_less():
     half = dataclasses.replace(spec, row_step=spec.tile[0] // 2)
     shape = roofline.SHAPES[1]
     assert roofline.wasted_share(half, shape)[0] == pytest.approx(roofline.wasted_share(spec, shape)[0] / 2, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("loads", "most"),
+    [(range(1, 64), 1.0), (range(64, 257), 1.0), (range(257, 512, 16), 1.34), (range(513, 4096, 64), 1.25)],
+    ids=["decode", "up to 256", "up to 512", "more"],
+)
+@pytest.mark.parametrize("shape", roofline.SHAPES, ids=lambda shape: shape.name)
+def test_what_tiles_of_128_rows_cost_at_any_load(shape, loads, most):
+    """Up to 256 rows an expert, reading the matrices takes longer than the padded product."""
+    specs = [spec for spec in roofline.launched(SHIPPED, "sm_90", "bf16") if spec.is_product]
+    for load in loads:
+        at = dataclasses.replace(shape, tokens=max(1, load * shape.experts // shape.top_k))
+        assert max(roofline.padded_share(spec, at) for spec in specs) <= most, load

@@ -26,7 +26,7 @@ PARTS = 8
 
 
 @triton.jit
-def finish_part(
+def finish_columns(
     s, w, pre, grad_pre, weighted, lines, height, first,
     F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
@@ -48,9 +48,26 @@ def finish_part(
     tl.store(grad_pre + place, joined.to(grad_pre.dtype.element_ty), mask=inside)
     mask = (lines < height)[:, None] & (columns < F)[None, :]
     tl.store(weighted + lines[:, None] * F + columns[None, :], (h * w).to(weighted.dtype.element_ty), mask=mask)
-    # Keeps one part's loads from moving up among those before it, where their registers would add up.
+    # Keeps the next columns' loads from moving up among these, where their registers would add up.
     tl.debug_barrier()
     return tl.sum(h * s, 1)
+
+
+@triton.jit
+def finish_part(
+    s, w, pre, grad_pre, weighted, lines, height, first,
+    F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """``finish_columns`` on no more than 16 columns of s at a time: (BM,) sums."""
+    if BLOCK_N <= 16:
+        return finish_columns(s, w, pre, grad_pre, weighted, lines, height, first, F, BLOCK_M, BLOCK_N, ACTIVATION)
+    else:
+        HALF: tl.constexpr = BLOCK_N // 2
+        left, right = halves(s, BLOCK_M, BLOCK_N)
+        sum_left = finish_part(left, w, pre, grad_pre, weighted, lines, height, first, F, BLOCK_M, HALF, ACTIVATION)
+        first += HALF
+        sum_right = finish_part(right, w, pre, grad_pre, weighted, lines, height, first, F, BLOCK_M, HALF, ACTIVATION)
+        return sum_left + sum_right
 
 
 @triton.jit
