@@ -67,6 +67,7 @@ with interpreting():
     combining = importlib.import_module("triton_kernels.combine")
     combine_reference = importlib.import_module("triton_kernels.combine.reference")
     configs = importlib.import_module("triton_kernels.configs")
+    parts = importlib.import_module("triton_kernels.grouped.parts")
     triton_interpreter = importlib.import_module("triton.runtime.interpreter")
 
 

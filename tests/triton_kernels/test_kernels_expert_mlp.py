@@ -1,5 +1,7 @@
 """``expert_mlp`` in the interpreter: values and all gradients against float64, one token at a time."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -13,6 +15,7 @@ from kernels_interpreted import (  # noqa: F401
     kernels,
     make_case,
     op,
+    parts,
     reference,
     routing,
     run,
@@ -198,6 +201,30 @@ def test_the_ops_keep_their_contract(interpreter):  # noqa: F811
     tensors = [t.detach() for t in (torch.randn(x.shape), x, gate_up, down, weight, pre)]
     for needs in ([True] * 4, [False, True, False, True]):
         torch.library.opcheck(op.backward_op, (*tensors, meta, activation, needs), test_utils=tests)
+
+
+def test_a_persistent_launch_leaves_the_callers_allocator(interpreter, monkeypatch):  # noqa: F811
+    """On a GPU, descriptors need memory from an allocator that belongs to the context, in any thread."""
+    import triton
+    from triton.runtime import _allocation
+
+    seen = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: seen.append((grid, arguments, _allocation._allocator.get()))
+
+    def callers(size, alignment, stream):
+        return None
+
+    monkeypatch.setattr(parts, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    triton.set_allocator(callers)
+    parts.launch_persistent(Kernel(), torch.device("cuda"), 1000, "x", num_warps=8)
+    parts.launch_persistent(Kernel(), torch.device("cuda"), 5, "x", num_warps=8)
+    assert [(grid, arguments) for grid, arguments, _ in seen] == [((132,), ("x",)), ((5,), ("x",))]
+    assert all(allocator is parts._scratch for *_, allocator in seen)
+    assert _allocation._allocator.get() is callers
 
 
 def test_activation_checkpointing(interpreter):  # noqa: F811

@@ -218,7 +218,11 @@ def padded_share(spec: KernelSpec, shape: Shape, dtype: str = "bf16") -> float:
 
 def compare(specs: Sequence[KernelSpec], arch: str = "sm_90", dtype: str = "bf16") -> list[Mapping[str, object]]:
     """Plain rows (shape, direction, design, coefficients, bytes, milliseconds), ours last, for tables and JSON."""
-    designs = DESIGNS | {"ours": launches(specs, arch, dtype)}
+    inference = launches([spec for spec in specs if not spec.constexprs.get("SAVE")], arch, dtype)
+    designs = DESIGNS | {
+        "ours": launches(specs, arch, dtype),
+        "ours, no gradients": {"forward": inference["forward"], "backward": []},
+    }
     return [
         {
             "shape": shape.name,
