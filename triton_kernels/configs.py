@@ -3,24 +3,35 @@
 R = T·K rows of the sorted order, E experts. BM × BN is the output tile of a program, BK the depth of a step.
 
 All kernels that walk the rows share one BM, because they share one table of tiles (see ``routing``). There is one
-configuration for each kind of device: each passes the gates of ``triton_kernels.gates``, none was timed (no GPU was at
-hand), and nothing is tuned at run time, so two runs launch the same code.
+configuration for each kind of device, and nothing to time: two runs launch the same code. Each passes the gates of
+``triton_kernels.gates``; none was timed, since no GPU was at hand.
+
+One BM serves decoding too. Up to 256 rows an expert, reading the matrices takes an H100 longer than multiplying by
+tiles of 128 rows, padding included, so that lower tiles have nothing to gain (``gates.roofline.padded_share``); from
+there to 512 rows padding costs at most a third, of which tiles of 64 rows would save less than half, at 51 FLOPs a
+byte of L2 in place of 85.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One kernel's tile: BN columns, BK deep, with its warps, pipeline stages and the rows of tiles that share L2."""
+    """One kernel's tile: BN columns, BK deep, with its warps, pipeline stages and the rows of tiles that share L2.
+
+    A persistent one reads its dense operands through tensor descriptors (TMA) and runs one program for each
+    multiprocessor; a specialized one gives loading and multiplying to different warps as well.
+    """
 
     columns: int
     depth: int
     warps: int = 4
     stages: int = 3
     group: int = 8
+    persistent: bool = False
+    specialized: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,17 +80,26 @@ class Config:
 
 
 # 227 KiB of shared memory: three stages of (128 + 256) × 64 two-byte elements are 144 KiB. Where the loop first loads
-# the row's token, the compiler spends two of its five stages on that and keeps three of the operands.
+# the row's token, the compiler spends two of its five stages on that and keeps three of the operands. Hopper's compiler
+# specialises warps where all operands come through descriptors, and where it is asked for 4, which it makes 12.
 HOPPER = Config(
     name="hopper",
     rows=128,
-    up=Tile(256, 64, warps=8, stages=3),
-    down=Tile(256, 64, warps=8, stages=3),
-    grad_hidden=Tile(128, 64, warps=8, stages=3),
-    grad_rows=Tile(256, 64, warps=8, stages=3),
+    up=Tile(256, 64, warps=8, stages=3, persistent=True),
+    down=Tile(256, 64, warps=4, stages=3, persistent=True, specialized=True),
+    grad_hidden=Tile(256, 64, warps=8, stages=3, persistent=True),
+    grad_rows=Tile(256, 64, warps=4, stages=3, persistent=True, specialized=True),
     grad_up=WeightTile(128, 256, 64, warps=8, stages=5),
     grad_down=WeightTile(128, 256, 64, warps=8, stages=5),
-    archs=("sm_90", "sm_100"),
+    archs=("sm_90",),
+)
+
+BLACKWELL = replace(
+    HOPPER,
+    name="blackwell",
+    down=replace(HOPPER.down, warps=8),
+    grad_rows=replace(HOPPER.grad_rows, warps=8),
+    archs=("sm_100",),
 )
 
 # 163 KiB: half the columns and half the depth leave room for two programs on a multiprocessor.
@@ -135,7 +155,7 @@ INTERPRETED = Config(
     archs=(),
 )
 
-BY_NAME = {config.name: config for config in (HOPPER, AMPERE, CDNA, WIDE, INTERPRETED)}
+BY_NAME = {config.name: config for config in (HOPPER, BLACKWELL, AMPERE, CDNA, WIDE, INTERPRETED)}
 
 
 def choose(capability: tuple[int, int] | None, element_size: int, interpreted: bool) -> Config:
@@ -152,4 +172,6 @@ def choose(capability: tuple[int, int] | None, element_size: int, interpreted: b
         return WIDE
     if capability is None:
         return CDNA
-    return HOPPER if capability >= (9, 0) else AMPERE
+    if capability < (9, 0):
+        return AMPERE
+    return HOPPER if capability < (10, 0) else BLACKWELL

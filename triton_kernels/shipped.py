@@ -15,7 +15,7 @@ from typing import Any
 from triton_kernels.activations import NAMES
 from triton_kernels.combine import WEIGHT_GRAD_BLOCK
 from triton_kernels.combine.kernels import combine_kernel, weight_grad_kernel
-from triton_kernels.configs import AMPERE, CDNA, HOPPER, WIDE, Config, Tile, WeightTile
+from triton_kernels.configs import AMPERE, BLACKWELL, CDNA, HOPPER, WIDE, Config, Tile, WeightTile
 from triton_kernels.grouped import down, grad_hidden, grad_rows, grad_weight, up
 from triton_kernels.routing import block_sizes
 from triton_kernels.routing.kernels import count_kernel, place_kernel, scan_kernel, tiles_kernel
@@ -44,7 +44,8 @@ def _product(
     gathers_indices: bool = False,
 ) -> Iterator[KernelSpec]:
     rows = tile.rows if isinstance(tile, WeightTile) else config.rows
-    size = f"{rows}x{tile.columns}x{tile.depth} w{tile.warps} s{tile.stages}"
+    how = " tma" * (isinstance(tile, Tile) and tile.persistent)
+    size = f"{rows}x{tile.columns}x{tile.depth} w{tile.warps} s{tile.stages}{how}"
     for precision in ("ieee", "tf32") if config is WIDE else ("ieee",):
         yield KernelSpec(
             name=" ".join(filter(None, (op, size, config.name, label, precision if config is WIDE else ""))),
@@ -58,38 +59,57 @@ def _product(
             flops=flops,
             num_warps=tile.warps,
             num_stages=tile.stages,
+            warp_specialized=isinstance(tile, Tile) and tile.specialized,
             archs=config.archs,
             dtypes=("fp32",) if config is WIDE else ("fp16", "bf16"),
             gathers_indices=gathers_indices,
+            row_step=tile.depth if isinstance(tile, WeightTile) else None,
         )
+
+
+def _walk(tile: Tile, pointers: Any, persistent: Any, rows: bool = True) -> tuple[Any, dict[str, Argument]]:
+    """The kernel of a tile, and the arguments that its persistent form has besides."""
+    if not tile.persistent:
+        return pointers, {}
+    return persistent, {"tile_count": Argument("*i32", aligned=True)} | ({"num_rows": Argument("i32")} if rows else {})
+
+
+def _partial(config: Config) -> Argument:
+    """The float32 sums behind d(topk weight), which stand beside each tile of columns."""
+    return Argument("*fp32", aligned=True, shape="RF", passes=grad_hidden.PARTS / config.grad_hidden.columns)
 
 
 def _products(config: Config, width: int, inter: int, label: str) -> Iterator[KernelSpec]:
     tall = {"weight": _elements("EGH"), **_TABLE}
+    sizes = (width, inter, EXPERTS)
+    kernel, more = _walk(config.up, up.up_kernel, up.up_persistent_kernel, rows=False)
     for activation in NAMES:
         for save in (True, False):
             arguments = {"x": _elements("TH"), **_TOKEN, **tall, "hidden": _elements("RF"), "pre": _elements("RG")}
             if not save:
                 arguments["pre"] = Argument("*T", aligned=True)
             what = " ".join(filter(None, (activation, "" if save else "inference", label)))
-            constexprs = up.constexprs(width, inter, activation, save, config)
-            yield from _product("up", what, up.up_kernel, config, config.up, arguments, constexprs, 4)
+            constexprs = up.constexprs(*sizes, activation, save, config)
+            yield from _product("up", what, kernel, config, config.up, arguments | more, constexprs, 4)
     short = {"weight": _elements("EHF"), **_TABLE}
-    arguments = {"hidden": _elements("RF"), **short, "out": _elements("RH")}
-    constexprs = down.constexprs(width, inter, config)
-    yield from _product("down", label, down.down_kernel, config, config.down, arguments, constexprs, 2)
+    kernel, more = _walk(config.down, down.down_kernel, down.down_persistent_kernel)
+    arguments = {"hidden": _elements("RF"), **short, "out": _elements("RH"), **more}
+    constexprs = down.constexprs(*sizes, config)
+    yield from _product("down", label, kernel, config, config.down, arguments, constexprs, 2)
+    kernel, more = _walk(
+        config.grad_hidden, grad_hidden.grad_hidden_kernel, grad_hidden.grad_hidden_persistent_kernel
+    )  # fmt: skip
     for activation in NAMES:
         arguments = {
             "grad": _elements("TH"), **short, **_TOKEN, "order": Argument("*i32", aligned=True),
             "topk_weight": Argument("*fp32", aligned=True), "pre": _elements("RG"), "grad_pre": _elements("RG"),
-            "weighted": _elements("RF"), "partial": Argument("*fp32", aligned=True), "num_rows": Argument("i32"),
+            "weighted": _elements("RF"), "partial": _partial(config), "num_rows": Argument("i32"), **more,
         }  # fmt: skip
-        constexprs = grad_hidden.constexprs(width, inter, activation, config)
-        what, kernel = f"{activation} {label}".strip(), grad_hidden.grad_hidden_kernel
+        constexprs, what = grad_hidden.constexprs(*sizes, activation, config), f"{activation} {label}".strip()
         yield from _product("grad_hidden", what, kernel, config, config.grad_hidden, arguments, constexprs, 2)
-    arguments = {"grad_pre": _elements("RG"), **tall, "out": _elements("RH")}
-    constexprs = grad_rows.constexprs(width, inter, config)
-    kernel = grad_rows.grad_rows_kernel
+    kernel, more = _walk(config.grad_rows, grad_rows.grad_rows_kernel, grad_rows.grad_rows_persistent_kernel)
+    arguments = {"grad_pre": _elements("RG"), **tall, "out": _elements("RH"), **more}
+    constexprs = grad_rows.constexprs(*sizes, config)
     yield from _product("grad_rows", label, kernel, config, config.grad_rows, arguments, constexprs, 4)
 
     kernel, shared = grad_weight.grad_weight_kernel, {**_TOKEN, "offsets": _TABLE["offsets"]}
@@ -102,9 +122,9 @@ def _products(config: Config, width: int, inter: int, label: str) -> Iterator[Ke
 
 
 def _plain(op: str, kernel: Any, arguments: Mapping[str, Argument], **changes: Any) -> KernelSpec:
-    settings = {"backward": False, "dtypes": ("bf16",), **changes}
+    settings = {"name": f"{op} w4", "backward": False, "dtypes": ("bf16",), **changes}
     return KernelSpec(
-        name=f"{op} w4", kernel=kernel, op=op, arguments=arguments, tile=(0, 0, 0), loop_flops=0, flops=0,
+        kernel=kernel, op=op, arguments=arguments, tile=(0, 0, 0), loop_flops=0, flops=0,
         num_warps=4, num_stages=3, **settings,
     )  # fmt: skip
 
@@ -122,7 +142,7 @@ def _others(config: Config) -> Iterator[KernelSpec]:
     placed = {name: numbers for name in ("offsets", "order", "token", "slot")}
     yield _plain("route_place", place_kernel, {**where, **placed}, constexprs={**size, "K": TOP_K})
     yield _plain(
-        "route_tiles", tiles_kernel, {**_TABLE, "num_tiles": Argument("i32")},
+        "route_tiles", tiles_kernel, {**_TABLE, "tile_count": numbers, "num_tiles": Argument("i32")},
         constexprs={**size, "BLOCK_M": config.rows},
     )  # fmt: skip
     for op, weighted in (("combine", True), ("combine_grad", False)):
@@ -139,28 +159,25 @@ def _others(config: Config) -> Iterator[KernelSpec]:
             },
             backward=not weighted, dtypes=("fp16", "bf16", "fp32"),
         )  # fmt: skip
-    yield _plain(
+
+
+def _weight_grad(config: Config) -> KernelSpec:
+    numbers = Argument("*i32", aligned=True)
+    return _plain(
         "weight_grad", weight_grad_kernel,
-        {
-            "partial": Argument("*fp32", aligned=True), "slot": numbers, "out": Argument("*fp32", aligned=True),
-            "size": Argument("i32"),
-        },
+        {"partial": _partial(config), "slot": numbers, "out": Argument("*fp32", aligned=True), "size": Argument("i32")},
         constexprs={
             "PARTS": -(-EVEN[1] // config.grad_hidden.columns), "BLOCK": WEIGHT_GRAD_BLOCK,
             "Q": grad_hidden.PARTS,
         },
-        backward=True,
+        backward=True, name=f"weight_grad w4 {config.name}", archs=config.archs,
     )  # fmt: skip
 
 
+DEVICES = (HOPPER, BLACKWELL, AMPERE, CDNA, WIDE)
 SHIPPED: tuple[KernelSpec, ...] = (
-    *_products(HOPPER, *EVEN, ""),
-    *_products(AMPERE, *EVEN, ""),
-    *_products(CDNA, *EVEN, ""),
-    *_products(WIDE, *EVEN, ""),
-    *_products(HOPPER, *RAGGED, "ragged"),
-    *_products(AMPERE, *RAGGED, "ragged"),
-    *_products(CDNA, *RAGGED, "ragged"),
-    *_products(WIDE, *RAGGED, "ragged"),
+    *(spec for config in DEVICES for spec in _products(config, *EVEN, "")),
+    *(spec for config in DEVICES for spec in _products(config, *RAGGED, "ragged")),
     *_others(HOPPER),
+    *(_weight_grad(config) for config in DEVICES if config is not WIDE),
 )

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -66,14 +67,63 @@ with interpreting():
     combining = importlib.import_module("triton_kernels.combine")
     combine_reference = importlib.import_module("triton_kernels.combine.reference")
     configs = importlib.import_module("triton_kernels.configs")
+    parts = importlib.import_module("triton_kernels.grouped.parts")
     triton_interpreter = importlib.import_module("triton.runtime.interpreter")
 
 
+def _watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let kernels load and store nowhere but in the tensors that they were given; anything else is an IndexError."""
+    builder, executor = triton_interpreter.InterpreterBuilder, triton_interpreter.GridExecutor
+    load, store, take = builder.create_masked_load, builder.create_masked_store, executor._init_args_hst
+    patch, patched = triton_interpreter._patch_lang, set()
+    allowed: list[np.ndarray] = []
+
+    def patch_once(function):
+        """Once a launch: the interpreter does it again at each call of a function, which takes half of its time."""
+        home = id(function.__globals__)
+        if home not in patched:
+            patched.add(home)
+            return patch(function)
+        return None
+
+    def take_and_remember(self, arguments, named):
+        patched.clear()
+        taken = take(self, arguments, named)
+        tensors = [t for t in (*taken[0], *taken[1].values()) if torch.is_tensor(t) and t.numel()]
+        bounds = {(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors}
+        allowed[:] = np.array(sorted(bounds), dtype=np.uint64).T
+        return taken
+
+    def check(pointers, mask):
+        wanted = np.broadcast_to(pointers.data, mask.data.shape)[mask.data.astype(bool)]
+        if not wanted.size:
+            return
+        width = np.uint64(pointers.get_element_ty().primitive_bitwidth // 8)
+        # One instruction serves one tensor.
+        low, high = wanted.min(), wanted.max() + width
+        if not ((allowed[0] <= low) & (high <= allowed[1])).any():
+            raise IndexError("a kernel reached out of the tensors that it was given")
+
+    def watched_load(self, pointers, mask, *rest, **options):
+        check(pointers, mask)
+        return load(self, pointers, mask, *rest, **options)
+
+    def watched_store(self, pointers, value, mask, *rest):
+        check(pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    monkeypatch.setattr(executor, "_init_args_hst", take_and_remember)
+    monkeypatch.setattr(triton_interpreter, "_patch_lang", patch_once)
+    monkeypatch.setattr(builder, "create_masked_load", watched_load)
+    monkeypatch.setattr(builder, "create_masked_store", watched_store)
+
+
 @pytest.fixture
-def interpreter():
-    """Kernels are interpreted, and whatever is allocated without a value holds NaN, or the largest integer."""
+def interpreter(monkeypatch):
+    """Kernels are interpreted and watched, and what is allocated without a value holds NaN, or the largest integer."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
+    _watch(monkeypatch)
     with interpreting():
         yield
     torch.use_deterministic_algorithms(before)

@@ -1,20 +1,26 @@
 """``expert_mlp`` in the interpreter: values and all gradients against float64, one token at a time."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernels_interpreted import (  # noqa: F401
     checks,
+    combining,
     configs,
     errors,
     interpreter,
     kernels,
     make_case,
     op,
+    parts,
     reference,
+    routing,
     run,
     shuffled,
+    triton_interpreter,
 )
 from torch.utils.checkpoint import checkpoint
 
@@ -50,7 +56,7 @@ def test_two_byte_types(shuffled, dtype, activation):  # noqa: F811
     _agree(make_case(70, 4, 2, 40, 24, activation, dtype))
 
 
-@pytest.mark.parametrize("name", ["hopper", "ampere", "cdna", "wide"])
+@pytest.mark.parametrize("name", ["hopper", "blackwell", "ampere", "cdna", "wide"])
 def test_the_tiles_that_ship_for_gpus(shuffled, monkeypatch, name):  # noqa: F811
     monkeypatch.setattr(op, "choose", lambda *device: configs.BY_NAME[name])
     _agree(make_case(150, 3, 2, 72, 136))
@@ -98,6 +104,39 @@ def test_the_poison_and_the_fences_are_there(interpreter):  # noqa: F811
     assert torch.empty(3, dtype=torch.int32).min() > 2**30
     case = make_case(3, 2, 1)
     assert torch.as_strided(case.x.detach(), (4,), (1,), case.x.storage_offset() - 4).isnan().all()
+
+
+def test_a_reach_out_of_a_tensor_is_seen(interpreter):  # noqa: F811
+    """The watch over loads and stores: one row too far in either."""
+    rows, slot = torch.zeros(4, 8), torch.tensor([0, 4], dtype=torch.int32)
+    with pytest.raises(triton_interpreter.InterpreterError, match="out of the tensors"):
+        combining.combine(rows, slot, None, 1, configs.INTERPRETED)
+    index = torch.zeros(4, 1, dtype=torch.int32)
+    meta = routing.allocate(index, 1, 64)
+    with pytest.raises(triton_interpreter.InterpreterError, match="out of the tensors"):
+        routing.tiles_kernel[(1,)](
+            torch.tensor([0, 4], dtype=torch.int32), meta.tile_expert, meta.tile_start, meta.tile_count, 2,
+            E=1, BLOCK_M=64, BLOCK=16, BLOCK_E=1,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["interpreted", "hopper"])
+def test_an_index_outside_reaches_nothing(shuffled, monkeypatch, name):  # noqa: F811
+    """What guards a GPU, where the error comes later: such a choice adds nothing, and its weight's gradient is 0."""
+    monkeypatch.setattr(op, "choose", lambda *device: configs.BY_NAME[name])
+    case = make_case(70, 4, 2)
+    outside = torch.rand(70, 2) < 0.3
+    outside[0] = True  # a token without any expert
+    wild = torch.tensor([-1, 4, 5, 2**31 - 1, -(2**31)])[torch.randint(5, (70, 2))]
+    monkeypatch.setattr(op, "check_index", lambda index, num_experts: None)
+    actual = run(case._replace(topk_index=torch.where(outside, wild, case.topk_index)))
+    silent = case._replace(topk_weight=case.topk_weight.detach().masked_fill(outside, 0).requires_grad_())
+    expected = reference(silent)
+    expected[4] = expected[4].masked_fill(outside, 0)
+    assert not actual[0][0].any()
+    assert not actual[4][outside].any()
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (0, 3), (1, 2)])
@@ -162,6 +201,30 @@ def test_the_ops_keep_their_contract(interpreter):  # noqa: F811
     tensors = [t.detach() for t in (torch.randn(x.shape), x, gate_up, down, weight, pre)]
     for needs in ([True] * 4, [False, True, False, True]):
         torch.library.opcheck(op.backward_op, (*tensors, meta, activation, needs), test_utils=tests)
+
+
+def test_a_persistent_launch_leaves_the_callers_allocator(interpreter, monkeypatch):  # noqa: F811
+    """On a GPU, descriptors need memory from an allocator that belongs to the context, in any thread."""
+    import triton
+    from triton.runtime import _allocation
+
+    seen = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: seen.append((grid, arguments, _allocation._allocator.get()))
+
+    def callers(size, alignment, stream):
+        return None
+
+    monkeypatch.setattr(parts, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    triton.set_allocator(callers)
+    parts.launch_persistent(Kernel(), torch.device("cuda"), 1000, "x", num_warps=8)
+    parts.launch_persistent(Kernel(), torch.device("cuda"), 5, "x", num_warps=8)
+    assert [(grid, arguments) for grid, arguments, _ in seen] == [((132,), ("x",)), ((5,), ("x",))]
+    assert all(allocator is parts._scratch for *_, allocator in seen)
+    assert _allocation._allocator.get() is callers
 
 
 def test_activation_checkpointing(interpreter):  # noqa: F811

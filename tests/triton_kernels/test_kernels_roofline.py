@@ -71,6 +71,21 @@ def test_our_launches_move_less_than_the_peers(shape, arch):
     assert roofline.total_bytes(ours["forward"], shape) <= roofline.total_bytes(forward, shape)
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_coefficients_of_our_launches(arch):
+    """Training forward as Liger's; 2 less without gradients; backward below it in each coefficient but c.
+
+    c is 10 and what the float32 sums behind d(topk weight) take, written and read: 8 for each tile of columns.
+    """
+    ours = roofline.launches(SHIPPED, arch, "bf16")
+    assert roofline.coefficients(ours["forward"]) == pytest.approx((2, 2, 4, 1))
+    columns = next(s for s in SHIPPED if s.op == "grad_hidden" and arch in s.archs).tile[1]
+    assert roofline.coefficients(ours["backward"]) == pytest.approx((4, 2, 10 + 2 * 8 / columns * 2, 2))
+    rows = [row for row in roofline.compare(SHIPPED, arch) if row["design"] == "ours, no gradients"]
+    assert [row["direction"] for row in rows] == ["forward"] * len(roofline.SHAPES)
+    assert all(row["coefficients"] == pytest.approx((2, 2, 2, 1)) for row in rows)
+
+
 def test_bytes_follow_the_arguments_of_the_kernels():
     """One more pass over a tensor in a spec shows in the figure."""
     shape = roofline.SHAPES[0]
@@ -110,3 +125,17 @@ def test_smaller_steps_waste_less():
     half = dataclasses.replace(spec, row_step=spec.tile[0] // 2)
     shape = roofline.SHAPES[1]
     assert roofline.wasted_share(half, shape)[0] == pytest.approx(roofline.wasted_share(spec, shape)[0] / 2, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("loads", "most"),
+    [(range(1, 64), 1.0), (range(64, 257), 1.0), (range(257, 512, 16), 1.34), (range(513, 4096, 64), 1.25)],
+    ids=["decode", "up to 256", "up to 512", "more"],
+)
+@pytest.mark.parametrize("shape", roofline.SHAPES, ids=lambda shape: shape.name)
+def test_what_tiles_of_128_rows_cost_at_any_load(shape, loads, most):
+    """Up to 256 rows an expert, reading the matrices takes longer than the padded product."""
+    specs = [spec for spec in roofline.launched(SHIPPED, "sm_90", "bf16") if spec.is_product]
+    for load in loads:
+        at = dataclasses.replace(shape, tokens=max(1, load * shape.experts // shape.top_k))
+        assert max(roofline.padded_share(spec, at) for spec in specs) <= most, load

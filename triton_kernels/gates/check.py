@@ -106,16 +106,22 @@ def issued_over_useful(spec: KernelSpec, facts: Facts) -> float | None:
     """FLOPs that the loop issues over those of the spec; None where the instructions do not tell their shape."""
     if not facts.mma_flops or not spec.loop_flops:
         return None
-    warps = spec.num_warps // 4 if "HGMMA" in facts.mma else spec.num_warps
-    return facts.mma_flops * warps / spec.loop_flops
+    issuers = spec.num_warps
+    if "HGMMA" in facts.mma:  # issued by groups of four warps; specialised, by all groups but the one that loads
+        issuers = facts.warps // 4 - 1 if facts.specialised else spec.num_warps // 4
+    return facts.mma_flops * issuers / spec.loop_flops
 
 
 def wide_share(spec: KernelSpec, facts: Facts) -> float:
-    """Of the two operands' bytes in one step of the loop (16-bit elements), what asynchronous wide loads bring."""
-    if facts.loads.get("tma", 0) >= 2:  # TMA moves a whole operand
-        return 1.0
+    """Of the two operands' bytes in one step of the loop (16-bit elements), what asynchronous wide loads bring.
+
+    TMA moves a whole operand: both, or the matrices beside rows that are gathered by other loads.
+    """
     rows, columns, depth = spec.tile
-    loaded = facts.loads.get("128", 0) * 16 * 32 * spec.num_warps
+    by_tma = facts.loads.get("tma", 0)
+    if by_tma and len(facts.loads) == 1:
+        return float(by_tma >= 2)
+    loaded = facts.loads.get("128", 0) * 16 * 32 * spec.num_warps + 2 * columns * depth * bool(by_tma)
     return loaded / (2 * (rows + columns) * depth)
 
 

@@ -14,7 +14,7 @@ import math
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from triton_kernels.spec import KernelSpec
 
@@ -205,9 +205,24 @@ def wasted_share(spec: KernelSpec, shape: Shape, draws: int = 400) -> tuple[floa
     return total / draws, shape.experts * (step - 1) / (2 * shape.rows)
 
 
+def padded_share(spec: KernelSpec, shape: Shape, dtype: str = "bf16") -> float:
+    """The bound of a launch whose experts all fill whole steps, over the bound of one without padding.
+
+    1 where reading the matrices takes longer than the padded product: there no smaller tile would be faster.
+    """
+    each = pass_of(spec, dtype)
+    mean, step = shape.rows / shape.experts, spec.row_step or spec.tile[0]
+    padding = math.ceil(mean / step) * step / mean
+    return replace(each, flops=each.flops * padding).seconds(shape) / each.seconds(shape)
+
+
 def compare(specs: Sequence[KernelSpec], arch: str = "sm_90", dtype: str = "bf16") -> list[Mapping[str, object]]:
     """Plain rows (shape, direction, design, coefficients, bytes, milliseconds), ours last, for tables and JSON."""
-    designs = DESIGNS | {"ours": launches(specs, arch, dtype)}
+    inference = launches([spec for spec in specs if not spec.constexprs.get("SAVE")], arch, dtype)
+    designs = DESIGNS | {
+        "ours": launches(specs, arch, dtype),
+        "ours, no gradients": {"forward": inference["forward"], "backward": []},
+    }
     return [
         {
             "shape": shape.name,

@@ -129,6 +129,17 @@ def main_loop(blocks: list[Block]) -> list[Instruction]:
     return max(found, key=lambda entry: entry[:2])[2] if found else []
 
 
+def loading_loop(blocks: list[Block]) -> list[Instruction]:
+    """Instructions of the loops that load by TMA, each the smallest around its load; they need not multiply."""
+    loops = [members for _, _, members in natural_loops(blocks)]
+    found: set[int] = set()
+    for number, block in enumerate(blocks):
+        around = [members for members in loops if number in members]
+        if around and any(i.name.startswith("UTMALDG") for i in block.instructions):
+            found |= min(around, key=len)
+    return [i for number in sorted(found) for i in blocks[number].instructions]
+
+
 def products(code: list[Instruction]) -> tuple[int, float]:
     """FLOPs that one issuer of matrix instructions issues in this code, and cycles that these keep its units busy."""
     flops, cycles = 0, 0.0
@@ -173,26 +184,31 @@ def _in_flight(code: list[Instruction]) -> int:
 
 
 def ttgir_conversions(text: str) -> int:
-    """Layout conversions in the innermost loops of Triton's GPU dialect that hold a product; index vectors excepted."""
-    open_loops: list[list[bool | int]] = []  # of each open region: a loop, holds a product, conversions
+    """Layout conversions in the innermost loops of Triton's GPU dialect that hold a product; index vectors excepted.
+
+    A loop around another that holds one is not innermost, even where a product was moved out of the inner loop.
+    """
+    open_regions: list[dict[str, int]] = []
     most = 0
     for line in text.splitlines():
         for kind in re.findall(r"scf\.for|[{}]", re.sub(r"\{[^{}]*\}", "", line)):
-            if kind == "scf.for":
-                open_loops.append([True, False, 0])
-            elif kind == "{" and "scf.for" not in line:
-                open_loops.append([False, False, 0])
-            elif kind == "}" and open_loops:
-                is_loop, product, count = open_loops.pop()
-                if is_loop and product:
-                    most = max(most, int(count))
-                elif open_loops:  # an "if" inside belongs to its loop
-                    open_loops[-1][1] = open_loops[-1][1] or (not is_loop and product)
-                    open_loops[-1][2] += 0 if is_loop else count
-        if open_loops and re.search(r"(tt\.dot|warp_group_dot|tc_gen5_mma) ", line):
-            open_loops[-1][1] = True
-        if open_loops and "ttg.convert_layout" in line and re.search(r"-> tensor<\d+x\d+x", line):
-            open_loops[-1][2] += 1
+            if kind == "scf.for" or (kind == "{" and "scf.for" not in line):
+                open_regions.append({"loop": kind == "scf.for", "products": 0, "conversions": 0, "inner": 0})
+            elif kind == "}" and open_regions:
+                closed = open_regions.pop()
+                innermost = closed["loop"] and closed["products"] and not closed["inner"]
+                if innermost:
+                    most = max(most, closed["conversions"])
+                if open_regions:
+                    outer = open_regions[-1]
+                    outer["inner"] += innermost or closed["inner"]
+                    if not closed["loop"]:  # an "if" inside belongs to its loop
+                        outer["products"] += closed["products"]
+                        outer["conversions"] += closed["conversions"]
+        if open_regions and re.search(r"(tt\.dot|warp_group_dot|tc_gen5_mma) ", line):
+            open_regions[-1]["products"] += 1
+        if open_regions and "ttg.convert_layout" in line and re.search(r"-> tensor<\d+x\d+x", line):
+            open_regions[-1]["conversions"] += 1
     return most
 
 
@@ -208,7 +224,7 @@ def read(compiled: CompiledKernel) -> Facts:
     loading = loop
     specialised = "ttg.warp_specialize(" in ttgir
     if specialised:
-        loading = [i for _, _, members in natural_loops(blocks) for n in members for i in blocks[n].instructions]
+        loading = loading_loop(blocks)
     buffers = [int(count) for count in re.findall(r"memdesc<(\d+)x\d+x\d+x[a-z]+\d+, [^>]*#smem", ttgir)]
     return Facts(
         registers=int(re.search(r"REG:(\d+)", _resources(compiled.asm["cubin"]))[1]),  # type: ignore[index]

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_kernels.configs import Config
-from triton_kernels.grouped.parts import multiply, own_tile, store_rows
+from triton_kernels.grouped.parts import dot, launch_persistent, multiply, own_tile, store_rows
 from triton_kernels.precision import constants
 from triton_kernels.routing import Metadata
 
@@ -25,7 +25,8 @@ def down_kernel(
     GROUP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """out (R, H) = hidden W_downᵀ."""
-    tile, column_tile = own_tile(tl.cdiv(H, BLOCK_N), GROUP)
+    NUM_N: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
+    tile, column_tile = own_tile(tl.program_id(0), tl.num_programs(0) // NUM_N, NUM_N, GROUP)
     expert = tl.load(tile_expert + tile)
     if expert < 0:
         return
@@ -39,23 +40,61 @@ def down_kernel(
     store_rows(out, acc, rows, columns, end, H)
 
 
-def constexprs(width: int, inter: int, config: Config) -> dict[str, Any]:
+@triton.jit
+def down_persistent_kernel(
+    hidden, weight, offsets, tile_expert, tile_start, tile_count, out, num_rows,
+    E: tl.constexpr, H: tl.constexpr, F: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    SPECIALIZED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """The same with both sides through tensor descriptors.
+
+    A block of rows may reach into the next expert, and a block of columns into the next matrix: what they bring is
+    multiplied, and not stored. Past the end of the tensors and of F, descriptors bring zeros.
+    """
+    NUM_N: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
+    num_m = tl.load(tile_count)
+    a = tl.make_tensor_descriptor(hidden, [num_rows, F], [F, 1], [BLOCK_M, BLOCK_K])
+    b = tl.make_tensor_descriptor(weight, [E * H, F], [F, 1], [BLOCK_N, BLOCK_K])
+    steps = tl.num_programs(0)
+    for program in tl.range(tl.program_id(0), num_m * NUM_N, steps, warp_specialize=SPECIALIZED):
+        tile, column_tile = own_tile(program, num_m, NUM_N, GROUP)
+        expert = tl.load(tile_expert + tile)
+        start = tl.load(tile_start + tile)
+        end = tl.load(offsets + expert + 1)
+        first = column_tile * BLOCK_N
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, F, BLOCK_K):
+            acc = dot(a.load([start, k]), b.load([expert * H + first, k]).T, acc, PRECISION, UPCAST)
+        store_rows(out, acc, start + tl.arange(0, BLOCK_M), first + tl.arange(0, BLOCK_N), end, H)
+
+
+def constexprs(width: int, inter: int, num_experts: int, config: Config) -> dict[str, Any]:
     """Compile-time arguments of a launch, without those of ``precision.constants``."""
-    return {
-        "H": width, "F": inter, "BLOCK_M": config.rows, "BLOCK_N": config.down.columns, "BLOCK_K": config.down.depth,
-        "GROUP": config.down.group,
+    tile = config.down
+    sizes = {
+        "H": width, "F": inter, "BLOCK_M": config.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth,
+        "GROUP": tile.group,
     }  # fmt: skip
+    return sizes | {"E": num_experts, "SPECIALIZED": tile.specialized} if tile.persistent else sizes
 
 
 def down(hidden: Tensor, weight: Tensor, meta: Metadata, config: Config) -> Tensor:
     """hidden (R, F) times the transpose of its expert's matrix of weight (E, H, F): (R, H), not weighted."""
-    width, inter = weight.shape[1:]
+    num_experts, width, inter = weight.shape
     tile = config.down
     out = torch.empty(len(hidden), width, dtype=hidden.dtype, device=hidden.device)
-    grid = (len(meta.tile_expert) * triton.cdiv(width, tile.columns),)
-    down_kernel[grid](
-        hidden, weight, meta.offsets, meta.tile_expert, meta.tile_start, out,
-        **constexprs(width, inter, config), **constants(hidden.dtype),
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    tiles = len(meta.tile_expert) * triton.cdiv(width, tile.columns)
+    table = (meta.offsets, meta.tile_expert, meta.tile_start)
+    options = {
+        **constexprs(width, inter, num_experts, config), **constants(hidden.dtype),
+        "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+    if tile.persistent:
+        launch_persistent(
+            down_persistent_kernel, hidden.device, tiles,
+            hidden, weight, *table, meta.tile_count, out, len(hidden), **options,
+        )  # fmt: skip
+    else:
+        down_kernel[(tiles,)](hidden, weight, *table, out, **options)
     return out

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_kernels.configs import Config
-from triton_kernels.grouped.parts import multiply, own_tile, store_rows
+from triton_kernels.grouped.parts import dot, launch_persistent, multiply, own_tile, store_rows
 from triton_kernels.precision import constants
 from triton_kernels.routing import Metadata
 
@@ -26,7 +26,8 @@ def grad_rows_kernel(
 ):  # fmt: skip
     """out (R, H) = grad_pre (R, G) W, the rows of W interleaved as the columns of grad_pre are."""
     G: tl.constexpr = 2 * F
-    tile, column_tile = own_tile(tl.cdiv(H, BLOCK_N), GROUP)
+    NUM_N: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
+    tile, column_tile = own_tile(tl.program_id(0), tl.num_programs(0) // NUM_N, NUM_N, GROUP)
     expert = tl.load(tile_expert + tile)
     if expert < 0:
         return
@@ -41,24 +42,63 @@ def grad_rows_kernel(
     store_rows(out, acc, rows, columns, end, H)
 
 
-def constexprs(width: int, inter: int, config: Config) -> dict[str, Any]:
+@triton.jit
+def grad_rows_persistent_kernel(
+    grad_pre, weight, offsets, tile_expert, tile_start, tile_count, out, num_rows,
+    E: tl.constexpr, H: tl.constexpr, F: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    SPECIALIZED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """The same with both sides through tensor descriptors (see ``down``).
+
+    W (2F, H) of an expert is seen as (F, 2, H), row 2f + s of a block being gate (s = 0) or up row f.
+    """
+    NUM_N: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
+    num_m = tl.load(tile_count)
+    a = tl.make_tensor_descriptor(grad_pre, [num_rows, 2 * F], [2 * F, 1], [BLOCK_M, BLOCK_K])
+    b = tl.make_tensor_descriptor(
+        weight, [E, F, 2, H], [2 * F * H, H, F * H, 1], [1, BLOCK_K // 2, 2, BLOCK_N]
+    )  # fmt: skip
+    steps = tl.num_programs(0)
+    for program in tl.range(tl.program_id(0), num_m * NUM_N, steps, warp_specialize=SPECIALIZED):
+        tile, column_tile = own_tile(program, num_m, NUM_N, GROUP)
+        expert = tl.load(tile_expert + tile)
+        start = tl.load(tile_start + tile)
+        end = tl.load(offsets + expert + 1)
+        first = column_tile * BLOCK_N
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, 2 * F, BLOCK_K):
+            matrix = tl.reshape(b.load([expert, k // 2, 0, first]), (BLOCK_K, BLOCK_N))
+            acc = dot(a.load([start, k]), matrix, acc, PRECISION, UPCAST)
+        store_rows(out, acc, start + tl.arange(0, BLOCK_M), first + tl.arange(0, BLOCK_N), end, H)
+
+
+def constexprs(width: int, inter: int, num_experts: int, config: Config) -> dict[str, Any]:
     """Compile-time arguments of a launch, without those of ``precision.constants``."""
     tile = config.grad_rows
-    return {
+    sizes = {
         "H": width, "F": inter, "BLOCK_M": config.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth,
         "GROUP": tile.group,
     }  # fmt: skip
+    return sizes | {"E": num_experts, "SPECIALIZED": tile.specialized} if tile.persistent else sizes
 
 
 def grad_rows(grad_pre: Tensor, weight: Tensor, meta: Metadata, config: Config) -> Tensor:
     """grad_pre (R, G) interleaved times its expert's matrix of weight (E, G, H): (R, H), to be summed by token."""
-    inter, width = weight.shape[1] // 2, weight.shape[2]
+    num_experts, both, width = weight.shape
     tile = config.grad_rows
     out = torch.empty(len(grad_pre), width, dtype=grad_pre.dtype, device=grad_pre.device)
-    grid = (len(meta.tile_expert) * triton.cdiv(width, tile.columns),)
-    grad_rows_kernel[grid](
-        grad_pre, weight, meta.offsets, meta.tile_expert, meta.tile_start, out,
-        **constexprs(width, inter, config), **constants(grad_pre.dtype),
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    tiles = len(meta.tile_expert) * triton.cdiv(width, tile.columns)
+    table = (meta.offsets, meta.tile_expert, meta.tile_start)
+    options = {
+        **constexprs(width, both // 2, num_experts, config), **constants(grad_pre.dtype),
+        "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+    if tile.persistent:
+        launch_persistent(
+            grad_rows_persistent_kernel, grad_pre.device, tiles,
+            grad_pre, weight, *table, meta.tile_count, out, len(grad_pre), **options,
+        )  # fmt: skip
+    else:
+        grad_rows_kernel[(tiles,)](grad_pre, weight, *table, out, **options)
     return out

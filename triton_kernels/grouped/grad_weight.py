@@ -34,7 +34,8 @@ def grad_weight_kernel(
     the interleaved gradient of gate and up, and the rows of out are put back as gate first, up after.
     """
     NUM_M: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
-    tile, column_tile = own_tile(tl.cdiv(N, BLOCK_N), GROUP)
+    NUM_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    tile, column_tile = own_tile(tl.program_id(0), tl.num_programs(0) // NUM_N, NUM_N, GROUP)
     expert = tile // NUM_M
     m = (tile % NUM_M) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)

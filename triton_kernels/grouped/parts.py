@@ -1,17 +1,25 @@
-"""What the grouped products share: which tile a program owns, and the main loop.
+"""What the grouped products share: which tile a program owns, the main loop, and how persistent kernels are launched.
 
 BM × BN is the output tile of a program, BK the depth of a step. A row tile never crosses an expert.
 """
 
+from __future__ import annotations
+
+import contextvars
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 
+from triton_kernels.precision import interpreted
+
+INTERPRETED_PROGRAMS = 3  # few, so that each walks several tiles
+
 
 @triton.jit
-def own_tile(NUM_N: tl.constexpr, GROUP: tl.constexpr):
-    """(row tile, column tile) of this program: GROUP row tiles share their columns' weights in L2."""
-    program = tl.program_id(0)
-    num_m = tl.num_programs(0) // NUM_N
+def own_tile(program, num_m, NUM_N: tl.constexpr, GROUP: tl.constexpr):
+    """(row tile, column tile) of a program among num_m × NUM_N: GROUP row tiles share their columns' weights in L2."""
     first = program // (GROUP * NUM_N) * GROUP
     height = tl.minimum(num_m - first, GROUP)
     inner = program % (GROUP * NUM_N)
@@ -51,6 +59,19 @@ def multiply(
 
 
 @triton.jit
+def load_left(a, k, DEPTH: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Pointers a (BM, BK) at depth k, masked only where no whole number of steps makes DEPTH.
+
+    Beside a descriptor, which brings zeros past the end, the mask stays in the loop: a product after it would belong
+    to the outer loop of a persistent kernel, and spoil both.
+    """
+    if DEPTH % BLOCK_K == 0:
+        return tl.load(a)
+    else:
+        return tl.load(a, mask=(tl.arange(0, BLOCK_K) < DEPTH - k)[None, :], other=0.0)
+
+
+@triton.jit
 def halves(values, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """The left and the right half of the columns of values (BM, BN)."""
     return tl.split(tl.permute(tl.reshape(values, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
@@ -65,3 +86,26 @@ def store_rows(
     mask = (rows < end)[:, None] & (columns < WIDTH)[None, :]
     place = target + rows.to(tl.int64)[:, None] * WIDTH + columns[None, :]
     tl.store(place, values.to(target.dtype.element_ty), mask=mask)
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+    """Memory for the descriptors that a kernel makes, from torch's allocator, which keeps to the stream's order."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def launch_persistent(kernel: Any, device: torch.device, most: int, *arguments: Any, **options: Any) -> None:
+    """Launch one program for each multiprocessor, and no more than most, on a kernel that makes descriptors.
+
+    Triton asks an allocator, which belongs to the calling context, for the memory of these descriptors. It is set in
+    a copy of the context: a caller's own stays, and the threads of autograd, which have contexts of their own, have it.
+    """
+    if interpreted():
+        kernel[(min(INTERPRETED_PROGRAMS, most),)](*arguments, **options)
+        return
+    grid = (min(torch.cuda.get_device_properties(device).multi_processor_count, most),)
+
+    def launch() -> None:
+        triton.set_allocator(_scratch)
+        kernel[grid](*arguments, **options)
+
+    contextvars.copy_context().run(launch)

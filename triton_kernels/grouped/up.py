@@ -18,9 +18,35 @@ from torch import Tensor
 
 from triton_kernels.activations import activate
 from triton_kernels.configs import Config
-from triton_kernels.grouped.parts import halves, multiply, own_tile, store_rows
+from triton_kernels.grouped.parts import (
+    dot,
+    halves,
+    launch_persistent,
+    load_left,
+    multiply,
+    own_tile,
+    store_rows,
+)
 from triton_kernels.precision import constants
 from triton_kernels.routing import Metadata
+
+
+@triton.jit
+def finish(
+    acc, hidden, pre, rows, end, column_tile,
+    F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACTIVATION: tl.constexpr, SAVE: tl.constexpr,
+):  # fmt: skip
+    """Write a tile of pre-activations where SAVE, and its activations."""
+    # By halves: the epilogue of a whole tile, with gate and up beside it, outgrows the registers.
+    left, right = halves(acc, BLOCK_M, BLOCK_N)
+    for side in tl.static_range(2):
+        values = left if side == 0 else right
+        first = column_tile * BLOCK_N + side * (BLOCK_N // 2)
+        if SAVE:
+            store_rows(pre, values, rows, first + tl.arange(0, BLOCK_N // 2), end, 2 * F)
+        gate, up = tl.split(tl.reshape(values, (BLOCK_M, BLOCK_N // 4, 2)))
+        half = first // 2 + tl.arange(0, BLOCK_N // 4)
+        store_rows(hidden, activate(gate, ACTIVATION) * up, rows, half, end, F)
 
 
 @triton.jit
@@ -31,7 +57,8 @@ def up_kernel(
 ):  # fmt: skip
     """hidden (R, F) = act(x W_gateᵀ) ⊙ x W_upᵀ, and pre (R, G) where SAVE."""
     G: tl.constexpr = 2 * F
-    tile, column_tile = own_tile(tl.cdiv(G, BLOCK_N), GROUP)
+    NUM_N: tl.constexpr = (G + BLOCK_N - 1) // BLOCK_N
+    tile, column_tile = own_tile(tl.program_id(0), tl.num_programs(0) // NUM_N, NUM_N, GROUP)
     expert = tl.load(tile_expert + tile)
     if expert < 0:
         return
@@ -46,24 +73,50 @@ def up_kernel(
     a = x + tokens[:, None] * H + depth[None, :]
     b = weight + expert.to(tl.int64) * (G * H) + matrix_row[None, :] * H + depth[:, None]
     acc = multiply(a, b, BLOCK_K, H, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST)
-    # By halves: the epilogue of a whole tile, with gate and up beside it, outgrows the registers.
-    left, right = halves(acc, BLOCK_M, BLOCK_N)
-    for side in tl.static_range(2):
-        values = left if side == 0 else right
-        first = column_tile * BLOCK_N + side * (BLOCK_N // 2)
-        if SAVE:
-            store_rows(pre, values, rows, first + tl.arange(0, BLOCK_N // 2), end, G)
-        gate, up = tl.split(tl.reshape(values, (BLOCK_M, BLOCK_N // 4, 2)))
-        half = first // 2 + tl.arange(0, BLOCK_N // 4)
-        store_rows(hidden, activate(gate, ACTIVATION) * up, rows, half, end, F)
+    finish(acc, hidden, pre, rows, end, column_tile, F, BLOCK_M, BLOCK_N, ACTIVATION, SAVE)
 
 
-def constexprs(width: int, inter: int, activation: str, save: bool, config: Config) -> dict[str, Any]:
+@triton.jit
+def up_persistent_kernel(
+    x, weight, token, offsets, tile_expert, tile_start, tile_count, hidden, pre,
+    E: tl.constexpr, H: tl.constexpr, F: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    ACTIVATION: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """The same with the matrices through a tensor descriptor; rows are gathered through pointers.
+
+    W (2F, H) of an expert is seen as (F, 2, H), so that a block comes interleaved.
+    """
+    NUM_N: tl.constexpr = (2 * F + BLOCK_N - 1) // BLOCK_N
+    num_m = tl.load(tile_count)
+    b = tl.make_tensor_descriptor(
+        weight, [E, F, 2, H], [2 * F * H, H, F * H, 1], [1, BLOCK_N // 2, 2, BLOCK_K]
+    )  # fmt: skip
+    for program in tl.range(tl.program_id(0), num_m * NUM_N, tl.num_programs(0)):
+        tile, column_tile = own_tile(program, num_m, NUM_N, GROUP)
+        expert = tl.load(tile_expert + tile)
+        end = tl.load(offsets + expert + 1)
+        rows = tl.load(tile_start + tile) + tl.arange(0, BLOCK_M)
+        tokens = tl.load(token + tl.minimum(rows, end - 1)).to(tl.int64)
+        a = x + tokens[:, None] * H + tl.arange(0, BLOCK_K)[None, :]
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, H, BLOCK_K):
+            matrix = tl.reshape(b.load([expert, column_tile * (BLOCK_N // 2), 0, k]), (BLOCK_N, BLOCK_K))
+            acc = dot(load_left(a, k, H, BLOCK_K), matrix.T, acc, PRECISION, UPCAST)
+            a += BLOCK_K
+        finish(acc, hidden, pre, rows, end, column_tile, F, BLOCK_M, BLOCK_N, ACTIVATION, SAVE)
+
+
+def constexprs(
+    width: int, inter: int, num_experts: int, activation: str, save: bool, config: Config
+) -> dict[str, Any]:  # fmt: skip
     """Compile-time arguments of a launch, without those of ``precision.constants``."""
-    return {
-        "H": width, "F": inter, "BLOCK_M": config.rows, "BLOCK_N": config.up.columns, "BLOCK_K": config.up.depth,
-        "GROUP": config.up.group, "ACTIVATION": activation, "SAVE": save,
+    tile = config.up
+    sizes = {
+        "H": width, "F": inter, "BLOCK_M": config.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth,
+        "GROUP": tile.group, "ACTIVATION": activation, "SAVE": save,
     }  # fmt: skip
+    return sizes | {"E": num_experts} if tile.persistent else sizes
 
 
 def up(x: Tensor, weight: Tensor, meta: Metadata, activation: str, save: bool, config: Config) -> tuple[Tensor, Tensor]:
@@ -80,14 +133,20 @@ def up(x: Tensor, weight: Tensor, meta: Metadata, activation: str, save: bool, c
     Returns:
         hidden (R, F), and pre (R, G) interleaved, or (0, G) without save.
     """
-    width, inter = x.shape[1], weight.shape[1] // 2
+    num_experts, both, width = weight.shape
     rows, tile = len(meta.order), config.up
-    hidden = torch.empty(rows, inter, dtype=x.dtype, device=x.device)
-    pre = torch.empty(rows if save else 0, 2 * inter, dtype=x.dtype, device=x.device)
-    grid = (len(meta.tile_expert) * triton.cdiv(2 * inter, tile.columns),)
-    up_kernel[grid](
-        x, weight, meta.token, meta.offsets, meta.tile_expert, meta.tile_start, hidden, pre,
-        **constexprs(width, inter, activation, save, config), **constants(x.dtype),
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    hidden = torch.empty(rows, both // 2, dtype=x.dtype, device=x.device)
+    pre = torch.empty(rows if save else 0, both, dtype=x.dtype, device=x.device)
+    tiles = len(meta.tile_expert) * triton.cdiv(both, tile.columns)
+    table = (meta.token, meta.offsets, meta.tile_expert, meta.tile_start)
+    options = {
+        **constexprs(width, both // 2, num_experts, activation, save, config), **constants(x.dtype),
+        "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+    if tile.persistent:
+        launch_persistent(
+            up_persistent_kernel, x.device, tiles, x, weight, *table, meta.tile_count, hidden, pre, **options
+        )
+    else:
+        up_kernel[(tiles,)](x, weight, *table, hidden, pre, **options)
     return hidden, pre

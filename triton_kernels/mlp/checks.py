@@ -10,6 +10,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from triton_kernels.mlp.reference import ACTIVATIONS
 
@@ -23,6 +24,18 @@ def check(
     x: Tensor, gate_up: Tensor, down: Tensor, topk_index: Tensor, topk_weight: Tensor, activation: str
 ) -> None:  # fmt: skip
     """Raise ValueError, in one line, for arguments that no implementation could make sense of."""
+    for name, tensor in (
+        ("x", x),
+        ("gate_up", gate_up),
+        ("down", down),
+        ("topk_index", topk_index),
+        ("topk_weight", topk_weight),
+    ):
+        if isinstance(tensor, DTensor):
+            raise ValueError(
+                f"expert_mlp: {name} is a DTensor: give whole tensors, as fully_shard does in a module's forward, or"
+                " your own rank's share by to_local()"
+            )
     for name, tensor, dims in (
         ("x", x, "(T, H)"),
         ("gate_up", gate_up, "(E, 2F, H)"),

@@ -37,11 +37,11 @@ def _ready(tensor: Tensor) -> Tensor:
 @torch.library.custom_op("triton_kernels::expert_mlp", mutates_args=())
 def forward_op(
     x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weight: Tensor, activation: str, save: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Forward for index (T, K) int32 and weight (T, K) float32.
 
     Returns:
-        out (T, H), pre (R, G) or (0, G) without save, and the six tensors of the metadata.
+        out (T, H), pre (R, G) or (0, G) without save, and the tensors of the metadata.
     """
     x, gate_up, down, index, weight = (_ready(t) for t in (x, gate_up, down, index, weight))
     check_index(index, len(gate_up))

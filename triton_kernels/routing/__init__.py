@@ -23,6 +23,7 @@ class Metadata(NamedTuple):
     offsets: Tensor  # (E + 1,) first row of each expert; the last entry is R
     tile_expert: Tensor  # (tiles,) expert of each tile, -1 past the last one
     tile_start: Tensor  # (tiles,) first row of each tile
+    tile_count: Tensor  # (1,) how many tiles there are
 
 
 def num_tiles(size: int, num_experts: int, block_rows: int) -> int:
@@ -34,7 +35,7 @@ def allocate(index: Tensor, num_experts: int, block_rows: int) -> Metadata:
     """Uninitialised metadata for index (T, K)."""
     size = index.numel()
     tiles = num_tiles(size, num_experts, block_rows)
-    lengths = (size, size, size, num_experts + 1, tiles, tiles)
+    lengths = (size, size, size, num_experts + 1, tiles, tiles, 1)
     return Metadata(*(torch.empty(n, dtype=torch.int32, device=index.device) for n in lengths))
 
 
@@ -65,7 +66,7 @@ def route(index: Tensor, num_experts: int, config: Config) -> Metadata:
         K=index.shape[1], E=num_experts, BLOCK=block, BLOCK_E=block_e,
     )  # fmt: skip
     tiles_kernel[(triton.cdiv(tiles, block),)](
-        meta.offsets, meta.tile_expert, meta.tile_start, tiles,
+        meta.offsets, meta.tile_expert, meta.tile_start, meta.tile_count, tiles,
         E=num_experts, BLOCK_M=config.rows, BLOCK=block, BLOCK_E=block_e,
     )  # fmt: skip
     return meta

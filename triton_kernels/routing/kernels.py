@@ -63,10 +63,10 @@ def place_kernel(
 
 @triton.jit
 def tiles_kernel(
-    offsets, tile_expert, tile_start, num_tiles,
+    offsets, tile_expert, tile_start, tile_count, num_tiles,
     E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Tile i covers rows tile_start[i] to tile_start[i] + BM of expert tile_expert[i], -1 where there is no tile."""
+    """Tile i < tile_count covers rows tile_start[i] to tile_start[i] + BM of expert tile_expert[i]; -1 after them."""
     tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     experts = tl.arange(0, BLOCK_E)
     start = tl.load(offsets + experts, mask=experts < E, other=0)
@@ -79,3 +79,5 @@ def tiles_kernel(
     expert = tl.sum(tl.where(mine, experts[None, :], 0), 1)
     tl.store(tile_expert + tile, tl.where(found, expert, -1), mask=tile < num_tiles)
     tl.store(tile_start + tile, tl.sum(tl.where(mine, row, 0), 1), mask=tile < num_tiles)
+    if tl.program_id(0) == 0:
+        tl.store(tile_count, tl.sum(tiles, 0))
