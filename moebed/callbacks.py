@@ -114,15 +114,17 @@ class StepFile(Callback):
 
 
 class UnbrokenLog(Callback):
-    """No logged step is lost when a run is killed right after it wrote a checkpoint.
+    """No logged step and no validation is lost when a run is killed right after it wrote a checkpoint.
 
     Lightning hands a step's metrics to the loggers after the checkpoint of that step is written, and a logger keeps
     them in memory for a while. So what was logged before is flushed when a checkpoint is written, the step's own
-    metrics go into the checkpoint, and a resumed run logs them once more.
+    metrics go into the checkpoint, and a resumed run logs them once more. Likewise a step's validation comes after its
+    checkpoint, and Lightning takes it as done: a resumed run does it first, if the checkpoint says that it was not.
     """
 
     def __init__(self) -> None:
         self._last: dict[str, Any] = {}
+        self._validated: int | None = None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Flush the loggers; keep the metrics of the step that has just ended."""
@@ -131,10 +133,12 @@ class UnbrokenLog(Callback):
                 logger.experiment.flush()
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("train/")}
         checkpoint["last_logged"] = {"step": trainer.global_step - 1, "metrics": metrics}
+        checkpoint["last_validated_step"] = getattr(pl_module, "last_validated_step", None)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take up what the checkpoint kept."""
         self._last = checkpoint.get("last_logged", {})
+        self._validated = checkpoint.get("last_validated_step")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log it once more, where that step is one that is logged."""
@@ -142,6 +146,20 @@ class UnbrokenLog(Callback):
         if self._last and trainer.global_step and (self._last["step"] + 1) % every == 0:
             for logger in trainer.loggers:
                 logger.log_metrics(self._last["metrics"], self._last["step"])
+        if self._last and self._validated != trainer.global_step and _validation_is_due(trainer):
+            loop = trainer.fit_loop.epoch_loop.val_loop
+            loop.restarting = False
+            trainer.validating = True
+            loop.run()
+            trainer.training = True
+
+
+def _validation_is_due(trainer: Trainer) -> bool:
+    """Whether there is a validation after the optimizer step that was done last."""
+    interval = trainer.val_check_interval
+    if not isinstance(interval, int) or trainer.check_val_every_n_epoch is not None or trainer.global_step == 0:
+        return False
+    return trainer.global_step * trainer.accumulate_grad_batches % interval == 0
 
 
 class SampleText(Callback):

@@ -47,7 +47,7 @@ class Termination(Callback):
     ) -> None:
         """End here if a rank was asked to; with several ranks, they learn of it one step later."""
         asked = self._asked if trainer.world_size == 1 else self._agree(pl_module.device)
-        if asked == _NOTHING:
+        if asked == _NOTHING or trainer.global_step == trainer.max_steps:  # the last step ends the run by itself
             return
         self._restore()
         path = Path(trainer.checkpoint_callback.dirpath) / "last.ckpt"  # type: ignore[union-attr]

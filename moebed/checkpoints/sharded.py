@@ -171,7 +171,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) ->
         SharedError: It could not be written.
     """
     partial, first = partial_name(path), dist.get_rank() == 0
-    error: Exception | None = None
+    error: BaseException | None = None
     try:
         if first:
             shutil.rmtree(partial, ignore_errors=True)
@@ -184,7 +184,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) ->
                 file.flush()
                 os.fsync(file.fileno())
             replace(path)
-    except Exception as caught:  # noqa: BLE001 - whatever it is, every rank is told
+    except (Exception, dcp.api.CheckpointException) as caught:  # noqa: BLE001 - all ranks are told
         error = caught
     failures: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(failures, _first_line(error) if error is not None else None)
