@@ -1,7 +1,10 @@
 """The same run in every layout: the same losses, balancing, validation and probes; and one layout continues another."""
 
 import pytest
+import torch
 
+from moebed.checkpoints.checkpoint import Checkpoint
+from moebed.checkpoints.whole import load_decoder
 from tests.parallel.forked import run
 from tests.parallel.parallel_runs import LAYOUTS, curves, fit, recipe
 
@@ -38,6 +41,21 @@ def test_every_layout_trains_the_same_model(tmp_path):
     for layout, row in rows:
         assert max(row[tag] for tag in TRAINED) < 1e-5, layout
         assert row["probes"] < 1e-2, layout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_every_layout_has_the_same_selection_bias(tmp_path):
+    """Loss-free balancing moves each bias by the assignments of all ranks, once an optimizer step."""
+    path, biases = recipe(tmp_path, 6, router="sigmoid_topk", router_options={"bias_update_rate": 0.01}), {}
+    for layout in ("1 process", "DDP-2", "FSDP2-2", "EP-2"):
+        arguments, ranks = fit(path, tmp_path / layout, layout)
+        run(arguments, ranks, tmp_path / "logs" / layout)
+        decoder = load_decoder(Checkpoint.open(tmp_path / layout / "checkpoints" / "last.ckpt"))
+        biases[layout] = torch.stack([router.expert_bias for router in decoder.routers])
+    assert biases["1 process"].abs().max() > 0.01
+    for layout, bias in biases.items():
+        assert torch.equal(bias, biases["1 process"]), layout
 
 
 @pytest.mark.slow
