@@ -4,6 +4,7 @@ import pytest
 
 from moebed.checkpoints.checkpoint import Checkpoint
 from moebed.checkpoints.sharded import is_sharded
+from moebed.cli import main
 from tests.parallel.forked import run
 from tests.parallel.parallel_runs import curves, fit, recipe
 
@@ -22,6 +23,9 @@ def test_the_best_are_kept_and_can_be_validated(tmp_path):
     assert kept == sorted(["last.ckpt", *(f"epoch=0-step={step + 1}.ckpt" for step in wanted)])
     assert all(is_sharded(folder / "checkpoints" / name) for name in kept)
     assert Checkpoint.open(folder / "checkpoints" / kept[0]).config.num_experts == 8
+    last = str(folder / "checkpoints" / "last.ckpt")
+    assert main(["export", last, "--out", str(tmp_path / "exported")]) == 0
+    assert main(["probe", last, "--out", str(tmp_path / "probed"), "--probes", "gate_similarity"]) == 0
     validate = ["validate", *arguments[1:], "--ckpt_path", str(folder / "checkpoints" / kept[0])]
     for option in (*best[::2], "--trainer.val_check_interval"):
         at = validate.index(option)
