@@ -47,13 +47,13 @@ def test_every_layout_trains_the_same_model(tmp_path):
 @pytest.mark.timeout(1800)
 def test_every_layout_has_the_same_selection_bias(tmp_path):
     """Loss-free balancing moves each bias by the assignments of all ranks, once an optimizer step."""
-    path, biases = recipe(tmp_path, 6, router="sigmoid_topk", router_options={"bias_update_rate": 0.01}), {}
+    path, biases = recipe(tmp_path, 6, router="sigmoid_topk", router_options={"bias_update_rate": 0.001}), {}
     for layout in ("1 process", "DDP-2", "FSDP2-2", "EP-2"):
         arguments, ranks = fit(path, tmp_path / layout, layout)
         run(arguments, ranks, tmp_path / "logs" / layout)
         decoder = load_decoder(Checkpoint.open(tmp_path / layout / "checkpoints" / "last.ckpt"))
         biases[layout] = torch.stack([router.expert_bias for router in decoder.routers])
-    assert biases["1 process"].abs().max() > 0.01
+    assert biases["1 process"].abs().max() > 0.001  # more than one step has moved it
     for layout, bias in biases.items():
         assert torch.equal(bias, biases["1 process"]), layout
 
@@ -74,8 +74,8 @@ def test_another_layout_continues_a_run(tmp_path, first, second, options):
     path = recipe(tmp_path, STEPS)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(*fit(path, whole, "1 process"), tmp_path / "logs" / "whole")
-    # The first part ends where a checkpoint is asked for; its schedule is that of all twenty steps.
-    stop = ["--trainer.limit_train_batches", "10", "--trainer.max_epochs", "1"]
+    # The learning rate still warms up, so it does not depend on how many steps there will be.
+    stop = ["--trainer.max_steps", "10"]
     arguments, ranks = fit(path, parts, first, *stop)
     run(arguments, ranks, tmp_path / "logs" / "first")
     arguments, ranks = fit(path, parts, second, "--ckpt_path", "last", *options)

@@ -79,7 +79,7 @@ def test_a_signal_ends_the_processes_and_the_next_call_continues(tmp_path):
     step = tmp_path / "runs/b/seed_1/step"
 
     def interrupt():
-        while not step.exists():
+        while not (step.exists() and step.read_text() and (tmp_path / "runs/a/seed_1/step").exists()):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 
