@@ -89,6 +89,20 @@ def test_another_layout_continues_a_run(tmp_path, first, second, options):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+def test_accumulated_gradients_are_the_same(tmp_path):
+    """Two micro-batches a step; replicas average their gradients after the last one alone."""
+    path, found = recipe(tmp_path, 5), {}
+    for layout in ("1 process", "replicated-2", "FSDP2-2", "EP-2"):
+        arguments, ranks = fit(path, tmp_path / layout, layout, "--trainer.accumulate_grad_batches", "2")
+        run(arguments, ranks, tmp_path / "logs" / layout)
+        found[layout] = curves(tmp_path / layout)["train/grad_norm"]
+    assert len(found["1 process"]) == 5
+    for layout, norms in found.items():
+        assert norms == pytest.approx(found["1 process"], rel=1e-5), layout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("layout", ["FSDP2-2", "EP-2"])
 def test_compiled_parts_train_the_same_model(tmp_path, layout):
     path, found = recipe(tmp_path, 4), []
