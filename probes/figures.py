@@ -110,7 +110,8 @@ def style_axes(ax: Axes) -> None:
     ax.tick_params(labelsize=8, length=2, color=MUTED)
 
 
-def _layer_axis(ax: Axes) -> None:
+def layer_axis(ax: Axes) -> None:
+    """Layers from left to right."""
     style_axes(ax)
     ax.set_xlabel("layer", fontsize=9)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -122,7 +123,7 @@ def depth_line(ax: Axes, values: Mapping[int, float], colour: str, label: str, d
     ax.plot(list(values), list(values.values()), color=colour, label=label, **style)  # type: ignore[arg-type]
     if len(values) == 1:
         ax.plot(list(values), list(values.values()), "o", ms=4, color=colour)
-    _layer_axis(ax)
+    layer_axis(ax)
 
 
 def depth_band(ax: Axes, quartiles: Mapping[int, np.ndarray], colour: str) -> None:
@@ -134,7 +135,7 @@ def depth_band(ax: Axes, quartiles: Mapping[int, np.ndarray], colour: str) -> No
         layers, middle, yerr=[middle - low, high - middle], fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.5
     )
     ax.plot(layers, middle, color=colour, marker="o", ms=4, lw=1.6)
-    _layer_axis(ax)
+    layer_axis(ax)
 
 
 def panel_grid(count: int, title: str) -> tuple[Figure, list[Axes]]:

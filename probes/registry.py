@@ -22,6 +22,7 @@ from probes.layer_diversity import LayerDiversity
 from probes.matrix_similarity import MatrixSimilarity
 from probes.neuron_matching import NeuronMatching
 from probes.neuron_similarity import NeuronSimilarity
+from probes.norm_origin import NormOrigin
 from probes.norm_vs_score import NormVsScore
 from probes.prediction import Logits, Prediction
 from probes.repeats import Repeats
@@ -43,6 +44,7 @@ _WITH_TEXT: tuple[type[Probe], ...] = (
     Vocabulary,
     Saturation,
     NormVsScore,
+    NormOrigin,
     ExpertOutputs,
     ChosenVsRest,
     WeightVsOutput,

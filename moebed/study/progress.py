@@ -35,6 +35,7 @@ class StudyBar:
             unit="step",
             file=sys.stderr,
             dynamic_ncols=True,
+            smoothing=0,  # runs tell their steps in bursts; the mean since the start is the better forecast
             mininterval=0.5 if sys.stderr.isatty() else 60,
         )
 
