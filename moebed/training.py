@@ -256,15 +256,16 @@ class TrainingCLI(LightningCLI):
         if path.exists() and (kept := json.loads(path.read_text())).get("step") == step:
             return kept
         found = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
-        if self.model.last_validated_step != step:
+        if self.model.last_validated_step != step and self.trainer.limit_val_batches != 0:
             found |= self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)[0]
         wanted = ("train/loss", "train/tokens_per_second", "val/loss", "val/perplexity", "val/bits_per_byte")
         numbers: dict[str, float | int] = {"step": step} | {name: found[name] for name in wanted if name in found}
         numbers |= {name: value for name, value in found.items() if name.startswith("val/bits_per_byte/")}
         if not self.trainer.is_global_zero:
             return numbers
-        numbers["gzip -9 bits per byte"] = self.datamodule.gzip_bits_per_byte()["all"]
-        numbers["bits per byte over gzip's"] = numbers["val/bits_per_byte"] / numbers["gzip -9 bits per byte"]
+        if "val/bits_per_byte" in numbers:
+            numbers["gzip -9 bits per byte"] = self.datamodule.gzip_bits_per_byte()["all"]
+            numbers["bits per byte over gzip's"] = numbers["val/bits_per_byte"] / numbers["gzip -9 bits per byte"]
         temporary = path.with_name(path.name + ".partial")
         temporary.write_text(json.dumps(numbers, indent=2) + "\n")
         os.replace(temporary, path)

@@ -120,6 +120,13 @@ def test_fit_writes_a_whole_run_folder_and_continues(recipe, tmp_path, capsys):
     assert (tmp_path / "two.html").stat().st_size > 10_000
 
 
+def test_a_run_without_validation_ends_well(recipe, tmp_path):
+    path = recipe(lambda content: content["trainer"].update(limit_val_batches=0, max_steps=2, callbacks=[]))
+    assert main(["fit", "--config", str(path)]) == 0
+    summary = json.loads((tmp_path / "run" / "run_summary.json").read_text())
+    assert set(summary) == {"step", "train/loss", "train/tokens_per_second"}
+
+
 def _set(content, dotted, value):
     *parents, last = dotted.split(".")
     for key in parents:

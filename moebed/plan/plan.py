@@ -143,11 +143,7 @@ def setup_of(recipe: Any, cuda_devices: int) -> Setup:
         ConfigError: If the processes do not fit the grid, or a setting cannot be planned.
     """
     trainer, model, data = recipe.trainer, recipe.model, recipe.data
-    gpu = trainer.accelerator in ("gpu", "cuda") or (trainer.accelerator == "auto" and cuda_devices > 0)
-    layout = recipe.parallel
-    grid = layout.data * layout.expert if layout is not None else 0
-    world = _devices(trainer.devices, grid and grid // trainer.num_nodes, cuda_devices if gpu else 1)
-    world *= trainer.num_nodes
+    world, layout = world_size(recipe, cuda_devices), recipe.parallel
     if layout is None:
         layout = ParallelConfig(data=world, shard=False)
     else:
@@ -160,9 +156,29 @@ def setup_of(recipe: Any, cuda_devices: int) -> Setup:
         layout=layout.resolve(world),
         accumulate=trainer.accumulate_grad_batches,
         checkpointing=model.activation_checkpointing,
-        device="gpu" if gpu else "cpu",
+        device="gpu" if _on_gpu(trainer, cuda_devices) else "cpu",
         max_steps=trainer.max_steps if trainer.max_steps > 0 else None,
     )
+
+
+def world_size(recipe: Any, cuda_devices: int) -> int:
+    """Processes that a parsed recipe of ``moebed fit`` runs in; every one of them sees text of its own.
+
+    Args:
+        recipe: Namespace with trainer and parallel.
+        cuda_devices: GPUs of this machine, for what the recipe leaves to it.
+
+    Raises:
+        ConfigError: If ``trainer.devices`` is no number.
+    """
+    trainer, layout = recipe.trainer, recipe.parallel
+    grid = layout.data * layout.expert if layout is not None else 0
+    here = cuda_devices if _on_gpu(trainer, cuda_devices) else 1
+    return _devices(trainer.devices, grid and grid // trainer.num_nodes, here) * trainer.num_nodes
+
+
+def _on_gpu(trainer: Any, cuda_devices: int) -> bool:
+    return trainer.accelerator in ("gpu", "cuda") or (trainer.accelerator == "auto" and cuda_devices > 0)
 
 
 def _devices(devices: int | str | list[int], wanted: int, here: int) -> int:
@@ -175,7 +191,7 @@ def _devices(devices: int | str | list[int], wanted: int, here: int) -> int:
     if "," in text:
         return len([part for part in text.split(",") if part.strip()])
     if not text.isdigit() or int(text) < 1:
-        raise ConfigError(f"a plan needs a number of devices, not trainer.devices {devices!r}; say how many a node has")
+        raise ConfigError(f"trainer.devices {devices!r} is no number of devices; say how many a node has")
     return int(text)
 
 

@@ -103,7 +103,7 @@ def plan_study(recipe: StudyRecipe, out: Path) -> StudyPlan:
         ConfigError: An arm's config is wrong, or the arms cannot be compared: other text, budget, or size.
     """
     plan = StudyPlan(recipe)
-    resolved: dict[str, list[_Resolved]] = {}
+    resolved: dict[str, list[_CheckedStep]] = {}
     for name, steps in recipe.arms.items():
         try:
             resolved[name] = _resolve_steps(recipe, steps)
@@ -124,7 +124,7 @@ def plan_study(recipe: StudyRecipe, out: Path) -> StudyPlan:
 
 
 @dataclass(frozen=True)
-class _Resolved:
+class _CheckedStep:
     """A step of an arm, whatever the seed."""
 
     kind: str
@@ -135,8 +135,8 @@ class _Resolved:
     tokens: int = 0
 
 
-def _resolve_steps(recipe: StudyRecipe, steps: Sequence[Step]) -> list[_Resolved]:
-    found: list[_Resolved] = []
+def _resolve_steps(recipe: StudyRecipe, steps: Sequence[Step]) -> list[_CheckedStep]:
+    found: list[_CheckedStep] = []
     upcycled: dict[str, Any] = {}  # what the model becomes before the step that follows
     for index, step in enumerate(steps):
         after = {"after": fingerprint(found[-1].identity)} if found else {}
@@ -153,28 +153,32 @@ def _resolve_steps(recipe: StudyRecipe, steps: Sequence[Step]) -> list[_Resolved
                 for key, value in config.to_dict().items()
                 if key not in NOT_IN_CHECKPOINTS and value != getattr(dense, key)
             }
-            found.append(_Resolved("upcycle", arguments, {**options, **after}, None))
+            found.append(_CheckedStep("upcycle", arguments, {**options, **after}, None))
             continue
         last = index == len(steps) - 1
         overrides = {**recipe.settings, **upcycled, **step.settings}
         arguments = ["--config", str(recipe.base), *as_arguments(overrides)]
         if last and recipe.tokens is None and recipe.steps is not None:
             arguments += _budget(step, recipe.steps)
-        content, config = resolve(arguments)
+        resolved = resolve(arguments)
         if last and recipe.tokens is not None:
-            steps_wanted, rest = divmod(recipe.tokens, _tokens_per_step(content))
+            steps_wanted, rest = divmod(recipe.tokens, resolved.tokens_per_step)
             if rest:
                 raise ConfigError(
-                    f"a budget of {recipe.tokens} tokens is no whole number of steps of {_tokens_per_step(content)}"
+                    f"a budget of {recipe.tokens} tokens is no whole number of steps of {resolved.tokens_per_step}"
                 )
             arguments += _budget(step, steps_wanted)
-            content, config = resolve(arguments)
-        number = content["trainer"]["max_steps"]
+            resolved = resolve(arguments)
+        number = resolved.content["trainer"]["max_steps"]
         if number < 1:
             raise ConfigError("trainer.max_steps is not set; give it in the base recipe, or the study a budget")
-        flat = flatten(content)
+        if last and resolved.content["trainer"]["limit_val_batches"] == 0:
+            raise ConfigError("trainer.limit_val_batches is 0, but arms are compared by their loss on held-out text")
+        flat = flatten(resolved.content)
         identity = {key: value for key, value in flat.items() if key not in (*_NOT_IDENTITY, *_SEEDS)} | after
-        found.append(_Resolved("fit", arguments, identity, config, number, number * _tokens_per_step(content)))
+        found.append(
+            _CheckedStep("fit", arguments, identity, resolved.config, number, number * resolved.tokens_per_step)
+        )
     return found
 
 
@@ -182,14 +186,6 @@ def _budget(step: Step, steps: int) -> list[str]:
     if "trainer.max_steps" in step.settings:
         raise ConfigError("sets trainer.max_steps, but the study's budget decides how long every arm is trained")
     return [f"--trainer.max_steps={steps}"]
-
-
-def _tokens_per_step(content: Mapping[str, Any]) -> int:
-    """Tokens of an optimizer step; devices that are not given as a number count as one, in every arm alike."""
-    trainer, data = content["trainer"], content["data"]
-    devices = str(trainer["devices"])
-    ranks = (int(devices) if devices.isdecimal() else 1) * trainer["num_nodes"]
-    return data["batch_size"] * data["sequence_length"] * trainer["accumulate_grad_batches"] * ranks
 
 
 def _check_comparable(
@@ -220,7 +216,7 @@ def _check_comparable(
                 )
 
 
-def _add_runs(plan: StudyPlan, arm: str, steps: Sequence[_Resolved], seed: int, out: Path) -> None:
+def _add_runs(plan: StudyPlan, arm: str, steps: Sequence[_CheckedStep], seed: int, out: Path) -> None:
     needs: Run | None = None
     for index, step in enumerate(steps):
         last = index == len(steps) - 1

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from moebed.config import ModelConfig
+from moebed.plan.plan import world_size
 from moebed.training import TrainingCLI, quiet
 
 
@@ -37,16 +39,34 @@ class _ResolvedCLI(TrainingCLI):
         """Stop."""
 
 
-def resolve(arguments: Sequence[str]) -> tuple[dict[str, Any], ModelConfig]:
-    """The whole config, as plain data, of the run that ``moebed fit`` with these arguments is; and its model's.
+@dataclass(frozen=True)
+class Resolved:
+    """The run that a command line of ``moebed fit`` is.
+
+    Args:
+        content: The whole config, as plain data.
+        config: The model's.
+        tokens_per_step: Of an optimizer step, over all processes; those that the recipe leaves to the machine are
+            counted on this one.
+    """
+
+    content: dict[str, Any]
+    config: ModelConfig
+    tokens_per_step: int
+
+
+def resolve(arguments: Sequence[str]) -> Resolved:
+    """The run that ``moebed fit`` with these arguments is.
 
     Raises:
         UserError: What ``moebed fit`` would say before it reads any text.
     """
     quiet()
     cli = _ResolvedCLI(["fit", *arguments])
-    text = cli._parser("fit").dump(cli.config.fit, skip_none=False, format="json")
-    return json.loads(text), cli.model.config
+    recipe = cli.config.fit
+    content = json.loads(cli._parser("fit").dump(recipe, skip_none=False, format="json"))
+    micro_batches = world_size(recipe, torch.cuda.device_count()) * recipe.trainer.accumulate_grad_batches
+    return Resolved(content, cli.model.config, micro_batches * recipe.data.batch_size * recipe.data.sequence_length)
 
 
 def as_arguments(overrides: Mapping[str, Any]) -> list[str]:

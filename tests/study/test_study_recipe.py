@@ -93,6 +93,12 @@ def test_a_file_that_is_no_study_is_refused(study, changes, words):
         ),
         ({"arms": {"topk": {}, "odd": {"data.batch_size": 5}}, "budget": {"tokens": 384}}, ["'odd'", "384 tokens"]),
         (
+            {"settings": {"trainer.devices": 2, "trainer.num_nodes": 2}, "budget": {"tokens": 64}},
+            ["64 tokens", "of 256"],
+        ),
+        ({"settings": {"trainer.devices": "many"}}, ["trainer.devices 'many'", "how many a node has"]),
+        ({"settings": {"trainer.limit_val_batches": 0}}, ["limit_val_batches is 0", "held-out text"]),
+        (
             {"arms": {"topk": {}, "text": {"data.validation_fraction": 0.2}}},
             ["arm 'text'", "data.validation_fraction", "same text"],
         ),
@@ -128,6 +134,16 @@ def test_arms_of_equal_tokens_get_the_steps_for_it(study, tmp_path):
     assert [(arm.steps, arm.tokens) for arm in plan.arms.values()] == [(10, 640), (20, 640)]
     assert plan.runs["runs/small_batches/seed_2"].steps == 20
     assert "--trainer.max_steps=20" in plan.runs["runs/small_batches/seed_2"].arguments
+
+
+def test_every_process_of_a_layout_sees_tokens_of_its_own(study, tmp_path):
+    layouts = {
+        "topk": {"trainer.devices": 4},
+        "split": {"trainer.devices": "auto", "parallel.data": 2, "parallel.expert": 2},
+        "accumulated": {"trainer.accumulate_grad_batches": 4},
+    }
+    plan = plan_study(read_recipe(study(arms=layouts, budget={"tokens": 512})), tmp_path / "out")
+    assert [(arm.steps, arm.tokens) for arm in plan.arms.values()] == [(2, 512)] * 3
 
 
 def test_a_seed_decides_data_and_weights_and_nothing_else_differs(study, tmp_path):
