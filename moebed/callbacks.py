@@ -109,7 +109,9 @@ class StepFile(Callback):
 
     def _write(self, trainer: Trainer) -> None:
         if trainer.is_global_zero:
-            self.path.write_text(str(trainer.global_step))
+            temporary = self.path.with_name(self.path.name + ".partial")
+            temporary.write_text(str(trainer.global_step))
+            os.replace(temporary, self.path)  # who reads meanwhile sees the number before
         self._last = time.perf_counter()
 
 

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from triton_kernels.configs import Config
-from triton_kernels.grouped.parts import dot, launch_persistent, multiply, own_tile, store_rows
-from triton_kernels.precision import constants
+from triton_kernels.grouped.parts import dot, launch_product, multiply, own_tile, product_sizes, store_rows
 from triton_kernels.routing import Metadata
 
 
@@ -71,30 +69,11 @@ def down_persistent_kernel(
 
 def constexprs(width: int, inter: int, num_experts: int, config: Config) -> dict[str, Any]:
     """Compile-time arguments of a launch, without those of ``precision.constants``."""
-    tile = config.down
-    sizes = {
-        "H": width, "F": inter, "BLOCK_M": config.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth,
-        "GROUP": tile.group,
-    }  # fmt: skip
-    return sizes | {"E": num_experts, "SPECIALIZED": tile.specialized} if tile.persistent else sizes
+    return product_sizes(width, inter, num_experts, config.rows, config.down)
 
 
 def down(hidden: Tensor, weight: Tensor, meta: Metadata, config: Config) -> Tensor:
     """hidden (R, F) times the transpose of its expert's matrix of weight (E, H, F): (R, H), not weighted."""
     num_experts, width, inter = weight.shape
-    tile = config.down
-    out = torch.empty(len(hidden), width, dtype=hidden.dtype, device=hidden.device)
-    tiles = len(meta.tile_expert) * triton.cdiv(width, tile.columns)
-    table = (meta.offsets, meta.tile_expert, meta.tile_start)
-    options = {
-        **constexprs(width, inter, num_experts, config), **constants(hidden.dtype),
-        "num_warps": tile.warps, "num_stages": tile.stages,
-    }  # fmt: skip
-    if tile.persistent:
-        launch_persistent(
-            down_persistent_kernel, hidden.device, tiles,
-            hidden, weight, *table, meta.tile_count, out, len(hidden), **options,
-        )  # fmt: skip
-    else:
-        down_kernel[(tiles,)](hidden, weight, *table, out, **options)
-    return out
+    sizes = constexprs(width, inter, num_experts, config)
+    return launch_product(down_kernel, down_persistent_kernel, hidden, weight, meta, config.down, sizes)

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from triton_kernels.configs import Config
-from triton_kernels.grouped.parts import dot, launch_persistent, multiply, own_tile, store_rows
-from triton_kernels.precision import constants
+from triton_kernels.grouped.parts import dot, launch_product, multiply, own_tile, product_sizes, store_rows
 from triton_kernels.routing import Metadata
 
 
@@ -75,30 +73,13 @@ def grad_rows_persistent_kernel(
 
 def constexprs(width: int, inter: int, num_experts: int, config: Config) -> dict[str, Any]:
     """Compile-time arguments of a launch, without those of ``precision.constants``."""
-    tile = config.grad_rows
-    sizes = {
-        "H": width, "F": inter, "BLOCK_M": config.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth,
-        "GROUP": tile.group,
-    }  # fmt: skip
-    return sizes | {"E": num_experts, "SPECIALIZED": tile.specialized} if tile.persistent else sizes
+    return product_sizes(width, inter, num_experts, config.rows, config.grad_rows)
 
 
 def grad_rows(grad_pre: Tensor, weight: Tensor, meta: Metadata, config: Config) -> Tensor:
     """grad_pre (R, G) interleaved times its expert's matrix of weight (E, G, H): (R, H), to be summed by token."""
     num_experts, both, width = weight.shape
-    tile = config.grad_rows
-    out = torch.empty(len(grad_pre), width, dtype=grad_pre.dtype, device=grad_pre.device)
-    tiles = len(meta.tile_expert) * triton.cdiv(width, tile.columns)
-    table = (meta.offsets, meta.tile_expert, meta.tile_start)
-    options = {
-        **constexprs(width, both // 2, num_experts, config), **constants(grad_pre.dtype),
-        "num_warps": tile.warps, "num_stages": tile.stages,
-    }  # fmt: skip
-    if tile.persistent:
-        launch_persistent(
-            grad_rows_persistent_kernel, grad_pre.device, tiles,
-            grad_pre, weight, *table, meta.tile_count, out, len(grad_pre), **options,
-        )  # fmt: skip
-    else:
-        grad_rows_kernel[(tiles,)](grad_pre, weight, *table, out, **options)
-    return out
+    sizes = constexprs(width, both // 2, num_experts, config)
+    return launch_product(
+        grad_rows_kernel, grad_rows_persistent_kernel, grad_pre, weight, meta, config.grad_rows, sizes
+    )

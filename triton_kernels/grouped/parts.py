@@ -6,13 +6,16 @@ BM × BN is the output tile of a program, BK the depth of a step. A row tile nev
 from __future__ import annotations
 
 import contextvars
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from triton_kernels.precision import interpreted
+from triton_kernels.configs import Tile
+from triton_kernels.precision import constants, interpreted
+from triton_kernels.routing import Metadata
 
 INTERPRETED_PROGRAMS = 3  # few, so that each walks several tiles
 
@@ -109,3 +112,30 @@ def launch_persistent(kernel: Any, device: torch.device, most: int, *arguments: 
         kernel[grid](*arguments, **options)
 
     contextvars.copy_context().run(launch)
+
+
+def product_sizes(width: int, inter: int, num_experts: int, rows: int, tile: Tile) -> dict[str, Any]:
+    """Compile-time arguments of a plain grouped product, without those of ``precision.constants``."""
+    sizes = {
+        "H": width, "F": inter, "BLOCK_M": rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth, "GROUP": tile.group,
+    }  # fmt: skip
+    return sizes | {"E": num_experts, "SPECIALIZED": tile.specialized} if tile.persistent else sizes
+
+
+def launch_product(
+    kernel: Any, persistent_kernel: Any, left: torch.Tensor, weight: torch.Tensor, meta: Metadata, tile: Tile,
+    sizes: Mapping[str, Any],
+) -> torch.Tensor:  # fmt: skip
+    """Launch a plain grouped product: each sorted row of left (R, ...) times its expert's part of weight: (R, H)."""
+    width = sizes["H"]
+    out = torch.empty(len(left), width, dtype=left.dtype, device=left.device)
+    tiles = len(meta.tile_expert) * triton.cdiv(width, tile.columns)
+    table = (meta.offsets, meta.tile_expert, meta.tile_start)
+    options = {**sizes, **constants(left.dtype), "num_warps": tile.warps, "num_stages": tile.stages}
+    if tile.persistent:
+        launch_persistent(
+            persistent_kernel, left.device, tiles, left, weight, *table, meta.tile_count, out, len(left), **options
+        )
+    else:
+        kernel[(tiles,)](left, weight, *table, out, **options)
+    return out
