@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from moebed.study.statistics import Difference, compare, holm
 
 Run = Mapping[str, Any]
+T = TypeVar("T")
 
 
 @dataclass
@@ -28,6 +29,7 @@ class ArmResult:
         facts: Tokens, parameters, FLOPs, as in the file.
         difference: Loss minus the baseline's, over seeds finished in both; None for the baseline or without pairs.
         holm: The difference's p, adjusted for all comparisons of the study.
+        by_step: The same difference at every validation that all pairs have.
         marks: What the reader must know: runs that are missing, failed or diverged.
     """
 
@@ -41,6 +43,7 @@ class ArmResult:
     facts: Mapping[str, Any]
     difference: Difference | None = None
     holm: float | None = None
+    by_step: Mapping[int, Difference] = field(default_factory=dict)
     marks: list[str] = field(default_factory=list)
 
 
@@ -94,6 +97,7 @@ def compare_arms(study: Mapping[str, Any]) -> Comparison:
             arm.marks.append(f"{found.pairs if found else 0} of {len(study['seeds'])} pairs: without {seeds}")
         arm.marks += _unmatched(arm.facts, arms[baseline].facts, study["tolerance"])
         arm.difference = found
+        arm.by_step = _paired_by_step(study["arms"][name], study["arms"][baseline])
         if found is not None and found.p is not None:
             compared.append((arm, found.p))
     for (arm, _), adjusted in zip(compared, holm([p for _, p in compared]), strict=True):
@@ -111,8 +115,8 @@ def _unmatched(facts: Mapping[str, Any], baseline: Mapping[str, Any], tolerance:
     return marks
 
 
-def _by_seed(arm: Mapping[str, Any], value: Any) -> dict[int, float]:
-    """A number of each run that finished and did not diverge."""
+def _by_seed(arm: Mapping[str, Any], value: Callable[[Run], T | None]) -> dict[int, T]:
+    """Something of each run that finished and did not diverge."""
     found = {int(seed): value(run) for seed, run in arm["runs"].items() if run["status"] == "finished"}
     return {seed: number for seed, number in found.items() if number is not None}
 
@@ -120,6 +124,18 @@ def _by_seed(arm: Mapping[str, Any], value: Any) -> dict[int, float]:
 def _paired(arm: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:
     seeds = [seed for seed in arm if seed in baseline]
     return compare([arm[seed] for seed in seeds], [baseline[seed] for seed in seeds]) if seeds else None
+
+
+def _paired_by_step(arm: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[int, Difference]:
+    def curve(run: Run) -> dict[int, float] | None:
+        points = zip(run["curve"]["step"], run["curve"]["loss"], strict=True)
+        return {step: loss for step, loss in points if loss is not None} if run["loss"] is not None else None
+
+    curves, base = _by_seed(arm, curve), _by_seed(baseline, curve)
+    seeds = [seed for seed in curves if seed in base]
+    shared = [set(of_arm[seed]) for of_arm in (curves, base) for seed in seeds]
+    steps = sorted(set.intersection(*shared)) if shared else []
+    return {step: compare([curves[s][step] for s in seeds], [base[s][step] for s in seeds]) for step in steps}
 
 
 def _arm(name: str, arm: Mapping[str, Any]) -> ArmResult:

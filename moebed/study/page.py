@@ -8,7 +8,18 @@ from pathlib import Path
 
 from moebed.study.comparison import Comparison, compare_arms
 from moebed.study.files import STUDY_FILE, load_study, write_text
-from moebed.study.tables import COLUMNS, NOTE, arm_rows, headline_note, headline_rows, markdown, print_table, verdicts
+from moebed.study.tables import (
+    COLUMNS,
+    NOTE,
+    STEP_NOTE,
+    arm_rows,
+    headline_note,
+    headline_rows,
+    markdown,
+    print_table,
+    step_rows,
+    verdicts,
+)
 
 
 def is_study(folder: Path) -> bool:
@@ -76,6 +87,9 @@ def section(folder: Path, found: Comparison, pictures: dict[str, bytes]) -> str:
     marks = [f"<li>{escape(arm.name)}: {escape(mark)}</li>" for arm in found.arms.values() for mark in arm.marks]
     parts += [f"<ul>{''.join(marks)}</ul>"] if marks else []
     parts += [embedded(png, name) for name, png in pictures.items()]
+    columns, steps = step_rows(found)
+    if steps:
+        parts.append(f'<h3>Over training</h3>{_table(columns, steps)}<p class="muted">{escape(STEP_NOTE)}</p>')
     if found.headlines:
         rows = _table(("headline at the last step", *found.arms), headline_rows(found))
         parts.append(f'<h3>Probes</h3>{rows}<p class="muted">{escape(headline_note(found))}</p>')

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from moebed.study.comparison import ArmResult, Comparison, verdict
 from moebed.study.statistics import Difference
 
+MOST_STEPS = 6
+
 COLUMNS = (
     "arm",
     "seeds",
@@ -73,6 +75,29 @@ def _number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
+def step_rows(found: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Columns and cells of the differences over training: a row an arm, a column a validation."""
+    from probes.figures import pick
+
+    arms = [arm for arm in found.arms.values() if arm.by_step]
+    steps = sorted(set.intersection(*(set(arm.by_step) for arm in arms))) if arms else []
+    steps = pick(steps, MOST_STEPS)
+    rows = [[arm.name, *(_with_power(arm.by_step[step]) for step in steps)] for arm in arms]
+    return ["arm", *(f"step {step}" for step in steps)], rows if steps else []
+
+
+def _with_power(difference: Difference) -> str:
+    seen = "" if difference.detectable is None else f"; sees {difference.detectable:.3f}"
+    return format_difference(difference, 3) + seen
+
+
+STEP_NOTE = (
+    "Paired difference from the baseline at each validation, with its 95 % interval; * where it excludes 0. After "
+    "“sees”: the smallest difference that this many pairs show with 80 % power at 5 %. Not adjusted for the number of "
+    "comparisons."
+)
+
+
 def headline_rows(found: Comparison) -> list[list[str]]:
     """The cells of the table of headlines: name, then a cell an arm."""
     rows = []
@@ -132,6 +157,9 @@ def markdown(found: Comparison, figures: Sequence[str] = ()) -> str:
     if marks:
         parts.append("\n".join(marks))
     parts.append(_markdown_table(("arm", "is"), [[arm.name, arm.settings] for arm in found.arms.values()], left=2))
+    columns, rows = step_rows(found)
+    if rows:
+        parts += ["## Over training", _markdown_table(columns, rows, left=1), STEP_NOTE]
     if found.headlines:
         parts.append("## Probes, at the last step")
         parts.append(_markdown_table(("headline", *found.arms), headline_rows(found), left=1))

@@ -45,6 +45,21 @@ def test_a_result_that_one_comparison_in_many_gives_by_chance_says_so():
     assert "may still be chance (Holm's p" in verdict(lucky, "topk")
 
 
+def test_the_difference_over_training_is_that_of_each_validation():
+    study = made_up_study(LOSSES)
+    study["arms"]["worse"]["runs"]["2"]["curve"]["loss"][1] = None  # a validation whose loss was not finite
+    found = compare_arms(study)
+    worse, alike = found.arms["worse"].by_step, found.arms["alike"].by_step
+    assert (list(worse), list(alike)) == ([100, 300], [100, 200, 300])
+    assert worse[300] == found.arms["worse"].difference
+    assert worse[100].mean == pytest.approx(worse[300].mean)
+    text = markdown(found)
+    assert "| arm | step 100 | step 300 |" in text
+    low, high = worse[300].interval
+    cell = f"+0.051 [{low:+.3f}, {high:+.3f}] *; sees {worse[300].detectable:.3f}"
+    assert f"| worse | {cell} | {cell} |" in text
+
+
 def _spoil(study, arm, seed, **changes):
     study["arms"][arm]["runs"][str(seed)].update(changes)
 
