@@ -17,6 +17,8 @@ from moebed.study.runner import is_finished
 from probes.run_folder import Curve, read_curves
 from probes.store import load_history
 
+DOMAIN = "val/bits_per_byte/"  # then the domain's name, in a run's summary
+
 
 def collect(plan: StudyPlan, out: Path) -> Path:
     """Write ``study.json`` from whatever the runs have left by now.
@@ -64,6 +66,7 @@ def _read_run(run: Run, arm: Arm, out: Path) -> dict[str, Any]:
     found |= {
         "loss": _finite(loss),
         "bits_per_byte": _finite(numbers.get("val/bits_per_byte")),
+        "domains": {name.removeprefix(DOMAIN): _finite(value) for name, value in numbers.items() if DOMAIN in name},
         "start_loss": _finite(start),
         "curve": _validation_curve(curves),
         "tokens_per_second": _median(curves.get("train/tokens_per_second")),

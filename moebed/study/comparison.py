@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -49,7 +50,7 @@ class ArmResult:
 
 @dataclass(frozen=True)
 class HeadlineResult:
-    """A probe's headline at the last probing of one arm's runs.
+    """A probe's headline at the last probing of one arm's runs, or their bits per byte on one domain's text.
 
     Args:
         mean: Over finished seeds.
@@ -68,12 +69,14 @@ class Comparison:
         study: Content of ``study.json``.
         arms: By name, the baseline first.
         headlines: ``<probe>/<headline>`` -> arm -> result, where the baseline or any arm has it.
+        domains: Domain of the text -> arm -> bits per byte; empty with one domain.
         warnings: What holds for the whole study, in words.
     """
 
     study: Mapping[str, Any]
     arms: dict[str, ArmResult]
     headlines: dict[str, dict[str, HeadlineResult]]
+    domains: dict[str, dict[str, HeadlineResult]]
     warnings: list[str]
 
     @property
@@ -102,7 +105,7 @@ def compare_arms(study: Mapping[str, Any]) -> Comparison:
             compared.append((arm, found.p))
     for (arm, _), adjusted in zip(compared, holm([p for _, p in compared]), strict=True):
         arm.holm = adjusted
-    return Comparison(study, arms, _headlines(study, names), _warnings(study, len(compared)))
+    return Comparison(study, arms, _headlines(study, names), _domains(study, names), _warnings(study, len(compared)))
 
 
 def _unmatched(facts: Mapping[str, Any], baseline: Mapping[str, Any], tolerance: float) -> list[str]:
@@ -175,26 +178,45 @@ def _mean(values: Mapping[int, float]) -> float | None:
 
 
 def _headlines(study: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, HeadlineResult]]:
-    known = dict.fromkeys(
-        headline for name in names for run in study["arms"][name]["runs"].values() for headline in run["headlines"]
-    )
+    def last(run: Run, key: str) -> float | None:
+        series = run["headlines"].get(key)
+        return series["value"][-1] if series else None
+
+    return _by_arm(study, names, lambda run: run["headlines"], last)
+
+
+def _domains(study: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, HeadlineResult]]:
+    def of(run: Run) -> Mapping[str, float | None]:
+        return run.get("domains", {})  # of which files of earlier versions know nothing
+
+    found = _by_arm(study, names, of, lambda run, key: of(run).get(key))
+    return found if len(found) > 1 else {}
+
+
+class _ValueOf(Protocol):
+    def __call__(self, run: Run, key: str) -> float | None: ...
+
+
+def _by_arm(
+    study: Mapping[str, Any],
+    names: Sequence[str],
+    keys: Callable[[Run], Iterable[str]],
+    value: _ValueOf,
+) -> dict[str, dict[str, HeadlineResult]]:
+    """Key -> arm -> mean over its runs, and paired difference from the baseline, of every key that any run has."""
+    known = dict.fromkeys(key for name in names for run in study["arms"][name]["runs"].values() for key in keys(run))
     found: dict[str, dict[str, HeadlineResult]] = {}
-    for headline in known:
-
-        def last(run: Run, headline: str = headline) -> float | None:
-            series = run["headlines"].get(headline)
-            return series["value"][-1] if series else None
-
-        values = {name: _by_seed(study["arms"][name], last) for name in names}
+    for key in known:
+        values = {name: _by_seed(study["arms"][name], partial(value, key=key)) for name in names}
         base = values[study["baseline"]]
-        found[headline] = {
+        found[key] = {
             name: HeadlineResult(
                 float(np.mean(list(of_arm.values()))), _paired(of_arm, base) if name != study["baseline"] else None
             )
             for name, of_arm in values.items()
             if of_arm
         }
-    return {headline: by_arm for headline, by_arm in found.items() if by_arm}
+    return {key: by_arm for key, by_arm in found.items() if by_arm}
 
 
 def _warnings(study: Mapping[str, Any], compared: int) -> list[str]:

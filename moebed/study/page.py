@@ -10,9 +10,11 @@ from moebed.study.comparison import Comparison, compare_arms
 from moebed.study.files import STUDY_FILE, load_study, write_text
 from moebed.study.tables import (
     COLUMNS,
+    DOMAIN_NOTE,
     NOTE,
     STEP_NOTE,
     arm_rows,
+    domain_rows,
     headline_note,
     headline_rows,
     markdown,
@@ -90,6 +92,9 @@ def section(folder: Path, found: Comparison, pictures: dict[str, bytes]) -> str:
     columns, steps = step_rows(found)
     if steps:
         parts.append(f'<h3>Over training</h3>{_table(columns, steps)}<p class="muted">{escape(STEP_NOTE)}</p>')
+    if found.domains:
+        rows = _table(("arm", *found.domains), domain_rows(found))
+        parts.append(f'<h3>By domain</h3>{rows}<p class="muted">{escape(DOMAIN_NOTE)}</p>')
     if found.headlines:
         rows = _table(("headline at the last step", *found.arms), headline_rows(found))
         parts.append(f'<h3>Probes</h3>{rows}<p class="muted">{escape(headline_note(found))}</p>')

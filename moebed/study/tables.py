@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moebed.study.comparison import ArmResult, Comparison, verdict
+from moebed.study.comparison import ArmResult, Comparison, HeadlineResult, verdict
 from moebed.study.statistics import Difference
 
 MOST_STEPS = 6
@@ -98,6 +98,26 @@ STEP_NOTE = (
 )
 
 
+def domain_rows(found: Comparison) -> list[list[str]]:
+    """The cells of the bits per byte by domain: a row an arm; the baseline's own, then differences from it."""
+    rows = []
+    for name in found.arms:
+        results = [by_arm.get(name) for by_arm in found.domains.values()]
+        plain = name == found.baseline
+        rows.append([name, *("–" if r is None else _domain_cell(r, plain) for r in results)])
+    return rows
+
+
+def _domain_cell(result: HeadlineResult, plain: bool) -> str:
+    return f"{result.mean:.3f}" if plain else format_difference(result.difference, 3)
+
+
+DOMAIN_NOTE = (
+    "Bits per byte on each domain's held-out text: the baseline's, then paired differences from it with 95 % "
+    "intervals; * where it excludes 0. Not adjusted for the number of comparisons."
+)
+
+
 def headline_rows(found: Comparison) -> list[list[str]]:
     """The cells of the table of headlines: name, then a cell an arm."""
     rows = []
@@ -160,6 +180,8 @@ def markdown(found: Comparison, figures: Sequence[str] = ()) -> str:
     columns, rows = step_rows(found)
     if rows:
         parts += ["## Over training", _markdown_table(columns, rows, left=1), STEP_NOTE]
+    if found.domains:
+        parts += ["## By domain", _markdown_table(("arm", *found.domains), domain_rows(found), left=1), DOMAIN_NOTE]
     if found.headlines:
         parts.append("## Probes, at the last step")
         parts.append(_markdown_table(("headline", *found.arms), headline_rows(found), left=1))

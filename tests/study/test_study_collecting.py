@@ -45,9 +45,10 @@ def collected(tmp_path):
 
 
 def test_a_finished_run(collected):
-    found = collected({"step": STEPS, "val/loss": 3.9, "val/bits_per_byte": 1.95})
+    summary = {"step": STEPS, "val/loss": 3.9, "val/bits_per_byte": 1.95, "val/bits_per_byte/code": 1.5}
+    found = collected(summary)
     assert (found["status"], found["why"]) == ("finished", "")
-    assert (found["loss"], found["bits_per_byte"]) == (3.9, 1.95)
+    assert (found["loss"], found["bits_per_byte"], found["domains"]) == (3.9, 1.95, {"code": 1.5})
     assert found["curve"]["step"] == [20, 40]
     assert found["curve"]["loss"] == pytest.approx([4.1, 3.9])
     assert found["tokens_per_second"] == 100.0  # the median: the first steps are slow

@@ -60,6 +60,22 @@ def test_the_difference_over_training_is_that_of_each_validation():
     assert f"| worse | {cell} | {cell} |" in text
 
 
+def test_domains_stand_apart():
+    study = made_up_study(LOSSES)
+    found = compare_arms(study)
+    assert found.domains["code"]["topk"].mean == pytest.approx(np.mean(LOSSES["topk"]) / 3)
+    worse = found.domains["prose"]["worse"].difference
+    assert worse.mean == pytest.approx(found.arms["worse"].difference.mean / 2)
+    text = markdown(found)
+    assert "| arm | code | prose |" in text
+    low, high = worse.interval
+    assert f"{worse.mean:+.3f} [{low:+.3f}, {high:+.3f}] * |" in text
+    for arm in study["arms"].values():
+        for run in arm["runs"].values():
+            del run["domains"]["prose"]
+    assert "## By domain" not in markdown(compare_arms(study))
+
+
 def _spoil(study, arm, seed, **changes):
     study["arms"][arm]["runs"][str(seed)].update(changes)
 
