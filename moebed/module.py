@@ -170,16 +170,22 @@ class MoEModule(LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clip to the Trainer's gradient_clip_val and log the norm before clipping.
+        """The accumulation window ends: routers adapt to its load, and the gradient is clipped; or the step is skipped.
 
         Lightning's own clipping refuses fused optimizers under mixed precision, although bf16 has no loss scaling.
+        The norm before clipping is logged.
         """
+        self._window_counts = []
         parameters = list(self.decoder.parameters())
         norm = gradient_norm(parameters)
         self._log("train/grad_norm", norm)
         if self.not_finite.skips(self, norm):
             optimizer.zero_grad(set_to_none=True)  # AdamW leaves a parameter without a gradient as it is
-        elif gradient_clip_val and gradient_clip_algorithm == "value":
+            self._router_steps.forget()
+            return
+        for name, value in self._router_steps.end().items():
+            self._log(f"train/{name}", value)
+        if gradient_clip_val and gradient_clip_algorithm == "value":
             torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val, foreach=False)
         elif gradient_clip_val:
             scale_gradients(parameters, (gradient_clip_val / (norm + 1e-6)).clamp(max=1.0))
@@ -267,12 +273,6 @@ class MoEModule(LightningModule):
             summed = [new + old for new, old in zip(summed, self._window_counts, strict=True)]
         self._window_counts = summed
         return summed
-
-    def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """The accumulation window ends here, and routers adapt to its load."""
-        self._window_counts = []
-        for name, value in self._router_steps.end().items():
-            self._log(f"train/{name}", value)
 
     # Validation ----------------------------------------------------------------------------------------------------
 

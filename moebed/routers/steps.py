@@ -39,6 +39,10 @@ class RouterSteps:
             sums = torch.cat([*(count.detach().float() for count in counts), num_tokens.detach().float().view(1)])
             self._sums = sums if self._sums is None else self._sums + sums
 
+    def forget(self) -> None:
+        """The optimizer step is not taken: what was counted is dropped, and the routers stay as they are."""
+        self._sums = None
+
     def end(self) -> dict[str, Tensor]:
         """The optimizer step ends; numbers for the log, means over the layers."""
         if self._sums is None:

@@ -115,6 +115,28 @@ def test_no_optimizer_and_no_reset_but_its_own_touches_the_bias(data):
     assert all(router.expert_bias.abs().sum() == 0 for router in module.decoder.routers)
 
 
+def test_a_step_that_is_skipped_leaves_the_routers_alone(data):
+    """Its loss is not a number: neither weights nor bias may move, and its counts may not enter the next step's."""
+    module, biases = _module("sigmoid_topk"), []
+    module.not_finite.choice = "skip"
+    told, forward = _watch(module), module._forward_terms
+
+    def third_is_nan(input_ids, labels):
+        terms = forward(input_ids, labels)
+        return terms._replace(nats=terms.nats * float("nan")) if module.global_step == 2 else terms
+
+    class Keep(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            biases.append(module.decoder.routers[0].expert_bias.clone())
+
+    module._forward_terms = third_is_nan
+    _fit(module, data(), 4, Keep())
+    assert len(biases) == 4
+    assert torch.equal(biases[1], biases[2])
+    assert not torch.equal(biases[2], biases[3])
+    assert [load.counts.sum() for load in told] == [4 * SEQUENCE * 2] * 3
+
+
 def test_counts_are_summed_over_ranks(monkeypatch):
     """Two ranks, the other one with all of its tokens on expert 0: the bias goes by the sum."""
     decoder = Decoder(config_of("sigmoid_topk", num_hidden_layers=1))
