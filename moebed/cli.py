@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from moebed.errors import UserError
+from moebed.plugins import load_plugins
 
 COMMANDS = {
     "fit": ("moebed.training", "train a model from a recipe, with probes; --ckpt_path last continues a run"),
@@ -30,7 +31,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="moebed",
         description="Train and probe Mixture-of-Experts language models.",
-        epilog=f"commands:\n{lines}\n\n`moebed COMMAND --help` shows every knob of a command.",
+        epilog=f"commands:\n{lines}\n\n`moebed COMMAND --help` shows every knob of a command. Each takes --plugins "
+        "FILE.py, with routers and probes of your own.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="show the traceback of an error")
@@ -45,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verbose = options.verbose or bool({"-v", "--verbose"} & set(options.arguments))
     arguments = [argument for argument in options.arguments if argument not in ("-v", "--verbose")]
     try:
+        arguments = load_plugins(arguments)
         module, _ = COMMANDS[options.command]
         importlib.import_module(module).run(options.command, arguments)
     except UserError as error:

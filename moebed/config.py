@@ -10,7 +10,7 @@ import difflib
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from moebed.allocation import allocate
 from moebed.errors import ConfigError
@@ -18,7 +18,8 @@ from moebed.errors import ConfigError
 PerLayer = int | list[int]
 
 
-RouterName = Literal[
+# Those of moebed.routers; one's own are added by moebed.routers.register.
+ROUTER_NAMES = [
     "softmax_topk",
     "sigmoid_topk",
     "expert_norm",
@@ -49,6 +50,7 @@ class RouterOptions:
         winner_similarity_coef: Coefficient of the mean cosine between the winners' outputs (competesmoe_v2).
         l1_coef: Coefficient of the penalty on router weights at the start (relu).
         l1_factor: What the coefficient is multiplied with, or divided by, after each optimizer step (relu).
+        own: Settings of a router of one's own, as it names them.
     """
 
     seed: int = 0
@@ -60,11 +62,12 @@ class RouterOptions:
     winner_similarity_coef: float = 1e-3
     l1_coef: float = 1e-8
     l1_factor: float = 1.2
+    own: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
             least = 1 if name in ("d_low", "l1_factor") else 0
-            if value is not None and not value >= least:
+            if isinstance(value, (int, float)) and not value >= least:
                 raise ConfigError(f"model config: router_options.{name} is {value}; it must be at least {least}")
         if self.competition_rate > 1:
             raise ConfigError(
@@ -92,7 +95,8 @@ class ModelConfig:
         num_shared_experts: Experts that every token passes, as one FFN of num_shared_experts * moe_intermediate_size.
         shared_expert_gate: Scale the shared expert's output by a learned sigmoid gate (Qwen2-MoE).
         hidden_act: Activation on the gate projection: silu (SwiGLU), gelu (GeGLU, exact) or gelu_tanh.
-        router: Name of the routing rule (see moebed.routers).
+        router: Name of the routing rule: softmax_topk, sigmoid_topk, expert_norm, competesmoe, competesmoe_v2,
+            autonomy, relu, random, hash, factorised_gate, balanced, or one that --plugins made known.
         router_options: Settings that single routers have.
         norm_topk_prob: Divide the weights of the chosen experts by their sum (Mixtral does, DeepSeek and Grok do not);
             if not given, as in the router's paper: autonomy does not, the others do.
@@ -141,7 +145,7 @@ class ModelConfig:
     num_shared_experts: PerLayer = 0
     shared_expert_gate: bool = False
     hidden_act: Literal["silu", "gelu", "gelu_tanh"] = "silu"
-    router: RouterName = "softmax_topk"
+    router: str = "softmax_topk"
     router_options: RouterOptions = field(default_factory=RouterOptions)
     norm_topk_prob: bool | None = None
     router_aux_loss_coef: float = 0.01
@@ -230,7 +234,7 @@ class ModelConfig:
             self._check_layer(layer)
 
     def _check_router(self) -> None:
-        self._check_choice("router", get_args(RouterName))
+        self._check_choice("router", ROUTER_NAMES, "; one of your own is made known by --plugins FILE.py")
         if isinstance(self.router_options, Mapping):
             self.router_options = _from_dict(RouterOptions, self.router_options, "router_options")
         if self.norm_topk_prob is None:
@@ -275,11 +279,11 @@ class ModelConfig:
         )
         self._require(ffn.num_shared_experts >= 0, f"num_shared_experts is {ffn.num_shared_experts} in {where}")
 
-    def _check_choice(self, name: str, choices: Sequence[str]) -> None:
+    def _check_choice(self, name: str, choices: Sequence[str], more: str = "") -> None:
         value = getattr(self, name)
         near = difflib.get_close_matches(str(value), choices, 1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        self._require(value in choices, f"{name} is {value!r}; choose one of {', '.join(choices)}{hint}")
+        self._require(value in choices, f"{name} is {value!r}; choose one of {', '.join(choices)}{hint}{more}")
 
     @staticmethod
     def _require(condition: bool, message: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 _LAZY = {
     "PROBES": "probes.registry",
     "DEFAULT_PROBES": "probes.registry",
+    "register": "probes.registry",
     "Probe": "probes.base",
     "ProbeResult": "probes.base",
     "Headline": "probes.base",

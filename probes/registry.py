@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from typing import TypeVar
 
 from moebed.errors import ConfigError
 from probes.activations import Activations
@@ -78,6 +79,21 @@ DEFAULT_PROBES: tuple[str, ...] = (
     "matrix_similarity",
     "gate_similarity",
 )
+
+
+Own = TypeVar("Own", bound=type[Probe])
+
+
+def register(probe: Own) -> Own:
+    """Class decorator: lists of probes may name this one, by its ``name``.
+
+    Raises:
+        ConfigError: Another probe has the name.
+    """
+    if probe.name in PROBES:
+        raise ConfigError(f"probe {probe.name!r} is {PROBES[probe.name].__qualname__} already; choose another name")
+    PROBES[probe.name] = probe
+    return probe
 
 
 def resolve_probes(names: Sequence[str] | None) -> tuple[str, ...]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from moebed.config import LayerConfig, ModelConfig
+from collections.abc import Callable
+from typing import TypeVar
+
+from moebed.config import ROUTER_NAMES, LayerConfig, ModelConfig
+from moebed.errors import ConfigError
 from moebed.routers.autonomy import Autonomy
 from moebed.routers.competition import CompeteSMoE, CompeteSMoEv2, ExpertNorm
 from moebed.routers.contract import Router
@@ -29,3 +33,23 @@ ROUTERS: dict[str, type[Router]] = {
 def build_router(config: ModelConfig, layer: LayerConfig) -> Router:
     """The router that ``config.router`` names, which the config has checked."""
     return ROUTERS[config.router](config, layer)
+
+
+Rule = TypeVar("Rule", bound=type[Router])
+
+
+def register(name: str) -> Callable[[Rule], Rule]:
+    """Class decorator: ``model.config.router`` may name this router of one's own.
+
+    Raises:
+        ConfigError: The name is taken by another router.
+    """
+
+    def add(rule: Rule) -> Rule:
+        if name in ROUTERS:
+            raise ConfigError(f"router {name!r} is {ROUTERS[name].__qualname__} already; choose another name")
+        ROUTERS[name] = rule
+        ROUTER_NAMES.append(name)
+        return rule
+
+    return add

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from moebed.arguments import OneLineParser
 from moebed.errors import UserError
+from moebed.plugins import OPTION as PLUGINS
+from moebed.plugins import named_plugins
 from moebed.study.files import STUDY_FILE
 from moebed.study.recipe import StudyRecipe, read_recipe
 
@@ -71,6 +73,8 @@ def run(command: str, arguments: Sequence[str]) -> None:
         from moebed.study.slurm import job_array
 
         own = ["moebed", "study", str(options.study), "--out", str(out)]
+        if named_plugins():
+            own += [PLUGINS, ",".join(named_plugins())]
         print(job_array(own, recipe.name, len(plan.final), options.jobs))
         return
     check_unchanged(list(plan.runs.values()), out)  # all, since all that are finished are compared

@@ -1,0 +1,82 @@
+"""Routers and probes of one's own: modules that a person names are imported before a command starts.
+
+Only ``--plugins`` and the environment variable that it sets for further processes do that. What a checkpoint or a
+recipe says is never imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from moebed.errors import UserError
+
+VARIABLE = "MOEBED_PLUGINS"  # inherited by the runs of a study and the ranks of a run
+OPTION = "--plugins"
+
+
+def load_plugins(arguments: Sequence[str]) -> list[str]:
+    """Import what ``--plugins A,B`` and the environment name, each once.
+
+    Args:
+        arguments: Of a command; an entry of ``--plugins`` is a Python file or the name of an importable module.
+
+    Returns:
+        The arguments without it.
+
+    Raises:
+        UserError: A plugin is missing, or fails while it is imported; says where.
+    """
+    rest, named = [], named_plugins()
+    waiting = iter(arguments)
+    for argument in waiting:
+        option, equals, value = argument.partition("=")
+        if option != OPTION:
+            rest.append(argument)
+            continue
+        value = value if equals else next(waiting, "")
+        if not value:
+            raise UserError(f"{OPTION} wants a Python file or a module, such as {OPTION} my_router.py")
+        named += [str(Path(name).resolve()) if name.endswith(".py") else name for name in value.split(",")]
+    named = list(dict.fromkeys(named))
+    for name in named:
+        _import(name)
+    if named:
+        os.environ[VARIABLE] = ",".join(named)
+    return rest
+
+
+def named_plugins() -> list[str]:
+    """Plugins of this process, as ``--plugins`` takes them."""
+    return [name for name in os.environ.get(VARIABLE, "").split(",") if name]
+
+
+def _import(name: str) -> None:
+    path = Path(name)
+    if path.suffix == ".py" and not path.is_file():
+        raise UserError(f"plugin {name} does not exist")
+    module = f"moebed_plugin_{path.stem}" if path.suffix == ".py" else name
+    if module in sys.modules:
+        return
+    try:
+        if path.suffix != ".py":
+            importlib.import_module(name)
+            return
+        spec = importlib.util.spec_from_file_location(module, path)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[module] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[module])
+    except Exception as error:
+        sys.modules.pop(module, None)
+        if isinstance(error, UserError):
+            raise
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(
+            f"plugin {name} cannot be imported: {type(error).__name__}: {error} ({last.filename}, line {last.lineno})"
+        ) from error

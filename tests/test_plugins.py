@@ -1,0 +1,165 @@
+"""Routers and probes of one's own, as the READMEs show them: trained, probed, exported, refused without their file."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from moebed.cli import main
+from moebed.config import ROUTER_NAMES, ModelConfig
+from moebed.errors import ConfigError
+from moebed.plugins import VARIABLE, load_plugins
+from moebed.routers import ROUTERS, Router, register
+from moebed.study.plan import plan_study
+from moebed.study.recipe import read_recipe
+from probes.registry import PROBES
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZES = {
+    "vocab_size": 260,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_experts": 4,
+    "moe_intermediate_size": 32,
+}
+
+
+def _forget():
+    for known, own in ((ROUTERS, "cosine"), (PROBES, "confidence")):
+        known.pop(own, None)
+    if "cosine" in ROUTER_NAMES:
+        ROUTER_NAMES.remove("cosine")
+    for name in [name for name in sys.modules if name.startswith("moebed_plugin_")]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+    """The READMEs' router and probe in one file; forgotten afterwards."""
+    router = re.search(r"```python\n(.*?)```", (ROOT / "moebed/README.md").read_text(), flags=re.DOTALL).group(1)
+    probe = re.search(r"```python\n(.*?)```", (ROOT / "probes/README.md").read_text(), flags=re.DOTALL).group(1)
+    path = tmp_path / "mine.py"
+    probe = probe.replace("class Confidence", "@register_probe\nclass Confidence")
+    path.write_text(f"{router}\n\nfrom probes import register as register_probe\n{probe}")
+    monkeypatch.setenv(VARIABLE, "")
+    yield path
+    _forget()
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    (tmp_path / "text.txt").write_text("\n\n".join(f"{i} the cat sat on the mat of the rat. " * 3 for i in range(200)))
+    content = {
+        "seed_everything": 7,
+        "trainer": {
+            "default_root_dir": str(tmp_path / "run"),
+            "accelerator": "cpu",
+            "devices": 1,
+            "max_steps": 4,
+            "val_check_interval": 4,
+            "enable_progress_bar": False,
+            "callbacks": [
+                {
+                    "class_path": "probes.ProbeCallback",
+                    "init_args": {"every_n_steps": 4, "num_sequences": 2, "probes": ["confidence"]},
+                }
+            ],
+        },
+        "model": {"config": {**SIZES, "router": "cosine", "router_options": {"own": {"temperature": 0.5}}}},
+        "data": {
+            "sources": [{"name": "text", "kind": "files", "path": str(tmp_path / "text.txt")}],
+            "tokenizer": {"kind": "bytes"},
+            "sequence_length": 32,
+            "batch_size": 2,
+            "cache_dir": str(tmp_path / "cache"),
+        },
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_a_router_and_a_probe_of_ones_own(plugin, recipe, tmp_path, capsys, monkeypatch):
+    assert main(["fit", "--plugins", str(plugin), "--config", str(recipe)]) == 0
+    assert ROUTERS["cosine"](ModelConfig(**SIZES, router="cosine"), ModelConfig(**SIZES).layer(0)).temperature == 0.1
+    found = json.loads((tmp_path / "run/summary.json").read_text())
+    assert "confidence" in json.dumps(found)
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    weights = torch.load(last, weights_only=True)
+    assert weights["model_config"]["router_options"]["own"] == {"temperature": 0.5}
+
+    asked = ["probe", str(last), "--out", str(tmp_path / "probed"), "--probes", "confidence,router_state"]
+    (tmp_path / "short.txt").write_text("the cat sat on the mat")
+    assert main([*asked, "--text", str(tmp_path / "short.txt"), f"--plugins={plugin}"]) == 0
+    assert (tmp_path / "probed/results/confidence.npz").is_file()
+    assert main(["export", str(last), "--out", str(tmp_path / "exported"), "--plugins", str(plugin)]) == 0
+    assert json.loads((tmp_path / "exported/config.json").read_text())["config"]["router"] == "cosine"
+
+    _forget()
+    monkeypatch.setenv(VARIABLE, "")
+    capsys.readouterr()
+    assert main([*asked[:3], str(tmp_path / "again")]) == 2
+    assert "router is 'cosine'; choose one of" in (said := capsys.readouterr().err)
+    assert "--plugins FILE.py" in said
+
+
+def test_runs_of_a_study_and_its_job_array_have_it(plugin, recipe, tmp_path, capsys):
+    arms = {"topk": {"model.config.router": "softmax_topk"}, "mine": {}}
+    settings = {"trainer.callbacks": []}
+    study = tmp_path / "try.yaml"
+    study.write_text(yaml.safe_dump({"base": "recipe.yaml", "arms": arms, "seeds": [1], "settings": settings}))
+    with pytest.raises(ConfigError, match=r"arm 'mine': .*router is 'cosine'"):
+        plan_study(read_recipe(study), tmp_path / "out")
+    out = tmp_path / "out"
+    assert main(["study", str(study), "--out", str(out), "--slurm", "--plugins", str(plugin)]) == 0
+    assert f"--plugins {plugin}" in capsys.readouterr().out
+    assert main(["study", str(study), "--out", str(out), "--plugins", str(plugin), "--jobs", "2"]) == 0
+    runs = json.loads((out / "study.json").read_text())["arms"]
+    assert {arm: runs[arm]["runs"]["1"]["status"] for arm in arms} == {"topk": "finished", "mine": "finished"}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, ["does not exist"]),
+        ("x = 1\ny = 1 / 0\n", ["cannot be imported", "ZeroDivisionError", "bad.py, line 2"]),
+        ("def f(:", ["cannot be imported", "SyntaxError"]),
+        ("from moebed.routers import Router, register\nregister('hash')(Router)", ["router 'hash' is Hash already"]),
+    ],
+)
+def test_a_plugin_that_fails_is_one_line(tmp_path, monkeypatch, capsys, content, words):
+    monkeypatch.setenv(VARIABLE, "")
+    path = tmp_path / "bad.py"
+    if content is not None:
+        path.write_text(content)
+    assert main(["size", "--plugins", str(path), "x.yaml"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    for word in words:
+        assert word in lines[0]
+    assert "moebed_plugin_bad" not in sys.modules
+    assert main(["size", "--plugins"]) == 2
+    assert "--plugins wants a Python file" in capsys.readouterr().err
+
+
+def test_plugins_are_imported_once_and_modules_by_name(tmp_path, monkeypatch):
+    (tmp_path / "counted_plugin.py").write_text("import os\nos.environ['TIMES'] += 'x'\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("TIMES", "")
+    monkeypatch.setenv(VARIABLE, "counted_plugin")
+    assert load_plugins(["--a", "--plugins=counted_plugin", "b"]) == ["--a", "b"]
+    assert load_plugins([]) == []
+    import os
+
+    assert (os.environ["TIMES"], os.environ[VARIABLE]) == ("x", "counted_plugin")
+
+
+def test_a_name_is_taken_once():
+    with pytest.raises(ConfigError, match="'softmax_topk' is SoftmaxTopK already"):
+        register("softmax_topk")(Router)
+    assert ROUTER_NAMES.count("softmax_topk") == 1
