@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from moebed.checkpoints.sharded import is_sharded, read_whole, remove
@@ -82,6 +82,19 @@ class TrainingRate(Callback):
         del self._samples[: -self.window]
         tokens, seconds = (sum(column) for column in zip(*self._samples, strict=True))
         pl_module.log("train/tokens_per_second", tokens * trainer.world_size / seconds, prog_bar=True)
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """Saves after the last step as well, so that ``last.ckpt`` of a finished run is the finished model."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save by the interval, or at the end."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        saved = self._last_global_step_saved == trainer.global_step or self._defer_save_until_validation
+        if self.save_last and trainer.global_step == trainer.max_steps and not saved:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
 class StepFile(Callback):

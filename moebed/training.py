@@ -20,12 +20,11 @@ import torch
 from jsonargparse import ActionConfigFile
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from moebed.allocator import keep_freed_memory
-from moebed.callbacks import AtomicCheckpointIO, ProgressBar, SampleText, TrainingRate, UnbrokenLog
+from moebed.callbacks import AtomicCheckpointIO, ProgressBar, RunCheckpoint, SampleText, TrainingRate, UnbrokenLog
 from moebed.checkpoints import sharded
 from moebed.data.datamodule import TextDataModule
 from moebed.errors import ConfigError, UserError
@@ -137,7 +136,7 @@ class TrainingCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The callbacks that every run has, and defaults that suit small runs."""
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(SampleText, "samples")
         parser.add_argument(
             "--parallel",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from moebed.cli import main
@@ -106,8 +107,10 @@ def test_fit_writes_a_whole_run_folder_and_continues(recipe, tmp_path, capsys):
     before = (run / "run_summary.json").read_text()
     assert main(["fit", "--config", str(path), "--ckpt_path", "last"]) == 0  # finished: nothing more to train
     assert (run / "run_summary.json").read_text() == before
-    assert main(["fit", "--config", str(path), "--ckpt_path", "last", "--trainer.max_steps", "8"]) == 0
-    assert json.loads((run / "run_summary.json").read_text())["step"] == 8
+    assert main(["fit", "--config", str(path), "--ckpt_path", "last", "--trainer.max_steps", "9"]) == 0
+    assert json.loads((run / "run_summary.json").read_text())["step"] == 9
+    last = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == 9  # saved every second step, and after the last one
     assert main(["validate", "--config", str(run / "config.yaml"), "--ckpt_path", "last"]) == 0
     assert "val/bits_per_byte" in capsys.readouterr().out
     assert main(["predict", "--config", str(run / "config.yaml"), "--ckpt_path", "last"]) == 0
