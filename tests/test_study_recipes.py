@@ -18,7 +18,8 @@ from moebed.upcycling.methods import METHODS, Settings
 
 EXPERIMENTS = ("routing", "allocation", "scheme", "measurement", "granularity")
 FOLDER = Path(__file__).parents[1] / "recipes" / "studies"
-STUDIES = {f"{name}_{size}": FOLDER / f"{name}_{size}.yaml" for name in EXPERIMENTS for size in ("small", "paper")}
+NAMES = [f"{name}_{size}" for name in EXPERIMENTS for size in ("small", "paper")] + ["allocation_shapes_small"]
+STUDIES = {name: FOLDER / f"{name}.yaml" for name in NAMES}
 
 
 def _read(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -102,11 +103,19 @@ def test_arms_are_matched_as_their_study_says(name):
 
 
 def test_allocations_are_equal_to_the_last_parameter_where_no_layer_is_dense():
-    for name in ("allocation_small", "allocation_paper"):
+    for name in ("allocation_shapes_small", "allocation_paper"):
         arms = _arms(name)
         shapes = [arms[arm] for arm in ("uniform", "ascending", "ascending_small_last", "descending")]
         assert len({count_parameters(config) for config in shapes}) == 1
         assert len({str(config.num_experts) for config in shapes}) == 4
+
+
+def test_one_dense_layer_at_each_index_in_turn():
+    arms = _arms("allocation_small")
+    layers = set(range(arms["uniform"].num_hidden_layers))
+    for index in layers:
+        assert set(arms[f"dense_at_{index}"].moe_layers) == layers - {index}
+    assert arms["uniform"].moe_layers == sorted(layers)
 
 
 def test_six_models_of_table_7():

@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from moebed.study.statistics import Difference, compare, holm
+from moebed.study.statistics import Difference, bootstrap_interval, compare, holm, pairs_needed
 
 Run = Mapping[str, Any]
 T = TypeVar("T")
@@ -54,10 +54,12 @@ class HeadlineResult:
 
     Args:
         mean: Over finished seeds.
+        interval: Of that mean, 95 %; None with one seed.
         difference: From the baseline, paired; None for the baseline or without pairs.
     """
 
     mean: float
+    interval: tuple[float, float] | None
     difference: Difference | None
 
 
@@ -210,13 +212,16 @@ def _by_arm(
         values = {name: _by_seed(study["arms"][name], partial(value, key=key)) for name in names}
         base = values[study["baseline"]]
         found[key] = {
-            name: HeadlineResult(
-                float(np.mean(list(of_arm.values()))), _paired(of_arm, base) if name != study["baseline"] else None
-            )
+            name: _headline(list(of_arm.values()), _paired(of_arm, base) if name != study["baseline"] else None)
             for name, of_arm in values.items()
             if of_arm
         }
     return {key: by_arm for key, by_arm in found.items() if by_arm}
+
+
+def _headline(values: list[float], difference: Difference | None) -> HeadlineResult:
+    interval = bootstrap_interval(values) if len(values) > 1 else None
+    return HeadlineResult(float(np.mean(values)), interval, difference)
 
 
 def _warnings(study: Mapping[str, Any], compared: int) -> list[str]:
@@ -237,6 +242,34 @@ def _warnings(study: Mapping[str, Any], compared: int) -> list[str]:
             f"{100 * (1 - 0.95**compared):.0f} % of such studies; Holm's p takes that into account."
         )
     return warnings
+
+
+def power(found: Comparison) -> str:
+    """How far apart pairs lie in this study, and what more of them would see; empty without two pairs of an arm."""
+    arms = [arm for arm in found.arms.values() if arm.difference is not None and arm.difference.deviation]
+    deviations = [arm.difference.deviation for arm in arms if arm.difference is not None and arm.difference.deviation]
+    if not deviations:
+        return ""
+    pooled = float(np.sqrt(np.mean(np.square(deviations))))
+    needed = {difference: pairs_needed(pooled, difference) for difference in (0.05, 0.03, 0.02, 0.01)}
+    takes = [f"{difference} nats {pairs or 'more than 200'}" for difference, pairs in needed.items()]
+    losses = {name: _by_seed(found.study["arms"][name], lambda run: run["loss"]) for name in found.arms}
+    base, together = losses[found.baseline], []
+    for arm in arms:
+        seeds = [seed for seed in losses[arm.name] if seed in base]
+        both = [[values[seed] for seed in seeds] for values in (losses[arm.name], base)]
+        if len(seeds) > 2 and min(np.ptp(both, axis=1)) > 0:
+            together.append(float(np.corrcoef(both)[0, 1]))
+    gain = f" Losses of a seed correlate with the baseline's at {_range(together, '+.2f')}." if together else ""
+    return (
+        f"Paired differences have standard deviations of {_range(deviations, '.3f')} nats, pooled {pooled:.3f}.{gain} "
+        f"At the pooled one, to see a difference (80 % power at 5 %) takes pairs: {', '.join(takes)}."
+    )
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    low, high = format(min(values), form), format(max(values), form)
+    return low if low == high else f"{low} to {high}"
 
 
 def verdict(arm: ArmResult, baseline: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from moebed.study.comparison import Comparison, compare_arms
+from moebed.study.comparison import Comparison, compare_arms, power
 from moebed.study.files import STUDY_FILE, load_study, write_text
 from moebed.study.tables import (
     COLUMNS,
@@ -86,6 +86,7 @@ def section(folder: Path, found: Comparison, pictures: dict[str, bytes]) -> str:
     parts.append(f'<ul class="found">{said}</ul>')
     parts.append(_table(COLUMNS, arm_rows(found)))
     parts.append(f'<p class="muted">{escape(NOTE)}</p>')
+    parts += [f'<p class="muted">{escape(sentence)}</p>'] if (sentence := power(found)) else []
     marks = [f"<li>{escape(arm.name)}: {escape(mark)}</li>" for arm in found.arms.values() for mark in arm.marks]
     parts += [f"<ul>{''.join(marks)}</ul>"] if marks else []
     parts += [embedded(png, name) for name, png in pictures.items()]

@@ -114,6 +114,11 @@ def _detectable_shift(pairs: int) -> float:
     return float(optimize.brentq(missing, 0.0, 100.0))
 
 
+def pairs_needed(deviation: float, difference: float, most: int = 200) -> int | None:
+    """The fewest pairs whose :func:`detectable` difference is at most this one; None if more than ``most``."""
+    return next((n for n in range(2, most + 1) if detectable(deviation, n) <= difference), None)
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down adjustment: each is at most 5 % with 5 % chance that any is, if no arm differs (Holm 1979)."""
     adjusted = [0.0] * len(p_values)

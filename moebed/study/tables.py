@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-from moebed.study.comparison import ArmResult, Comparison, HeadlineResult, verdict
+from moebed.study.comparison import ArmResult, Comparison, HeadlineResult, power, verdict
 from moebed.study.statistics import Difference
 
 MOST_STEPS = 6
@@ -135,6 +136,28 @@ def headline_rows(found: Comparison) -> list[list[str]]:
     return rows
 
 
+def headline_differences(found: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Columns and cells of the headlines' differences: the baseline's mean, then each arm's paired difference."""
+    rows = []
+    for headline, by_arm in found.headlines.items():
+        base, largest = by_arm.get(found.baseline), max(abs(result.mean) for result in by_arm.values())
+        digits = 3 if largest == 0 else max(3, 1 - math.floor(math.log10(largest)))
+        cells = ["–" if base is None else _with_interval(base, digits)]
+        for name in found.arms:
+            if name != found.baseline:
+                cells.append(format_difference(by_arm[name].difference, digits) if name in by_arm else "–")
+        rows.append([headline, *cells])
+    return ["headline", *found.arms], rows
+
+
+def _with_interval(result: HeadlineResult, digits: int) -> str:
+    mean = f"{result.mean:.{digits}f}"
+    if result.interval is None:
+        return mean
+    low, high = result.interval
+    return f"{mean} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
 def headline_note(found: Comparison) -> str:
     """What the stars of that table mean."""
     pairs = [r.difference for by_arm in found.headlines.values() for r in by_arm.values() if r.difference is not None]
@@ -173,6 +196,7 @@ def markdown(found: Comparison, figures: Sequence[str] = ()) -> str:
     parts.append("\n".join(f"- {sentence}" for sentence in verdicts(found)))
     parts.append(_markdown_table(COLUMNS, arm_rows(found), left=1))
     parts.append(NOTE)
+    parts += [sentence] if (sentence := power(found)) else []
     marks = [f"- {arm.name}: {mark}" for arm in found.arms.values() for mark in arm.marks]
     if marks:
         parts.append("\n".join(marks))
@@ -186,6 +210,8 @@ def markdown(found: Comparison, figures: Sequence[str] = ()) -> str:
         parts.append("## Probes, at the last step")
         parts.append(_markdown_table(("headline", *found.arms), headline_rows(found), left=1))
         parts.append(headline_note(found))
+        columns, rows = headline_differences(found)
+        parts += ["Paired differences, beside the baseline's mean:", _markdown_table(columns, rows, left=1)]
     parts += [f"![{path}]({path})" for path in figures]
     return "\n\n".join(parts) + "\n"
 
@@ -214,5 +240,5 @@ def print_table(found: Comparison) -> None:
     console.print(table)
     for note in notes(found):
         console.print(escape(note), style="bold red")
-    for sentence in verdicts(found):
+    for sentence in [*verdicts(found), power(found)]:
         console.print(escape(sentence))

@@ -7,8 +7,9 @@ import pytest
 from study_runs import made_up_study
 
 from moebed.cli import main
-from moebed.study.comparison import compare_arms, verdict
+from moebed.study.comparison import compare_arms, power, verdict
 from moebed.study.figures import draw_all
+from moebed.study.statistics import detectable
 from moebed.study.tables import arm_rows, markdown, verdicts
 
 LOSSES = {
@@ -58,6 +59,30 @@ def test_the_difference_over_training_is_that_of_each_validation():
     low, high = worse[300].interval
     cell = f"+0.051 [{low:+.3f}, {high:+.3f}] *; sees {worse[300].detectable:.3f}"
     assert f"| worse | {cell} | {cell} |" in text
+
+
+def test_what_more_pairs_would_see():
+    """Deviations of the differences are .0024 and .0063; their mean square's root, and what it takes, by hand."""
+    found = compare_arms(made_up_study(LOSSES))
+    differences = [np.subtract(LOSSES[arm], LOSSES["topk"]) for arm in ("worse", "alike")]
+    pooled = np.sqrt(np.mean([values.var(ddof=1) for values in differences]))
+    pairs = next(n for n in range(2, 99) if detectable(pooled, n) <= 0.01)
+    sentence = power(found)
+    assert f"pooled {pooled:.3f}" in sentence
+    assert f"0.01 nats {pairs}." in sentence
+    assert "correlate with the baseline's at +0.9" in sentence
+    assert sentence in markdown(found)
+    assert power(compare_arms(made_up_study({"topk": [4.0], "other": [3.5]}))) == ""
+    assert power(compare_arms(made_up_study({"topk": LOSSES["topk"], "same": LOSSES["topk"]}))) == ""
+
+
+def test_headlines_have_their_differences_with_intervals():
+    text = markdown(found := compare_arms(made_up_study(LOSSES)))
+    base, worse = (found.headlines["norm_vs_score/spearman"][arm] for arm in ("topk", "worse"))
+    low, high = base.interval
+    assert (
+        f"| norm_vs_score/spearman | {base.mean:.3f} [{low:.3f}, {high:.3f}] | {worse.difference.mean:+.3f} [" in text
+    )
 
 
 def test_domains_stand_apart():
