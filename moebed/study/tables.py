@@ -78,11 +78,10 @@ def _number(value: float | None, form: str) -> str:
 
 def step_rows(found: Comparison) -> tuple[list[str], list[list[str]]]:
     """Columns and cells of the differences over training: a row an arm, a column a validation."""
-    from probes.figures import pick
-
     arms = [arm for arm in found.arms.values() if arm.by_step]
     steps = sorted(set.intersection(*(set(arm.by_step) for arm in arms))) if arms else []
-    steps = pick(steps, MOST_STEPS)
+    if len(steps) > MOST_STEPS:  # evenly spread, with the first and the last
+        steps = [steps[round(i * (len(steps) - 1) / (MOST_STEPS - 1))] for i in range(MOST_STEPS)]
     rows = [[arm.name, *(_with_power(arm.by_step[step]) for step in steps)] for arm in arms]
     return ["arm", *(f"step {step}" for step in steps)], rows if steps else []
 

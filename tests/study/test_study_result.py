@@ -59,6 +59,11 @@ def test_the_difference_over_training_is_that_of_each_validation():
     low, high = worse[300].interval
     cell = f"+0.051 [{low:+.3f}, {high:+.3f}] *; sees {worse[300].detectable:.3f}"
     assert f"| worse | {cell} | {cell} |" in text
+    for arm in study["arms"].values():
+        for run in arm["runs"].values():
+            run["curve"] = {"step": list(range(10, 120, 10)), "loss": [run["loss"]] * 11, "bits_per_byte": [1.0] * 11}
+    steps = "| arm | step 10 | step 30 | step 50 | step 70 | step 90 | step 110 |"
+    assert steps in markdown(compare_arms(study))
 
 
 def test_what_more_pairs_would_see():
