@@ -66,8 +66,10 @@ class RouterOptions:
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
+            if name == "own" or value is None:
+                continue
             least = 1 if name in ("d_low", "l1_factor") else 0
-            if isinstance(value, (int, float)) and not value >= least:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
                 raise ConfigError(f"model config: router_options.{name} is {value}; it must be at least {least}")
         if self.competition_rate > 1:
             raise ConfigError(

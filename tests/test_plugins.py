@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from moebed.cli import main
-from moebed.config import ROUTER_NAMES, ModelConfig
+from moebed.config import ROUTER_NAMES, ModelConfig, RouterOptions
 from moebed.errors import ConfigError
 from moebed.plugins import VARIABLE, load_plugins
 from moebed.routers import ROUTERS, Router, register
@@ -157,6 +157,13 @@ def test_plugins_are_imported_once_and_modules_by_name(tmp_path, monkeypatch):
     import os
 
     assert (os.environ["TIMES"], os.environ[VARIABLE]) == ("x", "counted_plugin")
+
+
+def test_only_a_routers_own_settings_are_left_to_it():
+    assert RouterOptions(own={"temperature": "high"}).own == {"temperature": "high"}
+    for wrong in ({"d_low": "wide"}, {"l1_coef": -1.0}, {"bias_update_rate": [1e-3]}):
+        with pytest.raises(ConfigError, match=r"must be at least"):
+            RouterOptions(**wrong)
 
 
 def test_a_name_is_taken_once():
