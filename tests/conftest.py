@@ -13,7 +13,9 @@ import torch
 
 from moebed.config import ModelConfig
 
+# Beside the checkout, where it is there. A test that reads it carries ``@pytest.mark.shared("what/it/reads")``.
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+ORACLES = SHARED / "oracles"
 
 
 def tiny_config(**changes) -> ModelConfig:
@@ -31,6 +33,14 @@ def tiny_config(**changes) -> ModelConfig:
         "initializer_range": 0.2,
     }
     return ModelConfig(**{**sizes, **changes})
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a file of ``../shared`` that is not there."""
+    for mark in item.iter_markers("shared"):
+        missing = [name for name in mark.args if not (SHARED / name).exists()]
+        if missing:
+            pytest.skip(f"needs ../shared/{missing[0]}, which is not here")
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """The rules that keep the project one: who may import whom, and that importing is cheap."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -53,3 +54,14 @@ def test_importing_is_cheap(package):
 def test_model_needs_no_triton():
     code = "import sys; sys.modules['triton'] = None; import moebed.module, probes.callback"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
+
+
+def test_the_folder_beside_the_checkout_is_reached_in_one_place():
+    """Anything else would be missed by the marker that skips tests where that folder is not there."""
+    reach = re.compile(r"""\.\./shared|/ ?["']shared["'/]|shared/(oracles|data|cases)""")
+    reaching = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "tests").rglob("*.py")
+        if any(reach.search(line) for line in path.read_text(encoding="utf-8").splitlines())
+    }
+    assert reaching == {"tests/conftest.py"}

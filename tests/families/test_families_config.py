@@ -5,13 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from oracle_folders import ORACLES
 
 from moebed.checkpoints import load_decoder, write_checkpoint
 from moebed.config import ModelConfig
 from moebed.decoder import Decoder
 from moebed.errors import ConfigError
 from moebed.families import FAMILIES, family_of
+from tests.conftest import ORACLES
 
 SETTINGS = {
     "vocab_size": 64,
@@ -124,7 +124,7 @@ def test_families_that_transformers_lacks_come_back_as_they_were(family, changes
         torch.testing.assert_close(back(ids).logits, decoder(ids).logits)
 
 
-@pytest.mark.skipif(not ORACLES.is_dir(), reason=f"no oracle checkpoints at {ORACLES}")
+@pytest.mark.shared("oracles")
 @pytest.mark.parametrize("length", ["short", "long"])
 @pytest.mark.parametrize("name", ["mixtral", "deepseekmoe", "grok-1"])
 def test_logits_of_the_oracles(name, length):

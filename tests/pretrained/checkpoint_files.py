@@ -14,7 +14,6 @@ from moebed.config import ModelConfig
 from moebed.decoder import Decoder
 from moebed.families import FAMILIES, KeyMap
 
-ORACLES = Path(__file__).resolve().parents[2].parent / "shared" / "oracles"
 SIZES = {
     "vocab_size": 40,
     "hidden_size": 32,

@@ -15,8 +15,9 @@ from moebed.errors import ConfigError, UserError
 from moebed.pretrained import PretrainedMoE
 from moebed.texts import PAPER_CHOSEN, PAPER_SHORT, TextOptions, read_texts
 from probes import store
+from tests.conftest import SHARED
 
-SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+WIKITEXT = SHARED / "data" / "wikitext103_test.csv"
 BOS = 256
 
 
@@ -58,9 +59,9 @@ def test_the_papers_inputs(checkpoint, tmp_path):
     assert "".join(text.token_text[start + 1 :]).startswith("line 0 of the text .<s>line 1")
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="no data folder")
+@pytest.mark.shared("data/wikitext103_test.csv")
 def test_the_papers_long_input_from_the_test_set(checkpoint):
-    text = read(checkpoint, text=[f"paper-long={SHARED / 'wikitext103_test.csv'}"], sequence_length=2).text
+    text = read(checkpoint, text=[f"paper-long={WIKITEXT}"], sequence_length=2).text
     assert len(text.input_ids) == 10
     said = "".join(text.token_text)
     assert said.startswith("<s>B of the Bang was a sculpture by Thomas Heatherwick")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoint_files import ORACLES, random_decoder, write
+from checkpoint_files import random_decoder, write
 
 from moebed.cli import main
 from moebed.pretrained import PretrainedMoE, parse_bytes
@@ -18,12 +18,13 @@ from moebed.walking import walk
 from probes import store
 from probes.driver import run_probes
 from probes.registry import PROBES
+from tests.conftest import ORACLES
 
 WEIGHTS = frozenset({Need.WEIGHTS})
 FEW = ("matrix_similarity", "gate_similarity")
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 STATIC = tuple(name for name, probe in PROBES.items() if probe.needs <= WEIGHTS)
-oracles = pytest.mark.skipif(not ORACLES.is_dir(), reason=f"no oracle checkpoints at {ORACLES}")
+oracles = pytest.mark.shared("oracles")
 
 
 def probe(checkpoint, out, *options, probes=FEW):

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from checkpoint_files import ORACLES, write
+from checkpoint_files import write
 
 from moebed.checkpoints.checkpoint import Checkpoint
 from moebed.cli import main
@@ -18,10 +18,11 @@ from probes import store
 from probes.checkpoint_pass import probes_for
 from probes.driver import needs_of, run_probes
 from probes.registry import PROBES, resolve_probes
+from tests.conftest import ORACLES
 
 _ALL = probes_for(["all", "logits"], True)
 WITH_TEXT = resolve_probes([n for n in _ALL if PROBES[n].sources or not PROBES[n].needs <= {Need.WEIGHTS}])
-oracles = pytest.mark.skipif(not ORACLES.is_dir(), reason=f"no oracle checkpoints at {ORACLES}")
+oracles = pytest.mark.shared("oracles")
 
 
 def make_text(*lengths, vocab_size=40):

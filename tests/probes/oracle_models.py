@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
@@ -11,8 +10,7 @@ from torch import Tensor
 
 from moebed.config import ModelConfig
 from moebed.decoder import Decoder
-
-ORACLES = Path(__file__).resolve().parents[2].parent / "shared" / "oracles"
+from tests.conftest import ORACLES
 
 
 def load_decoder(name: str) -> Decoder:

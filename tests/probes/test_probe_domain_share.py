@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,8 +15,9 @@ from probes.choices import by_part, domain_keys, first_middle_last, overlap_by_c
 from probes.domain_share import DomainShare, divergence, shares_of_counts
 from probes.figures import to_rgb
 from probes.resampling import p_value, resample_within, shuffle_labels, smallest_p
+from tests.conftest import SHARED
 
-PUBLISHED = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "published_mixtral_expert_counts.json"
+PUBLISHED = "data/published_mixtral_expert_counts.json"
 
 
 def domain_share(views):
@@ -204,9 +204,9 @@ def test_chance_and_the_layers_pictured():
     assert first_middle_last([]) == []
 
 
-@pytest.mark.skipif(not PUBLISHED.exists(), reason="the published counts are not here")
+@pytest.mark.shared(PUBLISHED)
 def test_the_published_counts_of_mixtral():
-    published = json.loads(PUBLISHED.read_text())
+    published = json.loads((SHARED / PUBLISHED).read_text())
     for name, entry in published.items():
         counts, tokens = entry["counts"], entry["tokens"]
         chosen = 2 if "|topk|" in name else 1

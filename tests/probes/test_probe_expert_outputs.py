@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from oracle_models import ORACLES, load_decoder
+from oracle_models import load_decoder
 from output_cases import dense_view, output_view, plain_text
 from probe_cases import all_needs, probe
 
@@ -17,6 +17,7 @@ from probes.driver import run_probes
 from probes.expert_outputs import ExpertOutputs
 from probes.figures import to_rgb
 from probes.output_pairs import angular_similarity, chosen_means, pair_cosines, taken_tokens, to_square
+from tests.conftest import ORACLES
 
 
 def run(*views):
@@ -236,7 +237,7 @@ def test_a_difference_that_is_there_has_an_interval_above_zero_and_one_that_is_n
     assert few.arrays["difference_count/0"].tolist() == [4] * 100
 
 
-@pytest.mark.skipif(not ORACLES.is_dir(), reason=f"no oracle checkpoints at {ORACLES}")
+@pytest.mark.shared("oracles")
 @pytest.mark.parametrize("family", ["mixtral", "deepseekmoe", "grok-1"])
 def test_oracles(family):
     decoder = load_decoder(family)

@@ -3,15 +3,16 @@
 import numpy as np
 import pytest
 import torch
-from oracle_models import ORACLES, load_decoder
+from oracle_models import load_decoder
 from probe_cases import all_needs, probe
 
 from moebed.views import ProbeText
 from moebed.walking import walk
 from probes.base import by_layer
 from probes.registry import PROBES
+from tests.conftest import ORACLES
 
-pytestmark = pytest.mark.skipif(not ORACLES.is_dir(), reason=f"no oracle checkpoints at {ORACLES}")
+pytestmark = pytest.mark.shared("oracles")
 FAMILIES = ("mixtral", "deepseekmoe", "grok-1")
 
 

@@ -5,15 +5,16 @@ import json
 
 import numpy as np
 import pytest
-from oracle_models import ORACLES, load_decoder
+from oracle_models import load_decoder
 from probe_cases import probe
 from safetensors.torch import load_file
 
 from moebed.views import LayerView, Need
 from moebed.walking import walk
 from probes.registry import STATIC_PROBES
+from tests.conftest import ORACLES
 
-pytestmark = pytest.mark.skipif(not ORACLES.is_dir(), reason=f"no oracle checkpoints at {ORACLES}")
+pytestmark = pytest.mark.shared("oracles")
 
 
 @dataclasses.dataclass

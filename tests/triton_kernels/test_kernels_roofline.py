@@ -41,11 +41,9 @@ def test_bounds_are_the_printed_milliseconds(shape):
         assert found == list(printed)
 
 
+@pytest.mark.shared("KERNELS.md")
 def test_printed_figures_are_those_of_the_file():
-    text = SHARED / "KERNELS.md"
-    if not text.is_file():
-        pytest.skip("KERNELS.md lies beside the repository, and is not here")
-    line = next(line for line in text.read_text().splitlines() if line.startswith("ms at T = 8192"))
+    line = next(line for line in (SHARED / "KERNELS.md").read_text().splitlines() if line.startswith("ms at T = 8192"))
     groups = re.findall(r"(?:\d*\.\d+/){3}\d*\.\d+", line)
     expected = [
         "/".join(f"{value:.2f}".lstrip("0") for value in PRINTED[shape.name][i])
