@@ -123,7 +123,7 @@ class StepFile(Callback):
     def _write(self, trainer: Trainer) -> None:
         if trainer.is_global_zero:
             temporary = self.path.with_name(self.path.name + ".partial")
-            temporary.write_text(str(trainer.global_step))
+            temporary.write_text(str(trainer.global_step), encoding="utf-8")
             os.replace(temporary, self.path)  # who reads meanwhile sees the number before
         self._last = time.perf_counter()
 

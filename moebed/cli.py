@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
+import locale
+import os
 import sys
 from collections.abc import Sequence
 
@@ -43,6 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 2 for an error that a person can mend, 3 for a loss that diverged."""
+    if argv is None:
+        _require_utf8()
     options = build_parser().parse_args(argv)
     verbose = options.verbose or bool({"-v", "--verbose"} & set(options.arguments))
     arguments = [argument for argument in options.arguments if argument not in ("-v", "--verbose")]
@@ -57,6 +62,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"moebed: error: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
     return 0
+
+
+def _require_utf8() -> None:
+    """Begin again in Python's UTF-8 mode where the locale has another encoding (C, or a code page of Windows).
+
+    The libraries beneath open configs, logs and data in the locale's encoding.
+    """
+    if not sys.flags.utf8_mode and locale.getencoding().lower().replace("-", "") != "utf8":
+        command = [sys.executable, "-X", "utf8", *sys.orig_argv[1:]]
+        if os.name == "posix":
+            os.execv(sys.executable, command)
+        import subprocess  # where exec does not wait
+
+        sys.exit(subprocess.run(command).returncode)
+    for stream in (sys.stdout, sys.stderr):  # a terminal may still have another encoding
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 if __name__ == "__main__":

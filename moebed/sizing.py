@@ -88,7 +88,7 @@ def read_model(recipe: Path, overrides: Sequence[str] = ()) -> tuple[ModelConfig
         ConfigError: The file cannot be read, has no model, or the config is wrong.
     """
     try:
-        content = yaml.safe_load(recipe.read_text())
+        content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"recipe {recipe} cannot be read ({' '.join(str(error).split())})") from error
     model = content.get("model") if isinstance(content, dict) else None

@@ -82,6 +82,8 @@ def requeue() -> None:
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
     try:
-        subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True)
+        subprocess.run(
+            ["scontrol", "requeue", job], check=True, capture_output=True, text=True, encoding="utf-8", errors="replace"
+        )
     except (OSError, subprocess.CalledProcessError) as error:
         rank_zero_warn(f"job {job} could not be requeued ({error}); start it again by hand, it continues")

@@ -94,7 +94,7 @@ class RunFolder(SaveConfigCallback):
         folder.mkdir(parents=True, exist_ok=True)
         text = self.parser.dump(self.config, skip_none=False)
         temporary = folder / "config.yaml.partial"
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, folder / "config.yaml")
         trainer.datamodule.save_tokenizer(folder / "tokenizer")  # type: ignore[attr-defined]
         for logger in trainer.loggers:
@@ -252,7 +252,7 @@ class TrainingCLI(LightningCLI):
     def _closing_numbers(self, path: Path) -> dict[str, float | int]:
         """The last numbers of the run, kept in ``run_summary.json``; those of a run that was finished stay."""
         step = self.trainer.global_step
-        if path.exists() and (kept := json.loads(path.read_text())).get("step") == step:
+        if path.exists() and (kept := json.loads(path.read_text(encoding="utf-8"))).get("step") == step:
             return kept
         found = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
         if self.model.last_validated_step != step and self.trainer.limit_val_batches != 0:
@@ -266,7 +266,7 @@ class TrainingCLI(LightningCLI):
             numbers["gzip -9 bits per byte"] = self.datamodule.gzip_bits_per_byte()["all"]
             numbers["bits per byte over gzip's"] = numbers["val/bits_per_byte"] / numbers["gzip -9 bits per byte"]
         temporary = path.with_name(path.name + ".partial")
-        temporary.write_text(json.dumps(numbers, indent=2) + "\n")
+        temporary.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, path)
         return numbers
 

@@ -52,7 +52,7 @@ def read_run(folder: Path) -> RunFolder:
     run = RunFolder(
         folder=folder,
         name=folder.resolve().name,
-        config=config.read_text(errors="replace") if config.exists() else "",
+        config=config.read_text(encoding="utf-8", errors="replace") if config.exists() else "",
         numbers=_read_numbers(numbers) if numbers.exists() else {},
         curves=read_curves(folder),
         summary=store.load_summary(folder),
@@ -74,7 +74,7 @@ def read_run(folder: Path) -> RunFolder:
 
 def _read_numbers(path: Path) -> dict[str, Any]:
     try:
-        numbers = json.loads(path.read_text())
+        numbers = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} cannot be read ({error})") from error
     return numbers if isinstance(numbers, dict) else {}

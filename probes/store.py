@@ -118,7 +118,7 @@ def load_summary(out: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} cannot be read ({error}); delete it and probe again") from error
 
@@ -149,7 +149,7 @@ def load_history(out: Path) -> list[dict[str, Any]]:
     """All probings of a run, by step; a line that was torn when a run was stopped is left out."""
     path = results_dir(out) / "history.jsonl"
     lines = []
-    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
             line = json.loads(text)
         except ValueError:

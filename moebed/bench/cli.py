@@ -62,7 +62,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
     found = parts[options.what](options)
     if options.json is not None:
         temporary = options.json.with_name(options.json.name + ".partial")
-        temporary.write_text(json.dumps({"machine": machine(), "results": found}, indent=2) + "\n")
+        temporary.write_text(json.dumps({"machine": machine(), "results": found}, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, options.json)
 
 
@@ -229,7 +229,7 @@ def machine() -> dict[str, Any]:
 
     model = ""
     if sys.platform == "linux":
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
     return {
         "processor": model or platform.processor(),

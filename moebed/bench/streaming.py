@@ -96,8 +96,10 @@ def write_model(folder: Path, shape: Shape) -> Path:
     for file, tensors in files.items():
         save_file(tensors, folder / file, metadata={"format": "pt"})
     index = {"weight_map": {name: file for file, tensors in files.items() for name in tensors}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps(family_of("mixtral", "family").write_config(shape.config)))
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    (folder / "config.json").write_text(
+        json.dumps(family_of("mixtral", "family").write_config(shape.config)), encoding="utf-8"
+    )
     return folder
 
 

@@ -107,7 +107,7 @@ def write_bytes_tokenizer(folder: Path) -> None:
     config: dict[str, object] = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": _END_OF_TEXT}
     # Without the last, transformers' decode would take the blank out of " ." and the like.
     config |= {"clean_up_tokenization_spaces": False}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def write_start_recipe(partial: Path, folder: Path, config: ModelConfig, tokenizer: Kind | None) -> None:
@@ -126,4 +126,4 @@ def write_start_recipe(partial: Path, folder: Path, config: ModelConfig, tokeniz
         named = {"kind": "auto", "path": where} if tokenizer == "auto" else {"kind": "bytes"}
         content["data"] = {"tokenizer": named}
     head = f"# Train from this checkpoint: moebed fit --config RECIPE.yaml --config {where}/{START_RECIPE}\n"
-    (partial / START_RECIPE).write_text(head + yaml.safe_dump(content, sort_keys=False))
+    (partial / START_RECIPE).write_text(head + yaml.safe_dump(content, sort_keys=False), encoding="utf-8")

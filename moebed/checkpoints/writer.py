@@ -111,9 +111,11 @@ class FolderWriter:
                 weight_map |= dict.fromkeys(shard, name)
             if len(self._shards) > 1:
                 index = {"metadata": {"total_size": self.total}, "weight_map": weight_map}
-                (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+                (partial / "model.safetensors.index.json").write_text(
+                    json.dumps(index, indent=2) + "\n", encoding="utf-8"
+                )
             finish(partial)
-            (partial / "config.json").write_text(json.dumps(self.settings, indent=2) + "\n")
+            (partial / "config.json").write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
 
     def _write_shard(
         self, file: BinaryIO, shard: dict[str, _Planned], content: Content, on_write: Callable[[int], None]

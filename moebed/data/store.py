@@ -75,7 +75,7 @@ class DomainStore:
         self.name = name
         self.folder = folder
         try:
-            self.index: dict[str, Any] = json.loads((folder / _INDEX).read_text())
+            self.index: dict[str, Any] = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
             self.validation = self._open("validation")
             self.train = self._open("train") if "train" in self.index["splits"] else None
         except (OSError, ValueError, KeyError) as error:
@@ -144,7 +144,7 @@ def build_domain(
         if not any(writer.documents for writer in writers.values()):
             raise UserError(f"data source {config.name!r} has no text: every document is empty, or there is none")
         index = {"identity": identity, "splits": {split: writer.finish() for split, writer in writers.items()}}
-        (folder / _INDEX).write_text(json.dumps(index, indent=2))
+        (folder / _INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
     return DomainStore(config.name, find_or_build(cache, f"{config.name}-{fingerprint(identity)}", build))
 

@@ -107,7 +107,9 @@ class BytesTokenizer(Tokenizer):
 
     def save(self, folder: str | Path) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / _BYTES_FILE).write_text(json.dumps({"kind": "bytes", "vocab_size": self.vocab_size}))
+        (Path(folder) / _BYTES_FILE).write_text(
+            json.dumps({"kind": "bytes", "vocab_size": self.vocab_size}), encoding="utf-8"
+        )
 
     def fingerprint(self) -> str:
         return "bytes"
@@ -145,7 +147,9 @@ class BpeTokenizer(Tokenizer):
         self._backend.save(str(Path(folder) / "tokenizer.json"))
         # With this beside it, transformers' AutoTokenizer opens the folder too.
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": _END_OF_TEXT}
-        (Path(folder) / "tokenizer_config.json").write_text(json.dumps(config | {"moebed_kind": "bpe"}, indent=2))
+        (Path(folder) / "tokenizer_config.json").write_text(
+            json.dumps(config | {"moebed_kind": "bpe"}, indent=2), encoding="utf-8"
+        )
 
     def fingerprint(self) -> str:
         return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
@@ -259,7 +263,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         return BytesTokenizer()
     config = folder / "tokenizer_config.json"
     try:
-        ours = config.is_file() and json.loads(config.read_text()).get("moebed_kind") == "bpe"
+        ours = config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("moebed_kind") == "bpe"
         if ours:
             return BpeTokenizer(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")))
     except Exception as error:  # the Rust library raises bare Exception

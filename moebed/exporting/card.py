@@ -41,9 +41,9 @@ class Run:
         folder = next((p for p in checkpoint.resolve().parents if (p / "config.yaml").is_file()), None)
         if folder is None:
             return cls(step=step)
-        recipe = yaml.safe_load((folder / "config.yaml").read_text())
+        recipe = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         summary = folder / "run_summary.json"
-        numbers = json.loads(summary.read_text()) if summary.is_file() else {}
+        numbers = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
         return cls(folder.name, step, recipe if isinstance(recipe, dict) else {}, numbers)
 
     @property

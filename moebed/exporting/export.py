@@ -120,10 +120,10 @@ def export(
         notes.extend([note] if note else [])
         if is_run(source_path):
             generation = {**run.sampling, **ids}
-            (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+            (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
         name = run.name or source.name
         card = model_card(name, config, plan.family, plan.in_transformers, run, tokenizer is not None)
-        (partial / "README.md").write_text(card)
+        (partial / "README.md").write_text(card, encoding="utf-8")
 
     writer.write(folder, _Copied(source), finish, on_write)
     return notes

@@ -18,7 +18,7 @@ def status_path(out: Path, run: str, kind: str) -> Path:
 def steps_done(out: Path, run: str) -> int:
     """Optimizer steps that a run has finished, as it last said."""
     try:
-        return int(status_path(out, run, "step").read_text() or 0)
+        return int(status_path(out, run, "step").read_text(encoding="utf-8") or 0)
     except (FileNotFoundError, ValueError):
         return 0
 

@@ -76,7 +76,7 @@ def read_recipe(path: Path) -> StudyRecipe:
         ConfigError: The file cannot be read, or something in it is unknown, missing or contradictory.
     """
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"study {path} cannot be read ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):

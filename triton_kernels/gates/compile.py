@@ -79,7 +79,7 @@ def facts_of(spec: KernelSpec, dtype: str, arch: str) -> Facts:
     cache = get_cache_manager(hashlib.sha256(compiled.hash.encode() + readers).hexdigest())
     kept = cache.get_file("facts.json")
     if kept is not None:
-        return Facts(**json.loads(Path(kept).read_text()))
+        return Facts(**json.loads(Path(kept).read_text(encoding="utf-8")))
     read: Callable[[CompiledKernel], Facts] = gcn.read if arch.startswith("gfx") else sass.read
     found = read(compiled)
     cache.put(json.dumps(asdict(found)), "facts.json", binary=False)
