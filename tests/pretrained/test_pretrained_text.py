@@ -18,6 +18,7 @@ from probes import store
 from probes.checkpoint_pass import probes_for
 from probes.driver import needs_of, run_probes
 from probes.registry import PROBES, resolve_probes
+from tests import oracle_shares
 from tests.conftest import ORACLES
 
 _ALL = probes_for(["all", "logits"], True)
@@ -55,14 +56,17 @@ def assert_equal_results(found, wanted):
 @oracles
 @pytest.mark.parametrize("length", ["short", "long"])
 @pytest.mark.parametrize("name", ["mixtral", "deepseekmoe", "grok-1"])
-def test_every_dynamic_value_of_the_oracles(name, length):
+def test_every_dynamic_value_of_the_oracles(name, length, monkeypatch):
     wanted = np.load(ORACLES / name / f"expected_dynamic_{length}.npz")
     ids = torch.from_numpy(wanted["input_ids"]).unsqueeze(0)
     text = ProbeText(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros(1, dtype=torch.int64))
     reference = str(ORACLES / "mistral") if name == "mixtral" else None
-    model = PretrainedMoE(str(ORACLES / name), reference_dense=reference, text=text)
-    names = ("logits", "routing", "norm_vs_score", "expert_outputs", "activations")
-    found = {key: value for result in run(model, names).values() for key, value in result.arrays.items()}
+
+    def arrays_of(*names):
+        model = PretrainedMoE(str(ORACLES / name), reference_dense=reference, text=text)
+        return {key: value for result in run(model, names).values() for key, value in result.arrays.items()}
+
+    found = arrays_of("logits", "routing", "norm_vs_score", "expert_outputs", "activations")
     compared = set()
     for key in set(wanted.files) - {"input_ids"}:
         value, kind = found[key], key.split("/")[0]
@@ -71,11 +75,12 @@ def test_every_dynamic_value_of_the_oracles(name, length):
             value = value[..., :size, :size]
         if kind in ("topk_index", "rank_count_score_by_norm"):
             np.testing.assert_array_equal(value, wanted[key], err_msg=key)
-        else:
+        elif kind != oracle_shares.KEY:
             np.testing.assert_allclose(
                 value, wanted[key], rtol=1e-4, atol=1e-4 * np.abs(wanted[key]).max(), err_msg=key
             )
         compared.add(kind)
+    oracle_shares.assert_shares(wanted, lambda: arrays_of("activations"), monkeypatch)
     assert len(compared) == (12 if name == "mixtral" else 11)
 
 

@@ -17,6 +17,7 @@ from probes.driver import run_probes
 from probes.expert_outputs import ExpertOutputs
 from probes.figures import to_rgb
 from probes.output_pairs import angular_similarity, chosen_means, pair_cosines, taken_tokens, to_square
+from tests import oracle_shares
 from tests.conftest import ORACLES
 
 
@@ -239,18 +240,24 @@ def test_a_difference_that_is_there_has_an_interval_above_zero_and_one_that_is_n
 
 @pytest.mark.shared("oracles")
 @pytest.mark.parametrize("family", ["mixtral", "deepseekmoe", "grok-1"])
-def test_oracles(family):
+def test_oracles(family, monkeypatch):
     decoder = load_decoder(family)
     for length in ("short", "long"):
         wanted = np.load(ORACLES / family / f"expected_dynamic_{length}.npz")
         ids = torch.from_numpy(wanted["input_ids"]).unsqueeze(0)
         text = ProbeText(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros(1, dtype=torch.int64))
-        names = ("expert_outputs", "activations", "norm_vs_score")
-        results = probe(walk(decoder.eval(), text, all_needs()), *names)
-        arrays = {key: value for result in results.values() for key, value in result.arrays.items()}
+
+        def arrays_of(*names, text=text):
+            results = probe(walk(decoder.eval(), text, all_needs()), *names)
+            return {key: value for result in results.values() for key, value in result.arrays.items()}
+
+        arrays = arrays_of("expert_outputs", "activations", "norm_vs_score")
         keys = [key for key in wanted.files if key.startswith(("output_", "act_"))]
         assert len(keys) == 6 * len(decoder.config.moe_layers)
         for key in keys:
             assert arrays[key].shape == wanted[key].shape
+            if key.startswith(oracle_shares.KEY):
+                continue
             atol = 1e-4 * np.abs(wanted[key]).max()
             np.testing.assert_allclose(arrays[key], wanted[key], rtol=1e-4, atol=atol, err_msg=key)
+        oracle_shares.assert_shares(wanted, lambda: arrays_of("activations"), monkeypatch)
