@@ -16,7 +16,7 @@ import psutil
 
 from moebed.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def cache_folder(configured: str | Path | None) -> Path:
