@@ -18,11 +18,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("moebed", "probes", "triton_kernels")
 # Run by Python as it starts, also where moebed begins again in UTF-8 mode.
 ABSENT = """
-import mmap, os, signal, sys
+import mmap, os, sys
 for module, names in {
     os: ["preadv", "pread", "posix_fadvise", "sched_getaffinity", "killpg", "getloadavg", "O_DIRECT"],
     mmap: ["MADV_HUGEPAGE"],
-    signal: ["SIGUSR1", "SIGUSR2"],
 }.items():
     for name in names:
         if hasattr(module, name):
