@@ -7,7 +7,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +78,9 @@ def find_or_build(cache: Path, key: str, build: Callable[[Path], None]) -> Path:
 @contextmanager
 def _turn(cache: Path, key: str) -> Iterator[None]:
     """This process's turn to build; at once where the file system has no locks."""
+    path = cache / f".{key}.lock"
     with ExitStack() as held:
-        lock = filelock.FileLock(cache / f".{key}.lock")
+        lock = filelock.FileLock(path)
         try:
             try:
                 held.enter_context(lock.acquire(timeout=0))
@@ -90,7 +91,11 @@ def _turn(cache: Path, key: str) -> Iterator[None]:
             if not os.access(cache, os.W_OK):
                 raise
             print(f"note: {cache} has no locks ({error}); {key} may be made twice", file=sys.stderr, flush=True)
-        yield
+        try:
+            yield
+        finally:  # who waits for it has it open, and who comes later finds the folder or builds anew
+            with suppress(OSError):
+                path.unlink()
 
 
 def _rename(temporary: Path, final: Path) -> None:
