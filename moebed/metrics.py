@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+
+from moebed.float64 import double, has_float64
 
 
 class TextLoss(Metric):
@@ -31,11 +35,20 @@ class TextLoss(Metric):
         # Lightning casts modules to the run's precision; sums of many tokens want float64.
         self.set_dtype(torch.float64)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], *arguments: Any, **options: Any) -> torch.nn.Module:
+        """Move the sums, but keep them in main memory where the device has no float64."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            return fn(tensor) if has_float64(fn(torch.zeros(1)).device) else tensor
+
+        return super()._apply(moved, *arguments, **options)
+
     def update(self, nats: Tensor, tokens: Tensor, num_bytes: Tensor, domain: Tensor) -> None:
         """Add sequences: summed nats (B,), predicted tokens (B,), bytes (B,), index of the domain (B,)."""
-        self.nats.index_add_(0, domain, nats.double())
-        self.tokens.index_add_(0, domain, tokens.double())
-        self.bytes.index_add_(0, domain, num_bytes.double())
+        domain = domain.to(self.nats.device)
+        self.nats.index_add_(0, domain, double(nats))
+        self.tokens.index_add_(0, domain, double(tokens))
+        self.bytes.index_add_(0, domain, double(num_bytes))
 
     def compute(self) -> dict[str, Tensor]:
         """``loss`` and ``bits_per_byte`` over all domains, and (D,) of each as ``loss_by_domain`` and so on."""

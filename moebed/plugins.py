@@ -1,7 +1,7 @@
 """Routers and probes of one's own: modules that a person names are imported before a command starts.
 
-Only ``--plugins`` and the environment variable that it sets for further processes do that. What a checkpoint or a
-recipe says is never imported.
+Only ``--plugins``, the environment variable that it sets for further processes, and a recipe's ``class_path`` import
+anything: recipes are code. What a checkpoint says is never imported, and no command takes a recipe from one.
 """
 
 from __future__ import annotations

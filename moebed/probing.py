@@ -44,6 +44,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     text.add_argument("--sequence-length", type=int, metavar="N", help="tokens of a domain's sequences; default 256")
     text.add_argument("--domain-tokens", type=int, metavar="N", help="tokens of each domain; default 8192")
+    text.add_argument(
+        "--text-field",
+        metavar="KEY",
+        help="column or key of a domain's text, if it holds records; default text",
+    )
     text.add_argument("--save-logits", action="store_true", help="keep the logits (T, V) in results/logits.npz")
     parser.add_argument("--reference-dense", metavar="DENSE", help='dense checkpoint to compare with, the paper\'s "F"')
     parser.add_argument("--layers", metavar="0,5", help="all (the default), or some of them")
@@ -69,6 +74,7 @@ _DEFAULTS: dict[str, Any] = {
     "domain": [],
     "sequence_length": 256,
     "domain_tokens": 8192,
+    "text_field": "text",
     "save_logits": False,
 }
 
@@ -99,6 +105,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
         domain=_domains(options["domain"]),
         sequence_length=options["sequence_length"],
         domain_tokens=options["domain_tokens"],
+        text_field=options["text_field"],
     )
     chosen = _listed(options["probes"])
     if options["save_logits"]:

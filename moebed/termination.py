@@ -37,7 +37,7 @@ class Termination(Callback):
         wanted = {signal.SIGTERM: _END}
         environment = getattr(trainer.strategy, "cluster_environment", None)
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
-            wanted[environment.requeue_signal or signal.SIGUSR1] = _REQUEUE
+            wanted[environment.requeue_signal or signal.SIGUSR1] = _REQUEUE  # SLURM is on Linux alone
         for number, meaning in wanted.items():
             self._lightnings[number] = signal.getsignal(number)
             signal.signal(number, lambda *_, meaning=meaning: setattr(self, "_asked", max(self._asked, meaning)))

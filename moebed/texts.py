@@ -45,6 +45,7 @@ class TextOptions:
         domain: NAME=FILE, a domain each; the file's documents are cut to ``sequence_length`` tokens.
         sequence_length: Tokens of a domain's sequences at most.
         domain_tokens: Tokens of each domain at most; its documents are taken evenly over the file.
+        text_field: Column or key that holds the text of a domain whose documents are records.
     """
 
     text: list[str] = field(default_factory=list)
@@ -52,6 +53,7 @@ class TextOptions:
     domain: list[str] = field(default_factory=list)
     sequence_length: int = 256
     domain_tokens: int = 8192
+    text_field: str = "text"
 
     def __post_init__(self) -> None:
         """Raises ConfigError for numbers that are out of range."""
@@ -249,7 +251,8 @@ def _read_domain(
         raise ConfigError(f"--domain {given}: a name has letters, digits, spaces and . + - _ only")
     if not Path(file).is_file():
         raise UserError(f"--domain {given}: {file} does not exist")
-    documents = [text for text in Source(SourceConfig(label, "files", path=file)).documents() if text.strip()]
+    source = Source(SourceConfig(label, "files", path=file, text_field=options.text_field))
+    documents = [text for text in source.documents() if text.strip()]
     if not documents:
         raise UserError(f"--domain {given}: {file} holds no text")
     length = min(options.sequence_length, config.max_position_embeddings)

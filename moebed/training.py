@@ -192,6 +192,7 @@ class TrainingCLI(LightningCLI):
                 super().instantiate_classes()
         except ValueError as error:
             raise _user_error_behind(error) or ConfigError(str(error)) from error
+        self.datamodule.model_vocab_size = self.model.config.vocab_size
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A Trainer that logs into the run folder."""

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moebed.float64 import double
 from moebed.views import LayerView, Need
 from probes.base import Arrays, Headline, Probe, ProbeResult, per_layer
 from probes.expert_matrices import by_matrix, compared, fitting, labels_of, num_experts, pair_means
@@ -58,10 +59,10 @@ def shape_of(matrix: Tensor, rank: int) -> Shape:
     are lost, which singular values below a thousandth of the largest are: too small to count in either rank.
     """
     short = matrix.T if matrix.shape[0] >= matrix.shape[1] else matrix  # (S, long side)
-    short = short.double() if len(short) < _DOUBLE_BELOW else short.float()
+    short = double(short) if len(short) < _DOUBLE_BELOW else short.float()
     with exact_products(holds_bf16(matrix)):
         products = torch.mm(short, short.T)
-    squares = torch.linalg.eigvalsh(products).clamp(min=0).double().cpu().numpy()
+    squares = torch.linalg.eigvalsh(products).clamp(min=0).cpu().double().numpy()
     gram = products.cpu().numpy()
     if squares[-1] <= 0:
         return Shape(0.0, 0.0, 0.0, np.zeros((matrix.shape[1], rank)))

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moebed.float64 import double
 from moebed.views import ExpertView, LayerView, Need
 from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
 from probes.ranks import rank_correlation
@@ -59,15 +60,16 @@ class ExpertImportance(Probe):
         index, weight = view.routing.topk_index, view.routing.topk_weight.float()
         added = weight * torch.stack(norms, dim=1).gather(1, index)  # (T, K)
         count = torch.bincount(index.flatten(), minlength=view.num_experts)
-        total = torch.bincount(index.flatten(), added.flatten().double(), minlength=view.num_experts)
-        self.arrays[f"reap/{view.index}"] = (total / count.clamp(min=1)).float().cpu().numpy()
+        wide = double(added.flatten())
+        total = torch.bincount(index.flatten().to(wide.device), wide, minlength=view.num_experts)
+        self.arrays[f"reap/{view.index}"] = (total / count.to(total.device).clamp(min=1)).float().cpu().numpy()
         self.arrays[f"count/{view.index}"] = count.cpu().numpy()
         if view.ablate is None or view.num_experts <= view.num_experts_per_tok:
             return
-        whole = view.ablate(-1).double()
+        whole = double(view.ablate(-1))
         rise, error = [], []
         for expert in range(view.num_experts):
-            change = view.ablate(expert).double() - whole
+            change = double(view.ablate(expert)) - whole
             change = change[~change.isnan()]  # the last token of a sequence has nothing to predict
             rise.append(float(change.mean()))
             error.append(float(change.std() / len(change) ** 0.5) if len(change) > 1 else 0.0)

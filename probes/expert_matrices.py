@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moebed.float64 import double
 from moebed.views import MATRICES, LayerView
 from probes.base import Arrays, by_layer
 from probes.similarity import off_diagonal
@@ -61,7 +62,7 @@ def bands(matrix: Tensor) -> Iterator[Tensor]:
     """A matrix (N, H) a band of rows at a time, in float64."""
     step = max(1, _BAND_ELEMENTS // matrix.shape[1])
     for start in range(0, len(matrix), step):
-        yield matrix[start : start + step].double()
+        yield double(matrix[start : start + step])
 
 
 def mean_neurons(view: LayerView, name: str) -> tuple[Tensor, list[str]]:
@@ -72,7 +73,7 @@ def mean_neurons(view: LayerView, name: str) -> tuple[Tensor, list[str]]:
     for index in range(view.num_experts + len(rest)):
         matrix = fetch(index)
         means.append(sum((band.sum(dim=0) for band in bands(matrix)), torch.zeros(())) / len(matrix))
-    return torch.stack([mean.double().cpu() for mean in means]), list(rest)
+    return torch.stack([double(mean).cpu() for mean in means]), list(rest)
 
 
 def num_experts(arrays: Arrays) -> dict[int, int]:

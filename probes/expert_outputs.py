@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moebed.float64 import double
 from moebed.views import ExpertView, LayerView, Need
 from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
 from probes.expert_matrices import REFERENCE, SHARED, labels_of, num_experts
@@ -76,12 +77,12 @@ class ExpertOutputs(Probe):
         device = next(iter(outputs.values())).device
         chosen = view.routing.topk_index.to(device)
         short = keep_tokens(self.arrays, view, SHORT_TEXT) and len(taken) == len(chosen)
-        angular = torch.zeros(math.comb(len(outputs), 2), dtype=torch.float64, device=device)
+        angular = double(torch.zeros(math.comb(len(outputs), 2), device=device))
         cosines: list[Tensor] = []
         by_token: dict[str, list[Tensor]] = {"chosen": [], "other": [], "mixed": []}
         where = taken.to(device)
         for part, cosine in pair_cosines(list(outputs.values())):
-            angular += angular_similarity(cosine).sum(dim=0, dtype=torch.float64)
+            angular += double(angular_similarity(cosine)).sum(dim=0)
             for kind, mean in chosen_means(cosine, chosen[where[part]], view.num_experts)._asdict().items():
                 if mean is not None:
                     by_token[kind].append(mean)

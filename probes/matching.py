@@ -28,6 +28,8 @@ from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from scipy.special import ndtri
 from torch import Tensor
 
+from moebed.float64 import double
+
 _DENSE_BELOW = 256  # neurons; smaller problems take the dense solver a millisecond
 _CANDIDATES = 80  # a neuron, about
 _ROUNDS = 12
@@ -132,12 +134,12 @@ def assign(similarity: Tensor, dense_turns: threading.Semaphore | None = None) -
 def _match(
     first: int, second: int, a: Tensor, b: Tensor, norm_a: Tensor, norm_b: Tensor, dense: threading.Semaphore
 ) -> Matching:
-    lengths = float(norm_a.double().norm()) * float(norm_b.double().norm())
+    lengths = float(double(norm_a).norm()) * float(double(norm_b).norm())
     if not np.isfinite(lengths):
         return Matching(first, second, np.arange(len(a)), np.nan, np.nan)
     similarity = cosines(a, b, norm_a, norm_b)
     permutation = assign(similarity, dense)
-    similar, weight = similarity.numpy(), norm_a.double().numpy()
+    similar, weight = similarity.numpy(), double(norm_a).numpy()
     before = np.sum(similar.diagonal() * weight * norm_b.numpy())
     after = np.sum(similar[np.arange(len(a)), permutation] * weight * norm_b.numpy()[permutation])
     scale = 1 / lengths if lengths else 0.0

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moebed.float64 import double
+
 _BLOCK_ELEMENTS = 1 << 20  # outputs compared at a time
 
 
@@ -92,10 +94,10 @@ def chosen_means(cosine: Tensor, chosen: Tensor, experts: int) -> ChosenMeans:
     rows = cosine.gather(1, pair[chosen].flatten(1)).view(len(cosine), count, experts)
     rows.scatter_(2, chosen.unsqueeze(2), 0.0)
     # Each pair of chosen experts is in two rows, a pair of a chosen one and another in one.
-    wide = torch.float64  # what is left of a sum once others are taken off it
-    twice = rows.gather(2, chosen.unsqueeze(1).expand(-1, count, -1)).sum(dim=(1, 2), dtype=wide)
-    both, mixed = twice / 2, rows.sum(dim=(1, 2), dtype=wide) - twice
-    none = cosine[:, : math.comb(experts, 2)].sum(dim=1, dtype=wide) - both - mixed
+    # In float64, for what is left of a sum once others are taken off it.
+    twice = double(rows.gather(2, chosen.unsqueeze(1).expand(-1, count, -1))).sum(dim=(1, 2))
+    both, mixed = twice / 2, double(rows).sum(dim=(1, 2)) - twice
+    none = double(cosine[:, : math.comb(experts, 2)]).sum(dim=1) - both - mixed
     return ChosenMeans(
         (both / math.comb(count, 2)).float() if count > 1 else None,
         (none / math.comb(rest, 2)).float() if rest > 1 else None,

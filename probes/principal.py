@@ -13,6 +13,8 @@ from scipy.sparse.linalg import eigsh
 from scipy.spatial import cKDTree
 from torch import Tensor
 
+from moebed.float64 import double
+
 _LANCZOS_FROM = 512
 
 
@@ -33,7 +35,7 @@ def matrix_components(bands: Iterable[Sequence[Tensor]], count: int, dims: int) 
     """
     gram = torch.zeros((), dtype=torch.float64)
     for blocks in bands:
-        band = torch.stack(list(blocks)).flatten(1).double()  # (E + X, n)
+        band = double(torch.stack(list(blocks)).flatten(1))  # (E + X, n)
         deviation, mean = torch.std_mean(band[:count], dim=0)
         band = band.sub_(mean).mul_(torch.where(deviation > 0, 1 / deviation, 0.0))
         gram = gram + (band @ band[:count].T).cpu()

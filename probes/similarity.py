@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moebed.float64 import double
 from moebed.views import LayerView
 
 _BAND_ELEMENTS = 1 << 23  # copied at a time, over all experts
@@ -63,7 +64,8 @@ def _band_gram(blocks: Sequence[Tensor]) -> Tensor:
     count, size = len(blocks), blocks[0].numel()
     whole, rest = divmod(size, _SUMMED)
     shape = (whole + (rest > 0), count, _SUMMED)
-    wide = torch.empty(shape, dtype=torch.float32 if exact else torch.float64, device=blocks[0].device)
+    device = blocks[0].device
+    wide = torch.empty(shape, device=device) if exact else double(torch.empty(0, device=device)).new_empty(shape)
     if rest:
         wide[whole].zero_()
     for index, block in enumerate(blocks):
@@ -71,7 +73,7 @@ def _band_gram(blocks: Sequence[Tensor]) -> Tensor:
         wide[:whole, index] = flat[: size - rest].view(whole, _SUMMED)
         if rest:
             wide[whole, index, :rest] = flat[size - rest :]
-    return torch.bmm(wide, wide.transpose(1, 2)).double().sum(dim=0)
+    return double(torch.bmm(wide, wide.transpose(1, 2))).sum(dim=0)
 
 
 def cosines(gram: Tensor) -> np.ndarray:
@@ -83,7 +85,7 @@ def cosines(gram: Tensor) -> np.ndarray:
 
 def cosine_matrix(matrices: Tensor) -> np.ndarray:
     """Cosine of flattened matrices (E, R, C), in float64: (E, E) float32. A zero matrix has cosine 0 with all."""
-    flat = matrices.flatten(1).double()
+    flat = double(matrices.flatten(1))
     return cosines(flat @ flat.T)
 
 

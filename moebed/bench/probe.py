@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
-import resource
 import statistics
 import sys
 import tempfile
@@ -127,9 +126,13 @@ def layer_rows(rounds: int, full: bool) -> list[dict[str, Any]]:
 
 
 def _big_pair(cosine: float, rounds: int) -> tuple[list[list[float]], float]:
-    """Seconds of products and matching of one large pair, and the process's peak memory in GB."""
+    """Seconds of products and matching of one large pair, and the process's peak memory in GB (nan if unknown)."""
     two = experts(MIXTRAL, 2, cosine)
     timed = alternate(rounds, lambda: matching(two), lambda: products_alone(two))
+    try:
+        import resource
+    except ImportError:  # Windows
+        return timed, float("nan")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return timed, peak / 1e9
 

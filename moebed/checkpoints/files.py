@@ -10,6 +10,7 @@ import json
 import math
 import os
 import struct
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ from moebed.errors import UserError
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _LARGEST_HEADER = 100 << 20
+_READ_AT_ONCE = 16 << 20  # where bytes are copied on their way
 
 
 class TensorEntry(Protocol):
@@ -55,7 +57,8 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._descriptor = os.open(path, os.O_RDONLY)
+        self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        self._turn = threading.Lock()
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)  # the kernel then reads further ahead
 
@@ -66,10 +69,19 @@ class SafetensorsFile:
         """Read ``len(into)`` bytes from ``offset`` on; other threads may read at the same time."""
         done = 0
         while done < len(into):
-            count = os.preadv(self._descriptor, [into[done:]], offset + done)
+            count = self._read_some(offset + done, into[done:])
             if count == 0:
                 raise UserError(f"{self.path} ended while it was read; it has changed since the start")
             done += count
+
+    def _read_some(self, offset: int, into: memoryview) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._descriptor, [into], offset)
+        with self._turn:  # elsewhere a descriptor has one position for all threads
+            os.lseek(self._descriptor, offset, os.SEEK_SET)
+            found = os.read(self._descriptor, min(len(into), _READ_AT_ONCE))
+        into[: len(found)] = found
+        return len(found)
 
 
 def open_safetensors(path: Path) -> dict[str, TensorEntry]:

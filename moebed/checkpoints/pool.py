@@ -203,7 +203,8 @@ def limit_of(budget: int, spoken_for: int = 0) -> int:
 
 def _fresh(size: int) -> Tensor:
     """New memory, (size,) bytes, in pages of 2 MiB where there are any: with small ones, faults outlast the reading."""
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    memory = mmap.mmap(-1, size, **private)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)

@@ -5,13 +5,18 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import filelock
+import psutil
+
 from moebed.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def cache_folder(configured: str | Path | None) -> Path:
@@ -28,9 +33,9 @@ def fingerprint(identity: Mapping[str, Any]) -> str:
 def find_or_build(cache: Path, key: str, build: Callable[[Path], None]) -> Path:
     """Returns the folder ``cache/key``, building it first if it is not there.
 
-    Any number of processes may ask at once: each builds in a folder of its own, the first to finish renames it into
-    place, and the others drop theirs and use that one. A build that is killed leaves only a hidden folder, which the
-    next build of the same key on that machine removes.
+    Any number of processes may ask at once: one builds, and the others wait for it and say so. Where files cannot be
+    locked each builds in a folder of its own, the first to finish renames it into place, and the others drop theirs. A
+    build that is killed leaves only a hidden folder, which the next build of the same key on that machine removes.
 
     Args:
         cache: The cache folder; made if need be.
@@ -50,21 +55,47 @@ def find_or_build(cache: Path, key: str, build: Callable[[Path], None]) -> Path:
     temporary = cache / f"{prefix}{os.getpid()}"
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        for stale in cache.glob(f"{prefix}*"):
-            if stale == temporary or not _is_alive(stale.name.removeprefix(prefix)):
-                shutil.rmtree(stale, ignore_errors=True)
-        temporary.mkdir()
-        try:
-            build(temporary)
-            _rename(temporary, final)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with _turn(cache, key):
+            if final.is_dir():  # made while this process waited
+                return final
+            for stale in cache.glob(f"{prefix}*"):
+                if stale == temporary or not _is_alive(stale.name.removeprefix(prefix)):
+                    shutil.rmtree(stale, ignore_errors=True)
+            temporary.mkdir()
+            try:
+                build(temporary)
+                _rename(temporary, final)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(
             f"cannot write the cache folder {cache}: {reason}; set data.cache_dir or MOEBED_CACHE to a writable one"
         ) from error
     return final
+
+
+@contextmanager
+def _turn(cache: Path, key: str) -> Iterator[None]:
+    """This process's turn to build; at once where the file system has no locks."""
+    path = cache / f".{key}.lock"
+    with ExitStack() as held:
+        lock = filelock.FileLock(path)
+        try:
+            try:
+                held.enter_context(lock.acquire(timeout=0))
+            except filelock.Timeout:
+                print(f"waiting: another process makes {key} in {cache}", file=sys.stderr, flush=True)
+                held.enter_context(lock.acquire())
+        except (OSError, NotImplementedError) as error:
+            if not os.access(cache, os.W_OK):
+                raise
+            print(f"note: {cache} has no locks ({error}); {key} may be made twice", file=sys.stderr, flush=True)
+        try:
+            yield
+        finally:  # who waits for it has it open, and who comes later finds the folder or builds anew
+            with suppress(OSError):
+                path.unlink()
 
 
 def _rename(temporary: Path, final: Path) -> None:
@@ -76,10 +107,4 @@ def _rename(temporary: Path, final: Path) -> None:
 
 
 def _is_alive(process: str) -> bool:
-    try:
-        os.kill(int(process), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        return True
-    return True
+    return process.isdecimal() and psutil.pid_exists(int(process))

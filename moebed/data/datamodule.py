@@ -50,6 +50,8 @@ class TextDataModule(LightningDataModule):
 
     Attributes:
         domains: Names of the domains; ``domain`` in a batch is an index into it. Known from the start.
+        model_vocab_size: The model's vocabulary size, if set; a tokenizer that is too large for it is then refused
+            before any text is tokenized.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class TextDataModule(LightningDataModule):
         self.sequence_length, self.batch_size, self.seed = sequence_length, batch_size, seed
         self.validation_fraction, self.max_validation_windows = validation_fraction, max_validation_windows
         self.cache_dir = cache_dir
+        self.model_vocab_size: int | None = None
         self._tokenizer: Tokenizer | None = None
         self._stores: list[DomainStore] = []
         self._train_loader: PackedLoader | None = None
@@ -108,7 +111,9 @@ class TextDataModule(LightningDataModule):
     def _open(self) -> None:
         cache = cache_folder(self.cache_dir)
         sources = [Source(config) for config in self.sources]
-        tokenizer = self._build_tokenizer(sources, cache)
+        self._tokenizer = tokenizer = self._build_tokenizer(sources, cache)
+        if self.model_vocab_size is not None:
+            self.check_vocabulary(self.model_vocab_size)
         streaming_tokens = (self.max_validation_windows or STREAMING_VALIDATION_WINDOWS) * self.sequence_length
         stores = [build_domain(s, tokenizer, cache, self.validation_fraction, streaming_tokens) for s in sources]
         for store in stores:
@@ -119,7 +124,7 @@ class TextDataModule(LightningDataModule):
                         f"{self.sequence_length} + 1; give more text, a shorter data.sequence_length or another "
                         f"data.validation_fraction ({self.validation_fraction})"
                     )
-        self._tokenizer, self._stores = tokenizer, stores
+        self._stores = stores
 
     def _build_tokenizer(self, sources: list[Source], cache: Path) -> Tokenizer:
         config = self.tokenizer_config

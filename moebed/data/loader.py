@@ -12,6 +12,7 @@ A window is S + 1 tokens of one domain's stream, whose documents follow one anot
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from moebed.data.store import TokenStream
 from moebed.data.streaming import StreamPacker
 
 IGNORED = -100
+_READ_AHEAD = 4  # batches
 Batch = dict[str, Tensor]
 _Window = tuple[int, np.ndarray, np.ndarray]
 
@@ -107,18 +109,42 @@ class PackedLoader:
         self._position = 0
         self._consumed = self._snapshot()
         self._ahead: deque[dict[str, Any]] = deque()
+        self._reader: ThreadPoolExecutor | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         """Goes on after the last batch consumed; what was fetched but not consumed comes again."""
+        self._stop_reading()
         if self._consumed["position"] != self._position:
             self._restore(self._consumed)
         self._ahead.clear()
-        while True:
-            batch = self._next_batch()
-            self._ahead.append(self._snapshot())
+        for batch, snapshot in self._fetched():
+            self._ahead.append(snapshot)
             if not self._tracked:
                 self.mark_consumed()
             yield batch
+
+    def _fetched(self) -> Iterator[tuple[Batch, dict[str, Any]]]:
+        """Batches, each with the place after it; of streaming sources some are read ahead in a thread of its own."""
+        if not self._packers:
+            while True:
+                yield self._fetch()
+        with ThreadPoolExecutor(1, "stream") as reader:
+            self._reader = reader
+            waiting = deque(reader.submit(self._fetch) for _ in range(_READ_AHEAD))
+            try:
+                while True:
+                    yield waiting.popleft().result()
+                    waiting.append(reader.submit(self._fetch))
+            finally:
+                reader.shutdown(cancel_futures=True)
+
+    def _fetch(self) -> tuple[Batch, dict[str, Any]]:
+        return self._next_batch(), self._snapshot()
+
+    def _stop_reading(self) -> None:
+        if self._reader is not None:
+            self._reader.shutdown(cancel_futures=True)
+            self._reader = None
 
     def mark_consumed(self) -> None:
         """Says that training has taken the oldest batch not yet consumed."""
@@ -167,6 +193,7 @@ class PackedLoader:
                 "the checkpoint was trained on other data (sources, tokenizer, sequence length, weights or seed): "
                 f"going on at sample {state_dict['position']} of this data"
             )
+        self._stop_reading()
         self._restore(state_dict)
         self._ahead.clear()
         self._consumed = state_dict

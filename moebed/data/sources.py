@@ -1,7 +1,8 @@
 """One seam for text: a source is a named domain that yields documents.
 
 ``embedded`` sources are :mod:`moebed.data.corpus`; ``files`` are local text, CSV, JSON lines, JSON or Parquet files;
-``hub`` is anything ``datasets.load_dataset`` can load. Nothing a source names is ever executed.
+``hub`` is what ``datasets.load_dataset`` can load with one of the builders of text. Nothing a source names is ever
+executed: builders that open pickles or code are refused, whatever the version of ``datasets``.
 """
 
 import csv
@@ -17,10 +18,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moebed.data.corpus import EMBEDDED_DOMAINS, embedded_documents, embedded_identity
+from moebed.data.pieces import json_records, text_documents
 from moebed.errors import ConfigError, UserError
 
-_MIN_DOCUMENT_BYTES = 2048
 _SUFFIXES = (".txt", ".csv", ".jsonl", ".json", ".parquet")
+# Of the data sets library; cache is what it kept of one of the others.
+_PACKAGED = "datasets.packaged_modules."
+_BUILDERS = ("csv", "json", "parquet", "arrow", "text", "xml", "cache")
 
 
 @dataclass
@@ -32,19 +36,22 @@ class SourceConfig:
         kind: embedded (the corpus built from the Python installation), files (local files) or hub (a data set that
             ``datasets.load_dataset`` can load).
         path: For embedded, code, prose or math if that is not the name already; for files, a path or glob or a list of
-            them (.txt, .csv, .jsonl, .json and .parquet; all but .parquet also with .gz); for hub, the data set's name.
+            them (.txt, .csv, .jsonl, .json and .parquet; all but .parquet also with .gz; a .json file may hold JSON
+            lines); for hub, the data set's name.
         subset: Configuration of a hub data set, such as en for allenai/c4.
         split: Split of a hub data set to read; moebed makes its own validation split from it.
         revision: Commit, tag or branch of a hub data set; name a commit for runs that can be repeated.
         data_files: Files of the hub data set to read; with path json, csv, text or parquet, local files.
         text_field: Column or key that holds the text, where documents are records.
-        streaming: Tokenize while training and never hold the whole source, on disk or in memory.
+        streaming: Tokenize while training and never hold the whole source, on disk or in memory. A local file is read a
+            piece at a time, and again for each pass over it; every process reads and tokenizes what all of them train
+            on, so with many processes a source that fits the disk is better not streamed.
         weight: Chance of a training sequence to come from this domain, relative to the other domains' weights. If no
             source has a weight and none is streaming, domains weigh what they hold in tokens; otherwise a source
             without one weighs 1.
         document_separator: In .txt files, each piece between two of these is a document. If not given, the file is cut
             at blank lines (or at line ends, where there is no blank line) into documents of at least 2 kB.
-        max_bytes: Use no more than this many bytes of text.
+        max_bytes: Use no more than this many bytes of text; the document that goes beyond is cut.
     """
 
     name: str
@@ -139,20 +146,24 @@ class Source:
         return found
 
     def documents(self) -> Iterator[str]:
-        """Yields the non-empty documents, up to ``max_bytes`` bytes of UTF-8 text.
+        """Yields the non-empty documents, the last one cut at ``max_bytes`` bytes of UTF-8 text.
 
         Raises:
             UserError: If a file is missing or damaged, the text field does not exist or the hub cannot be reached.
         """
-        budget = self.config.max_bytes if self.config.max_bytes is not None else sys.maxsize
+        left = self.config.max_bytes if self.config.max_bytes is not None else sys.maxsize
         for text in self._all_documents():
             if not text.strip():
                 continue
             text = encodable(text)
-            budget -= len(text.encode())
-            if budget < 0:
+            size = len(text.encode())
+            if size > left:
+                text = text.encode()[:left].decode(errors="ignore")  # a character that is cut through is left out
+            if text.strip():
+                yield text
+            left -= size
+            if left <= 0:
                 return
-            yield text
 
     def stored_documents(self) -> Iterator[str]:
         """Yields the documents to store: all of them, or one pass over a streaming hub data set without keeping it."""
@@ -179,9 +190,24 @@ class Source:
         if not isinstance(record, dict) or field not in record:
             columns = ", ".join(map(str, record)) if isinstance(record, dict) else "none: the records are not objects"
             raise UserError(
-                f"data source {self.config.name!r}: no column {field!r}; set text_field to one of: {columns}"
+                f"data source {self.config.name!r}: no column {field!r}; set text_field (--text-field of moebed probe) "
+                f"to one of: {columns}"
             )
-        return record[field] if isinstance(record[field], str) else "" if record[field] is None else str(record[field])
+        value = record[field]
+        if isinstance(value, bytes):  # Parquet writers may leave out that a column is text
+            try:
+                return value.decode()
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"data source {self.config.name!r}: column {field!r} holds bytes that are not UTF-8 ({error}); "
+                    "choose a text_field of text"
+                ) from error
+        if value is not None and not isinstance(value, str | int | float):
+            raise UserError(
+                f"data source {self.config.name!r}: column {field!r} holds {type(value).__name__}s, not text; "
+                f"set text_field to one of: {', '.join(map(str, record))}"
+            )
+        return "" if value is None else str(value)
 
     def texts_of(self, dataset: Any) -> Iterator[str]:
         """Yields the text of each record of an opened hub data set; raises UserError in one line if reading fails."""
@@ -202,14 +228,16 @@ class Source:
 
         config = self.config
         try:
-            return datasets.load_dataset(
-                str(config.path),
-                config.subset,
-                split=config.split,
-                data_files=config.data_files,
-                revision=config.revision,
-                streaming=streaming,
+            builder = datasets.load_dataset_builder(
+                str(config.path), config.subset, data_files=config.data_files, revision=config.revision
             )
+            self._require_text_builder(builder)
+            if streaming:
+                return builder.as_streaming_dataset(split=config.split)
+            builder.download_and_prepare()
+            return builder.as_dataset(split=config.split)
+        except UserError:
+            raise
         except Exception as error:  # network, hub, parser: one cause, said in one line
             name = " ".join(filter(None, [str(config.path), config.subset]))
             raise UserError(
@@ -217,23 +245,47 @@ class Source:
                 f"({type(error).__name__}: {_one_line(error)})"
             ) from error
 
+    def _require_text_builder(self, builder: Any) -> None:
+        """Raises UserError unless what would read the files is known to open neither pickles nor code."""
+        kinds = {base.__module__.removeprefix(_PACKAGED).split(".")[0] for base in type(builder).__mro__}
+        if not kinds & set(_BUILDERS):
+            raise UserError(
+                f"data source {self.config.name!r}: the data sets library would read {self.config.path!r} with its "
+                f"{type(builder).__name__} builder, which may run code or holds no text; "
+                f"only these are used: {', '.join(_BUILDERS)}"
+            )
+
     def _file_documents(self, path: Path) -> Iterator[str]:
         suffix = _suffix(path)
         if suffix == ".parquet":
             yield from self._parquet_documents(path)
             return
         opener: Any = gzip.open if path.suffix.lower() == ".gz" else open
-        # newline="" is what the csv module asks for; text keeps its line ends too.
-        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
-            if suffix == ".txt":
-                yield from _text_documents(file.read(), self.config.document_separator)
-            elif suffix == ".csv":
+
+        def opened() -> Any:
+            # The csv module asks for newline=""; text and JSON keep their line ends too.
+            newline = "" if suffix == ".csv" else "\n"
+            return opener(path, "rt", encoding="utf-8-sig", newline=newline)
+
+        if suffix == ".txt":
+            yield from text_documents(opened, self.config.document_separator)
+            return
+        with opened() as file:
+            if suffix == ".csv":
                 yield from self._csv_documents(file)
             elif suffix == ".jsonl":
-                yield from (self.text_of(json.loads(line)) for line in file if line.strip())
+                yield from self._json_lines(file)
             else:
-                records = json.load(file)
-                yield from (self.text_of(record) for record in (records if isinstance(records, list) else [records]))
+                yield from (self.text_of(record) for record in json_records(file))
+
+    def _json_lines(self, file: Any) -> Iterator[str]:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    record = json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"line {number} is no JSON ({error})") from error
+                yield self.text_of(record)
 
     def _csv_documents(self, file: Any) -> Iterator[str]:
         csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
@@ -261,20 +313,6 @@ class Source:
 def encodable(text: str) -> str:
     """Replaces what has no UTF-8 form: lone surrogates, which JSON can spell."""
     return text.encode("utf-8", "replace").decode()
-
-
-def _text_documents(text: str, separator: str | None) -> Iterator[str]:
-    if separator is not None:
-        yield from text.split(separator)
-        return
-    # Cut after the gap, so that the documents joined are the file again.
-    gap = r"(?<=\n)(?:[ \t\r]*\n)+" if re.search(r"\n[ \t\r]*\n", text) else r"\n"
-    start = 0
-    for match in re.finditer(gap, text):
-        if match.end() - start >= _MIN_DOCUMENT_BYTES:
-            yield text[start : match.end()]
-            start = match.end()
-    yield text[start:]
 
 
 def _suffix(path: Path) -> str:

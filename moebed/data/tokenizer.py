@@ -5,8 +5,9 @@ Each says exactly how many bytes of text every token accounts for, so that bits 
 
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from moebed.errors import ConfigError, UserError
 Encoded = tuple[np.ndarray, np.ndarray]
 _END_OF_TEXT = "<|endoftext|>"
 _BYTES_FILE = "moebed_bytes_tokenizer.json"
+_RUN = re.compile(r"(\S{512}|\s{512})")
 
 
 @dataclass
@@ -248,8 +250,14 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> BpeTokenizer:
         special_tokens=[_END_OF_TEXT],
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
     )
-    backend.train_from_iterator(documents, trainer)
+    backend.train_from_iterator(_without_long_words(documents), trainer)
     return BpeTokenizer(backend)
+
+
+def _without_long_words(documents: Iterable[str]) -> Iterator[str]:
+    """Cuts runs of letters or of white space: the time of training grows with the square of the longest word."""
+    for text in documents:
+        yield from _RUN.split(text) if _RUN.search(text) else (text,)
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:

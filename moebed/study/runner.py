@@ -6,7 +6,6 @@ array, share the work, and one that was killed leaves nothing to clean up.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import subprocess
@@ -20,6 +19,7 @@ from typing import Any, Protocol
 
 from moebed.errors import DivergedError, UserError
 from moebed.study.files import read_json, write_json
+from moebed.study.lock import HeldError, RunLock
 from moebed.study.progress import StudyBar, status_path
 
 POLL_SECONDS = 0.2
@@ -57,7 +57,7 @@ class Process:
 
     run: RunLike
     process: subprocess.Popen[bytes]
-    lock: int
+    lock: RunLock
     log_begin: int  # bytes of the log that are of earlier processes
 
 
@@ -136,7 +136,7 @@ def run_all(
     """
     check_unchanged(runs, out)
     outcome, running = Outcome(), dict[str, Process]()
-    waiting = list(runs)
+    waiting, waited_for = list(runs), set[str]()
     with _signals() as signals, StudyBar(out, {run.name: run.steps for run in runs}) as bar:
         while waiting or running:
             for name, process in list(running.items()):
@@ -147,7 +147,7 @@ def run_all(
                 if _settled_already(run, out, outcome, bar):
                     waiting.remove(run)
                 elif len(running) < jobs and (run.needs is None or run.needs in outcome.finished):
-                    started = _start(run, out, jobs, command)
+                    started = _start(run, out, jobs, command, waited_for, bar)
                     if started is not None:
                         waiting.remove(run)
                         running[run.name] = started
@@ -176,18 +176,21 @@ def _settled_already(run: RunLike, out: Path, outcome: Outcome, bar: StudyBar) -
     return True
 
 
-def _start(run: RunLike, out: Path, jobs: int, command: Callable[[RunLike], list[str]]) -> Process | None:
-    """Start a process, unless another one has the run."""
+def _start(
+    run: RunLike, out: Path, jobs: int, command: Callable[[RunLike], list[str]], waited_for: set[str], bar: StudyBar
+) -> Process | None:
+    """Start a process, unless another one has the run, which is said once."""
     log = status_path(out, run.name, "log")
     log.parent.mkdir(parents=True, exist_ok=True)
-    lock = os.open(status_path(out, run.name, "lock"), os.O_RDWR | os.O_CREAT)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
+        lock = RunLock(status_path(out, run.name, "lock"))
+    except HeldError:
+        if run.name not in waited_for:
+            waited_for.add(run.name)
+            bar.say(f"waiting: another process has {run.name}")
         return None
     if is_finished(run, out):  # the other process came to its end between the two looks
-        os.close(lock)
+        lock.release()
         return None
     record = {"hash": run.hash, "identity": dict(run.identity)}
     write_json(status_path(out, run.name, "json"), record)
@@ -197,15 +200,16 @@ def _start(run: RunLike, out: Path, jobs: int, command: Callable[[RunLike], list
         begin = file.tell()
         # A session of its own: Ctrl-C reaches the study alone, which then ends its processes. The lock stays held for
         # as long as the process lives, even if the study is killed.
+        inherited: dict[str, Any] = {"pass_fds": (lock.descriptor,)} if os.name == "posix" else {}
         process = subprocess.Popen(
-            command(run), env=environment, stdout=file, stderr=file, start_new_session=True, pass_fds=(lock,)
+            command(run), env=environment, stdout=file, stderr=file, start_new_session=True, **inherited
         )
     return Process(run, process, lock, begin)
 
 
 def _settle(process: Process, out: Path, outcome: Outcome, bar: StudyBar) -> None:
     """Note what came of a process that has ended."""
-    os.close(process.lock)
+    process.lock.release()
     name, code = process.run.name, process.process.returncode
     bar.finish(name)
     if code == 0 and is_finished(process.run, out):
@@ -232,18 +236,24 @@ def _last_words(log: Path, begin: int) -> str:
 
 def _end(running: Mapping[str, Process]) -> None:
     """Ask all processes to end, and after a while make them."""
-    for last, deadline in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, GRACE_SECONDS)):
+    for gently in (True, False):
         for process in running.values():
-            if process.process.poll() is None:
-                os.killpg(process.process.pid, last)
-        end = time.monotonic() + deadline
+            if process.process.poll() is not None:
+                continue
+            if hasattr(os, "killpg"):  # with whatever it started
+                os.killpg(process.process.pid, signal.SIGTERM if gently else signal.SIGKILL)
+            elif gently:
+                process.process.terminate()
+            else:
+                process.process.kill()
+        end = time.monotonic() + GRACE_SECONDS
         for process in running.values():
             try:
                 process.process.wait(timeout=max(0.1, end - time.monotonic()))
             except subprocess.TimeoutExpired:
                 continue
     for process in running.values():
-        os.close(process.lock)
+        process.lock.release()
 
 
 @contextmanager

@@ -33,7 +33,9 @@ def _start(cache: Path, seconds: float) -> subprocess.Popen:
 
 
 def _contents(cache: Path) -> dict[str, list[str]]:
-    return {folder.name: sorted(path.name for path in folder.iterdir()) for folder in cache.iterdir()}
+    """Folders and what is in them; files are locks."""
+    folders = [path for path in cache.iterdir() if path.is_dir()]
+    return {folder.name: sorted(path.name for path in folder.iterdir()) for folder in folders}
 
 
 def test_a_killed_build_is_not_used_and_the_next_one_cleans_up(tmp_path: Path) -> None:
@@ -50,10 +52,25 @@ def test_a_killed_build_is_not_used_and_the_next_one_cleans_up(tmp_path: Path) -
     assert _contents(tmp_path) == {"key": ["first", "second"]}
 
 
-def test_two_processes_at_once_give_one_whole_folder(tmp_path: Path) -> None:
-    processes = [_start(tmp_path, 0.7), _start(tmp_path, 0.7)]
+def test_of_two_processes_at_once_one_builds_and_the_other_waits_aloud(tmp_path: Path) -> None:
+    first = _start(tmp_path, 1.5)
+    assert first.stdout is not None
+    assert first.stdout.readline() == "building\n"
+    said, error = _start(tmp_path, 1.5).communicate()
+    assert said.split() == [str(tmp_path / "key")]
+    assert error == f"waiting: another process makes key in {tmp_path}\n"
+    assert first.communicate() == (f"{tmp_path / 'key'}\n", "")
+    assert _contents(tmp_path) == {"key": ["first", "second"]}
+
+
+def test_two_processes_without_locks_give_one_whole_folder(tmp_path: Path) -> None:
+    code = "import filelock\n\ndef no(*a, **o):\n    raise NotImplementedError('no flock')\n\n"
+    code += "filelock.FileLock.acquire = no\n" + BUILD
+    command = [sys.executable, "-c", code, str(tmp_path), "0.7"]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in "ab"]
     results = [process.communicate() for process in processes]
     assert [output.split() for output, _ in results] == [["building", str(tmp_path / "key")]] * 2, results
+    assert all("has no locks (no flock); key may be made twice" in error for _, error in results)
     assert _contents(tmp_path) == {"key": ["first", "second"]}
 
 

@@ -110,6 +110,14 @@ def test_vocabulary_and_tokenizer_beside_the_run(make_data: Callable, tmp_path: 
         assert batch["input_ids"].max() < 320
 
 
+def test_a_tokenizer_too_large_for_the_model_is_refused_before_text_is_tokenized(make_data: Callable, capsys) -> None:
+    data = make_data(tokenizer=TokenizerConfig("bytes"))
+    data.model_vocab_size = 256
+    with pytest.raises(ConfigError, match=r"tokenizer has 257 ids but the model's vocab_size is 256"):
+        data.prepare_data()
+    assert "tokeniz" not in capsys.readouterr().err
+
+
 def test_too_little_text_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("A short text.")
     source = SourceConfig("tiny", kind="files", path=str(tmp_path / "a.txt"))

@@ -46,7 +46,7 @@ def test_records(records: Path) -> None:
 
 
 def test_a_missing_column_names_those_there_are(records: Path) -> None:
-    with pytest.raises(UserError, match=r"'mine': no column 'text'; set text_field to one of: id, body$"):
+    with pytest.raises(UserError, match=r"'mine': no column 'text'; set text_field .* to one of: id, body$"):
         _read(str(records))
 
 
@@ -86,6 +86,48 @@ def test_separator_globs_gzip_and_order(tmp_path: Path) -> None:
 def test_max_bytes_and_lone_surrogates(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b"}\n{"text": "12345"}\n{"text": "6"}\n')
     assert _read(str(tmp_path / "a.jsonl"), max_bytes=8) == ["a?b", "12345"]
+
+
+def test_a_document_larger_than_what_is_left_is_cut(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": text}) for text in ("12345", "aé" * 500, "left out")]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    assert _read(str(tmp_path / "a.jsonl"), max_bytes=10) == ["12345", "aéa"]  # the next letter has two bytes
+    assert _read(str(tmp_path / "a.jsonl"), max_bytes=3) == ["123"]
+
+
+def test_a_json_file_may_hold_json_lines(tmp_path: Path) -> None:
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
+    (tmp_path / "part.json.gz").write_bytes(gzip.compress(lines.encode()))
+    assert _read(str(tmp_path / "part.json.gz")) == TEXTS
+
+
+def test_bytes_of_a_parquet_column_are_text_or_refused(tmp_path: Path) -> None:
+    def write(values: list, kind: pyarrow.DataType) -> str:
+        path = tmp_path / "column.parquet"
+        pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array(values, kind)}), path)
+        return str(path)
+
+    assert _read(write([text.encode() for text in TEXTS], pyarrow.binary())) == TEXTS
+    with pytest.raises(UserError, match=r"'mine': column 'text' holds bytes that are not UTF-8 .*; choose "):
+        _read(write([b"\xff\xfe"], pyarrow.binary()))
+    with pytest.raises(UserError, match=r"'mine': column 'text' holds lists, not text; set text_field"):
+        _read(write([["a", "b"]], pyarrow.list_(pyarrow.string())))
+
+
+@pytest.mark.parametrize("path", ["pandas", "webdataset", "imagefolder", "hdf5"])
+def test_builders_that_may_run_code_or_hold_no_text_are_refused(path: str, tmp_path: Path, monkeypatch) -> None:
+    """Whatever the version of the data sets library does with them: an older one runs the pickle."""
+    import datasets
+    from datasets.packaged_modules.pandas.pandas import Pandas
+
+    ran: list[int] = []
+    monkeypatch.setattr(Pandas, "_generate_tables", lambda *_, **__: ran.append(1) or iter(()))
+    monkeypatch.setattr(datasets.DatasetBuilder, "download_and_prepare", lambda *_, **__: ran.append(1))
+    (tmp_path / "evil.pkl").write_bytes(b"cposix\nsystem\n(S'touch evil'\ntR.")
+    source = SourceConfig("mine", "hub", path=path, data_files=str(tmp_path / "evil.pkl"))
+    with pytest.raises(UserError, match=r"'mine': the data sets library would read .* builder, which may run code or"):
+        list(Source(source).documents())
+    assert ran == []
 
 
 def test_hub_kind_reads_with_datasets(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Streaming sources: packed as they come, resumed to the token, without validation documents, shared by ranks."""
 
 import json
+import threading
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -117,3 +118,31 @@ def test_an_empty_stream_is_one_line(tmp_path: Path) -> None:
     stream = DocumentStream(Source(SourceConfig("s", kind="files", path=str(tmp_path / "a.jsonl"), streaming=True)))
     with pytest.raises(UserError, match="'s' has no text to stream"):
         next(stream)
+
+
+def test_batches_are_read_ahead_in_a_thread_and_resume_where_training_is(config: SourceConfig) -> None:
+    def loader() -> PackedLoader:
+        return PackedLoader([_packer(config)], np.ones(1), 64, 2, tracked=True)
+
+    threads, wanted = set(), loader()
+    fill = StreamPacker.next_window
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StreamPacker, "next_window", lambda p: threads.add(threading.current_thread().name) or fill(p))
+        first = iter(wanted)
+        batches = [next(first) for _ in range(8)]
+    assert threads == {"stream_0"}
+    for _ in range(3):
+        wanted.mark_consumed()
+    resumed = loader()
+    resumed.load_state_dict(wanted.state_dict())
+    for batch, other in zip(batches[3:], resumed, strict=False):
+        assert torch.equal(batch["input_ids"], other["input_ids"])
+    again = next(iter(wanted))  # begun anew while the first is still open
+    assert torch.equal(again["input_ids"], batches[3]["input_ids"])
+
+
+def test_what_goes_wrong_while_reading_ahead_is_raised_in_training(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:60]) + "{")
+    source = SourceConfig("stream", kind="files", path=str(tmp_path / "a.jsonl"), streaming=True)
+    with pytest.raises(UserError, match="line 61 is no JSON"):
+        list(islice(PackedLoader([_packer(source)], np.ones(1), 64, 2), 100))

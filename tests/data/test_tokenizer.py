@@ -17,6 +17,7 @@ from moebed.data.tokenizer import (
     BytesTokenizer,
     Tokenizer,
     TokenizerConfig,
+    _without_long_words,
     byte_lengths_of,
     load_tokenizer,
     train_bpe,
@@ -144,3 +145,17 @@ def test_bpe_token_bytes_agree_with_decoding() -> None:
     ids, lengths = BPE.encode_documents(["What is the tens digit of 8347?"])[0]
     assert lengths.tolist() == [len(BPE.decode([i])) for i in ids]
     assert lengths.dtype == ids.dtype == np.int64
+
+
+@pytest.mark.timeout(60)
+def test_one_long_word_does_not_hold_up_training() -> None:
+    """Uncut, the time grows with the square of a word's length; ordinary text is not touched."""
+    draw = random.Random(0)
+    ordinary = [" ".join(f"w{draw.randrange(300)}" for _ in range(80)) for _ in range(60)]
+    genome = "".join(draw.choices("acgt", k=60_000))
+    cut = list(_without_long_words([*ordinary, genome, " " * 2000]))
+    assert cut[:60] == ordinary
+    assert "".join(cut[60:]) == genome + " " * 2000
+    assert max(map(len, cut[60:])) == 512
+    tokenizer = train_bpe([*ordinary, genome], 400)
+    assert tokenizer.decode(tokenizer.encode(genome)) == genome

@@ -1,5 +1,6 @@
 """Processes of a study: shared out, in order, continued, and never run twice."""
 
+import errno
 import json
 import os
 import signal
@@ -8,11 +9,15 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from study_runs import FakeRun, program
 
 from moebed.errors import UserError
+from moebed.study import lock
+from moebed.study.lock import RunLock
+from moebed.study.progress import status_path
 from moebed.study.runner import StoppedError, run_all
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,3 +129,26 @@ def test_the_status_file_keeps_config_and_last_words(tmp_path):
     record = json.loads((tmp_path / "status/runs/a/seed_1.json").read_text())
     assert record["identity"] == {"seed": 1}
     assert (record["exit_code"], record["said"]) == (1, "no space on the disk")
+
+
+def test_a_run_of_another_process_is_waited_for_aloud(tmp_path, capsys):
+    name = "runs/a/seed_1"
+    path = status_path(tmp_path, name, "lock")
+    path.parent.mkdir(parents=True)
+    held = RunLock(path)
+    threading.Timer(0.3, held.release).start()
+    outcome = run_all([FakeRun(name)], tmp_path, command=program(tmp_path))
+    assert outcome.finished == [name]
+    assert capsys.readouterr().err.count(f"waiting: another process has {name}") == 1
+
+
+@pytest.mark.parametrize("missing", ["module", "file system"])
+def test_without_locks_a_study_says_so_and_goes_on(missing, tmp_path, capsys, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    kernel = SimpleNamespace(flock=unsupported, LOCK_EX=2, LOCK_NB=4)
+    monkeypatch.setattr(lock, "fcntl", None if missing == "module" else kernel)
+    runs = [FakeRun(f"runs/a/seed_{seed}") for seed in (1, 2)]
+    assert len(run_all(runs, tmp_path, command=program(tmp_path)).finished) == 2
+    assert capsys.readouterr().err.count("has no locks") == 1
