@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-Precision = Literal["bf16-mixed", "32-true"]
+PrecisionName = Literal["bf16-mixed", "32-true"]
 
 SIDE = 256  # of the square matrices: as large as a small model's, and not minutes where bf16 is emulated
 SECONDS = 0.025  # spent on each type, after one product that warms up
@@ -31,7 +31,7 @@ class Choice:
         reason: Why, in words, with what was measured.
     """
 
-    precision: Precision
+    precision: PrecisionName
     reason: str
 
     def __str__(self) -> str:
