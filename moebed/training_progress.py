@@ -34,8 +34,8 @@ class ProgressLines(Callback):
     """Step, loss, tokens a second and time left, for a log. All of it is by the clock on the wall.
 
     Time left takes everything into account that happened since the first step: validation, probes, checkpoints,
-    waiting for data. Tokens a second are those of the steps since the line before, with their data. The callback comes
-    before those that probe and save, so that it knows when a step has ended.
+    waiting for data. Tokens a second are those of the steps since the line before or the last validation, with their
+    data. The callback comes before those that probe and save, so that it knows when a step has ended.
     """
 
     def __init__(self) -> None:
@@ -44,6 +44,7 @@ class ProgressLines(Callback):
         self._steps, self._tokens, self._seconds = 0, 0, 0.0
         self._warm: tuple[float, int] | None = None  # when the first step of this process ended, and its number
         self._mark = (0.0, 0)  # where tokens a second begin
+        self._was_away = False  # since the mark: at validation
         self._foretold = False
 
     # A run's parts ----------------------------------------------------------------------------------------------------
@@ -52,19 +53,21 @@ class ProgressLines(Callback):
         """Start the thread that breaks a silence."""
         self._close()
         if trainer.is_global_zero:
-            self._begin("starting")
+            self._begin("the start")
             self._lines = Lines(self._standing, silence=SILENCE)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Training begins, or goes on."""
         self._steps, self._warm, self._foretold = trainer.global_step, None, False
-        self._begin("waiting for data")
+        self._begin("the first reading of data")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """A micro-batch has come; a step begins, unless it goes on with one more of them."""
         name = f"step {trainer.global_step + 1}"
         if self._doing != name:
             self._begin(name)
+        if self._was_away:
+            self._mark, self._was_away = (self._since, self._tokens), False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -75,7 +78,7 @@ class ProgressLines(Callback):
         if trainer.global_step == self._steps or self._lines is None:
             return
         self._steps, self._seconds = trainer.global_step, now - self._since
-        self._begin(f"after step {self._steps} (checkpoint, probes, data)")
+        self._begin(f"work after step {self._steps} (probes, checkpoint, data)")
         if self._warm is None:
             self._warm, self._mark = (now, self._steps), (now, self._tokens)
             return
@@ -98,8 +101,8 @@ class ProgressLines(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Back to the steps, whose rate begins anew."""
-        self._begin("after validation (samples, checkpoint, data)")
-        self._mark = time.monotonic(), self._tokens
+        self._begin("work after validation (samples, checkpoint, data)")
+        self._was_away = True
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Nothing more is said."""
@@ -119,7 +122,8 @@ class ProgressLines(Callback):
         total = _last_step(trainer)
         parts = [f"first steps: {_short(step)} a step, {self._rate(now):,.0f} tokens/s"]
         if total is not None:
-            parts.append(f"{total - self._steps} more take about {duration(step * (total - self._steps))}")
+            left = duration(step * (total - self._steps))
+            parts.append(f"the {total - self._steps} to come take about {left}, validation and probes not counted")
         self._lines.say("; ".join(parts))
 
     def _say_step(self, trainer: Trainer, now: float) -> None:
@@ -141,7 +145,7 @@ class ProgressLines(Callback):
         return tokens / seconds if seconds > 0 else 0.0
 
     def _standing(self) -> str:
-        return f"{self._doing}: {duration(time.monotonic() - self._since)} so far"
+        return f"{self._doing} is going on, {duration(time.monotonic() - self._since)} so far"
 
     def _begin(self, doing: str) -> None:
         self._doing, self._since = doing, time.monotonic()

@@ -130,6 +130,67 @@ def test_a_run_without_validation_ends_well(recipe, tmp_path):
     assert set(summary) == {"step", "train/loss", "train/tokens_per_second"}
 
 
+def _recorded(folder):
+    return yaml.safe_load((folder / "config.yaml").read_text())["trainer"]["precision"]
+
+
+def _machine(monkeypatch, bfloat16):
+    """A CPU of 100 GFLOP/s a core in float32."""
+    monkeypatch.setattr("moebed.precision.measured_rates", lambda: (100.0, bfloat16))
+
+
+def test_auto_precision_is_written_as_what_it_became_and_kept_elsewhere(recipe, tmp_path, capsys, monkeypatch):
+    def short(content):
+        content["trainer"] |= {"limit_val_batches": 0, "max_steps": 2, "callbacks": []}
+
+    path, run = recipe(short), tmp_path / "run"
+    _machine(monkeypatch, 800.0)
+    assert main(["fit", "--config", str(path)]) == 0
+    assert "precision auto: bf16-mixed here (a core multiplies bf16 at 800" in capsys.readouterr().err
+    assert _recorded(run) == "bf16-mixed"
+
+    _machine(monkeypatch, 2.0)  # the run goes on at another machine
+    assert main(["fit", "--config", str(path), "--ckpt_path", "last", "--trainer.max_steps", "4"]) == 0
+    assert f"precision auto: bf16-mixed, as {run / 'config.yaml'} has it" in capsys.readouterr().err
+    assert _recorded(run) == "bf16-mixed"
+    last = run / "checkpoints" / "last.ckpt"
+    elsewhere = ["fit", "--config", str(path), "--trainer.max_steps", "5", "--trainer.default_root_dir"]
+    assert main([*elsewhere, str(tmp_path / "two"), "--ckpt_path", str(last)]) == 0
+    alone = tmp_path / "alone" / "a" / "kept.ckpt"
+    alone.parent.mkdir(parents=True)
+    alone.write_bytes(last.read_bytes())  # without the config that it was written under
+    assert main([*elsewhere, str(tmp_path / "three"), "--ckpt_path", str(alone)]) == 0
+    assert _recorded(tmp_path / "two") == _recorded(tmp_path / "three") == "bf16-mixed"
+    assert main([*elsewhere, str(tmp_path / "four")]) == 0
+    assert _recorded(tmp_path / "four") == "32-true"
+    one_more = ["--ckpt_path", "last", "--trainer.precision", "32-true", "--trainer.max_steps", "6"]
+    assert main(["fit", "--config", str(path), *one_more]) == 0  # a person decides
+    assert _recorded(run) == "32-true"
+
+
+def test_a_run_computes_in_what_auto_became(recipe, monkeypatch):
+    from moebed.module import MoEModule
+
+    seen = []
+    step = MoEModule.training_step
+
+    def spy(self, batch, batch_idx):
+        seen.append((self.trainer.precision, torch.is_autocast_enabled("cpu")))
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(MoEModule, "training_step", spy)
+
+    def short(content):
+        content["trainer"] |= {"limit_val_batches": 0, "max_steps": 1, "callbacks": []}
+
+    path = recipe(short)
+    for number, bfloat16 in enumerate((800.0, 2.0)):
+        _machine(monkeypatch, bfloat16)
+        folder = str(path.parent / str(number))
+        assert main(["fit", "--config", str(path), "--trainer.default_root_dir", folder]) == 0
+    assert seen == [("bf16-mixed", True), ("32-true", False)]
+
+
 def _set(content, dotted, value):
     *parents, last = dotted.split(".")
     for key in parents:

@@ -80,6 +80,8 @@ def run(command: str, arguments: Sequence[str]) -> None:
         return
     if plan.precision is not None and not options.collect and keep_precision(out, plan.precision) != plan.precision:
         plan = plan_study(recipe, out)  # another call began the study meanwhile, and chose otherwise
+    if plan.precision_said:
+        _say(plan.precision_said)
     check_unchanged(list(plan.runs.values()), out)  # all, since all that are finished are compared
     runs, outcome = _choose(plan, arms, options.run, out), Outcome()
     if not options.collect:

@@ -85,7 +85,8 @@ class StudyPlan:
         runs: By name, each after what it needs, seed by seed, so that pairs are complete early.
         final: (arm, seed) -> name of the run whose result counts.
         notes: What a person should know before it starts.
-        precision: What ``auto`` is in all of its runs; None where none has it.
+        precision: What ``trainer.precision: auto`` is in all of its runs; None where none has it.
+        precision_said: The same, for a person.
     """
 
     recipe: StudyRecipe
@@ -94,6 +95,7 @@ class StudyPlan:
     final: dict[tuple[str, int], str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     precision: str | None = None
+    precision_said: str = ""
 
 
 def fingerprint(identity: Mapping[str, Any]) -> str:
@@ -167,8 +169,8 @@ def _resolve_steps(recipe: StudyRecipe, steps: Sequence[Step], plan: StudyPlan, 
             arguments += _budget(step, recipe.steps)
         resolved = resolve(arguments)
         if resolved.content["trainer"]["precision"] == AUTO:
-            arguments.append(f"--{PRECISION}={_precision(plan, out, resolved)}")
-            resolved = resolve(arguments)
+            resolved.content["trainer"]["precision"] = _precision(plan, out, resolved)
+            arguments.append(f"--{PRECISION}={plan.precision}")
         if last and recipe.tokens is not None:
             steps_wanted, rest = divmod(recipe.tokens, resolved.tokens_per_step)
             if rest:
@@ -193,8 +195,8 @@ def _resolve_steps(recipe: StudyRecipe, steps: Sequence[Step], plan: StudyPlan, 
 def _precision(plan: StudyPlan, out: Path, resolved: Resolved) -> str:
     """What auto is: asked once, so that no two runs of a study differ in it."""
     if plan.precision is None:
-        plan.precision, said = study_precision(out, resolved.content["trainer"]["accelerator"])
-        plan.notes.append(said)
+        accelerator = resolved.content["trainer"]["accelerator"]
+        plan.precision, plan.precision_said = study_precision(out, accelerator)
     return plan.precision
 
 
