@@ -118,7 +118,8 @@ class Progress:
     def standing(self) -> str:
         """How things stand, as a line."""
         elapsed, new = time.monotonic() - self._begin, self.done - self._initial
-        parts = [f"{self._amount(self.done)} of {self._amount(self.total)}"]
+        done = self._amount(self.done) if self._unit == "B" else f"{self.done:,}"
+        parts = [f"{done} of {self._amount(self.total)}"]
         if new > 0:
             rate = f"{self._amount(new / elapsed)}/s" if self._unit == "B" else f"{new / elapsed:.3g} {self._unit}s/s"
             parts += [rate, f"{duration((self.total - self.done) * elapsed / new)} left"]

@@ -82,9 +82,10 @@ class ProgressLines(Callback):
         if self._warm is None:
             self._warm, self._mark = (now, self._steps), (now, self._tokens)
             return
-        if not self._foretold and now - self._warm[0] >= FORECAST_SECONDS:
+        is_due = self._lines.is_due(self._seconds)
+        if not self._foretold and (is_due or now - self._warm[0] >= FORECAST_SECONDS):
             self._foretell(trainer, now)
-        elif self._lines.is_due(self._seconds):
+        elif is_due:
             self._say_step(trainer, now)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

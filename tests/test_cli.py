@@ -191,6 +191,41 @@ def test_a_run_computes_in_what_auto_became(recipe, monkeypatch):
     assert seen == [("bf16-mixed", True), ("32-true", False)]
 
 
+def test_a_log_is_told_of_a_long_first_step_and_of_the_way_on(recipe, capsys, monkeypatch):
+    from moebed import progress, training_progress
+    from moebed.module import MoEModule
+
+    step = MoEModule.training_step
+
+    def slow(self, batch, batch_idx):
+        time.sleep(0.5 if self.global_step == 0 else 0.1)
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(MoEModule, "training_step", slow)
+    monkeypatch.setattr(progress, "SECONDS", 0.1)
+    monkeypatch.setattr(progress.Lines.__init__, "__defaults__", (0.2, 0.1))
+    monkeypatch.setattr(training_progress, "SILENCE", 0.3)
+    monkeypatch.setattr(training_progress, "FORECAST_SECONDS", 0.15)
+    path = recipe(lambda content: content["trainer"].pop("enable_progress_bar"))
+    assert main(["fit", "--config", str(path)]) == 0
+    said = capsys.readouterr().err
+    first, then = said.index("step 1 is going on, 0 s so far"), said.index("first steps: ")
+    assert first < then < said.index("step 5 of 6, loss ") < said.index("step 6 of 6, loss ")
+    assert "to come take about " in said[then:].splitlines()[0]
+    assert "s left" in said[said.index("step 5 of 6") :].splitlines()[0]
+    assert "\r" not in said
+
+
+def test_no_progress_is_shown_where_none_is_wanted(recipe, capsys, monkeypatch):
+    from moebed import progress
+
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
+    monkeypatch.setattr(progress.Lines.__init__, "__defaults__", (0.0, 0.0))
+    assert main(["fit", "--config", str(recipe())]) == 0
+    said = capsys.readouterr().err
+    assert not [words for words in ("going on", "so far", " left", "first steps") if words in said]
+
+
 def _set(content, dotted, value):
     *parents, last = dotted.split(".")
     for key in parents:

@@ -9,12 +9,6 @@ from moebed import progress
 from moebed.progress import Lines, Progress, duration, waiting
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """A second of these tests is a twentieth."""
-    monkeypatch.setattr(progress, "SECONDS", 0.5)
-
-
 def _wait_for(capsys, words, seconds=5.0):
     """What was said until the words came."""
     said, end = "", time.monotonic() + seconds
@@ -71,10 +65,10 @@ def test_time_left_is_by_what_was_done_since_the_start(monkeypatch):
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(progress, "Lines", lambda standing: None)
     work = Progress(100, "step", initial=40, description="2 of 5 runs")
-    assert work.standing() == "2 of 5 runs: 40 steps of 100 steps, 0 s so far"
+    assert work.standing() == "2 of 5 runs: 40 of 100 steps, 0 s so far"
     clock[0] += 20
     work.update(50)
-    assert work.standing() == "2 of 5 runs: 50 steps of 100 steps, 0.5 steps/s, 1 min 40 s left"
+    assert work.standing() == "2 of 5 runs: 50 of 100 steps, 0.5 steps/s, 1 min 40 s left"
 
 
 def test_a_terminal_gets_a_bar(monkeypatch):
