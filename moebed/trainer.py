@@ -58,7 +58,7 @@ def recorded_precision(folder: Path, ckpt_path: str) -> tuple[Any, Path] | None:
     places = [path.parent, path.parent.parent] if is_run(path) else [folder]
     for place in places:
         file = place / "config.yaml"
-        content = yaml.safe_load(file.read_text()) if file.is_file() else None
+        content = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
         trainer = content.get("trainer") if isinstance(content, dict) else None
         if isinstance(trainer, dict) and trainer.get("precision") != AUTO:
             return trainer.get("precision") or UNSET, file
