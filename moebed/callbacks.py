@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from moebed.checkpoints.sharded import is_sharded, read_whole, remove
@@ -224,19 +224,3 @@ class SampleText(Callback):
 def _quoted(text: str) -> str:
     """As a block of literal text in Markdown."""
     return "\n".join("    " + line for line in text.splitlines() or [""])
-
-
-class ProgressBar(TQDMProgressBar):
-    """Lightning's progress bar with short names."""
-
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Loss, bits per byte and tokens a second; without the version number and with fewer digits."""
-        items = super().get_metrics(trainer, pl_module)
-        items.pop("v_num", None)
-        short = {"train/loss": "loss", "train/bits_per_byte": "bpb", "train/tokens_per_second": "tok/s"}
-        short |= {"val/bits_per_byte": "val_bpb"}
-        return {
-            short.get(name, name): f"{value:.0f}" if name == "train/tokens_per_second" else f"{value:.3f}"
-            for name, value in items.items()
-            if isinstance(value, int | float)
-        }

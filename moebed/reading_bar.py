@@ -2,41 +2,29 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from tqdm import tqdm
+
+from moebed.progress import Progress
 
 
 class ReadingBar(Callback):
     """Shows on standard error how far the walk over a :class:`moebed.pretrained.PretrainedMoE` is."""
 
     def __init__(self) -> None:
-        self._bar: tqdm | None = None
+        self._progress: Progress | None = None
 
     def on_predict_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Name the layer; the bar opens with the first one."""
         model: Any = pl_module
-        if self._bar is None:
-            self._bar = tqdm(
-                total=model.bytes_total,
-                unit="B",
-                unit_scale=True,
-                unit_divisor=1024,
-                file=sys.stderr,
-                dynamic_ncols=True,
-                mininterval=0.2 if sys.stderr.isatty() else 10,
-            )
-            model.on_read = self._update
+        if self._progress is None:
+            self._progress = Progress(model.bytes_total, "B")
+            model.on_read = self._progress.update
         ends = batch == model.config.num_hidden_layers
-        self._bar.set_description("predictions" if ends else f"layer {batch}", refresh=False)
-
-    def _update(self, done: int) -> None:
-        if self._bar is not None:
-            self._bar.update(done - self._bar.n)
+        self._progress.describe("predictions" if ends else f"layer {batch}")
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the bar."""
@@ -47,6 +35,6 @@ class ReadingBar(Callback):
         self._close()
 
     def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        if self._progress is not None:
+            self._progress.close()
+            self._progress = None

@@ -22,9 +22,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from moebed.allocator import keep_freed_memory
-from moebed.callbacks import AtomicCheckpointIO, ProgressBar, RunCheckpoint, SampleText, TrainingRate, UnbrokenLog
+from moebed.callbacks import AtomicCheckpointIO, RunCheckpoint, SampleText, TrainingRate, UnbrokenLog
 from moebed.checkpoints import sharded
 from moebed.data.datamodule import TextDataModule
 from moebed.errors import ConfigError, UserError
@@ -34,7 +35,10 @@ from moebed.parallel.config import ParallelConfig
 from moebed.parallel.strategy import MeshStrategy
 from moebed.plan.plan import make_plan, setup_of
 from moebed.plan.table import print_plan
+from moebed.progress import waiting
 from moebed.termination import Termination
+from moebed.trainer import AutoTrainer, PrecisionOfRun, resolve_precision
+from moebed.training_progress import ProgressBar, ProgressLines
 
 # What Lightning warns of although it is meant here: batches without loader workers, a run folder that is continued or
 # begun with --ckpt_path last, the command line's own arguments, and its own use of a deprecated name.
@@ -111,6 +115,7 @@ class TrainingCLI(LightningCLI):
             MoEModule,
             TextDataModule,
             save_config_callback=RunFolder,
+            trainer_class=AutoTrainer,
             seed_everything_default=1234,
             args=list(args),
         )
@@ -163,6 +168,9 @@ class TrainingCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Place everything of a run in its folder, and refuse to overwrite another run."""
         config = self.config[self.subcommand]
+        config.trainer.precision, said = resolve_precision(config.trainer, config.ckpt_path)
+        if said is not None:
+            rank_zero_only(say)(said)
         wanted = config.pop("print_plan", None)  # no part of the run, so not of its config.yaml
         if wanted is not None:
             print_plan(make_plan(setup_of(config, torch.cuda.device_count())), as_json=wanted == "json")
@@ -201,11 +209,10 @@ class TrainingCLI(LightningCLI):
             kwargs["logger"] = self.subcommand == "fit" and TensorBoardLogger(
                 config.default_root_dir, name="tensorboard", version="", default_hp_metric=False
             )
-        # First, so that its clock stops before other callbacks begin to work.
-        callbacks: list[Callback] = [TrainingRate(), UnbrokenLog(), *(config.get("callbacks") or []), Termination()]
-        if config.get("enable_progress_bar") is not False:
-            callbacks.append(ProgressBar(refresh_rate=1 if sys.stderr.isatty() else 50))
-        kwargs["callbacks"] = callbacks
+        # First those whose clocks stop before other callbacks begin to work.
+        callbacks: list[Callback] = [TrainingRate(), *self._progress(), PrecisionOfRun(), UnbrokenLog()]
+        kwargs["callbacks"] = [*callbacks, *(config.get("callbacks") or []), Termination()]
+        kwargs["enable_progress_bar"] = any(isinstance(callback, ProgressBar) for callback in callbacks)
         kwargs["plugins"] = [AtomicCheckpointIO(), *(config.get("plugins") or [])]
         parallel = self._get(self.config_init, "parallel")
         if parallel is None:
@@ -218,13 +225,21 @@ class TrainingCLI(LightningCLI):
         parallel.check(trainer.world_size, self._get(self.config_init, "model").config)
         return trainer
 
+    def _progress(self) -> list[Callback]:
+        """What shows how far a run is: a bar on a terminal, lines in a log, nothing where it is not wanted."""
+        if self._get(self.config_init, "trainer").get("enable_progress_bar") is False:
+            return []
+        return [ProgressBar()] if sys.stderr.isatty() else [ProgressLines()]
+
     def before_fit(self) -> None:
         """Say what is about to be trained, once model and data fit each other.
 
         Lightning opens its loggers before it sets up the data; checked here, nothing is written if it fails.
         """
-        self.datamodule.prepare_data()
-        self.datamodule.setup("fit")
+        shown = self.trainer.is_global_zero and self.config.fit.trainer.enable_progress_bar is not False
+        with waiting("preparing text") if shown else nullcontext():
+            self.datamodule.prepare_data()
+            self.datamodule.setup("fit")
         self.model.check_data(self.datamodule)
         config: Any = self.model.config
         total, active = count_parameters(config)

@@ -130,6 +130,102 @@ def test_a_run_without_validation_ends_well(recipe, tmp_path):
     assert set(summary) == {"step", "train/loss", "train/tokens_per_second"}
 
 
+def _recorded(folder):
+    return yaml.safe_load((folder / "config.yaml").read_text())["trainer"]["precision"]
+
+
+def _machine(monkeypatch, bfloat16):
+    """A CPU of 100 GFLOP/s a core in float32."""
+    monkeypatch.setattr("moebed.precision.measured_rates", lambda: (100.0, bfloat16))
+
+
+def test_auto_precision_is_written_as_what_it_became_and_kept_elsewhere(recipe, tmp_path, capsys, monkeypatch):
+    def short(content):
+        content["trainer"] |= {"limit_val_batches": 0, "max_steps": 2, "callbacks": []}
+
+    path, run = recipe(short), tmp_path / "run"
+    _machine(monkeypatch, 800.0)
+    assert main(["fit", "--config", str(path)]) == 0
+    assert "precision auto: bf16-mixed here (a core multiplies bf16 at 800" in capsys.readouterr().err
+    assert _recorded(run) == "bf16-mixed"
+
+    _machine(monkeypatch, 2.0)  # the run goes on at another machine
+    assert main(["fit", "--config", str(path), "--ckpt_path", "last", "--trainer.max_steps", "4"]) == 0
+    assert f"precision auto: bf16-mixed, as {run / 'config.yaml'} has it" in capsys.readouterr().err
+    assert _recorded(run) == "bf16-mixed"
+    last = run / "checkpoints" / "last.ckpt"
+    elsewhere = ["fit", "--config", str(path), "--trainer.max_steps", "5", "--trainer.default_root_dir"]
+    assert main([*elsewhere, str(tmp_path / "two"), "--ckpt_path", str(last)]) == 0
+    alone = tmp_path / "alone" / "a" / "kept.ckpt"
+    alone.parent.mkdir(parents=True)
+    alone.write_bytes(last.read_bytes())  # without the config that it was written under
+    assert main([*elsewhere, str(tmp_path / "three"), "--ckpt_path", str(alone)]) == 0
+    assert _recorded(tmp_path / "two") == _recorded(tmp_path / "three") == "bf16-mixed"
+    assert main([*elsewhere, str(tmp_path / "four")]) == 0
+    assert _recorded(tmp_path / "four") == "32-true"
+    one_more = ["--ckpt_path", "last", "--trainer.precision", "32-true", "--trainer.max_steps", "6"]
+    assert main(["fit", "--config", str(path), *one_more]) == 0  # a person decides
+    assert _recorded(run) == "32-true"
+
+
+def test_a_run_computes_in_what_auto_became(recipe, monkeypatch):
+    from moebed.module import MoEModule
+
+    seen = []
+    step = MoEModule.training_step
+
+    def spy(self, batch, batch_idx):
+        seen.append((self.trainer.precision, torch.is_autocast_enabled("cpu")))
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(MoEModule, "training_step", spy)
+
+    def short(content):
+        content["trainer"] |= {"limit_val_batches": 0, "max_steps": 1, "callbacks": []}
+
+    path = recipe(short)
+    for number, bfloat16 in enumerate((800.0, 2.0)):
+        _machine(monkeypatch, bfloat16)
+        folder = str(path.parent / str(number))
+        assert main(["fit", "--config", str(path), "--trainer.default_root_dir", folder]) == 0
+    assert seen == [("bf16-mixed", True), ("32-true", False)]
+
+
+def test_a_log_is_told_of_a_long_first_step_and_of_the_way_on(recipe, capsys, monkeypatch):
+    from moebed import progress, training_progress
+    from moebed.module import MoEModule
+
+    step = MoEModule.training_step
+
+    def slow(self, batch, batch_idx):
+        time.sleep(0.5 if self.global_step == 0 else 0.1)
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(MoEModule, "training_step", slow)
+    monkeypatch.setattr(progress, "SECONDS", 0.1)
+    monkeypatch.setattr(progress.Lines.__init__, "__defaults__", (0.2, 0.1))
+    monkeypatch.setattr(training_progress, "SILENCE", 0.3)
+    monkeypatch.setattr(training_progress, "FORECAST_SECONDS", 0.15)
+    path = recipe(lambda content: content["trainer"].pop("enable_progress_bar"))
+    assert main(["fit", "--config", str(path)]) == 0
+    said = capsys.readouterr().err
+    first, then = said.index("step 1 is going on, 0 s so far"), said.index("first steps: ")
+    assert first < then < said.index("step 5 of 6, loss ") < said.index("step 6 of 6, loss ")
+    assert "to come take about " in said[then:].splitlines()[0]
+    assert "s left" in said[said.index("step 5 of 6") :].splitlines()[0]
+    assert "\r" not in said
+
+
+def test_no_progress_is_shown_where_none_is_wanted(recipe, capsys, monkeypatch):
+    from moebed import progress
+
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
+    monkeypatch.setattr(progress.Lines.__init__, "__defaults__", (0.0, 0.0))
+    assert main(["fit", "--config", str(recipe())]) == 0
+    said = capsys.readouterr().err
+    assert not [words for words in ("going on", "so far", " left", "first steps") if words in said]
+
+
 def _set(content, dotted, value):
     *parents, last = dotted.split(".")
     for key in parents:

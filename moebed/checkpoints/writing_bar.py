@@ -5,32 +5,23 @@ from __future__ import annotations
 import sys
 from types import TracebackType
 
-from tqdm import tqdm
+from moebed.progress import Progress
 
 
 class WritingBar:
-    """A progress bar on standard error, as a context."""
+    """Progress on standard error, as a context."""
 
     def __init__(self) -> None:
-        self._bar: tqdm | None = None
+        self._progress: Progress | None = None
 
     def start(self, total: int) -> None:
-        """Open the bar for a number of bytes."""
-        self._bar = tqdm(
-            total=total,
-            unit="B",
-            unit_scale=True,
-            unit_divisor=1024,
-            desc="writing",
-            file=sys.stderr,
-            dynamic_ncols=True,
-            mininterval=0.2 if sys.stderr.isatty() else 10,
-        )
+        """Begin with a number of bytes."""
+        self._progress = Progress(total, "B", description="writing")
 
     def update(self, count: int) -> None:
         """Some bytes more are written."""
-        if self._bar is not None:
-            self._bar.update(count)
+        if self._progress is not None:
+            self._progress.update(self._progress.done + count)
 
     def __enter__(self) -> WritingBar:
         return self
@@ -38,8 +29,8 @@ class WritingBar:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        if self._progress is not None:
+            self._progress.close()
 
 
 def say(text: str) -> None:

@@ -64,6 +64,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
     # Heavy imports wait until the file is known to be well formed.
     from moebed.study.collecting import collect
     from moebed.study.plan import plan_study
+    from moebed.study.precision import keep_precision
     from moebed.study.runner import Outcome, check_unchanged, run_all
 
     plan = plan_study(recipe, out)
@@ -77,6 +78,10 @@ def run(command: str, arguments: Sequence[str]) -> None:
             own += [PLUGINS, ",".join(named_plugins())]
         print(job_array(own, recipe.name, len(plan.final), options.jobs))
         return
+    if plan.precision is not None and not options.collect and keep_precision(out, plan.precision) != plan.precision:
+        plan = plan_study(recipe, out)  # another call began the study meanwhile, and chose otherwise
+    if plan.precision_said:
+        _say(plan.precision_said)
     check_unchanged(list(plan.runs.values()), out)  # all, since all that are finished are compared
     runs, outcome = _choose(plan, arms, options.run, out), Outcome()
     if not options.collect:

@@ -14,9 +14,12 @@ from moebed.config import ModelConfig
 from moebed.errors import ConfigError, UserError
 from moebed.families.base import NOT_IN_CHECKPOINTS
 from moebed.flops import count_parameters, flops_per_token
+from moebed.study.precision import KEY as PRECISION
+from moebed.study.precision import study_precision
 from moebed.study.progress import status_path
 from moebed.study.recipe import Overrides, Step, StudyRecipe
-from moebed.study.resolving import as_arguments, flatten, resolve
+from moebed.study.resolving import Resolved, as_arguments, flatten, resolve
+from moebed.trainer import AUTO
 from moebed.upcycling.command import read_layers, read_options, read_settings
 from moebed.upcycling.upcycle import upcycled_config
 
@@ -82,6 +85,8 @@ class StudyPlan:
         runs: By name, each after what it needs, seed by seed, so that pairs are complete early.
         final: (arm, seed) -> name of the run whose result counts.
         notes: What a person should know before it starts.
+        precision: What ``trainer.precision: auto`` is in all of its runs; None where none has it.
+        precision_said: The same, for a person.
     """
 
     recipe: StudyRecipe
@@ -89,6 +94,8 @@ class StudyPlan:
     runs: dict[str, Run] = field(default_factory=dict)
     final: dict[tuple[str, int], str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    precision: str | None = None
+    precision_said: str = ""
 
 
 def fingerprint(identity: Mapping[str, Any]) -> str:
@@ -106,7 +113,7 @@ def plan_study(recipe: StudyRecipe, out: Path) -> StudyPlan:
     resolved: dict[str, list[_CheckedStep]] = {}
     for name, steps in recipe.arms.items():
         try:
-            resolved[name] = _resolve_steps(recipe, steps)
+            resolved[name] = _resolve_steps(recipe, steps, plan, out)
         except UserError as error:
             raise ConfigError(f"arm {name!r}: {error}") from error
         last = resolved[name][-1]
@@ -135,7 +142,7 @@ class _CheckedStep:
     tokens: int = 0
 
 
-def _resolve_steps(recipe: StudyRecipe, steps: Sequence[Step]) -> list[_CheckedStep]:
+def _resolve_steps(recipe: StudyRecipe, steps: Sequence[Step], plan: StudyPlan, out: Path) -> list[_CheckedStep]:
     found: list[_CheckedStep] = []
     upcycled: dict[str, Any] = {}  # what the model becomes before the step that follows
     for index, step in enumerate(steps):
@@ -161,6 +168,9 @@ def _resolve_steps(recipe: StudyRecipe, steps: Sequence[Step]) -> list[_CheckedS
         if last and recipe.tokens is None and recipe.steps is not None:
             arguments += _budget(step, recipe.steps)
         resolved = resolve(arguments)
+        if resolved.content["trainer"]["precision"] == AUTO:
+            resolved.content["trainer"]["precision"] = _precision(plan, out, resolved)
+            arguments.append(f"--{PRECISION}={plan.precision}")
         if last and recipe.tokens is not None:
             steps_wanted, rest = divmod(recipe.tokens, resolved.tokens_per_step)
             if rest:
@@ -180,6 +190,14 @@ def _resolve_steps(recipe: StudyRecipe, steps: Sequence[Step]) -> list[_CheckedS
             _CheckedStep("fit", arguments, identity, resolved.config, number, number * resolved.tokens_per_step)
         )
     return found
+
+
+def _precision(plan: StudyPlan, out: Path, resolved: Resolved) -> str:
+    """What auto is: asked once, so that no two runs of a study differ in it."""
+    if plan.precision is None:
+        accelerator = resolved.content["trainer"]["accelerator"]
+        plan.precision, plan.precision_said = study_precision(out, accelerator)
+    return plan.precision
 
 
 def _budget(step: Step, steps: int) -> list[str]:

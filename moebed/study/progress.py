@@ -1,13 +1,12 @@
-"""How far the runs of a study are: small files below ``OUT/status``, and a bar on the terminal."""
+"""How far the runs of a study are: small files below ``OUT/status``, and progress on standard error."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 
-from tqdm import tqdm
+from moebed.progress import Progress
 
 
 def status_path(out: Path, run: str, kind: str) -> Path:
@@ -29,15 +28,8 @@ class StudyBar:
     def __init__(self, out: Path, steps: Mapping[str, int]) -> None:
         self._out, self._steps = out, steps
         self._finished: set[str] = set()
-        self._bar = tqdm(
-            total=sum(steps.values()),
-            initial=sum(min(steps_done(out, name), limit) for name, limit in steps.items()),
-            unit="step",
-            file=sys.stderr,
-            dynamic_ncols=True,
-            smoothing=0,  # runs tell their steps in bursts; the mean since the start is the better forecast
-            mininterval=0.5 if sys.stderr.isatty() else 60,
-        )
+        done = sum(min(steps_done(out, name), limit) for name, limit in steps.items())
+        self._progress = Progress(sum(steps.values()), "step", done)
 
     def finish(self, run: str) -> None:
         """A run has come to its end, or needs no running."""
@@ -50,13 +42,12 @@ class StudyBar:
             for name, limit in self._steps.items()
         }
         names = [f"{name.partition('/')[2]} {done[name]}/{self._steps[name]}" for name in running]
-        self._bar.set_description(f"{len(self._finished)} of {len(self._steps)} runs", refresh=False)
-        self._bar.set_postfix_str(", ".join(names), refresh=False)
-        self._bar.update(sum(done.values()) - self._bar.n)
+        self._progress.describe(f"{len(self._finished)} of {len(self._steps)} runs", ", ".join(names))
+        self._progress.update(sum(done.values()))
 
     def say(self, text: str) -> None:
         """A line above the bar."""
-        self._bar.write(text, file=sys.stderr)
+        self._progress.say(text)
 
     def __enter__(self) -> StudyBar:
         return self
@@ -64,4 +55,4 @@ class StudyBar:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.close()
+        self._progress.close()

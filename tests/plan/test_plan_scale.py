@@ -25,7 +25,7 @@ def plan(nodes: int = 8, expert: int = 8, batch_size: int | None = None, **chang
             config,
             batch_size or content["data"]["batch_size"],
             content["data"]["sequence_length"],
-            precision_of(content["trainer"]["precision"]),
+            precision_of("bf16-mixed"),  # what auto is on such GPUs
             layout.resolve(content["trainer"]["devices"] * nodes),
             checkpointing=content["model"]["activation_checkpointing"],
         )

@@ -239,3 +239,24 @@ def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch, capsys)
     assert "org/name" in line
     assert "\n" not in line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("bfloat16", "same_as"), [(800.0, "bfloat16"), (2.0, None)])
+def test_dtype_auto_is_bfloat16_where_that_is_faster_and_else_the_default(
+    tmp_path, capsys, monkeypatch, bfloat16, same_as
+):
+    monkeypatch.setattr("moebed.precision.measured_rates", lambda: (100.0, bfloat16))
+    write(tmp_path / "in", dtype=torch.float32)
+    given = {}
+    init = PretrainedMoE.__init__
+
+    def spy(self, *arguments, **options):
+        given.update(options)
+        init(self, *arguments, **options)
+
+    monkeypatch.setattr(PretrainedMoE, "__init__", spy)
+    assert probe(tmp_path / "in", tmp_path / "out", "--dtype", "auto", probes=FEW[1:]) == 0
+    assert given["dtype"] == same_as
+    assert f"dtype auto: {same_as or 'as stored, and products in float32'} (a core" in capsys.readouterr().err
+    assert probe(tmp_path / "in", tmp_path / "plain", probes=FEW[1:]) == 0
+    assert given["dtype"] is None  # asked for by nobody
