@@ -5,8 +5,7 @@ T tokens, E experts, K experts per token, H hidden, F expert intermediate, R slo
 
 from __future__ import annotations
 
-import functools
-import logging
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
@@ -34,8 +33,6 @@ if TYPE_CHECKING:
 
 if TYPE_CHECKING:
     from moebed.parallel.exchange import TokenExchange
-
-log = logging.getLogger(__name__)
 
 Activation = Callable[[Tensor], Tensor]
 # Rows in segments, and matrices (E, B, A) of all experts -> each row's product with its own expert's.
@@ -204,15 +201,23 @@ def _grouped_mm(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
 
 
 def _native(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
-    """The compiled extension for CPUs with AVX512-BF16; what it is not made for takes ``grouped_mm``."""
-    dtype = compute_dtype(x)
-    if routing.carried is not None:
+    """The compiled MLP of ``moebed.native``; what it is not made for takes ``grouped_mm``."""
+    reason = _native_unfit(experts, x, routing)
+    if reason is not None:
+        say_once(f"experts_backend native does not fit ({reason}); grouped_mm serves instead")
         return _grouped_mm(experts, x, routing)
     matrices = experts.own(experts.gate_up_proj), experts.own(experts.down_proj)
-    if not native.fits(x, dtype, *matrices):
-        return _grouped_mm(experts, x, routing)
     weight = routing.topk_weight.float()
-    return native.expert_mlp(x.to(dtype), *matrices, routing.topk_index, weight, experts.hidden_act)
+    rows = x.to(compute_dtype(x))
+    return native.expert_mlp(rows, *matrices, routing.topk_index, weight, experts.hidden_act, routing.ragged)
+
+
+def _native_unfit(experts: Experts, x: Tensor, routing: Routing) -> str | None:
+    """Why the compiled MLP is not made for these experts and tokens; None if it is."""
+    if routing.carried is not None:
+        return "its gates see the tokens, these experts' gates what the router carries"
+    matrices = experts.own(experts.gate_up_proj), experts.own(experts.down_proj)
+    return native.unfit(x, compute_dtype(x), *matrices)
 
 
 def _triton(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
@@ -247,14 +252,20 @@ def resolve_backend(name: str) -> str:
     if name == "triton":
         _check_kernels_are_ours()
     if name == "native" and (reason := native.load()) is not None:
-        _say_once(f"experts_backend native is not to be had ({reason}); grouped_mm serves instead")
+        say_once(f"experts_backend native is not to be had ({reason}); grouped_mm serves instead")
         return "grouped_mm"
     return name
 
 
-@functools.cache
-def _say_once(sentence: str) -> None:
-    log.debug(sentence)
+_said: set[str] = set()
+
+
+@torch.compiler.assume_constant_result  # said when a graph is traced
+def say_once(sentence: str) -> None:
+    """A line on stderr, the first time in this process."""
+    if sentence not in _said:
+        _said.add(sentence)
+        print(sentence, file=sys.stderr, flush=True)
 
 
 def _check_kernels_are_ours() -> None:
