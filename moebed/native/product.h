@@ -35,9 +35,8 @@ struct Fma {
   static constexpr int GROUP = 1;  // elements of a unit
   static constexpr int MULTIPLE = 1;  // of units
   static constexpr bool CONSECUTIVE = false;
-  static Register add(Register sum, const char* unit, Register line) {
-    return multiply_add(broadcast(unit), line, sum);
-  }
+  static Register unit(const char* at) { return broadcast(at); }
+  static Register add(Register sum, Register left, Register right) { return multiply_add(left, right, sum); }
 };
 
 #ifdef __AVX512BF16__
@@ -46,36 +45,45 @@ struct Dot {
   static constexpr int GROUP = 2;
   static constexpr int MULTIPLE = 1;
   static constexpr bool CONSECUTIVE = false;
-  static Register add(Register sum, const char* unit, Register line) {
-    int32_t pair;
-    memcpy(&pair, unit, sizeof pair);
-    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)line);
+  static Register unit(const char* at) { return broadcast(at); }
+  static Register add(Register sum, Register left, Register right) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)left, (__m512bh)right);
   }
 };
 #endif
 
+// The pragmas unroll early enough for the sums to stay in registers.
 template <class P, int STEP, int M, int N>
 void tile(const char* const* rows, const char* panels, int64_t panel, int64_t begin, int64_t end, float* out) {
   constexpr int WIDE = N * REGISTERS, EACH = LANES / REGISTERS;
   Register sum[M][WIDE];
   const char* row[M];
-  for (int i = 0; i < M; ++i) row[i] = rows[i] + begin * STEP;
-  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i) {
+    row[i] = rows[i] + begin * STEP;
+#pragma GCC unroll 8
     for (int j = 0; j < WIDE; ++j) sum[i][j] = begin ? load_register(out + i * STRIP + j * EACH) : Register{};
+  }
   const char* line = panels + begin * LINE;
   int64_t offset = 0;
-#pragma GCC unroll 2
   for (int64_t u = begin; u < end; ++u, line += LINE, offset += STEP) {
     Register right[WIDE];
+#pragma GCC unroll 8
     for (int j = 0; j < WIDE; ++j) {
       const char* at = line + j / REGISTERS * panel + j % REGISTERS * sizeof(Register);
       if (REGISTERS == 1) _mm_prefetch(at + AHEAD, _MM_HINT_T0);
       right[j] = load_register((const float*)at);
     }
-    for (int i = 0; i < M; ++i)
-      for (int j = 0; j < WIDE; ++j) sum[i][j] = P::add(sum[i][j], row[i] + offset, right[j]);
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i) {
+      const auto left = P::unit(row[i] + offset);
+#pragma GCC unroll 8
+      for (int j = 0; j < WIDE; ++j) sum[i][j] = P::add(sum[i][j], left, right[j]);
+    }
   }
+#pragma GCC unroll 8
   for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
     for (int j = 0; j < WIDE; ++j) store_register(out + i * STRIP + j * EACH, sum[i][j]);
 }
 
