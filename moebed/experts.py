@@ -29,9 +29,6 @@ from moebed.grouped import (
 from moebed.routers import ROUTERS, Routing
 
 if TYPE_CHECKING:
-    pass
-
-if TYPE_CHECKING:
     from moebed.parallel.exchange import TokenExchange
 
 Activation = Callable[[Tensor], Tensor]
@@ -60,7 +57,7 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, config.hidden_size, width))
         self.hidden_act: str = config.hidden_act
         self.activation = ACTIVATIONS[config.hidden_act]
-        self.backend = BACKENDS[resolve_backend(config.experts_backend)]
+        self.backend = resolve_backend(config.experts_backend)
         self.exchange: TokenExchange | None = None
 
     def add_gate_and_up(self, config: ModelConfig, width: int) -> None:
@@ -220,6 +217,14 @@ def _native_unfit(experts: Experts, x: Tensor, routing: Routing) -> str | None:
     return native.unfit(x, compute_dtype(x), *matrices)
 
 
+def _auto(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
+    """``native`` where it is the fastest measured one for machine and type and fits the call, else ``grouped_mm``."""
+    enough = routing.topk_index.numel() >= native.LEAST_ROWS * experts.num_own
+    if x.device.type != "cpu" or not enough or _native_unfit(experts, x, routing) is not None:
+        return _grouped_mm(experts, x, routing)
+    return (_native if native.is_fastest(compute_dtype(x)) else _grouped_mm)(experts, x, routing)
+
+
 def _triton(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
     """The fused kernels of ``triton_kernels``, on a GPU or in Triton's interpreter."""
     from triton_kernels.mlp import expert_mlp
@@ -233,7 +238,9 @@ def _triton(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
     return expert_mlp(x, *matrices, routing.topk_index, routing.topk_weight, experts.hidden_act)
 
 
-BACKENDS: dict[str, Callable[[Experts, Tensor, Routing], Tensor]] = {
+Backend = Callable[[Experts, Tensor, Routing], Tensor]
+
+BACKENDS: dict[str, Backend] = {
     "grouped_mm": _grouped_mm,
     "loop": _loop,
     "native": _native,
@@ -241,10 +248,10 @@ BACKENDS: dict[str, Callable[[Experts, Tensor, Routing], Tensor]] = {
 }
 
 
-def resolve_backend(name: str) -> str:
-    """The backend that a config's name stands for."""
+def resolve_backend(name: str) -> Backend:
+    """The backend that a config's name stands for; auto decides at each call, by its type and device."""
     if name == "auto":
-        return "grouped_mm"
+        return _auto
     if name not in BACKENDS:
         raise ConfigError(
             f"model config: unknown experts_backend {name!r}; choose auto or one of {', '.join(BACKENDS)}"
@@ -253,8 +260,8 @@ def resolve_backend(name: str) -> str:
         _check_kernels_are_ours()
     if name == "native" and (reason := native.load()) is not None:
         say_once(f"experts_backend native is not to be had ({reason}); grouped_mm serves instead")
-        return "grouped_mm"
-    return name
+        return _grouped_mm
+    return BACKENDS[name]
 
 
 _said: set[str] = set()

@@ -37,6 +37,19 @@ _ONEDNN = (
     ("SSE", None),
 )
 
+# Where the backend is faster than grouped_mm, forward and backward, at A, F and B of `moebed bench experts`: `auto`
+# takes it there. Each pair was measured with that command, its --dtype and the environment's limits named above.
+FASTEST = frozenset(
+    {
+        ("avx512", torch.float32),
+        ("avx512_bf16", torch.float32),
+        ("avx512_bf16", torch.bfloat16),
+        ("amx", torch.float32),
+        ("amx", torch.bfloat16),
+    }
+)
+LEAST_ROWS = 16  # of an expert on average; with fewer, packing the weights costs more than it saves
+
 
 def processor() -> str | None:
     """The best instruction set that processor and environment allow, a name of ``compiled.FLAGS``; None below AVX2."""
@@ -74,6 +87,15 @@ def load() -> str | None:
     except compiled.Unavailable as error:
         return str(error)
     return None
+
+
+@torch.compiler.assume_constant_result
+def is_fastest(dtype: torch.dtype) -> bool:
+    """Whether the backend is the fastest measured one for a type on this machine, and is there; compiles it if need be.
+
+    Where it cannot be had, the answer is no and nothing is said: nobody asked for it.
+    """
+    return (instruction_set(), dtype) in FASTEST and load() is None
 
 
 def unfit(x: Tensor, dtype: torch.dtype, gate_up: Tensor, down: Tensor) -> str | None:
