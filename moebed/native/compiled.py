@@ -100,17 +100,16 @@ def library(instruction_set: str) -> ctypes.CDLL:
     return loaded
 
 
-class _Call(ctypes.Structure):  # Call of experts.cpp
+_NUMBERS = ["tokens", "hidden", "width", "experts", "top_k", "ragged", "activation", "threads"]
+_TYPES = ["bf16_rows", "bf16_weights"]
+_INPUTS = ["index", "weight", "x", "gate_up", "down"]
+_OUTPUTS = ["before", "out", "grad", "grad_x", "grad_gate_up", "grad_down", "grad_weight", "workspace"]
+
+
+class _Call(ctypes.Structure):  # Call of experts.cpp, in its order
     _fields_ = (
-        *(
-            (name, ctypes.c_int64)
-            for name in "tokens hidden width experts top_k ragged activation threads bf16_rows bf16_weights".split()
-        ),
-        *(
-            (name, ctypes.c_void_p)
-            for name in "index weight x gate_up down before out grad grad_x grad_gate_up grad_down grad_weight"
-            " workspace".split()
-        ),
+        *((name, ctypes.c_int64) for name in _NUMBERS + _TYPES),
+        *((name, ctypes.c_void_p) for name in _INPUTS + _OUTPUTS),
     )
 
 
