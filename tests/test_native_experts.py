@@ -126,6 +126,8 @@ def test_what_does_not_fit_takes_grouped_mm_and_says_so_once(capsys):
         ("amx", BF16, None, 64, "native"),
         ("avx512_bf16", BF16, None, 64, "native"),
         ("avx512", torch.float32, None, 64, "native"),
+        ("avx2", torch.float32, None, 64, "native"),
+        ("avx2", BF16, None, 64, "grouped_mm"),
         ("avx512", torch.float32, None, 31, "grouped_mm"),  # too few rows an expert
         ("avx512", BF16, None, 64, "grouped_mm"),
         ("amx", BF16, "compiling it needs g++", 64, "grouped_mm"),
