@@ -38,9 +38,9 @@ _ONEDNN = (
 )
 
 # Where the backend is faster than grouped_mm, forward and backward, so that `auto` takes it. Evidence: `moebed bench
-# experts --shape A --shape F --shape B --dtype TYPE` under the limits named above, two cores with AMX; grouped_mm's time
-# over native's at A, F, B. float32: AVX2 1.13, 1.30, .98 (as fast); AVX-512 1.23, 1.33, 1.18, whose products the two
-# larger sets share. bf16 (autocast): AVX512-BF16 1.27, 1.53, 1.20; AMX 1.68, 1.99, 1.36. Not measured: bf16 below.
+# experts --shape A --shape F --shape B --dtype TYPE` under the limits named above, two cores with AMX, grouped_mm's
+# time over native's at A, F, B. float32: AVX2 1.13, 1.30, .98 (as fast); AVX-512 1.23, 1.33, 1.18, whose products the
+# two larger sets share. bf16 (autocast): AVX512-BF16 1.27, 1.53, 1.20; AMX 1.68, 1.99, 1.36. Not measured: bf16 below.
 FASTEST = frozenset(
     {
         ("avx2", torch.float32),
