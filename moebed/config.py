@@ -126,7 +126,7 @@ class ModelConfig:
         tie_word_embeddings: The head uses the embedding's weights.
         initializer_range: Standard deviation of initial weights.
         experts_backend: How the expert products are computed: auto, grouped_mm, loop, native (compiled on first
-            use, for CPUs with AVX512-BF16) or triton (see moebed.experts).
+            use, for CPUs with AVX2 or more) or triton (see moebed.experts).
         attention_backend: auto, sdpa (PyTorch's fused attention) or math (plain matrix products). auto is math where a
             soft cap asks for it and on a CPU up to 1024 positions, where it is faster; sdpa otherwise.
         allocation: How the experts are spread over the layers, num_experts being their mean: uniform, ascending,

@@ -5,8 +5,7 @@ T tokens, E experts, K experts per token, H hidden, F expert intermediate, R slo
 
 from __future__ import annotations
 
-import functools
-import logging
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
@@ -30,12 +29,7 @@ from moebed.grouped import (
 from moebed.routers import ROUTERS, Routing
 
 if TYPE_CHECKING:
-    pass
-
-if TYPE_CHECKING:
     from moebed.parallel.exchange import TokenExchange
-
-log = logging.getLogger(__name__)
 
 Activation = Callable[[Tensor], Tensor]
 # Rows in segments, and matrices (E, B, A) of all experts -> each row's product with its own expert's.
@@ -63,7 +57,7 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, config.hidden_size, width))
         self.hidden_act: str = config.hidden_act
         self.activation = ACTIVATIONS[config.hidden_act]
-        self.backend = BACKENDS[resolve_backend(config.experts_backend)]
+        self.backend = resolve_backend(config.experts_backend)
         self.exchange: TokenExchange | None = None
 
     def add_gate_and_up(self, config: ModelConfig, width: int) -> None:
@@ -204,15 +198,31 @@ def _grouped_mm(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
 
 
 def _native(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
-    """The compiled extension for CPUs with AVX512-BF16; what it is not made for takes ``grouped_mm``."""
-    dtype = compute_dtype(x)
-    if routing.carried is not None:
+    """The compiled MLP of ``moebed.native``; what it is not made for takes ``grouped_mm``."""
+    reason = _native_unfit(experts, x, routing)
+    if reason is not None:
+        say_once(f"experts_backend native does not fit ({reason}); grouped_mm serves instead")
         return _grouped_mm(experts, x, routing)
     matrices = experts.own(experts.gate_up_proj), experts.own(experts.down_proj)
-    if not native.fits(x, dtype, *matrices):
-        return _grouped_mm(experts, x, routing)
     weight = routing.topk_weight.float()
-    return native.expert_mlp(x.to(dtype), *matrices, routing.topk_index, weight, experts.hidden_act)
+    rows = x.to(compute_dtype(x))
+    return native.expert_mlp(rows, *matrices, routing.topk_index, weight, experts.hidden_act, routing.ragged)
+
+
+def _native_unfit(experts: Experts, x: Tensor, routing: Routing) -> str | None:
+    """Why the compiled MLP is not made for these experts and tokens; None if it is."""
+    if routing.carried is not None:
+        return "its gates see the tokens, these experts' gates what the router carries"
+    matrices = experts.own(experts.gate_up_proj), experts.own(experts.down_proj)
+    return native.unfit(x, compute_dtype(x), *matrices)
+
+
+def _auto(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
+    """``native`` where it is the fastest measured one for machine and type and fits the call, else ``grouped_mm``."""
+    enough = routing.topk_index.numel() >= native.LEAST_ROWS * experts.num_own
+    if x.device.type != "cpu" or not enough or _native_unfit(experts, x, routing) is not None:
+        return _grouped_mm(experts, x, routing)
+    return (_native if native.is_fastest(compute_dtype(x)) else _grouped_mm)(experts, x, routing)
 
 
 def _triton(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
@@ -228,7 +238,9 @@ def _triton(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
     return expert_mlp(x, *matrices, routing.topk_index, routing.topk_weight, experts.hidden_act)
 
 
-BACKENDS: dict[str, Callable[[Experts, Tensor, Routing], Tensor]] = {
+Backend = Callable[[Experts, Tensor, Routing], Tensor]
+
+BACKENDS: dict[str, Backend] = {
     "grouped_mm": _grouped_mm,
     "loop": _loop,
     "native": _native,
@@ -236,10 +248,10 @@ BACKENDS: dict[str, Callable[[Experts, Tensor, Routing], Tensor]] = {
 }
 
 
-def resolve_backend(name: str) -> str:
-    """The backend that a config's name stands for."""
+def resolve_backend(name: str) -> Backend:
+    """The backend that a config's name stands for; auto decides at each call, by its type and device."""
     if name == "auto":
-        return "grouped_mm"
+        return _auto
     if name not in BACKENDS:
         raise ConfigError(
             f"model config: unknown experts_backend {name!r}; choose auto or one of {', '.join(BACKENDS)}"
@@ -247,14 +259,20 @@ def resolve_backend(name: str) -> str:
     if name == "triton":
         _check_kernels_are_ours()
     if name == "native" and (reason := native.load()) is not None:
-        _say_once(f"experts_backend native is not to be had ({reason}); grouped_mm serves instead")
-        return "grouped_mm"
-    return name
+        say_once(f"experts_backend native is not to be had ({reason}); grouped_mm serves instead")
+        return _grouped_mm
+    return BACKENDS[name]
 
 
-@functools.cache
-def _say_once(sentence: str) -> None:
-    log.debug(sentence)
+_said: set[str] = set()
+
+
+@torch.compiler.assume_constant_result  # said when a graph is traced
+def say_once(sentence: str) -> None:
+    """A line on stderr, the first time in this process."""
+    if sentence not in _said:
+        _said.add(sentence)
+        print(sentence, file=sys.stderr, flush=True)
 
 
 def _check_kernels_are_ours() -> None:

@@ -1,5 +1,6 @@
 """``moebed bench experts`` and ``moebed bench kernels``: their own logic, and runs at a size that takes a second."""
 
+import dataclasses
 import json
 import sys
 
@@ -7,8 +8,9 @@ import pytest
 import torch
 
 from moebed import native
-from moebed.bench import experts, kernels, peers, train
+from moebed.bench import experts, kernels, peers, tables, train
 from moebed.cli import main
+from moebed.native.compiled import NAMES
 from tests.conftest import tiny_config
 
 CPU = torch.device("cpu")
@@ -41,16 +43,21 @@ def test_contestants_agree_with_the_reference_in_output_and_gradients():
 
 
 @pytest.mark.slow
-def test_the_compiled_backend_is_a_contestant_where_it_computes(monkeypatch):
+def test_the_compiled_backend_is_a_contestant_where_it_computes(monkeypatch, capsys):
     if (reason := native.load()) is not None:
         pytest.skip(reason)
     config = tiny_config(vocab_size=64, router_aux_loss_coef=0.0, moe_intermediate_size=64)
     monkeypatch.setitem(train.SIZES, "T", train.Size(config, 2, 16))
-    for dtype in ("bfloat16", "autocast"):
-        _, off, _ = experts.contestants(tiny_case(), dtype, CPU, gpu_only=False)
-        assert off["moebed native"] < experts.TOLERANCES[dtype]
+    for dtype in ("float32", "bfloat16", "autocast"):
+        found = experts.run(tiny_case(), dtype, CPU, rounds=1, steps=1)
+        row = next(row for row in found["rows"] if row["name"] == "moebed native")
+        assert row["difference"] < experts.TOLERANCES[dtype]
+        assert found["instruction_set"] == native.instruction_set()
+        tables.experts(found)
+        assert f"moebed native ran on {NAMES[native.instruction_set()]}" in capsys.readouterr().out
+    monkeypatch.setitem(train.SIZES, "T", train.Size(dataclasses.replace(config, moe_intermediate_size=40), 2, 16))
     _, _, left_out = experts.contestants(tiny_case(), "float32", CPU, gpu_only=False)
-    assert "bf16" in left_out["moebed native"]
+    assert "multiples of 16" in left_out["moebed native"]
 
 
 def test_what_differs_gets_no_ratio(monkeypatch):

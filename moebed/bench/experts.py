@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moebed import native
 from moebed.allocator import keep_freed_memory
 from moebed.bench import train
-from moebed.bench.peers import DENSE, REFERENCE, LeftOut, Peer, makers, own
+from moebed.bench.peers import DENSE, OWN, REFERENCE, LeftOut, Peer, makers, own
 from moebed.config import ModelConfig
 from moebed.errors import UserError
 from moebed.routers import Routing, SoftmaxTopK
@@ -255,6 +256,7 @@ def run(of: Case, dtype: str, device: torch.device, rounds: int, steps: int, gpu
         "steps": steps,
         "best_transformers": best,
         "rows": rows,
+        "instruction_set": native.instruction_set() if OWN + "native" in peers else None,
         "left_out": left_out,
     }
 

@@ -59,8 +59,8 @@ def own(config: ModelConfig, backend: str, gate_up: Tensor, down: Tensor) -> Pee
     experts.gate_up_proj, experts.down_proj = nn.Parameter(gate_up), nn.Parameter(down)
 
     def run(x: Tensor, routing: Routing) -> Tensor:
-        if backend == "native" and not native.fits(x, compute_dtype(x), gate_up, down):
-            raise LeftOut(f"it computes in bf16 on a CPU, with sizes that are multiples of {native.MULTIPLE}")
+        if backend == "native" and (reason := native.unfit(x, compute_dtype(x), gate_up, down)) is not None:
+            raise LeftOut(reason)
         return experts(x, routing)
 
     return Peer(experts, run, lambda: {"gate_up": experts.gate_up_proj.grad, "down": experts.down_proj.grad})

@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from moebed.native.compiled import NAMES as INSTRUCTION_SETS
+
 
 def _show(table: Table, width: int) -> None:
     Console(width=max(width, Console().width)).print(table)
@@ -48,6 +50,8 @@ def experts(found: dict[str, Any]) -> None:
     notes = ["a router is no part of any contestant; peak memory is that of forward+backward, weights not counted"]
     if shares:
         notes.append(f"share of the roofline, forward+backward: {', '.join(shares)}")
+    if found["instruction_set"] is not None:
+        notes.append(f"moebed native ran on {INSTRUCTION_SETS[found['instruction_set']]}")
     notes += [f"left out: {name}: {why}" for name, why in found["left_out"].items()]
     table.caption = "\n".join(notes).replace("[", "\\[")
     table.caption_justify = "left"

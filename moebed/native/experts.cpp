@@ -1,240 +1,341 @@
-// The expert MLP of experts.py, forward and backward, in bf16 with float32 sums: products, activation, weighting,
-// gather and combine in one pass over blocks of an expert's rows.
+// The expert MLP of experts.py, forward and backward, with float32 sums: products, activation, weighting, gather and
+// combine in one pass over blocks of an expert's rows. Compiled once for each instruction set.
 //
-// T tokens, E experts, K experts per token, R = T·K rows sorted by expert, H hidden, F expert intermediate.
+// T tokens, E experts, K experts per token, R rows sorted by expert, H hidden, F expert intermediate.
 //
 // Work is cut into tasks that do not depend on the number of threads, each of which sums in a fixed order: results are
 // the same bit for bit on any number of threads.
 
-#include <torch/library.h>
-
-#include <string>
-#include <tuple>
-#include <vector>
-
 #include "activation.h"
-#include "product.h"
 #include "rows.h"
 
 namespace moebed {
+
+// What Python hands over; H and F are multiples of 32. The rows' type is that of x, out, before and their gradients.
+struct Call {
+  int64_t tokens, hidden, width, experts, top_k, ragged, activation, threads, bf16_rows, bf16_weights;
+  const int64_t* index;                // (T, K)
+  const float* weight;                 // (T, K)
+  const void *x, *gate_up, *down;      // (T, H), (E, 2F, H) gate first, (E, H, F)
+  void *before, *out;                  // (T·K, 2F) pre-activations, kept for the backward pass; (T, H)
+  const void* grad;                    // (T, H)
+  void *grad_x, *grad_gate_up, *grad_down;
+  float* grad_weight;                  // (T, K)
+  char* workspace;
+};
+
 namespace {
 
-// The strips of a block's rows times an expert's panels; each is handed to finish(first column, width, buffer).
-template <class Finish>
-void each_strip(const Block& block, const Addresses& rows, const BFloat16* panels, int64_t pairs, int64_t columns,
-                const Finish& finish) {
-  alignas(64) float sums[BLOCK * STRIP];
-  for (int64_t c = 0; c < columns; c += STRIP) {
-    const int width = int(std::min<int64_t>(STRIP, columns - c));
-    strip(rows.at, block.count(), NEXT_PAIR, panels + c * 2 * pairs, pairs, width, sums);
-    finish(c, width, sums);
+constexpr int LONG = LINE;  // bytes from unit to unit of a panel's column
+
+// ---- between the products
+
+// A row of a strip: keeps gate and up, and gives act(gate) up weight.
+template <class Act, class S, class E>
+void activate(const float* gate, const float* up, float weight, int width, S* kept_gate, S* kept_up, E* out) {
+  for (int j = 0; j < width; j += LANES) {
+    const Vector g = load(gate + j), u = load(up + j);
+    store(kept_gate + j, g);
+    store(kept_up + j, u);
+    store(out + j, Act::at(g).value * u * set(weight));
   }
 }
 
-void store_strip(const Block& block, const float* sums, int width, BFloat16* out, int64_t columns) {
-  for (int i = 0; i < block.count(); ++i)
-    for (int j = 0; j < width; j += LANES) store(out + i * columns + j, _mm512_load_ps(sums + i * STRIP + j));
+// A row of a strip of the gradient of act(gate) up: gives that product again, the gradients of gate and up, and adds
+// the gradient of the weight to total, 16 values wide.
+template <class Act, class S, class E>
+void activate_backward(const float* grad, const S* gate, const S* up, float weight, int width, E* out, E* grad_gate,
+                       E* grad_up, float* total) {
+  Vector sum = load(total);
+  for (int j = 0; j < width; j += LANES) {
+    const Vector g = load(gate + j), u = load(up + j), d = load(grad + j);
+    const Value act = Act::at(g);
+    const Vector product = act.value * u, weighted = d * set(weight);
+    sum = multiply_add(d, product, sum);
+    store(out + j, product * set(weight));
+    store(grad_gate + j, weighted * u * act.slope);
+    store(grad_up + j, weighted * act.value);
+  }
+  store(total, sum);
 }
 
-// Sum of each token's K rows (R, H): (T, H).
-Tensor combine(const Tensor& by_row, const Rows& rows, int64_t tokens, int64_t hidden) {
-  Tensor out = empty({tokens, hidden}, at::kBFloat16);
-  const BFloat16* from = data(by_row);
-  BFloat16* to = data(out);
-  constexpr int64_t CHUNK = 32;
-  run((tokens + CHUNK - 1) / CHUNK, [&](int64_t chunk) {
-    for (int64_t t = chunk * CHUNK; t < std::min(tokens, (chunk + 1) * CHUNK); ++t)
-      for (int64_t c = 0; c < hidden; c += LANES) {
-        __m512 sum = _mm512_setzero_ps();
-        for (int64_t k = 0; k < rows.top_k; ++k)
-          sum = _mm512_add_ps(sum, widen(from + rows.row[t * rows.top_k + k] * hidden + c));
-        store(to + t * hidden + c, sum);
-      }
-  });
-  return out;
-}
+template <class S, class E>
+struct Activations {
+  decltype(&activate<Silu, S, E>) forward;
+  decltype(&activate_backward<Silu, S, E>) backward;
+};
 
-template <class Act, class T>
-std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& gate_up, const Tensor& down, const Rows& rows) {
-  const int64_t tokens = x.size(0), hidden = x.size(1), width = down.size(2), count = rows.token.size();
-  const Tensor up_panels = packed_transposed<T>(gate_up, rows), down_panels = packed_transposed<T>(down, rows);
-  Tensor before = empty({count, 2 * width}, at::kBFloat16), by_row = empty(count * hidden);
-  run(rows.blocks.size(), [&](int64_t number) {
-    const Block& block = rows.blocks[number];
-    const Addresses inputs(block, data(x), hidden, rows.token.data());
-    const Scratch activated(block.count() * width);
-    alignas(64) float up[BLOCK * STRIP];
-    const BFloat16* panels = data(up_panels) + block.expert * 2 * width * hidden;
-    each_strip(block, inputs, panels, hidden / 2, width, [&](int64_t c, int strip_width, const float* gate) {
-      strip(inputs.at, block.count(), NEXT_PAIR, panels + (width + c) * hidden, hidden / 2, strip_width, up);
-      for (int i = 0; i < block.count(); ++i) {
-        BFloat16* kept = data(before) + (block.begin + i) * 2 * width + c;
-        const __m512 weight = set(rows.weight[block.begin + i]);
-        for (int j = 0; j < strip_width; j += LANES) {
-          const __m512 g = _mm512_load_ps(gate + i * STRIP + j), u = _mm512_load_ps(up + i * STRIP + j);
-          store(kept + j, g);
-          store(kept + width + j, u);
-          store(activated.get() + i * width + c + j, _mm512_mul_ps(_mm512_mul_ps(Act::at(g).value, u), weight));
-        }
+template <class S, class E>
+constexpr Activations<S, E> ACTIVATIONS[] = {  // in the order of ACTIVATIONS in __init__.py
+    {activate<Silu, S, E>, activate_backward<Silu, S, E>},
+    {activate<Gelu, S, E>, activate_backward<Gelu, S, E>},
+    {activate<GeluTanh, S, E>, activate_backward<GeluTanh, S, E>}};
+
+// ---- one pass: product P, rows of type S, weights of type T
+
+template <class P, class S, class T>
+struct Pass {
+  using E = typename P::Element;
+  static constexpr int64_t GROUP = P::GROUP;
+
+  const Call& call;
+  const int64_t hidden = call.hidden, width = call.width, experts = call.experts;
+  const Rows rows{call.index, call.weight,     call.tokens * call.top_k, call.top_k, experts,
+                  call.ragged != 0, P::GROUP, P::MULTIPLE};
+  const Activations<S, E>& act = ACTIVATIONS<S, E>[call.activation];
+  const T *gate_up = (const T*)call.gate_up, *down = (const T*)call.down;
+  S* const before = (S*)call.before;
+
+  // ---- weights as panels
+
+  // Of their rows: (E, N, K) for products with their transpose.
+  void pack_rows(const T* weight, int64_t n, int64_t k, E* out) const {
+    const int64_t panels = n / LANES;
+    run(call.threads, experts * panels, [&](int64_t i, int) {
+      if (!rows.empty(i / panels)) pack_transposed(weight + i * LANES * k, k / GROUP, out + i * LANES * k);
+    });
+  }
+
+  // Of their columns: (E, K, N).
+  void pack_columns(const T* weight, int64_t k, int64_t n, E* out) const {
+    const int64_t depth = k / GROUP, chunk = LANES, chunks = depth / chunk;
+    run(call.threads, experts * chunks, [&](int64_t i, int) {
+      const int64_t expert = i / chunks, begin = i % chunks * chunk;
+      if (rows.empty(expert)) return;
+      for (int64_t u = begin; u < begin + chunk; ++u) {
+        const T* row = weight + (expert * k + GROUP * u) * n;
+        pack_line(row, row + n, n, out + expert * k * n + u * LANES * GROUP, depth * LINE);
       }
     });
-    const Addresses middle(block, activated.get(), width, nullptr);
-    panels = data(down_panels) + block.expert * hidden * width;
-    each_strip(block, middle, panels, width / 2, hidden, [&](int64_t c, int strip_width, const float* sums) {
-      store_strip(block, sums, strip_width, data(by_row) + block.begin * hidden + c, hidden);
-    });
-  });
-  return {combine(by_row, rows, tokens, hidden), before};
-}
+  }
 
-// Gradient of weights: left^T right of each expert's rows, (E, M, N).
-template <class T>
-Tensor outer(const PackedRows& left, const PackedRows& right) {
-  const Rows& rows = left.rows;
-  const int64_t m = left.columns, n = right.columns;
-  Tensor out = empty({rows.experts, m, n}, c10::CppTypeToScalarType<T>::value);
-  T* to = out.data_ptr<T>();
-  const int64_t blocks = (m + BLOCK - 1) / BLOCK, strips = (n + STRIP - 1) / STRIP;
-  run(rows.experts * strips * blocks, [&](int64_t i) {
-    const int64_t expert = i / (strips * blocks), c = i / blocks % strips * STRIP, begin = i % blocks * BLOCK;
-    const int64_t pairs = rows.pairs(expert);
-    const Block block{expert, begin, std::min(begin + BLOCK, m)};
-    const int width = int(std::min<int64_t>(STRIP, n - c));
-    const char* columns[BLOCK];
-    for (int j = 0; j < block.count(); ++j) {
-      const int64_t column = begin + j;
-      columns[j] = (const char*)(left.of(expert) + column / LANES * pairs * LINE + column % LANES * 2);
+  // ---- rows as left operands
+
+  // Addresses of a block's tokens; a copy of them where the product needs it.
+  void gather(const Block& block, const S* matrix, E* copy, const char** at) const {
+    for (int i = 0; i < block.count(); ++i) {
+      const S* row = matrix + rows.token[block.begin + i] * hidden;
+      at[i] = (const char*)row;
+      if constexpr (P::CONSECUTIVE || sizeof(S) != sizeof(E)) {
+        convert(row, copy + i * hidden, hidden);
+        at[i] = (const char*)(copy + i * hidden);
+      }
     }
-    alignas(64) float sums[BLOCK * STRIP];
-    strip(columns, block.count(), NEXT_LINE, right.of(expert) + c * 2 * pairs, pairs, width, sums);
-    for (int j = 0; j < block.count(); ++j)
-      for (int k = 0; k < width; k += LANES)
-        store(to + (expert * m + begin + j) * n + c + k, _mm512_load_ps(sums + j * STRIP + k));
-  });
-  return out;
-}
+  }
 
-template <class Act, class T>
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x, const Tensor& gate_up,
-                                                    const Tensor& down, const Tensor& before, const Rows& rows) {
-  const int64_t tokens = x.size(0), hidden = x.size(1), width = down.size(2), count = rows.token.size();
-  const Tensor up_panels = packed<T>(gate_up, rows), down_panels = packed<T>(down, rows);
-  const PackedRows x_rows(rows, hidden), grad_rows(rows, hidden);
-  const PackedRows middle_rows(rows, width), before_rows(rows, 2 * width);
-  Tensor by_row = empty(count * hidden), grad_weight = empty({tokens, rows.top_k}, at::kFloat);
-  std::vector<float> weight_of_row(count);
-  run(rows.blocks.size(), [&](int64_t number) {
-    const Block& block = rows.blocks[number];
-    const Addresses inputs(block, data(x), hidden, rows.token.data());
-    const Addresses grads(block, data(grad), hidden, rows.token.data());
-    const Scratch activated(block.count() * width), grad_before(block.count() * 2 * width);
-    alignas(64) __m512 total[BLOCK];
-    for (auto& each : total) each = _mm512_setzero_ps();
-    const BFloat16* panels = data(down_panels) + block.expert * hidden * width;
-    // A strip's pre-activations are on their way while the product before it runs.
-    const auto fetch = [&](int64_t c) {
-      for (int i = 0; i < block.count(); ++i)
-        for (int64_t half : {int64_t{0}, width})
-          for (int64_t line = 0; line < STRIP; line += LINE)
-            _mm_prefetch(data(before) + (block.begin + i) * 2 * width + half + c + line, _MM_HINT_T1);
-    };
-    fetch(0);
-    each_strip(block, grads, panels, hidden / 2, width, [&](int64_t c, int strip_width, const float* sums) {
-      fetch(c + STRIP);
-      for (int i = 0; i < block.count(); ++i) {
-        const BFloat16* kept = data(before) + (block.begin + i) * 2 * width + c;
-        BFloat16* to = grad_before.get() + i * 2 * width + c;
-        const __m512 weight = set(rows.weight[block.begin + i]);
-        for (int j = 0; j < strip_width; j += LANES) {
-          const __m512 g = widen(kept + j), u = widen(kept + width + j), d = _mm512_load_ps(sums + i * STRIP + j);
-          const Value act = Act::at(g);
-          const __m512 product = _mm512_mul_ps(act.value, u), weighted = _mm512_mul_ps(d, weight);
-          total[i] = _mm512_fmadd_ps(d, product, total[i]);
-          store(activated.get() + i * width + c + j, _mm512_mul_ps(product, weight));
-          store(to + j, _mm512_mul_ps(_mm512_mul_ps(weighted, u), act.slope));
-          store(to + width + j, _mm512_mul_ps(weighted, act.value));
+  static void follow(const E* matrix, int64_t columns, const char** at) {
+    for (int i = 0; i < BLOCK; ++i) at[i] = (const char*)(matrix + i * columns);
+  }
+
+  // Strips of a product with an expert's panels; each is handed to finish(first column, columns, sums).
+  template <class Finish>
+  static void each_strip(const Block& block, const char* const* at, const E* panels, int64_t depth, int64_t columns,
+                         const Finish& finish) {
+    alignas(64) float sums[BLOCK * STRIP];
+    for (int64_t c = 0; c < columns; c += STRIP) {
+      const int across = smaller(STRIP, columns - c);
+      strip<P, UNIT>(at, block.count(), panels + c * depth * GROUP, depth, across, sums);
+      finish(c, across, sums);
+    }
+  }
+
+  void product(const Block& block, const char* const* at, const E* panels, int64_t depth, S* by_row) const {
+    each_strip(block, at, panels, depth, hidden, [&](int64_t c, int across, const float* sums) {
+      for (int i = 0; i < block.count(); ++i) convert(sums + i * STRIP, by_row + (block.begin + i) * hidden + c, across);
+    });
+  }
+
+  // Sum of each token's rows (R, H) in out (T, H).
+  void combine(const S* by_row, S* out) const {
+    constexpr int64_t CHUNK = 32;
+    run(call.threads, (call.tokens + CHUNK - 1) / CHUNK, [&](int64_t chunk, int) {
+      for (int64_t t = chunk * CHUNK; t < smaller(call.tokens, (chunk + 1) * CHUNK); ++t) {
+        const int64_t* row = rows.row.data() + t * call.top_k;
+        for (int64_t c = 0; c < hidden; c += LANES) {
+          Vector sum = set(0.0f);
+          for (int64_t k = 0; k < call.top_k; ++k)
+            if (row[k] != NO_ROW) sum = sum + load(by_row + row[k] * hidden + c);
+          store(out + t * hidden + c, sum);
         }
       }
     });
-    for (int i = 0; i < block.count(); ++i) weight_of_row[block.begin + i] = _mm512_reduce_add_ps(total[i]);
-    const Addresses middle(block, activated.get(), width, nullptr);
-    const Addresses outer(block, grad_before.get(), 2 * width, nullptr);
-    panels = data(up_panels) + block.expert * 2 * width * hidden;
-    each_strip(block, outer, panels, width, hidden, [&](int64_t c, int strip_width, const float* sums) {
-      store_strip(block, sums, strip_width, data(by_row) + block.begin * hidden + c, hidden);
+  }
+
+  // ---- forward
+
+  int64_t forward(Room room) const {
+    E* const up_panels = room.take<E>(experts * 2 * width * hidden);
+    E* const down_panels = room.take<E>(experts * hidden * width);
+    S* const by_row = room.take<S>(call.tokens * call.top_k * hidden);
+    E* const gathered = room.take<E>(call.threads * BLOCK * hidden);
+    E* const middles = room.take<E>(call.threads * BLOCK * width);
+    if (room.base == nullptr) return room.used;
+    pack_rows(gate_up, 2 * width, hidden, up_panels);
+    pack_rows(down, hidden, width, down_panels);
+    run(call.threads, rows.blocks.size(), [&](int64_t number, int thread) {
+      const Block& block = rows.blocks[number];
+      const char* at[BLOCK];
+      gather(block, (const S*)call.x, gathered + thread * BLOCK * hidden, at);
+      E* const middle = middles + thread * BLOCK * width;
+      alignas(64) float up[BLOCK * STRIP];
+      const int64_t depth = hidden / GROUP;
+      const E* panels = up_panels + block.expert * 2 * width * hidden;
+      each_strip(block, at, panels, depth, width, [&](int64_t c, int across, const float* gate) {
+        strip<P, UNIT>(at, block.count(), panels + (width + c) * hidden, depth, across, up);
+        for (int i = 0; i < block.count(); ++i) {
+          S* kept = before + (block.begin + i) * 2 * width + c;
+          act.forward(gate + i * STRIP, up + i * STRIP, rows.weight[block.begin + i], across, kept, kept + width,
+                      middle + i * width + c);
+        }
+      });
+      follow(middle, width, at);
+      product(block, at, down_panels + block.expert * hidden * width, width / GROUP, by_row);
     });
-    x_rows.fill(block, inputs);
-    grad_rows.fill(block, grads);
-    middle_rows.fill(block, middle);
-    before_rows.fill(block, outer);
-  });
-  for (size_t a = 0; a < rows.row.size(); ++a) grad_weight.data_ptr<float>()[a] = weight_of_row[rows.row[a]];
-  return {combine(by_row, rows, tokens, hidden), outer<T>(before_rows, x_rows), outer<T>(grad_rows, middle_rows),
-          grad_weight};
-}
+    combine(by_row, (S*)call.out);
+    return 0;
+  }
 
-template <class Call>
-auto with_types(const std::string& activation, const Tensor& weight, const Call& call) {
-  auto typed = [&](auto act) {
-    return weight.scalar_type() == at::kFloat ? call(act, float{}) : call(act, BFloat16{});
+  // ---- backward
+
+  // Rows of all experts as panels of their columns (N), to be summed over the rows.
+  struct Packed {
+    const Rows& rows;
+    int64_t columns;
+    E* data;
+
+    E* of(int64_t expert) const { return data + rows.unit_start[expert] * GROUP * columns; }
+
+    void fill(const Block& block, const char* const* at) const {
+      const int64_t units = rows.units(block.expert), first = (block.begin - rows.start[block.expert]) / GROUP;
+      E* const to = of(block.expert) + first * LANES * GROUP;
+      int64_t u = 0;
+      for (int i = 0; i < block.count(); i += GROUP, ++u) {
+        const E* second = i + GROUP - 1 < block.count() ? (const E*)at[i + GROUP - 1] : nullptr;
+        pack_line((const E*)at[i], second, columns, to + u * LANES * GROUP, units * LINE);
+      }
+      if (block.end == rows.start[block.expert + 1])
+        for (int64_t rest = first + u; rest < units; ++rest)
+          for (int64_t c = 0; c < columns; c += LANES)
+            memset((char*)of(block.expert) + c / LANES * units * LINE + rest * LINE, 0, LINE);
+    }
   };
-  if (activation == "silu") return typed(Silu{});
-  if (activation == "gelu") return typed(Gelu{});
-  TORCH_CHECK(activation == "gelu_tanh", "unknown activation ", activation);
-  return typed(GeluTanh{});
+
+  // Gradient of weights: left^T right of each expert's rows, (E, M, N).
+  void outer(const Packed& left, const Packed& right, E* scratch, int64_t scratch_size, T* out) const {
+    const int64_t m = left.columns, n = right.columns, tasks = (m + BLOCK - 1) / BLOCK;
+    run(call.threads, experts * tasks, [&](int64_t i, int thread) {
+      const int64_t expert = i / tasks, begin = i % tasks * BLOCK, depth = rows.units(expert);
+      const Block block{expert, begin, smaller(begin + BLOCK, m)};
+      const char* at[BLOCK];
+      for (int64_t j = 0; j < block.count(); ++j) {
+        const int64_t column = begin + j;
+        at[j] = (const char*)left.of(expert) + column / LANES * depth * LINE + column % LANES * UNIT;
+      }
+      if constexpr (P::CONSECUTIVE) {
+        char* const copy = (char*)(scratch + thread * scratch_size);
+        for (int64_t j = 0; j < block.count(); j += LANES)
+          for (int64_t u = 0; u < depth; u += LANES)
+            transpose(at[j] + u * LINE, LINE, copy + j * depth * UNIT + u * UNIT, depth * UNIT);
+        for (int64_t j = 0; j < block.count(); ++j) at[j] = copy + j * depth * UNIT;
+      }
+      constexpr int STEP = P::CONSECUTIVE ? UNIT : LONG;
+      alignas(64) float sums[BLOCK * STRIP];
+      for (int64_t c = 0; c < n; c += STRIP) {
+        const int across = smaller(STRIP, n - c);
+        strip<P, STEP>(at, block.count(), right.of(expert) + c * depth * GROUP, depth, across, sums);
+        for (int j = 0; j < block.count(); ++j)
+          convert(sums + j * STRIP, out + (expert * m + begin + j) * n + c, across);
+      }
+    });
+  }
+
+  int64_t backward(Room room) const {
+    const int64_t assignments = call.tokens * call.top_k;
+    const int64_t padded = assignments + experts * GROUP * P::MULTIPLE;  // at most, units times their rows
+    const int64_t longest = P::CONSECUTIVE ? BLOCK * padded : 0;
+    E* const up_panels = room.take<E>(experts * 2 * width * hidden);
+    E* const down_panels = room.take<E>(experts * hidden * width);
+    const Packed x_rows{rows, hidden, room.take<E>(padded * hidden)};
+    const Packed grad_rows{rows, hidden, room.take<E>(padded * hidden)};
+    const Packed middle_rows{rows, width, room.take<E>(padded * width)};
+    const Packed before_rows{rows, 2 * width, room.take<E>(padded * 2 * width)};
+    S* const by_row = room.take<S>(assignments * hidden);
+    float* const weight_of_row = room.take<float>(assignments);
+    E* const gathered = room.take<E>(call.threads * 2 * BLOCK * hidden);
+    E* const middles = room.take<E>(call.threads * 3 * BLOCK * width);
+    E* const transposed = room.take<E>(call.threads * longest);
+    if (room.base == nullptr) return room.used;
+    pack_columns(gate_up, 2 * width, hidden, up_panels);
+    pack_columns(down, hidden, width, down_panels);
+    run(call.threads, rows.blocks.size(), [&](int64_t number, int thread) {
+      const Block& block = rows.blocks[number];
+      const char *inputs[BLOCK], *grads[BLOCK], *inner[BLOCK], *outer[BLOCK];
+      E* const copies = gathered + thread * 2 * BLOCK * hidden;
+      gather(block, (const S*)call.x, copies, inputs);
+      gather(block, (const S*)call.grad, copies + BLOCK * hidden, grads);
+      E* const middle = middles + thread * 3 * BLOCK * width;
+      E* const grad_before = middle + BLOCK * width;
+      alignas(64) float total[BLOCK * LANES] = {};
+      // A strip's pre-activations are on their way while the product before it runs.
+      const auto fetch = [&](int64_t c) {
+        for (int i = 0; i < block.count(); ++i)
+          for (int64_t half : {int64_t{0}, width})
+            for (int64_t line = 0; line < STRIP; line += LINE / sizeof(S))
+              _mm_prefetch(before + (block.begin + i) * 2 * width + half + c + line, _MM_HINT_T1);
+      };
+      fetch(0);
+      const E* panels = down_panels + block.expert * hidden * width;
+      each_strip(block, grads, panels, hidden / GROUP, width, [&](int64_t c, int across, const float* sums) {
+        fetch(c + STRIP);
+        for (int i = 0; i < block.count(); ++i) {
+          const S* kept = before + (block.begin + i) * 2 * width + c;
+          E* to = grad_before + i * 2 * width + c;
+          act.backward(sums + i * STRIP, kept, kept + width, rows.weight[block.begin + i], across,
+                       middle + i * width + c, to, to + width, total + i * LANES);
+        }
+      });
+      for (int i = 0; i < block.count(); ++i) weight_of_row[block.begin + i] = sum(load(total + i * LANES));
+      follow(middle, width, inner);
+      follow(grad_before, 2 * width, outer);
+      product(block, outer, up_panels + block.expert * 2 * width * hidden, 2 * width / GROUP, by_row);
+      x_rows.fill(block, inputs);
+      grad_rows.fill(block, grads);
+      middle_rows.fill(block, inner);
+      before_rows.fill(block, outer);
+    });
+    for (int64_t a = 0; a < assignments; ++a)
+      call.grad_weight[a] = rows.row[a] == NO_ROW ? 0.0f : weight_of_row[rows.row[a]];
+    combine(by_row, (S*)call.grad_x);
+    outer(before_rows, x_rows, transposed, longest, (T*)call.grad_gate_up);
+    outer(grad_rows, middle_rows, transposed, longest, (T*)call.grad_down);
+    return 0;
+  }
+};
+
+template <class P, class S, class T>
+int64_t pass(const Call& call, bool backward) {
+  const Pass<P, S, T> self{call};
+  if (self.rows.wrong >= 0) return -1 - self.rows.wrong;
+  const Room room{call.workspace};
+  return backward ? self.backward(room) : self.forward(room);
 }
 
-void check(const Tensor& x, const Tensor& gate_up, const Tensor& down, const Tensor& index, const Tensor& weight) {
-  const auto type = gate_up.scalar_type();
-  TORCH_CHECK(x.dim() == 2 && gate_up.dim() == 3 && down.dim() == 3 && index.dim() == 2, "wrong number of dimensions");
-  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && (type == at::kBFloat16 || type == at::kFloat) &&
-                  down.scalar_type() == type && index.scalar_type() == at::kLong && weight.scalar_type() == at::kFloat,
-              "wrong types");
-  TORCH_CHECK(gate_up.size(0) == down.size(0) && gate_up.size(1) == 2 * down.size(2) && gate_up.size(2) == x.size(1) &&
-                  down.size(1) == x.size(1) && index.size(0) == x.size(0) && weight.sizes() == index.sizes(),
-              "shapes do not fit one another");
-  TORCH_CHECK(x.size(1) % LINE == 0 && down.size(2) % LINE == 0, "hidden size and width must be multiples of ", LINE);
-}
-
-// (out (T, H), pre-activations (R, 2F) for the backward pass)
-std::tuple<Tensor, Tensor> expert_mlp(const Tensor& x, const Tensor& gate_up, const Tensor& down, const Tensor& index,
-                                      const Tensor& weight, const std::string& activation) {
-  check(x, gate_up, down, index, weight);
-  const Tensor x_ = x.contiguous(), up_ = gate_up.contiguous(), down_ = down.contiguous();
-  const Rows rows(index.contiguous(), weight.contiguous(), down.size(0));
-  return with_types(activation, up_, [&](auto act, auto type) {
-    return forward<decltype(act), decltype(type)>(x_, up_, down_, rows);
-  });
-}
-
-// Gradients of x (T, H), gate_up, down and weight (T, K).
-std::tuple<Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(const Tensor& grad, const Tensor& x,
-                                                               const Tensor& gate_up, const Tensor& down,
-                                                               const Tensor& index, const Tensor& weight,
-                                                               const Tensor& before, const std::string& activation) {
-  check(x, gate_up, down, index, weight);
-  TORCH_CHECK(grad.sizes() == x.sizes() && grad.scalar_type() == at::kBFloat16 && before.is_contiguous() &&
-                  before.scalar_type() == at::kBFloat16 && before.numel() == index.numel() * gate_up.size(1),
-              "a gradient or pre-activations that do not fit");
-  const Tensor grad_ = grad.contiguous(), x_ = x.contiguous(), up_ = gate_up.contiguous(), down_ = down.contiguous();
-  const Rows rows(index.contiguous(), weight.contiguous(), down.size(0));
-  return with_types(activation, up_, [&](auto act, auto type) {
-    return backward<decltype(act), decltype(type)>(grad_, x_, up_, down_, before, rows);
-  });
-}
+#if defined(__AMX_BF16__)
+using Half = Amx;
+#elif defined(__AVX512BF16__)
+using Half = Dot;
+#else
+using Half = Fma;  // bf16 values widened to float32
+#endif
 
 }  // namespace
 
-TORCH_LIBRARY(moebed_native, library) {
-  library.def("expert_mlp(Tensor x, Tensor gate_up, Tensor down, Tensor index, Tensor weight, str activation)"
-              " -> (Tensor, Tensor)");
-  library.def("expert_mlp_backward(Tensor grad, Tensor x, Tensor gate_up, Tensor down, Tensor index, Tensor weight,"
-              " Tensor before, str activation) -> (Tensor, Tensor, Tensor, Tensor)");
-}
-
-TORCH_LIBRARY_IMPL(moebed_native, CPU, library) {
-  library.impl("expert_mlp", expert_mlp);
-  library.impl("expert_mlp_backward", expert_mlp_backward);
+// Runs a pass, forward or backward, and returns 0; without a workspace, the bytes that it needs. Below 0, -1 less an
+// assignment whose expert is not there.
+extern "C" __attribute__((visibility("default"))) int64_t moebed_expert_mlp(const Call* call, int64_t backward) {
+  if (!call->bf16_rows) return pass<Fma, float, float>(*call, backward);
+  if (call->bf16_weights) return pass<Half, BFloat16, BFloat16>(*call, backward);
+  return pass<Half, BFloat16, float>(*call, backward);
 }
 
 }  // namespace moebed

@@ -1,148 +1,186 @@
-// bf16 matrix products of packed operands with AVX512-BF16, accumulated in float32.
+// Matrix products of packed operands, summed in float32, one way for each instruction set.
 //
-// M rows of the output, N columns, P pairs: the summed dimension, two at a time as vdpbf16ps takes it.
+// The summed dimension is counted in units of 32 bits: one float32 value, or a pair of bf16 values as vdpbf16ps and
+// tdpbf16ps take it. D units are summed.
 //
-// A panel holds 16 columns: for each pair one 64-byte line, the two values of a column side by side. Both operands may
-// be panels. The left one may also be plain rows in memory, since a row's pairs follow one another there: it is given
-// as one address a row and a step from pair to pair, so gathered rows need no copy.
+// A panel holds 16 columns of the right operand: for each unit one 64-byte line, the units of the columns side by side.
+// The left operand is rows in memory, one address a row and a step from unit to unit, so gathered rows need no copy; a
+// panel's columns can serve as its rows. Tiles take rows that follow one another.
 
 #pragma once
 
-#include <immintrin.h>
-
-#include <algorithm>
 #include <array>
-#include <cstdint>
+#include <cstring>
 #include <utility>
 
-#include <c10/util/BFloat16.h>
+#include "vector.h"
 
 namespace moebed {
 
-using c10::BFloat16;
+constexpr int STRIP = 64;          // columns of a strip, and row length of its float32 buffer
+constexpr int BLOCK = 96;          // rows of a block: a strip's buffer takes 24 KB of the first-level cache
+constexpr int LINE = 64;           // bytes of a panel's line
+constexpr int UNIT = 4;            // bytes
+constexpr int AHEAD = 16 * LINE;   // how far ahead of the products a panel is fetched
+constexpr int64_t DEPTH = 256;     // units between visits to the buffer: a strip's panels take 64 KB of the second level
+constexpr int TILE = 6;            // rows whose sums stay in registers
+constexpr int PANELS = REGISTERS == 1 ? 4 : 1;  // and panels
 
-constexpr int LANES = 16;             // columns of a panel
-constexpr int PANELS = 4;             // panels of a strip
-constexpr int STRIP = 64;             // columns of a strip, and row length of its float32 buffer
-constexpr int TILE = 6;               // rows whose TILE x PANELS sums stay in registers
-constexpr int BLOCK = 96;             // rows of a block: a strip's buffer takes 24 KB of the first-level cache
-constexpr int64_t DEPTH = 256;        // pairs between visits to that buffer: a strip's panels take 64 KB of the second
-constexpr int64_t LINE = 2 * LANES;   // elements of a panel's line
-constexpr int64_t AHEAD = 16 * LINE;  // how far ahead of the products a panel is fetched
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// ---- one tile
+// ---- float32 values, and bf16 pairs with AVX512-BF16
 
-template <int M, int N>
-void tile(const char* const* rows, int64_t step, const BFloat16* panels, int64_t panel, int64_t begin, int64_t end,
-          float* out) {
-  __m512 sum[M][N];
+struct Fma {
+  using Element = float;
+  static constexpr int GROUP = 1;  // elements of a unit
+  static constexpr int MULTIPLE = 1;  // of units
+  static constexpr bool CONSECUTIVE = false;
+  static Register unit(const char* at) { return broadcast(at); }
+  static Register add(Register sum, Register left, Register right) { return multiply_add(left, right, sum); }
+};
+
+#ifdef __AVX512BF16__
+struct Dot {
+  using Element = BFloat16;
+  static constexpr int GROUP = 2;
+  static constexpr int MULTIPLE = 1;
+  static constexpr bool CONSECUTIVE = false;
+  static Register unit(const char* at) { return broadcast(at); }
+  static Register add(Register sum, Register left, Register right) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)left, (__m512bh)right);
+  }
+};
+#endif
+
+// The pragmas unroll early enough for the sums to stay in registers.
+template <class P, int STEP, int M, int N>
+void tile(const char* const* rows, const char* panels, int64_t panel, int64_t begin, int64_t end, float* out) {
+  constexpr int WIDE = N * REGISTERS, EACH = LANES / REGISTERS;
+  Register sum[M][WIDE];
   const char* row[M];
-  for (int i = 0; i < M; ++i) row[i] = rows[i] + begin * step;
-  for (int i = 0; i < M; ++i)
-    for (int j = 0; j < N; ++j)
-      sum[i][j] = begin == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(out + i * STRIP + j * LANES);
-  const BFloat16* line = panels + begin * LINE;
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i) {
+    row[i] = rows[i] + begin * STEP;
+#pragma GCC unroll 8
+    for (int j = 0; j < WIDE; ++j) sum[i][j] = begin ? load_register(out + i * STRIP + j * EACH) : Register{};
+  }
+  const char* line = panels + begin * LINE;
   int64_t offset = 0;
-  for (int64_t p = begin; p < end; ++p, line += LINE, offset += step) {
-    __m512bh right[N];
-    for (int j = 0; j < N; ++j) {
-      _mm_prefetch(line + j * panel + AHEAD, _MM_HINT_T0);
-      right[j] = (__m512bh)_mm512_loadu_si512(line + j * panel);
+  for (int64_t u = begin; u < end; ++u, line += LINE, offset += STEP) {
+    Register right[WIDE];
+#pragma GCC unroll 8
+    for (int j = 0; j < WIDE; ++j) {
+      const char* at = line + j / REGISTERS * panel + j % REGISTERS * sizeof(Register);
+      if (REGISTERS == 1) _mm_prefetch(at + AHEAD, _MM_HINT_T0);
+      right[j] = load_register((const float*)at);
     }
+#pragma GCC unroll 8
     for (int i = 0; i < M; ++i) {
-      int32_t pair;
-      __builtin_memcpy(&pair, row[i] + offset, sizeof pair);
-      const auto left = (__m512bh)_mm512_set1_epi32(pair);
-      for (int j = 0; j < N; ++j) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], left, right[j]);
+      const auto left = P::unit(row[i] + offset);
+#pragma GCC unroll 8
+      for (int j = 0; j < WIDE; ++j) sum[i][j] = P::add(sum[i][j], left, right[j]);
     }
   }
+#pragma GCC unroll 8
   for (int i = 0; i < M; ++i)
-    for (int j = 0; j < N; ++j) _mm512_storeu_ps(out + i * STRIP + j * LANES, sum[i][j]);
+#pragma GCC unroll 8
+    for (int j = 0; j < WIDE; ++j) store_register(out + i * STRIP + j * EACH, sum[i][j]);
 }
 
-using Tile = void (*)(const char* const*, int64_t, const BFloat16*, int64_t, int64_t, int64_t, float*);
+using Tile = void (*)(const char* const*, const char*, int64_t, int64_t, int64_t, float*);
 
-template <size_t... I>
+template <class P, int STEP, size_t... I>
 constexpr std::array<Tile, sizeof...(I)> tiles(std::index_sequence<I...>) {
-  return {tile<int(I / PANELS) + 1, int(I % PANELS) + 1>...};
+  return {tile<P, STEP, int(I / PANELS) + 1, int(I % PANELS) + 1>...};
 }
 
-constexpr auto TILES = tiles(std::make_index_sequence<TILE * PANELS>());
-
-// Rows times up to PANELS panels that lie `pairs` lines apart, into out (rows, STRIP).
-inline void strip(const char* const* rows, int count, int64_t step, const BFloat16* panels, int64_t pairs, int width,
-                  float* out) {
+// Rows times up to a strip of panels that lie D lines apart, into out (rows, STRIP).
+template <class P, int STEP>
+void strip(const char* const* rows, int count, const void* panels, int64_t depth, int width, float* out) {
+  static constexpr auto TILES = tiles<P, STEP>(std::make_index_sequence<TILE * PANELS>());
   int64_t begin = 0;
   do {  // once even if there is nothing to sum: the output is then 0
-    const int64_t end = std::min(begin + DEPTH, pairs);
-    for (int i = 0; i < count; i += TILE)
-      TILES[(std::min(TILE, count - i) - 1) * PANELS + width / LANES - 1](rows + i, step, panels, pairs * LINE, begin,
-                                                                         end, out + i * STRIP);
+    const int64_t end = smaller(begin + DEPTH, depth);
+    for (int j = 0; j < width; j += PANELS * LANES) {
+      const int across = smaller(PANELS, (width - j) / LANES);
+      for (int i = 0; i < count; i += TILE)
+        TILES[(smaller(TILE, count - i) - 1) * PANELS + across - 1](
+            rows + i, (const char*)panels + j / LANES * depth * LINE, depth * LINE, begin, end, out + i * STRIP + j);
+    }
     begin = end;
-  } while (begin < pairs);
+  } while (begin < depth);
 }
 
-// ---- conversions
+// ---- bf16 pairs with AMX
 
-inline __m256i load_bf16(const BFloat16* from) { return _mm256_loadu_si256((const __m256i*)from); }
-inline __m256i load_bf16(const float* from) { return (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from)); }
-inline __m512i load_line(const BFloat16* from) { return _mm512_loadu_si512(from); }
-inline __m512i load_line(const float* from) {
-  return (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + LANES), _mm512_loadu_ps(from));
-}
-inline __m512 widen(const BFloat16* from) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_bf16(from)), 16));
-}
-inline void store(BFloat16* to, __m512 value) {
-  _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh(value));
-}
-inline void store(float* to, __m512 value) { _mm512_storeu_ps(to, value); }
+#ifdef __AMX_BF16__
+// A left tile takes 16 rows, 16 units of each; a right one 16 lines of a panel. Rows after the last are read and their
+// sums thrown away. Depths are multiples of 16 units.
+struct Amx {
+  using Element = BFloat16;
+  static constexpr int GROUP = 2;
+  static constexpr int MULTIPLE = 16;
+  static constexpr bool CONSECUTIVE = true;  // the rows of the left operand
+  static constexpr int SIDE = 16;            // rows of a tile
 
-// ---- packing
-
-// Two rows side by side become one line in each of columns / LANES panels, `panel` elements apart.
-template <class T>
-void pack_pair(const T* first, const T* second, int64_t columns, BFloat16* out, int64_t panel) {
-  alignas(64) static constexpr std::array<int16_t, 32> SHUFFLE = [] {
-    std::array<int16_t, 32> at{};
-    for (int i = 0; i < LANES; ++i) at[2 * i] = i, at[2 * i + 1] = LANES + i;
-    return at;
-  }();
-  const __m512i shuffle = _mm512_load_si512(SHUFFLE.data());
-  for (int64_t c = 0; c < columns; c += LANES, out += panel) {
-    const __m256i low = load_bf16(first + c), high = second ? load_bf16(second + c) : _mm256_setzero_si256();
-    const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(shuffle, both));
-  }
-}
-
-// 16 rows of a matrix (N, 2P), each of which becomes a column, as one panel of P lines; P a multiple of 16.
-template <class T>
-void pack_transposed(const T* from, int64_t pairs, BFloat16* out) {
-  for (int64_t p = 0; p < pairs; p += LANES) {
-    __m512i a[LANES], b[LANES];
-    for (int i = 0; i < LANES; ++i) a[i] = load_line(from + (i * pairs + p) * 2);
-    for (int i = 0; i < LANES; i += 2) {
-      b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-      b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  struct Configured {  // for as long as it lives, on this thread
+    Configured() {
+      alignas(64) struct {
+        uint8_t palette = 1, start = 0, reserved[14] = {};
+        uint16_t bytes[16] = {};
+        uint8_t rows[16] = {};
+      } config;
+      for (int i = 0; i < 8; ++i) config.bytes[i] = LINE, config.rows[i] = SIDE;
+      _tile_loadconfig(&config);
     }
-    for (int i = 0; i < LANES; i += 4)
-      for (int h = 0; h < 2; ++h) {
-        a[i + 2 * h] = _mm512_unpacklo_epi64(b[i + h], b[i + h + 2]);
-        a[i + 2 * h + 1] = _mm512_unpackhi_epi64(b[i + h], b[i + h + 2]);
+    ~Configured() { _tile_release(); }
+  };
+
+  template <bool SECOND>  // whether there is a second tile of rows
+  static void square(const char* rows, int64_t stride, const char* panels, int64_t depth, float* out) {
+    const char *below = rows + SIDE * stride, *beside = panels + depth * LINE;
+    _tile_zero(0);
+    _tile_zero(1);
+    if (SECOND) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+    for (int64_t u = 0; u < depth; u += MULTIPLE) {
+      _tile_loadd(4, rows + u * UNIT, stride);
+      _tile_loadd(6, panels + u * LINE, LINE);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, beside + u * LINE, LINE);
+      _tile_dpbf16ps(1, 4, 7);
+      if (SECOND) {
+        _tile_loadd(5, below + u * UNIT, stride);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
       }
-    for (int i = 0; i < 4; ++i) {  // a[4 r + i] holds column i of each quarter of rows 4 r to 4 r + 3
-      const __m512i low01 = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x88);
-      const __m512i high01 = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xdd);
-      const __m512i low23 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0x88);
-      const __m512i high23 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xdd);
-      BFloat16* line = out + (p + i) * LINE;
-      _mm512_storeu_si512(line, _mm512_shuffle_i32x4(low01, low23, 0x88));
-      _mm512_storeu_si512(line + 4 * LINE, _mm512_shuffle_i32x4(high01, high23, 0x88));
-      _mm512_storeu_si512(line + 8 * LINE, _mm512_shuffle_i32x4(low01, low23, 0xdd));
-      _mm512_storeu_si512(line + 12 * LINE, _mm512_shuffle_i32x4(high01, high23, 0xdd));
+    }
+    constexpr int ROW = STRIP * sizeof(float);
+    _tile_stored(0, out, ROW);
+    _tile_stored(1, out + LANES, ROW);
+    if (SECOND) {
+      _tile_stored(2, out + SIDE * STRIP, ROW);
+      _tile_stored(3, out + SIDE * STRIP + LANES, ROW);
     }
   }
+
+  static void strip(const char* rows, int count, const char* panels, int64_t depth, int width, float* out) {
+    const Configured configured;
+    for (int j = 0; j < width; j += 2 * LANES)
+      for (int i = 0; i < count; i += 2 * SIDE) {
+        const auto square_ = i + SIDE < count ? square<true> : square<false>;
+        square_(rows + i * depth * UNIT, depth * UNIT, panels + j / LANES * depth * LINE, depth, out + i * STRIP + j);
+      }
+  }
+};
+
+template <>
+inline void strip<Amx, UNIT>(const char* const* rows, int count, const void* panels, int64_t depth, int width,
+                             float* out) {
+  Amx::strip(rows[0], count, (const char*)panels, depth, width, out);
 }
+#endif
 
 }  // namespace moebed
