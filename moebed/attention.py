@@ -5,10 +5,13 @@ B sequences, S positions, A query heads, G key-value heads, D head width, H hidd
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moebed import fused
 from moebed.config import ModelConfig
 
 
@@ -22,9 +25,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (..., size); same shape and dtype."""
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        return fused.rms_norm(x, self.weight, self.eps)
 
 
 class RotaryEmbedding(nn.Module):
@@ -55,12 +56,6 @@ class RotaryEmbedding(nn.Module):
         turns = self.scaling["original_max_position_embeddings"] * frequency / (2 * torch.pi)
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         return kept * frequency + (1 - kept) * frequency / self.scaling["factor"]
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x (B, heads, S, D), in its own dtype as transformers does."""
-    low, high = x.chunk(2, dim=-1)
-    return x * cos.to(x.dtype) + torch.cat([-high, low], dim=-1) * sin.to(x.dtype)
 
 
 class KVCache:
@@ -112,7 +107,7 @@ class Attention(nn.Module):
         query = self._heads(self.q_proj(x), self.q_norm)  # (B, A, S, D)
         key = self._heads(self.k_proj(x), self.k_norm)  # (B, G, S, D)
         value = self._heads(self.v_proj(x), None)
-        query, key = _rotate(query, *rope), _rotate(key, *rope)
+        query, key = fused.rotate(query, *rope), fused.rotate(key, *rope)
         if cache is not None:
             key, value = cache.append(key, value)
         if self.num_kv_heads != self.num_heads:
@@ -132,7 +127,10 @@ class Attention(nn.Module):
 
     def _mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         length, total = query.shape[2], key.shape[2]
-        if self._uses_sdpa(query, total):
+        form = self._form(query, length, total)
+        if form == "by_hand":
+            return fused.attend(query, key, value, self.scale, self.window)
+        if form == "sdpa":
             causal = length == total and (self.window is None or total <= self.window)
             mask = None if causal or self._sees_all(length, total) else self._mask(length, total, query.device)
             return F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=self.scale)
@@ -147,19 +145,19 @@ class Attention(nn.Module):
             logits = self.cap * torch.tanh(logits / self.cap) + hidden
         return (logits.softmax(dim=-1).to(value.dtype) @ value).unflatten(0, heads)
 
-    def _uses_sdpa(self, query: Tensor, total: int) -> bool:
+    def _form(self, query: Tensor, length: int, total: int) -> Literal["products", "sdpa", "by_hand"]:
+        """Plain products, PyTorch's fused attention, or that with a backward pass for CPUs."""
         if self.cap is not None or self.backend == "math":
-            return False
-        # On a CPU the backward pass of PyTorch's flash attention is slower than the whole of plain products, as long
-        # as their (S, S) logits are small.
-        return self.backend == "sdpa" or query.device.type != "cpu" or total > 1024
+            return "products"
+        if self.backend == "sdpa" or query.device.type != "cpu":
+            return "sdpa"
+        if torch.compiler.is_compiling():  # the compiler fuses products, whose (S, S) logits are small in short texts
+            return "products" if total <= 1024 else "sdpa"
+        return "by_hand" if length == total and torch.is_grad_enabled() else "sdpa"
 
     def _sees_all(self, length: int, total: int) -> bool:
         return length == 1 and (self.window is None or total <= self.window)
 
     def _mask(self, length: int, total: int, device: torch.device) -> Tensor:
         """(S, S_total) bool, True where a query may look."""
-        query = torch.arange(total - length, total, device=device).unsqueeze(1)
-        key = torch.arange(total, device=device)
-        mask = key <= query
-        return mask if self.window is None else mask & (key > query - self.window)
+        return fused.visible(total - length, total, 0, total, self.window, device)
