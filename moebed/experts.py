@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from moebed import native
 from moebed.config import LayerConfig, ModelConfig
 from moebed.errors import ConfigError
-from moebed.fused import ACTIVATIONS, gated
+from moebed.fused import ACTIVATIONS, Activation, gated
 from moebed.grouped import (
     alignment,
     carried_to_slots,
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Activation = Callable[[Tensor], Tensor]
 # Rows in segments, and matrices (E, B, A) of all experts -> each row's product with its own expert's.
 Product = Callable[[Tensor, Tensor], Tensor]
 

@@ -7,12 +7,16 @@ B sequences, S positions, A heads, D head width, R rows, F expert intermediate.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-ACTIVATIONS = {
+Activation = Callable[[Tensor], Tensor]
+
+ACTIVATIONS: dict[str, Activation] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -74,7 +78,8 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        return _turned(grad, *ctx.saved_tensors, -1), None, None
+        cos, sin = ctx.saved_tensors
+        return _turned(grad, cos, sin, -1), None, None
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
@@ -132,7 +137,7 @@ def _activation_backward(grad: Tensor, x: Tensor, activation: str, out: Tensor) 
         torch.ops.aten.gelu_backward.grad_input(grad, x, approximate=approximate, grad_input=out)
 
 
-def _parts(*tensors: Tensor):
+def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Tensors of R rows cut alike: into parts that fit a CPU's cache, or not at all on another device."""
     widest = max(tensor[:1].numel() for tensor in tensors if len(tensor)) if len(tensors[0]) else 1
     rows = max(1, _ELEMENTS_IN_CACHE // widest) if tensors[0].device.type == "cpu" else max(1, len(tensors[0]))
