@@ -5,8 +5,6 @@ B sequences, S positions, A query heads, G key-value heads, D head width, H hidd
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -127,10 +125,7 @@ class Attention(nn.Module):
 
     def _mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         length, total = query.shape[2], key.shape[2]
-        form = self._form(query, length, total)
-        if form == "by_hand":
-            return fused.attend(query, key, value, self.scale, self.window)
-        if form == "sdpa":
+        if self._uses_sdpa(query, total):
             causal = length == total and (self.window is None or total <= self.window)
             mask = None if causal or self._sees_all(length, total) else self._mask(length, total, query.device)
             return F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=self.scale)
@@ -145,19 +140,20 @@ class Attention(nn.Module):
             logits = self.cap * torch.tanh(logits / self.cap) + hidden
         return (logits.softmax(dim=-1).to(value.dtype) @ value).unflatten(0, heads)
 
-    def _form(self, query: Tensor, length: int, total: int) -> Literal["products", "sdpa", "by_hand"]:
-        """Plain products, PyTorch's fused attention, or that with a backward pass for CPUs."""
+    def _uses_sdpa(self, query: Tensor, total: int) -> bool:
         if self.cap is not None or self.backend == "math":
-            return "products"
-        if self.backend == "sdpa" or query.device.type != "cpu":
-            return "sdpa"
-        if torch.compiler.is_compiling():  # the compiler fuses products, whose (S, S) logits are small in short texts
-            return "products" if total <= 1024 else "sdpa"
-        return "by_hand" if length == total and torch.is_grad_enabled() else "sdpa"
+            return False
+        # On a CPU the backward pass of PyTorch's flash attention is slower in bf16 than the whole of plain products, as
+        # long as their (S, S) logits are small; in float32 it is faster.
+        narrow_on_cpu = query.device.type == "cpu" and query.dtype.itemsize < 4
+        return self.backend == "sdpa" or not narrow_on_cpu or total > 1024
 
     def _sees_all(self, length: int, total: int) -> bool:
         return length == 1 and (self.window is None or total <= self.window)
 
     def _mask(self, length: int, total: int, device: torch.device) -> Tensor:
         """(S, S_total) bool, True where a query may look."""
-        return fused.visible(total - length, total, 0, total, self.window, device)
+        query = torch.arange(total - length, total, device=device).unsqueeze(1)
+        key = torch.arange(total, device=device)
+        mask = key <= query
+        return mask if self.window is None else mask & (key > query - self.window)

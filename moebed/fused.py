@@ -21,7 +21,6 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
-_QUERIES_AT_ONCE = 64
 _ELEMENTS_IN_CACHE = 2**17
 
 
@@ -40,7 +39,8 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.float()
-        scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)  # one pass, where a mean of squares takes two
+        scale = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
         return weight * (wide * scale).to(x.dtype)
 
@@ -48,14 +48,12 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight, scale = ctx.saved_tensors
-        unit = x.float() * scale
-        grad_weight = None
-        if ctx.needs_input_grad[1]:
-            product = grad * unit.to(x.dtype)
-            grad_weight = product.sum(dim=tuple(range(x.ndim - 1)), dtype=torch.float32).to(weight.dtype)
-        grad = grad.float() * weight
-        mean = (grad * unit).mean(-1, keepdim=True)
-        return grad.addcmul_(unit, mean, value=-1).mul_(scale).to(x.dtype), grad_weight, None
+        unit, grad = x.float() * scale, grad.float()
+        product = grad * unit
+        with torch.autocast(x.device.type, enabled=False):
+            mean = (product @ weight.float()).div_(x.shape[-1]).unsqueeze(-1)  # of the gradient of unit times unit
+        grad_x = (grad * weight).addcmul_(unit, mean, value=-1).mul_(scale).to(x.dtype)
+        return grad_x, product.flatten(0, -2).sum(dim=0).to(weight.dtype), None
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -142,52 +140,3 @@ def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     widest = max(tensor[:1].numel() for tensor in tensors if len(tensor)) if len(tensors[0]) else 1
     rows = max(1, _ELEMENTS_IN_CACHE // widest) if tensors[0].device.type == "cpu" else max(1, len(tensors[0]))
     return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
-    """Causal attention of (B, A, S, D) within itself on a CPU: PyTorch's flash forward, and products backward.
-
-    PyTorch's own flash backward is slower there than plain products. They are taken a few queries at a time, with the
-    keys that these see alone, so that no (S, S) matrix is kept or made. A query sees the last ``window`` keys.
-    """
-    return _Attend.apply(query, key, value, scale, window)
-
-
-class _Attend(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
-        ctx.save_for_backward(query, key, value)
-        ctx.scale, ctx.window = scale, window
-        length = query.shape[2]
-        causal = window is None or length <= window
-        mask = None if causal else visible(0, length, 0, length, window, query.device)
-        return F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scale)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        heads, length = grad.shape[:2], grad.shape[2]
-        query, key, value, grad = (tensor.flatten(0, 1) for tensor in (*ctx.saved_tensors, grad))  # (B·A, S, D)
-        query = query * ctx.scale
-        grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        for start in range(0, length, _QUERIES_AT_ONCE):
-            stop = min(start + _QUERIES_AT_ONCE, length)
-            first = 0 if ctx.window is None else max(0, start - ctx.window + 1)
-            seen, own = slice(first, stop), slice(start, stop)
-            probs = torch.bmm(query[:, own], key[:, seen].transpose(1, 2))
-            probs.masked_fill_(~visible(start, stop, first, stop, ctx.window, probs.device), float("-inf"))
-            probs = torch.softmax(probs, dim=-1)
-            grad_value[:, seen].baddbmm_(probs.transpose(1, 2), grad[:, own])
-            logits = torch.bmm(grad[:, own], value[:, seen].transpose(1, 2))
-            logits = torch._softmax_backward_data(logits, probs, -1, probs.dtype)
-            grad_query[:, own] = torch.bmm(logits, key[:, seen])
-            grad_key[:, seen].baddbmm_(logits.transpose(1, 2), query[:, own])
-        grads = (grad_query.mul_(ctx.scale), grad_key, grad_value)
-        return *(tensor.unflatten(0, heads) for tensor in grads), None, None
-
-
-def visible(start: int, stop: int, first: int, last: int, window: int | None, device: torch.device) -> Tensor:
-    """(stop - start, last - first) bool: which of the keys first to last each query from start to stop may see."""
-    query = torch.arange(start, stop, device=device).unsqueeze(1)
-    key = torch.arange(first, last, device=device)
-    return key <= query if window is None else (key <= query) & (key > query - window)

@@ -22,15 +22,6 @@ def _plain_gate(gate_up, weight, activation):
     return fused.ACTIVATIONS[activation](gate) * up * weight.unsqueeze(-1)
 
 
-def _plain_attention(query, key, value, scale, window):
-    length = query.shape[2]
-    seen = torch.ones(length, length, dtype=torch.bool).tril()
-    if window is not None:
-        seen = seen.triu(1 - window)
-    logits = (query @ key.transpose(2, 3) * scale).masked_fill(~seen, float("-inf"))
-    return logits.softmax(-1) @ value
-
-
 def _same(function, plain, inputs, *constants, **tolerance):
     """Value and every gradient, for a random gradient of the output."""
     inputs = [tensor.requires_grad_() for tensor in inputs]
@@ -81,22 +72,6 @@ def test_gate(activation, rows, monkeypatch):
     gate_up, weight = torch.randn(rows, 96, dtype=torch.float64), torch.rand(rows, dtype=torch.float64)
     _same(fused.gated, _plain_gate, (gate_up, weight), activation)
     _same(fused.gated, _plain_gate, (gate_up.float(), weight.float()), activation, **FLOAT32)
-
-
-@pytest.mark.parametrize("window", [None, 1, 50, 100, 500])
-@pytest.mark.parametrize("length", [1, 64, 150])
-def test_attention(length, window):
-    tensors = [torch.randn(2, length, 3, 16, dtype=torch.float64).transpose(1, 2) for _ in range(3)]
-    _same(fused.attend, _plain_attention, tensors, 0.3, window)
-    _same(fused.attend, _plain_attention, [tensor.float() for tensor in tensors], 0.3, window, **FLOAT32)
-
-
-def test_attention_keeps_no_square_of_the_length():
-    kept = []
-    query, key, value = (torch.randn(1, 2, 512, 8, requires_grad=True) for _ in range(3))
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda t: t):
-        fused.attend(query, key, value, 0.3, None)
-    assert max(kept) == query.numel()
 
 
 def test_a_second_derivative_is_refused():

@@ -52,7 +52,8 @@ class Setup:
         layout: Processes as D x X, with data filled in.
         accumulate: Micro-batches of an optimizer step.
         checkpointing: Each block is recomputed in the backward pass.
-        device: Where it runs; a CPU pads each expert's rows for products narrower than float32.
+        device: Where it runs; where products are narrower than float32, a CPU pads each expert's rows, and keeps attention
+            probabilities up to 1024 positions.
         max_steps: Optimizer steps of the run; unknown if not given.
     """
 
@@ -104,7 +105,11 @@ class Setup:
     @property
     def keeps_attention_probabilities(self) -> bool:
         """Whether attention is plain products, whose (S, S) probabilities the backward pass needs (see attention)."""
-        return self.config.attn_logit_softcapping is not None or self.config.attention_backend == "math"
+        config = self.config
+        if config.attn_logit_softcapping is not None or config.attention_backend == "math":
+            return True
+        narrow_on_cpu = self.device == "cpu" and self.precision.compute < 4
+        return config.attention_backend == "auto" and narrow_on_cpu and self.sequence_length <= 1024
 
     def expert_rows(self, index: int, max_violation: float = 0.0) -> int:
         """Rows (R) that the experts of one rank compute in a micro-batch, padding included.
