@@ -52,8 +52,8 @@ class Setup:
         layout: Processes as D x X, with data filled in.
         accumulate: Micro-batches of an optimizer step.
         checkpointing: Each block is recomputed in the backward pass.
-        device: Where it runs; where products are narrower than float32, a CPU pads each expert's rows, and keeps attention
-            probabilities up to 1024 positions.
+        device: Where it runs; a CPU pads the rows of experts, and keeps attention probabilities up to 1024 positions,
+            where products are narrower than float32.
         max_steps: Optimizer steps of the run; unknown if not given.
     """
 
