@@ -21,7 +21,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
-_ELEMENTS_IN_CACHE = 2**17
+_ELEMENTS_IN_CACHE = 2**19
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
