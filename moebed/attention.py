@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moebed import fused
 from moebed.config import ModelConfig
 
 
@@ -22,9 +23,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (..., size); same shape and dtype."""
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        return fused.rms_norm(x, self.weight, self.eps)
 
 
 class RotaryEmbedding(nn.Module):
@@ -55,12 +54,6 @@ class RotaryEmbedding(nn.Module):
         turns = self.scaling["original_max_position_embeddings"] * frequency / (2 * torch.pi)
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         return kept * frequency + (1 - kept) * frequency / self.scaling["factor"]
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x (B, heads, S, D), in its own dtype as transformers does."""
-    low, high = x.chunk(2, dim=-1)
-    return x * cos.to(x.dtype) + torch.cat([-high, low], dim=-1) * sin.to(x.dtype)
 
 
 class KVCache:
@@ -112,7 +105,7 @@ class Attention(nn.Module):
         query = self._heads(self.q_proj(x), self.q_norm)  # (B, A, S, D)
         key = self._heads(self.k_proj(x), self.k_norm)  # (B, G, S, D)
         value = self._heads(self.v_proj(x), None)
-        query, key = _rotate(query, *rope), _rotate(key, *rope)
+        query, key = fused.rotate(query, *rope), fused.rotate(key, *rope)
         if cache is not None:
             key, value = cache.append(key, value)
         if self.num_kv_heads != self.num_heads:
@@ -150,9 +143,10 @@ class Attention(nn.Module):
     def _uses_sdpa(self, query: Tensor, total: int) -> bool:
         if self.cap is not None or self.backend == "math":
             return False
-        # On a CPU the backward pass of PyTorch's flash attention is slower than the whole of plain products, as long
-        # as their (S, S) logits are small.
-        return self.backend == "sdpa" or query.device.type != "cpu" or total > 1024
+        # On a CPU the backward pass of PyTorch's flash attention is slower in bf16 than the whole of plain products, as
+        # long as their (S, S) logits are small; in float32 it is faster.
+        narrow_on_cpu = query.device.type == "cpu" and query.dtype.itemsize < 4
+        return self.backend == "sdpa" or not narrow_on_cpu or total > 1024
 
     def _sees_all(self, length: int, total: int) -> bool:
         return length == 1 and (self.window is None or total <= self.window)

@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from moebed.attention import Attention, KVCache, RMSNorm, RotaryEmbedding
 from moebed.config import LayerConfig, ModelConfig
 from moebed.errors import UserError
-from moebed.experts import ACTIVATIONS, build_experts
+from moebed.experts import build_experts
+from moebed.fused import ACTIVATIONS
 from moebed.losses import output_similarity, weight_similarity
 from moebed.routers import Router, Routing, build_router
 

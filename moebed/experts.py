@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from moebed import native
 from moebed.config import LayerConfig, ModelConfig
 from moebed.errors import ConfigError
+from moebed.fused import ACTIVATIONS, Activation, gated
 from moebed.grouped import (
-    CPU_ALIGN,
+    alignment,
     carried_to_slots,
     compute_dtype,
     from_slots,
@@ -31,15 +32,8 @@ from moebed.routers import ROUTERS, Routing
 if TYPE_CHECKING:
     from moebed.parallel.exchange import TokenExchange
 
-Activation = Callable[[Tensor], Tensor]
 # Rows in segments, and matrices (E, B, A) of all experts -> each row's product with its own expert's.
 Product = Callable[[Tensor, Tensor], Tensor]
-
-ACTIVATIONS: dict[str, Activation] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-}
 
 
 class Experts(nn.Module):
@@ -56,7 +50,7 @@ class Experts(nn.Module):
         self.add_gate_and_up(config, width)
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, config.hidden_size, width))
         self.hidden_act: str = config.hidden_act
-        self.activation = ACTIVATIONS[config.hidden_act]
+        self.activation: Activation = ACTIVATIONS[config.hidden_act]
         self.backend = resolve_backend(config.experts_backend)
         self.exchange: TokenExchange | None = None
 
@@ -122,10 +116,9 @@ class Experts(nn.Module):
         gate, up = self.own(self.gate_up_proj).chunk(2, dim=1)
         return gate if name == "gate" else up
 
-    def gate_and_up(self, rows: Tensor, carried: Tensor | None, product: Product) -> tuple[Tensor, Tensor]:
-        """Both projections (R, F) of rows (R, H), by a product of rows and matrices."""
-        gate, up = product(rows, self.own(self.gate_up_proj)).chunk(2, dim=-1)
-        return gate, up
+    def gate_and_up(self, rows: Tensor, carried: Tensor | None, product: Product) -> Tensor:
+        """Both projections (R, 2F) of rows (R, H), gate first, by a product of rows and matrices."""
+        return product(rows, self.own(self.gate_up_proj))
 
     def activate(self, expert: int, x: Tensor) -> Tensor:
         """act(x W_gateᵀ) of one expert on what its gate takes, tokens x (T, H): (T, F)."""
@@ -152,10 +145,10 @@ class FactorisedExperts(Experts):
         """One matrix of all experts: ``gate`` is (E, F, C), ``up`` (E, F, H), ``down`` (E, H, F)."""
         return self.own({"gate": self.gate_proj, "up": self.up_proj, "down": self.down_proj}[name])
 
-    def gate_and_up(self, rows: Tensor, carried: Tensor | None, product: Product) -> tuple[Tensor, Tensor]:
-        """Both projections (R, F), the gate's of carried (R, C)."""
+    def gate_and_up(self, rows: Tensor, carried: Tensor | None, product: Product) -> Tensor:
+        """Both projections (R, 2F), the gate's of carried (R, C)."""
         assert carried is not None
-        return product(carried, self.own(self.gate_proj)), product(rows, self.own(self.up_proj))
+        return torch.cat([product(carried, self.own(self.gate_proj)), product(rows, self.own(self.up_proj))], dim=-1)
 
 
 def build_experts(config: ModelConfig, layer: LayerConfig) -> Experts:
@@ -184,7 +177,7 @@ def _loop(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
 def _grouped_mm(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
     """All experts in two grouped products over tokens sorted by expert (see moebed.grouped)."""
     dtype = compute_dtype(x)
-    align = CPU_ALIGN if x.device.type == "cpu" else 1
+    align = alignment(x.device.type, dtype.itemsize)
     dispatch = sort_by_expert(routing.topk_index, routing.topk_weight, experts.num_own, align, routing.ragged)
 
     def product(rows: Tensor, matrices: Tensor) -> Tensor:
@@ -192,8 +185,8 @@ def _grouped_mm(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
 
     rows = to_slots(x.to(dtype), dispatch)  # (R, H)
     carried = None if routing.carried is None else carried_to_slots(routing.carried.to(dtype), dispatch)  # (R, C)
-    gate, up = experts.gate_and_up(rows, carried, product)  # (R, F)
-    hidden = experts.activation(gate) * up * dispatch.slot_weight.to(dtype).unsqueeze(-1)  # (R, F)
+    gate_up = experts.gate_and_up(rows, carried, product)  # (R, 2F)
+    hidden = gated(gate_up, dispatch.slot_weight.to(dtype), experts.hidden_act)  # (R, F)
     return from_slots(product(hidden, experts.own(experts.down_proj)), dispatch)
 
 

@@ -3,8 +3,9 @@
 T tokens, E experts, K experts per token, R slots (rows of the sorted, padded order), H hidden.
 
 Every expert owns one segment of consecutive slots. Segments are padded to a multiple of ``align`` rows: a slot that no
-token fills repeats token 0 with weight 0, so results are exact and nothing is dropped. On a CPU this keeps the number
-of distinct matrix shapes small, because oneDNN compiles a product anew for each row count that it has not seen. R
+token fills repeats token 0 with weight 0, so results are exact and nothing is dropped. For bf16 products on a CPU this
+keeps the number of distinct matrix shapes small, because oneDNN compiles a product anew for each row count that it has
+not seen. R
 depends on T, K, E alone, never on the routing, so shapes are static for ``torch.compile``.
 """
 
@@ -17,7 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CPU_ALIGN = 64
+_ONEDNN_ALIGN = 64
+
+
+def alignment(device_type: str, itemsize: int) -> int:
+    """Rows that segments are padded to a multiple of, by the bytes of an element; MKL's float32 products need none."""
+    return _ONEDNN_ALIGN if device_type == "cpu" and itemsize < 4 else 1
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moebed import native
 from moebed.bench import train
@@ -36,8 +37,37 @@ def test_dense_model_has_equal_active_flops():
 
 
 def test_each_of_ours_is_held_to_the_dense_model_run_as_it_is():
-    names = ("moebed eager", "moebed native compiled", "transformers eager")
-    assert [train._dense_peer(name) for name in names] == ["moebed dense eager", "moebed dense compiled", ""]
+    names = ("moebed, eager", "moebed native, compiled", "transformers with eager experts, compiled")
+    assert [train._dense_peer(name) for name in names] == ["moebed dense, eager", "moebed dense, compiled", ""]
+
+
+def test_each_is_held_to_the_best_peer_compiled_as_it_is():
+    seconds = {"a, eager": 1.0, "transformers with a experts, eager": 3.0, "transformers with b experts, eager": 2.0}
+    seconds |= {"transformers with a experts, compiled": 5.0, "a, compiled": 4.0}
+    best = train.best_transformers(train.Measured(1, {name: [value] for name, value in seconds.items()}))
+    assert best == {
+        "eager": "transformers with b experts, eager",
+        "compiled": "transformers with a experts, compiled",
+    }
+
+
+@pytest.mark.parametrize("precision", train.PRECISIONS)
+def test_every_contestant_computes_in_the_precision(precision):
+    """The types of all matrix products, the peers' and those of the products alone included."""
+    expected = train.PRECISIONS[precision]
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.mm.default:
+                seen.append(args[0].dtype)
+            return func(*args, **(kwargs or {}))
+
+    batch = next(train.batches(TINY, torch.device("cpu")))
+    for name, step in train.contestants_of(TINY, torch.device("cpu"), compile=False, precision=precision).items():
+        seen: list[torch.dtype] = []
+        with Products():
+            step(*batch)
+        assert seen.count(expected) > len(seen) / 2, name  # routers stay in float32
 
 
 @pytest.mark.slow
@@ -48,7 +78,9 @@ def test_the_compiled_backend_trains_as_the_default_does():
     batch, losses = next(train.batches(train.Size(config, 2, 16), torch.device("cpu"))), {}
     for backend in ("native", "auto"):
         torch.manual_seed(0)
-        step = train.own_step(dataclasses.replace(config, experts_backend=backend), torch.device("cpu"), compile=False)
+        step = train.own_step(
+            dataclasses.replace(config, experts_backend=backend), torch.device("cpu"), False, "bf16-mixed"
+        )
         losses[backend] = [step(*batch) for _ in range(20)]
     assert losses["native"] == pytest.approx(losses["auto"], rel=0.02)
     assert losses["native"] != losses["auto"]
@@ -59,7 +91,7 @@ def test_every_contestant_trains_on_the_loss_of_next_tokens():
     """An untrained model's is near ln(vocabulary), and it falls when the same batch comes again."""
     torch.manual_seed(0)
     ids, labels = next(train.batches(TINY, torch.device("cpu")))
-    for name, step in train.contestants_of(TINY, torch.device("cpu"), compile=False).items():
+    for name, step in train.contestants_of(TINY, torch.device("cpu"), False, "32-true").items():
         if name == train.PRODUCTS_ALONE:
             continue
         losses = [step(ids, labels) for _ in range(30)]
@@ -70,15 +102,32 @@ def test_every_contestant_trains_on_the_loss_of_next_tokens():
 def test_bench_prints_and_keeps_its_figures(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(train.SIZES, "T", TINY)
     assert (
-        main(["bench", "train", "--size", "T", "--rounds", "2", "--steps", "1", "--json", str(tmp_path / "f.json")])
+        main(
+            [
+                "bench",
+                "train",
+                "--size",
+                "T",
+                "--rounds",
+                "2",
+                "--steps",
+                "1",
+                "--precision",
+                "32-true",
+                "--json",
+                str(tmp_path / "f.json"),
+            ]
+        )
         == 0
     )
     kept = json.loads((tmp_path / "f.json").read_text())
     names = {row["name"] for row in kept["results"][0]["rows"]}
-    assert {"transformers grouped_mm", "transformers eager", "moebed eager", "moebed dense eager"} <= names
+    assert {"moebed, eager", "moebed dense, eager"} <= names
+    assert {f"transformers with {peer} experts, eager" for peer in ("grouped_mm", "eager")} <= names
     assert kept["machine"]["versions"]["torch"].startswith("2.")
     out = capsys.readouterr().out
-    assert "moebed eager" in out
+    assert "moebed, eager" in out
+    assert "T, 32-true" in out
     assert "over own dense" in out
     assert "[least, most]" in out
 
@@ -88,6 +137,7 @@ def test_bench_prints_and_keeps_its_figures(monkeypatch, tmp_path, capsys):
     [
         (["--size", "Z"], "--size Z: choose among A, F, B"),
         (["--json", "no/such/folder/f.json"], "no/such/folder"),
+        (["--precision", "16"], "--precision 16: choose among 32-true, bf16-mixed"),
         (["--device", "cuda"], "no CUDA device"),
     ],
 )

@@ -25,7 +25,9 @@ def run(command: str, arguments: Sequence[str]) -> None:
     train.add_argument("--size", action="append", help="A, F or B (see moebed/bench/train.py); may be repeated")
     train.add_argument("--rounds", type=int, default=10, help="alternations between all contestants")
     train.add_argument("--steps", type=int, default=3, help="steps of each contestant in a round")
-    train.add_argument("--compile", action="store_true", help="our models compiled as well; their warm-up takes longer")
+    train.add_argument(
+        "--compile", action="store_true", help="compiled contestants as well; their warm-up takes longer"
+    )
     train.add_argument("--device", default="cpu", help="cpu or cuda")
     routers = kinds.add_parser("routers", help="tokens/s of a training step with each router, beside softmax_topk")
     routers.add_argument("--size", action="append", help="A, F or B (see moebed/bench/train.py); may be repeated")
@@ -34,6 +36,8 @@ def run(command: str, arguments: Sequence[str]) -> None:
     routers.add_argument("--steps", type=int, default=3, help="steps of each contestant in a round")
     routers.add_argument("--compile", action="store_true", help="compiled, where the router can be")
     routers.add_argument("--device", default="cpu", help="cpu or cuda")
+    for kind in (train, routers):
+        kind.add_argument("--precision", default="bf16-mixed", help="32-true or bf16-mixed, of all contestants")
     probe = kinds.add_parser("probe", help="neuron matching beside the published procedure and its own products")
     probe.add_argument("--rounds", type=int, default=3, help="alternations of each comparison; 3 take five minutes")
     probe.add_argument("--full", action="store_true", help="a whole layer of 64 experts; takes more than an hour")
@@ -71,9 +75,10 @@ def _train(options: argparse.Namespace) -> list[dict[str, Any]]:
 
     _check_device(options.device)
     _check_choices("--size", options.size or [], train.SIZES)
+    _check_choices("--precision", [options.precision], train.PRECISIONS)
     results = []
     for name in options.size or ["A", "F"]:
-        found = train.run(name, options.rounds, options.steps, options.compile, options.device)
+        found = train.run(name, options.rounds, options.steps, options.compile, options.device, options.precision)
         _print_train(found)
         results.append(found)
     return results
@@ -83,18 +88,21 @@ def _print_train(found: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    title = f"size {found['size']}: {found['sizes']}\nmedian \\[least, most] of {found['rounds']} rounds"
+    title = (
+        f"size {found['size']}, {found['precision']}: {found['sizes']}\n"
+        f"median \\[least, most] of {found['rounds']} rounds"
+    )
     table = Table(title=title, caption="ratios of speeds within a round; more is faster")
     table.add_column("training step")
-    for heading in ("tokens/s", f"over {found['best_transformers']}", "over own dense"):
+    for heading in ("tokens/s", "over transformers' best", "over own dense", "over products alone"):
         table.add_column(heading, justify="right")
     for row in found["rows"]:
-        ratios = [row.get("over_best_transformers"), row.get("over_dense")]
+        ratios = [row.get(f"over_{base}") for base in ("best_transformers", "dense", "products")]
         cells = ["" if r is None else f"{r[1]:.2f} \\[{r[0]:.2f}, {r[2]:.2f}]" for r in ratios]
         table.add_row(row["name"], f"{row['tokens_per_second']:,.0f}", *cells)
     for note in found["notes"]:
         table.caption = f"{table.caption}\n{note}"
-    Console(width=max(100, Console().width)).print(table)
+    Console(width=max(130, Console().width)).print(table)
 
 
 def _routers(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -107,12 +115,16 @@ def _routers(options: argparse.Namespace) -> list[dict[str, Any]]:
     _check_device(options.device)
     _check_choices("--size", options.size or [], train.SIZES)
     _check_choices("--router", options.router or [], ROUTERS)
+    _check_choices("--precision", [options.precision], train.PRECISIONS)
     results = []
     for size in options.size or ["A"]:
         names = options.router or list(ROUTERS)
-        found = routers.run(size, names, options.rounds, options.steps, options.compile, options.device)
+        found = routers.run(
+            size, names, options.rounds, options.steps, options.compile, options.device, options.precision
+        )
         table = Table(
-            title=f"size {size}: speed over {routers.BASELINE}, median \\[least, most] of {found['rounds']} rounds"
+            title=f"size {size}, {found['precision']}: speed over {routers.BASELINE}, "
+            f"median \\[least, most] of {found['rounds']} rounds"
         )
         for heading in ("router", "width", "FLOPs", "tokens/s", "speed"):
             table.add_column(heading, justify="left" if heading == "router" else "right")

@@ -46,7 +46,13 @@ def config_with(config: ModelConfig, name: str) -> ModelConfig:
 
 
 def run(
-    size_name: str, names: list[str], rounds: int, steps: int, compile: bool = False, device: str = "cpu"
+    size_name: str,
+    names: list[str],
+    rounds: int,
+    steps: int,
+    compile: bool = False,
+    device: str = "cpu",
+    precision: str = "bf16-mixed",
 ) -> dict[str, Any]:
     """Measure one size; plain data for a table and for JSON."""
     size, target = train.SIZES[size_name], torch.device(device)
@@ -54,7 +60,8 @@ def run(
     keep_freed_memory()
     configs = {name: config_with(size.model, name) for name in dict.fromkeys((BASELINE, *names))}
     contestants = {
-        name: train.own_step(config, target, compile and ROUTERS[name].compiles) for name, config in configs.items()
+        name: train.own_step(config, target, compile and ROUTERS[name].compiles, precision)
+        for name, config in configs.items()
     }
     found = train.measure(contestants, size, target, rounds, steps)
     base = flops_per_token(configs[BASELINE], size.sequence_length, training=True)
@@ -70,7 +77,15 @@ def run(
                 "moe_intermediate_size": config.layer(0).moe_intermediate_size,
             }
         )
-    return {"size": size_name, "rounds": rounds, "steps": steps, "compile": compile, "device": device, "rows": rows}
+    return {
+        "size": size_name,
+        "rounds": rounds,
+        "steps": steps,
+        "compile": compile,
+        "device": device,
+        "precision": precision,
+        "rows": rows,
+    }
 
 
 def _rounded(width: float) -> int:

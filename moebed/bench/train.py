@@ -1,12 +1,13 @@
 """``moebed bench train``: tokens per second of a training step, beside the peers, as ratios of one run.
 
-Every contestant takes the same step on the same batches: forward, cross entropy, backward, fused AdamW, zero
-gradients; bf16 autocast over fp32 parameters. Rounds alternate between contestants, so that a slow moment of the
-machine falls on all of them, and only ratios within a round are compared.
+Every contestant takes the same step on the same batches in the same precision: forward, cross entropy, backward, fused
+AdamW, zero gradients. Rounds alternate between contestants, so that a slow moment of the machine falls on all of them,
+and only ratios within a round are compared, eager against eager and compiled against compiled.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import statistics
@@ -71,9 +72,11 @@ def dense_of_equal_flops(config: ModelConfig) -> ModelConfig:
 
 
 TRANSFORMERS_EXPERTS = ("grouped_mm", "eager")
+PRECISIONS = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}  # Lightning's names; the type of products
 NOTES = [
     "'native' is experts_backend native, where it can be compiled; the others take what auto stands for",
     "transformers' batched_mm copies an expert's weights for every token and is left out",
+    "transformers' eager experts loop over counts that differ in every step; compiled, they are left out",
     "'matrix products alone' is the most that a step with PyTorch's own products can reach here",
 ]
 
@@ -81,11 +84,19 @@ Step = Callable[..., float]  # takes one item of a feed
 Feed = Callable[[int], Iterator[tuple[Any, ...]]]  # what the steps take, endlessly, by seed
 
 
-def _training_step(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], device: torch.device) -> Step:
+def _precision(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
+    """What a forward pass runs in: autocast, or nothing in float32."""
+    mixed = PRECISIONS[precision] != torch.float32
+    return torch.autocast(device.type, dtype=PRECISIONS[precision]) if mixed else contextlib.nullcontext()
+
+
+def _training_step(
+    model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], device: torch.device, precision: str
+) -> Step:
     optimizer = build_adamw(model, OptimizerConfig())
 
     def step(input_ids: Tensor, labels: Tensor) -> float:
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+        with _precision(precision, device):
             value = loss(input_ids, labels)
         value.backward()
         optimizer.step()
@@ -95,7 +106,7 @@ def _training_step(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], d
     return step
 
 
-def own_step(config: ModelConfig, device: torch.device, compile: bool) -> Step:
+def own_step(config: ModelConfig, device: torch.device, compile: bool, precision: str) -> Step:
     """A step of our decoder."""
     decoder = Decoder(config).to(device)
 
@@ -109,10 +120,12 @@ def own_step(config: ModelConfig, device: torch.device, compile: bool) -> Step:
         routers.begin(next(count))
         return forward(input_ids, labels)
 
-    return _training_step(decoder, begun, device)
+    return _training_step(decoder, begun, device, precision)
 
 
-def transformers_step(config: ModelConfig, device: torch.device, experts_implementation: str) -> Step:
+def transformers_step(
+    config: ModelConfig, device: torch.device, experts_implementation: str, compile: bool, precision: str
+) -> Step:
     """A step of transformers' MixtralForCausalLM of the same sizes, with its own cross entropy."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -135,10 +148,12 @@ def transformers_step(config: ModelConfig, device: torch.device, experts_impleme
     def loss(input_ids: Tensor, labels: Tensor) -> Tensor:
         return model(input_ids=input_ids, labels=labels, shift_labels=labels).loss
 
-    return _training_step(model, loss, device)
+    # Where a graph breaks, it may: what compiles is compiled.
+    forward = torch.compile(loss, dynamic=False) if compile else loss
+    return _training_step(model, forward, device, precision)
 
 
-def products_step(config: ModelConfig, tokens: int, device: torch.device) -> Step:
+def products_step(config: ModelConfig, tokens: int, device: torch.device, precision: str) -> Step:
     """The matrix products of a step and nothing else: projections, head and evenly loaded experts, times three.
 
     No way of training can be faster with these products; attention's own are left out.
@@ -153,7 +168,7 @@ def products_step(config: ModelConfig, tokens: int, device: torch.device) -> Ste
         (rows, width, hidden): layer.num_experts * config.num_hidden_layers,
         (tokens, hidden, config.vocab_size): 1,
     }
-    return bare_products(shapes, device, torch.bfloat16, backward=True)
+    return bare_products(shapes, device, PRECISIONS[precision], backward=True)
 
 
 def bare_products(
@@ -246,33 +261,44 @@ def _synchronize(device: torch.device) -> None:
 PRODUCTS_ALONE = "matrix products alone"
 
 
-def contestants_of(size: Size, device: torch.device, compile: bool) -> dict[str, Step]:
-    """Ours and the peers, by the name that the table shows."""
+def contestants_of(size: Size, device: torch.device, compile: bool, precision: str) -> dict[str, Step]:
+    """Ours and the peers, by the name that the table shows; its last word says whether it is compiled."""
     models = {"moebed": size.model, "moebed dense": dense_of_equal_flops(size.model)}
     if device.type == "cpu" and native.load() is None:
         models["moebed native"] = dataclasses.replace(size.model, experts_backend="native")
     steps: dict[str, Step] = {}
-    for implementation in TRANSFORMERS_EXPERTS:
-        steps[f"transformers {implementation}"] = transformers_step(size.model, device, implementation)
     for compiled in (False, True) if compile else (False,):
+        how = "compiled" if compiled else "eager"
+        for implementation in TRANSFORMERS_EXPERTS:
+            if compiled and implementation == "eager":
+                continue
+            name = f"transformers with {implementation} experts, {how}"
+            steps[name] = transformers_step(size.model, device, implementation, compiled, precision)
         for name, model in models.items():
-            steps[f"{name} {'compiled' if compiled else 'eager'}"] = own_step(model, device, compiled)
-    steps[PRODUCTS_ALONE] = products_step(size.model, size.tokens, device)
+            steps[f"{name}, {how}"] = own_step(model, device, compiled, precision)
+    steps[PRODUCTS_ALONE] = products_step(size.model, size.tokens, device, precision)
     return steps
 
 
-def run(size_name: str, rounds: int, steps: int, compile: bool, device: str = "cpu") -> dict[str, Any]:
+def run(
+    size_name: str,
+    rounds: int,
+    steps: int,
+    compile: bool,
+    device: str = "cpu",
+    precision: str = "bf16-mixed",
+) -> dict[str, Any]:
     """Measure one size; plain data for a table and for JSON."""
     size, target = SIZES[size_name], torch.device(device)
     torch.manual_seed(0)
     keep_freed_memory()  # the peers profit as well
-    found = measure(contestants_of(size, target, compile), size, target, rounds, steps)
-    peers = [name for name in found.seconds if name.startswith("transformers")]
-    best = min(peers, key=lambda name: statistics.median(found.seconds[name]))
+    found = measure(contestants_of(size, target, compile, precision), size, target, rounds, steps)
+    best = best_transformers(found)
     rows = []
     for name in found.seconds:
         row: dict[str, Any] = {"name": name, "tokens_per_second": found.tokens_per_second(name)}
-        for label, base in (("best_transformers", best), ("dense", _dense_peer(name))):
+        bases = {"best_transformers": best.get(_how(name)), "dense": _dense_peer(name), "products": PRODUCTS_ALONE}
+        for label, base in bases.items():
             if base in found.seconds and base != name:
                 ratios = sorted(found.ratios(name, base))
                 row[f"over_{label}"] = [ratios[0], statistics.median(ratios), ratios[-1]]
@@ -285,6 +311,7 @@ def run(size_name: str, rounds: int, steps: int, compile: bool, device: str = "c
     return {
         "size": size_name,
         "sizes": sizes,
+        "precision": precision,
         "best_transformers": best,
         "rounds": rounds,
         "steps": steps,
@@ -293,6 +320,22 @@ def run(size_name: str, rounds: int, steps: int, compile: bool, device: str = "c
     }
 
 
+def best_transformers(found: Measured) -> dict[str, str]:
+    """The fastest of transformers' contestants among those compiled, and among those that are not."""
+    best: dict[str, str] = {}
+    for name in found.seconds:
+        if name.startswith("transformers"):
+            best[_how(name)] = min(
+                best.get(_how(name), name), name, key=lambda one: statistics.median(found.seconds[one])
+            )
+    return best
+
+
+def _how(name: str) -> str:
+    """Whether a contestant is compiled, by its name."""
+    return "compiled" if name.endswith("compiled") else "eager"
+
+
 def _dense_peer(name: str) -> str:
     """Our dense model, eager or compiled as the contestant is."""
-    return f"moebed dense {name.split()[-1]}" if name.startswith("moebed ") else ""
+    return f"moebed dense, {_how(name)}" if name.startswith("moebed") else ""

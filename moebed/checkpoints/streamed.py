@@ -21,7 +21,7 @@ from moebed.checkpoints.plan import ReadingPlan
 from moebed.checkpoints.pool import Piece, WeightPool
 from moebed.config import ModelConfig
 from moebed.decoder import Block, MoE
-from moebed.experts import ACTIVATIONS
+from moebed.fused import ACTIVATIONS
 from moebed.routers import Routing, build_router
 from moebed.text_pass import band_rows
 from moebed.views import MATRICES, ExpertView, Watch

@@ -18,20 +18,17 @@ def residual(setup: Setup) -> int:
 
 
 def _norm(setup: Setup, width: int, narrow: int) -> int:
-    """An RMSNorm: its input in float32, and the normalised value at narrow bytes, (4 + narrow)·T·width.
-
-    The input is the residual stream itself where that is float32, a wide copy otherwise.
-    """
-    return (4 + narrow) * setup.tokens * width
+    """An RMSNorm: its input at narrow bytes, and a float32 for each row, narrow·T·width + 4·T."""
+    return (narrow * width + 4) * setup.tokens
 
 
 def _stream_norm(setup: Setup) -> int:
-    """Of the residual stream: (4 + r)·T·H."""
+    """Of the residual stream: r·T·H + 4·T."""
     return _norm(setup, setup.config.hidden_size, setup.precision.parameter)
 
 
 def _product_norm(setup: Setup, width: int) -> int:
-    """Of what a product gave: (4 + c)·T·width."""
+    """Of what a product gave: c·T·width + 4·T."""
     return _norm(setup, width, setup.precision.compute)
 
 
@@ -84,9 +81,9 @@ def dispatch(setup: Setup, index: int, max_violation: float = 0.0) -> int:
 
 
 def experts(setup: Setup, index: int, max_violation: float = 0.0) -> int:
-    """Gate and up before the activation (2F), activated (F), their product (F), the weighted product (F): 5·c·R·F."""
+    """Gate and up before the activation (2F) and the weighted product of both after it (F): 3·c·R·F."""
     rows, width = setup.expert_rows(index, max_violation), setup.config.layer(index).moe_intermediate_size
-    return 5 * setup.precision.compute * rows * width
+    return 3 * setup.precision.compute * rows * width
 
 
 def _gated_ffn(setup: Setup, width: int) -> int:

@@ -109,14 +109,16 @@ def all_to_all_buffers(setup: Setup, index: int) -> int:
 def _ffn_backward(setup: Setup, index: int, max_violation: float) -> Parts:
     """What an FFN's backward pass has beside all that its block kept.
 
-    Two gradients of its inner width, 2·c·R·F (T rows in a dense layer), the gradient of its output, and the gradient
-    that is made first, of the down projection (counted whole; sharded ones are counted as unsharded).
+    Two gradients of its inner width, 2·c·R·F (T rows in a dense layer), or of experts those of what their down
+    projection gives and takes, c·R·(H + F), if that is more; the gradient of its output, and the gradient that is made
+    first, of the down projection (counted whole; sharded ones are counted as unsharded).
     """
     layer, compute = setup.config.layer(index), setup.precision.compute
-    rows, width = setup.tokens, setup.config.intermediate_size or 0
+    working = 2 * compute * setup.tokens * (setup.config.intermediate_size or 0)
     if layer.num_experts:
-        rows, width = setup.expert_rows(index, max_violation), layer.moe_intermediate_size
-    working = 2 * compute * rows * width + activations.residual(setup)
+        width = layer.moe_intermediate_size
+        working = compute * setup.expert_rows(index, max_violation) * (width + max(width, setup.config.hidden_size))
+    working += activations.residual(setup)
     parts = {"gradients of activations": working, "all-to-all buffers": all_to_all_buffers(setup, index)}
     if not setup.gathers:
         shapes = layer_shapes(setup.config, index)

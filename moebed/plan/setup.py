@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 from moebed.config import ModelConfig
 from moebed.errors import ConfigError
-from moebed.grouped import CPU_ALIGN
+from moebed.grouped import alignment
 from moebed.parallel.config import ParallelConfig
 
 
@@ -52,7 +52,8 @@ class Setup:
         layout: Processes as D x X, with data filled in.
         accumulate: Micro-batches of an optimizer step.
         checkpointing: Each block is recomputed in the backward pass.
-        device: Where it runs; a CPU pads each expert's rows, and keeps attention probabilities up to 1024 positions.
+        device: Where it runs; a CPU pads the rows of experts, and keeps attention probabilities up to 1024 positions,
+            where products are narrower than float32.
         max_steps: Optimizer steps of the run; unknown if not given.
     """
 
@@ -107,7 +108,8 @@ class Setup:
         config = self.config
         if config.attn_logit_softcapping is not None or config.attention_backend == "math":
             return True
-        return config.attention_backend == "auto" and self.device == "cpu" and self.sequence_length <= 1024
+        narrow_on_cpu = self.device == "cpu" and self.precision.compute < 4
+        return config.attention_backend == "auto" and narrow_on_cpu and self.sequence_length <= 1024
 
     def expert_rows(self, index: int, max_violation: float = 0.0) -> int:
         """Rows (R) that the experts of one rank compute in a micro-batch, padding included.
@@ -120,6 +122,5 @@ class Setup:
         rows = self.tokens * layer.num_experts_per_tok
         if split > 1:
             rows = min(round(rows * (1 + max_violation)), rows * split)
-        if self.device == "cpu":
-            rows = -(-(rows + layer.num_experts // split * (CPU_ALIGN - 1)) // CPU_ALIGN) * CPU_ALIGN
-        return rows
+        align = alignment(self.device, self.precision.compute)
+        return -(-(rows + layer.num_experts // split * (align - 1)) // align) * align
