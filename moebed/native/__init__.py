@@ -37,10 +37,11 @@ _ONEDNN = (
     ("SSE", None),
 )
 
-# Where the backend is faster than grouped_mm, forward and backward, so that `auto` takes it. Evidence: `moebed bench
-# experts --shape A --shape F --shape B --dtype TYPE` under the limits named above, two cores with AMX, grouped_mm's
-# time over native's at A, F, B. float32: AVX2 1.13, 1.30, .98 (as fast); AVX-512 1.23, 1.33, 1.18, whose products the
-# two larger sets share. bf16 (autocast): AVX512-BF16 1.27, 1.53, 1.20; AMX 1.68, 1.99, 1.36. Not measured: bf16 below.
+# Where `auto` takes the backend: it was faster than grouped_mm, forward and backward, at most of the sizes A, F, B, and
+# nowhere slower beyond the noise. grouped_mm's time over native's, two cores with AMX, under the limits named above.
+# float32 by `moebed bench experts --rounds 3 --steps 1`: AVX2 1.13, 1.30, .98; AVX-512 1.23, 1.33, 1.18, whose products
+# the two larger sets share. bf16 by 5 rounds of that command's own steps (autocast), native and grouped_mm alone:
+# AVX512-BF16 1.27, 1.53, 1.20; AMX 1.68, 1.99, 1.36. Not measured: bf16 with AVX2 and AVX-512.
 FASTEST = frozenset(
     {
         ("avx2", torch.float32),
@@ -51,7 +52,7 @@ FASTEST = frozenset(
         ("amx", torch.bfloat16),
     }
 )
-LEAST_ROWS = 16  # of an expert on average; with fewer, packing the weights costs more than it saves
+LEAST_ROWS = 16  # of an expert on average, for auto; a guess: packing the weights weighs more with fewer rows
 
 
 def processor() -> str | None:
