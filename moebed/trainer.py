@@ -8,6 +8,7 @@ from typing import Any, Literal
 import yaml
 from lightning.fabric.connector import _PRECISION_INPUT
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import MixedPrecision, Precision
 
 from moebed.checkpoints.run import is_run, read_run
@@ -21,13 +22,20 @@ class AutoTrainer(Trainer):
     """Lightning's Trainer.
 
     Args:
+        accelerator: As Lightning has it: auto, which takes a GPU if there is one, cpu, gpu, and others.
         precision: As Lightning has it, or auto: bf16-mixed where the hardware multiplies bf16 faster than float32, else
             32-true; a run that is continued keeps what it had.
     """
 
-    def __init__(self, *, precision: Literal["auto"] | _PRECISION_INPUT | None = "auto", **kwargs: Any) -> None:
-        chosen = choose_precision(str(kwargs.get("accelerator", AUTO))).precision if precision == "auto" else precision
-        super().__init__(precision=chosen, **kwargs)
+    def __init__(
+        self,
+        *,
+        accelerator: str | Accelerator = "auto",
+        precision: Literal["auto"] | _PRECISION_INPUT | None = "auto",
+        **kwargs: Any,
+    ) -> None:
+        chosen = choose_precision(str(accelerator)).precision if precision == "auto" else precision
+        super().__init__(accelerator=accelerator, precision=chosen, **kwargs)
 
 
 def resolve_precision(trainer: Any, ckpt_path: str | None) -> tuple[Any, str | None]:
