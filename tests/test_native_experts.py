@@ -241,7 +241,8 @@ def _holds(layer, routing, x, target, dtype):
             assert _difference(found, exact) < 1.1 * _difference(other, exact), name
         else:  # MKL sums in more, shorter pieces
             assert _difference(found, exact) < 2e-6, name
-            assert _difference(found, exact) < 2 * _difference(other, exact) + 1e-7, name
+            if exact.numel() > 1:  # a single number is met exactly by luck
+                assert _difference(found, exact) < 2 * _difference(other, exact) + 1e-7, name
     return ours
 
 
