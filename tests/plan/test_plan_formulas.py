@@ -25,6 +25,7 @@ SIZES = {
     "num_attention_heads": 4,
     "num_experts": 8,
     "moe_intermediate_size": 128,
+    "experts_backend": "grouped_mm",  # of which the formulas are; native keeps less
 }
 KINDS = {
     "mixtral": {"num_key_value_heads": 2},
