@@ -132,12 +132,24 @@ def test_bench_prints_and_keeps_its_figures(monkeypatch, tmp_path, capsys):
     assert "[least, most]" in out
 
 
+@pytest.mark.parametrize("what", ["train", "routers"])
+@pytest.mark.parametrize(("bfloat16", "chosen"), [(300.0, "bf16-mixed"), (1.0, "32-true")])
+def test_auto_takes_what_fits_the_machine_and_says_so(what, bfloat16, chosen, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(train.SIZES, "T", TINY)
+    monkeypatch.setattr("moebed.precision.measured_rates", lambda: (100.0, bfloat16))
+    file = tmp_path / "f.json"
+    options = ["--size", "T", "--rounds", "1", "--steps", "1", "--json", str(file)]
+    assert main(["bench", what, *options, *(["--router", "softmax_topk"] if what == "routers" else [])]) == 0
+    assert json.loads(file.read_text())["results"][0]["precision"] == chosen
+    assert f"precision auto: {chosen} here" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--size", "Z"], "--size Z: choose among A, F, B"),
         (["--json", "no/such/folder/f.json"], "no/such/folder"),
-        (["--precision", "16"], "--precision 16: choose among 32-true, bf16-mixed"),
+        (["--precision", "16"], "--precision 16: choose among auto, 32-true, bf16-mixed"),
         (["--device", "cuda"], "no CUDA device"),
     ],
 )

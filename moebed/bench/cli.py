@@ -37,7 +37,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
     routers.add_argument("--compile", action="store_true", help="compiled, where the router can be")
     routers.add_argument("--device", default="cpu", help="cpu or cuda")
     for kind in (train, routers):
-        kind.add_argument("--precision", default="bf16-mixed", help="32-true or bf16-mixed, of all contestants")
+        kind.add_argument("--precision", default="auto", help="32-true, bf16-mixed or auto, of all contestants")
     probe = kinds.add_parser("probe", help="neuron matching beside the published procedure and its own products")
     probe.add_argument("--rounds", type=int, default=3, help="alternations of each comparison; 3 take five minutes")
     probe.add_argument("--full", action="store_true", help="a whole layer of 64 experts; takes more than an hour")
@@ -75,10 +75,10 @@ def _train(options: argparse.Namespace) -> list[dict[str, Any]]:
 
     _check_device(options.device)
     _check_choices("--size", options.size or [], train.SIZES)
-    _check_choices("--precision", [options.precision], train.PRECISIONS)
+    precision = _precision(options)
     results = []
     for name in options.size or ["A", "F"]:
-        found = train.run(name, options.rounds, options.steps, options.compile, options.device, options.precision)
+        found = train.run(name, options.rounds, options.steps, options.compile, options.device, precision)
         _print_train(found)
         results.append(found)
     return results
@@ -115,13 +115,11 @@ def _routers(options: argparse.Namespace) -> list[dict[str, Any]]:
     _check_device(options.device)
     _check_choices("--size", options.size or [], train.SIZES)
     _check_choices("--router", options.router or [], ROUTERS)
-    _check_choices("--precision", [options.precision], train.PRECISIONS)
+    precision = _precision(options)
     results = []
     for size in options.size or ["A"]:
         names = options.router or list(ROUTERS)
-        found = routers.run(
-            size, names, options.rounds, options.steps, options.compile, options.device, options.precision
-        )
+        found = routers.run(size, names, options.rounds, options.steps, options.compile, options.device, precision)
         table = Table(
             title=f"size {size}, {found['precision']}: speed over {routers.BASELINE}, "
             f"median \\[least, most] of {found['rounds']} rounds"
@@ -226,6 +224,19 @@ def _check_choices(option: str, given: Iterable[str], known: Iterable[str]) -> N
     for name in given:
         if name not in known:
             raise UserError(f"{option} {name}: choose among {', '.join(known)}")
+
+
+def _precision(options: argparse.Namespace) -> str:
+    """What ``--precision`` asks for, or what fits the device; a choice is said."""
+    from moebed.bench import train
+    from moebed.precision import choose_precision
+
+    _check_choices("--precision", [options.precision], ["auto", *train.PRECISIONS])
+    if options.precision != "auto":
+        return options.precision
+    choice = choose_precision(options.device.split(":")[0])
+    _say(str(choice))
+    return choice.precision
 
 
 def _check_device(name: str) -> None:
