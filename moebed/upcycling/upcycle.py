@@ -157,7 +157,7 @@ class UpcycledWeights:
         """A shared expert's matrix, or its gate (1, H): random, and zero where that keeps it silent."""
         config = self.plan.config
         wide, hidden = config.layer(layer), config.hidden_size
-        width = wide.num_shared_experts * wide.moe_intermediate_size
+        width = wide.shared_intermediate_size
         if name.endswith("down_proj.weight"):
             return torch.zeros(hidden, width)
         rows = 1 if name.endswith("shared_expert_gate.weight") else width
