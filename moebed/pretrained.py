@@ -90,6 +90,9 @@ class PretrainedMoE(LightningModule):
         if isinstance(text, TextOptions) and text:
             self.text, notes = read_texts(text, path, self.config)
             self.notes += notes
+        if dtype == "bfloat16":
+            computed = " and what is made of text computed in it" if self.text is not None else ""
+            self.notes.append(f"the weights were looked at as rounded to bfloat16{computed}, as --dtype asks")
         self._check()
 
     def _check(self) -> None:

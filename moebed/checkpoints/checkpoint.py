@@ -211,7 +211,7 @@ def _settle_head(
     """The model with its head tied to the embedding or not, as transformers does where flag and files disagree.
 
     Raises:
-        UserError: One of the two ends is missing and the flag says that it is another tensor than the one that is there.
+        UserError: One of the two ends is missing, and the flag says that it is not the one that is there.
     """
     embedding, head = family.tensors["embed_tokens.weight"], family.tensors["lm_head.weight"]
     ends = [name in entries for name in (embedding, head)]

@@ -36,9 +36,7 @@ def require_no_other_file(path: Path) -> None:
     with path.open("rb") as file:
         magic = file.read(4)
     if magic == b"GGUF":
-        raise UserError(
-            f"{path} is a GGUF file, which moebed does not read; give the folder of the model in safetensors"
-        )
+        raise UserError(f"{path} is a GGUF file, which moebed does not read; get the model in safetensors")
     if path.suffix in _PARTS:
         raise UserError(f"{path} is one file of a checkpoint; give the folder that it lies in, with its config.json")
 
@@ -75,7 +73,7 @@ def other_folder(folder: Path) -> str | None:
 
 
 def prefix_of(missing: Iterable[str], present: Iterable[str]) -> str | None:
-    """What every name in a file begins with instead of being the one that is missing, in words; None if it is not so."""
+    """What every name in a file begins with where the missing ones do not, in words; None if it is not so."""
     wanted, there = list(missing), set(present)
     for prefix, why in _PREFIXES.items():
         stripped = {prefix + name for name in wanted} | {prefix + name.removeprefix("model.") for name in wanted}

@@ -11,6 +11,7 @@ from collections.abc import Container, Iterator
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from moebed.config import ModelConfig
 from moebed.decoder import Decoder
@@ -58,7 +59,9 @@ class KeyMap:
         self.family, self.config, self._present = family, config, present
         with torch.device("meta"):
             decoder = Decoder(config)
-        self.shapes = {name: tuple(parameter.shape) for name, parameter in decoder.stored().items()}
+        stored = decoder.stored()
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
+        self.state = frozenset(name for name, tensor in stored.items() if not isinstance(tensor, nn.Parameter))
         always = family.experts is not None and not family.experts.gate
         self._fused = {layer for layer in config.moe_layers if always or self._fused_name(layer) in present}
 

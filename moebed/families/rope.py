@@ -1,7 +1,7 @@
 """The rotary embedding in a ``config.json``: read as transformers reads it, written where every version looks.
 
-transformers takes ``rope_scaling`` as a whole where it is not empty, else ``rope_parameters``. The base is in the block,
-or beside it, or the family's default; the length of pretraining beside the block comes before the one in it.
+transformers takes ``rope_scaling`` as a whole where it is not empty, else ``rope_parameters``. The base is in the
+block, or beside it, or the family's default; the length of pretraining beside the block comes before the one in it.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def read_rope(settings: Mapping[str, Any]) -> Rope:
 
 
 def write_rope(config: ModelConfig) -> dict[str, Any]:
-    """The settings of a model's rotary embedding, in the place where transformers before version 5 looks and in the new.
+    """The settings of a model's rotary embedding, where transformers before version 5 looks and where it does since.
 
     The length of pretraining is a whole number, as transformers wants it.
     """
