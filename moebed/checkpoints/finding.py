@@ -41,11 +41,11 @@ def find_entries(folder: Path) -> tuple[dict[str, TensorEntry], list[str]]:
     there = [name for name in WEIGHTS if (folder / name).is_file()]
     if not there:
         raise UserError(f"{folder} has no weights; it needs one of {', '.join(WEIGHTS)}")
-    taken, others = there[0], [name for name in there[1:] if name.startswith("model.") or there[0] != WEIGHTS[1]]
+    taken, others = there[0], there[1:]
     path = _inside(folder, taken, folder / taken)
     notes = [f"{path} is read and {', '.join(others)} beside it left aside, as transformers does"] if others else []
     if taken.endswith(".index.json"):
-        beside = f", or take {taken} out to have {there[1]} read" if len(there) > 1 else ""
+        beside = f", or take {taken} out to have {there[1]} read" if others else ""
         return _open_shards(folder, path, beside), notes
     return _open_file(path), notes
 

@@ -79,7 +79,8 @@ def prefix_of(missing: Iterable[str], present: Iterable[str]) -> str | None:
         stripped = {prefix + name for name in wanted} | {prefix + name.removeprefix("model.") for name in wanted}
         if stripped & there:
             return f"names in the file begin with {prefix!r} ({why}); save it again without that"
-    if wanted and all(name.removeprefix("model.") in there for name in wanted if name.startswith("model.layers.")):
+    inner = [name for name in wanted if name.startswith("model.layers.")]
+    if inner and all(name.removeprefix("model.") in there for name in inner):
         return "names in the file lack 'model.'; it was saved from the model without its head: save the whole model"
     return None
 

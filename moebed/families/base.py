@@ -167,7 +167,7 @@ class Family:
         accepts = {**_ACCEPTS, **self.accepts}
         uncomputed = []
         for key, accepted in accepts.items():
-            if key in found and found[key] not in accepted:
+            if key in found and not any(type(found[key]) is type(one) and found[key] == one for one in accepted):
                 wanted = " or ".join(repr(value) for value in accepted)
                 uncomputed.append(f"{key} is {found[key]!r}; {self.model_type} is supported with {wanted} only")
         uncomputed += self.uncomputed(found)
@@ -237,8 +237,8 @@ class Family:
 _DEFAULTS = {"hidden_act": "silu", "num_key_value_heads": None, "tie_word_embeddings": False, "rope_theta": 10000.0}
 # What only a forward pass needs, or what comes with tensors that have no place in the decoder.
 _ACCEPTS: dict[str, tuple[Any, ...]] = {
-    "attention_bias": (None, False),
-    "mlp_bias": (None, False),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
     "per_layer_config": (None,),  # other sizes for single layers
 }
 _HINTS = get_type_hints(ModelConfig)

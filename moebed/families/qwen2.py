@@ -5,7 +5,7 @@ from typing import Any
 from moebed.config import ModelConfig
 from moebed.families.base import Family, Settings
 from moebed.families.layout import ATTENTION_BIAS, DENSE_FFN, LLAMA
-from moebed.families.windows import WINDOW_KEYS, uncomputed_windows, window_of
+from moebed.families.windows import WINDOW_DEFAULTS, WINDOW_KEYS, uncomputed_windows, window_of
 
 
 def _slides(settings: Settings, layer: int) -> bool:
@@ -28,8 +28,8 @@ QWEN2 = Family(
     tensors={**LLAMA, **ATTENTION_BIAS, **DENSE_FFN},
     fields={"intermediate_size": "intermediate_size"},
     fixed={"num_experts": 0, "attention_bias": True},
-    defaults={"rms_norm_eps": 1e-6, "max_window_layers": 28},
-    accepts={"attention_bias": (None, True, False)},
+    defaults={"rms_norm_eps": 1e-6, **WINDOW_DEFAULTS},
+    accepts={"attention_bias": (True, False)},
     reads=WINDOW_KEYS,
     uncomputed=lambda settings: uncomputed_windows(settings, _slides),
     decode=_decode,

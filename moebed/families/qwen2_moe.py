@@ -6,7 +6,7 @@ from moebed.config import ModelConfig
 from moebed.errors import ConfigError
 from moebed.families.base import Family, Settings, one_number, require_count
 from moebed.families.layout import ATTENTION_BIAS, DENSE_FFN, EXPERTS, LLAMA, ROUTER, shared_expert
-from moebed.families.windows import WINDOW_KEYS, uncomputed_windows, window_of
+from moebed.families.windows import WINDOW_DEFAULTS, WINDOW_KEYS, uncomputed_windows, window_of
 
 
 def sparse_layers(settings: Settings) -> list[int]:
@@ -80,7 +80,7 @@ QWEN2_MOE = Family(
     experts=EXPERTS,
     fields={**SPARSE_FIELDS, "attention_bias": "qkv_bias"},
     fixed={"shared_expert_gate": True},
-    defaults={**SPARSE_DEFAULTS, "qkv_bias": True, "max_window_layers": 28},
+    defaults={**SPARSE_DEFAULTS, "qkv_bias": True, **WINDOW_DEFAULTS},
     reads=("num_experts", "shared_expert_intermediate_size", *WINDOW_KEYS),
     uncomputed=lambda settings: uncomputed_windows(settings, _slides),
     decode=_decode,

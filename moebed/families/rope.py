@@ -61,7 +61,8 @@ def read_rope(settings: Mapping[str, Any]) -> Rope:
     nested = any(isinstance(value, Mapping) for value in block.values())
     needed = _KINDS.get(kind) if isinstance(kind, str) else None
     if partial not in (None, 1):
-        rope.uncomputed.append(f"partial_rotary_factor is {partial!r}; only whole heads are rotated here")
+        name = f"{key}.partial_rotary_factor" if "partial_rotary_factor" in block else "partial_rotary_factor"
+        rope.uncomputed.append(f"{name} is {partial!r}; only whole heads are rotated here")
     if nested or needed is None or not _complete(values, needed):
         rope.uncomputed.append(f"{key} is {dict(block)!r}; {_SUPPORTED}")
     if rope.uncomputed:
