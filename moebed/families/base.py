@@ -175,7 +175,7 @@ class Family:
         missing = [theirs for theirs in names.values() if theirs not in found]
         if missing:
             raise ConfigError(f"{missing[0]} is missing; a {self.model_type} config has it")
-        rope = read_rope(found)
+        rope = read_rope(settings, self.defaults.get("rope_theta", 10000.0))
         values: dict[str, Any] = {ours: found[theirs] for ours, theirs in names.items()}
         values["head_dim"] = found.get("head_dim")
         for ours, value in values.items():
@@ -234,7 +234,7 @@ class Family:
         return settings
 
 
-_DEFAULTS = {"hidden_act": "silu", "num_key_value_heads": None, "tie_word_embeddings": False, "rope_theta": 10000.0}
+_DEFAULTS = {"hidden_act": "silu", "num_key_value_heads": None, "tie_word_embeddings": False}
 # What only a forward pass needs, or what comes with tensors that have no place in the decoder.
 _ACCEPTS: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),

@@ -19,6 +19,9 @@ def _decode(settings: Settings) -> dict[str, Any]:
     cap = settings["max_attn_value"]
     if cap is not None and (isinstance(cap, bool) or not isinstance(cap, int | float) or cap < 0):
         raise ConfigError(f"max_attn_value is {cap!r}; it must be a number, or null for none")
+    scale = settings["attn_output_multiplier"]
+    if not scale:
+        raise ConfigError(f"attn_output_multiplier is {scale!r}; it must be a number other than 0")
     return {"attn_logit_softcapping": cap or None}
 
 

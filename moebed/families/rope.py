@@ -37,8 +37,12 @@ class Rope:
     notes: list[str] = field(default_factory=list)
 
 
-def read_rope(settings: Mapping[str, Any]) -> Rope:
-    """The rotary embedding of settings that have a ``rope_theta``.
+def read_rope(settings: Mapping[str, Any], theta: float) -> Rope:
+    """The rotary embedding of a ``config.json``.
+
+    Args:
+        settings: Its content.
+        theta: The base where it names none.
 
     Raises:
         ConfigError: A base is no number, or a block is none.
@@ -49,7 +53,9 @@ def read_rope(settings: Mapping[str, Any]) -> Rope:
     given = [key for key in BLOCKS if settings.get(key)]
     key = given[0] if given else "rope_parameters"
     block: Mapping[str, Any] = settings.get(key) or {}
-    rope = Rope(_number(f"{key}.rope_theta" if "rope_theta" in block else "rope_theta", settings, block))
+    rope = Rope(_theta(key, block, settings, theta))
+    if settings.get("rope_theta") not in (None, rope.theta):
+        rope.notes.append(f"{key}.rope_theta is taken and rope_theta beside it passed over, as transformers does")
     if len(given) == 2 and settings["rope_scaling"] != settings["rope_parameters"]:
         rope.notes.append("rope_scaling is taken and rope_parameters beside it passed over, as transformers does")
     kind = block.get("rope_type", block.get("type", "default"))
@@ -92,8 +98,9 @@ def write_rope(config: ModelConfig) -> dict[str, Any]:
     return settings | ({"rope_scaling": {**kind, **scaling}} if scaling else {})
 
 
-def _number(name: str, settings: Mapping[str, Any], block: Mapping[str, Any]) -> float:
-    value = block["rope_theta"] if "rope_theta" in block else settings["rope_theta"]
+def _theta(key: str, block: Mapping[str, Any], settings: Mapping[str, Any], default: float) -> float:
+    name, where = (f"{key}.rope_theta", block) if "rope_theta" in block else ("rope_theta", settings)
+    value = where.get("rope_theta", default)
     if not _positive(value):
         raise ConfigError(f"{name} is {value!r}; it must be a number above 0")
     return float(value)

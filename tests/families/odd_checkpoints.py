@@ -16,6 +16,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from moebed.checkpoints import Checkpoint, load_decoder
+from moebed.config import ModelConfig
 from moebed.errors import UserError
 from moebed.families import FAMILIES
 from moebed.families.declared import HARMLESS_SETTINGS
@@ -46,6 +47,9 @@ SIZES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {},
 }
+# Endings of cases that say what was said before: the default, or the value of another place.
+SAME = (" left out", "=null", "=null added", "={}", "={} added", "partial_rotary_factor=1.0 added",
+        'rope_parameters={"rope_type": "default"}')  # fmt: skip
 IDS = torch.randint(3, 48, (2, 12), generator=torch.Generator().manual_seed(2))
 # Another value of a setting that is not its kind's: where only some mean anything, or the file leaves it null.
 VALUES: dict[str, list[Any]] = {
@@ -273,6 +277,18 @@ def by_transformers(folder: Path) -> torch.Tensor | str:
     return found if found.isfinite().all() else "NaN"
 
 
+class Base(NamedTuple):
+    """The checkpoint in which nothing is odd, as moebed reads it."""
+
+    logits: torch.Tensor
+    config: ModelConfig
+
+    @classmethod
+    def of(cls, folder: Path) -> Base:
+        checkpoint = Checkpoint.open(folder)
+        return cls(logits_of(load_decoder(checkpoint)), checkpoint.config)
+
+
 class Outcome(NamedTuple):
     """What became of a case: used, harmless, noted, refused, wrong or no case at all, and what was said."""
 
@@ -280,13 +296,13 @@ class Outcome(NamedTuple):
     said: str
 
 
-def judge(case: Case, folder: Path, base: torch.Tensor, theirs: torch.Tensor | str | None) -> Outcome:
+def judge(case: Case, folder: Path, base: Base, theirs: torch.Tensor | str | None) -> Outcome:
     """What moebed makes of a case, held against transformers' logits or, without a class, against what is declared.
 
     Args:
         case: The case.
         folder: Its checkpoint.
-        base: Logits of the checkpoint in which nothing is odd.
+        base: The checkpoint in which nothing is odd.
         theirs: transformers' logits, or why it has none; None of a family for which it has no class.
     """
     try:
@@ -295,12 +311,14 @@ def judge(case: Case, folder: Path, base: torch.Tensor, theirs: torch.Tensor | s
     except UserError as error:
         return _refusal(case, folder, str(error))
     named = [note for note in checkpoint.notes if any(word in note for word in case.words)]
-    changed = not torch.equal(found, base)
+    changed = not torch.equal(found, base.logits)
     declared = set(case.words) <= HARMLESS_SETTINGS | set(FAMILIES[checkpoint.family.model_type].harmless)
     if isinstance(theirs, str) and declared:
         return Outcome("no case", f"transformers itself does not take it: {theirs}")
     if theirs is None:
-        kind = "used" if changed else "noted" if named else "harmless" if declared else "wrong"
+        same = case.name.endswith(SAME)
+        used = changed or checkpoint.config != base.config
+        kind = "used" if used else "noted" if named else "harmless" if declared or same else "wrong"
         return Outcome(kind, "; ".join(named) or "it changes nothing, and nothing is said")
     if isinstance(theirs, str):
         return Outcome("noted" if named else "wrong", f"read, although transformers: {theirs}")

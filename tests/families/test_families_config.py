@@ -63,6 +63,31 @@ def test_llama_3_scaling_is_read_from_its_old_place():
     assert (config.rope_theta, config.rope_scaling) == (500000.0, scaling)
 
 
+def test_one_expert_of_a_deepseek_token_keeps_its_weight():
+    """The class divides by the sum of weights only where there are several."""
+    settings = {**SETTINGS, "n_routed_experts": 4, "moe_intermediate_size": 16, "norm_topk_prob": True}
+    del settings["num_local_experts"]
+    read = FAMILIES["deepseek"].read_config
+    assert read(settings).norm_topk_prob
+    assert not read({**settings, "num_experts_per_tok": 1}).norm_topk_prob
+
+
+@pytest.mark.parametrize("settings", [{}, {"n_routed_experts": None, "num_experts_per_tok": None,
+                                           "moe_intermediate_size": None, "n_shared_experts": None}])  # fmt: skip
+def test_deepseek_without_experts_is_a_dense_model(settings):
+    common = {key: value for key, value in SETTINGS.items() if "experts" not in key}
+    assert FAMILIES["deepseek"].read_config({**common, **settings}).moe_layers == []
+
+
+@pytest.mark.parametrize(("family", "key"), [("deepseek", "moe_layer_freq"), ("qwen2_moe", "decoder_sparse_step"),
+                                             ("qwen3_moe", "decoder_sparse_step")])  # fmt: skip
+def test_a_step_of_no_layers_is_refused_by_name(family, key):
+    common = {key: value for key, value in SETTINGS.items() if "local" not in key}
+    sizes = {**common, **OWN[family]}
+    with pytest.raises(ConfigError, match=f"{key} is 0"):
+        FAMILIES[family].read({**sizes, key: 0})
+
+
 def test_a_missing_setting_is_named():
     with pytest.raises(ConfigError, match="num_local_experts is missing"):
         FAMILIES["mixtral"].read_config({k: v for k, v in SETTINGS.items() if k != "num_local_experts"})

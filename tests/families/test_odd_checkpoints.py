@@ -10,11 +10,11 @@ from odd_checkpoints import (
     COMMON,
     IDS,
     SIZES,
+    Base,
     build,
     by_transformers,
     classless_cases,
     judge,
-    logits_of,
     setting_cases,
     tensor_cases,
     tied_cases,
@@ -22,7 +22,7 @@ from odd_checkpoints import (
 )
 from safetensors.torch import load_file
 
-from moebed.checkpoints import load_decoder, write_checkpoint
+from moebed.checkpoints import write_checkpoint
 from moebed.config import ModelConfig
 from moebed.decoder import Decoder
 
@@ -46,7 +46,7 @@ def cases_of(config, folder):
 
 def judged(cases, tmp_path, with_class=True):
     """Outcomes by kind; the test fails with every case that went wrong."""
-    base, wrong, kinds = logits_of(load_decoder(tmp_path / "base")), [], Counter()
+    base, wrong, kinds = Base.of(tmp_path / "base"), [], Counter()
     for case in cases:
         folder = build(case, tmp_path / "base", tmp_path / "case")
         outcome = judge(case, folder, base, by_transformers(folder) if with_class else None)
@@ -94,10 +94,10 @@ def test_a_family_without_a_class_uses_what_it_says_or_refuses_it_by_name(family
 def test_an_odd_thing_that_is_missed_is_found(tmp_path):
     """The judge itself: a model whose logits differ, and one that is refused without a name."""
     write_base("llama", tmp_path / "base")
-    base = logits_of(load_decoder(tmp_path / "base"))
+    base = Base.of(tmp_path / "base")
     settings = json.loads((tmp_path / "base" / "config.json").read_text())
     case = next(setting_cases(write_base("llama", tmp_path / "again"), settings))
     folder = build(case, tmp_path / "base", tmp_path / "case")
-    assert judge(case, folder, base, base + 1).kind == "wrong"
+    assert judge(case, folder, base, base.logits + 1).kind == "wrong"
     assert judge(case._replace(words=("unheard_of",)), folder, base, None).kind == "wrong"
     assert COMMON["max_position_embeddings"] >= IDS.shape[1]
