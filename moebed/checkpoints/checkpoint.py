@@ -96,6 +96,7 @@ class Checkpoint:
         reading = family.read(settings, str(where))
         if not entries:
             entries, notes = _find(path)
+        require_unquantised(entries)
         config, tied = _settle_head(family, reading.config, entries, path)
         checkpoint = cls(path.resolve().name, family, config, settings, entries, notes + tied)
         checkpoint.notes += [f"{where}: {note}" for note in reading.notes]

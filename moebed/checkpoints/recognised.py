@@ -85,7 +85,7 @@ def prefix_of(missing: Iterable[str], present: Iterable[str]) -> str | None:
     return None
 
 
-def require_unquantised(entries: Mapping[str, TensorEntry], needed: Iterable[str]) -> None:
+def require_unquantised(entries: Mapping[str, TensorEntry], needed: Iterable[str] = ()) -> None:
     """Raise UserError if weights are stored as codes; tensors that only come with codes tell, and integer types."""
     for tensor in entries:
         if _QUANTISED.search(tensor):
