@@ -95,6 +95,8 @@ class ModelConfig:
         num_experts_per_tok: Experts that a token is sent to (K); at most the number of experts of that layer.
         moe_intermediate_size: Width (F) of one routed expert; must be given if there are any.
         num_shared_experts: Experts that every token passes, as one FFN of num_shared_experts * moe_intermediate_size.
+        shared_expert_intermediate_size: Width of that FFN where it is another; num_shared_experts then says only in
+            which layers there is one.
         shared_expert_gate: Scale the shared expert's output by a learned sigmoid gate (Qwen2-MoE).
         hidden_act: Activation on the gate projection: silu (SwiGLU), gelu (GeGLU, exact) or gelu_tanh.
         router: Name of the routing rule: softmax_topk, sigmoid_topk, expert_norm, competesmoe, competesmoe_v2,
@@ -145,6 +147,7 @@ class ModelConfig:
     num_experts_per_tok: PerLayer = 2
     moe_intermediate_size: int | list[int] | None = None
     num_shared_experts: PerLayer = 0
+    shared_expert_intermediate_size: int | None = None
     shared_expert_gate: bool = False
     hidden_act: Literal["silu", "gelu", "gelu_tanh"] = "silu"
     router: str = "softmax_topk"
@@ -206,7 +209,8 @@ class ModelConfig:
             f"num_attention_heads {self.num_attention_heads} is not a multiple of "
             f"num_key_value_heads {self.num_key_value_heads}",
         )
-        for name, value in (("sliding_window", self.sliding_window), ("intermediate_size", self.intermediate_size)):
+        for name in ("sliding_window", "intermediate_size", "shared_expert_intermediate_size"):
+            value = getattr(self, name)
             self._require(value is None or value >= 1, f"{name} is {value}; it must be at least 1")
         for name in (
             "router_aux_loss_coef",
@@ -234,6 +238,7 @@ class ModelConfig:
             self._allocate(allocation)
         for layer in range(self.num_hidden_layers):
             self._check_layer(layer)
+        self._settle_shared_width()
 
     def _check_router(self) -> None:
         self._check_choice("router", ROUTER_NAMES, "; one of your own is made known by --plugins FILE.py")
@@ -258,6 +263,10 @@ class ModelConfig:
                 isinstance(value, int),
                 f"allocation {allocation!r} spreads one number over the layers, but {name} is {value}",
             )
+        self._require(
+            self.shared_expert_intermediate_size is None,
+            f"allocation {allocation!r} counts shared experts; leave shared_expert_intermediate_size out",
+        )
         layer = self.layer(0)
         sizes = layer.num_experts, layer.num_experts_per_tok, layer.num_shared_experts, layer.moe_intermediate_size
         self._require(min(sizes[0], sizes[3]) >= 1, f"allocation {allocation!r} needs experts; num_experts is 0")
@@ -281,6 +290,16 @@ class ModelConfig:
         )
         self._require(ffn.num_shared_experts >= 0, f"num_shared_experts is {ffn.num_shared_experts} in {where}")
 
+    def _settle_shared_width(self) -> None:
+        """A width that is a number of experts is said by that number alone, so that one model has one config."""
+        width, one = self.shared_expert_intermediate_size, self.moe_intermediate_size
+        if width is None:
+            return
+        shared = any(self.layer(i).num_shared_experts for i in self.moe_layers)
+        self._require(shared, f"shared_expert_intermediate_size is {width}, but num_shared_experts is 0")
+        if isinstance(self.num_shared_experts, int) and isinstance(one, int) and width % one == 0:
+            self.num_shared_experts, self.shared_expert_intermediate_size = width // one, None
+
     def _check_choice(self, name: str, choices: Sequence[str], more: str = "") -> None:
         value = getattr(self, name)
         near = difflib.get_close_matches(str(value), choices, 1)
@@ -299,6 +318,7 @@ class ModelConfig:
             num_experts_per_tok=self._at("num_experts_per_tok", index),
             moe_intermediate_size=self._at("moe_intermediate_size", index) if self.moe_intermediate_size else 0,
             num_shared_experts=self._at("num_shared_experts", index),
+            shared_width=self.shared_expert_intermediate_size,
             index=index,
         )
 
@@ -356,4 +376,12 @@ class LayerConfig:
     num_experts_per_tok: int
     moe_intermediate_size: int
     num_shared_experts: int
+    shared_width: int | None = None  # where it is no number of experts
     index: int = field(default=0, compare=False)  # of the layer
+
+    @property
+    def shared_intermediate_size(self) -> int:
+        """Width of the shared experts' one FFN; 0 where there is none."""
+        if not self.num_shared_experts:
+            return 0
+        return self.shared_width or self.num_shared_experts * self.moe_intermediate_size

@@ -55,7 +55,7 @@ class MoE(nn.Module):
         self.shared_expert: FeedForward | None = None
         self.shared_expert_gate: nn.Linear | None = None
         if layer.num_shared_experts:
-            self.shared_expert = FeedForward(config, layer.num_shared_experts * layer.moe_intermediate_size)
+            self.shared_expert = FeedForward(config, layer.shared_intermediate_size)
             if config.shared_expert_gate:
                 self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
         self.diversity_losses = frozenset(name for name, coefficient in config.diversity_losses.items() if coefficient)

@@ -53,7 +53,7 @@ def layer_shapes(config: ModelConfig, index: int) -> Shapes:
             (experts, hidden, width),
         ]
     if layer.num_shared_experts:
-        shapes["shared experts"] = _gated_ffn(hidden, layer.num_shared_experts * width)
+        shapes["shared experts"] = _gated_ffn(hidden, layer.shared_intermediate_size)
         if config.shared_expert_gate:
             shapes["shared experts"].append((1, hidden))
     return shapes

@@ -88,6 +88,14 @@ class MoEModule(LightningModule):
 
     # What other parts of moebed read ------------------------------------------------------------------------------
 
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know who reads the probes' numbers."""
+        dtype = self.decoder.embed_tokens.weight.dtype
+        if dtype == torch.float32:
+            return []
+        return [f"the parameters are {str(dtype).removeprefix('torch.')}, and what the probes show was computed in it"]
+
     def views(self, text: ProbeText | None, needs: frozenset[Need]) -> Iterator[LayerView | HeadView]:
         """Layer views of the model as it is now, for the probes; rank 0's, where ranks share the model."""
         if not self._laid_out:

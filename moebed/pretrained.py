@@ -71,8 +71,9 @@ class PretrainedMoE(LightningModule):
         super().__init__()
         self.name = checkpoint if not Path(checkpoint).exists() else Path(checkpoint).resolve().name
         path = find_checkpoint(checkpoint)
-        self.checkpoint = Checkpoint.open(path)
-        self.reference = Checkpoint.open(find_checkpoint(reference_dense)) if reference_dense else None
+        runs = text is not None and bool(text)
+        self.checkpoint = Checkpoint.open(path, runs)
+        self.reference = Checkpoint.open(find_checkpoint(reference_dense), runs) if reference_dense else None
         self.config: ModelConfig = self.checkpoint.config
         self.weights_dtype: torch.dtype | None = getattr(torch, dtype) if dtype else None
         self.memory_budget = parse_bytes(memory_budget)
@@ -89,6 +90,9 @@ class PretrainedMoE(LightningModule):
         if isinstance(text, TextOptions) and text:
             self.text, notes = read_texts(text, path, self.config)
             self.notes += notes
+        if dtype == "bfloat16":
+            computed = " and what is made of text computed in it" if self.text is not None else ""
+            self.notes.append(f"the weights were looked at as rounded to bfloat16{computed}, as --dtype asks")
         self._check()
 
     def _check(self) -> None:

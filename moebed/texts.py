@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moebed.checkpoints.run import is_run
+from moebed.checkpoints.run import is_run, run_folder
 from moebed.config import ModelConfig
 from moebed.errors import ConfigError, UserError
 from moebed.views import ProbeText
@@ -83,7 +83,8 @@ class CheckpointTokenizer:
 
             folder = run_tokenizer(checkpoint)
             if folder is None:
-                raise UserError(f"{checkpoint}: no folder above it has a tokenizer; give --input-ids instead of text")
+                run = run_folder(checkpoint)
+                raise UserError(f"{checkpoint}: {run} has no tokenizer/ of the run; give --input-ids instead of text")
             own = load_tokenizer(folder)
             self.encode: Callable[[str], list[int]] = own.encode
             self._decode: Callable[[list[int]], str] = own.decode

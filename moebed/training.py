@@ -248,7 +248,9 @@ class TrainingCLI(LightningCLI):
         continued = self.config.fit.ckpt_path == "last" and (folder / "checkpoints" / "last.ckpt").exists()
         say(f"{'continuing the run' if continued else 'a new run'} in {folder}; --ckpt_path last continues it")
         if self.model.init_from is not None and (self.config.fit.ckpt_path in (None, "last") and not continued):
-            say(f"weights: those of {self.model.initial_checkpoint().name}")
+            checkpoint = self.model.initial_checkpoint()
+            for said in (f"weights: those of {checkpoint.name}", *(f"note: {note}" for note in checkpoint.notes)):
+                say(said)
         say(
             f"model: {total / 1e6:.1f} M parameters, {active / 1e6:.1f} M active a token, "
             f"{flops / 1e6:.0f} MFLOP a token forward"

@@ -35,10 +35,11 @@ IGNORE_INDEX = -100
 class ProbeCallback(Callback):
     """Probe the model while it trains, or a :class:`moebed.pretrained.PretrainedMoE` in ``Trainer.predict``.
 
-    The module offers ``views(text, needs)``, the datamodule ``probe_batch(num_sequences)`` and ``domains``. Scalars go
-    to every TensorBoard logger as ``probes/<probe>/<quantity>/layer_07``, pictures as ``probes/<probe>/<figure>``, and
-    what probing costs as ``probes_cost/``. Arrays, history and summary go to ``out``. The model is probed on rank 0;
-    of one that ranks share, the others hand it a layer at a time.
+    The module offers ``views(text, needs)``, and ``notes`` where a person should know something of it; the datamodule
+    ``probe_batch(num_sequences)`` and ``domains``. Scalars go to every TensorBoard logger as
+    ``probes/<probe>/<quantity>/layer_07``, pictures as ``probes/<probe>/<figure>``, and what probing costs as
+    ``probes_cost/``. Arrays, history and summary go to ``out``. The model is probed on rank 0; of one that ranks share,
+    the others hand it a layer at a time.
 
     A checkpoint's layers are probed as ``Trainer.predict`` comes to them, by all probes that need weights alone if none
     are named. What is finished is kept, and a second run continues there. ``missing`` has the layers that cannot be
@@ -128,7 +129,7 @@ class ProbeCallback(Callback):
             return
         assert self.out is not None
         results, timing, self.missing = self._checkpoint.results(), self._checkpoint.timing, self._checkpoint.missing
-        self._save(results, timing, step=0, model=self._checkpoint.identity)
+        self._save(pl_module, results, timing, step=0, model=self._checkpoint.identity)
         self._draw(trainer, results, step=0)
         self._seconds = timing.total
         self._log(trainer, results, timing, step=0)
@@ -190,19 +191,25 @@ class ProbeCallback(Callback):
         with isolate_rng():
             results = self._run(trainer, pl_module, timing)
             store.append_history(self.out, store.history_line(step, results))
-            self._save(results, timing, step)
+            self._save(pl_module, results, timing, step)
             if draw:
                 self._draw(trainer, results, step)
         self._seconds += time.perf_counter() - start
         self._log(trainer, results, timing, step)
 
     def _save(
-        self, results: Mapping[str, ProbeResult], timing: Timing, step: int, model: Mapping[str, Any] | None = None
+        self,
+        pl_module: LightningModule,
+        results: Mapping[str, ProbeResult],
+        timing: Timing,
+        step: int,
+        model: Mapping[str, Any] | None = None,
     ) -> None:
         assert self.out is not None
         for name, result in results.items():
             store.save_arrays(self.out, name, result.arrays)
-        store.save_summary(self.out, step, results, {"forward": timing.forward, **timing.probe}, model)
+        notes: Any = getattr(pl_module, "notes", ())
+        store.save_summary(self.out, step, results, {"forward": timing.forward, **timing.probe}, model, notes)
 
     def _run(self, trainer: Trainer, pl_module: LightningModule, timing: Timing) -> dict[str, ProbeResult]:
         probes = [PROBES[name]() for name in self.probes]

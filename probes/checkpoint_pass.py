@@ -13,7 +13,7 @@ from probes import store
 from probes.base import ProbeResult
 from probes.driver import ProbePass, Timing, needs_of
 from probes.partial import PartialResults
-from probes.registry import BY_NAME_ONLY, PROBES, TRAINING_ONLY, resolve_probes
+from probes.registry import BY_NAME_ONLY, PROBES, TRAINING_ONLY, resolve_probes, with_sources
 
 
 def probes_for(names: Sequence[str] | None, with_text: bool) -> tuple[str, ...]:
@@ -27,7 +27,7 @@ def probes_for(names: Sequence[str] | None, with_text: bool) -> tuple[str, ...]:
         ConfigError: A name is unknown, or its probe cannot run here.
     """
     possible = [name for name, probe in PROBES.items() if with_text or probe.needs <= {Need.WEIGHTS}]
-    allowed = [name for name in possible if set(PROBES[name].sources) <= set(possible) and name not in TRAINING_ONLY]
+    allowed = [name for name in possible if set(with_sources(name)) <= set(possible) and name not in TRAINING_ONLY]
     if names is None or "all" in names:
         named = [name for name in resolve_probes(names or []) if name in BY_NAME_ONLY and name in allowed]
         return tuple(name for name in allowed if name not in BY_NAME_ONLY or name in named)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from graphlib import TopologicalSorter
 
 import torch
 from torch import Tensor
@@ -96,7 +97,10 @@ class ProbePass:
     def results(self) -> dict[str, ProbeResult]:
         """Each probe's result over the layers shown, by name, with a note on each layer that is missing."""
         results: dict[str, ProbeResult] = {}
-        for probe in sorted(self.probes, key=lambda probe: bool(probe.sources)):
+        by_name = {probe.name: probe for probe in self.probes}
+        sources = {name: (*probe.sources, *probe.optional_sources) for name, probe in by_name.items()}
+        order = TopologicalSorter({name: [one for one in of if one in by_name] for name, of in sources.items()})
+        for probe in (by_name[name] for name in order.static_order()):
             with self._clock(probe):
                 if probe.sources:
                     named = (*probe.sources, *(name for name in probe.optional_sources if name in results))

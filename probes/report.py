@@ -111,7 +111,10 @@ def _header(runs: Sequence[RunFolder]) -> str:
             said.append(f"{run.name}: checkpoint {model.get('name')}, family {model.get('model_type')}")
         elif "step" in run.summary:
             said.append(f"{run.name}: probed last at step {run.summary['step']}")
-    return f'<h1>{names}</h1><p class="muted">moebed report. {escape("; ".join(said))}</p>'
+    notes = [(run.name, note) for run in runs for note in run.summary.get("notes", ())]
+    listed = "".join(f"<li>{escape(f'{name}: {note}' if len(runs) > 1 else note)}</li>" for name, note in notes)
+    listed = f'<ul class="muted">{listed}</ul>' if listed else ""
+    return f'<h1>{names}</h1><p class="muted">moebed report. {escape("; ".join(said))}</p>{listed}'
 
 
 def _section(title: str, content: str) -> str:

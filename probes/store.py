@@ -14,7 +14,7 @@ import json
 import math
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -79,8 +79,11 @@ def save_summary(
     results: Mapping[str, ProbeResult],
     timing: Mapping[str, float],
     model: Mapping[str, Any] | None = None,
+    notes: Sequence[str] = (),
 ) -> Path:
     """Write ``summary.json``: for each probe its headlines and notes; the step; seconds spent; which model it was.
+
+    ``notes`` are what a person should know of the model itself: what was passed over, in what it was computed.
 
     A headline has a value, a sentence, and for the paper's own models what the paper says, where it says something.
     """
@@ -102,7 +105,7 @@ def save_summary(
         for name, result in results.items()
     }
     path = out / "summary.json"
-    summary = {"step": step, "probes": probes, "seconds": dict(timing)}
+    summary = {"step": step, "notes": list(notes), "probes": probes, "seconds": dict(timing)}
     with replacing(path) as file:
         file.write(json.dumps(summary | ({"model": dict(model)} if model else {}), indent=2).encode())
     return path

@@ -16,7 +16,10 @@ from moebed.plugins import VARIABLE, load_plugins
 from moebed.routers import ROUTERS, Router, register
 from moebed.study.plan import plan_study
 from moebed.study.recipe import read_recipe
-from probes.registry import PROBES
+from probes import Probe
+from probes.checkpoint_pass import probes_for
+from probes.driver import ProbePass
+from probes.registry import PROBES, resolve_probes
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {
@@ -170,3 +173,36 @@ def test_a_name_is_taken_once():
     with pytest.raises(ConfigError, match="'softmax_topk' is SoftmaxTopK already"):
         register("softmax_topk")(Router)
     assert ROUTER_NAMES.count("softmax_topk") == 1
+
+
+def test_a_probe_of_a_probe_of_a_probe(tmp_path, monkeypatch):
+    """Sources of sources come with it, each before who takes numbers from it; a circle is one line."""
+    seen = []
+
+    def make(name, of):
+        class Own(Probe):
+            question = "?"
+            needs = frozenset()
+            sources = of
+
+            def derive(self, found):
+                seen.append((name, sorted(found)))
+
+        Own.name = name
+        monkeypatch.setitem(PROBES, name, Own)
+
+    make("third", ("second",))
+    make("second", ("first", "balance"))
+    make("first", ("expert_outputs",))
+    names = resolve_probes(["third"])
+    assert names == ("expert_outputs", "first", "balance", "second", "third")
+    assert "third" in probes_for(["all"], with_text=True)
+    assert "third" not in probes_for(["all"], with_text=False)
+    ProbePass([PROBES[name]() for name in reversed(names)]).results()
+    assert seen == [("first", ["expert_outputs"]), ("second", ["balance", "first"]), ("third", ["second"])]
+    make("first", ("third",))
+    with pytest.raises(ConfigError, match="take their numbers from one another"):
+        resolve_probes(["third"])
+    make("first", ("unheard_of",))
+    with pytest.raises(ConfigError, match="'unheard_of', which is no probe"):
+        resolve_probes(["third"])

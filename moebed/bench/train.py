@@ -67,7 +67,7 @@ SIZES = {
 def dense_of_equal_flops(config: ModelConfig) -> ModelConfig:
     """The dense model whose FFN is as wide as the experts that one token passes."""
     layer = config.layer(0)
-    width = (layer.num_experts_per_tok + layer.num_shared_experts) * layer.moe_intermediate_size
+    width = layer.num_experts_per_tok * layer.moe_intermediate_size + layer.shared_intermediate_size
     return dataclasses.replace(config, num_experts=0, intermediate_size=width)
 
 

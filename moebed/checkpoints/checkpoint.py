@@ -1,32 +1,41 @@
 """A checkpoint folder: its files found and checked against its config before anything is read.
 
-config.json, and one of
-model.safetensors | model.safetensors.index.json + shards | pytorch_model.bin | pytorch_model.bin.index.json + shards
+Every setting and every tensor is used, or refused by name, or known to change nothing: what only a forward pass needs
+is an error for whoever runs the model, and a note for who looks at its weights alone.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moebed.checkpoints.files import TensorEntry, UnknownEntry, open_bin, open_safetensors
+from moebed.checkpoints.files import TensorEntry, UnknownEntry
+from moebed.checkpoints.finding import find_entries, read_json
+from moebed.checkpoints.recognised import (
+    other_folder,
+    prefix_of,
+    require_no_adapter,
+    require_no_other_file,
+    require_unquantised,
+)
 from moebed.checkpoints.run import is_run, open_run
 from moebed.checkpoints.xai import open_release, release_folder
 from moebed.config import ModelConfig
 from moebed.errors import ConfigError, UserError
 from moebed.families.base import Family
+from moebed.families.declared import HARMLESS_TENSORS
 from moebed.families.keys import KeyMap, TensorPart
 from moebed.families.own import RUN
 from moebed.families.registry import family_of
 
-_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_SINGLE = ("model.safetensors", "pytorch_model.bin")
+_BAND = 1 << 22  # numbers of two tensors that are compared at a time
 
 
 class Checkpoint:
@@ -56,50 +65,78 @@ class Checkpoint:
         self._check()
 
     @classmethod
-    def open(cls, path: str | Path) -> Checkpoint:
+    def open(cls, path: str | Path, runs: bool = True) -> Checkpoint:
         """Find and check a checkpoint: a folder, xai-org's release of Grok-1, or a ``.ckpt`` file of a run.
 
+        Args:
+            path: Where it is.
+            runs: Whether the model is wanted as a whole, to be run, trained or written anew. Where only its weights
+                are looked at, what the decoder does not compute is a note and no error.
+
         Raises:
-            UserError: Something is missing, damaged, or does not fit; one line that names the file and the tensor.
+            UserError: Something is missing, damaged, does not fit or is not computed; one line that names the file and
+                the tensor or the setting.
         """
         path = Path(path)
+        if path.is_file():
+            require_no_other_file(path)
         if is_run(path):
             config, entries = open_run(path)
-            return cls(path.name, RUN, config, {"config": config.to_dict()}, entries, [])
+            checkpoint = cls(path.name, RUN, config, {"config": config.to_dict()}, entries, [])
+            checkpoint._require_declared(path, [], runs)
+            return checkpoint
         if not path.is_dir():
             raise UserError(f"{path} does not exist; give the folder of a checkpoint or a hub id such as org/name")
-        where, release = path / "config.json", release_folder(path)
-        if where.is_file():
-            settings, entries = _read_json(where), {}
-        elif release is not None:
-            settings, entries = open_release(release)
-        else:
-            raise UserError(f"{where} is missing; a checkpoint folder needs it")
+        require_no_adapter(path)
+        where, release, notes = path / "config.json", release_folder(path), list[str]()
+        if not where.is_file() and release is None:
+            raise UserError(other_folder(path) or f"{where} is missing; a checkpoint folder needs it")
+        settings, entries = open_release(release) if release and not where.is_file() else (read_json(where), {})
         family = family_of(settings.get("model_type"), str(where))
-        config = family.read_config(settings, str(where))
-        checkpoint = cls(path.resolve().name, family, config, settings, entries or _find_entries(path), [])
+        reading = family.read(settings, str(where))
+        if not entries:
+            entries, notes = _find(path)
+        require_unquantised(entries)
+        config, tied = _settle_head(family, reading.config, entries, path)
+        checkpoint = cls(path.resolve().name, family, config, settings, entries, notes + tied)
+        checkpoint.notes += [f"{where}: {note}" for note in reading.notes]
         if "auto_map" in settings:
             checkpoint.notes.append(
                 f"{where} names code of its own (auto_map); it is ignored, code of a checkpoint is never run"
             )
-        unused = set(checkpoint.entries) - {part.name for part in checkpoint.keys.everything()}
-        if config.tie_word_embeddings:
-            unused.discard(family.tensors["lm_head.weight"])
-        if unused:
-            first, more = sorted(unused)[:3], f" and {len(unused) - 3} more" if len(unused) > 3 else ""
-            checkpoint.notes.append(f"tensors that have no place in the model are left out: {', '.join(first)}{more}")
+        checkpoint._require_declared(where, reading.uncomputed, runs)
         return checkpoint
+
+    def _require_declared(self, where: Path, uncomputed: Sequence[str], runs: bool) -> None:
+        """Refuse, or note where only weights are looked at, what the decoder would pass over."""
+        found = [f"{where}: {one}" for one in uncomputed]
+        used = {part.name for part in self.keys.everything()}
+        if self.config.tie_word_embeddings:  # compared already
+            used.add(self.family.tensors["lm_head.weight"])
+        spare = sorted(name for name in self.entries if name not in used and not HARMLESS_TENSORS.search(name))
+        if spare:
+            more = f" and {len(spare) - 3} more" if len(spare) > 3 else ""
+            layers = f"{self.config.num_hidden_layers} layers"
+            found.append(
+                f"{self.entries[spare[0]].path}: {', '.join(spare[:3])}{more}: no such tensor in the model of {layers} "
+                f"that {where.name} describes"
+            )
+        if found and runs:
+            raise ConfigError(f"{found[0]}; its weights alone can be looked at, by `moebed probe` without text")
+        self.notes += [f"{one}; its weights alone are looked at here" for one in found]
 
     def _check(self) -> None:
         """Every tensor that the model needs is there, has the shape that the config gives it, and a known dtype."""
-        checked = set()
-        for part in self.keys.everything():
-            if part.name in checked:
-                continue
-            checked.add(part.name)
-            entry = self.entries.get(part.name)
-            if entry is None:
-                raise UserError(f"{self.name}: tensor {part.name} is missing; its config.json asks for it")
+        parts = {part.name: part for part in self.keys.everything()}
+        require_unquantised(self.entries, parts)
+        missing = [name for name in parts if name not in self.entries]
+        if missing:
+            why = prefix_of(missing, self.entries)
+            if why is not None:
+                raise UserError(f"{self.name}: {why}")
+            raise UserError(f"{self.name}: tensor {missing[0]} is missing; its config.json asks for it")
+        for part in parts.values():
+            entry = self.entries[part.name]
             if entry.shape != part.shape:
                 raise UserError(
                     f"{entry.path}: tensor {part.name} has shape {list(entry.shape)} but config.json makes it "
@@ -161,69 +198,54 @@ class Checkpoint:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _find(folder: Path) -> tuple[dict[str, TensorEntry], list[str]]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"{path} cannot be read ({error})") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path} holds no settings by name")
-    return found
+        return find_entries(folder)
+    except UserError as error:
+        told = other_folder(folder) if "has no weights" in str(error) else None
+        raise UserError(told or str(error)) from error
 
 
-def _find_entries(folder: Path) -> dict[str, TensorEntry]:
-    """Open the files that the index names, or the single file where there is no index."""
-    for name in _INDEXES:
-        path = folder / name
-        if path.is_file():
-            return _open_shards(folder, path)
-    for name in _SINGLE:
-        path = folder / name
-        if path.is_file():
-            return _open_file(_inside(folder, name, path), None)
-    raise UserError(f"{folder} has no weights; it needs one of {', '.join((*_SINGLE, *_INDEXES))}")
-
-
-def _open_file(path: Path, example: str | None) -> dict[str, TensorEntry]:
-    return open_safetensors(path) if path.suffix == ".safetensors" else open_bin(path, example)
-
-
-def _open_shards(folder: Path, index: Path) -> dict[str, TensorEntry]:
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
-        raise UserError(f"{index} has no weight_map of tensor names to files; download it again")
-    by_file: dict[str, list[str]] = {}
-    for tensor, file in weight_map.items():
-        by_file.setdefault(file, []).append(tensor)
-    for file, tensors in by_file.items():
-        path = _inside(folder, file, index, tensors[0])
-        if not path.is_file():
-            more = f" and {len(tensors) - 1} more tensors" if len(tensors) > 1 else ""
-            raise UserError(f"{path} is missing; {index.name} puts tensor {tensors[0]}{more} in it: download it again")
-    entries: dict[str, TensorEntry] = {}
-    for file, tensors in by_file.items():
-        found = _open_file(folder / file, tensors[0])
-        for tensor in tensors:
-            if tensor not in found:
-                raise UserError(f"{folder / file} has no tensor {tensor}, which {index.name} puts in it")
-            entries[tensor] = found[tensor]
-    return entries
-
-
-def _inside(folder: Path, file: str, named_by: Path, tensor: str | None = None) -> Path:
-    """The path of a file of the checkpoint.
+def _settle_head(
+    family: Family, config: ModelConfig, entries: Mapping[str, TensorEntry], path: Path
+) -> tuple[ModelConfig, list[str]]:
+    """The model with its head tied to the embedding or not, as transformers does where flag and files disagree.
 
     Raises:
-        UserError: The name, or a link, leads out of the folder.
+        UserError: One of the two ends is missing, and the flag says that it is not the one that is there.
     """
-    path = folder / file
-    roots = [folder.resolve()]
-    # The hub's cache keeps each file once, and links to it from the folder of every revision.
-    blobs = folder.resolve().parent.parent / "blobs"
-    if folder.resolve().parent.name == "snapshots" and blobs.is_dir():
-        roots.append(blobs)
-    plain = not Path(file).is_absolute() and ".." not in Path(file).parts
-    if plain and any(path.resolve().is_relative_to(root) for root in roots):
-        return path
-    of = f" for tensor {tensor}" if tensor else ""
-    raise UserError(f"{named_by} names {file!r}{of}, which lies outside the checkpoint's folder; it was not opened")
+    embedding, head = family.tensors["embed_tokens.weight"], family.tensors["lm_head.weight"]
+    ends = [name in entries for name in (embedding, head)]
+    if config.tie_word_embeddings:
+        if all(ends) and not _equal(entries[embedding], entries[head]):
+            note = (
+                f"{head} is stored and differs from {embedding}, although tie_word_embeddings is true; it is used, as "
+                "transformers does"
+            )
+            return dataclasses.replace(config, tie_word_embeddings=False), [note]
+        if ends == [False, True]:
+            return config, [f"{embedding} is not stored; it is {head}, since tie_word_embeddings is true"]
+    elif any(ends) and not all(ends):
+        absent, there = (embedding, head) if ends[1] else (head, embedding)
+        raise UserError(
+            f"{path}: tensor {absent} is missing and tie_word_embeddings is false; set it to true in config.json if "
+            f"{there} serves as both"
+        )
+    return config, []
+
+
+def _equal(one: TensorEntry, other: TensorEntry) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype or len(one.shape) != 2:
+        return False
+    if isinstance(one, UnknownEntry) or isinstance(other, UnknownEntry):
+        return False
+    rows, columns = one.shape
+    band = max(1, _BAND // max(1, columns))
+    for first in range(0, rows, band):
+        size = min(band, rows - first), columns
+        bands = torch.empty(size, dtype=one.dtype), torch.empty(size, dtype=one.dtype)
+        one.read(first, bands[0])
+        other.read(first, bands[1])
+        if not torch.equal(*bands):
+            return False
+    return True

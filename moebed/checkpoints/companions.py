@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
-from moebed.checkpoints.run import is_run
+from moebed.checkpoints.run import is_run, run_folder
 from moebed.config import ModelConfig
 from moebed.families.base import NOT_IN_CHECKPOINTS
 
@@ -33,8 +33,9 @@ Kind = Literal["bytes", "auto"]
 
 
 def run_tokenizer(checkpoint: Path) -> Path | None:
-    """The tokenizer's folder of the run that a ``.ckpt`` file belongs to; None if no folder above it has one."""
-    return next((p / "tokenizer" for p in checkpoint.resolve().parents if (p / "tokenizer").is_dir()), None)
+    """The tokenizer's folder of the run that a ``.ckpt``, file or folder, belongs to; None if it has none."""
+    folder = run_folder(checkpoint) / "tokenizer"
+    return folder if folder.is_dir() else None
 
 
 def special_ids(checkpoint: Path, settings: Mapping[str, Any]) -> dict[str, int | None]:
@@ -59,13 +60,13 @@ def copy_tokenizer(checkpoint: Path, folder: Path) -> tuple[Kind | None, str]:
     """Copy a checkpoint's tokenizer, in a form that ``transformers.AutoTokenizer`` loads.
 
     Args:
-        checkpoint: Folder of a checkpoint, or the ``.ckpt`` file of a run, whose folder holds the tokenizer.
+        checkpoint: Folder of a checkpoint, or the ``.ckpt`` of a run, whose folder holds the tokenizer.
         folder: Where to.
 
     Returns:
         What the tokenizer is, None where there is none, and a note for the person who asked.
     """
-    if checkpoint.is_dir():
+    if not is_run(checkpoint):
         found = {path for pattern in _TOKENIZER_FILES for path in checkpoint.glob(pattern) if path.is_file()}
         for path in sorted(found):
             shutil.copyfile(path, folder / path.name)
@@ -74,7 +75,7 @@ def copy_tokenizer(checkpoint: Path, folder: Path) -> tuple[Kind | None, str]:
         return None, f"{checkpoint} has no tokenizer; put its tokenizer.json beside the new weights to use text"
     own = run_tokenizer(checkpoint)
     if own is None:
-        return None, f"no folder above {checkpoint} has a tokenizer; the new folder has none either"
+        return None, f"{run_folder(checkpoint)} has no tokenizer of the run; the new folder has none either"
     from moebed.data.tokenizer import BytesTokenizer, load_tokenizer
 
     tokenizer = load_tokenizer(own)

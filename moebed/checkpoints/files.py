@@ -159,10 +159,15 @@ def open_bin(path: Path, example: str | None = None) -> dict[str, TensorEntry]:
     Raises:
         UserError: The file is damaged, or holds something else than tensors.
     """
+    found = load_mapped(path, example)
+    tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    inside = [name for name, value in found.items() if isinstance(value, Mapping)]
+    if not tensors:
+        where = f" but others under {inside[0]!r}; save that alone" if inside else ""
+        raise UserError(f"{path} holds no tensors by name{where}")
     return {
         name: MappedEntry(path, tensor) if tensor.dtype in DTYPES.values() else _unknown(path, tensor)
-        for name, tensor in load_mapped(path, example).items()
-        if isinstance(tensor, Tensor)
+        for name, tensor in tensors.items()
     }
 
 

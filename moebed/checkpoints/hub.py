@@ -7,7 +7,15 @@ from pathlib import Path
 
 from moebed.errors import UserError
 
-_PLAIN = ["config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt"]
+_PLAIN = [
+    "config.json",
+    "adapter_config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "vocab.*",
+    "merges.txt",
+]
 # Safetensors where there are any; pickles only where there are none.
 _WEIGHTS = (
     ["model*.safetensors", "model.safetensors.index.json"],

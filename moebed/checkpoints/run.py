@@ -19,6 +19,15 @@ def is_run(path: Path) -> bool:
     return path.is_file() or is_sharded(path)
 
 
+def run_folder(checkpoint: Path) -> Path:
+    """The folder of the run that a ``.ckpt`` belongs to: where its ``checkpoints/`` lies, or where itself was put.
+
+    No other folder above it is asked, which may be another run's, or hold what is no run at all.
+    """
+    folder = checkpoint.absolute().parent
+    return folder.parent if folder.name == "checkpoints" else folder
+
+
 def read_run(path: Path) -> Mapping[str, Any]:
     """What a run's checkpoint holds; of a folder, all but its tensors."""
     return read_rest(path) if is_sharded(path) else load_mapped(path)

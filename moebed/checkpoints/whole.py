@@ -21,7 +21,7 @@ def load_decoder(checkpoint: Checkpoint | str | Path, dtype: torch.dtype = torch
 
     Args:
         checkpoint: An open checkpoint, or its folder.
-        dtype: What the parameters become.
+        dtype: What the parameters become. The routers' own state, such as a selection bias, stays as it is.
 
     Raises:
         UserError: The checkpoint is missing, damaged, or of a family that is not known.
@@ -30,7 +30,9 @@ def load_decoder(checkpoint: Checkpoint | str | Path, dtype: torch.dtype = torch
         checkpoint = Checkpoint.open(checkpoint)
     with torch.device("meta"):
         decoder = Decoder(checkpoint.config)
-    decoder = decoder.to(dtype).to_empty(device="cpu")
+    for parameter in decoder.parameters():
+        parameter.data = parameter.to(dtype)
+    decoder = decoder.to_empty(device="cpu")
     if checkpoint.config.tie_word_embeddings:
         decoder.lm_head.weight = decoder.embed_tokens.weight
     fill(decoder, checkpoint)

@@ -12,6 +12,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -36,11 +37,16 @@ class _Planned:
     """A tensor of the checkpoint, and the regions of parameters that fill it, in order of their rows."""
 
     shape: tuple[int, ...]
+    dtype: torch.dtype
     pieces: list[tuple[str, Placed]] = field(default_factory=list)
 
     @property
     def numel(self) -> int:
         return torch.Size(self.shape).numel()
+
+    @property
+    def num_bytes(self) -> int:
+        return self.numel * self.dtype.itemsize
 
 
 class FolderWriter:
@@ -49,8 +55,9 @@ class FolderWriter:
     Args:
         keys: The model and the family in whose names it is written.
         settings: Its ``config.json``; the dtype is added.
-        dtype: What the weights are stored in.
+        dtype: What the weights are stored in; the routers' own state, such as a selection bias, in float32.
         shard_bytes: Largest size of one file; a tensor larger than that has a file to itself.
+        dtypes: What single parameters are stored in, by name, where that is something else.
     """
 
     def __init__(
@@ -59,27 +66,30 @@ class FolderWriter:
         settings: Mapping[str, Any],
         dtype: torch.dtype = torch.bfloat16,
         shard_bytes: int = SHARD_BYTES,
+        dtypes: Mapping[str, torch.dtype] | None = None,
     ) -> None:
         # Both names: transformers before version 5 knows the first one only.
         name = str(dtype).removeprefix("torch.")
-        self.settings, self.dtype = {**settings, "torch_dtype": name, "dtype": name}, dtype
+        self.settings = {**settings, "torch_dtype": name, "dtype": name}
+        kept = {**dict.fromkeys(keys.state, torch.float32), **(dtypes or {})}
         planned: dict[str, _Planned] = {}
         for parameter in keys.shapes:
             for placed in keys.parameter(parameter):
                 part = placed.part
-                planned.setdefault(part.name, _Planned(part.shape)).pieces.append((parameter, placed))
+                tensor = planned.setdefault(part.name, _Planned(part.shape, kept.get(parameter, dtype)))
+                tensor.pieces.append((parameter, placed))
         for tensor in planned.values():
             tensor.pieces.sort(key=lambda piece: piece[1].part.first)
         self._shards: list[dict[str, _Planned]] = [{}]
         size = 0
         for tensor_name, tensor in planned.items():
-            count = tensor.numel * dtype.itemsize
+            count = tensor.num_bytes
             if self._shards[-1] and size + count > shard_bytes:
                 self._shards.append({})
                 size = 0
             self._shards[-1][tensor_name] = tensor
             size += count
-        self.total = sum(tensor.numel * dtype.itemsize for tensor in planned.values())
+        self.total = sum(tensor.num_bytes for tensor in planned.values())
 
     def write(
         self,
@@ -123,13 +133,12 @@ class FolderWriter:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name, tensor in shard.items():
-            size = tensor.numel * self.dtype.itemsize
             header[name] = {
-                "dtype": _CODES[self.dtype],
+                "dtype": _CODES[tensor.dtype],
                 "shape": list(tensor.shape),
-                "data_offsets": [offset, offset + size],
+                "data_offsets": [offset, offset + tensor.num_bytes],
             }
-            offset += size
+            offset += tensor.num_bytes
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # the format asks for tensors aligned to 8 bytes
         file.write(struct.pack("<Q", len(text)) + text)
@@ -137,12 +146,18 @@ class FolderWriter:
             written = 0
             for parameter, placed in tensor.pieces:
                 for band in content(parameter, placed):
-                    data = band.detach().to("cpu", self.dtype).contiguous()
+                    data = band.detach().to("cpu", tensor.dtype).contiguous()
                     file.write(data.view(-1).view(torch.uint8).numpy().data)
                     written += data.numel()
                     on_write(data.numel() * data.element_size())
             if written != tensor.numel:
                 raise RuntimeError(f"{name} has {tensor.numel} numbers but {written} were written")
+
+
+def stored_dtypes(source: Checkpoint) -> dict[str, torch.dtype]:
+    """What each parameter of a checkpoint's model is stored in; the widest, where its parts differ."""
+    found = {name: [source.dtype(placed.part) for placed in source.keys.parameter(name)] for name in source.keys.shapes}
+    return {name: reduce(torch.promote_types, dtypes) for name, dtypes in found.items()}
 
 
 def read_bands(source: Checkpoint, part: TensorPart) -> Iterator[Tensor]:

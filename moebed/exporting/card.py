@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from moebed.checkpoints.run import is_run, read_run
+from moebed.checkpoints.run import is_run, read_run, run_folder
 from moebed.config import ModelConfig
 from moebed.families.base import Family
 from moebed.flops import count_parameters
@@ -38,8 +38,8 @@ class Run:
         if not is_run(checkpoint):
             return cls()
         step = read_run(checkpoint).get("global_step")
-        folder = next((p for p in checkpoint.resolve().parents if (p / "config.yaml").is_file()), None)
-        if folder is None:
+        folder = run_folder(checkpoint)
+        if not (folder / "config.yaml").is_file():
             return cls(step=step)
         recipe = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         summary = folder / "run_summary.json"

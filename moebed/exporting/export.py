@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from moebed.checkpoints.checkpoint import Checkpoint
 from moebed.checkpoints.companions import copy_tokenizer, special_ids
 from moebed.checkpoints.run import is_run
-from moebed.checkpoints.writer import FolderWriter, read_bands
+from moebed.checkpoints.writer import FolderWriter, read_bands, stored_dtypes
 from moebed.exporting.card import Run, model_card
 from moebed.families.base import Family
 from moebed.families.choice import IN_TRANSFORMERS, choose_family
@@ -92,7 +92,7 @@ def export(
         source_path: Its folder or ``.ckpt`` file.
         plan: From :func:`plan_export`.
         folder: A new or empty folder.
-        dtype: What the weights are stored in; as in the checkpoint's embedding, if not given.
+        dtype: What the weights are stored in; each as in the checkpoint, if not given.
         on_start: Called with the bytes that will be written.
         on_write: Called with the bytes of every band that is written.
 
@@ -103,17 +103,20 @@ def export(
         UserError: A weight is NaN or Inf, or the folder cannot be written.
     """
     config = source.config
-    stored = dtype or source.dtype(source.keys.parameter("embed_tokens.weight")[0].part)
+    dtypes = stored_dtypes(source)
+    stored = dtype or dtypes["embed_tokens.weight"]
+    notes = [note for note in (plan.note, _precision_note(dtypes, dtype)) if note]
     ids = special_ids(source_path, source.settings)
     # What decides how transformers would train the model on.
     trained: dict[str, Any] = {"initializer_range": config.initializer_range}
     if config.moe_layers:
         trained["router_aux_loss_coef"] = config.router_aux_loss_coef
     written = {**plan.family.write_config(config), **(trained if plan.family is not MOEBED else {}), **ids}
-    writer = FolderWriter(KeyMap(plan.family, config), written, stored)
+    keys = KeyMap(plan.family, config)
+    kept = dtypes if dtype is None else {name: dtypes[name] for name in keys.state}
+    writer = FolderWriter(keys, written, stored, dtypes=kept)
     on_start(writer.total)
     run = Run.of(source_path)
-    notes = [plan.note] if plan.note else []
 
     def finish(partial: Path) -> None:
         tokenizer, note = copy_tokenizer(source_path, partial)
@@ -127,3 +130,23 @@ def export(
 
     writer.write(folder, _Copied(source), finish, on_write)
     return notes
+
+
+def _precision_note(dtypes: Mapping[str, torch.dtype], dtype: torch.dtype | None) -> str:
+    """What becomes of routers that are stored more precisely than the rest, whose rounding changes choices."""
+    routers = [kind for name, kind in dtypes.items() if name.endswith("mlp.router.weight")]
+    if not routers:
+        return ""
+    router, rest = str(routers[0]).removeprefix("torch."), dtype or dtypes["embed_tokens.weight"]
+    if routers[0].itemsize <= rest.itemsize:
+        return ""
+    written = str(rest).removeprefix("torch.")
+    if dtype is not None:
+        return (
+            f"the routers' weights are rounded from {router} to {written}, as --dtype asks, which changes some choices "
+            "of experts; without --dtype they stay as they are"
+        )
+    return (
+        f"the routers' weights stay {router} beside {written}; transformers rounds them to config.json's {written} "
+        f"unless it is told dtype={router}"
+    )

@@ -7,12 +7,15 @@ decoder does not compute. Writing reads its own result back, so that a model whi
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, get_args, get_type_hints
 
-from moebed.config import ROPE_SCALING, ModelConfig
+from moebed.config import ModelConfig
 from moebed.errors import ConfigError
+from moebed.families.declared import HARMLESS_SETTINGS, QUANTISED_SETTINGS
+from moebed.families.rope import ROPE_KEYS, read_rope, write_rope
 
 Settings = Mapping[str, Any]  # a Hugging Face config.json
 
@@ -67,6 +70,21 @@ class ExpertNames:
     down_fused: str | None = None
 
 
+class Reading(NamedTuple):
+    """What a ``config.json`` says.
+
+    Args:
+        config: The model, as far as the decoder computes it.
+        uncomputed: What it does not compute, in words: an error for whoever runs the model, not for who looks at its
+            weights.
+        notes: What was passed over, as transformers does.
+    """
+
+    config: ModelConfig
+    uncomputed: list[str]
+    notes: list[str]
+
+
 @dataclass(frozen=True)
 class Family:
     """One family of checkpoints.
@@ -80,6 +98,13 @@ class Family:
         fixed: Our config fields that are the same in every model of the family.
         defaults: Their keys that ``config.json`` may leave out, and what that means.
         accepts: Their keys that change what the model computes -> the values for which it computes what ours does.
+        reads: Their keys that ``decode`` and ``uncomputed`` read, beside those that have a default.
+        harmless: Their keys that change nothing of what a trained model computes, beside those of every family.
+        same: Another name of a key -> the key.
+        other_names: Our parameter -> what else their tensor may be called; the one that is stored is taken.
+        in_transformers: Whether transformers has a class for it. That class passes over settings that it does not know,
+            and so does moebed, with a note; of another family they are an error for whoever runs the model.
+        uncomputed: What the decoder does not compute of their settings, in words, beside ``accepts``.
         decode: Further fields of ours from their settings.
         encode: Further settings of theirs from our config.
     """
@@ -92,8 +117,31 @@ class Family:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     accepts: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    reads: tuple[str, ...] = ()
+    harmless: tuple[str, ...] = ()
+    same: Mapping[str, str] = field(default_factory=dict)
+    other_names: Mapping[str, str] = field(default_factory=dict)
+    in_transformers: bool = True
+    uncomputed: Callable[[Settings], list[str]] = lambda settings: []
     decode: Callable[[Settings], dict[str, Any]] = lambda settings: {}
     encode: Callable[[ModelConfig], dict[str, Any]] = lambda config: {}
+
+    def read(self, settings: Settings, where: str = "config.json") -> Reading:
+        """What a ``config.json`` says.
+
+        Args:
+            settings: Its content.
+            where: What an error calls it.
+
+        Raises:
+            ConfigError: A setting is missing or wrong, or asks for weights that the decoder does not have.
+        """
+        try:
+            return self._read(settings)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from error
+        except (TypeError, ValueError, KeyError) as error:
+            raise ConfigError(f"{where}: not a {self.model_type} config ({error})") from error
 
     def read_config(self, settings: Settings, where: str = "config.json") -> ModelConfig:
         """The ModelConfig of a ``config.json``.
@@ -103,31 +151,66 @@ class Family:
             where: What an error calls it.
 
         Raises:
-            ConfigError: A setting is missing, or asks for something that the decoder does not compute.
+            ConfigError: A setting is missing or wrong, or asks for something that the decoder does not compute.
         """
+        reading = self.read(settings, where)
+        if reading.uncomputed:
+            raise ConfigError(f"{where}: {reading.uncomputed[0]}")
+        return reading.config
+
+    def _read(self, settings: Settings) -> Reading:
+        settings = self._by_one_name(settings)
         found = {**_DEFAULTS, **self.defaults, **settings}
-        for key, accepted in {**_ACCEPTS, **self.accepts}.items():
-            if key in found and found[key] not in accepted:
+        for key in QUANTISED_SETTINGS:
+            if found.get(key) is not None:
+                raise ConfigError(f"{key} says that the weights are quantised; get the checkpoint without quantisation")
+        accepts = {**_ACCEPTS, **self.accepts}
+        uncomputed = []
+        for key, accepted in accepts.items():
+            if key in found and not any(type(found[key]) is type(one) and found[key] == one for one in accepted):
                 wanted = " or ".join(repr(value) for value in accepted)
-                raise ConfigError(
-                    f"{where}: {key} is {found[key]!r}; {self.model_type} is supported with {wanted} only"
-                )
+                uncomputed.append(f"{key} is {found[key]!r}; {self.model_type} is supported with {wanted} only")
+        uncomputed += self.uncomputed(found)
         names = {**COMMON_FIELDS, **self.fields}
         missing = [theirs for theirs in names.values() if theirs not in found]
         if missing:
-            raise ConfigError(f"{where}: {missing[0]} is missing; a {self.model_type} config has it")
-        values = {ours: found[theirs] for ours, theirs in names.items()}
-        values |= _rope(found, where) | {"head_dim": found.get("head_dim")}
-        values["hidden_act"] = _READ_ACTIVATIONS.get(found["hidden_act"])
+            raise ConfigError(f"{missing[0]} is missing; a {self.model_type} config has it")
+        rope = read_rope(settings, self.defaults.get("rope_theta", 10000.0))
+        values: dict[str, Any] = {ours: found[theirs] for ours, theirs in names.items()}
+        values["head_dim"] = found.get("head_dim")
+        for ours, value in values.items():
+            _require_kind(ours, names.get(ours, ours), value)
+        values |= {"rope_theta": rope.theta, "rope_scaling": rope.scaling}
+        values["hidden_act"] = _READ_ACTIVATIONS.get(str(found["hidden_act"]))
         if values["hidden_act"] is None:
             known = ", ".join(_READ_ACTIVATIONS)
-            raise ConfigError(f"{where}: hidden_act is {found['hidden_act']!r}; the known ones are {known}")
-        try:
-            return ModelConfig(**{**values, **self.fixed, **self.decode(found)})
-        except ConfigError as error:
-            raise ConfigError(f"{where}: {error}") from error
-        except (TypeError, ValueError, KeyError) as error:
-            raise ConfigError(f"{where}: not a {self.model_type} config ({error})") from error
+            raise ConfigError(f"hidden_act is {found['hidden_act']!r}; the known ones are {known}")
+        config = ModelConfig(**{**values, **self.fixed, **self.decode(found)})
+        declared = {*names.values(), *_DEFAULTS, *self.defaults, *accepts, *self.reads, *self.harmless, *ROPE_KEYS}
+        declared |= {"head_dim", *HARMLESS_SETTINGS, *QUANTISED_SETTINGS}
+        unknown = [key for key, value in settings.items() if key not in declared and value is not None]
+        notes = list(rope.notes)
+        if unknown and self.in_transformers:
+            notes.append(f"{', '.join(unknown)}: no setting of {self.model_type}; passed over, as transformers does")
+        elif unknown:
+            uncomputed.append(
+                f"{', '.join(unknown)}: no setting of {self.model_type} that is known here; take it out of the file if "
+                "it changes nothing of what the model computes"
+            )
+        return Reading(config, rope.uncomputed + uncomputed, notes)
+
+    def _by_one_name(self, settings: Settings) -> dict[str, Any]:
+        """Settings in which each that has two names has the family's own."""
+        found = dict(settings)
+        for other, name in self.same.items():
+            if other not in found:
+                continue
+            value = found.pop(other)
+            if found.setdefault(name, value) != value:
+                raise ConfigError(
+                    f"{other} is {value!r} but {name} is {found[name]!r}, which are one setting; take one of them out"
+                )
+        return found
 
     def write_config(self, config: ModelConfig) -> dict[str, Any]:
         """The ``config.json`` of a model.
@@ -138,15 +221,7 @@ class Family:
         settings: dict[str, Any] = {"model_type": self.model_type, "architectures": [self.architecture]}
         settings |= {theirs: one_number(config, ours) for ours, theirs in {**COMMON_FIELDS, **self.fields}.items()}
         settings |= {"head_dim": config.head_dim, "hidden_act": ACTIVATIONS[config.hidden_act]}
-        # Older and newer transformers look for the base in different places.
-        settings["rope_theta"] = config.rope_theta
-        kind = "default" if config.rope_scaling is None else "llama3"
-        settings["rope_parameters"] = {
-            "rope_type": kind,
-            "rope_theta": config.rope_theta,
-            **(config.rope_scaling or {}),
-        }
-        settings |= self.encode(config)
+        settings |= {**write_rope(config), **self.encode(config)}
         back = self.read_config(settings, f"{self.model_type} config").to_dict()
         values = config.to_dict()
         for name in dict.fromkeys((*_PER_LAYER, *values)):
@@ -159,31 +234,45 @@ class Family:
         return settings
 
 
-_DEFAULTS = {"hidden_act": "silu", "num_key_value_heads": None, "tie_word_embeddings": False, "rope_theta": 10000.0}
+_DEFAULTS = {"hidden_act": "silu", "num_key_value_heads": None, "tie_word_embeddings": False}
+# What only a forward pass needs, or what comes with tensors that have no place in the decoder.
 _ACCEPTS: dict[str, tuple[Any, ...]] = {
-    "partial_rotary_factor": (None, 1, 1.0),
-    "attention_bias": (None, False),
-    "mlp_bias": (None, False),
-    "quantization_config": (None,),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "per_layer_config": (None,),  # other sizes for single layers
 }
+_HINTS = get_type_hints(ModelConfig)
 
 
-def _rope(settings: Settings, where: str) -> dict[str, Any]:
-    """The rotary base and Llama 3's scaling, from their old place or from their new one."""
-    key = "rope_parameters" if settings.get("rope_parameters") else "rope_scaling"
-    given: Mapping[str, Any] = settings.get(key) or {}
-    kind = given.get("rope_type", given.get("type", "default"))
-    plain = given.get("partial_rotary_factor", 1.0) == 1.0
-    if kind == "default" and plain:
-        scaling = None
-    elif kind == "llama3" and plain and all(name in given for name in ROPE_SCALING):
-        scaling = {name: float(given[name]) for name in ROPE_SCALING}
+def _require_kind(ours: str, theirs: str, value: Any) -> None:
+    """Raise ConfigError if a setting's value is not of the kind of our field; JSON's true is no number here."""
+    kinds = set(get_args(_HINTS[ours])) or {_HINTS[ours]}
+    kinds = {bool} if ours == "norm_topk_prob" else kinds
+    if value is None and type(None) in kinds:
+        return
+    if bool in kinds:
+        good, wanted = isinstance(value, bool), "true or false"
+    elif float in kinds:
+        good, wanted = isinstance(value, int | float) and not isinstance(value, bool), "a number"
     else:
-        raise ConfigError(
-            f"{where}: {key} is {given!r}; supported are rope_type 'default', and 'llama3' with "
-            f"{', '.join(ROPE_SCALING)}"
-        )
-    return {"rope_theta": float(given.get("rope_theta", settings["rope_theta"])), "rope_scaling": scaling}
+        good = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        wanted = "a whole number above 0"
+    if not good:
+        raise ConfigError(f"{theirs} is {json.dumps(value)}; it must be {wanted}")
+
+
+def require_count(settings: Settings, key: str, least: int = 1) -> int:
+    """The whole number that a setting is.
+
+    Raises:
+        ConfigError: It is missing, none, or less than ``least``.
+    """
+    if key not in settings:
+        raise ConfigError(f"{key} is missing")
+    value = settings[key]
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{key} is {json.dumps(value)}; it must be a whole number, at least {least}")
+    return value
 
 
 def same_setting(config: ModelConfig, other: Mapping[str, Any], name: str) -> bool:

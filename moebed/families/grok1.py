@@ -3,6 +3,7 @@
 from typing import Any
 
 from moebed.config import ModelConfig
+from moebed.errors import ConfigError
 from moebed.families.base import ExpertNames, Family, Settings
 
 _LAYER, _MOE = "model.layers.{i}", "model.layers.{i}.moe_block"
@@ -15,7 +16,13 @@ _NORMS = {
 
 
 def _decode(settings: Settings) -> dict[str, Any]:
-    return {"attn_logit_softcapping": settings["max_attn_value"] or None}
+    cap = settings["max_attn_value"]
+    if cap is not None and (isinstance(cap, bool) or not isinstance(cap, int | float) or cap < 0):
+        raise ConfigError(f"max_attn_value is {cap!r}; it must be a number, or null for none")
+    scale = settings["attn_output_multiplier"]
+    if not scale:
+        raise ConfigError(f"attn_output_multiplier is {scale!r}; it must be a number other than 0")
+    return {"attn_logit_softcapping": cap or None}
 
 
 def _encode(config: ModelConfig) -> dict[str, Any]:
@@ -61,6 +68,7 @@ GROK1 = Family(
         "output_multiplier_scale": 1.0,
         "tie_word_embeddings": True,
     },
+    in_transformers=False,
     decode=_decode,
     encode=_encode,
 )

@@ -11,6 +11,7 @@ from collections.abc import Container, Iterator
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from moebed.config import ModelConfig
 from moebed.decoder import Decoder
@@ -55,10 +56,12 @@ class KeyMap:
     """
 
     def __init__(self, family: Family, config: ModelConfig, present: Container[str] = ()) -> None:
-        self.family, self.config = family, config
+        self.family, self.config, self._present = family, config, present
         with torch.device("meta"):
             decoder = Decoder(config)
-        self.shapes = {name: tuple(parameter.shape) for name, parameter in decoder.stored().items()}
+        stored = decoder.stored()
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
+        self.state = frozenset(name for name, tensor in stored.items() if not isinstance(tensor, nn.Parameter))
         always = family.experts is not None and not family.experts.gate
         self._fused = {layer for layer in config.moe_layers if always or self._fused_name(layer) in present}
 
@@ -89,7 +92,17 @@ class KeyMap:
             raise ConfigError(f"a {self.family.model_type} checkpoint has no tensor for the parameter {template}")
         shape = self.shapes[template.format(i=layer)]
         rows = math.prod(shape[:-1])
-        return TensorPart(self.family.tensors[template].format(i=layer), shape, 0, rows)
+        return TensorPart(self._name(template, layer), shape, 0, rows)
+
+    def _name(self, template: str, layer: int) -> str:
+        """What a parameter's tensor is called; of several names, the one that is there."""
+        names = [self.family.tensors[template]]
+        if template in self.family.other_names:
+            names.append(self.family.other_names[template])
+        if template == "embed_tokens.weight" and self.config.tie_word_embeddings:
+            names.append(self.family.tensors["lm_head.weight"])
+        named = [name.format(i=layer) for name in names]
+        return next((name for name in named if name in self._present), named[0])
 
     def expert(self, layer: int, matrix: str, expert: int) -> TensorPart:
         """One routed expert's ``gate`` or ``up`` (F, H), or ``down`` (H, F); a factorised gate is (F, C)."""

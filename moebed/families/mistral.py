@@ -9,5 +9,6 @@ MISTRAL = Family(
     tensors={**LLAMA, **DENSE_FFN},
     fields={"intermediate_size": "intermediate_size", "sliding_window": "sliding_window"},
     fixed={"num_experts": 0},
+    accepts={"layer_types": (None,)},  # with them, transformers makes a Ministral of it
     defaults={"sliding_window": 4096, "rms_norm_eps": 1e-6},
 )

@@ -23,5 +23,8 @@ MIXTRAL = Family(
         "sliding_window": "sliding_window",
     },
     fixed={"norm_topk_prob": True},
+    same={"num_experts": "num_local_experts"},
+    # As transformers from version 5 on holds it, and writes it with save_original_format=False.
+    other_names={"layers.{i}.mlp.router.weight": "model.layers.{i}.mlp.gate.weight"},
     defaults={"sliding_window": None, "rope_theta": 1e6, "rms_norm_eps": 1e-5},
 )

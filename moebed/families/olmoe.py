@@ -16,5 +16,7 @@ OLMOE = Family(
     },
     fixed={"qk_norm": "full"},
     defaults={"rms_norm_eps": 1e-5, "norm_topk_prob": False},
-    accepts={"clip_qkv": (None,)},
+    same={"num_local_experts": "num_experts"},
+    # A window would be used by some of transformers' kinds of attention and passed over by others.
+    accepts={"clip_qkv": (None,), "sliding_window": (None,)},
 )

@@ -13,7 +13,7 @@ from typing import Any
 
 from moebed.config import ModelConfig
 from moebed.errors import ConfigError
-from moebed.families.base import ExpertNames, Family, Settings
+from moebed.families.base import ExpertNames, Family, Reading, Settings
 
 
 class _Prefixed(Mapping[str, str]):
@@ -38,8 +38,11 @@ class _Prefixed(Mapping[str, str]):
 class OwnFamily(Family):
     """A family whose ``config.json`` holds a ModelConfig as it is, so that it expresses every model."""
 
-    def read_config(self, settings: Settings, where: str = "config.json") -> ModelConfig:
-        """The ModelConfig under ``config``; raises ConfigError if it is none."""
+    def read(self, settings: Settings, where: str = "config.json") -> Reading:
+        """The ModelConfig under ``config``, which says everything; raises ConfigError if it is none."""
+        return Reading(self._content(settings, where), [], [])
+
+    def _content(self, settings: Settings, where: str) -> ModelConfig:
         content = settings.get("config")
         if not isinstance(content, Mapping):
             raise ConfigError(f"{where}: config is missing; a {self.model_type} config has the model's settings there")
@@ -62,6 +65,7 @@ def _own(prefix: str, architecture: str) -> Family:
         architecture=architecture,
         tensors=_Prefixed(prefix),
         # No name for one expert's matrix: they are always fused.
+        in_transformers=False,
         experts=ExpertNames("", "", "", f"{experts}.gate_up_proj", f"{experts}.down_proj"),
     )
 

@@ -4,15 +4,18 @@ from typing import Any
 
 from moebed.config import ModelConfig
 from moebed.errors import ConfigError
-from moebed.families.base import Family, Settings, one_number
+from moebed.families.base import Family, Settings, one_number, require_count
 from moebed.families.layout import ATTENTION_BIAS, DENSE_FFN, EXPERTS, LLAMA, ROUTER, shared_expert
+from moebed.families.windows import WINDOW_DEFAULTS, WINDOW_KEYS, uncomputed_windows, window_of
 
 
 def sparse_layers(settings: Settings) -> list[int]:
     """Routed experts of each layer, from ``mlp_only_layers`` and ``decoder_sparse_step``."""
-    dense, every = settings["mlp_only_layers"] or [], settings["decoder_sparse_step"]
-    layers = range(settings["num_hidden_layers"])
-    return [0 if i in dense or (i + 1) % every else settings["num_experts"] for i in layers]
+    dense, layers = settings["mlp_only_layers"] or [], range(settings["num_hidden_layers"])
+    if not isinstance(dense, list) or not all(isinstance(layer, int) for layer in dense):
+        raise ConfigError(f"mlp_only_layers is {dense!r}; it must be a list of layers")
+    count, every = require_count(settings, "num_experts", 0), require_count(settings, "decoder_sparse_step")
+    return [0 if i in dense or (i + 1) % every else count for i in layers]
 
 
 def sparse_settings(config: ModelConfig) -> dict[str, Any]:
@@ -31,21 +34,22 @@ def sparse_settings(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _slides(settings: Settings, layer: int) -> bool:
+    return layer % 2 == 0 and layer < settings["max_window_layers"]
+
+
 def _decode(settings: Settings) -> dict[str, Any]:
-    shared, width = settings["shared_expert_intermediate_size"], settings["moe_intermediate_size"]
-    if shared % width:
-        raise ConfigError(
-            f"shared_expert_intermediate_size is {shared}; only multiples of moe_intermediate_size {width} "
-            "are supported"
-        )
-    return {"num_experts": sparse_layers(settings), "num_shared_experts": shared // width}
+    experts, shared = sparse_layers(settings), require_count(settings, "shared_expert_intermediate_size")
+    found: dict[str, Any] = {"num_experts": experts, "sliding_window": window_of(settings, _slides)}
+    return found | ({"num_shared_experts": 1, "shared_expert_intermediate_size": shared} if any(experts) else {})
 
 
 def _encode(config: ModelConfig) -> dict[str, Any]:
-    width = one_number(config, "num_shared_experts") * one_number(config, "moe_intermediate_size")
+    settings = sparse_settings(config)
+    width = config.layer(config.moe_layers[0]).shared_intermediate_size
     if not width:
         raise ConfigError("model config: num_shared_experts is 0, but a qwen2_moe checkpoint has a shared expert")
-    return {**sparse_settings(config), "shared_expert_intermediate_size": width}
+    return {**settings, "shared_expert_intermediate_size": width}
 
 
 SPARSE_FIELDS = {
@@ -76,9 +80,9 @@ QWEN2_MOE = Family(
     experts=EXPERTS,
     fields={**SPARSE_FIELDS, "attention_bias": "qkv_bias"},
     fixed={"shared_expert_gate": True},
-    defaults={**SPARSE_DEFAULTS, "qkv_bias": True},
-    # Its sliding window differs between layers.
-    accepts={"use_sliding_window": (None, False)},
+    defaults={**SPARSE_DEFAULTS, "qkv_bias": True, **WINDOW_DEFAULTS},
+    reads=("num_experts", "shared_expert_intermediate_size", *WINDOW_KEYS),
+    uncomputed=lambda settings: uncomputed_windows(settings, _slides),
     decode=_decode,
     encode=_encode,
 )

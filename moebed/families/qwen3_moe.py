@@ -3,16 +3,18 @@
 from typing import Any
 
 from moebed.config import ModelConfig
+from moebed.errors import ConfigError
 from moebed.families.base import Family, Settings
 from moebed.families.layout import DENSE_FFN, EXPERTS, LLAMA, QK_NORM, ROUTER
 from moebed.families.qwen2_moe import SPARSE_DEFAULTS, SPARSE_FIELDS, sparse_layers, sparse_settings
 
 
 def _decode(settings: Settings) -> dict[str, Any]:
-    # transformers writes the number of experts under either name.
-    count = settings.get("num_experts") or settings["num_local_experts"]
-    window = settings.get("sliding_window") if settings.get("use_sliding_window") else None
-    return {"num_experts": sparse_layers({**settings, "num_experts": count}), "sliding_window": window}
+    used = settings["use_sliding_window"]
+    if not isinstance(used, bool):
+        raise ConfigError(f"use_sliding_window is {used!r}; it must be true or false")
+    window = settings["sliding_window"] if used else None
+    return {"num_experts": sparse_layers(settings), "sliding_window": window}
 
 
 def _encode(config: ModelConfig) -> dict[str, Any]:
@@ -27,7 +29,9 @@ QWEN3_MOE = Family(
     experts=EXPERTS,
     fields=SPARSE_FIELDS,
     fixed={"qk_norm": "head"},
-    defaults=SPARSE_DEFAULTS,
+    same={"num_local_experts": "num_experts"},  # transformers writes the one or the other
+    defaults={**SPARSE_DEFAULTS, "use_sliding_window": False, "sliding_window": 4096},
+    reads=("num_experts",),
     decode=_decode,
     encode=_encode,
 )

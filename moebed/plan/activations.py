@@ -97,7 +97,7 @@ def shared_experts(setup: Setup, index: int) -> int:
     if not layer.num_shared_experts:
         return 0
     gated = config.shared_expert_gate
-    total = _gated_ffn(setup, layer.num_shared_experts * layer.moe_intermediate_size)
+    total = _gated_ffn(setup, layer.shared_intermediate_size)
     if setup.precision.autocast:
         total += _matrix_inputs(setup, 3 if gated else 2)
     elif setup.precision.parameter < 4:  # in float32 the router keeps this very tensor

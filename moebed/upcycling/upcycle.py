@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moebed.checkpoints.checkpoint import Checkpoint
 from moebed.checkpoints.companions import copy_tokenizer, special_ids, write_start_recipe
-from moebed.checkpoints.writer import FolderWriter, read_bands
+from moebed.checkpoints.writer import FolderWriter, read_bands, stored_dtypes
 from moebed.config import ModelConfig
 from moebed.errors import ConfigError
 from moebed.families.base import Family
@@ -157,7 +157,7 @@ class UpcycledWeights:
         """A shared expert's matrix, or its gate (1, H): random, and zero where that keeps it silent."""
         config = self.plan.config
         wide, hidden = config.layer(layer), config.hidden_size
-        width = wide.num_shared_experts * wide.moe_intermediate_size
+        width = wide.shared_intermediate_size
         if name.endswith("down_proj.weight"):
             return torch.zeros(hidden, width)
         rows = 1 if name.endswith("shared_expert_gate.weight") else width
@@ -202,7 +202,8 @@ def upcycle(
         method: Name of the method.
         settings: What it reads.
         folder: A new or empty folder.
-        dtype: What the weights are stored in; as in the dense checkpoint's embedding, if not given.
+        dtype: What the weights are stored in; if not given, each as in the dense checkpoint, and new ones as its
+            embedding.
         on_start: Called with the bytes that will be written.
         on_write: Called with the bytes of every band that is written.
 
@@ -213,13 +214,14 @@ def upcycle(
         UserError: A weight is NaN or Inf, or the folder cannot be written.
     """
     config = plan.config
-    stored = dtype or source.dtype(source.keys.parameter("embed_tokens.weight")[0].part)
+    dtypes = stored_dtypes(source)
+    stored = dtype or dtypes["embed_tokens.weight"]
     keys = KeyMap(plan.family, config)
     made = {"method": method, "dense": source.name, **dataclasses.asdict(settings)}
     # transformers keeps what it does not know.
     ids = special_ids(source_path, source.settings)
     written = {**plan.family.write_config(config), **ids, "moebed_upcycled": made}
-    writer = FolderWriter(keys, written, stored)
+    writer = FolderWriter(keys, written, stored, dtypes=dtypes if dtype is None else None)
     on_start(writer.total)
     notes = [plan.note] if plan.note else []
     shards = settings.granularity

@@ -65,3 +65,14 @@ def test_errors_are_one_line_and_leave_nothing(tmp_path, capsys, kind):
     assert said.startswith("moebed: error: ")
     assert said.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_another_folder_s_config_is_not_the_run_s(tmp_path):
+    """The checkpoint was moved out of its run, below a folder that has a config.yaml and a tokenizer."""
+    checkpoint, _ = write_run(tmp_path)
+    moved = tmp_path / "my_run" / "kept" / "here" / "last.ckpt"
+    moved.parent.mkdir(parents=True)
+    checkpoint.rename(moved)
+    assert export(moved, tmp_path / "out") == 0
+    assert "rhymes" not in (tmp_path / "out" / "README.md").read_text()
+    assert not (tmp_path / "out" / "tokenizer.json").exists()

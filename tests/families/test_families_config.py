@@ -35,7 +35,7 @@ SETTINGS = {
         ("llama", "rope_scaling", {"type": "linear", "factor": 2.0}),
         ("llama", "attention_bias", True),
         ("llama", "mlp_bias", True),
-        ("qwen2", "use_sliding_window", True),
+        ("qwen2", "layer_types", ["full_attention", "sliding_attention"]),
         ("olmoe", "clip_qkv", 8.0),
         ("deepseek", "scoring_func", "sigmoid"),
         ("mixtral", "quantization_config", {"bits": 4}),
@@ -61,6 +61,31 @@ def test_llama_3_scaling_is_read_from_its_old_place():
     settings = {**SETTINGS, "rope_theta": 500000.0, "rope_scaling": {"rope_type": "llama3", **scaling}}
     config = FAMILIES["llama"].read_config(settings)
     assert (config.rope_theta, config.rope_scaling) == (500000.0, scaling)
+
+
+def test_one_expert_of_a_deepseek_token_keeps_its_weight():
+    """The class divides by the sum of weights only where there are several."""
+    settings = {**SETTINGS, "n_routed_experts": 4, "moe_intermediate_size": 16, "norm_topk_prob": True}
+    del settings["num_local_experts"]
+    read = FAMILIES["deepseek"].read_config
+    assert read(settings).norm_topk_prob
+    assert not read({**settings, "num_experts_per_tok": 1}).norm_topk_prob
+
+
+@pytest.mark.parametrize("settings", [{}, {"n_routed_experts": None, "num_experts_per_tok": None,
+                                           "moe_intermediate_size": None, "n_shared_experts": None}])  # fmt: skip
+def test_deepseek_without_experts_is_a_dense_model(settings):
+    common = {key: value for key, value in SETTINGS.items() if "experts" not in key}
+    assert FAMILIES["deepseek"].read_config({**common, **settings}).moe_layers == []
+
+
+@pytest.mark.parametrize(("family", "key"), [("deepseek", "moe_layer_freq"), ("qwen2_moe", "decoder_sparse_step"),
+                                             ("qwen3_moe", "decoder_sparse_step")])  # fmt: skip
+def test_a_step_of_no_layers_is_refused_by_name(family, key):
+    common = {key: value for key, value in SETTINGS.items() if "local" not in key}
+    sizes = {**common, **OWN[family]}
+    with pytest.raises(ConfigError, match=f"{key} is 0"):
+        FAMILIES[family].read({**sizes, key: 0})
 
 
 def test_a_missing_setting_is_named():
@@ -135,10 +160,23 @@ def test_logits_of_the_oracles(name, length):
     np.testing.assert_allclose(found, wanted["logits"], rtol=1e-4, atol=1e-4 * np.abs(wanted["logits"]).max())
 
 
+OWN = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "deepseek": {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "grok-1": {"num_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+                  "shared_expert_intermediate_size": 20},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+}  # fmt: skip
+
+
 def test_every_family_round_trips_its_own_settings():
+    common = {key: value for key, value in SETTINGS.items() if "experts" not in key}
     for family in FAMILIES.values():
-        settings = {**SETTINGS, "num_experts": 4, "moe_intermediate_size": 16, "n_routed_experts": 4,
-                    "shared_expert_intermediate_size": 32, "model_type": family.model_type}  # fmt: skip
-        config = family.read_config(settings)
-        written = json.loads(json.dumps(family.write_config(config)))
-        assert family.read_config(written).to_dict() == config.to_dict()
+        settings = {**common, **OWN.get(family.model_type, {}), "model_type": family.model_type}
+        reading = family.read(settings)
+        assert not reading.notes
+        written = json.loads(json.dumps(family.write_config(reading.config)))
+        assert family.read_config(written).to_dict() == reading.config.to_dict()
+        assert not family.read(written).notes

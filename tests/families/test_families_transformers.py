@@ -1,16 +1,13 @@
 """Every family that transformers has, against it: logits of what it wrote, and of what we wrote for it."""
 
 import json
-import shutil
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from moebed.checkpoints import Checkpoint, load_decoder, write_checkpoint
-from moebed.families import FAMILIES
-from tests.conftest import ORACLES
 
 COMMON = {
     "vocab_size": 80,
@@ -105,40 +102,36 @@ def test_transformers_loads_what_we_write(theirs, tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        # transformers has no deepseek: one is read instead of written
-        pytest.param(name, marks=pytest.mark.shared("oracles/deepseekmoe")) if name == "deepseek" else name
-        for name, family in FAMILIES.items()
-        if family.experts and name != "grok-1"
-    ],
-)
-def test_fused_experts_are_read(family, tmp_path):
-    """The names that transformers holds in memory, which some checkpoints have on disk."""
-    case = "deepseek" if family == "deepseek" else next(key for key, (name, _) in CASES.items() if name == family)
-    if case == "deepseek":
-        shutil.copytree(ORACLES / "deepseekmoe", tmp_path / "plain", ignore=shutil.ignore_patterns("*.npz"))
-    else:
-        config = transformers.AutoConfig.for_model(family, **COMMON, **CASES[case][1])
-        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "plain")
-    plain = Checkpoint.open(tmp_path / "plain")
-    decoder = load_decoder(plain)
-    tensors = {}
-    for path in sorted((tmp_path / "plain").glob("*.safetensors")):
-        tensors |= load_file(path)
-    for layer in plain.config.moe_layers:
-        experts, names = decoder.layers[layer].mlp.experts, FAMILIES[family].experts
-        for matrix in ("gate", "up", "down"):
-            for expert in range(experts.num_experts):
-                del tensors[getattr(names, matrix).format(i=layer, e=expert)]
-        tensors[names.gate_up_fused.format(i=layer)] = experts.gate_up_proj.detach().contiguous()
-        tensors[names.down_fused.format(i=layer)] = experts.down_proj.detach().contiguous()
-    (tmp_path / "fused").mkdir()
-    save_file(tensors, tmp_path / "fused" / "model.safetensors")
-    shutil.copy(tmp_path / "plain" / "config.json", tmp_path / "fused")
-    fused = load_decoder(tmp_path / "fused")
-    assert all(torch.equal(a, b) for a, b in zip(fused.parameters(), decoder.parameters(), strict=True))
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe"])
+def test_what_transformers_writes_as_it_holds_it_is_read(family, tmp_path):
+    """Experts fused, and Mixtral's router under another name."""
+    config = transformers.AutoConfig.for_model(family, **COMMON, **CASES[family][1])
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "original")
+    model.save_pretrained(tmp_path / "held", save_original_format=False)
+    held = load_file(tmp_path / "held" / "model.safetensors")
+    assert "model.layers.2.mlp.experts.gate_up_proj" in held
+    assert "model.layers.2.mlp.gate.weight" in held
+    decoders = [load_decoder(tmp_path / name) for name in ("held", "original")]
+    assert all(torch.equal(a, b) for a, b in zip(*(one.parameters() for one in decoders), strict=True))
+    ids = torch.randint(3, 80, (2, 12))
+    same(logits(decoders[0], ids), logits(model, ids))
+
+
+def test_llama_3_scaling_is_written_in_both_places(tmp_path):
+    """transformers before version 5 looks under rope_scaling, and wants whole positions."""
+    config = transformers.AutoConfig.for_model("llama", **COMMON, rope_parameters=LLAMA3)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "theirs")
+    decoder = load_decoder(tmp_path / "theirs")
+    write_checkpoint(decoder, "llama", tmp_path / "ours", torch.float32)
+    settings = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert settings["rope_theta"] == 30.0
+    for key in ("rope_scaling", "rope_parameters"):
+        found = settings[key]
+        assert type(found["original_max_position_embeddings"]) is int
+        assert {name: found[name] for name in LLAMA3 if name != "rope_theta"} == {
+            name: value for name, value in LLAMA3.items() if name != "rope_theta"
+        }
 
 
 def test_config_in_its_old_form(tmp_path):

@@ -111,6 +111,19 @@ def test_a_runs_own_tokenizer_is_found_above_its_checkpoint(tmp_path):
     assert text.token_ids.tolist() == list(PAPER_SHORT.encode())
 
 
+def test_a_tokenizer_further_up_is_no_run_s_own(tmp_path):
+    decoder = write(tmp_path / "unused", vocab_size=258)
+    state = {f"decoder.{name}": value for name, value in decoder.state_dict().items()}
+    for folder in (tmp_path / "deep" / "run" / "checkpoints", tmp_path / "deep" / "run" / "moved"):
+        folder.mkdir(parents=True)
+        torch.save({"model_config": decoder.config.to_dict(), "state_dict": state}, folder / "last.ckpt")
+    BytesTokenizer().save(tmp_path / "deep" / "tokenizer")
+    BytesTokenizer().save(tmp_path / "tokenizer")
+    for folder in ("checkpoints", "moved"):
+        with pytest.raises(UserError, match="has no tokenizer/ of the run"):
+            read(tmp_path / "deep" / "run" / folder / "last.ckpt", text=["paper-short"])
+
+
 def fails(capsys, checkpoint, *options):
     """The one line of an error; nothing is left behind."""
     capsys.readouterr()
