@@ -74,7 +74,7 @@ def _compile(instruction_set: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
         command = [COMPILER, *_COMMON, *FLAGS[instruction_set], str(Path(__file__).with_name("experts.cpp"))]
-        done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True, errors="replace")
+        done = subprocess.run([*command, "-o", str(made)], capture_output=True, encoding="utf-8", errors="replace")
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
             raise Unavailable(f"it did not compile: {errors[0].strip() if errors else f'exit code {done.returncode}'}")
