@@ -109,6 +109,8 @@ def _model(config: ModelConfig, family: Family) -> str:
             "shared experts of a layer": _each(config.num_shared_experts),
             "router": config.router + (", weights of the chosen made to sum to 1" if config.norm_topk_prob else ""),
         }
+    if config.shared_expert_intermediate_size is not None:
+        rows["width of the shared expert"] = config.shared_expert_intermediate_size
     if len(config.moe_layers) < config.num_hidden_layers:
         rows["width of a dense FFN"] = config.intermediate_size
     return f"{kind} language model, trained with moebed.\n\n{_table('model', rows)}"

@@ -39,7 +39,7 @@ def test_the_card_says_when_the_numbers_are_of_another_step(tmp_path):
 def test_without_a_tokenizer_it_says_so(tmp_path, capsys):
     checkpoint, _ = write_run(tmp_path, tokenizer=None)
     assert export(checkpoint, tmp_path / "out") == 0
-    assert "has a tokenizer" in capsys.readouterr().err
+    assert "has no tokenizer of the run" in capsys.readouterr().err
     assert "AutoTokenizer" not in (tmp_path / "out" / "README.md").read_text()
 
 
