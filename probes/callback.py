@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from moebed import storage
 from moebed.errors import ConfigError, UserError
 from moebed.parallel.strategy import MeshStrategy
 from moebed.pretrained import PretrainedMoE
@@ -247,8 +248,7 @@ class ProbeCallback(Callback):
         for name, result in results.items():
             for key, build in result.figures.items():
                 picture = to_png(build())
-                with store.replacing(store.picture_path(self.out, name, key)) as file:
-                    file.write(picture)
+                storage.write_bytes(store.picture_path(self.out, name, key), picture)
                 for writer in _writers(trainer):
                     _add_png(writer, f"probes/{name}/{key}", picture, step)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from moebed import storage
 from moebed.text_pass import Stream
 from probes import store
 from probes.base import Arrays, Probe, layer_tag
@@ -59,8 +60,7 @@ class PartialResults:
             for key, value in probe.arrays.items()
             if everything or key.split("/")[1:2] in ([], [str(layer)])
         }
-        with store.replacing(self.folder / f"{layer_tag(layer)}.npz") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
+        storage.write_arrays(self.folder / f"{layer_tag(layer)}.npz", arrays, compressed=False)
 
     def save_streams(self, streams: Sequence[Stream | None]) -> None:
         """Keep where the text is."""
@@ -68,8 +68,7 @@ class PartialResults:
         for name, stream in zip(_STREAMS, streams, strict=True):
             if stream is not None:
                 arrays |= {f"{name}_layer": np.asarray(stream.layer), f"{name}_hidden": stream.hidden.cpu().numpy()}
-        with store.replacing(self.folder / "stream.npz") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type,unused-ignore]
+        storage.write_arrays(self.folder / "stream.npz", arrays, compressed=False)
 
     def load_streams(self, device: torch.device) -> tuple[Stream | None, Stream | None]:
         """Where the text was; nothing if that is not known. A damaged file is no file."""

@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moebed import storage
 from probes import store
 from probes.answers import QUESTIONS
 from probes.base import Headline
@@ -84,9 +85,7 @@ def write_report(run_dirs: Sequence[Path], out: Path, first: Mapping[str, str] |
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>moebed: {title}</title>'
         f"<style>{_STYLE}</style></head><body><main>\n{body}\n</main></body></html>\n"
     )
-    with store.replacing(path) as file:
-        file.write(page.encode())
-    return path
+    return storage.write_text(path, page)
 
 
 def _tell_apart(runs: Sequence[RunFolder], folders: Sequence[Path]) -> None:

@@ -5,8 +5,8 @@ last.ckpt/
     .metadata                         which part of which tensor lies where
     rest.ckpt                         all that is no tensor of the model or optimizer; written last
 
-A folder takes the place of an older one by two renames; `recover` finishes what was stopped between them. Checkpoints
-are data: `.metadata` is a pickle, of which only the handful of records that it is made of are admitted.
+A folder takes the place of an older one when it is whole (see moebed.storage). Checkpoints are data: `.metadata` is a
+pickle, of which only the handful of records that it is made of are admitted.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import io
 import os
 import pickle
-import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +25,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 
+from moebed import storage
 from moebed.checkpoints.files import TensorEntry
 from moebed.errors import SharedError, UserError
 
@@ -170,70 +170,39 @@ def write(path: Path, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) ->
     Raises:
         SharedError: It could not be written.
     """
-    partial, first = partial_name(path), dist.get_rank() == 0
-    error: BaseException | None = None
+    partial: Path | None = None
+
+    def begin() -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        storage.remove_leftovers(path, sole=True)
+        folder = storage.partial_name(path)
+        folder.mkdir()
+        return folder
+
+    def finish() -> None:
+        assert partial is not None
+        with open(partial / REST, "wb") as file:
+            torch.save(dict(rest), file)
+            file.flush()
+            os.fsync(file.fileno())
+        storage.take_place(partial, path, sole=True)
+
     try:
-        if first:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(partial))
-        if first:
-            with open(partial / REST, "wb") as file:
-                torch.save(dict(rest), file)
-                file.flush()
-                os.fsync(file.fileno())
-            replace(path)
-    except (Exception, dcp.api.CheckpointException) as caught:  # noqa: BLE001 - all ranks are told
-        error = caught
-    failures: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, _first_line(error) if error is not None else None)
-    failed = [(rank, text) for rank, text in enumerate(failures) if text is not None]
-    if failed:
-        if first:
-            shutil.rmtree(partial, ignore_errors=True)
+        partial = storage.on_first_rank(begin)
+        error: BaseException | None = None
+        try:
+            dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(partial))
+        except (Exception, dcp.api.CheckpointException) as caught:  # noqa: BLE001 - all ranks are told
+            error = caught
+        storage.agree(error, lambda rank, said: f"rank {rank}: {said}", _first_line)
+        storage.on_first_rank(finish)
+    except (SharedError, OSError, RuntimeError) as error:
+        if partial is not None and dist.get_rank() == 0:
+            storage.remove(partial)
         raise SharedError(
-            f"checkpoint {path} could not be written (rank {failed[0][0]}: {failed[0][1]}); the previous one is whole: "
-            "make room or choose another folder, then continue with --ckpt_path last",
+            f"checkpoint {path} could not be written ({_first_line(error)}); {storage.CHECKPOINT_ADVICE}",
             dist.get_rank(),
         ) from error
-
-
-def partial_name(path: Path) -> Path:
-    """Where a checkpoint is written before it takes its name."""
-    return path.with_name(path.name + ".partial")
-
-
-def _old_name(path: Path) -> Path:
-    return path.with_name(path.name + ".old")
-
-
-def replace(path: Path) -> None:
-    """Give the folder that was written the name of the older one, which goes."""
-    old = _old_name(path)
-    remove(old)
-    if path.exists():
-        os.rename(path, old)
-    os.rename(partial_name(path), path)
-    remove(old)
-
-
-def remove(path: Path) -> None:
-    """Remove a checkpoint, folder or file."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def recover(folder: Path) -> None:
-    """Give every checkpoint in a folder its name again whose replacement was stopped between two renames."""
-    for old in folder.glob("*.old"):
-        path = old.with_name(old.name.removesuffix(".old"))
-        if not path.exists():
-            os.rename(partial_name(path) if is_sharded(partial_name(path)) else old, path)
-        if old.exists():
-            remove(old)
 
 
 def flatten(states: Mapping[int, Mapping[str, Any]], names: list[str]) -> dict[str, Tensor]:

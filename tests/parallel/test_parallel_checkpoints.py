@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
+from moebed import storage
 from moebed.checkpoints import sharded
 from moebed.checkpoints.checkpoint import Checkpoint
 from moebed.checkpoints.whole import load_decoder
@@ -57,12 +58,12 @@ def test_the_one_before_stays_until_the_new_one_is_whole(tmp_path, alone, monkey
         patch.setattr(dcp, "save", full)
         with pytest.raises(UserError, match=r"last.ckpt could not be written \(rank 0: .*No space left on device\)"):
             _write(path, second)
-    assert not sharded.partial_name(path).exists()
+    assert not storage.leftovers(path, sole=True)
     assert torch.equal(load_decoder(Checkpoint.open(path)).lm_head.weight, first.lm_head.weight)
 
 
 @pytest.mark.parametrize("stopped_after", [0, 1])
-def test_a_replacement_that_was_stopped_is_finished(tmp_path, alone, monkeypatch, stopped_after):
+def test_a_replacement_that_was_stopped_leaves_the_one_before(tmp_path, alone, monkeypatch, stopped_after):
     first, second = Decoder(tiny_config()), Decoder(tiny_config())
     path = tmp_path / "last.ckpt"
     _write(path, first)
@@ -79,10 +80,12 @@ def test_a_replacement_that_was_stopped_is_finished(tmp_path, alone, monkeypatch
         patch.setattr(os, "rename", kill_after)
         with pytest.raises(KeyboardInterrupt):
             _write(path, second)
-    sharded.recover(tmp_path)
-    wanted = (first, second)[stopped_after]
-    assert torch.equal(load_decoder(Checkpoint.open(path)).lm_head.weight, wanted.lm_head.weight)
-    assert not list(tmp_path.glob("*.old"))
+    assert torch.equal(load_decoder(Checkpoint.open(storage.standing(path))).lm_head.weight, first.lm_head.weight)
+    storage.recover(tmp_path)
+    assert torch.equal(load_decoder(Checkpoint.open(path)).lm_head.weight, first.lm_head.weight)
+    _write(path, second)
+    assert torch.equal(load_decoder(Checkpoint.open(path)).lm_head.weight, second.lm_head.weight)
+    assert [name for name in os.listdir(tmp_path) if name != "rendezvous"] == ["last.ckpt"]
 
 
 class _Evil:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moebed.checkpoints import sharded
+from moebed import storage
 from tests.parallel.forked import Ranks, run, start
 from tests.parallel.parallel_runs import curves, fit, recipe
 
@@ -36,7 +36,7 @@ def _wait_for_a_checkpoint(path: Path, ranks: Ranks) -> None:
 def _wait_for_a_save(path: Path, ranks: Ranks) -> None:
     """Return while these ranks write the next one."""
     for _ in range(100_000):
-        if sharded.partial_name(path).exists():
+        if storage.leftovers(path, sole=True):
             return
         time.sleep(0.0005)
     raise AssertionError(f"no save within a minute\n{ranks.said}")
@@ -61,7 +61,7 @@ def test_killed_ranks_end_the_run_and_it_continues_bit_for_bit(tmp_path, layout,
         else:
             time.sleep(draw.uniform(0.0, 0.3))
         whole_job = number % 2 == 0
-        saving += sharded.partial_name(last).exists()
+        saving += bool(storage.leftovers(last, sole=True))
         for pid in started.pids if whole_job else [draw.choice(started.pids)]:
             os.kill(pid, signal.SIGKILL)
         codes = started.wait(60)

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from moebed import storage
 from moebed.errors import UserError
 from probes import store
 from probes.base import Headline, ProbeResult
@@ -50,7 +51,7 @@ def test_a_failed_write_leaves_the_earlier_file(tmp_path):
     path = store.save_arrays(tmp_path, "balance", {"load/0": np.ones(2)})
 
     def write_half():
-        with store.replacing(path) as file:
+        with storage.new_file(path) as file:
             file.write(b"half")
             raise ZeroDivisionError
 
