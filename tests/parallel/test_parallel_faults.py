@@ -81,7 +81,7 @@ def _small_files(rank: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("layout", ["1 process", "EP-2"])
+@pytest.mark.parametrize("layout", ["1 process", "DDP-2", "EP-2"])
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, layout):
     path, folder = recipe(tmp_path, 6), tmp_path / "run"
     arguments, ranks = fit(path, folder, layout)
@@ -96,6 +96,31 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, layout):
     assert before == {file.name: file.read_bytes() for file in ([last] if last.is_file() else last.iterdir())}
     assert [file.name for file in last.parent.iterdir()] == ["last.ckpt"]
     run(arguments, ranks, tmp_path / "logs" / "third")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("left", ["file", "folder"])
+@pytest.mark.parametrize("layout", ["1 process", "DDP-2", "EP-2"])
+def test_what_a_killed_run_left_does_not_stop_the_next_one(tmp_path, layout, left):
+    path, folder = recipe(tmp_path, 6), tmp_path / "run"
+    arguments, ranks = fit(path, folder, layout)
+    checkpoints = folder / "checkpoints"
+    for name in ("last.ckpt.partial", ".last.ckpt.elsewhere-1.7.partial"):
+        leftover = checkpoints / name / "part" if left == "folder" else checkpoints / name
+        leftover.parent.mkdir(parents=True, exist_ok=True)
+        leftover.write_text("half")
+    run(arguments, ranks, tmp_path / "logs" / "first")
+    assert [file.name for file in checkpoints.iterdir()] == ["last.ckpt"]
+    # A kill between the two renames of a replacement.
+    (checkpoints / "last.ckpt").rename(storage.old_name(checkpoints / "last.ckpt"))
+    validate = ["validate", *arguments[1:], "--ckpt_path", "last"]
+    validated = run(validate, ranks, tmp_path / "logs" / "validate")
+    assert "val/loss" in validated
+    assert [file.name for file in checkpoints.iterdir()] == [".last.ckpt.old"]  # who reads changes nothing
+    more = run([*arguments, "--ckpt_path", "last", "--trainer.max_steps", "8"], ranks, tmp_path / "logs" / "second")
+    assert "continuing the run" in more
+    assert [file.name for file in checkpoints.iterdir()] == ["last.ckpt"]
 
 
 def _nan_on_rank_1(rank: int) -> None:
