@@ -35,9 +35,14 @@ def picture_path(out: Path, name: str, figure: str) -> Path:
     return out / "figures" / f"{name}_{figure}.png"
 
 
-def save_arrays(out: Path, name: str, arrays: Arrays) -> Path:
-    """Write ``results/<name>.npz``."""
-    return storage.write_arrays(results_dir(out) / f"{name}.npz", arrays)
+def arrays_path(out: Path, name: str) -> Path:
+    """Where a probe's arrays lie."""
+    return results_dir(out) / f"{name}.npz"
+
+
+def save_arrays(out: Path, name: str, arrays: Arrays, note: str = "") -> Path:
+    """Write ``results/<name>.npz``, and in it a note of what the arrays were made from."""
+    return storage.write_arrays(arrays_path(out, name), arrays, note)
 
 
 def load_arrays(out: Path, name: str) -> dict[str, np.ndarray]:
@@ -46,7 +51,7 @@ def load_arrays(out: Path, name: str) -> dict[str, np.ndarray]:
     Raises:
         UserError: The file is missing or damaged.
     """
-    path = results_dir(out) / f"{name}.npz"
+    path = arrays_path(out, name)
     try:
         with np.load(path, allow_pickle=False) as file:
             return {key: file[key] for key in file.files}
@@ -60,11 +65,12 @@ def save_summary(
     out: Path,
     step: int,
     results: Mapping[str, ProbeResult],
-    timing: Mapping[str, float],
     model: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
+    made_from: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write ``summary.json``: for each probe its headlines and notes; the step; seconds spent; which model it was.
+    """Write ``summary.json``: for each probe its headlines and notes; the step; which model it was, and all that the
+    numbers were made from. The same probing gives the same file.
 
     ``notes`` are what a person should know of the model itself: what was passed over, in what it was computed.
 
@@ -88,8 +94,10 @@ def save_summary(
         for name, result in results.items()
     }
     path = out / "summary.json"
-    summary = {"step": step, "notes": list(notes), "probes": probes, "seconds": dict(timing)}
-    return storage.write_text(path, json.dumps(summary | ({"model": dict(model)} if model else {}), indent=2))
+    summary: dict[str, Any] = {"step": step, "notes": list(notes), "probes": probes}
+    summary |= {"model": dict(model)} if model else {}
+    summary |= {"provenance": dict(made_from)} if made_from else {}
+    return storage.write_text(path, json.dumps(summary, indent=2))
 
 
 def load_summary(out: Path) -> dict[str, Any]:

@@ -88,6 +88,53 @@ def test_a_replacement_that_was_stopped_leaves_the_one_before(tmp_path, alone, m
     assert [name for name in os.listdir(tmp_path) if name != "rendezvous"] == ["last.ckpt"]
 
 
+def _bytes_read() -> int:
+    """Bytes that this process has read by now, from files or from the cache in memory."""
+    with open("/proc/self/io", encoding="utf-8") as file:
+        return int(dict(line.split(": ") for line in file.read().splitlines())["rchar"])
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/io"), reason="this system does not count the bytes read")
+def test_reading_a_folder_an_expert_at_a_time_reads_it_once(tmp_path, alone):
+    decoder, path = Decoder(tiny_config(num_experts=16, moe_intermediate_size=128)), tmp_path / "last.ckpt"
+    _write(path, decoder)
+    checkpoint = Checkpoint.open(path)
+    parts = [
+        checkpoint.keys.expert(layer, matrix, expert)
+        for layer in range(decoder.config.num_hidden_layers)
+        for matrix in ("gate", "up", "down")
+        for expert in range(16)
+    ]
+    before = _bytes_read()
+    found = [checkpoint.read(part) for part in parts]
+    wanted = sum(checkpoint.num_bytes(part) for part in parts)
+    assert wanted <= _bytes_read() - before <= 1.2 * wanted
+    experts = decoder.blocks[0].mlp.experts
+    for matrix in range(3):
+        for expert in (0, 7, 15):
+            whole = experts.matrix(("gate", "up", "down")[matrix])[expert]
+            assert torch.equal(found[16 * matrix + expert], whole)
+
+
+@pytest.mark.parametrize("stored", ["transposed", "a vector", "rows of one part", "one number"])
+def test_a_part_is_read_however_it_lies(tmp_path, alone, stored):
+    value = {
+        "transposed": torch.arange(12.0).reshape(3, 4).t(),
+        "a vector": torch.arange(5.0),
+        "rows of one part": torch.arange(24.0).reshape(2, 3, 4),
+        "one number": torch.tensor(3.0),
+    }[stored]
+    sharded.write(tmp_path / "last.ckpt", {"model.x": value}, {"optimizer_states": []})
+    entry = sharded.entries(tmp_path / "last.ckpt")["x"]
+    rows = value.reshape(-1, value.shape[-1] if value.dim() else 1)
+    out = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    entry.read(0, out)
+    assert torch.equal(out, rows)
+    if len(rows) > 1:
+        entry.read(1, out[:1])
+        assert torch.equal(out[0], rows[1])
+
+
 class _Evil:
     def __reduce__(self):
         return os.system, ("touch it_ran",)
