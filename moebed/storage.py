@@ -110,11 +110,11 @@ def write_text(path: Path, text: str, advice: str = ADVICE) -> Path:
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], note: str = "", compressed: bool = True) -> Path:
-    """Write arrays as ``.npz``: the same arrays give the same bytes.
+    """Write arrays as ``.npz``: the same arrays in the same order give the same bytes.
 
     Args:
         path: The file.
-        arrays: By name; they are written in the order of their names.
+        arrays: By name.
         note: Kept as the archive's comment, where ``read_note`` finds it and ``numpy.load`` does not mind it.
         compressed: Whether to deflate.
     """
@@ -125,11 +125,11 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], note: str = "", c
     kind = zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED
     with new_file(path) as file, zipfile.ZipFile(file, "w", kind) as archive:
         archive.comment = note.encode()
-        for name in sorted(arrays):
+        for name, array in arrays.items():
             entry = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
             entry.compress_type = kind
             with archive.open(entry, "w", force_zip64=True) as part:
-                np.lib.format.write_array(part, np.asanyarray(arrays[name]), allow_pickle=False)
+                np.lib.format.write_array(part, np.asanyarray(array), allow_pickle=False)
     return path
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moebed.errors import UserError
 from moebed.views import MATRICES, HeadView, LayerView, Need
-from probes.base import Probe, ProbeResult
+from probes.base import Probe, ProbeResult, layer_of
 
 PER_EXPERT = frozenset({Need.OUTPUTS, Need.ACTIVATIONS})
 
@@ -102,8 +102,8 @@ class ProbePass:
     def results(self) -> dict[str, ProbeResult]:
         """Each probe's result over the layers shown, by name, with a note on each layer that is missing."""
         results: dict[str, ProbeResult] = {}
-        for probe in self.probes:  # in one order, however they came to be there
-            probe.arrays = dict(sorted(probe.arrays.items(), key=lambda item: _natural(item[0])))
+        for probe in self.probes:  # layer after layer, whichever of them were kept from an earlier pass
+            probe.arrays = dict(sorted(probe.arrays.items(), key=lambda item: _place(item[0])))
         by_name = {probe.name: probe for probe in self.probes}
         sources = {name: (*probe.sources, *probe.optional_sources) for name, probe in by_name.items()}
         order = TopologicalSorter({name: [one for one in of if one in by_name] for name, of in sources.items()})
@@ -176,9 +176,10 @@ def _show_experts(view: LayerView, probes: Sequence[Probe], timing: Timing) -> N
         mark = _now()
 
 
-def _natural(key: str) -> list[tuple[int, str]]:
-    """Sorts keys by their parts, layers by number."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in key.split("/")]
+def _place(key: str) -> int:
+    """Sorts arrays by layer, those of none first."""
+    layer = layer_of(key)
+    return -1 if layer is None else layer
 
 
 def _now() -> float:
