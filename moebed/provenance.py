@@ -78,11 +78,12 @@ def _files_of(module: ModuleType | None, known: set[str] | None = None) -> Itera
 
 
 def files_record(paths: Mapping[str, Path]) -> dict[str, list[Any]]:
-    """Size, time and a sample of the content of files, by name: what tells two files of one size apart."""
-    return {name: _file_record(path) for name, path in sorted(paths.items())}
+    """The records of files, by name: what tells two files of one size apart."""
+    return {name: file_record(path) for name, path in sorted(paths.items())}
 
 
-def _file_record(path: Path) -> list[Any]:
+def file_record(path: Path) -> list[Any]:
+    """Size, time and a sample of the content of a file."""
     status = path.stat()
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -94,7 +95,7 @@ def _file_record(path: Path) -> list[Any]:
 
 def content_record(path: Path) -> list[Any]:
     """Size and content of a file, whatever its time and place: all of it, or of a large one a sample."""
-    size, _, sample = _file_record(path)
+    size, _, sample = file_record(path)
     whole = size <= _WHOLE_BYTES
     return [size, hashlib.sha256(path.read_bytes()).hexdigest()[:16] if whole else sample]
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from moebed.data.corpus import EMBEDDED_DOMAINS, embedded_documents, embedded_identity
 from moebed.data.pieces import json_records, text_documents
 from moebed.errors import ConfigError, UserError
-from moebed.provenance import content_record
+from moebed.provenance import content_record, file_record
 
 _SUFFIXES = (".txt", ".csv", ".jsonl", ".json", ".parquet")
 # Of the data sets library; cache is what it kept of one of the others.
@@ -335,8 +335,7 @@ def _suffix(path: Path) -> str:
 
 
 def _file_identity(path: Path) -> list[object]:
-    status = path.stat()
-    return [str(path.resolve()), status.st_size, status.st_mtime_ns]
+    return [str(path.resolve()), *file_record(path)]
 
 
 def _one_line(error: BaseException) -> str:
