@@ -12,6 +12,14 @@ from torch import Tensor, nn
 from moebed import fused
 from moebed.config import ModelConfig
 
+_LOGITS_AT_A_TIME = 1 << 22  # numbers, where no gradient is taken: beyond that they would be most of the memory
+
+
+def _blocks(count: int, each: int) -> list[slice]:
+    """Slices of so many things, no more of them at a time than the logits allow, with so many for each thing."""
+    step = max(1, _LOGITS_AT_A_TIME // each)
+    return [slice(first, min(first + step, count)) for first in range(0, count, step)]
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) · weight over the last dimension, computed in float32."""
@@ -127,18 +135,34 @@ class Attention(nn.Module):
         length, total = query.shape[2], key.shape[2]
         if self._uses_sdpa(query, total):
             causal = length == total and (self.window is None or total <= self.window)
-            mask = None if causal or self._sees_all(length, total) else self._mask(length, total, query.device)
-            return F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=self.scale)
-        hidden = torch.zeros(length, total, dtype=query.dtype, device=query.device)
-        hidden.masked_fill_(~self._mask(length, total, query.device), float("-inf"))
+            if causal or self._sees_all(length, total):
+                return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=self.scale)
+            found = []
+            for rows in _blocks(length, 1 if torch.is_grad_enabled() else total):
+                mask = self._mask(rows, length, total, query.device)
+                found.append(F.scaled_dot_product_attention(query[:, :, rows], key, value, mask, scale=self.scale))
+            return torch.cat(found, dim=2)
         heads = query.shape[:2]
         query, key, value = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)  # (B·A, ., D)
+        if torch.is_grad_enabled():  # the backward pass needs all logits anyhow
+            return self._attend(query, key, value, slice(0, length)).unflatten(0, heads)
+        mixed = [
+            torch.cat([self._attend(query[some], key[some], value[some], rows) for rows in _blocks(length, total)], 1)
+            for some in _blocks(len(query), length * total)
+        ]
+        return torch.cat(mixed).unflatten(0, heads)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, rows: slice) -> Tensor:
+        """Plain products of some queries (n, S, D) with keys and values (n, S_total, D): (n, rows, D)."""
+        length, total = query.shape[1], key.shape[1]
+        query, mask = query[:, rows], self._mask(rows, length, total, query.device)
+        hidden = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill_(~mask, float("-inf"))
         if self.cap is None:
-            logits = torch.baddbmm(hidden, query, key.transpose(1, 2), alpha=self.scale)  # (B·A, S, S_total)
+            logits = torch.baddbmm(hidden, query, key.transpose(1, 2), alpha=self.scale)  # (n, rows, S_total)
         else:
             logits = torch.bmm(query * self.scale, key.transpose(1, 2)).float()
             logits = self.cap * torch.tanh(logits / self.cap) + hidden
-        return (logits.softmax(dim=-1).to(value.dtype) @ value).unflatten(0, heads)
+        return logits.softmax(dim=-1).to(value.dtype) @ value
 
     def _uses_sdpa(self, query: Tensor, total: int) -> bool:
         if self.cap is not None or self.backend == "math":
@@ -151,9 +175,9 @@ class Attention(nn.Module):
     def _sees_all(self, length: int, total: int) -> bool:
         return length == 1 and (self.window is None or total <= self.window)
 
-    def _mask(self, length: int, total: int, device: torch.device) -> Tensor:
-        """(S, S_total) bool, True where a query may look."""
-        query = torch.arange(total - length, total, device=device).unsqueeze(1)
+    def _mask(self, rows: slice, length: int, total: int, device: torch.device) -> Tensor:
+        """(rows, S_total) bool, True where a query may look."""
+        query = torch.arange(total - length, total, device=device)[rows].unsqueeze(1)
         key = torch.arange(total, device=device)
         mask = key <= query
         return mask if self.window is None else mask & (key > query - self.window)

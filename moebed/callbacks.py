@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from moebed.checkpoints.sharded import is_sharded, read_whole, remove
+from moebed import storage
+from moebed.checkpoints.sharded import is_sharded, read_whole
 from moebed.errors import UserError
 from moebed.generate import generate
 from moebed.parallel.strategy import MeshStrategy
@@ -27,29 +27,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write checkpoint to path; a failure leaves whatever was at path before."""
-        target = Path(path)
-        temporary = target.with_name(target.name + ".partial")
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
+            with storage.new_file(Path(path), storage.CHECKPOINT_ADVICE, sole=True) as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            if target.is_dir():
-                remove(target)  # of the same run in another layout; the new file is whole already
-            os.replace(temporary, target)
-        except (OSError, RuntimeError) as error:
-            temporary.unlink(missing_ok=True)
-            raise UserError(
-                f"checkpoint {target} could not be written ({error}); the previous one is whole: "
-                "make room or choose another folder, then continue with --ckpt_path last"
-            ) from error
+        except RuntimeError as error:  # what torch makes of a failed write
+            raise storage.NotWritten(Path(path), str(error), storage.CHECKPOINT_ADVICE) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint with torch.load(weights_only=True), whatever was asked."""
+        path = storage.standing(Path(path))
         if is_sharded(path):
-            return read_whole(Path(path))
-        if not Path(path).is_file():
+            return read_whole(path)
+        if not path.is_file():
             raise UserError(f"checkpoint {path} does not exist; give the path of a .ckpt, or last")
         try:
             return torch.load(path, map_location=map_location or "cpu", weights_only=True)
@@ -122,9 +111,7 @@ class StepFile(Callback):
 
     def _write(self, trainer: Trainer) -> None:
         if trainer.is_global_zero:
-            temporary = self.path.with_name(self.path.name + ".partial")
-            temporary.write_text(str(trainer.global_step), encoding="utf-8")
-            os.replace(temporary, self.path)  # who reads meanwhile sees the number before
+            storage.write_text(self.path, str(trainer.global_step))
         self._last = time.perf_counter()
 
 

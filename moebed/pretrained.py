@@ -5,8 +5,6 @@ E experts, H hidden, F expert intermediate.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Callable, Collection, Hashable, Iterator
 from pathlib import Path
@@ -15,10 +13,12 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 
+from moebed import provenance
 from moebed.checkpoints.checkpoint import Checkpoint
 from moebed.checkpoints.hub import find_checkpoint
 from moebed.checkpoints.plan import ReadingPlan
 from moebed.checkpoints.pool import Piece, WeightPool, limit_of
+from moebed.checkpoints.run import is_run
 from moebed.checkpoints.streamed import (
     HEAD,
     Precision,
@@ -71,6 +71,9 @@ class PretrainedMoE(LightningModule):
         super().__init__()
         self.name = checkpoint if not Path(checkpoint).exists() else Path(checkpoint).resolve().name
         path = find_checkpoint(checkpoint)
+        if is_run(path):  # whose checkpoints are all called alike
+            folder = path.resolve().parent
+            self.name = f"{(folder.parent if folder.name == 'checkpoints' else folder).name}/{path.name}"
         runs = text is not None and bool(text)
         self.checkpoint = Checkpoint.open(path, runs)
         self.reference = Checkpoint.open(find_checkpoint(reference_dense), runs) if reference_dense else None
@@ -83,7 +86,7 @@ class PretrainedMoE(LightningModule):
         self.text_pass: TextPass | None = None
         self._streams: tuple[Stream | None, Stream | None] = (None, None)
         self._skipped: frozenset[int] = frozenset()
-        self._needs = frozenset({Need.WEIGHTS})
+        self._needs, self._every_expert = frozenset({Need.WEIGHTS}), False
         self._views: Iterator[LayerView | HeadView] | None = None
         self._pool: WeightPool | None = None
         self.text = text if isinstance(text, ProbeText) else None
@@ -127,17 +130,24 @@ class PretrainedMoE(LightningModule):
         sizes = {key: getattr(self.config, key) for key in ("num_hidden_layers", "hidden_size", "num_experts")}
         return {"name": self.name, "model_type": self.checkpoint.family.model_type, **sizes}
 
-    def fingerprint(self) -> str:
-        """A hash of all that decides what the walk shows of a layer: the files, the text and the arguments."""
-        parts = [self.checkpoint.fingerprint(), self.reference.fingerprint() if self.reference else None]
-        text = self.text.fingerprint() if self.text is not None else None
-        return hashlib.sha256(json.dumps([*parts, str(self.weights_dtype), text]).encode()).hexdigest()
+    def record(self) -> dict[str, Any]:
+        """All that decides what the walk shows of a layer, as plain data: the files, the text, the types, the code."""
+        return {
+            "moebed": provenance.moebed_version(),
+            "code": provenance.code(),
+            "model": self.checkpoint.record(),
+            "reference": self.reference.record() if self.reference is not None else None,
+            "router": provenance.source_of(ROUTERS[self.config.router]),
+            "dtype": str(self.weights_dtype).removeprefix("torch.") if self.weights_dtype else "as stored",
+            "text": self.text.fingerprint() if self.text is not None else None,
+        }
 
     def prepare(
         self,
         skipped: Collection[int],
         needs: frozenset[Need],
         streams: tuple[Stream | None, Stream | None] = (None, None),
+        every_expert: bool = False,
     ) -> None:
         """Before a walk.
 
@@ -145,8 +155,11 @@ class PretrainedMoE(LightningModule):
             skipped: Layers to leave out; their number stands for what comes after the last one.
             needs: What the probes ask for.
             streams: Where the text was, in the model and in the reference, when an earlier walk was stopped.
+            every_expert: Of the layers that are left out every expert was run: where the text goes through them
+                again, it is to come out with the same last digits.
         """
         self._skipped, self._needs, self._streams = frozenset(skipped), needs, streams
+        self._every_expert = every_expert
 
     def views(self, text: ProbeText | None, needs: frozenset[Need]) -> Iterator[LayerView | HeadView]:
         """The walk over the layers that are not left out; the same views that a live model offers.
@@ -165,7 +178,10 @@ class PretrainedMoE(LightningModule):
         shown = frozenset(self.layers) - self._skipped
         runs = text is not None and bool(needs - {Need.WEIGHTS})
         streams = self._streams if runs else (None, None)
+        if streams[0] is not None and streams[0].layer > min(shown, default=self.config.num_hidden_layers):
+            streams = (None, None)  # a layer that is wanted lies before: the text goes through from the start
         first = streams[0].layer if streams[0] is not None else 0
+        streams = tuple(None if s is None else Stream(s.layer, s.hidden.to(self.device)) for s in streams)  # type: ignore[assignment]
         last = self.config.num_hidden_layers - 1 if runs and self._wants_head(needs) else max(shown, default=-1)
         walked = range(first, last + 1)
         runs = runs and (len(walked) > 0 or self._wants_head(needs))
@@ -189,7 +205,7 @@ class PretrainedMoE(LightningModule):
     def _walk(
         self, run: TextPass, views: Iterator[LayerView], shown: frozenset[int], needs: frozenset[Need]
     ) -> Iterator[LayerView | HeadView]:
-        yield from run.layers(views, shown)
+        yield from run.layers(views, shown, frozenset(self.layers) if self._every_expert else frozenset())
         head = run.head(Need.LOGITS in needs) if self._wants_head(needs) else None
         if head is not None:
             yield head
@@ -222,21 +238,21 @@ class PretrainedMoE(LightningModule):
         matrices: dict[Hashable, list[Piece]] = {}
         run: dict[Hashable, list[Piece]] = {}
         routing: dict[Hashable, list[Piece]] = {}
+        reference: dict[Hashable, list[Piece]] = {}
         if by_matrix and sizes.num_experts:
             matrices = {name: matrix_pieces(self.checkpoint, self.reference, layer, name) for name in MATRICES}
         if runs:
             plan.add(layer, {"block": list(block_pieces(self.checkpoint, layer).values())})
             if self.reference is not None and layer < self.reference.config.num_hidden_layers:
-                blocks = list(block_pieces(self.reference, layer).values())
-                plan.add(layer, {f"{_REFERENCE}block": blocks})
-                run[f"{_REFERENCE}ffn"] = list(ffn_pieces(self.reference, layer, "ffn").values())
+                reference = {f"{_REFERENCE}block": list(block_pieces(self.reference, layer).values())}
+                reference[f"{_REFERENCE}ffn"] = list(ffn_pieces(self.reference, layer, "ffn").values())
             steps: list[int | str] = [*range(sizes.num_experts)] or ["ffn"]
             steps += ["shared"] if sizes.num_experts and sizes.num_shared_experts else []
-            run |= {step: list(ffn_pieces(self.checkpoint, layer, step).values()) for step in steps}
+            run = {step: list(ffn_pieces(self.checkpoint, layer, step).values()) for step in steps}
             if ROUTERS[self.config.router].runs_experts:
                 experts = range(sizes.num_experts)
                 routing = {routing_step(e): list(ffn_pieces(self.checkpoint, layer, e).values()) for e in experts}
-        plan.add(layer, routing, matrices, run)
+        plan.add(layer, routing, reference, matrices, run)  # in the order in which they are asked for
 
     def _view(self, model: StreamedModel, reference: StreamedModel | None, layer: int) -> LayerView:
         sizes = self.config.layer(layer)
@@ -265,7 +281,13 @@ class PretrainedMoE(LightningModule):
     def predict_step(self, batch: int, batch_idx: int) -> LayerView | HeadView | None:
         """The view of a layer; None for one that is left out, and after the last one if nothing is asked of it."""
         assert self._views is not None
-        return None if batch in self._skipped else next(self._views, None)
+        if batch in self._skipped:
+            return None
+        view = next(self._views, None)
+        place = view.index if isinstance(view, LayerView) else self.config.num_hidden_layers
+        if place != batch:
+            raise RuntimeError(f"the walk came to layer {place} where {batch} was to be shown")
+        return view
 
     def on_predict_end(self) -> None:
         """End the walk."""

@@ -60,6 +60,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to compute; default cpu")
     parser.add_argument("--memory-budget", metavar="8GiB", help="memory for weights and the work on them; default 8GiB")
+    parser.add_argument(
+        "--fresh", action="store_true", help="compute all anew; if not given, what is kept in DIR of the same is used"
+    )
     return parser
 
 
@@ -77,6 +80,7 @@ _DEFAULTS: dict[str, Any] = {
     "domain_tokens": 8192,
     "text_field": "text",
     "save_logits": False,
+    "fresh": False,
 }
 
 
@@ -95,11 +99,13 @@ def run(command: str, arguments: Sequence[str]) -> None:
     from moebed.precision import choose_precision
     from moebed.pretrained import PretrainedMoE
     from moebed.reading_bar import ReadingBar
+    from moebed.termination import ending_on_sigterm
     from moebed.texts import TextOptions
     from moebed.training import require_writable, say
     from probes.callback import ProbeCallback
     from probes.checkpoint_pass import probes_for
-    from probes.report import write_report
+    from probes.report import left_out, write_report
+    from probes.run_folder import read_run
 
     out = Path(options["out"])
     text = TextOptions(
@@ -133,7 +139,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
     )
     for note in model.notes:
         say(f"note: {note}")
-    probing = ProbeCallback(chosen, out=str(out))
+    probing = ProbeCallback(chosen, out=str(out), fresh=options["fresh"])
     _quiet()
     trainer = Trainer(
         accelerator="cpu" if options["device"] == "cpu" else "gpu",
@@ -146,10 +152,16 @@ def run(command: str, arguments: Sequence[str]) -> None:
         enable_progress_bar=False,
     )
     try:
-        trainer.predict(model, return_predictions=False)
+        with ending_on_sigterm():
+            trainer.predict(model, return_predictions=False)
+    except (SystemExit, KeyboardInterrupt):
+        say(f"stopped; the layers that are finished are kept in {out}, and the same command goes on from there")
+        raise
     finally:
         model.close()
     say(f"report: {write_report([out], out / 'report.html')}")
+    for line in left_out([read_run(out)]):
+        say(f"note: {line}")
     if probing.missing:
         first, why = next(iter(probing.missing.items()))
         more = f" (and {len(probing.missing) - 1} more layers)" if len(probing.missing) > 1 else ""

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +78,24 @@ class Termination(Callback):
         for number, handler in self._lightnings.items():
             signal.signal(number, handler)
         self._lightnings = {}
+
+
+@contextmanager
+def ending_on_sigterm() -> Iterator[None]:
+    """End the process with exit code 143 on SIGTERM as soon as Python gets to act, whatever it is at."""
+
+    def end(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough: what is open is being closed
+        raise SystemExit(143)
+
+    if threading.current_thread() is not threading.main_thread():  # which alone may ask for signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def requeue() -> None:

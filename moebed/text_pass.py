@@ -8,7 +8,7 @@ T valid tokens, B sequences, S positions, E experts, K experts per token, H hidd
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -104,17 +104,27 @@ class TextPass:
         """Where the text is, in the model and in the reference."""
         return self._main.stream, self._reference.stream if self._reference is not None else None
 
-    def layers(self, views: Iterable[LayerView], shown: frozenset[int] | None = None) -> Iterator[LayerView]:
+    def layers(
+        self,
+        views: Iterable[LayerView],
+        shown: frozenset[int] | None = None,
+        every_expert: frozenset[int] = frozenset(),
+    ) -> Iterator[LayerView]:
         """Fill in what happened in each layer, and go on to the next when a view was looked at.
 
         Args:
             views: All layers in order, from that which the streams enter.
             shown: Layers to yield; all of them if not given.
+            every_expert: Layers that are gone through by running every expert, whether or not who looks asks for it.
         """
         for view in views:
             self._enter(view)
             if shown is None or view.index in shown:
                 yield view
+            if view.index in every_expert and view.num_experts and view.text is not None and view.moe_output is None:
+                with suppress(UserError):  # as where the layer is shown: it is gone through by the chosen ones then
+                    for _ in view.experts():
+                        pass
             self._leave(view)
 
     def continued(self, output: Tensor) -> TextPass:

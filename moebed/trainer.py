@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import MixedPrecision, Precision
 
+from moebed import storage
 from moebed.checkpoints.run import is_run, read_run
 from moebed.precision import choose_precision
 
@@ -36,6 +37,20 @@ class AutoTrainer(Trainer):
     ) -> None:
         chosen = choose_precision(str(accelerator)).precision if precision == "auto" else precision
         super().__init__(accelerator=accelerator, precision=chosen, **kwargs)
+
+    def save_checkpoint(self, filepath: Any, weights_only: bool | None = None, storage_options: Any = None) -> None:
+        """Write a checkpoint, all ranks together: all hear of one that failed, before they wait for each other.
+
+        Raises:
+            UserError: A rank failed.
+        """
+        error: Exception | None = None
+        try:
+            checkpoint = self._checkpoint_connector.dump_checkpoint(weights_only)
+            self.strategy.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+        except Exception as caught:  # noqa: BLE001 - all ranks are told
+            error = caught
+        storage.agree(error)
 
 
 def resolve_precision(trainer: Any, ckpt_path: str | None) -> tuple[Any, str | None]:

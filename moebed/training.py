@@ -15,18 +15,18 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-import numpy as np
 import torch
 from jsonargparse import ActionConfigFile
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from moebed import storage
 from moebed.allocator import keep_freed_memory
 from moebed.callbacks import AtomicCheckpointIO, RunCheckpoint, SampleText, TrainingRate, UnbrokenLog
-from moebed.checkpoints import sharded
 from moebed.data.datamodule import TextDataModule
 from moebed.errors import ConfigError, UserError
 from moebed.flops import count_parameters, flops_per_token
@@ -92,15 +92,14 @@ class RunFolder(SaveConfigCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Model and data are whole: write."""
-        if not trainer.is_global_zero:
-            return
+        storage.on_first_rank(lambda: self._write(trainer))
+
+    def _write(self, trainer: Trainer) -> None:
         folder = Path(trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         text = self.parser.dump(self.config, skip_none=False)
-        temporary = folder / "config.yaml.partial"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, folder / "config.yaml")
-        trainer.datamodule.save_tokenizer(folder / "tokenizer")  # type: ignore[attr-defined]
+        storage.write_text(folder / "config.yaml", text)
+        with storage.new_folder(folder / "tokenizer", sole=True) as tokenizer:
+            trainer.datamodule.save_tokenizer(tokenizer)  # type: ignore[attr-defined]
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 indented = "\n".join("    " + line for line in text.splitlines())
@@ -178,7 +177,7 @@ class TrainingCLI(LightningCLI):
         folder = Path(config.trainer.default_root_dir)
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(folder / "checkpoints")
-        sharded.recover(Path(config.checkpoint.dirpath))
+        self._find_put_aside(Path(config.checkpoint.dirpath))
         if config.checkpoint.train_time_interval is not None:
             config.checkpoint.every_n_train_steps = None  # its default; ModelCheckpoint takes one of the two
         if self.subcommand == "fit":
@@ -190,6 +189,18 @@ class TrainingCLI(LightningCLI):
             require_writable(folder)
         elif config.ckpt_path is None:
             raise UserError(f"{self.subcommand} needs a checkpoint: add --ckpt_path last, or the path of a .ckpt file")
+
+    def _find_put_aside(self, checkpoints: Path) -> None:
+        """Find the checkpoint whose replacement was stopped half-way: only who trains on gives it its name again."""
+        if self.subcommand != "fit":
+            config = self.config[self.subcommand]
+            last = checkpoints / "last.ckpt"
+            if config.ckpt_path == "last" and os.path.lexists(storage.standing(last)):
+                config.ckpt_path = str(last)
+        elif (_get_rank() or 0) == 0:
+            storage.recover(checkpoints)
+        else:
+            storage.wait_for_recovery(checkpoints)
 
     def instantiate_classes(self) -> None:
         """Build model, data and callbacks; what they refuse is shown as they say it."""
@@ -283,9 +294,7 @@ class TrainingCLI(LightningCLI):
         if "val/bits_per_byte" in numbers:
             numbers["gzip -9 bits per byte"] = self.datamodule.gzip_bits_per_byte()["all"]
             numbers["bits per byte over gzip's"] = numbers["val/bits_per_byte"] / numbers["gzip -9 bits per byte"]
-        temporary = path.with_name(path.name + ".partial")
-        temporary.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        storage.write_text(path, json.dumps(numbers, indent=2) + "\n")
         return numbers
 
     def after_validate(self) -> None:
@@ -302,11 +311,7 @@ class TrainingCLI(LightningCLI):
         rank = "" if self.trainer.world_size == 1 else f"_rank{self.trainer.global_rank}"
         name = f"token_losses{rank}.npz"
         path = Path(self.trainer.default_root_dir) / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".partial")
-        with open(temporary, "wb") as file:
-            np.savez_compressed(file, **arrays)
-        os.replace(temporary, path)
+        storage.write_arrays(path, arrays)
         say(f"{path}: " + ", ".join(f"{key} {array.shape}" for key, array in arrays.items()))
 
 

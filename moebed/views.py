@@ -56,8 +56,8 @@ class ProbeText:
     token_text: tuple[str, ...] = ()
 
     def fingerprint(self) -> str:
-        """A hash of the tokens, of where they stand, and of their domains."""
-        digest = hashlib.sha256(json.dumps([list(self.input_ids.shape), self.domains]).encode())
+        """A hash of the tokens, of where they stand, of what they say, and of their domains."""
+        digest = hashlib.sha256(json.dumps([list(self.input_ids.shape), self.domains, self.token_text]).encode())
         for part in (self.token_ids, self.token_mask, self.domain):
             digest.update(part.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()

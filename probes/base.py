@@ -59,6 +59,10 @@ class Probe:
     for every layer, ``update``; after the last one ``update_head`` (only where it needs predictions); at the end
     ``compute`` once. One object serves one pass.
 
+    Between two layers a probe's state is its ``arrays``: ``<key>/<layer>[/<part>]``, and of no layer what is the same
+    whichever layers it was shown. Nothing else is kept when a pass over a checkpoint is stopped, and layers that were
+    finished then are not shown again.
+
     A probe that compares what other probes found names them in ``sources``; it is given their arrays before ``compute``
     and runs after them. Those of ``optional_sources`` it is given only where they run as well.
     """
@@ -105,7 +109,7 @@ class Probe:
 
     def forget(self, layer: int) -> None:
         """Drop what is stored of a layer, some of whose weights turned out to be unreadable."""
-        for key in [key for key in self.arrays if key.split("/")[1:2] == [str(layer)]]:
+        for key in [key for key in self.arrays if layer_of(key) == layer]:
             del self.arrays[key]
 
     def compute(self) -> ProbeResult:
@@ -121,6 +125,13 @@ class Probe:
 def layer_tag(layer: int) -> str:
     """``layer_07``: sorts well in TensorBoard."""
     return f"layer_{layer:02d}"
+
+
+def layer_of(key: str) -> int | None:
+    """The layer that an array ``<key>/<layer>[/<part>]`` is of; None for those of no layer."""
+    _, _, rest = key.partition("/")
+    layer = rest.partition("/")[0]
+    return int(layer) if layer.isdecimal() else None
 
 
 def by_layer(arrays: Arrays, key: str) -> dict[int, np.ndarray]:

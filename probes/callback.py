@@ -19,6 +19,8 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from moebed import provenance, storage
+from moebed.config import ModelConfig
 from moebed.errors import ConfigError, UserError
 from moebed.parallel.strategy import MeshStrategy
 from moebed.pretrained import PretrainedMoE
@@ -27,6 +29,7 @@ from probes import store
 from probes.base import ProbeResult
 from probes.checkpoint_pass import CheckpointPass, probes_for
 from probes.driver import Timing, needs_of, run_probes
+from probes.provenance import Provenance, note_of
 from probes.registry import PROBES, TRAINING_ONLY, resolve_probes
 
 IGNORE_INDEX = -100
@@ -54,6 +57,7 @@ class ProbeCallback(Callback):
         figures_every_n_steps: Draw pictures where the step probed is a multiple of this, the start included; at the end
             they are drawn in any case. If not given, at the end only: pictures cost more than the numbers in them.
         out: Folder for the results; the trainer's default_root_dir if not given.
+        fresh: Of a checkpoint, compute anew what is kept of an earlier probing.
 
     Raises:
         ConfigError: A probe's name is unknown or a number is out of range.
@@ -68,6 +72,7 @@ class ProbeCallback(Callback):
         num_sequences: int = 12,
         figures_every_n_steps: int | None = None,
         out: str | None = None,
+        fresh: bool = False,
     ) -> None:
         self.probes, self._asked = resolve_probes(probes), probes
         if every_n_steps < 0:
@@ -78,7 +83,7 @@ class ProbeCallback(Callback):
             raise ConfigError(f"probes: figures_every_n_steps is {figures_every_n_steps}; it must be at least 1")
         self.every_n_steps, self.at_start, self.at_end = every_n_steps, at_start, at_end
         self.num_sequences, self.figures_every_n_steps = num_sequences, figures_every_n_steps
-        self.out = Path(out) if out is not None else None
+        self.out, self.fresh = Path(out) if out is not None else None, fresh
         self.last_step: int | None = None
         self.missing: dict[int, str] = {}
         self._checkpoint: CheckpointPass | None = None
@@ -105,7 +110,8 @@ class ProbeCallback(Callback):
             if self.out is None:
                 self.out = Path(trainer.default_root_dir)
             self.probes = probes_for(self._asked, pl_module.text is not None)
-            self._checkpoint = CheckpointPass(pl_module, self.probes, self.out)
+            device = trainer.strategy.root_device.type
+            self._checkpoint = CheckpointPass(pl_module, self.probes, self.out, device, self.fresh)
             self._started = time.perf_counter()
             if self._checkpoint.continued:
                 rank_zero_info(f"probes: {self._checkpoint.continued} layers are finished already")
@@ -129,7 +135,7 @@ class ProbeCallback(Callback):
             return
         assert self.out is not None
         results, timing, self.missing = self._checkpoint.results(), self._checkpoint.timing, self._checkpoint.missing
-        self._save(pl_module, results, timing, step=0, model=self._checkpoint.identity)
+        self._save(pl_module, results, self._checkpoint.provenance, 0, self._checkpoint.identity)
         self._draw(trainer, results, step=0)
         self._seconds = timing.total
         self._log(trainer, results, timing, step=0)
@@ -191,7 +197,7 @@ class ProbeCallback(Callback):
         with isolate_rng():
             results = self._run(trainer, pl_module, timing)
             store.append_history(self.out, store.history_line(step, results))
-            self._save(pl_module, results, timing, step)
+            self._save(pl_module, results, self._made_from(pl_module, step), step)
             if draw:
                 self._draw(trainer, results, step)
         self._seconds += time.perf_counter() - start
@@ -201,15 +207,27 @@ class ProbeCallback(Callback):
         self,
         pl_module: LightningModule,
         results: Mapping[str, ProbeResult],
-        timing: Timing,
+        made_from: Provenance,
         step: int,
         model: Mapping[str, Any] | None = None,
     ) -> None:
         assert self.out is not None
         for name, result in results.items():
-            store.save_arrays(self.out, name, result.arrays)
+            store.save_arrays(self.out, name, result.arrays, note_of(made_from, name, result.notes))
         notes: Any = getattr(pl_module, "notes", ())
-        store.save_summary(self.out, step, results, {"forward": timing.forward, **timing.probe}, model, notes)
+        store.save_summary(self.out, step, results, model, notes, made_from.record)
+
+    def _made_from(self, pl_module: LightningModule, step: int) -> Provenance:
+        """A model at a step of its training, and the text."""
+        config = getattr(pl_module, "config", None)
+        record = {
+            "moebed": provenance.moebed_version(),
+            "code": provenance.code(),
+            "config": config.to_dict() if isinstance(config, ModelConfig) else None,
+            "step": step,
+            "text": self._text.fingerprint() if self._text is not None else None,
+        }
+        return Provenance(record)
 
     def _run(self, trainer: Trainer, pl_module: LightningModule, timing: Timing) -> dict[str, ProbeResult]:
         probes = [PROBES[name]() for name in self.probes]
@@ -247,8 +265,7 @@ class ProbeCallback(Callback):
         for name, result in results.items():
             for key, build in result.figures.items():
                 picture = to_png(build())
-                with store.replacing(store.picture_path(self.out, name, key)) as file:
-                    file.write(picture)
+                storage.write_bytes(store.picture_path(self.out, name, key), picture)
                 for writer in _writers(trainer):
                     _add_png(writer, f"probes/{name}/{key}", picture, step)
 

@@ -11,9 +11,12 @@ from moebed.pretrained import PretrainedMoE
 from moebed.views import HeadView, LayerView, Need
 from probes import store
 from probes.base import ProbeResult
-from probes.driver import ProbePass, Timing, needs_of
-from probes.partial import PartialResults
+from probes.driver import PER_EXPERT, ProbePass, Timing, needs_of
+from probes.partial import HEAD, KeptLayers, way_to
+from probes.provenance import Provenance
 from probes.registry import BY_NAME_ONLY, PROBES, TRAINING_ONLY, resolve_probes, with_sources
+
+HEAD_NEEDS = frozenset({Need.PREDICTIONS, Need.LOGITS})
 
 
 def probes_for(names: Sequence[str] | None, with_text: bool) -> tuple[str, ...]:
@@ -45,34 +48,59 @@ def probes_for(names: Sequence[str] | None, with_text: bool) -> tuple[str, ...]:
 class CheckpointPass:
     """The probes' pass over a checkpoint.
 
-    A layer is stored once it is finished; a layer whose weights cannot be read is left out and the pass goes on.
+    A layer is kept once it is finished; a layer whose weights cannot be read is left out and the pass goes on. What is
+    kept of the same checkpoint, text, types and code is not computed again: a probe of which everything is kept is not
+    shown anything, and the others are shown the layers that one of them lacks.
 
     Args:
         model: The checkpoint.
         names: The probes.
         out: Folder of the results.
+        device: Where it is computed.
+        fresh: Forget what is kept.
 
     Raises:
         UserError: The folder holds the results of another model.
     """
 
-    def __init__(self, model: PretrainedMoE, names: Sequence[str], out: Path) -> None:
+    def __init__(
+        self, model: PretrainedMoE, names: Sequence[str], out: Path, device: str = "cpu", fresh: bool = False
+    ) -> None:
         self.model, self.timing = model, Timing()
         self.identity = model.identity
         earlier = store.load_summary(out)
         if earlier and earlier.get("model") != self.identity:
             other = earlier.get("model", {}).get("name", "a training run")
             raise UserError(f"{out} holds the results of {other}; choose another folder for those of {model.name}")
-        self._pass = ProbePass([PROBES[name]() for name in names], self.timing)
-        self._partial = PartialResults(out, model.fingerprint(), names)
-        kept = self._partial.load([*model.layers, model.config.num_hidden_layers])
-        for arrays in kept.values():
-            for probe in self._pass.probes:
-                probe.arrays.update(arrays.get(probe.name, {}))
-        self.continued = len(kept)
-        needs = needs_of(self._pass.probes)
-        streams = self._partial.load_streams(model.device) if model.text is not None else (None, None)
-        model.prepare(kept, needs, streams)
+        probes = [PROBES[name]() for name in names]
+        self.provenance = Provenance({**model.record(), "device": device, "layers": model.layers})
+        self._kept = KeptLayers(out, {name: self.provenance.inputs(name) for name in names}, self.provenance.streams)
+        if fresh:
+            self._kept.forget()
+        layers, end = model.layers, model.config.num_hidden_layers
+        self._every_expert = model.text is not None and bool(needs_of(probes) & PER_EXPERT)
+        kept = {probe.name: self._kept.load(probe, [*layers, HEAD], self._way) for probe in probes}
+        with_head = {probe.name for probe in probes if probe.needs & HEAD_NEEDS}
+        whole = {name for name in names if set(kept[name]) >= {*layers, *([HEAD] if name in with_head else [])}}
+        shown = [probe for probe in probes if probe.name not in whole]
+        done: list[int] = [
+            place
+            for place in [*layers, HEAD]
+            if all(place in kept[p.name] for p in shown if place != HEAD or p.name in with_head)
+        ]
+        for probe in probes:
+            for place, arrays in kept[probe.name].items():
+                if probe.name in whole or place in done:
+                    probe.arrays.update(arrays)
+        self.continued = len(done) - (HEAD in done)
+        self._pass = ProbePass(probes, self.timing, shown)
+        self._with_head = [probe for probe in shown if probe.name in with_head]
+        skipped = [end if place == HEAD else place for place in done]
+        model.prepare(skipped, needs_of(shown), self._kept.load_streams(self._way), self._every_expert)
+
+    def _way(self, place: int) -> str:
+        """How the text comes to a layer, or to the head."""
+        return way_to(self.model.layers, place, self._every_expert)
 
     @property
     def missing(self) -> dict[int, str]:
@@ -83,13 +111,15 @@ class CheckpointPass:
 
     def show(self, view: LayerView | HeadView) -> None:
         """Show a layer, or what the model predicts after the last one, to the probes; keep what they stored of it."""
-        if isinstance(view, LayerView) and view.text is not None and self.model.text_pass is not None:
-            self._partial.save_streams(self.model.text_pass.streams)
-        whole = self._pass.show(view)
         if isinstance(view, HeadView):
-            self._partial.save(self.model.config.num_hidden_layers, self._pass.probes, everything=True)
-        elif whole:
-            self._partial.save(view.index, self._pass.probes)
+            before = {probe.name: dict(probe.arrays) for probe in self._with_head}
+            self._pass.show(view)
+            self._kept.save_head(self._way(HEAD), self._with_head, before)
+        else:
+            if view.text is not None and self.model.text_pass is not None:
+                self._kept.save_streams(self._way(view.index), self.model.text_pass.streams)
+            if self._pass.show(view):
+                self._kept.save(view.index, self._way(view.index), self._pass.shown)
         release_freed_memory()  # or the holes of one layer's work add up to those of the next
 
     def results(self) -> dict[str, ProbeResult]:
@@ -97,6 +127,6 @@ class CheckpointPass:
         self.model.close()  # the weights give room to the pictures
         results = self._pass.results()
         if not self.missing:
-            self._partial.drop_streams()
-        self._partial.drop_others()
+            self._kept.drop_streams()
+        self._kept.drop_others()
         return results

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from moebed.errors import UserError
 from moebed.views import MATRICES, HeadView, LayerView, Need
-from probes.base import Probe, ProbeResult
+from probes.base import Probe, ProbeResult, layer_of
 
-_PER_EXPERT = frozenset({Need.OUTPUTS, Need.ACTIVATIONS})
+PER_EXPERT = frozenset({Need.OUTPUTS, Need.ACTIVATIONS})
 
 
 @dataclass
@@ -51,15 +51,20 @@ class ProbePass:
     Args:
         probes: Fresh probe objects; each serves one pass.
         timing: Filled in, where given.
+        shown: Those of the probes that are shown something; all of them if not given. Of the others everything is
+            known already.
     """
 
-    def __init__(self, probes: Sequence[Probe], timing: Timing | None = None) -> None:
+    def __init__(
+        self, probes: Sequence[Probe], timing: Timing | None = None, shown: Sequence[Probe] | None = None
+    ) -> None:
         self.probes, self.missing = probes, dict[int, str]()
+        self.shown = probes if shown is None else shown
         self.timing = Timing() if timing is None else timing
         for probe in probes:
             self.timing.probe[probe.name] = 0.0
-        self._per_expert = [probe for probe in probes if probe.needs & _PER_EXPERT]
-        self._per_matrix = [probe for probe in probes if Need.WEIGHTS in probe.needs]
+        self._per_expert = [probe for probe in self.shown if probe.needs & PER_EXPERT]
+        self._per_matrix = [probe for probe in self.shown if Need.WEIGHTS in probe.needs]
 
     @torch.no_grad()
     def show(self, view: LayerView | HeadView) -> bool:
@@ -70,7 +75,7 @@ class ProbePass:
             nothing, and ``missing`` says why; where the text ended earlier, they know the layer's weights.
         """
         if isinstance(view, HeadView):
-            for probe in self.probes:
+            for probe in self.shown:
                 with self._clock(probe):
                     probe.update_head(view)
             return True
@@ -83,12 +88,12 @@ class ProbePass:
                         probe.update_matrix(view, name)
             if self._per_expert and view.num_experts and view.moe_input is not None:
                 _show_experts(view, self._per_expert, self.timing)
-            for probe in self.probes:
+            for probe in self.shown:
                 with self._clock(probe):
                     probe.update(view)
         except UserError as error:
             self.missing[view.index] = str(error)
-            for probe in self.probes:
+            for probe in self.shown:
                 probe.forget(view.index)
             return False
         return view.text_error is None
@@ -97,6 +102,8 @@ class ProbePass:
     def results(self) -> dict[str, ProbeResult]:
         """Each probe's result over the layers shown, by name, with a note on each layer that is missing."""
         results: dict[str, ProbeResult] = {}
+        for probe in self.probes:  # layer after layer, whichever of them were kept from an earlier pass
+            probe.arrays = dict(sorted(probe.arrays.items(), key=lambda item: _place(item[0])))
         by_name = {probe.name: probe for probe in self.probes}
         sources = {name: (*probe.sources, *probe.optional_sources) for name, probe in by_name.items()}
         order = TopologicalSorter({name: [one for one in of if one in by_name] for name, of in sources.items()})
@@ -167,6 +174,12 @@ def _show_experts(view: LayerView, probes: Sequence[Probe], timing: Timing) -> N
             probe.update_expert(view, expert)
             timing.probe[probe.name] += share + _now() - start
         mark = _now()
+
+
+def _place(key: str) -> int:
+    """Sorts arrays by layer, those of none first."""
+    layer = layer_of(key)
+    return -1 if layer is None else layer
 
 
 def _now() -> float:

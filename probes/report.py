@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moebed import storage
 from probes import store
 from probes.answers import QUESTIONS
 from probes.base import Headline
@@ -84,9 +85,7 @@ def write_report(run_dirs: Sequence[Path], out: Path, first: Mapping[str, str] |
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>moebed: {title}</title>'
         f"<style>{_STYLE}</style></head><body><main>\n{body}\n</main></body></html>\n"
     )
-    with store.replacing(path) as file:
-        file.write(page.encode())
-    return path
+    return storage.write_text(path, page)
 
 
 def _tell_apart(runs: Sequence[RunFolder], folders: Sequence[Path]) -> None:
@@ -112,9 +111,20 @@ def _header(runs: Sequence[RunFolder]) -> str:
         elif "step" in run.summary:
             said.append(f"{run.name}: probed last at step {run.summary['step']}")
     notes = [(run.name, note) for run in runs for note in run.summary.get("notes", ())]
-    listed = "".join(f"<li>{escape(f'{name}: {note}' if len(runs) > 1 else note)}</li>" for name, note in notes)
+    lines = [f"{name}: {note}" if len(runs) > 1 else note for name, note in notes] + left_out(runs)
+    listed = "".join(f"<li>{escape(line)}</li>" for line in lines)
     listed = f'<ul class="muted">{listed}</ul>' if listed else ""
     return f'<h1>{names}</h1><p class="muted">moebed report. {escape("; ".join(said))}</p>{listed}'
+
+
+def left_out(runs: Sequence[RunFolder]) -> list[str]:
+    """A line for each reason for which results that lie in a folder are not reported."""
+    lines = []
+    for run in runs:
+        for why in dict.fromkeys(run.left_out.values()):
+            names = ", ".join(name for name, other in run.left_out.items() if other == why)
+            lines.append(f"{run.name}: results/ also holds {names}, which are left out: {why}")
+    return lines
 
 
 def _section(title: str, content: str) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from moebed.errors import UserError
 from probes import store
 from probes.base import ProbeResult
+from probes.provenance import Provenance, read_note
 from probes.registry import PROBES
 
 Curve = tuple[list[int], list[float]]  # steps, values
@@ -27,7 +28,8 @@ class RunFolder:
         curves: Logged scalars by tag, without those of the probes, which ``history`` has.
         summary: ``summary.json`` of the latest probing.
         history: All probings, by step.
-        results: What each probe says of its stored arrays.
+        results: What each probe says of its stored arrays, where they were made from what the summary was.
+        left_out: Results that lie there and were made from something else, and why they are not reported.
     """
 
     folder: Path
@@ -38,6 +40,7 @@ class RunFolder:
     summary: dict[str, Any]
     history: list[dict[str, Any]]
     results: dict[str, ProbeResult]
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 def read_run(folder: Path) -> RunFolder:
@@ -57,19 +60,32 @@ def read_run(folder: Path) -> RunFolder:
         curves=read_curves(folder),
         summary=store.load_summary(folder),
         history=store.load_history(folder),
-        results={
-            name: probe.describe(store.load_arrays(folder, name))
-            for name, probe in PROBES.items()
-            if (store.results_dir(folder) / f"{name}.npz").exists()
-        },
+        results={},
     )
-    for name, result in run.results.items():
-        # A layer that could not be read has left no array, only a note.
-        kept = run.summary.get("probes", {}).get(name, {}).get("notes", [])
-        result.notes.extend(note for note in kept if note not in result.notes)
+    _read_results(run)
     if not (run.numbers or run.curves or run.history or run.results):
         raise UserError(f"{folder} holds no results, events or run_summary.json; train or probe into it first")
     return run
+
+
+def _read_results(run: RunFolder) -> None:
+    """The probes' results, without those of another text, model, argument or version than the summary's."""
+    made_from = Provenance(run.summary.get("provenance", {}))
+    for path in sorted(store.results_dir(run.folder).glob("[!.]*.npz")):
+        if path.stem not in PROBES:
+            run.left_out[path.stem] = "no probe of that name is known here (--plugins)"
+    for name, probe in PROBES.items():
+        path = store.arrays_path(run.folder, name)
+        if not path.exists():
+            continue
+        note = read_note(path)
+        if note.get("fingerprint") != (made_from.fingerprint(name) if made_from.record else None):
+            run.left_out[name] = "made from other files, text, layers or types, or by another version, than the summary"
+            continue
+        result = run.results[name] = probe.describe(store.load_arrays(run.folder, name))
+        # A layer that could not be read has left no array, only a note.
+        kept = [*note.get("notes", []), *run.summary.get("probes", {}).get(name, {}).get("notes", [])]
+        result.notes.extend(said for said in dict.fromkeys(kept) if said not in result.notes)
 
 
 def _read_numbers(path: Path) -> dict[str, Any]:

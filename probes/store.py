@@ -1,6 +1,6 @@
 """Results on disk: arrays of the latest probing, a summary of it, and the history of all probings of a run.
 
-Everything is written under a temporary name and then renamed, so a reader or an interrupted run never sees half a file.
+Everything is written by moebed.storage, so a reader or an interrupted run never sees half a file.
 
     <out>/results/<probe>.npz       arrays of the latest probing
     <out>/results/history.jsonl     one line a probing: step, scalars, headlines' values
@@ -12,31 +12,17 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
+from moebed import storage
 from moebed.errors import UserError
 from probes.base import Arrays, Headline, ProbeResult
 from probes.published import paper_model, published
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the place of ``path`` when the block ends well, and vanishes when it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def results_dir(out: Path) -> Path:
@@ -49,12 +35,14 @@ def picture_path(out: Path, name: str, figure: str) -> Path:
     return out / "figures" / f"{name}_{figure}.png"
 
 
-def save_arrays(out: Path, name: str, arrays: Arrays) -> Path:
-    """Write ``results/<name>.npz``."""
-    path = results_dir(out) / f"{name}.npz"
-    with replacing(path) as file:
-        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-    return path
+def arrays_path(out: Path, name: str) -> Path:
+    """Where a probe's arrays lie."""
+    return results_dir(out) / f"{name}.npz"
+
+
+def save_arrays(out: Path, name: str, arrays: Arrays, note: str = "") -> Path:
+    """Write ``results/<name>.npz``, and in it a note of what the arrays were made from."""
+    return storage.write_arrays(arrays_path(out, name), arrays, note)
 
 
 def load_arrays(out: Path, name: str) -> dict[str, np.ndarray]:
@@ -63,7 +51,7 @@ def load_arrays(out: Path, name: str) -> dict[str, np.ndarray]:
     Raises:
         UserError: The file is missing or damaged.
     """
-    path = results_dir(out) / f"{name}.npz"
+    path = arrays_path(out, name)
     try:
         with np.load(path, allow_pickle=False) as file:
             return {key: file[key] for key in file.files}
@@ -77,11 +65,12 @@ def save_summary(
     out: Path,
     step: int,
     results: Mapping[str, ProbeResult],
-    timing: Mapping[str, float],
     model: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
+    made_from: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write ``summary.json``: for each probe its headlines and notes; the step; seconds spent; which model it was.
+    """Write ``summary.json``: for each probe its headlines and notes; the step; which model it was, and all that the
+    numbers were made from. The same probing gives the same file.
 
     ``notes`` are what a person should know of the model itself: what was passed over, in what it was computed.
 
@@ -105,10 +94,10 @@ def save_summary(
         for name, result in results.items()
     }
     path = out / "summary.json"
-    summary = {"step": step, "notes": list(notes), "probes": probes, "seconds": dict(timing)}
-    with replacing(path) as file:
-        file.write(json.dumps(summary | ({"model": dict(model)} if model else {}), indent=2).encode())
-    return path
+    summary: dict[str, Any] = {"step": step, "notes": list(notes), "probes": probes}
+    summary |= {"model": dict(model)} if model else {}
+    summary |= {"provenance": dict(made_from)} if made_from else {}
+    return storage.write_text(path, json.dumps(summary, indent=2))
 
 
 def load_summary(out: Path) -> dict[str, Any]:
@@ -165,7 +154,7 @@ def load_history(out: Path) -> list[dict[str, Any]]:
 def _rewrite_history(out: Path, keep: Callable[[int], bool], extra: Mapping[str, Any] | None = None) -> None:
     lines: list[Mapping[str, Any]] = [line for line in load_history(out) if keep(line["step"])]
     lines += [extra] if extra is not None else []
-    with replacing(results_dir(out) / "history.jsonl") as file:
+    with storage.new_file(results_dir(out) / "history.jsonl") as file:
         for line in lines:
             file.write(json.dumps(line).encode() + b"\n")
 

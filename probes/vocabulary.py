@@ -45,42 +45,36 @@ class Vocabulary(Probe):
     question = "Do experts own token ids?"
     needs = frozenset({Need.ROUTING, Need.PREDICTIONS})
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._text: ProbeText | None = None
-        self._predicted: np.ndarray | None = None
-
     def update(self, view: LayerView) -> None:
         """Keep a layer's choices: what the tokens are sorted by is known when the last layer has passed."""
         if view.routing is None or view.text is None:
             return
-        self._text = view.text
+        self._keep_text(view.text)
         self.arrays[f"choice/{view.index}"] = ranked(view.routing)[0].astype(np.int16)
         self.arrays[f"num_experts/{view.index}"] = np.asarray(view.num_experts, np.int64)
 
     def update_head(self, head: HeadView) -> None:
         """Keep what was predicted."""
-        self._text, self._predicted = head.text, head.predicted.cpu().numpy()
+        self.arrays["predicted"] = head.predicted.cpu().numpy()
 
     def compute(self) -> ProbeResult:
         """The result: routings counted by id, in every layer."""
         choices, experts = by_layer(self.arrays, "choice"), by_layer(self.arrays, "num_experts")
-        if choices and self._text is not None:
-            self._keep_text(self._text)
-            input_ids = self._text.token_ids.cpu().numpy()
-            ids = {"input": input_ids, "target": self._text.targets.cpu().numpy()}
-            if self._predicted is not None:
-                ids["predicted"] = self._predicted
-            for kind, of_token in ids.items():
-                self._measure(kind, of_token, choices, {layer: int(count) for layer, count in experts.items()})
+        of_kind = {kind: self.arrays.pop(kind) for kind in KINDS if kind in self.arrays}
+        for kind, ids in of_kind.items() if choices else ():
+            self._measure(kind, ids, choices, {layer: int(count) for layer, count in experts.items()})
         for layer, choice in choices.items():
             self.arrays[f"num_experts_per_tok/{layer}"] = np.asarray(choice.shape[1], np.int64)
             del self.arrays[f"choice/{layer}"]
         return self.describe(self.arrays)
 
     def _keep_text(self, text: ProbeText) -> None:
+        """Keep the token itself and the one that follows; ``compute`` sorts the tokens by them."""
+        if "input" in self.arrays:
+            return
+        self.arrays |= {"input": text.token_ids.cpu().numpy(), "target": text.targets.cpu().numpy()}
         if len(text.token_text):
-            ids, first = np.unique(text.token_ids.cpu().numpy(), return_index=True)
+            ids, first = np.unique(self.arrays["input"], return_index=True)
             self.arrays["text_ids"] = ids
             self.arrays["text_of_ids"] = np.array([text.token_text[position] for position in first], dtype=np.str_)
 

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from moebed import storage
 from moebed.errors import UserError
 
 PACKAGES = ("torch", "transformers", "triton", "lightning", "numpy", "scipy")
@@ -65,9 +66,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
     parts = {"train": _train, "routers": _routers, "probe": _probe, "kernels": _kernels, "experts": _experts}
     found = parts[options.what](options)
     if options.json is not None:
-        temporary = options.json.with_name(options.json.name + ".partial")
-        temporary.write_text(json.dumps({"machine": machine(), "results": found}, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, options.json)
+        storage.write_text(options.json, json.dumps({"machine": machine(), "results": found}, indent=2) + "\n")
 
 
 def _train(options: argparse.Namespace) -> list[dict[str, Any]]:

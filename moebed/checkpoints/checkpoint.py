@@ -7,8 +7,6 @@ is an error for whoever runs the model, and a note for who looks at its weights 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moebed import provenance
 from moebed.checkpoints.files import TensorEntry, UnknownEntry
 from moebed.checkpoints.finding import find_entries, read_json
 from moebed.checkpoints.recognised import (
@@ -187,15 +186,15 @@ class Checkpoint:
             "other layers with --layers"
         )
 
-    def fingerprint(self) -> str:
-        """A hash that changes with the config, the index, and the size or time of any file."""
-        files = {}
-        for path in sorted({entry.path for entry in self.entries.values()}):
-            status = path.stat()
-            files[path.name] = [status.st_size, status.st_mtime_ns]
+    def record(self) -> dict[str, Any]:
+        """What tells it from another: its name, its files, and what stands for its config and its index."""
+        paths: dict[str, Path] = {}
+        for path in {entry.path for entry in self.entries.values()}:
+            inside = sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
+            paths |= {str(one.relative_to(path.parent)): one for one in inside}
         tensors = {name: [entry.path.name, entry.shape, str(entry.dtype)] for name, entry in self.entries.items()}
-        text = json.dumps([dict(self.settings), files, tensors], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        settings = provenance.fingerprint([dict(self.settings), tensors])
+        return {"name": self.name, "settings": settings, "files": provenance.files_record(paths)}
 
 
 def _find(folder: Path) -> tuple[dict[str, TensorEntry], list[str]]:

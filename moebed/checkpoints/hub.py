@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from moebed.errors import UserError
+from moebed.storage import standing
 
 _PLAIN = [
     "config.json",
@@ -32,8 +33,9 @@ def find_checkpoint(name: str) -> Path:
     Raises:
         UserError: There is no such folder, or the hub cannot give it.
     """
-    if Path(name).exists():
-        return Path(name)
+    here = standing(Path(name))
+    if here.exists():
+        return here
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", name) or name.startswith((".", "/")):
         raise UserError(f"{name} does not exist; give the folder of a checkpoint or a hub id such as org/name")
     from huggingface_hub import snapshot_download

@@ -12,6 +12,7 @@ import mmap
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -76,7 +77,10 @@ class WeightPool:
         self.plan = plan
         self.limit = limit_of(budget, spoken_for)
         self._limit_ahead = min(self.limit, int((budget - spoken_for) * _AHEAD_SHARE))
-        self.total = sum(self._size(group) for group in range(len(plan)))
+        self._sizes = [sum(piece.num_bytes for piece in group) for group in plan]
+        self._before = [0, *accumulate(self._sizes)]  # bytes of all groups before each
+        self.total = self._before[-1]
+        self.most = max((self._most(group) for group in range(len(plan))), default=0)  # bytes held at most
         self._on_read = on_read
         self._group = -1
         self._finished = self._read = 0  # bytes of the groups left behind, and of this one
@@ -91,11 +95,6 @@ class WeightPool:
                 f"({largest.num_bytes >> 20} MiB each) must fit beside the work on them; give at least {needed}MiB"
             )
 
-    @property
-    def most(self) -> int:
-        """Bytes that are held at most."""
-        return max((self._most(group) for group in range(len(self.plan))), default=0)
-
     def _most(self, group: int) -> int:
         """Bytes that are held while a group is in use, what is read ahead included."""
         if not self.fits(group):
@@ -108,7 +107,7 @@ class WeightPool:
         self._held, self._spare = {}, []
 
     def _size(self, group: int) -> int:
-        return sum(piece.num_bytes for piece in self.plan[group])
+        return self._sizes[group]
 
     def fits(self, group: int) -> bool:
         """Whether all pieces of a group can be held at a time."""
@@ -118,7 +117,7 @@ class WeightPool:
         """Go on to a group of the plan; what was held of those before it gives room."""
         if group == self._group:
             return
-        self._finished = sum(self._size(index) for index in range(group))
+        self._finished = self._before[group]
         self._group, self._read = group, 0
         for piece, held in list(self._held.items()):
             if held.group < group:

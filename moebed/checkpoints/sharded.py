@@ -5,8 +5,8 @@ last.ckpt/
     .metadata                         which part of which tensor lies where
     rest.ckpt                         all that is no tensor of the model or optimizer; written last
 
-A folder takes the place of an older one by two renames; `recover` finishes what was stopped between them. Checkpoints
-are data: `.metadata` is a pickle, of which only the handful of records that it is made of are admitted.
+A folder takes the place of an older one when it is whole (see moebed.storage). Checkpoints are data: `.metadata` is a
+pickle, of which only the handful of records that it is made of are admitted.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from __future__ import annotations
 import io
 import os
 import pickle
-import shutil
 import warnings
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,17 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.utils import _create_file_view
 
+from moebed import storage
 from moebed.checkpoints.files import TensorEntry
 from moebed.errors import SharedError, UserError
 
@@ -95,35 +104,77 @@ def entries(path: Path) -> dict[str, TensorEntry]:
 
 
 class PartsEntry:
-    """A tensor of which several ranks wrote a part each."""
+    """A tensor of which several ranks wrote a part each; some rows are read without the rest of a part."""
 
     def __init__(self, path: Path, name: str, entry: TensorStorageMetadata, places: Any, position: int) -> None:
         self.path, self.shape, self.dtype, self.position = path, tuple(entry.size), entry.properties.dtype, position
-        self._parts = [(chunk, places[MetadataIndex(name, chunk.offsets)]) for chunk in entry.chunks]
+        self._parts = [_Part(self, chunk, places[MetadataIndex(name, chunk.offsets)]) for chunk in entry.chunks]
 
     def read(self, first: int, out: Tensor) -> None:
         """Fill out (rows, columns) with the rows from ``first`` on; see TensorPart."""
-        for chunk, place in self._parts:
-            row, wide = torch.zeros(1, dtype=torch.long), 1  # of the part, in the tensor's rows
-            for offset, size, length in zip(chunk.offsets[:-1], chunk.sizes[:-1], self.shape[:-1], strict=True):
-                row = (row.unsqueeze(1) * length + torch.arange(offset, offset + size)).flatten()
-                wide *= size
-            inside = (row >= first) & (row < first + len(out))
-            if not bool(inside.any()):
-                continue
-            columns = slice(chunk.offsets[-1], chunk.offsets[-1] + chunk.sizes[-1]) if self.shape else slice(None)
-            out[row[inside] - first, columns] = self._load(place).reshape(wide, -1)[inside]
+        for part in self._parts:
+            part.read(first, out)
 
-    def _load(self, place: Any) -> Tensor:
+
+class _Part:
+    """What one rank wrote of a tensor: a block of it, as ``torch.save`` writes it, somewhere in the rank's file."""
+
+    def __init__(self, entry: PartsEntry, chunk: ChunkStorageMetadata, place: Any) -> None:
+        self._entry, self._chunk, self._place = entry, chunk, place
+        self._file = entry.path / place.relative_path
+        self._start: int | None = None  # of the numbers, in the file; -1 where they do not lie in order
+
+    @cached_property
+    def _rows(self) -> Tensor:
+        """(n,) which rows of the tensor the part's rows are, ascending."""
+        row = torch.zeros(1, dtype=torch.long)
+        shape = self._entry.shape
+        for offset, size, length in zip(self._chunk.offsets[:-1], self._chunk.sizes[:-1], shape[:-1], strict=True):
+            row = (row.unsqueeze(1) * length + torch.arange(offset, offset + size)).flatten()
+        return row
+
+    def read(self, first: int, out: Tensor) -> None:
+        """Fill in those of the rows from ``first`` on that are in this part."""
+        begin, end = torch.searchsorted(self._rows, torch.tensor([first, first + len(out)])).tolist()
+        if begin == end:
+            return
+        width = self._chunk.sizes[-1] if self._entry.shape else 1
+        column = self._chunk.offsets[-1] if self._entry.shape else 0
+        where = self._rows[begin:end] - first
         try:
-            with open(self.path / place.relative_path, "rb") as file:
-                file.seek(place.offset)
-                part = file.read(place.length)
-            return torch.load(io.BytesIO(part), map_location="cpu", weights_only=True)
+            out[where, column : column + width] = self._load(begin, end - begin, width)
+        except UserError:
+            raise
         except Exception as error:  # torch raises several unrelated types for a damaged file
-            raise UserError(
-                f"{self.path / place.relative_path} cannot be read ({_first_line(error)}); use an earlier checkpoint"
-            ) from error
+            raise UserError(f"{self._file} cannot be read ({_first_line(error)}); use an earlier checkpoint") from error
+
+    def _load(self, begin: int, count: int, width: int) -> Tensor:
+        """Some of the part's rows (count, width)."""
+        if self._start is None:
+            self._start = self._find()
+        with open(self._file, "rb") as file:
+            if self._start < 0:
+                file.seek(self._place.offset)
+                whole = io.BytesIO(file.read(self._place.length))
+                loaded = torch.load(whole, map_location="cpu", weights_only=True)
+                return loaded.reshape(-1, width)[begin : begin + count]
+            values = torch.empty(count, width, dtype=self._entry.dtype)
+            file.seek(self._start + begin * width * values.element_size())
+            if file.readinto(values.view(torch.uint8).numpy().data) != values.nbytes:
+                raise OSError("it is cut short")
+            return values
+
+    def _find(self) -> int:
+        """Where the part's numbers begin in the file; only the part's description is read."""
+        with open(self._file, "rb") as file:
+            window: Any = _create_file_view(file, self._place.offset, self._place.length)
+            with FakeTensorMode():
+                found = torch.load(window, map_location="cpu", weights_only=True)
+        offset = getattr(found.untyped_storage(), "_checkpoint_offset", None)
+        plain = found.is_contiguous() and found.storage_offset() == 0 and found.dtype == self._entry.dtype
+        if offset is None or not plain or tuple(found.shape) != tuple(self._chunk.sizes):
+            return -1
+        return self._place.offset + offset
 
 
 def read_rest(path: Path) -> dict[str, Any]:
@@ -170,70 +221,39 @@ def write(path: Path, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) ->
     Raises:
         SharedError: It could not be written.
     """
-    partial, first = partial_name(path), dist.get_rank() == 0
-    error: BaseException | None = None
+    partial: Path | None = None
+
+    def begin() -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        storage.remove_leftovers(path, sole=True)
+        folder = storage.partial_name(path)
+        folder.mkdir()
+        return folder
+
+    def finish() -> None:
+        assert partial is not None
+        with open(partial / REST, "wb") as file:
+            torch.save(dict(rest), file)
+            file.flush()
+            os.fsync(file.fileno())
+        storage.take_place(partial, path, sole=True)
+
     try:
-        if first:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(partial))
-        if first:
-            with open(partial / REST, "wb") as file:
-                torch.save(dict(rest), file)
-                file.flush()
-                os.fsync(file.fileno())
-            replace(path)
-    except (Exception, dcp.api.CheckpointException) as caught:  # noqa: BLE001 - all ranks are told
-        error = caught
-    failures: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, _first_line(error) if error is not None else None)
-    failed = [(rank, text) for rank, text in enumerate(failures) if text is not None]
-    if failed:
-        if first:
-            shutil.rmtree(partial, ignore_errors=True)
+        partial = storage.on_first_rank(begin)
+        error: BaseException | None = None
+        try:
+            dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(partial))
+        except (Exception, dcp.api.CheckpointException) as caught:  # noqa: BLE001 - all ranks are told
+            error = caught
+        storage.agree(error, lambda rank, said: f"rank {rank}: {said}", _first_line)
+        storage.on_first_rank(finish)
+    except (SharedError, OSError, RuntimeError) as error:
+        if partial is not None and dist.get_rank() == 0:
+            storage.remove(partial)
         raise SharedError(
-            f"checkpoint {path} could not be written (rank {failed[0][0]}: {failed[0][1]}); the previous one is whole: "
-            "make room or choose another folder, then continue with --ckpt_path last",
+            f"checkpoint {path} could not be written ({_first_line(error)}); {storage.CHECKPOINT_ADVICE}",
             dist.get_rank(),
         ) from error
-
-
-def partial_name(path: Path) -> Path:
-    """Where a checkpoint is written before it takes its name."""
-    return path.with_name(path.name + ".partial")
-
-
-def _old_name(path: Path) -> Path:
-    return path.with_name(path.name + ".old")
-
-
-def replace(path: Path) -> None:
-    """Give the folder that was written the name of the older one, which goes."""
-    old = _old_name(path)
-    remove(old)
-    if path.exists():
-        os.rename(path, old)
-    os.rename(partial_name(path), path)
-    remove(old)
-
-
-def remove(path: Path) -> None:
-    """Remove a checkpoint, folder or file."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def recover(folder: Path) -> None:
-    """Give every checkpoint in a folder its name again whose replacement was stopped between two renames."""
-    for old in folder.glob("*.old"):
-        path = old.with_name(old.name.removesuffix(".old"))
-        if not path.exists():
-            os.rename(partial_name(path) if is_sharded(partial_name(path)) else old, path)
-        if old.exists():
-            remove(old)
 
 
 def flatten(states: Mapping[int, Mapping[str, Any]], names: list[str]) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from moebed import storage
 from moebed.checkpoints.checkpoint import Checkpoint
 from moebed.checkpoints.files import DTYPES
 from moebed.errors import UserError
@@ -116,8 +117,6 @@ class FolderWriter:
                 name = f"model-{number:05d}-of-{len(self._shards):05d}.safetensors" if many else "model.safetensors"
                 with (partial / name).open("wb") as file:
                     self._write_shard(file, shard, content, on_write)
-                    file.flush()
-                    os.fsync(file.fileno())
                 weight_map |= dict.fromkeys(shard, name)
             if len(self._shards) > 1:
                 index = {"metadata": {"total_size": self.total}, "weight_map": weight_map}
@@ -180,25 +179,19 @@ def new_folder(folder: Path, num_bytes: int = 0) -> Iterator[Path]:
     """
     folder = folder.resolve()
     require_empty(folder)
-    partial = folder.with_name(f"{folder.name}.partial")
+    existing = next(path for path in folder.parents if path.exists())
+    storage.remove_leftovers(folder)  # they count as free
+    free = shutil.disk_usage(existing).free
+    if free < num_bytes:
+        raise UserError(
+            f"{existing} has {free / 1e9:.1f} GB free but the checkpoint takes {num_bytes / 1e9:.1f} GB; "
+            "make room or choose another folder"
+        )
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if partial.exists():  # left by a process that was killed
-            shutil.rmtree(partial)
-        free = shutil.disk_usage(folder.parent).free
-        if free < num_bytes:
-            raise UserError(
-                f"{folder.parent} has {free / 1e9:.1f} GB free but the checkpoint takes {num_bytes / 1e9:.1f} GB; "
-                "make room or choose another folder"
-            )
-        partial.mkdir()
-        yield partial
-        os.replace(partial, folder)  # also onto an empty folder
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise UserError(f"the checkpoint cannot be written to {folder} ({error.strerror or error})") from error
-        raise
+        with storage.new_folder(folder) as partial:
+            yield partial
+    except storage.NotWritten as error:
+        raise UserError(f"the checkpoint cannot be written to {folder} ({error.reason})") from error
 
 
 def require_empty(folder: Path) -> None:

@@ -3,8 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
-import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -12,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-import psutil
 
+from moebed import storage
 from moebed.errors import UserError
 
 FORMAT_VERSION = 2
@@ -34,8 +32,7 @@ def find_or_build(cache: Path, key: str, build: Callable[[Path], None]) -> Path:
     """Returns the folder ``cache/key``, building it first if it is not there.
 
     Any number of processes may ask at once: one builds, and the others wait for it and say so. Where files cannot be
-    locked each builds in a folder of its own, the first to finish renames it into place, and the others drop theirs. A
-    build that is killed leaves only a hidden folder, which the next build of the same key on that machine removes.
+    locked each builds in a folder of its own, the first to finish renames it into place, and the others drop theirs.
 
     Args:
         cache: The cache folder; made if need be.
@@ -51,28 +48,25 @@ def find_or_build(cache: Path, key: str, build: Callable[[Path], None]) -> Path:
     final = cache / key
     if final.is_dir():
         return final
-    prefix = f".building-{key}-{socket.gethostname()}-"
-    temporary = cache / f"{prefix}{os.getpid()}"
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with _turn(cache, key):
             if final.is_dir():  # made while this process waited
                 return final
-            for stale in cache.glob(f"{prefix}*"):
-                if stale == temporary or not _is_alive(stale.name.removeprefix(prefix)):
-                    shutil.rmtree(stale, ignore_errors=True)
-            temporary.mkdir()
-            try:
+            with storage.new_folder(final) as temporary:
                 build(temporary)
-                _rename(temporary, final)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+    except storage.NotWritten as error:
+        if not final.is_dir():  # otherwise another process was first, and its folder is as good
+            raise _unwritable(cache, error.reason) from error
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(
-            f"cannot write the cache folder {cache}: {reason}; set data.cache_dir or MOEBED_CACHE to a writable one"
-        ) from error
+        raise _unwritable(cache, error.strerror or str(error)) from error
     return final
+
+
+def _unwritable(cache: Path, reason: str) -> UserError:
+    return UserError(
+        f"cannot write the cache folder {cache}: {reason}; set data.cache_dir or MOEBED_CACHE to a writable one"
+    )
 
 
 @contextmanager
@@ -96,15 +90,3 @@ def _turn(cache: Path, key: str) -> Iterator[None]:
         finally:  # who waits for it has it open, and who comes later finds the folder or builds anew
             with suppress(OSError):
                 path.unlink()
-
-
-def _rename(temporary: Path, final: Path) -> None:
-    try:
-        temporary.rename(final)
-    except OSError:
-        if not final.is_dir():  # otherwise another process was first, and its folder is as good
-            raise
-
-
-def _is_alive(process: str) -> bool:
-    return process.isdecimal() and psutil.pid_exists(int(process))

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from moebed.data.corpus import EMBEDDED_DOMAINS, embedded_documents, embedded_identity
 from moebed.data.pieces import json_records, text_documents
 from moebed.errors import ConfigError, UserError
+from moebed.provenance import content_record, file_record
 
 _SUFFIXES = (".txt", ".csv", ".jsonl", ".json", ".parquet")
 # Of the data sets library; cache is what it kept of one of the others.
@@ -119,9 +120,23 @@ class Source:
         identity = {key: value for key, value in asdict(config).items() if key not in ("name", "weight", "path")}
         if config.kind == "files":
             return identity | {"files": [_file_identity(path) for path in self.files()]}
-        patterns = [config.data_files] if isinstance(config.data_files, str) else config.data_files or []
+        return identity | {"path": config.path, "files": [_file_identity(path) for path in self._data_files()]}
+
+    def content(self) -> list[Any]:
+        """Returns what the local files of the source hold, whatever their times and folders, as plain data.
+
+        Raises:
+            UserError: If one does not exist.
+        """
+        if self.config.kind == "embedded":
+            return [embedded_identity(self.config.embedded_domain, self.config.max_bytes)]
+        return [content_record(path) for path in (self.files() if self.config.kind == "files" else self._data_files())]
+
+    def _data_files(self) -> list[Path]:
+        """The local files that a hub source names."""
+        patterns = [self.config.data_files] if isinstance(self.config.data_files, str) else self.config.data_files or []
         local = [Path(name) for pattern in patterns for name in sorted(glob.glob(pattern))]
-        return identity | {"path": config.path, "files": [_file_identity(path) for path in local if path.is_file()]}
+        return [path for path in local if path.is_file()]
 
     def files(self) -> list[Path]:
         """Returns a ``files`` source's files in order; raises UserError if a path or glob matches none."""
@@ -320,8 +335,7 @@ def _suffix(path: Path) -> str:
 
 
 def _file_identity(path: Path) -> list[object]:
-    status = path.stat()
-    return [str(path.resolve()), status.st_size, status.st_mtime_ns]
+    return [str(path.resolve()), *file_record(path)]
 
 
 def _one_line(error: BaseException) -> str:

@@ -25,6 +25,7 @@ from moebed.data.cache import find_or_build, fingerprint
 from moebed.data.sources import Source
 from moebed.data.tokenizer import Tokenizer
 from moebed.errors import UserError
+from moebed.provenance import moebed_version
 
 _BATCH_BYTES = 1 << 20
 _INDEX = "index.json"
@@ -143,7 +144,12 @@ def build_domain(
                 break
         if not any(writer.documents for writer in writers.values()):
             raise UserError(f"data source {config.name!r} has no text: every document is empty, or there is none")
-        index = {"identity": identity, "splits": {split: writer.finish() for split, writer in writers.items()}}
+        made_by = {"moebed": moebed_version(), "data": [source.content()]}
+        index = {
+            "identity": identity,
+            "made_by": made_by,
+            "splits": {split: writer.finish() for split, writer in writers.items()},
+        }
         (folder / _INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
     return DomainStore(config.name, find_or_build(cache, f"{config.name}-{fingerprint(identity)}", build))

@@ -16,9 +16,10 @@ from torch.optim import Optimizer
 
 from moebed.checkpoints import sharded
 from moebed.checkpoints.files import load_mapped
-from moebed.errors import SharedError, UserError
+from moebed.errors import UserError
 from moebed.parallel.config import ParallelConfig
 from moebed.parallel.sharding import Layout, assign, reshard, whole
+from moebed.storage import on_first_rank, standing
 
 
 class MeshStrategy(ModelParallelStrategy):
@@ -107,18 +108,11 @@ class MeshStrategy(ModelParallelStrategy):
         checkpoint["state_dict"] = gather(checkpoint["state_dict"])
         for state in checkpoint.get("optimizer_states", []):
             state["state"] = gather(state["state"])
-        failed = None
-        if self.is_global_zero:
-            try:
-                self.checkpoint_io.save_checkpoint(checkpoint, path)
-            except UserError as error:
-                failed = error
-        if (said := self.broadcast(str(failed) if failed is not None else None)) is not None:
-            raise SharedError(said, self.global_rank)
+        on_first_rank(lambda: self.checkpoint_io.save_checkpoint(checkpoint, path))
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint of any layout into model and optimizer; what is left is what Lightning restores."""
-        path = Path(self.broadcast(checkpoint_path))
+        path = standing(Path(self.broadcast(checkpoint_path)))
         module = self.lightning_module
         assert module is not None
         reshard(module)

@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from moebed import storage
 from moebed.errors import UserError
 
 FORMAT = 1
 STUDY_FILE = "study.json"
 
 
-def write_text(path: Path, text: str) -> Path:
-    """Write beside the path and rename, so that a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} could not be written ({error.strerror}); make room or choose another --out") from error
-    return path
-
-
 def write_json(path: Path, content: Any) -> Path:
     """Plain data as JSON; not-a-number is an error here, since JSON has no such thing."""
-    return write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    return storage.write_text(
+        path, json.dumps(content, indent=1, allow_nan=False) + "\n", "make room or choose another --out"
+    )
 
 
 def read_json(path: Path) -> Any:

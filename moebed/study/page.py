@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from moebed import storage
 from moebed.study.comparison import Comparison, compare_arms, power
-from moebed.study.files import STUDY_FILE, load_study, write_text
+from moebed.study.files import STUDY_FILE, load_study
 from moebed.study.tables import (
     COLUMNS,
     DOMAIN_NOTE,
@@ -41,18 +42,14 @@ def present(folder: Path) -> list[Path]:
     from moebed.study.figures import draw_all
     from probes.figures import to_png
     from probes.report import write_report
-    from probes.store import replacing
 
     found = compare_arms(load_study(folder / STUDY_FILE))
     written, pictures = [], {}
     for name, draw in draw_all(found).items():
-        path = folder / "figures" / f"{name}.png"
         pictures[name] = to_png(draw())
-        with replacing(path) as file:
-            file.write(pictures[name])
-        written.append(path)
+        written.append(storage.write_bytes(folder / "figures" / f"{name}.png", pictures[name]))
     names = [f"figures/{path.name}" for path in written]
-    text = write_text(folder / "study.md", markdown(found, names))
+    text = storage.write_text(folder / "study.md", markdown(found, names))
     report = write_report([], folder / "report.html", {found.study["name"]: section(folder, found, pictures)})
     print_table(found)
     return [text, *written, report]

@@ -9,8 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from moebed import provenance
 from moebed.checkpoints.companions import START_RECIPE
 from moebed.config import ModelConfig
+from moebed.data.sources import Source
 from moebed.errors import ConfigError, UserError
 from moebed.families.base import NOT_IN_CHECKPOINTS
 from moebed.flops import count_parameters, flops_per_token
@@ -144,6 +148,7 @@ class _CheckedStep:
 
 def _resolve_steps(recipe: StudyRecipe, steps: Sequence[Step], plan: StudyPlan, out: Path) -> list[_CheckedStep]:
     found: list[_CheckedStep] = []
+    code = _code_identity()
     upcycled: dict[str, Any] = {}  # what the model becomes before the step that follows
     for index, step in enumerate(steps):
         after = {"after": fingerprint(found[-1].identity)} if found else {}
@@ -160,7 +165,7 @@ def _resolve_steps(recipe: StudyRecipe, steps: Sequence[Step], plan: StudyPlan, 
                 for key, value in config.to_dict().items()
                 if key not in NOT_IN_CHECKPOINTS and value != getattr(dense, key)
             }
-            found.append(_CheckedStep("upcycle", arguments, {**options, **after}, None))
+            found.append(_CheckedStep("upcycle", arguments, {**options, **after, **code}, None))
             continue
         last = index == len(steps) - 1
         overrides = {**recipe.settings, **upcycled, **step.settings}
@@ -186,6 +191,8 @@ def _resolve_steps(recipe: StudyRecipe, steps: Sequence[Step], plan: StudyPlan, 
             raise ConfigError("trainer.limit_val_batches is 0, but arms are compared by their loss on held-out text")
         flat = flatten(resolved.content)
         identity = {key: value for key, value in flat.items() if key not in (*_NOT_IDENTITY, *_SEEDS)} | after
+        # Content tells the text of two days or two machines apart where paths do not.
+        identity |= code | {"data.content": provenance.fingerprint([Source(one).content() for one in resolved.sources])}
         found.append(
             _CheckedStep("fit", arguments, identity, resolved.config, number, number * resolved.tokens_per_step)
         )
@@ -198,6 +205,13 @@ def _precision(plan: StudyPlan, out: Path, resolved: Resolved) -> str:
         accelerator = resolved.content["trainer"]["accelerator"]
         plan.precision, plan.precision_said = study_precision(out, accelerator)
     return plan.precision
+
+
+def _code_identity() -> dict[str, Any]:
+    """What computes a run, beside its settings."""
+    plugins = provenance.plugins_record()
+    versions = {"moebed": provenance.moebed_version(), "torch": torch.__version__}
+    return versions | ({"plugins": plugins} if plugins else {})
 
 
 def _budget(step: Step, steps: int) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from moebed.config import ModelConfig
+from moebed.data.sources import SourceConfig
 from moebed.plan.plan import world_size
 from moebed.training import TrainingCLI, quiet
 
@@ -48,11 +49,13 @@ class Resolved:
         config: The model's.
         tokens_per_step: Of an optimizer step, over all processes; those that the recipe leaves to the machine are
             counted on this one.
+        sources: Where its text comes from.
     """
 
     content: dict[str, Any]
     config: ModelConfig
     tokens_per_step: int
+    sources: Sequence[SourceConfig]
 
 
 def resolve(arguments: Sequence[str]) -> Resolved:
@@ -66,7 +69,8 @@ def resolve(arguments: Sequence[str]) -> Resolved:
     recipe = cli.config.fit
     content = json.loads(cli._parser("fit").dump(recipe, skip_none=False, format="json"))
     micro_batches = world_size(recipe, torch.cuda.device_count()) * recipe.trainer.accumulate_grad_batches
-    return Resolved(content, cli.model.config, micro_batches * recipe.data.batch_size * recipe.data.sequence_length)
+    tokens = micro_batches * recipe.data.batch_size * recipe.data.sequence_length
+    return Resolved(content, cli.model.config, tokens, cli.datamodule.sources)
 
 
 def as_arguments(overrides: Mapping[str, Any]) -> list[str]:

@@ -45,7 +45,7 @@ def test_a_killed_build_is_not_used_and_the_next_one_cleans_up(tmp_path: Path) -
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     [left] = _contents(tmp_path)
-    assert left.startswith(".building-key-")
+    assert left.startswith(".key.")
     output, error = _start(tmp_path, 0).communicate()
     assert error == ""
     assert output.split() == ["building", str(tmp_path / "key")]

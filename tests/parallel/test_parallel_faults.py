@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moebed.checkpoints import sharded
+from moebed import storage
 from tests.parallel.forked import Ranks, run, start
 from tests.parallel.parallel_runs import curves, fit, recipe
 
@@ -36,7 +36,7 @@ def _wait_for_a_checkpoint(path: Path, ranks: Ranks) -> None:
 def _wait_for_a_save(path: Path, ranks: Ranks) -> None:
     """Return while these ranks write the next one."""
     for _ in range(100_000):
-        if sharded.partial_name(path).exists():
+        if storage.leftovers(path, sole=True):
             return
         time.sleep(0.0005)
     raise AssertionError(f"no save within a minute\n{ranks.said}")
@@ -61,7 +61,7 @@ def test_killed_ranks_end_the_run_and_it_continues_bit_for_bit(tmp_path, layout,
         else:
             time.sleep(draw.uniform(0.0, 0.3))
         whole_job = number % 2 == 0
-        saving += sharded.partial_name(last).exists()
+        saving += bool(storage.leftovers(last, sole=True))
         for pid in started.pids if whole_job else [draw.choice(started.pids)]:
             os.kill(pid, signal.SIGKILL)
         codes = started.wait(60)
@@ -81,7 +81,7 @@ def _small_files(rank: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("layout", ["1 process", "EP-2"])
+@pytest.mark.parametrize("layout", ["1 process", "DDP-2", "EP-2"])
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, layout):
     path, folder = recipe(tmp_path, 6), tmp_path / "run"
     arguments, ranks = fit(path, folder, layout)
@@ -96,6 +96,31 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, layout):
     assert before == {file.name: file.read_bytes() for file in ([last] if last.is_file() else last.iterdir())}
     assert [file.name for file in last.parent.iterdir()] == ["last.ckpt"]
     run(arguments, ranks, tmp_path / "logs" / "third")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("left", ["file", "folder"])
+@pytest.mark.parametrize("layout", ["1 process", "DDP-2", "EP-2"])
+def test_what_a_killed_run_left_does_not_stop_the_next_one(tmp_path, layout, left):
+    path, folder = recipe(tmp_path, 6), tmp_path / "run"
+    arguments, ranks = fit(path, folder, layout)
+    checkpoints = folder / "checkpoints"
+    for name in ("last.ckpt.partial", ".last.ckpt.elsewhere-1.7.partial"):
+        leftover = checkpoints / name / "part" if left == "folder" else checkpoints / name
+        leftover.parent.mkdir(parents=True, exist_ok=True)
+        leftover.write_text("half")
+    run(arguments, ranks, tmp_path / "logs" / "first")
+    assert [file.name for file in checkpoints.iterdir()] == ["last.ckpt"]
+    # A kill between the two renames of a replacement.
+    (checkpoints / "last.ckpt").rename(storage.old_name(checkpoints / "last.ckpt"))
+    validate = ["validate", *arguments[1:], "--ckpt_path", "last"]
+    validated = run(validate, ranks, tmp_path / "logs" / "validate")
+    assert "val/loss" in validated
+    assert [file.name for file in checkpoints.iterdir()] == [".last.ckpt.old"]  # who reads changes nothing
+    more = run([*arguments, "--ckpt_path", "last", "--trainer.max_steps", "8"], ranks, tmp_path / "logs" / "second")
+    assert "continuing the run" in more
+    assert [file.name for file in checkpoints.iterdir()] == ["last.ckpt"]
 
 
 def _nan_on_rank_1(rank: int) -> None:

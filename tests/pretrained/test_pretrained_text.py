@@ -173,6 +173,33 @@ def test_a_layer_larger_than_the_budget_is_read_an_expert_at_a_time(tmp_path, mo
     assert set(reads.values()) == {1}
 
 
+@pytest.mark.parametrize("budget", ["1GiB", "700kB", "200kB", "150kB"])
+def test_what_is_read_is_what_was_planned(tmp_path, budget):
+    """With weights, text and a dense reference: in order, and each group once, however little fits."""
+    write(tmp_path / "model", num_experts=12, num_experts_per_tok=2, num_hidden_layers=2)
+    write(tmp_path / "dense", family="mistral", num_experts=0, num_hidden_layers=2)
+    text = make_text(9, 4)
+    dense = str(tmp_path / "dense")
+    model = PretrainedMoE(str(tmp_path / "model"), reference_dense=dense, text=text, memory_budget=budget)
+    done, read, original = [], [], Checkpoint.read_into
+
+    def read_into(checkpoint, part, out):
+        read.append(checkpoint.num_bytes(part))
+        original(checkpoint, part, out)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoint, "read_into", read_into)
+        probes = [PROBES[name]() for name in ("norm_vs_score", "matrix_similarity", "expert_outputs")]
+        views = model.views(text, needs_of(probes))
+        model.on_read = done.append
+        planned, beside = model.bytes_total, 2 * len(text.token_ids.unique()) * 32 * 2  # the rows of the embeddings
+        run_probes(views, probes)
+    model.close()
+    assert done == sorted(done)
+    assert done[-1] == planned
+    assert sum(read) <= planned + 40 * beside
+
+
 def test_a_stopped_pass_goes_on_where_it_was(tmp_path, monkeypatch):
     write(tmp_path / "model", num_experts_per_tok=2)
     np.save(tmp_path / "ids.npy", make_text(20, 20).input_ids.numpy())

@@ -52,7 +52,7 @@ def write_run(folder, model):
     results = probe([view(4)], "gate_projection", "neuron_matching")
     for name, result in results.items():
         store.save_arrays(folder, name, result.arrays)
-    store.save_summary(folder, 0, results, {})
+    store.save_summary(folder, 0, results)
     summary = json.loads((folder / "summary.json").read_text())
     (folder / "summary.json").write_text(json.dumps({**summary, "model": model}))
 

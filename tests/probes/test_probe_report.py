@@ -64,7 +64,7 @@ def run(tmp_path, make_decoder, text):
         for name, result in results.items():
             store.save_arrays(folder, name, result.arrays)
         store.append_history(folder, store.history_line(step, results))
-        store.save_summary(folder, step, results, {})
+        store.save_summary(folder, step, results)
     log(folder / "tensorboard", "train/loss", np.linspace(4, 2, 100))
     log(folder / "tensorboard", "val/bits_per_byte", [3.0, 2.0])
     log(folder / "tensorboard", "speed/tokens_per_second", [10.0, 20.0, 30.0])

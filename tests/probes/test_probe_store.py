@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from moebed import storage
 from moebed.errors import UserError
 from probes import store
 from probes.base import Headline, ProbeResult
@@ -50,7 +51,7 @@ def test_a_failed_write_leaves_the_earlier_file(tmp_path):
     path = store.save_arrays(tmp_path, "balance", {"load/0": np.ones(2)})
 
     def write_half():
-        with store.replacing(path) as file:
+        with storage.new_file(path) as file:
             file.write(b"half")
             raise ZeroDivisionError
 
@@ -94,11 +95,10 @@ def test_no_number_is_null(tmp_path):
 
 def test_summary_holds_values_sentences_and_notes(tmp_path):
     result = ProbeResult({}, {}, {"x": Headline(0.5, "Half of it.")}, notes=["left out"])
-    store.save_summary(tmp_path, 7, {"balance": result}, {"balance": 0.1}, notes=["in bfloat16"])
+    store.save_summary(tmp_path, 7, {"balance": result}, notes=["in bfloat16"])
     assert json.loads((tmp_path / "summary.json").read_text()) == {
         "step": 7,
         "notes": ["in bfloat16"],
         "probes": {"balance": {"headlines": {"x": {"value": 0.5, "sentence": "Half of it."}}, "notes": ["left out"]}},
-        "seconds": {"balance": 0.1},
     }
     assert store.load_summary(tmp_path / "none") == {}
