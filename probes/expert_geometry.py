@@ -12,7 +12,8 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -26,13 +27,14 @@ from probes.base import Arrays, Headline, Probe, ProbeResult, per_layer
 from probes.expert_matrices import by_matrix, compared, fitting, labels_of, num_experts, pair_means
 from probes.matching import exact_products, holds_bf16
 from probes.pictures import draw_depth, draw_heat_maps
-from probes.principal import top_eigenvectors
+from probes.spectrum import EXACT_BELOW, Spectrum, gram, spectrum, start_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _RANK = 16
-_DOUBLE_BELOW = 1024  # rows or columns; float64 throughout
+_GRAM_BYTES = 256 << 20  # of Gram matrices and of as much work on them
+_STORED = ("stable_rank", "effective_rank", "weight_norm", "effective_rank_error", "subspace_error")
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -43,37 +45,85 @@ class Shape(NamedTuple):
         stable_rank: ‖W‖_F² / ‖W‖₂².
         effective_rank: exp of the entropy of the singular values taken as shares of their sum.
         norm: ‖W‖_F.
+        rank_error: Estimated relative standard error of the effective rank.
+        angle_error: Bound on the sine of the largest angle between the basis' span and the exact subspace, at most 1.
         basis: (H, R) the first right singular vectors.
     """
 
     stable_rank: float
     effective_rank: float
     norm: float
+    rank_error: float
+    angle_error: float
     basis: np.ndarray
 
 
 def shape_of(matrix: Tensor, rank: int) -> Shape:
-    """Ranks, norm and first directions of a matrix (F, H), by way of the Gram matrix of its shorter side.
+    """Ranks, norm and first directions of one matrix (F, H); see ``shapes_of``."""
+    return next(shapes_of(lambda index: matrix, 1, rank))
 
-    Up to 1024 on that side all is float64; above, products are float32 and eigenvalues below a millionth of the largest
-    are lost, which singular values below a thousandth of the largest are: too small to count in either rank.
+
+def shapes_of(fetch: Callable[[int], Tensor], count: int, rank: int) -> Iterator[Shape]:
+    """Ranks, norms and first directions of matrices (F, H), by way of the Gram matrices of their shorter side.
+
+    Below ``EXACT_BELOW`` on that side all is float64 and exact; above, see ``probes.spectrum``. Singular values within
+    the rounding of the Gram matrix count as 0: in float32 those below about a hundredth of their root mean square.
+    Gram matrices take all cores one after another; what follows are many small steps, a matrix to a core.
+
+    Args:
+        fetch: Gives a matrix by its index; called from this thread, up to twice.
+        count: Number of matrices.
+        rank: Directions of each.
     """
-    short = matrix.T if matrix.shape[0] >= matrix.shape[1] else matrix  # (S, long side)
-    short = double(short) if len(short) < _DOUBLE_BELOW else short.float()
-    with exact_products(holds_bf16(matrix)):
-        products = torch.mm(short, short.T)
-    squares = torch.linalg.eigvalsh(products).clamp(min=0).cpu().double().numpy()
-    gram = products.cpu().numpy()
-    if squares[-1] <= 0:
-        return Shape(0.0, 0.0, 0.0, np.zeros((matrix.shape[1], rank)))
-    sigma = np.sqrt(squares[squares > 1e-12 * squares[-1]])
-    share = sigma / sigma.sum()
-    vectors = top_eigenvectors(gram, rank)[1]
-    if short.shape[0] != matrix.shape[1]:  # left vectors: carry them over
-        vectors = (short.T @ torch.from_numpy(np.ascontiguousarray(vectors)).to(short)).cpu().numpy()
-    basis = np.linalg.qr(vectors.astype(np.float64))[0]
-    total = squares.sum()
-    return Shape(float(total / squares[-1]), float(np.exp(-share @ np.log(share))), float(np.sqrt(total)), basis)
+    threads, start = torch.get_num_threads(), 0
+    with ThreadPoolExecutor(threads, "spectrum", torch.set_num_threads, (1,)) as pool:
+        try:
+            while start < count:
+                side = min(fetch(start).shape)
+                batch = range(start, min(count, start + max(threads, _GRAM_BYTES // (8 * side * side))))
+                prepared = [_prepare(fetch(index)) for index in batch]
+                with exact_products(is_bf16=False):  # for all cores: it is a setting of the process
+                    found = list(pool.map(partial(_spectrum, rank), prepared))
+                    for index, given, one in zip(batch, prepared, found, strict=True):
+                        yield _finish(fetch(index), given, one, rank)
+                start = batch.stop
+        finally:
+            torch.set_num_threads(threads)  # the workers' setting is also the default of later threads
+
+
+def _wide(matrix: Tensor) -> Tensor:
+    """A matrix with its shorter side first, (N, K), in what its Gram matrix is computed in."""
+    short = matrix if matrix.shape[0] < matrix.shape[1] else matrix.T
+    return double(short) if len(short) < EXACT_BELOW else short.float()
+
+
+def _prepare(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The Gram matrix and a start for its vectors; None of a matrix that is 0 or not finite."""
+    short = _wide(matrix)
+    product = gram(short, holds_bf16(matrix))
+    square = float(double(product.diagonal()).sum())
+    if not 0 < square < math.inf:
+        return None
+    with exact_products(is_bf16=False):
+        return product, start_of(short, matrix.shape[0] < matrix.shape[1])
+
+
+def _spectrum(rank: int, given: tuple[Tensor, Tensor] | None) -> Spectrum | None:
+    return None if given is None else spectrum(*given, rank)
+
+
+def _finish(matrix: Tensor, given: tuple[Tensor, Tensor] | None, found: Spectrum | None, rank: int) -> Shape:
+    if given is None or found is None:
+        value = 0.0 if bool((matrix == 0).all()) else math.nan
+        return Shape(value, value, value, value, value, np.full((matrix.shape[1], rank), value))
+    square = float(double(given[0].diagonal()).sum())
+    vectors = found.vectors
+    if matrix.shape[0] < matrix.shape[1]:  # left vectors: carry them over
+        short = _wide(matrix)
+        vectors = short.T @ vectors.to(short)
+    basis = np.linalg.qr(vectors.cpu().double().numpy())[0]
+    ranks = square / found.largest**2, found.effective_rank
+    return Shape(*ranks, math.sqrt(square), found.rank_error, found.angle, basis)
 
 
 class ExpertGeometry(Probe):
@@ -83,10 +133,14 @@ class ExpertGeometry(Probe):
     ``subspace_distance (E', E')``, Grassmann's chordal distance √Σ sin²θ of the subspaces of the first R right singular
     vectors, R = 16 or a quarter of the shorter side where that is less; ``subspace_rank ()``, R. With
     ``num_experts/<layer>`` and ``others/<layer>/<matrix>``, the labels of the rows after the routed experts'.
+    ``effective_rank_error (E',)``, its relative standard error, and ``subspace_error (E',)``, a bound on the sine of
+    the largest angle to the exact subspace: 0 or next to it for sides below 512, estimated above. Where it is 1, as for
+    random matrices, eigenvalues next to the R-th are too close to tell the subspace from its neighbours; the distance
+    is then that of R leading directions found from a fixed start, the same at each call.
     Scalars are over routed experts; ``subspace_distance`` there is divided by √R: 0 the same subspace, 1 orthogonal
     ones, and random ones √(1 − R/H).
 
-    A layer of a large model takes minutes; ``say`` is told how far it is, at most every ten seconds.
+    A layer of a large model takes its time; ``say`` is told how far it is, at most every ten seconds.
     """
 
     name = "expert_geometry"
@@ -100,17 +154,12 @@ class ExpertGeometry(Probe):
         fetch = compared(view, name, rest)
         count, rank = view.num_experts + len(rest), max(1, min(_RANK, min(fetch(0).shape) // 4))
         said, shapes = time.perf_counter(), []
-        for index in range(count):
-            matrix = fetch(index)
-            finite = bool(torch.isfinite(matrix).all())
-            nothing = np.full((matrix.shape[1], rank), np.nan)
-            shapes.append(shape_of(matrix, rank) if finite else Shape(math.nan, math.nan, math.nan, nothing))
+        for index, shape in enumerate(shapes_of(fetch, count, rank)):
+            shapes.append(shape)
             if time.perf_counter() - said > _SECONDS_BETWEEN_LINES:
                 said = time.perf_counter()
                 self.say(f"{self.name}: layer {view.index}, {name}: {index + 1} of {count} experts")
-        for key, values in zip(
-            ("stable_rank", "effective_rank", "weight_norm"), zip(*shapes, strict=True), strict=False
-        ):
+        for key, values in zip(_STORED, zip(*shapes, strict=True), strict=False):
             self.arrays[f"{key}/{at}"] = np.array(values, np.float32)
         bases = np.stack([shape.basis for shape in shapes])
         overlap = np.square(np.einsum("ihr,jhs->ijrs", bases, bases, optimize=True)).sum(axis=(2, 3))

@@ -17,6 +17,7 @@ from probes.base import Arrays, by_layer
 from probes.similarity import off_diagonal
 
 _BAND_ELEMENTS = 1 << 22
+_ROWS_SUMMED = 512
 SHARED, REFERENCE = "SE", "F"  # as the paper's figures name them
 
 
@@ -58,22 +59,21 @@ def row_bands(view: LayerView, name: str, labels: Mapping[str, Tensor]) -> Itera
         yield routed + [matrix[part] for matrix in labels.values()]
 
 
-def bands(matrix: Tensor) -> Iterator[Tensor]:
-    """A matrix (N, H) a band of rows at a time, in float64."""
-    step = max(1, _BAND_ELEMENTS // matrix.shape[1])
-    for start in range(0, len(matrix), step):
-        yield double(matrix[start : start + step])
-
-
 def mean_neurons(view: LayerView, name: str) -> tuple[Tensor, list[str]]:
     """The average neuron of each expert (E', H) in float64, and the labels of those after the routed ones."""
     rest = others(view, name)
     fetch = compared(view, name, rest)
-    means = []
-    for index in range(view.num_experts + len(rest)):
-        matrix = fetch(index)
-        means.append(sum((band.sum(dim=0) for band in bands(matrix)), torch.zeros(())) / len(matrix))
-    return torch.stack([double(mean).cpu() for mean in means]), list(rest)
+    means = [_mean_of_rows(fetch(index)) for index in range(view.num_experts + len(rest))]
+    return torch.stack(means), list(rest)
+
+
+def _mean_of_rows(matrix: Tensor) -> Tensor:
+    """(N, H) to (H,) float64: bands are summed in float32 where the numbers are shorter, and their sums in float64."""
+    half = matrix.dtype in (torch.bfloat16, torch.float16)
+    total = torch.zeros(matrix.shape[1], dtype=torch.float64)
+    for band in matrix.split(_ROWS_SUMMED):
+        total += (band.float() if half else double(band)).sum(dim=0).cpu()
+    return total / len(matrix)
 
 
 def num_experts(arrays: Arrays) -> dict[int, int]:

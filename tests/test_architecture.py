@@ -26,6 +26,7 @@ ABOVE_ALL = {
     "moebed/bench/cli.py",
     "moebed/bench/probe.py",
     "moebed/bench/streaming.py",
+    "moebed/bench/weights.py",
 }
 
 

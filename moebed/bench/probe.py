@@ -21,13 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moebed.bench import streaming
+from moebed.bench import streaming, weights
 from moebed.bench.published import SAMPLED_ROWS, published_pair, random_pair
 from probes.matching import exact_products, match_pairs
 
 DEEPSEEK, MIXTRAL = (1408, 2048), (14336, 4096)  # N, H
 LAYER_EXPERTS, SOME_EXPERTS = 64, 5
-STREAMED = streaming.Shape()
+STREAMED, WEIGHED = streaming.Shape(), streaming.Shape(layers=1)
+SOME_DEEPSEEK = 16
 MATRICES = 3  # of which one, down, has its neurons as columns
 
 
@@ -181,11 +182,34 @@ def streaming_rows(rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def weight_rows(rounds: int, full: bool) -> list[dict[str, Any]]:
+    """Each probe of weights, and all together, over reading and multiplying a layer once."""
+    rows = []
+    few = weights.deepseek(LAYER_EXPERTS if full else SOME_DEEPSEEK)
+    for model, shape in (("Mixtral 8x7B", WEIGHED), ("DeepSeekMoE-16B", few)):
+        with tempfile.TemporaryDirectory(prefix="moebed-bench-") as scratch:
+            folder = streaming.write_model(Path(scratch) / "model", shape)
+            passes: list[dict[str, float]] = []
+
+            def ours(folder: Path = folder, passes: list[dict[str, float]] = passes) -> float:
+                passes.append(weights.layer_pass(folder))
+                return passes[-1]["all"]
+
+            _, floor = alternate(rounds, ours, lambda f=folder, s=shape: weights.read_and_multiply(f, s))  # type: ignore[misc]
+        for name in (*weights.MEASURED, "all"):
+            seconds = [found[name] for found in passes[1:]]  # after the warm-up
+            what = "all probes of weights but matching" if name == "all" else name
+            label = f"{what} / reading and multiplying a layer, {model}, {shape.experts} experts"
+            rows.append(_row(label, seconds, floor, 2, False) | {"seconds": statistics.median(seconds)})
+    return rows
+
+
 def run(rounds: int, full: bool, progress: Callable[[str], None]) -> dict[str, Any]:
     """Measure everything; ``rounds`` alternations of each comparison."""
     rows = []
     for what, measure in (
         ("streaming of a checkpoint", lambda: streaming_rows(rounds)),
+        ("probes of weights beside one product of a layer", lambda: weight_rows(rounds, full)),
         ("one pair beside the published procedure", lambda: pair_rows(rounds)),
         ("a DeepSeekMoE layer beside its products", lambda: layer_rows(rounds, full)),
         ("one pair of Mixtral's size", lambda: big_rows(max(1, rounds // 2))),
@@ -197,6 +221,11 @@ def run(rounds: int, full: bool, progress: Callable[[str], None]) -> dict[str, A
         "fast it allocates depends on what its process did before, so it is timed in two",
         "'products alone' are float32-accumulated products of bf16 weights on all cores, converted as the probe does",
     ]
+    notes.append(
+        "reading and multiplying a layer: each expert matrix read from the page cache, copied to float32 and "
+        "multiplied by its transpose on its shorter side, the least product that lengths, angles, spectra follow from"
+    )
     if not full:
+        notes.append(f"probes of weights see {SOME_DEEPSEEK} of DeepSeekMoE's {LAYER_EXPERTS} experts")
         notes.append(f"a layer is timed over {SOME_EXPERTS} of its {LAYER_EXPERTS} experts; --full takes all")
     return {"rounds": rounds, "full": full, "notes": notes, "rows": rows}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moebed import provenance
-from moebed.checkpoints.files import TensorEntry, UnknownEntry
+from moebed.checkpoints.files import SafetensorsEntry, TensorEntry, UnknownEntry
 from moebed.checkpoints.finding import find_entries, read_json
 from moebed.checkpoints.recognised import (
     other_folder,
@@ -163,6 +163,11 @@ class Checkpoint:
     def read_into(self, part: TensorPart, out: Tensor) -> None:
         """Read a part into out (rows, columns); the numbers are not looked at."""
         self.entries[part.name].read(part.first, out)
+
+    def cached(self, part: TensorPart) -> Tensor | None:
+        """A part (rows, columns) where the kernel holds it in memory: nothing is copied, nor looked at; else None."""
+        entry = self.entries[part.name]
+        return entry.cached(part.first, part.rows, part.columns) if isinstance(entry, SafetensorsEntry) else None
 
     def read(self, part: TensorPart) -> Tensor:
         """A part as it is stored, in the shape (rows, columns), or (columns,) for a vector.

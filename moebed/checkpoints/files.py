@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from moebed.checkpoints.cached import map_cached
 from moebed.errors import UserError
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -50,6 +51,12 @@ class SafetensorsEntry:
         """Fill out (rows, columns) with the rows from ``first`` on, straight from the file."""
         offset = self.position + first * out.shape[-1] * out.element_size()
         self._file.read(offset, memoryview(out.view(torch.uint8).numpy().data).cast("B"))
+
+    def cached(self, first: int, rows: int, columns: int) -> Tensor | None:
+        """The rows from ``first`` on (rows, columns), mapped, where the kernel holds them in memory; else None."""
+        size = columns * self.dtype.itemsize
+        found = map_cached(self.path, self.position + first * size, rows * size)
+        return None if found is None else found.view(self.dtype).view(rows, columns)
 
 
 class SafetensorsFile:

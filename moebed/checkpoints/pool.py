@@ -47,8 +47,13 @@ class _Held:
     group: int
     memory: Tensor  # (bytes,)
     buffer: Tensor  # (rows, columns), the same memory
-    done: Future[None]
+    done: Future[None] | None  # of a part of a file that is mapped, nothing is read
     checked: bool = False
+
+    def wait(self) -> None:
+        """Until the reader is through with the buffer, or will not touch it."""
+        if self.done is not None:
+            self.done.cancel() or self.done.exception()
 
 
 class WeightPool:
@@ -121,8 +126,10 @@ class WeightPool:
         self._group, self._read = group, 0
         for piece, held in list(self._held.items()):
             if held.group < group:
-                held.done.cancel() or held.done.exception()  # the reader must be through with the buffer
-                self._spare.append(self._held.pop(piece).memory)
+                held.wait()
+                del self._held[piece]
+                if held.done is not None:
+                    self._spare.append(held.memory)
         if not self.fits(group):
             self._spare = []
             return
@@ -150,11 +157,12 @@ class WeightPool:
         if piece not in self._held:
             while self._held and self._bytes() + piece.num_bytes > self.limit:
                 oldest = next(iter(self._held))
-                self._held.pop(oldest).done.exception()
+                self._held.pop(oldest).wait()
             self._start(piece, self._group)
         held = self._held.pop(piece)
         self._held[piece] = held  # now the youngest
-        held.done.result()
+        if held.done is not None:
+            held.done.result()
         if not held.checked:
             piece.checkpoint.require_finite(piece.part, held.buffer)
             held.checked = True
@@ -167,7 +175,12 @@ class WeightPool:
         if piece in self._held or self.fits(self._group) or stop - start == piece.part.rows:
             return self.get(piece)[start:stop]
         part = piece.part._replace(first=piece.part.first + start, rows=stop - start)
-        found = piece.checkpoint.read(part)
+        mapped = piece.checkpoint.cached(part)
+        if mapped is None:
+            found = piece.checkpoint.read(part)
+        else:
+            found = mapped
+            piece.checkpoint.require_finite(part, found)
         self._count(piece.checkpoint.num_bytes(part))
         return found
 
@@ -182,6 +195,10 @@ class WeightPool:
             self._held[piece].group = group
             return
         part, size = piece.part, piece.num_bytes
+        mapped = piece.checkpoint.cached(part)
+        if mapped is not None:
+            self._held[piece] = _Held(group, mapped.view(torch.uint8), mapped, None)
+            return
         memory = next((spare for spare in self._spare if spare.nbytes == size), None)
         if memory is not None:
             self._spare = [spare for spare in self._spare if spare is not memory]

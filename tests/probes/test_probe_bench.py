@@ -12,6 +12,8 @@ from moebed.errors import UserError
 def tiny(monkeypatch):
     monkeypatch.setattr(probe, "DEEPSEEK", (300, 24))
     monkeypatch.setattr(probe, "SOME_EXPERTS", 3)
+    monkeypatch.setattr(probe, "WEIGHED", streaming.Shape(64, 96, 4, 2, 4, 1, 40, 20))
+    monkeypatch.setattr(probe.weights, "deepseek", lambda experts: streaming.Shape(64, 24, 4, 4, 4, 1, 40, 20))
     monkeypatch.setattr(probe, "STREAMED", streaming.Shape(64, 96, 4, 2, 4, 2, 40, 20))
     monkeypatch.setattr(probe, "big_rows", lambda rounds: [probe._row("big", [2.0], [1.0], 3, False)])
 
@@ -20,12 +22,14 @@ def test_it_measures_prints_and_keeps(tiny, tmp_path, capsys):
     cli.run("bench", ["probe", "--rounds", "1", "--json", str(tmp_path / "x.json")])
     kept = json.loads((tmp_path / "x.json").read_text())
     rows = kept["results"]["rows"]
-    assert len(rows) == 12
+    assert len(rows) == 26
     assert all(0 < row["ratio"][0] <= row["ratio"][1] <= row["ratio"][2] for row in rows)
     names = [row["name"] for row in rows]
     assert "plain read / streamed read, from disk" in names
     assert "pass of 20 tokens / its products alone, bfloat16" in names
     assert rows[-1] == {"name": "big", "ratio": [2.0, 2.0, 2.0], "goal": "≤ 3", "met": True}
+    for name in (*probe.weights.MEASURED, "all probes of weights but matching"):
+        assert sum(row["name"].startswith(f"{name} / reading and multiplying a layer") for row in rows) == 2
     assert kept["machine"]["versions"]["scipy"]
     out = capsys.readouterr().out
     assert "random, 9 of 6048 pairs" in out

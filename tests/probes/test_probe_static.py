@@ -9,7 +9,7 @@ from sklearn.cluster import DBSCAN
 from sklearn.decomposition import PCA
 
 from moebed.views import LayerView, Need
-from probes import expert_geometry, principal
+from probes import principal
 from probes.expert_geometry import shape_of
 from probes.expert_projection import ExpertProjection
 from probes.figures import to_rgb
@@ -231,18 +231,16 @@ def test_outliers_are_left_out_of_the_pictures_when_asked():
 
 
 @pytest.mark.parametrize("shape", [(40, 12), (12, 40), (20, 20)])
-@pytest.mark.parametrize("double", [True, False])
-def test_geometry_is_that_of_the_singular_values(shape, double, monkeypatch):
-    monkeypatch.setattr(expert_geometry, "_DOUBLE_BELOW", 1024 if double else 0)
+def test_geometry_is_that_of_the_singular_values(shape):
     matrix = torch.randn(shape)
     _, sigma, right = torch.linalg.svd(matrix.double(), full_matrices=False)
     share = sigma / sigma.sum()
     found = shape_of(matrix, 3)
-    close = {"rel": 1e-6} if double else {"rel": 1e-3}
+    close = {"rel": 1e-6}
     assert found.norm == pytest.approx(float(sigma.norm()), **close)
     assert found.stable_rank == pytest.approx(float((sigma**2).sum() / sigma[0] ** 2), **close)
     assert found.effective_rank == pytest.approx(float(torch.exp(-(share * share.log()).sum())), **close)
-    np.testing.assert_allclose(found.basis @ found.basis.T, right[:3].T @ right[:3], atol=1e-6 if double else 1e-3)
+    np.testing.assert_allclose(found.basis @ found.basis.T, right[:3].T @ right[:3], atol=1e-6)
 
 
 def test_geometry_of_a_low_rank_and_of_no_matrix():

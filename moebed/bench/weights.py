@@ -1,0 +1,69 @@
+"""What the probes of weights cost: each one, and all together, over reading and multiplying a layer once.
+
+The floor reads every expert matrix of the layer from the page cache into one buffer, copies it to float32, multiplies
+it by its own transpose on its shorter side: the smallest product from which all lengths and angles, and so a spectrum,
+follow, exact as ``probes.matching.exact_products`` has it. Both sides are given the same files.
+
+N shorter side, K longer side of a matrix.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from moebed.bench.streaming import Shape
+from moebed.pretrained import PretrainedMoE
+from probes.driver import Timing, needs_of, run_probes
+from probes.matching import exact_products
+from probes.registry import PROBES, STATIC_PROBES
+
+MATCHING = "neuron_matching"  # has lines of its own
+MEASURED = tuple(name for name in STATIC_PROBES if name != MATCHING)
+
+
+def deepseek(experts: int) -> Shape:
+    """A layer of DeepSeekMoE-16B's sizes with this many of its 64 experts, without the shared one."""
+    return Shape(2048, 1408, 16, 16, experts, 1)
+
+
+def layer_pass(folder: Path) -> dict[str, float]:
+    """Seconds of each probe, and as "all" those of the whole pass through layer 0, its reading included."""
+    timing, start = Timing(), time.perf_counter()
+    model = PretrainedMoE(str(folder), layers=[0], memory_budget="2GiB")
+    probes = [PROBES[name]() for name in MEASURED]
+    run_probes(model.views(None, needs_of(probes)), probes, timing)
+    model.close()
+    return timing.probe | {"all": time.perf_counter() - start}
+
+
+def read_and_multiply(folder: Path, shape: Shape) -> float:
+    """Seconds of the floor, layer 0."""
+    size = shape.hidden * shape.width
+    small, wide = torch.empty(size, dtype=torch.bfloat16), torch.empty(size)
+    side = min(shape.hidden, shape.width)
+    product = torch.empty(side, side)
+    places = places_of(folder / "layer-0.safetensors")
+    start = time.perf_counter()
+    with exact_products(is_bf16=True), (folder / "layer-0.safetensors").open("rb", buffering=0) as file:
+        for offset, rows, columns in places:
+            file.seek(offset)
+            into = memoryview(small.view(torch.uint8).numpy().data)
+            while len(into):
+                into = into[file.readinto(into) :]
+            wide.copy_(small)
+            matrix = wide.view(rows, columns) if rows < columns else wide.view(rows, columns).T  # (N, K)
+            torch.mm(matrix, matrix.T, out=product)
+    return time.perf_counter() - start
+
+
+def places_of(path: Path) -> list[tuple[int, int, int]]:
+    """Where the expert matrices lie in a safetensors file: offset in bytes, rows, columns."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    found = [entry for name, entry in header.items() if ".experts." in name]
+    return sorted((8 + length + entry["data_offsets"][0], *entry["shape"]) for entry in found)

@@ -1,0 +1,75 @@
+"""Spectra from few products beside the whole decomposition, on planted singular values."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from probes.expert_geometry import shape_of
+
+SIDE, LONG = 640, 900
+
+
+def planted(sigma, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    left = torch.linalg.qr(torch.randn(SIDE, len(sigma), generator=generator, dtype=torch.float64))[0]
+    right = torch.linalg.qr(torch.randn(LONG, len(sigma), generator=generator, dtype=torch.float64))[0]
+    return ((left * sigma) @ right.T).float(), right
+
+
+def entropy_rank(sigma):
+    share = sigma / sigma.sum()
+    return math.exp(-float(torch.special.xlogy(share, share).sum()))
+
+
+INDEX = torch.arange(1, SIDE + 1, dtype=torch.float64)
+SPECTRA = {
+    "flat": torch.ones(SIDE, dtype=torch.float64),
+    "random": torch.linalg.svdvals(torch.randn(SIDE, LONG, generator=torch.Generator().manual_seed(2))).double(),
+    "power .3": INDEX**-0.3,
+    "power .5": INDEX**-0.5,
+    "power 1": INDEX**-1.0,
+    "outliers": torch.cat([torch.linspace(20, 3, 8), torch.linspace(1, 0.2, SIDE - 8)]).double(),
+    "rank 8 and noise": torch.cat([torch.ones(8), torch.full((SIDE - 8,), 0.01)]).double(),
+}
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("kind", SPECTRA)
+def test_ranks_and_norm_of_planted_spectra(kind, transposed):
+    sigma = SPECTRA[kind]
+    matrix, _ = planted(sigma)
+    found = shape_of(matrix.T if transposed else matrix, 16)
+    assert found.effective_rank == pytest.approx(entropy_rank(sigma), rel=0.01)
+    assert abs(math.log(found.effective_rank / entropy_rank(sigma))) <= 4 * found.rank_error + 1e-4
+    assert found.rank_error < 0.01
+    assert found.norm == pytest.approx(float(sigma.norm()), rel=1e-5)
+    assert found.stable_rank == pytest.approx(float(sigma.square().sum() / sigma.max() ** 2), rel=3e-3)
+
+
+@pytest.mark.parametrize("shape", [(640, 900), (900, 640), (100, 300)])
+def test_rounding_is_no_rank(shape):
+    generator = torch.Generator().manual_seed(0)
+    left = torch.linalg.qr(torch.randn(shape[0], 8, generator=generator))[0]
+    right = torch.linalg.qr(torch.randn(shape[1], 8, generator=generator))[0]
+    assert shape_of(left @ right.T, 16).effective_rank == pytest.approx(8, rel=1e-3)
+
+
+def test_a_subspace_that_stands_apart_is_found_within_its_bound():
+    sigma = torch.cat([torch.linspace(3, 2, 16), torch.linspace(1.8, 0.1, SIDE - 16)]).double()
+    matrix, right = planted(sigma)
+    found = shape_of(matrix, 16)
+    cosines = np.linalg.svd(found.basis.T @ right[:, :16].numpy(), compute_uv=False)
+    sine = math.sqrt(max(0, 1 - cosines.min() ** 2))
+    assert sine <= found.angle_error + 1e-4
+    assert found.angle_error < 0.05
+
+
+def test_random_matrices_have_no_subspace_of_their_own_and_look_unrelated():
+    first, second = (torch.randn(900, SIDE, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    one, two = shape_of(first, 16), shape_of(second, 16)
+    assert one.angle_error == 1
+    overlap = np.square(one.basis.T @ two.basis).sum()
+    assert overlap == pytest.approx(16 * 16 / SIDE, abs=0.25)  # that of independent subspaces, whatever the start
+    np.testing.assert_array_equal(one.basis, shape_of(first.clone(), 16).basis)
