@@ -10,7 +10,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from moebed.checkpoints.checkpoint import Checkpoint
@@ -25,6 +24,7 @@ from moebed.not_finite import NotFinite
 from moebed.optim import OptimizerConfig, build_adamw, gradient_norm, scale_gradients
 from moebed.parallel.gathered import GatheredModel
 from moebed.parallel.strategy import MeshStrategy
+from moebed.progress import say
 from moebed.routers import RouterSteps
 from moebed.schedule import SchedulePlan
 from moebed.step_log import StepLog, is_logged
@@ -377,13 +377,13 @@ class MoEModule(LightningModule):
                 "use the run's own config.yaml or another run folder"
             )
         for key in changed:
-            rank_zero_info(f"{key} was {saved[key]!r} in the checkpoint and is {ours[key]!r} now")
+            say(f"{key} was {saved[key]!r} in the checkpoint and is {ours[key]!r} now")
 
     def on_train_start(self) -> None:
         """Restore the random states of a resumed run; its config says what the optimizer does, not its checkpoint."""
         if self._plan is not None:
             for change in self._plan.changes(self._former_plan):
-                rank_zero_info(f"{change} from step {self.global_step} on")
+                say(f"{change} from step {self.global_step} on")
             self._plan.hold(self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler)
         rng, self._rng = self._rng, None
         if rng is None:

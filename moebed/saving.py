@@ -11,11 +11,11 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from moebed import storage
 from moebed.errors import ConfigError, UserError
+from moebed.progress import say
 from moebed.save_requests import END, REQUEUE, SAVE, Requests, requeue
 
 FOLDER = "checkpoints"  # in the run's folder
@@ -150,7 +150,7 @@ class RunCheckpoint(ModelCheckpoint):
             assert self.dirpath is not None
             path = Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
             trainer.save_checkpoint(path)
-            rank_zero_info(f"stopped at step {trainer.global_step}, saved in {path}; --ckpt_path last continues")
+            say(f"stopped at step {trainer.global_step}, saved in {path}; --ckpt_path last continues")
         if asked == REQUEUE and trainer.is_global_zero:
             requeue()
         raise SystemExit(143 if trainer.is_global_zero else 0)
@@ -242,7 +242,7 @@ class RunCheckpoint(ModelCheckpoint):
             change = -(-processed // self._accumulated) * trainer.accumulate_grad_batches - processed
             for name in ("ready", "started", "processed", "completed"):
                 setattr(counts, name, getattr(counts, name) + change)
-        rank_zero_info(
+        say(
             f"a step had {self._accumulated} micro-batches and has {trainer.accumulate_grad_batches} "
             f"from step {trainer.global_step} on"
         )

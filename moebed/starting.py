@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +28,6 @@ class Start:
 
     path: Path | None
     said: str
-
-
-def say(text: str) -> None:
-    """A line for the person at the terminal, on standard error as the progress bar is."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def find_start(command: str, recipe: Any) -> Start:

@@ -20,7 +20,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
 
 from moebed import storage
 from moebed.allocator import keep_freed_memory
@@ -33,10 +32,10 @@ from moebed.parallel.config import ParallelConfig
 from moebed.parallel.strategy import MeshStrategy
 from moebed.plan.plan import make_plan, setup_of
 from moebed.plan.table import print_plan
-from moebed.progress import waiting
+from moebed.progress import say, waiting
 from moebed.saving import RunCheckpoint
 from moebed.schedule import SchedulePlan
-from moebed.starting import find_start, say
+from moebed.starting import find_start
 from moebed.trainer import AutoTrainer, PrecisionOfRun, resolve_precision
 from moebed.training_progress import ProgressBar, ProgressLines
 
@@ -179,7 +178,7 @@ class TrainingCLI(LightningCLI):
         config.ckpt_path = None if self.start.path is None else str(self.start.path)
         config.trainer.precision, said = resolve_precision(config.trainer, config.ckpt_path)
         if said is not None:
-            rank_zero_only(say)(said)
+            say(said)
         if config.checkpoint.train_time_interval is not None:
             config.checkpoint.every_n_train_steps = None  # its default; ModelCheckpoint takes one of the two
         if self.subcommand == "fit":
@@ -305,7 +304,8 @@ class TrainingCLI(LightningCLI):
         name = f"token_losses{rank}.npz"
         path = Path(self.trainer.default_root_dir) / name
         storage.write_arrays(path, arrays)
-        say(f"{path}: " + ", ".join(f"{key} {array.shape}" for key, array in arrays.items()))
+        shapes = ", ".join(f"{key} {array.shape}" for key, array in arrays.items())
+        print(f"{path}: {shapes}", file=sys.stderr, flush=True)  # every rank has a file
 
 
 def require_writable(folder: Path) -> None:

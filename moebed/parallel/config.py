@@ -80,8 +80,8 @@ class ParallelConfig:
                 )
             # The second axes of the experts' matrices; where a router carries the gate's input, gate and up are apart.
             width, parts = layer.moe_intermediate_size, 1 if ROUTERS[config.router].carries else 2
-            name = "moe_intermediate_size" if parts == 1 else "2 × moe_intermediate_size"
-            for name, size in {name: parts * width, "hidden_size": config.hidden_size}.items():
+            what = "moe_intermediate_size" if parts == 1 else "2 × moe_intermediate_size"
+            for name, size in {what: parts * width, "hidden_size": config.hidden_size}.items():
                 if self.shard and size % data:
                     raise ConfigError(
                         f"parallel.shard: {name} is {size} in layer {index}, which {data} data ranks do not divide; "
