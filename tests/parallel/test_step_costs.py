@@ -40,7 +40,7 @@ def _messages(layout, accumulate, logged):
         return {}
     if layout.startswith("DDP"):
         return {"allreduce_": all_reduces + 1}  # one bucket of gradients, at the step's end
-    meshes = {"FSDP2-2": 1, "EP-2": 2, "EP-4": 2, "FSDP2×EP": 3}[layout]  # over which the gradient's norm is summed
+    meshes = 1 if layout == "FSDP2-2" else 3  # dimensions of meshes over which the gradient's norm is summed
     spread = layout != "FSDP2-2"
     sharded = 0 if layout in ("EP-2", "EP-4") else LAYERS  # experts that ranks of `data` share
     # The rest of each layer, and embedding with head: forward and backward, except the last, which stays gathered.
