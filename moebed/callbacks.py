@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from moebed import storage
 from moebed.checkpoints.sharded import is_sharded, read_whole
 from moebed.errors import UserError
+from moebed.event_files import forget_between
 from moebed.generate import generate
 from moebed.parallel.strategy import MeshStrategy
+from moebed.step_log import is_logged
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -48,7 +49,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class TrainingRate(Callback):
-    """Logs ``train/tokens_per_second`` over the last optimizer steps; validation, probes and checkpoints do not count.
+    """Logs ``train/tokens_per_second`` over the last micro-batches; validation, probes and checkpoints do not count.
 
     Args:
         window: Micro-batches over which the rate is taken.
@@ -57,7 +58,7 @@ class TrainingRate(Callback):
     def __init__(self, window: int = 20) -> None:
         self.window = window
         self._samples: list[tuple[int, float]] = []
-        self._begin = 0.0
+        self._begin, self._step = 0.0, 0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start the clock."""
@@ -69,21 +70,13 @@ class TrainingRate(Callback):
         """Stop it, before other callbacks do their work: the command line puts this callback first."""
         self._samples.append((batch["input_ids"].numel(), time.perf_counter() - self._begin))
         del self._samples[: -self.window]
-        tokens, seconds = (sum(column) for column in zip(*self._samples, strict=True))
-        pl_module.log("train/tokens_per_second", tokens * trainer.world_size / seconds, prog_bar=True)
-
-
-class RunCheckpoint(ModelCheckpoint):
-    """Saves after the last step as well, so that ``last.ckpt`` of a finished run is the finished model."""
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Save by the interval, or at the end."""
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        saved = self._last_global_step_saved == trainer.global_step or self._defer_save_until_validation
-        if self.save_last and trainer.global_step == trainer.max_steps and not saved:
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        stepped, self._step = trainer.global_step != self._step, trainer.global_step
+        if stepped and is_logged(trainer, trainer.global_step):
+            tokens, seconds = (sum(column) for column in zip(*self._samples, strict=True))
+            rate = torch.tensor(
+                tokens * trainer.world_size / seconds
+            )  # in main memory, so that nobody waits to show it
+            pl_module.log("train/tokens_per_second", rate, prog_bar=True)
 
 
 class StepFile(Callback):
@@ -116,38 +109,60 @@ class StepFile(Callback):
 
 
 class UnbrokenLog(Callback):
-    """No logged step and no validation is lost when a run is killed right after it wrote a checkpoint.
+    """Each step and each validation is logged once, wherever a run is killed and goes on.
 
-    Lightning hands a step's metrics to the loggers after the checkpoint of that step is written, and a logger keeps
-    them in memory for a while. So what was logged before is flushed when a checkpoint is written, the step's own
-    metrics go into the checkpoint, and a resumed run logs them once more. Likewise a step's validation comes after its
-    checkpoint, and Lightning takes it as done: a resumed run does it first, if the checkpoint says that it was not.
+    What was logged after the checkpoint is taken out of TensorBoard's files: it comes again. Lightning hands a step's
+    metrics to the loggers after the checkpoint of that step is written, and a logger keeps them in memory for a while.
+    So what was logged before is flushed when a checkpoint is written, the step's own metrics go into the checkpoint,
+    and a resumed run logs them once more. Likewise a step's validation comes after its checkpoint, and Lightning takes
+    it as done: a resumed run does it first, if the checkpoint says that it was not.
     """
 
     def __init__(self) -> None:
+        self._began = time.time()
         self._last: dict[str, Any] = {}
+        self._written: float | None = None
         self._validated: int | None = None
+        self._is_in_step = False
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """What comes now is not logged yet."""
+        self._is_in_step = True
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The step before it is logged."""
+        self._is_in_step = False
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The step before it is logged."""
+        self._is_in_step = False
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Flush the loggers; keep the metrics of the step that has just ended."""
+        """Flush the loggers; keep the metrics of the step that has just ended, and the time."""
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.flush()
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("train/")}
-        checkpoint["last_logged"] = {"step": trainer.global_step - 1, "metrics": metrics}
+        checkpoint["last_logged"] = {"step": trainer.global_step - 1, "metrics": metrics if self._is_in_step else {}}
         checkpoint["last_validated_step"] = getattr(pl_module, "last_validated_step", None)
+        checkpoint["written_at"] = time.time()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take up what the checkpoint kept."""
         self._last = checkpoint.get("last_logged", {})
+        self._written = checkpoint.get("written_at")
         self._validated = checkpoint.get("last_validated_step")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log it once more, where that step is one that is logged."""
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if self._last and trainer.global_step and (self._last["step"] + 1) % every == 0:
+        if self._written is not None and trainer.is_global_zero:
             for logger in trainer.loggers:
-                logger.log_metrics(self._last["metrics"], self._last["step"])
+                if isinstance(logger, TensorBoardLogger):
+                    forget_between(Path(logger.log_dir), self._written, self._began)
+        metrics = self._last.get("metrics")
+        if metrics and (self._last["step"] + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, self._last["step"])
         if self._last and self._validated != trainer.global_step and _validation_is_due(trainer):
             loop = trainer.fit_loop.epoch_loop.val_loop
             loop.restarting = False

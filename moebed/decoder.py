@@ -91,7 +91,10 @@ class MoE(nn.Module):
     def combine(self, x: Tensor, routing: Routing) -> Tensor:
         """Outputs (T, H) for tokens x (T, H) that are routed already."""
         beside = partial(self.shared_output, x) if self.shared_expert is not None else None
-        return self.experts(x, self.router.carry(x, routing), beside)
+        routing = self.router.carry(x, routing)
+        # Where the router ran the experts, what is left needs none of their weights: no rank gathers them once more.
+        weighted = self.experts if routing.outputs is None else self.experts.forward
+        return weighted(x, routing, beside)
 
     def expert_matrix(self, name: str, expert: int) -> Tensor:
         """One routed expert's ``gate`` or ``up`` (F, H), or ``down`` (H, F)."""

@@ -21,10 +21,13 @@ from moebed.families.base import NOT_IN_CHECKPOINTS, same_setting
 from moebed.losses import IGNORE_INDEX, load_balancing_loss, router_stats, token_losses
 from moebed.metrics import TextLoss, bits_per_byte
 from moebed.not_finite import NotFinite
-from moebed.optim import OptimizerConfig, build_adamw, gradient_norm, learning_rate_factor, scale_gradients
+from moebed.optim import OptimizerConfig, build_adamw, gradient_norm, scale_gradients
 from moebed.parallel.gathered import GatheredModel
 from moebed.parallel.strategy import MeshStrategy
+from moebed.progress import say
 from moebed.routers import RouterSteps
+from moebed.schedule import SchedulePlan
+from moebed.step_log import StepLog, is_logged
 from moebed.views import HeadView, LayerView, Need, ProbeText
 from moebed.walking import evaluating, walk, walk_model
 
@@ -83,6 +86,11 @@ class MoEModule(LightningModule):
         self._terms = torch.compile(self._forward_terms, fullgraph=True, dynamic=False) if compile else None
         self._laid_out = False
         self._window_counts: list[Tensor] = []
+        self._step_log = StepLog()
+        self._begins_step = True
+        self._plan: SchedulePlan | None = None
+        self._former_plan: dict[str, Any] = {}
+        self._rng: dict[str, Any] | None = None
         self._val_loss: TextLoss | None = None
         self.last_validated_step: int | None = None
 
@@ -169,11 +177,8 @@ class MoEModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """Fused AdamW and its schedule, stepped once an optimizer step."""
         optimizer = build_adamw(self.decoder, self.optimizer_config)
-        total = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: learning_rate_factor(self.optimizer_config, step, total)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        self._plan = SchedulePlan.of(self.optimizer_config, self.trainer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._plan.build(optimizer), "interval": "step"}}
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -186,21 +191,29 @@ class MoEModule(LightningModule):
         self._window_counts = []
         parameters = list(self.decoder.parameters())
         norm = gradient_norm(parameters)
-        self._log("train/grad_norm", norm)
+        self._note("grad_norm", norm)
         if self.not_finite.skips(self, norm):
             optimizer.zero_grad(set_to_none=True)  # AdamW leaves a parameter without a gradient as it is
             self._router_steps.forget()
+            self._log_step()
             return
         for name, value in self._router_steps.end().items():
-            self._log(f"train/{name}", value)
+            self._note(name, value)
+        self._log_step()
         if gradient_clip_val and gradient_clip_algorithm == "value":
             torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val, foreach=False)
         elif gradient_clip_val:
             scale_gradients(parameters, (gradient_clip_val / (norm + 1e-6)).clamp(max=1.0))
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Routers learn which optimizer step this is part of."""
+        """Routers learn which optimizer step this is part of; the log of the one before is closed."""
         self._router_steps.begin(self.global_step)
+        if self._begins_step:
+            self._begins_step = False
+            self._step_log.clear()
+            for item in self.trainer.fit_loop.epoch_loop._results.values():
+                if not item.meta.on_epoch:  # otherwise logged once more where a run stops, under another step's number
+                    item.reset()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Language-model loss plus the weighted balancing losses of one micro-batch."""
@@ -209,13 +222,12 @@ class MoEModule(LightningModule):
         tokens = (labels != IGNORE_INDEX).sum()
         nats = terms.nats.sum()
         loss = nats / tokens
-        self._log("train/loss", loss, prog_bar=True)
-        self._log("train/bits_per_byte", bits_per_byte(nats, batch["label_bytes"].sum()), prog_bar=True)
-        self._log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
+        self._note("loss", loss)
+        self._note("bits_per_byte", bits_per_byte(nats, batch["label_bytes"].sum()))
+        self._note("learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
         total = loss + self._balancing_losses(terms) + self._router_losses(terms)
         self._router_steps.add(terms.counts, tokens)
-        if not torch.isfinite(total):
-            self.not_finite.note(total, terms.z_losses, self.config.moe_layers)
+        self.not_finite.watch(total, terms.z_losses)
         return total
 
     def _forward_terms(self, input_ids: Tensor, labels: Tensor) -> StepTerms:
@@ -239,10 +251,10 @@ class MoEModule(LightningModule):
         pairs = zip(terms.mean_probs, counts, strict=True)
         balance = torch.stack([load_balancing_loss(probs, count) for probs, count in pairs]).mean()
         z_loss = torch.stack(terms.z_losses).mean()
-        self._log("train/load_balancing_loss", balance)
-        self._log("train/router_z_loss", z_loss)
+        self._note("load_balancing_loss", balance)
+        self._note("router_z_loss", z_loss)
         violation = torch.stack([count.max() / count.mean() - 1 for count in terms.counts]).mean()
-        self._log("train/max_violation", violation)
+        self._note("max_violation", violation)
         for coefficient, value in (
             (self.config.router_aux_loss_coef, balance),
             (self.config.router_z_loss_coef, z_loss),
@@ -264,12 +276,24 @@ class MoEModule(LightningModule):
                 total = total + coefficients[name] * value / len(terms.router_losses)
                 found.setdefault(name, []).append(value)
         for name, values in found.items():
-            self._log(f"train/{name}_loss", torch.stack(values).mean())
+            self._note(f"{name}_loss", torch.stack(values).mean())
         return total
 
-    def _log(self, name: str, value: Tensor | float, prog_bar: bool = False) -> None:
-        """Log a number, averaged over ranks."""
-        self.log(name, value, prog_bar=prog_bar, sync_dist=self.trainer.world_size > 1)
+    def _note(self, name: str, value: Tensor | float) -> None:
+        """Keep a number of this step for the log."""
+        self._step_log.note(f"train/{name}", value)
+
+    def _log_step(self) -> None:
+        """The step has ended: log it, means over its micro-batches and over ranks, if it is one that is logged."""
+        self._begins_step = True
+        if is_logged(self.trainer, self.global_step + 1):
+            for name, value in self.step_metrics().items():
+                shown = name in ("train/loss", "train/bits_per_byte")
+                self.log(name, torch.tensor(value), prog_bar=shown)  # in main memory: nobody waits to show it
+
+    def step_metrics(self) -> dict[str, float]:
+        """Numbers of the last step, whether it was logged or not; all ranks call this together."""
+        return self._step_log.read(self.trainer.world_size)
 
     def _global_counts(self, counts: list[Tensor]) -> list[Tensor]:
         """Counts summed over ranks, and over this window's accumulation steps so far."""
@@ -306,16 +330,16 @@ class MoEModule(LightningModule):
 
     def _log_text_loss(self, stage: str) -> None:
         assert self._val_loss is not None
-        found = self._val_loss.compute()
+        found = {name: value.cpu() for name, value in self._val_loss.compute().items()}
         self._val_loss.reset()
         domains = self.trainer.datamodule.domains  # type: ignore[attr-defined]
-        for name in ("loss", "perplexity", "bits_per_byte"):
-            self._log(f"{stage}/{name}", found[name], prog_bar=name == "bits_per_byte")
+        for name in ("loss", "perplexity", "bits_per_byte"):  # sums over ranks already
+            self.log(f"{stage}/{name}", found[name], prog_bar=name == "bits_per_byte")
         if len(domains) > 1:
             for index, domain in enumerate(domains):
                 if found["loss_by_domain"][index].isfinite():
-                    self._log(f"{stage}/loss/{domain}", found["loss_by_domain"][index])
-                    self._log(f"{stage}/bits_per_byte/{domain}", found["bits_per_byte_by_domain"][index])
+                    self.log(f"{stage}/loss/{domain}", found["loss_by_domain"][index])
+                    self.log(f"{stage}/bits_per_byte/{domain}", found["bits_per_byte_by_domain"][index])
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
         """``nats (B, S)`` of every next token, 0 where nothing is predicted; its ``labels`` and ``domain (B,)``."""
@@ -325,30 +349,47 @@ class MoEModule(LightningModule):
     # Checkpoints ---------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the model's config, and the random states, so that a resumed run draws what it would have drawn."""
+        """Keep the model's config, the learning rates' plan, and the random states, so that a resumed run draws what it
+        would have drawn: those of the CPU, and of the device that the first rank computes on."""
         checkpoint["model_config"] = self.config.to_dict()
+        if self._plan is not None:
+            checkpoint["schedule"] = self._plan.to_dict()
         checkpoint["rng"] = {"torch": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            checkpoint["rng"]["cuda"] = torch.cuda.get_rng_state_all()
+        if self.device.type == "cuda":
+            checkpoint["rng"]["cuda"] = torch.cuda.get_rng_state(self.device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint is of this model; the random states are restored when training starts."""
+        """Check that the checkpoint is of this model; the rest is taken up when training starts."""
         saved = checkpoint.get("model_config")
         if saved is not None:
-            saved = ModelConfig.from_dict(saved).to_dict()  # an older one lacks the settings that are new
-        if saved is not None and saved != self.config.to_dict():
-            keys = [key for key, value in self.config.to_dict().items() if saved.get(key) != value]
-            raise ConfigError(
-                f"the checkpoint's model differs from the config in {', '.join(keys)}; "
-                "use the run's own config.yaml or another run folder"
-            )
+            self._compare(ModelConfig.from_dict(saved).to_dict())  # an older one lacks the settings that are new
+        self._former_plan = checkpoint.get("schedule", {})
         self._rng = checkpoint.get("rng")
 
+    def _compare(self, saved: dict[str, Any]) -> None:
+        """Raise ConfigError if a checkpoint is of another model; say what changes only how this one is computed."""
+        ours = self.config.to_dict()
+        changed = [key for key, value in ours.items() if saved.get(key) != value]
+        other = [key for key in changed if key not in NOT_IN_CHECKPOINTS]
+        if other:
+            raise ConfigError(
+                f"the checkpoint's model differs from the config in {', '.join(other)}; "
+                "use the run's own config.yaml or another run folder"
+            )
+        for key in changed:
+            say(f"{key} was {saved[key]!r} in the checkpoint and is {ours[key]!r} now")
+
     def on_train_start(self) -> None:
-        """Restore the random states of a resumed run."""
-        rng = getattr(self, "_rng", None)
-        if rng is not None:
-            torch.set_rng_state(rng["torch"].cpu())
-            if torch.cuda.is_available() and "cuda" in rng:
-                torch.cuda.set_rng_state_all([state.cpu() for state in rng["cuda"]])
-            self._rng = None
+        """Restore the random states of a resumed run; its config says what the optimizer does, not its checkpoint."""
+        if self._plan is not None:
+            for change in self._plan.changes(self._former_plan):
+                say(f"{change} from step {self.global_step} on")
+            self._plan.hold(self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler)
+        rng, self._rng = self._rng, None
+        if rng is None:
+            return
+        torch.set_rng_state(rng["torch"].cpu())
+        if self.device.type == "cuda" and "cuda" in rng:
+            states = rng["cuda"]  # older checkpoints have those of all devices
+            own = states if isinstance(states, Tensor) else states[min(self.device.index or 0, len(states) - 1)]
+            torch.cuda.set_rng_state(own.cpu(), self.device)

@@ -14,6 +14,14 @@ from tqdm import tqdm
 SECONDS = 10.0  # between lines
 
 
+def say(text: str) -> None:
+    """A line for the person who started a command, on standard error as the progress bar is; of several ranks one."""
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+    if getattr(rank_zero_only, "rank", 0) in (None, 0):
+        print(text, file=sys.stderr, flush=True)
+
+
 class Lines:
     """Lines of a log. A thread says how things stand whenever nothing was said for a while.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,10 +21,12 @@ UNSET = "32-true"  # what Lightning takes where nothing is said
 
 
 class AutoTrainer(Trainer):
-    """Lightning's Trainer.
+    """Lightning's Trainer, which counts in optimizer steps.
 
     Args:
         accelerator: As Lightning has it: auto, which takes a GPU if there is one, cpu, gpu, and others.
+        val_check_interval: A whole number is of optimizer steps, whatever their number of micro-batches; all else is
+            as Lightning has it.
         precision: As Lightning has it, or auto: bf16-mixed where the hardware multiplies bf16 faster than float32, else
             32-true; a run that is continued keeps what it had.
     """
@@ -33,8 +36,13 @@ class AutoTrainer(Trainer):
         *,
         accelerator: str | Accelerator = "auto",
         precision: Literal["auto"] | _PRECISION_INPUT | None = "auto",
+        val_check_interval: int | float | str | timedelta | dict | None = None,
+        accumulate_grad_batches: int = 1,
         **kwargs: Any,
     ) -> None:
+        if isinstance(val_check_interval, int) and not isinstance(val_check_interval, bool):
+            val_check_interval *= accumulate_grad_batches  # Lightning counts micro-batches
+        kwargs |= {"val_check_interval": val_check_interval, "accumulate_grad_batches": accumulate_grad_batches}
         chosen = choose_precision(str(accelerator)).precision if precision == "auto" else precision
         super().__init__(accelerator=accelerator, precision=chosen, **kwargs)
 

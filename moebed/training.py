@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 import logging
-import os
 import re
 import sys
 import tempfile
@@ -18,15 +17,13 @@ from typing import Any, Literal, NoReturn
 import torch
 from jsonargparse import ActionConfigFile
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
 
 from moebed import storage
 from moebed.allocator import keep_freed_memory
-from moebed.callbacks import AtomicCheckpointIO, RunCheckpoint, SampleText, TrainingRate, UnbrokenLog
+from moebed.callbacks import AtomicCheckpointIO, SampleText, TrainingRate, UnbrokenLog
 from moebed.data.datamodule import TextDataModule
 from moebed.errors import ConfigError, UserError
 from moebed.flops import count_parameters, flops_per_token
@@ -35,19 +32,21 @@ from moebed.parallel.config import ParallelConfig
 from moebed.parallel.strategy import MeshStrategy
 from moebed.plan.plan import make_plan, setup_of
 from moebed.plan.table import print_plan
-from moebed.progress import waiting
-from moebed.termination import Termination
+from moebed.progress import say, waiting
+from moebed.saving import RunCheckpoint
+from moebed.schedule import SchedulePlan
+from moebed.starting import find_start
 from moebed.trainer import AutoTrainer, PrecisionOfRun, resolve_precision
 from moebed.training_progress import ProgressBar, ProgressLines
 
-# What Lightning warns of although it is meant here: batches without loader workers, a run folder that is continued or
-# begun with --ckpt_path last, the command line's own arguments, and its own use of a deprecated name.
+# What Lightning warns of although it is meant here: batches without loader workers, a run folder that is continued,
+# the command line's own arguments, and its own use of a deprecated name.
 LIGHTNING_ADVICE = (
     "does not have many workers",
     "exists and is not empty",
-    "there is no last checkpoint available",
     "args parameter is intended to run from within Python",
     "LeafSpec",
+    "It is recommended to use `self.log",  # what is logged is a sum over ranks already
 )
 
 # What gloo and NCCL say when a peer is gone or silent.
@@ -91,12 +90,15 @@ class RunFolder(SaveConfigCallback):
         """Nothing is written before every check of model and data has passed."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Model and data are whole: write."""
-        storage.on_first_rank(lambda: self._write(trainer))
+        """Model and data are whole: write, unless it is a try of a few batches."""
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            storage.on_first_rank(lambda: self._write(trainer))
 
     def _write(self, trainer: Trainer) -> None:
         folder = Path(trainer.default_root_dir)
-        text = self.parser.dump(self.config, skip_none=False)
+        config = self.config.clone()
+        config.ckpt_path = None  # where one process began is no part of the run: another may start from its config
+        text = self.parser.dump(config, skip_none=False)
         storage.write_text(folder / "config.yaml", text)
         with storage.new_folder(folder / "tokenizer", sole=True) as tokenizer:
             trainer.datamodule.save_tokenizer(tokenizer)  # type: ignore[attr-defined]
@@ -167,40 +169,20 @@ class TrainingCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Place everything of a run in its folder, and refuse to overwrite another run."""
         config = self.config[self.subcommand]
-        config.trainer.precision, said = resolve_precision(config.trainer, config.ckpt_path)
-        if said is not None:
-            rank_zero_only(say)(said)
         wanted = config.pop("print_plan", None)  # no part of the run, so not of its config.yaml
         if wanted is not None:
+            config.trainer.precision = resolve_precision(config.trainer, None)[0]
             print_plan(make_plan(setup_of(config, torch.cuda.device_count())), as_json=wanted == "json")
             sys.exit()
-        folder = Path(config.trainer.default_root_dir)
-        if config.checkpoint.dirpath is None:
-            config.checkpoint.dirpath = str(folder / "checkpoints")
-        self._find_put_aside(Path(config.checkpoint.dirpath))
+        self.start = find_start(str(self.subcommand), config)
+        config.ckpt_path = None if self.start.path is None else str(self.start.path)
+        config.trainer.precision, said = resolve_precision(config.trainer, config.ckpt_path)
+        if said is not None:
+            say(said)
         if config.checkpoint.train_time_interval is not None:
             config.checkpoint.every_n_train_steps = None  # its default; ModelCheckpoint takes one of the two
         if self.subcommand == "fit":
-            if (folder / "config.yaml").exists() and config.ckpt_path is None:
-                raise UserError(
-                    f"{folder} already holds a run; continue it with --ckpt_path last, or choose another folder "
-                    "with --trainer.default_root_dir"
-                )
-            require_writable(folder)
-        elif config.ckpt_path is None:
-            raise UserError(f"{self.subcommand} needs a checkpoint: add --ckpt_path last, or the path of a .ckpt file")
-
-    def _find_put_aside(self, checkpoints: Path) -> None:
-        """Find the checkpoint whose replacement was stopped half-way: only who trains on gives it its name again."""
-        if self.subcommand != "fit":
-            config = self.config[self.subcommand]
-            last = checkpoints / "last.ckpt"
-            if config.ckpt_path == "last" and os.path.lexists(storage.standing(last)):
-                config.ckpt_path = str(last)
-        elif (_get_rank() or 0) == 0:
-            storage.recover(checkpoints)
-        else:
-            storage.wait_for_recovery(checkpoints)
+            require_writable(Path(config.trainer.default_root_dir))
 
     def instantiate_classes(self) -> None:
         """Build model, data and callbacks; what they refuse is shown as they say it."""
@@ -222,7 +204,7 @@ class TrainingCLI(LightningCLI):
             )
         # First those whose clocks stop before other callbacks begin to work.
         callbacks: list[Callback] = [TrainingRate(), *self._progress(), PrecisionOfRun(), UnbrokenLog()]
-        kwargs["callbacks"] = [*callbacks, *(config.get("callbacks") or []), Termination()]
+        kwargs["callbacks"] = [*callbacks, *(config.get("callbacks") or [])]
         kwargs["enable_progress_bar"] = any(isinstance(callback, ProgressBar) for callback in callbacks)
         kwargs["plugins"] = [AtomicCheckpointIO(), *(config.get("plugins") or [])]
         parallel = self._get(self.config_init, "parallel")
@@ -252,23 +234,26 @@ class TrainingCLI(LightningCLI):
             self.datamodule.prepare_data()
             self.datamodule.setup("fit")
         self.model.check_data(self.datamodule)
+        SchedulePlan.of(self.model.optimizer_config, self.trainer)
         config: Any = self.model.config
         total, active = count_parameters(config)
         flops = flops_per_token(config, self.datamodule.sequence_length, training=True)
-        folder = Path(self.trainer.default_root_dir)
-        continued = self.config.fit.ckpt_path == "last" and (folder / "checkpoints" / "last.ckpt").exists()
-        say(f"{'continuing the run' if continued else 'a new run'} in {folder}; --ckpt_path last continues it")
-        if self.model.init_from is not None and (self.config.fit.ckpt_path in (None, "last") and not continued):
+        say(self.start.said)
+        if self.model.init_from is not None and self.start.path is None:
             checkpoint = self.model.initial_checkpoint()
             for said in (f"weights: those of {checkpoint.name}", *(f"note: {note}" for note in checkpoint.notes)):
                 say(said)
+        if (micro := self.trainer.accumulate_grad_batches) > 1:
+            say(f"a step has {micro} micro-batches; val_check_interval, checkpoints, probes and log count steps")
         say(
             f"model: {total / 1e6:.1f} M parameters, {active / 1e6:.1f} M active a token, "
             f"{flops / 1e6:.0f} MFLOP a token forward"
         )
 
     def after_fit(self) -> None:
-        """The closing table, ``run_summary.json`` and ``report.html``."""
+        """The closing table, ``run_summary.json`` and ``report.html``; a try of a few batches leaves nothing."""
+        if self.config.fit.trainer.fast_dev_run:
+            return
         folder = Path(self.trainer.default_root_dir)
         numbers = self._closing_numbers(folder / "run_summary.json")
         if not self.trainer.is_global_zero:
@@ -297,12 +282,19 @@ class TrainingCLI(LightningCLI):
         storage.write_text(path, json.dumps(numbers, indent=2) + "\n")
         return numbers
 
+    def before_validate(self) -> None:
+        """Say what is looked at."""
+        say(self.start.said)
+
+    before_test = before_predict = before_validate
+
     def after_validate(self) -> None:
         """Compare with gzip."""
         say(f"gzip -9 of the same text: {self.datamodule.gzip_bits_per_byte()['all']:.4f} bits per byte")
 
     def predict(self, **kwargs: Any) -> None:
         """Write the loss of every token of the test text: ``token_losses.npz``."""
+        self.before_predict()
         kwargs["return_predictions"] = True
         batches: Any = self.trainer.predict(**kwargs)
         arrays: dict[str, Any] = {}
@@ -312,12 +304,8 @@ class TrainingCLI(LightningCLI):
         name = f"token_losses{rank}.npz"
         path = Path(self.trainer.default_root_dir) / name
         storage.write_arrays(path, arrays)
-        say(f"{path}: " + ", ".join(f"{key} {array.shape}" for key, array in arrays.items()))
-
-
-def say(text: str) -> None:
-    """A line for the person at the terminal, on standard error as the progress bar is."""
-    print(text, file=sys.stderr, flush=True)
+        shapes = ", ".join(f"{key} {array.shape}" for key, array in arrays.items())
+        print(f"{path}: {shapes}", file=sys.stderr, flush=True)  # every rank has a file
 
 
 def require_writable(folder: Path) -> None:

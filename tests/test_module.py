@@ -18,13 +18,15 @@ from tests.conftest import tiny_config
 
 
 class Record(Callback):
-    """Keeps what was logged at each optimizer step."""
+    """Keeps what was logged at each optimizer step, which has a log when its last micro-batch is done."""
 
     def __init__(self):
         self.steps = {}
         self.losses = []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.fit_loop._should_accumulate():
+            return
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
         self.losses.append(logged["train/loss"])
         self.steps[trainer.global_step] = logged

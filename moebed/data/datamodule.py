@@ -89,6 +89,7 @@ class TextDataModule(LightningDataModule):
         self._tokenizer: Tokenizer | None = None
         self._stores: list[DomainStore] = []
         self._train_loader: PackedLoader | None = None
+        self._resumed: dict[str, Any] | None = None
 
     # ---- building and opening ----------------------------------------------------------------------------------------
 
@@ -194,7 +195,17 @@ class TextDataModule(LightningDataModule):
             tracked=self.trainer is not None,
             identity=hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16],
         )
+        if self._resumed is not None:
+            self._train_loader.load_state_dict(self._resumed)
         return self._train_loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far training has read; Lightning keeps the loader's own state too, but drops it where an epoch ended."""
+        return {} if self._train_loader is None else {"train": self._train_loader.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Have training go on there."""
+        self._resumed = state_dict.get("train")
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Tells the training loader that Lightning takes a batch to train on it; the batch is unchanged.

@@ -8,6 +8,7 @@ from typing import Literal
 
 from moebed.config import ModelConfig
 from moebed.errors import ConfigError
+from moebed.routers import ROUTERS
 
 
 @dataclass
@@ -77,8 +78,10 @@ class ParallelConfig:
                     f"parallel.expert is {self.expert} but layer {index} has {layer.num_experts} experts; choose a "
                     "number that divides the experts of every layer"
                 )
-            sharded = {"2 × moe_intermediate_size": 2 * layer.moe_intermediate_size, "hidden_size": config.hidden_size}
-            for name, size in sharded.items():
+            # The second axes of the experts' matrices; where a router carries the gate's input, gate and up are apart.
+            width, parts = layer.moe_intermediate_size, 1 if ROUTERS[config.router].carries else 2
+            what = "moe_intermediate_size" if parts == 1 else "2 × moe_intermediate_size"
+            for name, size in {what: parts * width, "hidden_size": config.hidden_size}.items():
                 if self.shard and size % data:
                     raise ConfigError(
                         f"parallel.shard: {name} is {size} in layer {index}, which {data} data ranks do not divide; "

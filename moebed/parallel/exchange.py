@@ -59,8 +59,8 @@ class TokenExchange:
         counts = dispatch.offsets.diff().long()  # (E,)
         received = torch.empty_like(counts)  # from each rank in turn, for each of this rank's experts
         torch.distributed.all_to_all_single(received, counts, group=self.group)
-        outward = counts.view(self.size, -1).sum(dim=1).tolist()
-        inward = received.view(self.size, -1).sum(dim=1).tolist()
+        # The one moment at which this rank waits for its device.
+        outward, inward = torch.stack([counts, received]).view(2, self.size, -1).sum(dim=2).tolist()
         sent = sum(outward)  # assignments that are none have slots after these
 
         def send(rows: Tensor, back: bool = False) -> Tensor:
@@ -74,7 +74,8 @@ class TokenExchange:
             carried = send(carried_to_slots(carried.to(dtype), dispatch)[:sent])  # (R, C)
 
         def finish() -> Tensor:
-            index = torch.arange(experts.num_own, device=x.device).repeat(self.size).repeat_interleave(received)
+            own_experts = torch.arange(experts.num_own, device=x.device).repeat(self.size)
+            index = own_experts.repeat_interleave(received, output_size=sum(inward))
             # Where nothing came, a row of weight 0: the experts then have a gradient here as on other ranks.
             absent = (0, 0, 0, 0 if len(index) else 1)
             blank = weight.new_empty(0)
