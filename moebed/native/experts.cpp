@@ -17,7 +17,7 @@ struct Call {
   const int64_t* index;                // (T, K)
   const float* weight;                 // (T, K)
   const void *x, *gate_up, *down;      // (T, H), (E, 2F, H) gate first, (E, H, F)
-  void *before, *out;                  // (T·K, 2F) pre-activations, kept for the backward pass; (T, H)
+  void *before, *out;                  // (T·K, 2F) pre-activations, for the backward pass, see kept_strip; (T, H)
   const void* grad;                    // (T, H)
   void *grad_x, *grad_gate_up, *grad_down;
   float* grad_weight;                  // (T, K)
@@ -161,6 +161,10 @@ struct Pass {
     });
   }
 
+  // Pre-activations of a row's gate in a strip, up beside it. They lie strip by strip: in the rows of a matrix, a power
+  // of two bytes apart, those of a block would all fall into the same few lines of the first-level cache.
+  S* kept_strip(int64_t c, int64_t across, int64_t row) const { return before + 2 * (c * rows.count() + row * across); }
+
   // ---- forward
 
   int64_t forward(Room room) const {
@@ -183,8 +187,8 @@ struct Pass {
       each_strip(block, at, panels, depth, width, [&](int64_t c, int across, const float* gate) {
         strip<P, UNIT>(at, block.count(), panels + (width + c) * hidden, depth, across, up);
         for (int i = 0; i < block.count(); ++i) {
-          S* kept = before + (block.begin + i) * 2 * width + c;
-          act.forward(gate + i * STRIP, up + i * STRIP, rows.weight[block.begin + i], across, kept, kept + width,
+          S* kept = kept_strip(c, across, block.begin + i);
+          act.forward(gate + i * STRIP, up + i * STRIP, rows.weight[block.begin + i], across, kept, kept + across,
                       middle + i * width + c);
         }
       });
@@ -208,13 +212,16 @@ struct Pass {
     void fill(const Block& block, const char* const* at) const {
       const int64_t units = rows.units(block.expert), first = (block.begin - rows.start[block.expert]) / GROUP;
       E* const to = of(block.expert) + first * LANES * GROUP;
-      int64_t u = 0;
-      for (int i = 0; i < block.count(); i += GROUP, ++u) {
-        const E* second = i + GROUP - 1 < block.count() ? (const E*)at[i + GROUP - 1] : nullptr;
-        pack_line((const E*)at[i], second, columns, to + u * LANES * GROUP, units * LINE);
-      }
+      const int64_t used = (block.count() + GROUP - 1) / GROUP;
+      // Few panels at a time, whose lines lie too far apart for the caches to hold those of all.
+      for (int64_t c = 0; c < columns; c += STRIP)
+        for (int64_t u = 0; u < used; ++u) {
+          const E* row = (const E*)at[u * GROUP] + c;
+          const E* second = u * GROUP + GROUP - 1 < block.count() ? (const E*)at[u * GROUP + GROUP - 1] + c : nullptr;
+          pack_line(row, second, smaller(STRIP, columns - c), to + (c * units + u * LANES) * GROUP, units * LINE);
+        }
       if (block.end == rows.start[block.expert + 1])
-        for (int64_t rest = first + u; rest < units; ++rest)
+        for (int64_t rest = first + used; rest < units; ++rest)
           for (int64_t c = 0; c < columns; c += LANES)
             memset((char*)of(block.expert) + c / LANES * units * LINE + rest * LINE, 0, LINE);
     }
@@ -278,19 +285,19 @@ struct Pass {
       alignas(64) float total[BLOCK * LANES] = {};
       // A strip's pre-activations are on their way while the product before it runs.
       const auto fetch = [&](int64_t c) {
-        for (int i = 0; i < block.count(); ++i)
-          for (int64_t half : {int64_t{0}, width})
-            for (int64_t line = 0; line < STRIP; line += LINE / sizeof(S))
-              _mm_prefetch(before + (block.begin + i) * 2 * width + half + c + line, _MM_HINT_T1);
+        const int64_t across = smaller(STRIP, width - c);
+        const char* kept = (const char*)kept_strip(c, across, block.begin);
+        const int64_t bytes = block.count() * 2 * across * int64_t(sizeof(S));
+        for (int64_t line = 0; line < bytes; line += LINE) _mm_prefetch(kept + line, _MM_HINT_T1);
       };
       fetch(0);
       const E* panels = down_panels + block.expert * hidden * width;
       each_strip(block, grads, panels, hidden / GROUP, width, [&](int64_t c, int across, const float* sums) {
         fetch(c + STRIP);
         for (int i = 0; i < block.count(); ++i) {
-          const S* kept = before + (block.begin + i) * 2 * width + c;
+          const S* kept = kept_strip(c, across, block.begin + i);
           E* to = grad_before + i * 2 * width + c;
-          act.backward(sums + i * STRIP, kept, kept + width, rows.weight[block.begin + i], across,
+          act.backward(sums + i * STRIP, kept, kept + across, rows.weight[block.begin + i], across,
                        middle + i * width + c, to, to + width, total + i * LANES);
         }
       });
