@@ -6,6 +6,8 @@
 // Work is cut into tasks that do not depend on the number of threads, each of which sums in a fixed order: results are
 // the same bit for bit on any number of threads.
 
+#include <algorithm>
+
 #include "activation.h"
 #include "rows.h"
 
@@ -17,7 +19,7 @@ struct Call {
   const int64_t* index;                // (T, K)
   const float* weight;                 // (T, K)
   const void *x, *gate_up, *down;      // (T, H), (E, 2F, H) gate first, (E, H, F)
-  void *before, *out;                  // (T·K, 2F) pre-activations, kept for the backward pass; (T, H)
+  void *before, *out;                  // (T·K, 2F) pre-activations, for the backward pass, see kept_strip; (T, H)
   const void* grad;                    // (T, H)
   void *grad_x, *grad_gate_up, *grad_down;
   float* grad_weight;                  // (T, K)
@@ -86,27 +88,37 @@ struct Pass {
   const T *gate_up = (const T*)call.gate_up, *down = (const T*)call.down;
   S* const before = (S*)call.before;
 
-  // ---- weights as panels
+  // ---- weights as panels, one expert's at a time on each thread, used while they are in its cache
 
-  // Of their rows: (E, N, K) for products with their transpose.
-  void pack_rows(const T* weight, int64_t n, int64_t k, E* out) const {
-    const int64_t panels = n / LANES;
-    run(call.threads, experts * panels, [&](int64_t i, int) {
-      if (!rows.empty(i / panels)) pack_transposed(weight + i * LANES * k, k / GROUP, out + i * LANES * k);
-    });
+  // Of the rows of a matrix (N, K), for products with its transpose.
+  static void pack_rows(const T* weight, int64_t n, int64_t k, E* out) {
+    for (int64_t i = 0; i < n * k; i += LANES * k) pack_transposed(weight + i, k / GROUP, out + i);
   }
 
-  // Of their columns: (E, K, N).
-  void pack_columns(const T* weight, int64_t k, int64_t n, E* out) const {
-    const int64_t depth = k / GROUP, chunk = LANES, chunks = depth / chunk;
-    run(call.threads, experts * chunks, [&](int64_t i, int) {
-      const int64_t expert = i / chunks, begin = i % chunks * chunk;
-      if (rows.empty(expert)) return;
-      for (int64_t u = begin; u < begin + chunk; ++u) {
-        const T* row = weight + (expert * k + GROUP * u) * n;
-        pack_line(row, row + n, n, out + expert * k * n + u * LANES * GROUP, depth * LINE);
+  // Of the columns of a matrix (K, N), few panels at a time.
+  static void pack_columns(const T* weight, int64_t k, int64_t n, E* out) {
+    const int64_t depth = k / GROUP;
+    for (int64_t c = 0; c < n; c += STRIP)
+      for (int64_t u = 0; u < depth; ++u) {
+        const T* row = weight + GROUP * u * n + c;
+        pack_line(row, row + n, smaller(STRIP, n - c), out + c * k + u * LANES * GROUP, depth * LINE);
       }
-    });
+  }
+
+  // Run task(block, thread, panels of gate_up, panels of down), which pack(expert, the two) filled for the thread.
+  template <class Pack, class Task>
+  void each_block(E* panels, const Pack& pack, const Task& task) const {
+    constexpr int64_t TURNS = 6;  // of a thread: fewer pack less, more are shared more evenly
+    std::vector<int64_t> packed(call.threads, -1);
+    const int64_t count = rows.blocks.size(), grain = std::max<int64_t>(1, count / (TURNS * call.threads));
+    run(call.threads, count, [&](int64_t number, int thread) {
+      const Block& block = rows.blocks[number];
+      E* const up = panels + thread * 3 * width * hidden;
+      E* const down = up + 2 * width * hidden;
+      if (packed[thread] != block.expert) pack(block.expert, up, down);
+      packed[thread] = block.expert;
+      task(block, thread, up, down);
+    }, grain);
   }
 
   // ---- rows as left operands
@@ -161,35 +173,38 @@ struct Pass {
     });
   }
 
+  // Pre-activations of a row's gate in a strip, up beside it. They lie strip by strip: in the rows of a matrix, a power
+  // of two bytes apart, those of a block would all fall into the same few lines of the first-level cache.
+  S* kept_strip(int64_t c, int64_t across, int64_t row) const { return before + 2 * (c * rows.count() + row * across); }
+
   // ---- forward
 
   int64_t forward(Room room) const {
-    E* const up_panels = room.take<E>(experts * 2 * width * hidden);
-    E* const down_panels = room.take<E>(experts * hidden * width);
+    E* const panels = room.take<E>(call.threads * 3 * width * hidden);
     S* const by_row = room.take<S>(call.tokens * call.top_k * hidden);
     E* const gathered = room.take<E>(call.threads * BLOCK * hidden);
     E* const middles = room.take<E>(call.threads * BLOCK * width);
     if (room.base == nullptr) return room.used;
-    pack_rows(gate_up, 2 * width, hidden, up_panels);
-    pack_rows(down, hidden, width, down_panels);
-    run(call.threads, rows.blocks.size(), [&](int64_t number, int thread) {
-      const Block& block = rows.blocks[number];
+    const auto pack = [&](int64_t expert, E* up, E* down_) {
+      pack_rows(gate_up + expert * 2 * width * hidden, 2 * width, hidden, up);
+      pack_rows(down + expert * hidden * width, hidden, width, down_);
+    };
+    each_block(panels, pack, [&](const Block& block, int thread, const E* up_panels, const E* down_panels) {
       const char* at[BLOCK];
       gather(block, (const S*)call.x, gathered + thread * BLOCK * hidden, at);
       E* const middle = middles + thread * BLOCK * width;
       alignas(64) float up[BLOCK * STRIP];
       const int64_t depth = hidden / GROUP;
-      const E* panels = up_panels + block.expert * 2 * width * hidden;
-      each_strip(block, at, panels, depth, width, [&](int64_t c, int across, const float* gate) {
-        strip<P, UNIT>(at, block.count(), panels + (width + c) * hidden, depth, across, up);
+      each_strip(block, at, up_panels, depth, width, [&](int64_t c, int across, const float* gate) {
+        strip<P, UNIT>(at, block.count(), up_panels + (width + c) * hidden, depth, across, up);
         for (int i = 0; i < block.count(); ++i) {
-          S* kept = before + (block.begin + i) * 2 * width + c;
-          act.forward(gate + i * STRIP, up + i * STRIP, rows.weight[block.begin + i], across, kept, kept + width,
+          S* kept = kept_strip(c, across, block.begin + i);
+          act.forward(gate + i * STRIP, up + i * STRIP, rows.weight[block.begin + i], across, kept, kept + across,
                       middle + i * width + c);
         }
       });
       follow(middle, width, at);
-      product(block, at, down_panels + block.expert * hidden * width, width / GROUP, by_row);
+      product(block, at, down_panels, width / GROUP, by_row);
     });
     combine(by_row, (S*)call.out);
     return 0;
@@ -208,13 +223,16 @@ struct Pass {
     void fill(const Block& block, const char* const* at) const {
       const int64_t units = rows.units(block.expert), first = (block.begin - rows.start[block.expert]) / GROUP;
       E* const to = of(block.expert) + first * LANES * GROUP;
-      int64_t u = 0;
-      for (int i = 0; i < block.count(); i += GROUP, ++u) {
-        const E* second = i + GROUP - 1 < block.count() ? (const E*)at[i + GROUP - 1] : nullptr;
-        pack_line((const E*)at[i], second, columns, to + u * LANES * GROUP, units * LINE);
-      }
+      const int64_t used = (block.count() + GROUP - 1) / GROUP;
+      // Few panels at a time, whose lines lie too far apart for the caches to hold those of all.
+      for (int64_t c = 0; c < columns; c += STRIP)
+        for (int64_t u = 0; u < used; ++u) {
+          const E* row = (const E*)at[u * GROUP] + c;
+          const E* second = u * GROUP + GROUP - 1 < block.count() ? (const E*)at[u * GROUP + GROUP - 1] + c : nullptr;
+          pack_line(row, second, smaller(STRIP, columns - c), to + (c * units + u * LANES) * GROUP, units * LINE);
+        }
       if (block.end == rows.start[block.expert + 1])
-        for (int64_t rest = first + u; rest < units; ++rest)
+        for (int64_t rest = first + used; rest < units; ++rest)
           for (int64_t c = 0; c < columns; c += LANES)
             memset((char*)of(block.expert) + c / LANES * units * LINE + rest * LINE, 0, LINE);
     }
@@ -253,8 +271,7 @@ struct Pass {
     const int64_t assignments = call.tokens * call.top_k;
     const int64_t padded = assignments + experts * GROUP * P::MULTIPLE;  // at most, units times their rows
     const int64_t longest = P::CONSECUTIVE ? BLOCK * padded : 0;
-    E* const up_panels = room.take<E>(experts * 2 * width * hidden);
-    E* const down_panels = room.take<E>(experts * hidden * width);
+    E* const panels = room.take<E>(call.threads * 3 * width * hidden);
     const Packed x_rows{rows, hidden, room.take<E>(padded * hidden)};
     const Packed grad_rows{rows, hidden, room.take<E>(padded * hidden)};
     const Packed middle_rows{rows, width, room.take<E>(padded * width)};
@@ -265,10 +282,11 @@ struct Pass {
     E* const middles = room.take<E>(call.threads * 3 * BLOCK * width);
     E* const transposed = room.take<E>(call.threads * longest);
     if (room.base == nullptr) return room.used;
-    pack_columns(gate_up, 2 * width, hidden, up_panels);
-    pack_columns(down, hidden, width, down_panels);
-    run(call.threads, rows.blocks.size(), [&](int64_t number, int thread) {
-      const Block& block = rows.blocks[number];
+    const auto pack = [&](int64_t expert, E* up, E* down_) {
+      pack_columns(gate_up + expert * 2 * width * hidden, 2 * width, hidden, up);
+      pack_columns(down + expert * hidden * width, hidden, width, down_);
+    };
+    each_block(panels, pack, [&](const Block& block, int thread, const E* up_panels, const E* down_panels) {
       const char *inputs[BLOCK], *grads[BLOCK], *inner[BLOCK], *outer[BLOCK];
       E* const copies = gathered + thread * 2 * BLOCK * hidden;
       gather(block, (const S*)call.x, copies, inputs);
@@ -278,26 +296,25 @@ struct Pass {
       alignas(64) float total[BLOCK * LANES] = {};
       // A strip's pre-activations are on their way while the product before it runs.
       const auto fetch = [&](int64_t c) {
-        for (int i = 0; i < block.count(); ++i)
-          for (int64_t half : {int64_t{0}, width})
-            for (int64_t line = 0; line < STRIP; line += LINE / sizeof(S))
-              _mm_prefetch(before + (block.begin + i) * 2 * width + half + c + line, _MM_HINT_T1);
+        const int64_t across = smaller(STRIP, width - c);
+        const char* kept = (const char*)kept_strip(c, across, block.begin);
+        const int64_t bytes = block.count() * 2 * across * int64_t(sizeof(S));
+        for (int64_t line = 0; line < bytes; line += LINE) _mm_prefetch(kept + line, _MM_HINT_T1);
       };
       fetch(0);
-      const E* panels = down_panels + block.expert * hidden * width;
-      each_strip(block, grads, panels, hidden / GROUP, width, [&](int64_t c, int across, const float* sums) {
+      each_strip(block, grads, down_panels, hidden / GROUP, width, [&](int64_t c, int across, const float* sums) {
         fetch(c + STRIP);
         for (int i = 0; i < block.count(); ++i) {
-          const S* kept = before + (block.begin + i) * 2 * width + c;
+          const S* kept = kept_strip(c, across, block.begin + i);
           E* to = grad_before + i * 2 * width + c;
-          act.backward(sums + i * STRIP, kept, kept + width, rows.weight[block.begin + i], across,
+          act.backward(sums + i * STRIP, kept, kept + across, rows.weight[block.begin + i], across,
                        middle + i * width + c, to, to + width, total + i * LANES);
         }
       });
       for (int i = 0; i < block.count(); ++i) weight_of_row[block.begin + i] = sum(load(total + i * LANES));
       follow(middle, width, inner);
       follow(grad_before, 2 * width, outer);
-      product(block, outer, up_panels + block.expert * 2 * width * hidden, 2 * width / GROUP, by_row);
+      product(block, outer, up_panels, 2 * width / GROUP, by_row);
       x_rows.fill(block, inputs);
       grad_rows.fill(block, grads);
       middle_rows.fill(block, inner);

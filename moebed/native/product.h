@@ -71,7 +71,7 @@ void tile(const char* const* rows, const char* panels, int64_t panel, int64_t be
 #pragma GCC unroll 8
     for (int j = 0; j < WIDE; ++j) {
       const char* at = line + j / REGISTERS * panel + j % REGISTERS * sizeof(Register);
-      if (REGISTERS == 1) _mm_prefetch(at + AHEAD, _MM_HINT_T0);
+      if (j % REGISTERS == 0) _mm_prefetch(at + AHEAD, _MM_HINT_T0);
       right[j] = load_register((const float*)at);
     }
 #pragma GCC unroll 8

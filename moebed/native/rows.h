@@ -13,14 +13,15 @@
 
 namespace moebed {
 
-// Run task(i, thread) for i below count, each on whichever thread is free next.
+// Run task(i, thread) for i below count, `grain` in a row on whichever thread is free next.
 template <class Task>
-void run(int64_t threads, int64_t count, const Task& task) {
+void run(int64_t threads, int64_t count, const Task& task, int64_t grain = 1) {
   std::atomic<int64_t> next{0};
 #pragma omp parallel num_threads(int(smaller(threads, count > 0 ? count : 1)))
   {
     const int thread = omp_get_thread_num();
-    for (int64_t i = next++; i < count; i = next++) task(i, thread);
+    for (int64_t begin = next.fetch_add(grain); begin < count; begin = next.fetch_add(grain))
+      for (int64_t i = begin; i < smaller(begin + grain, count); ++i) task(i, thread);
   }
 }
 
