@@ -85,7 +85,8 @@ class MoE(nn.Module):
         """Each expert's mean neuron (E, H): the mean of its rows of gate and of up, and of its columns of down."""
         means, basis = self.experts.mean_neurons(), self.router.basis()
         if basis is not None:
-            means["gate"] = torch.einsum("ec,ech->eh", means["gate"], basis.float())
+            # Not a matrix product, which autocast and TF32 would round.
+            means["gate"] = (means["gate"].unsqueeze(-1) * basis.float()).sum(dim=1)
         return list(means.values())
 
     def combine(self, x: Tensor, routing: Routing) -> Tensor:

@@ -287,3 +287,14 @@ def test_norms_and_biases_do_not_decay():
     assert all(parameter.ndim == 3 for parameter in experts["params"])
     assert all(parameter.ndim < 2 for parameter in scales["params"])
     assert [group["weight_decay"] for group in (rest, experts, scales)] == [0.1, 0.1, 0.0]
+
+
+def test_a_run_in_bfloat16_validates_and_keeps_its_routers_state(tmp_path, data):
+    module = _module(router="sigmoid_topk")
+    trainer = _trainer(tmp_path, 3, precision="bf16-true", val_check_interval=3)
+    trainer.fit(module, datamodule=data())
+    assert 0 < float(trainer.callback_metrics["val/loss"]) < 10
+    assert module.decoder.embed_tokens.weight.dtype == torch.bfloat16
+    for router in module.decoder.routers:
+        assert router.expert_bias.dtype == torch.float32
+        assert router.expert_bias.abs().max() == pytest.approx(0.003)

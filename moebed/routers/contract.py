@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moebed.config import LayerConfig, ModelConfig
+from moebed.float32 import Float32Buffers
 
 
 class Routing(NamedTuple):
@@ -57,12 +58,13 @@ class Load(NamedTuple):
     density: Tensor  # () assignments of all MoE layers together, over the T·K that are meant
 
 
-class Router(nn.Module):
+class Router(Float32Buffers):
     """Contract of every router.
 
     A rule that chooses by what the experts compute is handed the layer's experts as well. State that is not learned
     by gradient (a selection bias, an adaptive coefficient) is a persistent float32 buffer: checkpoints keep it, no
-    optimizer sees it, and it changes in :meth:`end_step` alone, once an optimizer step.
+    optimizer sees it, it stays float32 where the model is cast, and it changes in :meth:`end_step` alone, once an
+    optimizer step.
     """
 
     compiles = True  # whether its forward pass is one graph for torch.compile

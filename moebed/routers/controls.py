@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moebed.config import LayerConfig, ModelConfig
+from moebed.float32 import float32_linear
 from moebed.routers.contract import ExpertOutputs, Router, Routing
 from moebed.routers.softmax import GatedRouter
 
@@ -40,12 +40,12 @@ class FactorisedGate(Router):
     def forward(self, hidden_states: Tensor, experts: ExpertOutputs, token_ids: Tensor | None = None) -> Routing:
         """Route hidden_states (T, H)."""
         with torch.autocast(hidden_states.device.type, enabled=False):
-            low = F.linear(hidden_states.float(), self.low_proj.float())  # (T, E·C)
-            return self.choose(F.linear(low, self.high_proj.float()))
+            low = float32_linear(hidden_states, self.low_proj)  # (T, E·C)
+            return self.choose(float32_linear(low, self.high_proj))
 
     def gate(self) -> Tensor:
         """The product (E, H)."""
-        return self.high_proj @ self.low_proj
+        return float32_linear(self.high_proj, self.low_proj.t())
 
 
 class EvenWeights(Router):

@@ -6,10 +6,10 @@ T tokens, E experts, K experts per token, H hidden.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moebed.config import LayerConfig, ModelConfig
+from moebed.float32 import float32_linear
 from moebed.routers.contract import ExpertOutputs, Router, Routing
 
 
@@ -23,7 +23,7 @@ class GatedRouter(Router):
     def forward(self, hidden_states: Tensor, experts: ExpertOutputs, token_ids: Tensor | None = None) -> Routing:
         """Route hidden_states (T, H)."""
         with torch.autocast(hidden_states.device.type, enabled=False):
-            return self.choose(F.linear(hidden_states.float(), self.weight.float()))
+            return self.choose(float32_linear(hidden_states, self.weight))
 
     def gate(self) -> Tensor:
         """Gate embeddings (E, H)."""
