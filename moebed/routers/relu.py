@@ -23,6 +23,7 @@ class ReLU(GatedRouter):
     """
 
     adaptive = True
+    other_teacher = True  # its weights are never divided by their sum
     LOSS = "relu_l1"
     l1_coefficient: Tensor
     experts_per_token: Tensor
