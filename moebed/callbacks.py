@@ -49,7 +49,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class TrainingRate(Callback):
-    """Logs ``train/tokens_per_second`` over the last micro-batches; validation, probes and checkpoints do not count.
+    """Logs ``train/tokens_per_second`` over the last micro-batches, waiting for data included.
+
+    Validation, probes and checkpoints do not count: the clock stops when a micro-batch is done, and runs on when the
+    next one is asked for.
 
     Args:
         window: Micro-batches over which the rate is taken.
@@ -58,17 +61,33 @@ class TrainingRate(Callback):
     def __init__(self, window: int = 20) -> None:
         self.window = window
         self._samples: list[tuple[int, float]] = []
-        self._begin, self._step = 0.0, 0
+        self._begin: float | None = None
+        self._step = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Start the clock whenever a micro-batch is asked for, of which only the profiler is told."""
+        profiler: Any = trainer.profiler  # type: ignore[attr-defined]
+        start = profiler.start
+
+        def started(action: str) -> None:
+            if action.endswith("train_dataloader_next"):
+                self._begin = time.perf_counter()
+            start(action)
+
+        profiler.start = started
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Start the clock."""
-        self._begin = time.perf_counter()
+        """Start the clock, unless it runs."""
+        if self._begin is None:
+            self._begin = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop it, before other callbacks do their work: the command line puts this callback first."""
+        assert self._begin is not None
         self._samples.append((batch["input_ids"].numel(), time.perf_counter() - self._begin))
+        self._begin = None
         del self._samples[: -self.window]
         stepped, self._step = trainer.global_step != self._step, trainer.global_step
         if stepped and is_logged(trainer, trainer.global_step):

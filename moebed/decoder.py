@@ -85,7 +85,8 @@ class MoE(nn.Module):
         """Each expert's mean neuron (E, H): the mean of its rows of gate and of up, and of its columns of down."""
         means, basis = self.experts.mean_neurons(), self.router.basis()
         if basis is not None:
-            means["gate"] = torch.einsum("ec,ech->eh", means["gate"], basis.float())
+            # Not a matrix product, which autocast and TF32 would round.
+            means["gate"] = (means["gate"].unsqueeze(-1) * basis.float()).sum(dim=1)
         return list(means.values())
 
     def combine(self, x: Tensor, routing: Routing) -> Tensor:
@@ -187,16 +188,20 @@ class Decoder(nn.Module):
         """Matrices from N(0, initializer_range), biases 0, norm scales 1, routers' state at its start.
 
         Each parameter is drawn by its name from one seed of torch's generator: two models under one seed share every
-        parameter of equal name and shape, and a rank can draw its parts of a model without the rest.
+        parameter of equal name and shape, and a rank can draw its parts of a model without the rest. What a router
+        has filled itself stays as it is.
         """
         for name, parameter in self.named_parameters():
-            if not parameter.is_meta:
+            if not parameter.is_meta and self._own_router(name, parameter) is None:
                 parameter.copy_(self.initial(name, parameter))
         for router in self.routers:
             router.reset_state()
 
     def initial(self, name: str, parameter: Tensor) -> Tensor:
         """What a parameter begins with: a tensor of its full shape, on the CPU."""
+        router = self._own_router(name, parameter)
+        if router is not None:
+            return router.initial(name.rpartition(".router.")[2], parameter)
         value = torch.zeros(parameter.shape, dtype=parameter.dtype, device="cpu")
         if name.endswith("bias"):
             return value
@@ -205,6 +210,11 @@ class Decoder(nn.Module):
         digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
         return value.normal_(0.0, self.config.initializer_range, generator=generator)
+
+    def _own_router(self, name: str, parameter: Tensor) -> Router | None:
+        """The router that decides by itself how a parameter begins."""
+        owner, found, _ = name.rpartition(".router.")
+        return self.get_submodule(f"{owner}.router") if found and not hasattr(parameter, "is_drawn") else None  # type: ignore[return-value]
 
     @property
     def routers(self) -> list[Router]:

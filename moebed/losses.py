@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moebed.float32 import float32_linear
 from moebed.routers import Routing
 
 IGNORE_INDEX = -100
@@ -76,7 +77,8 @@ def router_stats(routing: Routing, token_mask: Tensor) -> RouterStats:
     counts = torch.zeros(routing.router_probs.shape[-1], dtype=torch.float32, device=weight.device)
     counted = (weight.unsqueeze(1) * routing.assigned).flatten()  # (T·K,)
     counts = counts.scatter_add(0, routing.topk_index.flatten(), counted)
-    mean_probs = (weight @ routing.router_probs) / num_tokens
+    # Not a matrix product, which autocast and TF32 would round.
+    mean_probs = (weight.unsqueeze(1) * routing.router_probs).sum(dim=0) / num_tokens
     z_loss = (weight * routing.router_logits.logsumexp(dim=-1).square()).sum() / num_tokens
     losses = {name: (weight * values).sum() / num_tokens for name, values in (routing.losses or {}).items()}
     return RouterStats(counts.detach(), mean_probs, z_loss, losses)
@@ -124,8 +126,7 @@ def weight_similarity(mean_neurons: Sequence[Tensor]) -> Tensor:
     found = []
     for vectors in mean_neurons:
         unit = F.normalize(vectors.float(), dim=-1)
-        with torch.autocast(unit.device.type, enabled=False):
-            cosine = unit @ unit.t()  # (E, E)
+        cosine = float32_linear(unit, unit)  # (E, E)
         found.append(cosine.square().sum() - cosine.diagonal().square().sum())
     num_experts = len(mean_neurons[0])
     return torch.stack(found).mean() / max(num_experts * (num_experts - 1), 1)

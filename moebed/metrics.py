@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from moebed.float32 import keeping_dtype
 from moebed.float64 import double, has_float64
 
 
@@ -32,14 +33,13 @@ class TextLoss(Metric):
         super().__init__()
         for name in ("nats", "tokens", "bytes"):
             self.add_state(name, torch.zeros(num_domains, dtype=torch.float64), dist_reduce_fx="sum")
-        # Lightning casts modules to the run's precision; sums of many tokens want float64.
-        self.set_dtype(torch.float64)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *arguments: Any, **options: Any) -> torch.nn.Module:
-        """Move the sums, but keep them in main memory where the device has no float64."""
+        """Move the sums, but keep them in main memory where the device has no float64, and in float64 in any case."""
+        keeping = keeping_dtype(fn)  # Lightning casts modules to the run's precision
 
         def moved(tensor: Tensor) -> Tensor:
-            return fn(tensor) if has_float64(fn(torch.zeros(1)).device) else tensor
+            return keeping(tensor) if has_float64(fn(torch.zeros(1)).device) else tensor
 
         return super()._apply(moved, *arguments, **options)
 

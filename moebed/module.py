@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from moebed.checkpoints.checkpoint import Checkpoint
@@ -25,7 +26,7 @@ from moebed.optim import OptimizerConfig, build_adamw, gradient_norm, scale_grad
 from moebed.parallel.gathered import GatheredModel
 from moebed.parallel.strategy import MeshStrategy
 from moebed.progress import say
-from moebed.routers import RouterSteps
+from moebed.routers import RouterSteps, untaught
 from moebed.schedule import SchedulePlan
 from moebed.step_log import StepLog, is_logged
 from moebed.views import HeadView, LayerView, Need, ProbeText
@@ -72,6 +73,8 @@ class MoEModule(LightningModule):
         init_from: str | None = None,
     ) -> None:
         super().__init__()
+        if (said := untaught(config)) is not None:
+            rank_zero_warn(f"model.config: {said}")
         self.config = config
         self.optimizer_config = optimizer or OptimizerConfig()
         self.not_finite = NotFinite(on_nan)

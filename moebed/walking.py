@@ -16,6 +16,7 @@ from torch import Tensor
 from moebed.config import ModelConfig
 from moebed.decoder import Block, Decoder, FeedForward, MoE
 from moebed.errors import UserError
+from moebed.float32 import exact_products
 from moebed.routers import Routing
 from moebed.text_pass import TextModel, TextPass, band_rows
 from moebed.views import ExpertView, HeadView, LayerView, LayerWeights, Need, ProbeText, Watch
@@ -179,12 +180,12 @@ def computing_like(weight: Tensor) -> AbstractContextManager[object]:
 
 @contextmanager
 def evaluating(decoder: Decoder) -> Iterator[None]:
-    """Evaluation mode without autocast, undone at the end."""
+    """Evaluation mode without autocast and with exact products in float32, undone at the end."""
     modes = [(module, module.training) for module in decoder.modules()]  # a part may be frozen in evaluation mode
     device = decoder.embed_tokens.weight.device.type
     decoder.eval()
     try:
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(device, enabled=False), exact_products():
             yield
     finally:
         for module, training in modes:

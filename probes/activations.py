@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moebed.views import LayerView, Need
 from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
+from probes.resampling import SHARE, WITHOUT, interval_of, unit_notes, units_of
 from probes.short_texts import keep_tokens, token_names
 
 if TYPE_CHECKING:
@@ -70,8 +71,11 @@ class Activations(Probe):
         self._found, self._maps = [], []
         if view.routing is None or not found:
             return
+        units = units_of(view.text, found[0].shape[1])
+        self.arrays |= units.arrays()
         for key, values in zip(_QUANTITIES, torch.stack(found, dim=2).cpu().numpy(), strict=True):
             self.arrays[f"{key}/{view.index}"] = np.ascontiguousarray(values)
+            self.arrays[f"{key}{WITHOUT}/{view.index}"] = units.means_without(values.mean(axis=1, dtype=np.float64))
         self.arrays[f"num_neurons/{view.index}"] = np.asarray(self._neurons, np.int64)
         if keep_tokens(self.arrays, view, SHORT_TEXT):
             self.arrays[f"act_gate_map/{view.index}"] = (
@@ -90,18 +94,21 @@ class Activations(Probe):
         above, positive = scalars["frac_above_1e-3"], scalars["frac_positive"]
         headlines = {
             "frac_above_1e-3": Headline(
-                above, f"{above:.1%} of an expert's neurons have an activation beyond ±0.001 at a token."
+                above,
+                f"{above:.1%} of an expert's neurons have an activation beyond ±0.001 at a token.",
+                interval_of(arrays, "act_gate_frac_above_1e-3", above, within=SHARE),
             ),
             "frac_positive": Headline(
                 positive,
                 f"{positive:.1%} of an expert's neurons have a positive activation at a token; "
                 "50% if inputs were as often positive as negative.",
+                interval_of(arrays, "act_gate_frac_positive", positive, within=SHARE),
             ),
         }
         pictures = {"over_depth": partial(_draw_over_depth, arrays)}
         if by_layer(arrays, "act_gate_map"):
             pictures["neurons"] = partial(_draw_neurons, arrays)
-        return ProbeResult(arrays, scalars, headlines, pictures)
+        return ProbeResult(arrays, scalars, headlines, pictures, unit_notes(arrays, headlines))
 
 
 def _measured(activation: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ import numpy as np
 
 from moebed.views import LayerView, Need
 from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
-from probes.choices import counts_by_sequence, sequence_of
+from probes.choices import assignments, counts_by_sequence, sequence_of
+from probes.resampling import interval_of, keep, unit_notes, units_of, without
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,7 +35,7 @@ class Unevenness(NamedTuple):
 def unevenness(counts: np.ndarray) -> Unevenness:
     """Loads and their unevenness, from how often each expert was chosen (E,)."""
     experts = len(counts)
-    load = counts / counts.sum()
+    load = counts / max(counts.sum(), 1)
     used = load[load > 0]
     entropy = -(used * np.log(used)).sum() / math.log(experts) if experts > 1 else 1.0
     violation, cv = load.max() * experts - 1, load.std() * experts
@@ -43,6 +44,8 @@ def unevenness(counts: np.ndarray) -> Unevenness:
 
 class Balance(Probe):
     """Share of the T·K assignments that each expert gets, and how uneven the shares are.
+
+    Where tokens differ in how many experts they have, T·K are the assignments that stand.
 
     Stored for each layer: ``load (E,)``, sums to 1; ``max_violation``, max load / mean load − 1 over the whole text
     (0 when balanced, E/K − 1 when the same K experts take all); ``cv``, standard deviation / mean; ``entropy``, of the
@@ -60,13 +63,16 @@ class Balance(Probe):
         """Count the assignments of one layer."""
         if view.routing is None:
             return
-        index = view.routing.topk_index.cpu().numpy()
+        index = assignments(view)
         sequence = sequence_of(view.text) if view.text is not None else np.zeros(len(index), np.int64)
         counts = counts_by_sequence(index, sequence, int(sequence.max(initial=0)) + 1, view.num_experts)  # (B, E)
         whole = unevenness(counts.sum(axis=0).astype(np.float64))
-        self.arrays |= {
+        units = units_of(view.text, len(index))
+        rest = without(counts_by_sequence(index, units.of_token, len(units.stratum), view.num_experts))  # (U, E)
+        most_without = rest.max(axis=1) * view.num_experts / np.maximum(rest.sum(axis=1), 1) - 1
+        keep(self.arrays, f"max_violation/{view.index}", whole.max_violation, most_without)
+        self.arrays |= units.arrays() | {
             f"load/{view.index}": whole.load.astype(np.float32),
-            f"max_violation/{view.index}": np.asarray(whole.max_violation, np.float32),
             f"cv/{view.index}": np.asarray(whole.cv, np.float32),
             f"entropy/{view.index}": np.asarray(whole.entropy, np.float32),
             f"dead/{view.index}": np.asarray(whole.dead, np.int64),
@@ -94,13 +100,15 @@ class Balance(Probe):
                 scalars["max_violation"],
                 f"The busiest expert of a layer gets {1 + scalars['max_violation']:.2f} times the mean load on average "
                 f"over layers, {1 + violation[worst]:.2f} times in layer {worst}, the worst.",
+                interval_of(arrays, "max_violation", scalars["max_violation"], within=(0.0, math.inf)),
             ),
             "dead_share": Headline(
                 sum(dead.values()) / experts,
                 f"{sum(dead.values()):.0f} of {experts} experts get less than 0.1 % of their layer's assignments.",
             ),
         }
-        return ProbeResult(arrays, scalars, headlines, {"load": partial(_draw_load, load)})
+        pictures = {"load": partial(_draw_load, load)}
+        return ProbeResult(arrays, scalars, headlines, pictures, unit_notes(arrays, headlines))
 
 
 def _draw_load(load: dict[int, np.ndarray]) -> Figure:

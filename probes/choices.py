@@ -13,19 +13,29 @@ import numpy as np
 import torch
 
 from moebed.routers import Routing
-from moebed.views import ProbeText
+from moebed.views import LayerView, ProbeText
 from probes.base import Arrays, layer_tag
 
+NONE = -1  # stands for an expert where a token has no further one
 ALL = "all"  # stands for the whole text where a domain's name may stand
 
 
 def ranked(routing: Routing) -> tuple[np.ndarray, np.ndarray]:
-    """Chosen experts (T, K) int64 and their weights (T, K), the largest weight first.
+    """Chosen experts (T, K) int64 and their weights (T, K), the largest weight first; -1 where a token has no more.
 
     A checkpoint's own routing may come unsorted, so the first column of ``topk_index`` need not be the first choice.
+    Where the number of experts differs from token to token, K is that of the busiest one.
     """
     weight, order = routing.topk_weight.float().sort(dim=-1, descending=True, stable=True)
-    return routing.topk_index.gather(1, order).cpu().numpy(), weight.cpu().numpy()
+    index = routing.topk_index.gather(1, order).masked_fill(~routing.assigned.gather(1, order), NONE)
+    used = max(1, int((index != NONE).any(dim=0).sum()))
+    return index[:, :used].cpu().numpy(), weight[:, :used].cpu().numpy()
+
+
+def assignments(view: LayerView) -> np.ndarray:
+    """The experts (T, K) that each token of a layer goes to, all that the layer applies; see :func:`ranked`."""
+    assert view.decision is not None
+    return ranked(view.decision)[0]
 
 
 def domain_arrays(text: ProbeText) -> dict[str, np.ndarray]:
@@ -42,20 +52,20 @@ def counts_by_sequence(chosen: np.ndarray, sequence: np.ndarray, sequences: int,
     """How often each sequence went to each expert: (B, E) int32.
 
     Args:
-        chosen: (T, K') experts.
+        chosen: (T, K') experts, -1 for none.
         sequence: (T,) the sequence of each token.
         sequences: B.
         experts: E.
     """
-    cell = torch.from_numpy(chosen + sequence[:, None] * experts).flatten()
+    cell = torch.from_numpy((chosen + sequence[:, None] * experts)[chosen != NONE])
     return torch.bincount(cell, minlength=sequences * experts).view(sequences, experts).int().numpy()
 
 
 def chosen_mask(index: np.ndarray, experts: int) -> np.ndarray:
     """(T, E) bool, whether a token chose an expert."""
-    mask = np.zeros((len(index), experts), dtype=bool)
-    np.put_along_axis(mask, index, True, axis=1)
-    return mask
+    mask = np.zeros((len(index), experts + 1), dtype=bool)
+    np.put_along_axis(mask, index, True, axis=1)  # of none, the last column
+    return mask[:, :experts]
 
 
 def overlap_by_chance(experts: int, chosen: int) -> float:

@@ -1,6 +1,6 @@
 """Chosen against the rest: are the experts that are chosen together more alike than those left out?
 
-T tokens, T' of them compared, K experts per token, E routed experts, U units that are drawn anew to tell how sure.
+T tokens, T' of them compared, K experts per token, E routed experts, U units of the text (``probes.resampling``).
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ import numpy as np
 
 from moebed.views import Need
 from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
-from probes.resampling import interval, resample_within
+from probes.resampling import as_interval, interval_of, jackknife, keep, unit_notes, without
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 KINDS = {"cos_chosen_pairs": "chosen", "cos_chosen_other": "mixed", "cos_other_pairs": "other"}
-ENOUGH_SEQUENCES = 8  # to draw from; with fewer, stretches of the text are drawn
-STRETCHES = 100
 
 
 class ChosenVsRest(Probe):
@@ -28,9 +26,7 @@ class ChosenVsRest(Probe):
 
     Stored for each layer: ``cos_chosen_pairs ()``, over pairs of experts both chosen for the token;
     ``cos_other_pairs``, neither; ``cos_chosen_other``, one of the two; each where there are such pairs. Where there are
-    the first two: ``difference_sum (U,)`` and ``difference_count (U,)``, their difference summed over the tokens of
-    each unit, and how many those are. A unit is a sequence, or of fewer than 8 sequences one of up to 100 stretches of
-    the text: tokens beside each other are not independent.
+    the first two: ``difference ()``, the first minus the second, over tokens that have both.
     """
 
     name = "chosen_vs_rest"
@@ -41,19 +37,26 @@ class ChosenVsRest(Probe):
     def derive(self, found: Mapping[str, Arrays]) -> None:
         """Average what was found at each token."""
         arrays = found["expert_outputs"]
-        for layer, taken in by_layer(arrays, "tokens_taken").items():
+        for layer in by_layer(arrays, "tokens_taken"):
             means = {
                 key: arrays[f"token_cos_{kind}/{layer}"].astype(np.float64)
                 for key, kind in KINDS.items()
                 if f"token_cos_{kind}/{layer}" in arrays
             }
             for key, values in means.items():
-                self.arrays[f"{key}/{layer}"] = np.asarray(values.mean(), np.float32)
+                if np.isfinite(values).any():
+                    self.arrays[f"{key}/{layer}"] = np.asarray(np.nanmean(values), np.float32)
             if "cos_chosen_pairs" in means and "cos_other_pairs" in means:
-                unit = _units(arrays[f"sequence/{layer}"], taken, int(arrays[f"num_tokens/{layer}"]))
-                total = np.bincount(unit, weights=means["cos_chosen_pairs"] - means["cos_other_pairs"])
-                self.arrays[f"difference_sum/{layer}"] = total.astype(np.float32)
-                self.arrays[f"difference_count/{layer}"] = np.bincount(unit)
+                difference = means["cos_chosen_pairs"] - means["cos_other_pairs"]
+                known = np.isfinite(difference)
+                if not known.any():
+                    continue
+                self.arrays |= {key: arrays[key] for key in ("unit_stratum", "unit_texts")}
+                unit, units = arrays[f"unit/{layer}"][known], len(arrays["unit_stratum"])
+                total = without(np.bincount(unit, difference[known], units))
+                count = without(np.bincount(unit, minlength=units))
+                rest = np.divide(total, count, out=np.full(units, np.nan), where=count > 0)
+                keep(self.arrays, f"difference/{layer}", difference[known].mean(), rest)
 
     @classmethod
     def describe(cls, arrays: Arrays) -> ProbeResult:
@@ -65,16 +68,16 @@ class ChosenVsRest(Probe):
         for key, values in means.items():
             scalars |= per_layer(key, values)
         pictures = {"over_depth": partial(_draw_over_depth, arrays)}
-        sums, counts = by_layer(arrays, "difference_sum"), by_layer(arrays, "difference_count")
-        if not sums:
+        found = {layer: float(value) for layer, value in by_layer(arrays, "difference").items()}
+        if not found:
             why = "no layer has two chosen experts and two others: there is nothing to hold the one against the other"
             return ProbeResult(arrays, scalars, {}, pictures, [why])
-        scalars |= per_layer("difference", {layer: float(sums[layer].sum() / counts[layer].sum()) for layer in sums})
+        scalars |= per_layer("difference", found)
         value = scalars["difference"]
-        draws = _draws(sums, counts)
-        low, high = map(float, interval(np.mean(list(draws.values()), axis=0)))
+        ends = interval_of(arrays, "difference", value, within=(-2.0, 2.0))
+        low, high = ends or (-2.0, 2.0)
         both, neither = (
-            np.mean([means[key][layer] for layer in sums]) for key in ("cos_chosen_pairs", "cos_other_pairs")
+            np.mean([means[key][layer] for layer in found]) for key in ("cos_chosen_pairs", "cos_other_pairs")
         )
         verdict = (
             "more alike than" if low > 0 else "less alike than" if high < 0 else "as alike, as far as can be told, as"
@@ -83,25 +86,8 @@ class ChosenVsRest(Probe):
             f"Experts chosen together are {verdict} those left out: their outputs at a token have cosine {both:.3f}, "
             f"those of two experts left out {neither:.3f}; the difference is {value:+.3f}, 0 if the choice were blind."
         )
-        return ProbeResult(arrays, scalars, {"difference": Headline(value, sentence, (low, high))}, pictures)
-
-
-def _units(sequence: np.ndarray, taken: np.ndarray, tokens: int) -> np.ndarray:
-    """What each token (T',) is drawn with: its sequence, or where these are few, its stretch of the text."""
-    if len(np.unique(sequence)) >= ENOUGH_SEQUENCES:
-        return sequence
-    return taken * min(tokens, STRETCHES) // tokens
-
-
-def _draws(sums: Mapping[int, np.ndarray], counts: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
-    """Mean difference of each layer, (R,), with the same units drawn in every layer."""
-    units = max(map(len, sums.values()))
-    times = resample_within(np.zeros(units, np.int64)).astype(np.float64)
-    found = {}
-    for layer, values in sums.items():
-        drawn = times[:, : len(values)]
-        found[layer] = drawn @ values / np.maximum(drawn @ counts[layer], 1)
-    return found
+        headlines = {"difference": Headline(value, sentence, ends)}
+        return ProbeResult(arrays, scalars, headlines, pictures, unit_notes(arrays, headlines))
 
 
 def _draw_over_depth(arrays: Arrays) -> Figure:
@@ -116,13 +102,16 @@ def _draw_over_depth(arrays: Arrays) -> Figure:
             figures.depth_line(left, values, colour, name)
     left.set_title("mean cosine over pairs and tokens", fontsize=10)
     left.legend(fontsize=8, frameon=False)
-    sums, counts = by_layer(arrays, "difference_sum"), by_layer(arrays, "difference_count")
-    if not sums:
+    middle = {layer: float(value) for layer, value in by_layer(arrays, "difference").items()}
+    if not middle:
         right.remove()
         return fig
-    ends = {layer: interval(drawn) for layer, drawn in _draws(sums, counts).items()}
-    middle = {layer: sums[layer].sum() / counts[layer].sum() for layer in sums}
-    figures.depth_band(right, {n: np.array([ends[n][0], middle[n], ends[n][1]]) for n in sums}, figures.SERIES[3])
+    stratum = arrays["unit_stratum"]
+    bands = {}
+    for layer, rest in by_layer(arrays, "difference_without").items():
+        low, high = as_interval(jackknife(middle[layer], rest, stratum)) or (middle[layer], middle[layer])
+        bands[layer] = np.array([low, middle[layer], high])
+    figures.depth_band(right, bands, figures.SERIES[3])
     right.axhline(0, color=figures.MUTED, lw=1, ls="--")
     right.set_title("both chosen minus none chosen, 95 % interval", fontsize=10)
     return fig

@@ -13,12 +13,14 @@ import numpy as np
 
 from moebed.views import LayerView, Need
 from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
-from probes.choices import chosen_mask, first_middle_last, ranked
+from probes.choices import assignments, chosen_mask, first_middle_last
+from probes.resampling import SHARE, WITHOUT, interval_of, unit_notes, units_of, without
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NULL_DRAWS = 20
+FITTINGS = 200
 SEED = 20240902
 
 
@@ -26,13 +28,13 @@ class Coactivation(Probe):
     """How often experts are chosen by the same token, within a layer and from one MoE layer to the next.
 
     Stored for each layer: ``coactivation (E, E)``, N_ij / N_i over all pairs in a token's top K, 1 on the diagonal, NaN
-    in the row of an expert that no token chose; ``coactivation_expected (E, E)``, if the other K − 1 choices went by
-    load alone: (K − 1) N_j / Σ_{m≠i} N_m; ``partner``, the largest entry of a row off the diagonal, averaged over the
-    experts chosen; ``partner_chance``, the same of counts drawn from what is expected, as the largest of finite counts
-    is always above it. For each layer but the last one: ``coactivation_next (E, E of the next)``, P(the token chooses j
-    in the next MoE layer, given that it chose i here); ``coactivation_next_expected``, N_j / T in each row;
-    ``next_partner``, ``next_partner_chance``; ``next_layer``, which one that is. With K = 1 nothing is chosen together:
-    the first four are left out.
+    in the row of an expert that no token chose; ``coactivation_expected (E, E)``, if partners came by load alone, every
+    expert with its load and every token with experts all different; ``partner``, the largest entry of a row off the
+    diagonal, averaged over the experts chosen; ``partner_chance``, the same of counts drawn from what is expected, as
+    the largest of finite counts is always above it. For each layer but the last one: ``coactivation_next (E, E of the
+    next)``, P(the token chooses j in the next MoE layer, given that it chose i here); ``coactivation_next_expected``,
+    N_j / T in each row; ``next_partner``, ``next_partner_chance``; ``next_layer``, which one that is. With K = 1
+    nothing is chosen together: the first four are left out.
     """
 
     name = "coactivation"
@@ -43,22 +45,26 @@ class Coactivation(Probe):
         """Count the pairs of a layer, and keep its choices for the next one."""
         if view.routing is None:
             return
-        index, _ = ranked(view.routing)
+        index = assignments(view)
         # Kept until compute, so that a layer can be forgotten, or be taken from a pass that was stopped.
         self.arrays[f"choice/{view.index}"] = index.astype(np.int16)
         self.arrays[f"num_experts/{view.index}"] = np.asarray(view.num_experts, np.int64)
-        chosen = index.shape[1]
-        if chosen == 1:
+        units = units_of(view.text, len(index))
+        self.arrays |= units.arrays() | {f"unit/{view.index}": units.of_token.astype(np.int16)}
+        if index.shape[1] == 1:
             return
         mask = chosen_mask(index, view.num_experts).astype(np.float32)
-        together = (mask.T @ mask).astype(np.float64)  # (E, E), whole numbers
+        by_unit = _pairs(mask, mask, units.of_token, len(units.stratum))  # (U, E, E), whole numbers
+        together = by_unit.sum(axis=0)
         count = together.diagonal().copy()  # (E,)
-        others = np.maximum(count.sum() - count, 1.0)[:, None]
-        expected = np.minimum((chosen - 1) * count[None, :] / others, 1.0)
-        np.fill_diagonal(expected, 0.0)
-        drawn = _drawn_rows(count * (chosen - 1), expected)
-        np.fill_diagonal(together, 0.0)
-        self._store(view.index, "partner", together, count, drawn)
+        joint = expected_pairs(together, len(index))
+        expected = np.divide(joint, count[:, None], out=np.zeros_like(joint), where=count[:, None] > 0)
+        drawn = _drawn(count, expected)
+        rest = without(by_unit)
+        counts_without = rest.diagonal(axis1=1, axis2=2).copy()
+        for pairs in (together, *rest):
+            np.fill_diagonal(pairs, 0.0)
+        self._store(view.index, "partner", together, count, drawn, rest, counts_without)
         share = _per_row(together, count)
         np.fill_diagonal(share, np.where(count > 0, 1.0, np.nan))
         np.fill_diagonal(expected, 1.0)
@@ -77,24 +83,41 @@ class Coactivation(Probe):
                 if one not in masks:
                     masks[one] = chosen_mask(choices[one].astype(np.int64), int(experts[one])).astype(np.float32)
             mask, after = masks.pop(layer), masks[following]
-            both = (mask.T @ after).astype(np.float64)  # (E, E of the next)
+            units = len(self.arrays["unit_stratum"])
+            by_unit = _pairs(mask, after, self.arrays[f"unit/{layer}"], units)  # (U, E, E of the next)
+            both, rest = by_unit.sum(axis=0), without(by_unit)
+            counts_without = without(_unit_counts(mask, self.arrays[f"unit/{layer}"], units))
             count, share = mask.sum(axis=0, dtype=np.float64), after.mean(axis=0, dtype=np.float64)
             expected = np.repeat(share[None, :], len(count), axis=0)
-            random = np.random.default_rng(SEED)
-            drawn = random.binomial(count[None, :, None].astype(np.int64), expected, (NULL_DRAWS, *expected.shape))
-            self._store(layer, "next_partner", both, count, drawn)
+            self._store(layer, "next_partner", both, count, _drawn(count, expected), rest, counts_without)
             self.arrays |= {
                 f"coactivation_next/{layer}": _per_row(both, count).astype(np.float32),
                 f"coactivation_next_expected/{layer}": expected.astype(np.float32),
                 f"next_layer/{layer}": np.asarray(following, np.int64),
             }
         for layer in layers:
-            del self.arrays[f"choice/{layer}"]
+            del self.arrays[f"choice/{layer}"], self.arrays[f"unit/{layer}"]
         return self.describe(self.arrays)
 
-    def _store(self, layer: int, key: str, together: np.ndarray, count: np.ndarray, drawn: np.ndarray) -> None:
-        """Mean over the experts chosen of the largest share in a row, measured (E, E') and drawn (draws, E, E')."""
+    def _store(
+        self,
+        layer: int,
+        key: str,
+        together: np.ndarray,
+        count: np.ndarray,
+        drawn: np.ndarray,
+        rest: np.ndarray,
+        counts_without: np.ndarray,
+    ) -> None:
+        """Mean over the experts chosen of the largest share in a row.
+
+        Of what was measured (E, E'), of what was drawn (draws, E, E'), and without each unit (U, E, E').
+        """
         used = count > 0
+        left = counts_without > 0
+        largest = np.divide(rest.max(axis=-1), counts_without, out=np.zeros(left.shape), where=left)
+        means = largest.sum(axis=1) / np.maximum(left.sum(axis=1), 1)
+        self.arrays[f"{key}{WITHOUT}/{layer}"] = np.where(left.any(axis=1), means, np.nan).astype(np.float32)
         for name, counts in ((key, together), (f"{key}_chance", drawn)):
             largest = counts.max(axis=-1)[..., used] / count[used]
             self.arrays[f"{name}/{layer}"] = np.asarray(largest.mean() if used.any() else 0.0, np.float32)
@@ -116,7 +139,7 @@ class Coactivation(Probe):
                 f"The expert most often chosen together with a given one joins it in {value:.0%} of its tokens on "
                 f"average; {blind:.0%} if partners came by load alone."
             )
-            headlines["partner"] = Headline(value, sentence)
+            headlines["partner"] = Headline(value, sentence, interval_of(arrays, "partner", value, within=SHARE))
             pictures["within_layer"] = partial(_draw, arrays, "coactivation")
         else:
             notes.append("every token goes to one expert: within a layer nothing is chosen together")
@@ -126,9 +149,10 @@ class Coactivation(Probe):
                 f"Of the tokens of an expert, {value:.0%} on average go on to the expert of the next layer that most "
                 f"of them choose; {blind:.0%} if the layers chose independently."
             )
-            headlines["next_partner"] = Headline(value, sentence)
+            ends = interval_of(arrays, "next_partner", value, within=SHARE)
+            headlines["next_partner"] = Headline(value, sentence, ends)
             pictures["next_layer"] = partial(_draw, arrays, "coactivation_next")
-        return ProbeResult(arrays, scalars, headlines, pictures, notes)
+        return ProbeResult(arrays, scalars, headlines, pictures, notes + unit_notes(arrays, headlines))
 
 
 def _per_row(together: np.ndarray, count: np.ndarray) -> np.ndarray:
@@ -137,13 +161,46 @@ def _per_row(together: np.ndarray, count: np.ndarray) -> np.ndarray:
     return np.divide(together, count[:, None], out=nothing, where=count[:, None] > 0)
 
 
-def _drawn_rows(count: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """Counts (draws, E, E), each row of ``count`` (E,) draws with chances in proportion to ``expected`` (E, E)."""
-    total = expected.sum(axis=1, keepdims=True)
-    even = np.full_like(expected, 1 / expected.shape[1])
-    chances = np.divide(expected, total, out=even, where=total > 0)
+def _pairs(mask: np.ndarray, other: np.ndarray, unit: np.ndarray, units: int) -> np.ndarray:
+    """How often a token chose i in the one mask (T, E) and j in the other (T, E'), by unit: (U, E, E') float64."""
+    return np.stack([mask[unit == one].T @ other[unit == one] for one in range(units)]).astype(np.float64)
+
+
+def _unit_counts(mask: np.ndarray, unit: np.ndarray, units: int) -> np.ndarray:
+    return np.stack([mask[unit == one].sum(axis=0, dtype=np.float64) for one in range(units)])
+
+
+def expected_pairs(together: np.ndarray, tokens: int) -> np.ndarray:
+    """Pairs (E, E) that are expected if partners came by load alone, with a diagonal of 0.
+
+    Args:
+        together: N_ij, with N_i, the tokens that chose expert i, on the diagonal.
+        tokens: T.
+
+    Each expert is in as many pairs as it was, and no pair in more tokens than either of the two. The start is the
+    joint inclusion of a sample of fixed size without replacement (Hájek 1964, eq. 5.27); fitting its rows to the sums
+    that were measured in turn (quasi-independence; Goodman 1968) makes it exact for K = 2.
+    """
+    count = together.diagonal()
+    wanted = together.sum(axis=1) - count
+    most = np.minimum.outer(count, count)
+    share = count / max(tokens, 1)
+    spread = max(float((share * (1 - share)).sum()), 1e-12)
+    found = np.outer(share, share) * np.maximum(1 - np.outer(1 - share, 1 - share) / spread, 1e-3)
+    np.fill_diagonal(found, 0.0)
+    np.fill_diagonal(most, 0.0)
+    for _ in range(FITTINGS):
+        total = found.sum(axis=1)
+        scale = np.sqrt(np.divide(wanted, total, out=np.zeros_like(total), where=total > 0))
+        found = np.minimum(found * np.outer(scale, scale), most)
+    return found
+
+
+def _drawn(count: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """Counts (draws, E, E') of the tokens of each expert that meet each other one, with chances expected (E, E')."""
     random = np.random.default_rng(SEED)
-    return random.multinomial(count.astype(np.int64), chances, (NULL_DRAWS, len(count)))
+    chances = expected.clip(0, 1)
+    return random.binomial(count[None, :, None].astype(np.int64), chances, (NULL_DRAWS, *expected.shape))
 
 
 def _draw(arrays: Arrays, key: str) -> Figure:

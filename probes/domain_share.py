@@ -15,17 +15,26 @@ from scipy.special import entr
 from moebed.views import LayerView, Need
 from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
 from probes.choices import (
+    assignments,
     by_part,
     counts_by_sequence,
     domain_arrays,
     domain_keys,
     first_middle_last,
     names_by_key,
-    ranked,
     sequence_of,
     tagged,
 )
-from probes.resampling import interval, p_value, resample_within, shuffle_labels, smallest_p
+from probes.resampling import (
+    SHARE,
+    as_interval,
+    jackknife,
+    p_value,
+    sequence_units,
+    shuffle_labels,
+    smallest_p,
+    without,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -65,10 +74,10 @@ class DomainShare(Probe):
     ``domain_names``, and the divergence's mean over layers with the same company as ``mean_divergence``,
     ``mean_divergence_interval``, ``mean_divergence_null``, ``mean_divergence_p``.
 
-    A domain's key is its name, with ``/`` and the like as %2F. Sequences are the unit: intervals (95 %) come from
-    drawing each domain's sequences anew, the null from shuffling the domains' labels over the sequences. A divergence
-    of finite counts is never 0, so it is to be read beside the null, which is raised by as much. Drawing anew raises it
-    once more; its interval is shifted back by that.
+    A domain's key is its name, with ``/`` and the like as %2F. Sequences are the unit of the intervals (95 %; see
+    ``probes.resampling``), which are NaN for a domain of one sequence; the null comes from shuffling the domains'
+    labels over the sequences. A divergence of finite counts is never 0, so it is to be read beside the null, which is
+    raised by as much, and its interval is that of a divergence on as much text.
     """
 
     name = "domain_share"
@@ -81,10 +90,11 @@ class DomainShare(Probe):
             return
         if "domain" not in self.arrays:
             self.arrays |= domain_arrays(view.text)
-        index, _ = ranked(view.routing)
+        index = assignments(view)
         sequence, domain = sequence_of(view.text), self.arrays["domain"]
         keys = domain_keys(view.text.domains)
         chosen = {"first": index[:, :1], "second": index[:, 1:2], "any": index}
+        tokens = np.bincount(sequence, minlength=len(domain))
         for place, choices in chosen.items():
             if choices.shape[1] == 0:
                 continue
@@ -95,49 +105,64 @@ class DomainShare(Probe):
                 part = f"{view.index}/{keys[number]}"
                 self.arrays[f"share_{place}/{part}"] = shares_of_counts(total).astype(np.float32)
                 if place == "any":
-                    tokens = total.sum() // index.shape[1]
-                    self.arrays[f"share_tokens_any/{part}"] = shares_of_counts(total, tokens).astype(np.float32)
+                    of_domain = tokens[domain == number].sum()
+                    self.arrays[f"share_tokens_any/{part}"] = shares_of_counts(total, of_domain).astype(np.float32)
 
     def compute(self) -> ProbeResult:
-        """The result, with what drawing the sequences anew and shuffling their labels tells of its certainty."""
+        """The result, with what leaving out sequences and shuffling their labels tells of its certainty."""
         counts = by_layer(self.arrays, "count_any")
         if counts:
-            self._draw_anew()
+            self._keep_intervals()
             domain, filled = self.arrays["domain"], next(iter(counts.values())).any(axis=1)
             if len(np.unique(domain[filled])) > 1:
                 self._compare({layer: count[filled] for layer, count in counts.items()}, domain[filled])
         return self.describe(self.arrays)
 
-    def _draw_anew(self) -> None:
+    def _keep_intervals(self) -> None:
         """Intervals of every share."""
         domain, keys = self.arrays["domain"], domain_keys(list(self.arrays["domain_names"]))
         for place in PLACES:
             for layer, counts in by_layer(self.arrays, f"count_{place}").items():
                 filled = counts.any(axis=1)
                 for number in np.unique(domain[filled]):
-                    mine = counts[filled & (domain == number)].astype(np.float32)  # (B of the domain, E)
-                    drawn = shares_of_counts(resample_within(np.zeros(len(mine))) @ mine)  # (R, E)
+                    mine = counts[filled & (domain == number)]  # (B of the domain, E)
+                    sums = _unit_sums(mine, sequence_units(np.zeros(len(mine)))[0])
+                    share = shares_of_counts(mine.sum(axis=0))
+                    ends = jackknife(share, shares_of_counts(without(sums)), within=SHARE)
                     key = f"share_{place}_interval/{layer}/{keys[number]}"
-                    self.arrays[key] = interval(drawn).astype(np.float32)
+                    self.arrays[key] = ends.astype(np.float32)
 
     def _compare(self, counts: dict[int, np.ndarray], domain: np.ndarray) -> None:
-        """Divergence between the domains of each layer, drawn anew and under shuffled labels."""
-        numbers = np.unique(domain)
-        drawn_times, labels = resample_within(domain), shuffle_labels(domain)  # the same for all layers
-        measured, drawn, null = [], [], []
+        """Divergence between the domains of each layer, without each unit and under shuffled labels."""
+        numbers, size = np.unique(domain, return_counts=True)
+        labels = shuffle_labels(domain)  # the same for all layers
+        unit, stratum = sequence_units(domain)
+        measured, left_out, null = [], [], []
         for layer, count in counts.items():
             count = count.astype(np.float32)  # (B, E)
-            measured.append(divergence(shares_of_counts(np.stack([count[domain == n].sum(axis=0) for n in numbers]))))
-            drawn.append(divergence(shares_of_counts(np.stack([drawn_times * (domain == n) @ count for n in numbers]))))
+            total = np.stack([count[domain == n].sum(axis=0) for n in numbers])  # (D, E)
+            measured.append(divergence(shares_of_counts(total)))
+            rest = np.repeat(total[:, None], len(stratum), axis=1)  # (D, U, E)
+            if size.min() > 1:
+                rest[stratum, np.arange(len(stratum))] -= _unit_sums(count, unit)
+            left_out.append(divergence(shares_of_counts(rest)) if size.min() > 1 else np.full(len(stratum), np.nan))
             null.append(
                 divergence(shares_of_counts(np.stack([(labels == n).astype(np.float32) @ count for n in numbers])))
             )
-            self._store("divergence", f"/{layer}", measured[-1], drawn[-1], null[-1])
-        mean = [np.mean(values, axis=0) for values in (measured, drawn, null)]
-        self._store("mean_divergence", "", *mean)
+            self._store("divergence", f"/{layer}", measured[-1], left_out[-1], null[-1], stratum)
+        of_value, of_rest, of_null = (np.mean(values, axis=0) for values in (measured, left_out, null))
+        self._store("mean_divergence", "", of_value, of_rest, of_null, stratum)
 
-    def _store(self, key: str, layer: str, measured: np.ndarray, drawn: np.ndarray, null: np.ndarray) -> None:
-        ends = np.maximum(interval(drawn) - (drawn.mean() - measured), 0.0)
+    def _store(
+        self,
+        key: str,
+        layer: str,
+        measured: np.ndarray,
+        left_out: np.ndarray,
+        null: np.ndarray,
+        stratum: np.ndarray,
+    ) -> None:
+        ends = jackknife(measured, left_out, stratum, (0.0, np.inf), by_stratum=True)
         self.arrays |= {
             f"{key}{layer}": np.asarray(measured, np.float32),
             f"{key}_interval{layer}": ends.astype(np.float32),
@@ -168,17 +193,27 @@ class DomainShare(Probe):
             f"with the domains' names shuffled over the texts it would be {by_chance:.3g}, and below {high:.3g} in "
             f"95 % of cases (p = {overall:.2g})."
         )
-        low, high = (float(end) for end in arrays["mean_divergence_interval"])
+        ends = as_interval(arrays["mean_divergence_interval"])
         first = next(iter(by_layer(arrays, "count_any").values()))
         smallest = smallest_p(arrays["domain"][first.any(axis=1)])
         few = f"so few texts cannot give a p below {smallest:.2g}: probe on more sequences of each domain"
+        alone = (
+            "a domain has one text, which does not tell how far another would differ: the divergence has no interval"
+        )
         return ProbeResult(
             arrays,
             scalars | {"p": overall},
-            {"divergence": Headline(value, sentence, (low, high))},
+            {"divergence": Headline(value, sentence, ends)},
             pictures | {"divergence": partial(_draw_divergence, arrays)},
-            [few] if smallest > 0.01 else [],
+            ([few] if smallest > 0.01 else []) + ([alone] if ends is None else []),
         )
+
+
+def _unit_sums(counts: np.ndarray, unit: np.ndarray) -> np.ndarray:
+    """Counts (B, E) of the sequences of each unit: (U, E)."""
+    sums = np.zeros((int(unit.max()) + 1, counts.shape[1]), np.float64)
+    np.add.at(sums, unit, counts)
+    return sums
 
 
 def _draw_shares(arrays: Arrays, place: str) -> Figure:
@@ -203,7 +238,7 @@ def _draw_divergence(arrays: Arrays) -> Figure:
     ax = fig.subplots()
     layers = list(measured)
     values, limits = np.array([measured[n] for n in layers]), np.stack([ends[n] for n in layers], axis=1)
-    bars = np.maximum([values - limits[0], limits[1] - values], 0.0)
+    bars = np.nan_to_num(np.maximum([values - limits[0], limits[1] - values], 0.0))
     ax.errorbar(layers, values, yerr=bars, fmt="none", ecolor=figures.SERIES[0], elinewidth=1.0, capsize=2, alpha=0.7)
     figures.depth_line(
         ax, dict(zip(layers, values.tolist(), strict=True)), figures.SERIES[0], "measured, 95 % interval"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moebed.errors import UserError
+from moebed.float32 import exact_products
 from moebed.views import MATRICES, HeadView, LayerView, Need
 from probes.base import Probe, ProbeResult, layer_of
 
@@ -74,6 +75,10 @@ class ProbePass:
             Whether all was seen. Of a layer that cannot be read, or where the text ends in NaN, the probes then know
             nothing, and ``missing`` says why; where the text ended earlier, they know the layer's weights.
         """
+        with exact_products():
+            return self._show(view)
+
+    def _show(self, view: LayerView | HeadView) -> bool:
         if isinstance(view, HeadView):
             for probe in self.shown:
                 with self._clock(probe):
@@ -101,6 +106,10 @@ class ProbePass:
     @torch.no_grad()
     def results(self) -> dict[str, ProbeResult]:
         """Each probe's result over the layers shown, by name, with a note on each layer that is missing."""
+        with exact_products():
+            return self._results()
+
+    def _results(self) -> dict[str, ProbeResult]:
         results: dict[str, ProbeResult] = {}
         for probe in self.probes:  # layer after layer, whichever of them were kept from an earlier pass
             probe.arrays = dict(sorted(probe.arrays.items(), key=lambda item: _place(item[0])))

@@ -15,12 +15,14 @@ from torch import Tensor
 from moebed.float64 import double
 from moebed.views import ExpertView, LayerView, Need
 from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
-from probes.ranks import rank_correlation
+from probes.ranks import correlation, rankable, ranks
+from probes.resampling import WITHOUT, as_interval, interval_of, jackknife, unit_notes, units_of, without
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+NO_TARGET = "no token is followed by another, so there is no loss that could rise: no expert was masked out"
 NO_ABLATION = "no expert was masked out: that needs a whole model in memory and an expert to take the place of another"
 
 
@@ -57,24 +59,40 @@ class ExpertImportance(Probe):
         norms, self._norms = self._norms, []
         if view.routing is None or not norms:
             return
-        index, weight = view.routing.topk_index, view.routing.topk_weight.float()
+        assert view.decision is not None
+        index, weight = view.decision.topk_index, view.decision.topk_weight.float()
         added = weight * torch.stack(norms, dim=1).gather(1, index)  # (T, K)
-        count = torch.bincount(index.flatten(), minlength=view.num_experts)
-        wide = double(added.flatten())
-        total = torch.bincount(index.flatten().to(wide.device), wide, minlength=view.num_experts)
-        self.arrays[f"reap/{view.index}"] = (total / count.to(total.device).clamp(min=1)).float().cpu().numpy()
-        self.arrays[f"count/{view.index}"] = count.cpu().numpy()
+        units, stands = units_of(view.text, len(index)), view.decision.assigned
+        number, size = len(units.stratum), view.num_experts * len(units.stratum)
+        cell = (torch.from_numpy(units.of_token).to(index)[:, None] * view.num_experts + index)[stands]
+        counts = torch.bincount(cell, minlength=size).view(number, -1).cpu().numpy()  # (U, E)
+        wide = double(added[stands])
+        totals = torch.bincount(cell.to(wide.device), wide, minlength=size).view(number, -1).cpu().numpy()
+        count, total = counts.sum(axis=0), totals.sum(axis=0)
+        self.arrays[f"reap/{view.index}"] = (total / np.maximum(count, 1)).astype(np.float32)
+        self.arrays[f"count/{view.index}"] = count
+        total_without, count_without = without(totals), without(counts)
+        reap_without = total_without / np.maximum(count_without, 1)
+        most = [_most(r, c) for r, c in zip(reap_without, count_without, strict=True)] if number > 1 else [np.nan]
+        self.arrays |= units.arrays() | {f"reap_max_to_mean{WITHOUT}/{view.index}": np.array(most, np.float32)}
         if view.ablate is None or view.num_experts <= view.num_experts_per_tok:
             return
         whole = double(view.ablate(-1))
-        rise, error = [], []
+        if bool(whole.isnan().all()):
+            self.arrays[f"no_target/{view.index}"] = np.asarray(1, np.int64)
+            return
+        rise, error, left = [], [], []
         for expert in range(view.num_experts):
             change = double(view.ablate(expert)) - whole
+            left.append(units.means_without(change.cpu().numpy()))
             change = change[~change.isnan()]  # the last token of a sequence has nothing to predict
             rise.append(float(change.mean()))
             error.append(float(change.std() / len(change) ** 0.5) if len(change) > 1 else 0.0)
         self.arrays[f"ablation_loss/{view.index}"] = np.asarray(rise, np.float32)
         self.arrays[f"ablation_error/{view.index}"] = np.asarray(error, np.float32)
+        self.arrays[f"ablation_loss{WITHOUT}/{view.index}"] = np.stack(left, axis=1)  # (U, E)
+        agreement = [_agreement(t, r) for t, r in zip(total_without, np.stack(left, axis=1), strict=True)]
+        self.arrays[f"reap_vs_ablation{WITHOUT}/{view.index}"] = np.array(agreement, np.float32)
 
     @classmethod
     def describe(cls, arrays: Arrays) -> ProbeResult:
@@ -83,7 +101,9 @@ class ExpertImportance(Probe):
         if not reap:
             return ProbeResult(arrays, notes=["no layer with routed experts has seen text"])
         relative = {layer: _relative(values, counts[layer]) for layer, values in reap.items()}
-        ratio = {layer: float(np.nanmax(values)) for layer, values in relative.items()}
+        ratio = {n: float(np.nanmax(v)) for n, v in relative.items() if np.isfinite(v).any()}
+        if not ratio:
+            return ProbeResult(arrays, notes=["no token went to any expert"])
         unused = {layer: float((count == 0).mean()) for layer, count in counts.items()}
         scalars = per_layer("reap_max_to_mean", ratio) | per_layer("unused", unused)
         value = scalars["reap_max_to_mean"]
@@ -92,6 +112,7 @@ class ExpertImportance(Probe):
                 value,
                 f"The expert that adds most to its own tokens adds {value:.1f} times as much as the average one "
                 "in use in its layer (1 if all were equal).",
+                interval_of(arrays, "reap_max_to_mean", value, within=(1.0, np.inf)),
             )
         }
         notes = [
@@ -103,13 +124,12 @@ class ExpertImportance(Probe):
         pictures = {"reap": partial(_draw_reap, relative, counts)}
         rises = by_layer(arrays, "ablation_loss")
         if not rises:
-            return ProbeResult(arrays, scalars, headlines, pictures, [*notes, NO_ABLATION])
+            why = NO_TARGET if by_layer(arrays, "no_target") else NO_ABLATION
+            return ProbeResult(arrays, scalars, headlines, pictures, [*notes, why, *unit_notes(arrays, headlines)])
         scalars |= per_layer("ablation_loss_max", {layer: float(rise.max()) for layer, rise in rises.items()})
         scalars |= per_layer("ablation_loss_mean", {n: float(v.mean(dtype=np.float64)) for n, v in rises.items()})
-        agreement = {
-            n: float(rank_correlation(torch.from_numpy(reap[n] * counts[n])[None], torch.from_numpy(rise)[None])[0])
-            for n, rise in rises.items()
-        }
+        agreement = {n: _agreement(reap[n] * counts[n], rise) for n, rise in rises.items()}
+        agreement = {n: value for n, value in agreement.items() if np.isfinite(value)}
         scalars |= per_layer("reap_vs_ablation", agreement)
         worst = max(rises, key=lambda layer: float(rises[layer].max()))
         most, mean = float(rises[worst].max()), scalars["ablation_loss_mean"]
@@ -118,16 +138,22 @@ class ExpertImportance(Probe):
                 most,
                 f"Without expert {int(rises[worst].argmax())} of layer {worst} the loss rises by {most:.3g} nats per "
                 f"token, the most of all; without one expert it rises by {mean:.3g} on average.",
-            ),
-            "reap_vs_ablation": Headline(
-                scalars["reap_vs_ablation"],
-                "What an expert adds, summed over its tokens, and the loss without it have rank correlation "
-                f"{scalars['reap_vs_ablation']:+.2f} within a layer (1 same order, 0 unrelated).",
-            ),
+                _worst_interval(arrays, worst, most),
+            )
         }
+        if agreement:
+            value = scalars["reap_vs_ablation"]
+            headlines["reap_vs_ablation"] = Headline(
+                value,
+                "What an expert adds, summed over its tokens, and the loss without it have rank correlation "
+                f"{value:+.2f} within a layer (1 same order, 0 unrelated).",
+                interval_of(arrays, "reap_vs_ablation", value, agreement, (-1.0, 1.0)),
+            )
+        else:
+            notes.append("the experts add equally much, or the loss rises equally: there is nothing to rank")
         pictures["ablation"] = partial(_draw_ablation, rises)
         pictures["reap_vs_ablation"] = partial(_draw_agreement, arrays)
-        return ProbeResult(arrays, scalars, headlines, pictures, notes)
+        return ProbeResult(arrays, scalars, headlines, pictures, notes + unit_notes(arrays, headlines))
 
 
 def _relative(reap: np.ndarray, count: np.ndarray) -> np.ndarray:
@@ -135,6 +161,26 @@ def _relative(reap: np.ndarray, count: np.ndarray) -> np.ndarray:
     used = count > 0
     mean = reap[used].mean(dtype=np.float64)
     return np.where(used, reap / mean if mean > 0 else 1.0, np.nan)
+
+
+def _most(reap: np.ndarray, count: np.ndarray) -> float:
+    relative = _relative(reap, count)
+    return float(np.nanmax(relative)) if np.isfinite(relative).any() else float("nan")
+
+
+def _agreement(added: np.ndarray, rise: np.ndarray) -> float:
+    """Rank correlation of two rows (E,); NaN where one is all tied."""
+    one, other = added[None].astype(np.float64), rise[None].astype(np.float64)
+    if not np.isfinite(other).all() or not (rankable(one) & rankable(other))[0]:
+        return float("nan")
+    return float(correlation(ranks(one), ranks(other))[0])
+
+
+def _worst_interval(arrays: Arrays, layer: int, rise: float) -> tuple[float, float] | None:
+    """Of the rise without the expert that was worst, as if it had been asked about beforehand."""
+    expert = int(arrays[f"ablation_loss/{layer}"].argmax())
+    rest = arrays[f"ablation_loss{WITHOUT}/{layer}"][:, expert]
+    return as_interval(jackknife(rise, rest, arrays["unit_stratum"]))
 
 
 def _strip(ax: Axes, rows: dict[int, np.ndarray], title: str, **image: Any) -> Any:

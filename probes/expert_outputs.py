@@ -18,9 +18,11 @@ from torch import Tensor
 from moebed.float64 import double
 from moebed.views import ExpertView, LayerView, Need
 from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
+from probes.choices import NONE, assignments
 from probes.expert_matrices import REFERENCE, SHARED, labels_of, num_experts
 from probes.output_pairs import angular_similarity, chosen_means, pair_cosines, taken_tokens, to_square
 from probes.pictures import draw_heat_maps
+from probes.resampling import SHARE, WITHOUT, as_interval, jackknife, unit_notes, units_of, without
 from probes.short_texts import PICTURED_TOKENS, keep_tokens, token_names
 from probes.similarity import off_diagonal
 
@@ -41,10 +43,11 @@ class ExpertOutputs(Probe):
 
     Stored for each layer: ``output_angular_mean (E', E')``, mean over the tokens taken, diagonal 1; ``num_experts``, E;
     ``others``, labels of the rows after the routed ones; ``num_tokens``, T; ``tokens_taken (T',)``, indices among the
-    T; ``sequence (T',)``, which sequence each is of; where there are such pairs, ``token_cos_chosen (T',)``,
-    ``token_cos_other`` and ``token_cos_mixed``, mean cosine over pairs of routed experts of which both, none or one
-    are chosen for the token. Of texts of up to 64 tokens also ``output_cos (T, E', E')`` and ``chosen (T, K)``, and
-    stored once ``token_ids (T,)`` and ``token_text (T,)``.
+    T; ``unit (T',)``, which unit of the text each is of (``probes.resampling``); ``pairs_without (U, P)``, angular
+    similarity of each pair averaged over the tokens of all units but each; where there are such pairs,
+    ``token_cos_chosen (T',)``, ``token_cos_other`` and ``token_cos_mixed``, mean cosine over pairs of routed experts of
+    which both, none or one are chosen for the token. Of texts of up to 64 tokens also ``output_cos (T, E', E')`` and
+    ``chosen (T, K)``, and stored once ``token_ids (T,)`` and ``token_text (T,)``.
     """
 
     name = "expert_outputs"
@@ -75,24 +78,30 @@ class ExpertOutputs(Probe):
         if view.routing is None or not outputs:
             return
         device = next(iter(outputs.values())).device
-        chosen = view.routing.topk_index.to(device)
+        chosen = torch.from_numpy(assignments(view)).to(device)
         short = keep_tokens(self.arrays, view, SHORT_TEXT) and len(taken) == len(chosen)
-        angular = double(torch.zeros(math.comb(len(outputs), 2), device=device))
+        units = units_of(view.text, len(chosen))
+        unit = torch.from_numpy(units.of_token).to(device)
+        pairs = math.comb(len(outputs), 2)
+        by_unit = double(torch.zeros(len(units.stratum), pairs, device=device))
         cosines: list[Tensor] = []
         by_token: dict[str, list[Tensor]] = {"chosen": [], "other": [], "mixed": []}
         where = taken.to(device)
         for part, cosine in pair_cosines(list(outputs.values())):
-            angular += double(angular_similarity(cosine)).sum(dim=0)
+            of = unit[where[part]].to(by_unit.device)
+            by_unit.index_add_(0, of, double(angular_similarity(cosine)))
             for kind, mean in chosen_means(cosine, chosen[where[part]], view.num_experts)._asdict().items():
                 if mean is not None:
                     by_token[kind].append(mean)
             if short:
                 cosines.append(cosine)
-        sequence = view.text.sequence.cpu()[taken] if view.text is not None else torch.zeros_like(taken)
+        angular, taken_of = by_unit.sum(dim=0), np.bincount(units.of_token[taken.numpy()], minlength=len(units.stratum))
+        rest = without(by_unit.cpu().numpy()) / np.maximum(without(taken_of.astype(np.float64)), 1)[:, None]
+        self.arrays |= units.arrays() | {f"pairs{WITHOUT}/{view.index}": rest.astype(np.float32)}
         found = {
             "output_angular_mean": to_square((angular / len(taken)).float(), len(outputs)),
             "tokens_taken": taken,
-            "sequence": sequence,
+            "unit": unit[where],
         } | {f"token_cos_{kind}": torch.cat(means) for kind, means in by_token.items() if means}
         if short:
             found |= {"output_cos": to_square(torch.cat(cosines), len(outputs)), "chosen": chosen}
@@ -133,7 +142,10 @@ class ExpertOutputs(Probe):
                 scalars |= per_layer(key, means[kind])
                 value = scalars[key]
                 sentence = f"{subject} have angular similarity {value:.3f} on average (1 the same, 0.5 unrelated)."
-                headlines[key] = Headline(value, sentence)
+                rest = [_pairs_of(arrays, kind, layer).mean(axis=1, dtype=np.float64) for layer in means[kind]]
+                ends = jackknife(value, np.mean(rest, axis=0), arrays["unit_stratum"], SHARE)
+                headlines[key] = Headline(value, sentence, as_interval(ends))
+        notes += unit_notes(arrays, headlines)
         if not headlines:
             notes.append("every layer has one expert: no pairs to compare")
             return ProbeResult(arrays, figures=pictures, notes=notes)
@@ -153,6 +165,15 @@ def _mean_similarities(
         for row, label in enumerate(labels[layer][count:], start=count):
             means[label][layer] = float(values[row, :count].mean(dtype=np.float64))
     return means
+
+
+def _pairs_of(arrays: Arrays, kind: str, layer: int) -> np.ndarray:
+    """Columns of ``pairs_without`` of the pairs of routed experts, or of those with a row by its label."""
+    count, rest = int(arrays[f"num_experts/{layer}"]), arrays[f"pairs{WITHOUT}/{layer}"]
+    if kind == "experts":
+        return rest[:, : count * (count - 1) // 2]
+    row = count + arrays[f"others/{layer}"].tolist().index(kind)
+    return rest[:, row * (row - 1) // 2 :][:, :count]
 
 
 def _draw_over_depth(means: Mapping[str, Mapping[int, float]]) -> Figure:
@@ -203,7 +224,7 @@ def _draw_tokens(arrays: Arrays) -> Figure:
                 figures.row_ticks(axis, labels[layer])
             ax.tick_params(labelsize=6.5)
             chosen = arrays[f"chosen/{layer}"][token]
-            ax.set_title(f"{name}\n{' '.join(map(str, chosen))}", fontsize=8)
+            ax.set_title(f"{name}\n{' '.join(map(str, chosen[chosen != NONE]))}", fontsize=8)
             if column == 0:
                 ax.set_ylabel(f"layer {layer}\nexpert", fontsize=8.5)
     figures.colour_bar(fig, image, axes, "angular similarity")

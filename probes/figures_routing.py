@@ -65,13 +65,16 @@ def _bars(ax: Axes, shares: np.ndarray, ends: np.ndarray, names: Sequence[str]) 
     for number, name in enumerate(names):
         x = np.arange(experts) + (number - (len(names) - 1) / 2) * width
         ax.bar(x, shares[number], 0.9 * width, color=COLOURS[number], label=shortened(name))
-        ax.vlines(x, ends[number, 0], ends[number, 1], color=figures.INK, lw=0.9)
+        low, high = np.where(np.isfinite(ends[number]), ends[number], shares[number])
+        ax.vlines(x, low, high, color=figures.INK, lw=0.9)
     ax.axhline(1 / experts, color=figures.MUTED, ls="--", lw=1.2, label="even share, 1/E")
     figures.style_axes(ax)
     ax.grid(visible=False, axis="x")
     ax.set_xticks(range(experts))
     ax.set_ylabel("share", fontsize=9)
-    ax.set_ylim(0, max(1.15 * float(ends.max()), 1.5 / experts))
+    # Of one text there is no interval.
+    highest = float(np.nanmax(np.append(ends, shares)))
+    ax.set_ylim(0, max(1.15 * highest, 1.5 / experts))
 
 
 def domain_lines(ax: Axes, values: Mapping[str, Mapping[int, float]], intervals: BY_NAME | None = None) -> None:
@@ -79,10 +82,10 @@ def domain_lines(ax: Axes, values: Mapping[str, Mapping[int, float]], intervals:
     shown = list(values)[: len(COLOURS)]
     for number, name in enumerate(shown):
         if intervals is not None and name in intervals and len(shown) <= 4:
-            layers = list(intervals[name])
-            low, high = np.stack([intervals[name][layer] for layer in layers], axis=1)
+            known = {layer: ends for layer, ends in intervals[name].items() if np.isfinite(ends).all()}
             shift = 0.06 * (number - (len(shown) - 1) / 2)
-            ax.vlines(np.array(layers) + shift, low, high, color=COLOURS[number], lw=1, alpha=0.6)
+            for layer, (low, high) in known.items():
+                ax.vlines(layer + shift, low, high, color=COLOURS[number], lw=1, alpha=0.6)
         figures.depth_line(ax, values[name], COLOURS[number], shortened(name))
 
 

@@ -20,6 +20,7 @@ from probes.similarity import cosine_matrix, off_diagonal
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+ROUNDING = 1e-6  # similarities that differ by less are equal in float32
 Points = dict[str, dict[int, tuple[np.ndarray, np.ndarray]]]
 
 
@@ -88,6 +89,8 @@ class GateProjection(Probe):
 
 def pearson(x: np.ndarray, y: np.ndarray) -> float:
     """Pearson's r of two samples (P,); NaN where one does not vary."""
+    if any(np.ptp(v) <= ROUNDING * max(1.0, float(np.abs(v).max())) for v in (x, y)):
+        return float("nan")
     x, y = (v.astype(np.float64) - v.mean(dtype=np.float64) for v in (x, y))
     scale = np.sqrt((x @ x) * (y @ y))
     return float(x @ y / scale) if scale > 0 else float("nan")

@@ -17,6 +17,7 @@ from moebed.views import MATRICES, Need
 from probes.base import Arrays, Headline, Probe, ProbeResult, per_layer
 from probes.choices import by_part
 from probes.expert_matrices import num_experts
+from probes.resampling import SHARE, WITHOUT, interval_of, unit_notes
 from probes.similarity import off_diagonal
 
 if TYPE_CHECKING:
@@ -61,6 +62,9 @@ class LayerDiversity(Probe):
                 for name in MATRICES:
                     if f"{key}/{layer}/{name}" in found[probe]:
                         similar[f"{ending}_{name}"] = found[probe][f"{key}/{layer}/{name}"]
+            self.arrays |= {key: outputs[key] for key in ("unit_stratum", "unit_texts")}
+            rest = outputs[f"pairs{WITHOUT}/{layer}"][:, : count * (count - 1) // 2]
+            self.arrays[f"outputs{WITHOUT}/{layer}"] = (1 - rest.mean(axis=1, dtype=np.float64)).astype(np.float32)
             for kind, values in similar.items():
                 mean = off_diagonal(values[:count, :count]).mean(dtype=np.float64)
                 self.arrays[f"diversity/{layer}/{kind}"] = np.asarray(1 - mean, np.float32)
@@ -86,10 +90,12 @@ class LayerDiversity(Probe):
         if not headlines:
             mean = scalars.get("diversity_outputs", math.nan)
             sentence = f"The experts' outputs have diversity {mean:.3f} on average (0 all the same, 0.5 unrelated)."
-            headlines = {"diversity_outputs": Headline(mean, sentence)} if math.isfinite(mean) else {}
+            ends = interval_of(arrays, "outputs", mean, within=SHARE)
+            headlines = {"diversity_outputs": Headline(mean, sentence, ends)} if math.isfinite(mean) else {}
             notes = [
                 f"with fewer than {ENOUGH_LAYERS} layers of two experts or more it cannot be told whether diversity "
-                "rises with depth or whether the last layer is an exception"
+                "rises with depth or whether the last layer is an exception",
+                *unit_notes(arrays, headlines),
             ]
         return ProbeResult(arrays, scalars, headlines, {"over_depth": partial(_draw_over_depth, every)}, notes)
 

@@ -16,8 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import psutil
@@ -28,6 +27,7 @@ from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from scipy.special import ndtri
 from torch import Tensor
 
+from moebed.float32 import exact_products
 from moebed.float64 import double
 
 _DENSE_BELOW = 256  # neurons; smaller problems take the dense solver a millisecond
@@ -269,23 +269,3 @@ def _plan(size: int, width: int, most: int, memory: int | None = None) -> tuple[
 def _use_threads(number: int) -> None:
     """Threads of PyTorch's products in this worker; without it each would take all cores."""
     torch.set_num_threads(max(1, number))
-
-
-@contextmanager
-def exact_products(is_bf16: bool) -> Iterator[None]:
-    """Products of float32 copies that lose nothing.
-
-    Where all values are those of bfloat16, rounding the operands to it changes nothing, products are exact in float32
-    and are summed there: processors with bfloat16 units are then two to three times faster.
-    """
-    settings: list[tuple[Any, str]] = [(torch.backends.mkldnn.matmul, "bf16" if is_bf16 else "ieee")]  # type: ignore[attr-defined]
-    if torch.cuda.is_available():
-        settings.append((torch.backends.cuda.matmul, "tf32" if is_bf16 else "ieee"))
-    before = [backend.fp32_precision for backend, _ in settings]
-    try:
-        for backend, precision in settings:
-            backend.fp32_precision = precision
-        yield
-    finally:
-        for (backend, _), precision in zip(settings, before, strict=True):
-            backend.fp32_precision = precision

@@ -17,6 +17,7 @@ import torch
 
 from moebed.views import LayerView, Need
 from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
+from probes.resampling import SHARE, WITHOUT, Units, interval_of, unit_notes, units_of, without
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,6 +54,8 @@ class NormOrigin(Probe):
             return
         seen = torch.linalg.vector_norm(view.moe_input.float(), dim=-1).cpu().numpy()
         self.arrays[f"input_norm/{view.index}"] = seen
+        units = units_of(view.text, len(seen))
+        self.arrays |= units.arrays() | {f"unit/{view.index}": units.of_token.astype(np.int16)}
         scores = view.routing.router_logits.float().cpu().numpy()
         if (scores > 0).all():
             self._keep("score", view.index, scores, seen)
@@ -64,9 +67,11 @@ class NormOrigin(Probe):
                 self._keep("norm", layer, norms, self.arrays[f"input_norm/{layer}"])
 
     def _keep(self, kind: str, layer: int, values: np.ndarray, seen: np.ndarray) -> None:
-        shares = shares_of_log(values, seen)
+        units = Units(self.arrays[f"unit/{layer}"].astype(np.int64), self.arrays["unit_stratum"], 0)
+        shares = shares_by_unit(values, seen, units)
         if shares is not None:
-            self.arrays[f"{kind}_share/{layer}"] = shares
+            self.arrays[f"{kind}_share/{layer}"] = shares[0]
+            self.arrays[f"{kind}_choice{WITHOUT}/{layer}"] = shares[1:, -1]
 
     @classmethod
     def describe(cls, arrays: Arrays) -> ProbeResult:
@@ -84,13 +89,21 @@ class NormOrigin(Probe):
                 choice,
                 f"Of the variance of the {what}, the hidden state's norm explains {size:.0%}, the token otherwise "
                 f"{token:.0%}, the expert {expert:.0%}; {choice:.0%} is which expert meets which token, by direction.",
+                interval_of(arrays, f"{kind}_choice", choice, within=SHARE),
             )
         if not headlines:
             return ProbeResult(arrays, notes=["no layer has seen text with experts whose norms differ"])
-        return ProbeResult(arrays, scalars, headlines, {"over_depth": partial(_draw_over_depth, arrays)})
+        pictures = {"over_depth": partial(_draw_over_depth, arrays)}
+        return ProbeResult(arrays, scalars, headlines, pictures, unit_notes(arrays, headlines))
 
 
 def shares_of_log(values: np.ndarray, seen: np.ndarray) -> np.ndarray | None:
+    """The first row of :func:`shares_by_unit`: the shares (4,) of the whole text."""
+    found = shares_by_unit(values, seen, Units(np.zeros(len(values), np.int64), np.zeros(1, np.int64), 1))
+    return None if found is None else found[0]
+
+
+def shares_by_unit(values: np.ndarray, seen: np.ndarray, units: Units) -> np.ndarray | None:
     """Split the variance of log values over tokens and experts.
 
     Tokens and experts are crossed, so that means of rows, means of columns, and what is left are orthogonal.
@@ -98,21 +111,36 @@ def shares_of_log(values: np.ndarray, seen: np.ndarray) -> np.ndarray | None:
     Args:
         values: (T, E), not negative.
         seen: (T,) norms of the tokens, not negative.
+        units: Of the text.
 
-    Returns:
-        (4,) float32, in the order of PARTS, with sum 1; None where there is no variance.
+    Returns: (1 + U, 4) float32, in the order of PARTS, each with sum 1: of the whole text, and without each unit in
+    turn (NaN where nothing is left); None where there is no variance.
     """
     usable = (values > 0).all(axis=1) & (seen > 0)
     logs, size = np.log(values[usable].astype(np.float64)), np.log(seen[usable].astype(np.float64))
     if not len(logs) or logs.max() - logs.min() <= ROUNDING:
         return None
-    total = logs.var()
-    of_token, of_expert = logs.mean(axis=1), logs.mean(axis=0)  # (T,), (E,)
-    line = 0.0
-    if size.max() - size.min() > ROUNDING:
-        line = np.mean((of_token - of_token.mean()) * (size - size.mean())) ** 2 / size.var()
-    parts = np.array([line, of_token.var() - line, of_expert.var(), 0.0]) / total
-    parts[-1] = 1 - parts.sum()
+    logs, size = logs - logs.mean(), size - size.mean()  # so that differences of sums lose nothing
+    of_token = logs.mean(axis=1)
+    taken = np.flatnonzero(usable)
+    quantities = (
+        np.ones(len(logs)),
+        np.square(logs).mean(axis=1),
+        of_token,
+        of_token**2,
+        size,
+        size**2,
+        of_token * size,
+    )
+    sums = units.sums(np.concatenate([np.stack(quantities, axis=1), logs], axis=1), taken)  # (U, 7 + E)
+    both = np.concatenate([sums.sum(axis=0)[None], without(sums)])
+    count = both[:, 0]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        square, token, token2, norm, norm2, cross = (both[:, column] / count for column in range(1, 7))
+        total, by_token, by_norm = square - token**2, token2 - token**2, norm2 - norm**2
+        line = np.where(by_norm > ROUNDING**2, (cross - token * norm) ** 2 / np.maximum(by_norm, 1e-300), 0.0)
+        parts = np.stack([line, by_token - line, (both[:, 7:] / count[:, None]).var(axis=1)], axis=1) / total[:, None]
+        parts = np.concatenate([parts, 1 - parts.sum(axis=1, keepdims=True)], axis=1)
     return np.clip(parts, 0, 1).astype(np.float32)
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from moebed.views import ExpertView, LayerView, Need
 from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
 from probes.expert_matrices import REFERENCE
-from probes.ranks import correlation, ranks
+from probes.ranks import correlation, rankable, ranks
+from probes.resampling import SHARE, interval_of, keep, unit_notes, units_of
 from probes.short_texts import keep_tokens, token_names
 
 if TYPE_CHECKING:
@@ -32,14 +33,15 @@ READABLE_COUNT = 50  # a cell of 50 tokens is within 14 % of chance by chance
 class NormVsScore(Probe):
     """Every routed expert is run on every token; its output norm is ranked against its router score, both in float32.
 
-    Stored for each layer: ``output_norm (T, E)``, L2 norm of the unweighted output; ``rank_count_score_by_norm``
-    (E, E), tokens whose expert of score rank i (row) has norm rank j (column), 0 = smallest, ties by expert index;
-    ``spearman``, mean over tokens of the rank correlation over experts, ties averaged, 0 for a token whose ranks are
-    all tied; ``topk_overlap``, P(an expert of the top K by norm is in the top K by score); ``topk_overlap_random``,
-    K/E; where a dense reference is given, ``dense_ffn_output_norm (T,)``, the norm of what its FFN made of the dense
-    model's own hidden states. Stored once for each number of experts: ``rank_count_all_layers/<E>``, summed over the
-    layers with E experts. Of texts of up to 12 tokens also ``score (T, E)``, the router's, and stored once
-    ``token_ids (T,)`` and ``token_text (T,)``.
+    Stored for each layer: ``output_norm (T, E)``, L2 norm of the unweighted output; ``rank_count_score_by_norm`` (E,
+    E), tokens whose expert of score rank i (row) has norm rank j (column), 0 = smallest, ties by expert index;
+    ``ranked``, the share of tokens at which there is something to rank, since neither all norms nor all scores are
+    equal; the others are left out of all that follows. ``spearman``, mean over tokens of the rank correlation over
+    experts, ties averaged; ``topk_overlap``, P(an expert of the top K by norm is in the top K by score);
+    ``topk_overlap_random``, K/E; where a dense reference is given, ``dense_ffn_output_norm (T,)``, the norm of what its
+    FFN made of the dense model's own hidden states. Stored once for each number of experts:
+    ``rank_count_all_layers/<E>``, summed over the layers with E experts. Of texts of up to 12 tokens also ``score (T,
+    E)``, the router's, and stored once ``token_ids (T,)`` and ``token_text (T,)``.
     """
 
     name = "norm_vs_score"
@@ -71,20 +73,31 @@ class NormVsScore(Probe):
         score = view.routing.router_probs.float().cpu().numpy()
         experts, chosen = view.num_experts, view.num_experts_per_tok
         by_score, by_norm = ranks(score), ranks(norm)
-        cell = torch.from_numpy(by_score.whole * experts + by_norm.whole)
-        count = torch.bincount(cell.flatten(), minlength=experts**2).view(experts, experts).numpy()
-        both = count[experts - chosen :, experts - chosen :].sum()
+        told = rankable(score) & rankable(norm) if experts > 1 else np.ones(len(norm), bool)  # (T,)
         self.arrays |= {
             f"output_norm/{view.index}": norm,
-            f"rank_count_score_by_norm/{view.index}": count,
-            f"spearman/{view.index}": np.asarray(correlation(by_score, by_norm).mean(), np.float32),
-            f"topk_overlap/{view.index}": np.asarray(both / (len(norm) * chosen), np.float32),
-            f"topk_overlap_random/{view.index}": np.asarray(chosen / experts, np.float32),
+            f"ranked/{view.index}": np.asarray(told.mean() if len(told) else 0.0, np.float32),
         }
         if self._dense is not None:
             self.arrays[f"dense_ffn_output_norm/{view.index}"] = self._dense.cpu().numpy()
         if keep_tokens(self.arrays, view):
             self.arrays[f"score/{view.index}"] = score.copy()
+        if not told.any():
+            return
+        units = units_of(view.text, len(norm))
+        rho = np.where(told, correlation(by_score, by_norm), np.nan)
+        top = experts - chosen
+        overlap = ((by_score.whole >= top) & (by_norm.whole >= top)).sum(axis=1) / chosen
+        overlap = np.where(told, overlap, np.nan)
+        keep(self.arrays, f"spearman/{view.index}", float(np.nanmean(rho)), units.means_without(rho))
+        keep(self.arrays, f"topk_overlap/{view.index}", float(np.nanmean(overlap)), units.means_without(overlap))
+        self.arrays |= units.arrays()
+        cell = torch.from_numpy((by_score.whole * experts + by_norm.whole)[told])
+        count = torch.bincount(cell.flatten(), minlength=experts**2).view(experts, experts).numpy()
+        self.arrays |= {
+            f"rank_count_score_by_norm/{view.index}": count,
+            f"topk_overlap_random/{view.index}": np.asarray(chosen / experts, np.float32),
+        }
 
     def compute(self) -> ProbeResult:
         """The result, with the counts of equally wide layers summed."""
@@ -97,8 +110,16 @@ class NormVsScore(Probe):
     def describe(cls, arrays: Arrays) -> ProbeResult:
         """Rank correlations and overlaps, and the rank pictures."""
         rho = {layer: float(value) for layer, value in by_layer(arrays, "spearman").items()}
+        told = {layer: float(value) for layer, value in by_layer(arrays, "ranked").items()}
+        notes = [
+            f"layer {layer}: at {1 - share:.0%} of the tokens all experts have the same norm or the same score: there "
+            "is nothing to rank, and they are left out"
+            for layer, share in told.items()
+            if share < 1
+        ]
         if not rho:
-            return ProbeResult(arrays, notes=["no layer has routed experts"])
+            drawn = {"tokens": partial(_draw_tokens, arrays)} if by_layer(arrays, "score") else {}
+            return ProbeResult(arrays, figures=drawn, notes=notes or ["no layer has routed experts"])
         overlap = {layer: float(value) for layer, value in by_layer(arrays, "topk_overlap").items()}
         random = {layer: float(value) for layer, value in by_layer(arrays, "topk_overlap_random").items()}
         scalars = per_layer("spearman", rho) | per_layer("topk_overlap", overlap)
@@ -110,11 +131,13 @@ class NormVsScore(Probe):
                 mean_rho,
                 f"The router {kind} experts with large outputs: rank correlation {mean_rho:+.2f} "
                 "between score and output norm (1 same order, 0 unrelated).",
+                interval_of(arrays, "spearman", mean_rho, within=(-1.0, 1.0)),
             ),
             "topk_overlap": Headline(
                 scalars["topk_overlap"],
                 f"{scalars['topk_overlap']:.0%} of the experts with the K largest outputs are among the K best scored; "
                 f"{blind:.0%} if the two were unrelated.",
+                interval_of(arrays, "topk_overlap", scalars["topk_overlap"], within=SHARE),
             ),
         }
         pictures = {
@@ -123,7 +146,7 @@ class NormVsScore(Probe):
         }
         if by_layer(arrays, "score"):
             pictures["tokens"] = partial(_draw_tokens, arrays)
-        return ProbeResult(arrays, scalars, headlines, pictures)
+        return ProbeResult(arrays, scalars, headlines, pictures, notes + unit_notes(arrays, headlines))
 
 
 def _grouped(count: np.ndarray) -> tuple[np.ndarray, int]:

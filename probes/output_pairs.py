@@ -70,7 +70,10 @@ def to_square(pairs: Tensor, experts: int) -> Tensor:
 
 
 class ChosenMeans(NamedTuple):
-    """Mean cosine (b,) over pairs of experts chosen for a token, of others, and of one of each; None where no such."""
+    """Mean cosine (b,) over pairs of experts chosen for a token, of others, and of one of each.
+
+    NaN for a token that has no such pair; None where no token has.
+    """
 
     chosen: Tensor | None
     other: Tensor | None
@@ -82,24 +85,32 @@ def chosen_means(cosine: Tensor, chosen: Tensor, experts: int) -> ChosenMeans:
 
     Args:
         cosine: (b, P), the pairs of the E routed experts first.
-        chosen: (b, K) experts.
+        chosen: (b, K) experts, -1 where a token has no further one.
         experts: E.
     """
-    count, rest = chosen.shape[1], experts - chosen.shape[1]
     if experts < 2:
         return ChosenMeans(None, None, None)
+    stands = chosen >= 0
+    count = stands.sum(dim=1)  # (b,)
+    rest, most = experts - count, chosen.shape[1]
+    chosen = chosen.clamp(min=0)
     number = torch.arange(experts, device=cosine.device)
     high, low = torch.maximum(number, number.unsqueeze(1)), torch.minimum(number, number.unsqueeze(1))
     pair = (high * (high - 1) // 2 + low).fill_diagonal_(0)  # (E, E); an expert is no pair with itself
-    rows = cosine.gather(1, pair[chosen].flatten(1)).view(len(cosine), count, experts)
+    rows = cosine.gather(1, pair[chosen].flatten(1)).view(len(cosine), most, experts)
     rows.scatter_(2, chosen.unsqueeze(2), 0.0)
+    rows *= stands.unsqueeze(2)
     # Each pair of chosen experts is in two rows, a pair of a chosen one and another in one.
     # In float64, for what is left of a sum once others are taken off it.
-    twice = double(rows.gather(2, chosen.unsqueeze(1).expand(-1, count, -1))).sum(dim=(1, 2))
+    inner = rows.gather(2, chosen.unsqueeze(1).expand(-1, most, -1)) * stands.unsqueeze(1)
+    twice = double(inner).sum(dim=(1, 2))
     both, mixed = twice / 2, double(rows).sum(dim=(1, 2)) - twice
     none = double(cosine[:, : math.comb(experts, 2)]).sum(dim=1) - both - mixed
+
+    def mean(total: Tensor, pairs: Tensor) -> Tensor | None:
+        pairs = pairs.to(total.device)
+        return torch.where(pairs > 0, total / pairs, torch.nan).float() if bool((pairs > 0).any()) else None
+
     return ChosenMeans(
-        (both / math.comb(count, 2)).float() if count > 1 else None,
-        (none / math.comb(rest, 2)).float() if rest > 1 else None,
-        (mixed / (count * rest)).float() if rest else None,
+        mean(both, count * (count - 1) / 2), mean(none, rest * (rest - 1) / 2), mean(mixed, count * rest)
     )

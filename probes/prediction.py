@@ -11,6 +11,7 @@ import numpy as np
 
 from moebed.views import HeadView, Need
 from probes.base import Arrays, Headline, Probe, ProbeResult
+from probes.resampling import WITHOUT, interval_of, unit_notes, units_of
 
 
 class Prediction(Probe):
@@ -28,8 +29,10 @@ class Prediction(Probe):
     def update_head(self, head: HeadView) -> None:
         """Keep what was predicted."""
         text = head.text
-        self.arrays |= {
-            "loss": head.loss.cpu().numpy(),
+        units, loss = units_of(text, len(head.loss)), head.loss.cpu().numpy()
+        self.arrays |= units.arrays() | {
+            "loss": loss,
+            f"loss{WITHOUT}": units.means_without(loss),
             "predicted": head.predicted.cpu().numpy().astype(np.int32),
             "target": text.targets.cpu().numpy().astype(np.int32),
             "token_domain": text.domain.cpu()[text.sequence.cpu()].numpy().astype(np.int32),
@@ -53,7 +56,8 @@ class Prediction(Probe):
             f"The model is {mean:.3f} nats a token away from {known.sum():,} tokens of this text (perplexity "
             f"{math.exp(min(mean, 700)):.4g}), and its first guess is right for {scalars['accuracy']:.1%} of them."
         )
-        return ProbeResult(arrays, scalars, {"loss": Headline(mean, said)})
+        headlines = {"loss": Headline(mean, said, interval_of(arrays, "loss", mean, within=(0.0, math.inf)))}
+        return ProbeResult(arrays, scalars, headlines, notes=unit_notes(arrays, headlines))
 
 
 class Logits(Probe):

@@ -45,6 +45,15 @@ def ranks(values: np.ndarray) -> Ranks:
     return Ranks(whole, shared)
 
 
+EQUAL = 1e-5  # values that differ by less of the largest are equal in float32, however they were summed
+
+
+def rankable(values: np.ndarray) -> np.ndarray:
+    """Whether the entries of each row of (T, E) differ: (T,) bool."""
+    largest, least = values.max(axis=1), values.min(axis=1)
+    return largest - least > EQUAL * np.maximum(np.abs(largest), np.abs(least))
+
+
 def correlation(a: Ranks, b: Ranks) -> np.ndarray:
     """Pearson's r of shared ranks (T, E), row by row: (T,) float64; 0 where a row is all tied."""
     middle = (a.shared.shape[1] - 1) / 2

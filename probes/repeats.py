@@ -14,6 +14,8 @@ from moebed.views import LayerView, Need
 from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
 from probes.choices import (
     ALL,
+    NONE,
+    assignments,
     by_part,
     chosen_mask,
     domain_arrays,
@@ -21,10 +23,9 @@ from probes.choices import (
     first_middle_last,
     names_by_key,
     overlap_by_chance,
-    ranked,
     sequence_of,
 )
-from probes.resampling import interval, resample_within
+from probes.resampling import SHARE, as_interval, jackknife, sequence_units, without
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,12 +40,12 @@ class Repeats(Probe):
 
     Stored for each layer and domain, and for ``all``: ``repeat_first``, P(first choice equals that of the token
     before); ``repeat_any``, P(the two tokens' top-K sets have an expert in common); ``repeat_first_interval``,
-    ``repeat_any_interval (2,)``, 95 %, from drawing each domain's sequences anew; ``repeat_first_expected``, Σ p² of
-    the shares p of the first choice: what an uneven load alone makes. Stored for each layer: ``random_first``, 1/E, and
-    ``random_any``, 1 − C(E−K, K)/C(E, K); ``pairs``, ``same_first``, ``same_any (B,)``, counts by sequence;
-    ``run_length (32,)``, number of runs of 1, 2, ..., 32 or more tokens with one first choice; ``mean_run``, and
-    ``mean_run_expected`` if the choices came in random order. Stored once: ``domain (B,)``, ``domain_names``, and
-    ``mean_first_interval``, ``mean_any_interval (2,)`` of the mean over layers.
+    ``repeat_any_interval (2,)``, 95 %, sequences being the unit (see ``probes.resampling``), NaN of one sequence;
+    ``repeat_first_expected``, Σ p² of the shares p of the first choice: what an uneven load alone makes. Stored for
+    each layer: ``random_first``, 1/E, and ``random_any``, 1 − C(E−K, K)/C(E, K); ``pairs``, ``same_first``, ``same_any
+    (B,)``, counts by sequence; ``run_length (32,)``, number of runs of 1, 2, ..., 32 or more tokens with one first
+    choice; ``mean_run``, and ``mean_run_expected`` if the choices came in random order. Stored once: ``domain (B,)``,
+    ``domain_names``, and ``mean_first_interval``, ``mean_any_interval (2,)`` of the mean over layers.
 
     Tokens on two sides of a sequence's border are not consecutive.
     """
@@ -59,12 +60,12 @@ class Repeats(Probe):
             return
         if "domain" not in self.arrays:
             self.arrays |= domain_arrays(view.text)
-        index, _ = ranked(view.routing)
-        experts, chosen = view.num_experts, index.shape[1]
+        index = assignments(view)
+        experts, chosen = view.num_experts, view.num_experts_per_tok
         sequence, domain = sequence_of(view.text), self.arrays["domain"]
         mask, first = chosen_mask(index, experts), index[:, 0]
         inside = sequence[1:] == sequence[:-1]  # (T - 1,)
-        same = {"first": first[1:] == first[:-1], "any": (mask[1:] & mask[:-1]).any(axis=1)}
+        same = {"first": (first[1:] == first[:-1]) & (first[1:] != NONE), "any": (mask[1:] & mask[:-1]).any(axis=1)}
         pairs = np.bincount(sequence[1:][inside], minlength=len(domain))  # (B,)
         self.arrays |= {
             f"random_first/{view.index}": np.asarray(1 / experts, np.float32),
@@ -80,8 +81,9 @@ class Repeats(Probe):
                 if pairs[members].sum():
                     value = counts[members].sum() / pairs[members].sum()
                     self.arrays[f"repeat_{kind}/{view.index}/{key}"] = np.asarray(value, np.float32)
-        by_domain = np.bincount(domain[sequence] * experts + first, minlength=len(view.text.domains) * experts)
-        by_domain = by_domain.reshape(-1, experts)
+        sent = first != NONE
+        cell = (domain[sequence] * experts + first)[sent]
+        by_domain = np.bincount(cell, minlength=len(view.text.domains) * experts).reshape(-1, experts)
         for number, key in parts.items():
             load = by_domain[number] if number >= 0 else by_domain.sum(axis=0)
             if load.any():
@@ -107,22 +109,28 @@ class Repeats(Probe):
         if pairs:
             domain = self.arrays["domain"]
             parts = dict(enumerate(domain_keys(list(self.arrays["domain_names"])))) | {-1: ALL}
-            times = resample_within(domain)  # (R, B)
+            known = next(iter(pairs.values())) > 0  # sequences of two tokens or more
             for kind in KINDS:
-                drawn: list[np.ndarray] = []
+                whole: list[np.ndarray] = []
                 for layer, same in by_layer(self.arrays, f"same_{kind}").items():
-                    both = np.stack([same, pairs[layer]], axis=1).astype(np.float32)  # (B, 2)
+                    both = np.stack([same, pairs[layer]], axis=1)  # (B, 2)
                     for number, key in parts.items():
                         if f"repeat_{kind}/{layer}/{key}" in self.arrays:
-                            members = (domain == number) | (number < 0)
-                            sums = times[:, members] @ both[members]  # (R, 2)
-                            share = sums[:, 0] / np.maximum(sums[:, 1], 1.0)
-                            ends = interval(share).astype(np.float32)
-                            self.arrays[f"repeat_{kind}_interval/{layer}/{key}"] = ends
+                            members = ((domain == number) | (number < 0)) & known
+                            unit, stratum = sequence_units(domain[members])
+                            sums = np.zeros((len(stratum), 2))
+                            np.add.at(sums, unit, both[members])
+                            rest = without(sums)
+                            share = rest[:, 0] / np.maximum(rest[:, 1], 1.0)  # (U,)
+                            value = float(self.arrays[f"repeat_{kind}/{layer}/{key}"])
+                            ends = jackknife(value, share, stratum, SHARE)
+                            self.arrays[f"repeat_{kind}_interval/{layer}/{key}"] = ends.astype(np.float32)
                     if f"repeat_{kind}/{layer}/{ALL}" in self.arrays:
-                        drawn.append(share)  # of the whole text, which comes last
-                if drawn:
-                    self.arrays[f"mean_{kind}_interval"] = interval(np.mean(drawn, axis=0)).astype(np.float32)
+                        whole.append(share)  # of the whole text, which comes last
+                if whole:
+                    layers = [float(self.arrays[f"repeat_{kind}/{layer}/{ALL}"]) for layer in pairs]
+                    ends = jackknife(float(np.mean(layers)), np.mean(whole, axis=0), stratum, SHARE)
+                    self.arrays[f"mean_{kind}_interval"] = ends.astype(np.float32)
         return self.describe(self.arrays)
 
     @classmethod
@@ -140,7 +148,6 @@ class Repeats(Probe):
             value = per_layer(f"repeat_{kind}", _floats(repeat[kind]))
             scalars |= value
             blind = float(np.mean([chance[kind][layer] for layer in repeat[kind]]))
-            low, high = (float(end) for end in arrays[f"mean_{kind}_interval"])
             mean = value[f"repeat_{kind}"]
             uneven = float(np.mean([load[layer] for layer in repeat[kind]]))
             loaded = f" ({uneven:.1%} with loads as uneven as these)" if kind == "first" else ""
@@ -148,7 +155,7 @@ class Repeats(Probe):
                 mean,
                 f"{mean:.1%} of consecutive tokens have {label}, on average over layers; "
                 f"{blind:.1%} would by chance{loaded}.",
-                (low, high),
+                as_interval(arrays[f"mean_{kind}_interval"]),
             )
         for layer in first_middle_last(list(repeat["first"])) if len(repeat["first"]) >= DEEP else []:
             for kind, label in KINDS.items():
@@ -156,10 +163,12 @@ class Repeats(Probe):
                 sentence = f"In layer {layer} {value_here:.1%} of consecutive tokens have {label}"
                 ends = arrays[f"repeat_{kind}_interval/{layer}/{ALL}"]
                 headlines[f"repeat_{kind}_layer_{layer}"] = Headline(
-                    value_here, f"{sentence}; {blind:.1%} by chance.", (float(ends[0]), float(ends[1]))
+                    value_here, f"{sentence}; {blind:.1%} by chance.", as_interval(ends)
                 )
         pictures = {"over_depth": partial(_draw_over_depth, arrays), "run_lengths": partial(_draw_runs, arrays)}
-        return ProbeResult(arrays, scalars, headlines, pictures)
+        alone = "one text, which does not tell how far another would differ: there are no intervals; give several"
+        notes = [alone] if all(headline.interval is None for headline in headlines.values()) else []
+        return ProbeResult(arrays, scalars, headlines, pictures, notes)
 
 
 def _floats(values: dict[int, np.ndarray]) -> dict[int, float]:

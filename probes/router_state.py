@@ -14,17 +14,22 @@ import torch
 
 from moebed.views import LayerView, Need
 from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
+from probes.choices import assignments, chosen_mask
+from probes.resampling import WITHOUT, interval_of, unit_notes, units_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+TIED = 0.01  # share of tokens from which ties are told
 
 
 class RouterState(Probe):
     """Per token, from the router's float32 distribution.
 
     Stored for each layer: ``logit_norm (T,)``, L2 norm of the router logits; ``router_entropy (T,)``, in nats;
-    ``margin (T,)``, probability of choice K minus that of choice K+1, and where K = E that of choice K itself;
-    ``num_experts``, E.
+    ``margin (T,)``, probability of the last expert chosen minus that of the first one left out, below 0 where a bias
+    on the choice decided against the probabilities; with all experts chosen, that of the last; ``num_experts``, E.
     """
 
     name = "router_state"
@@ -36,18 +41,20 @@ class RouterState(Probe):
         if view.routing is None:
             return
         probs = view.routing.router_probs.float()  # (T, E)
-        chosen = view.num_experts_per_tok
-        ordered = probs.sort(dim=-1, descending=True).values
-        margin = ordered[:, chosen - 1]
-        if chosen < view.num_experts:
-            margin = margin - ordered[:, chosen]
+        chosen = torch.from_numpy(chosen_mask(assignments(view), view.num_experts)).to(probs.device)  # (T, E)
+        last = probs.masked_fill(~chosen, torch.inf).amin(dim=-1)
+        first = probs.masked_fill(chosen, -torch.inf).amax(dim=-1)
+        margin = torch.where(last.isinf(), 0.0, last) - torch.where(first.isinf(), 0.0, first)
         measured = {
             "logit_norm": view.routing.router_logits.float().norm(dim=-1),
             "router_entropy": torch.xlogy(probs, probs).sum(dim=-1).neg(),
             "margin": margin,
         }
+        units = units_of(view.text, len(probs))
+        self.arrays |= units.arrays()
         for key, value in measured.items():
             self.arrays[f"{key}/{view.index}"] = value.cpu().numpy()
+            self.arrays[f"{key}{WITHOUT}/{view.index}"] = units.means_without(value.cpu().numpy())
         self.arrays[f"num_experts/{view.index}"] = np.asarray(view.num_experts, np.int64)
 
     @classmethod
@@ -67,13 +74,23 @@ class RouterState(Probe):
                 entropy,
                 f"The router's distribution over experts has {entropy:.2f} nats of entropy on average; "
                 f"a router without preference would have {uniform:.2f}.",
+                interval_of(arrays, "router_entropy", entropy, within=(0.0, math.inf)),
             ),
             "margin": Headline(
                 scalars["margin"],
                 f"The last expert chosen is ahead of the first one left out by {scalars['margin']:.3f} in probability.",
+                interval_of(arrays, "margin", scalars["margin"], within=(-1.0, 1.0)),
             ),
         }
-        return ProbeResult(arrays, scalars, headlines, {"over_depth": partial(_draw_over_depth, arrays, experts)})
+        tied = {n: float((v == 0).mean()) for n, v in by_layer(arrays, "margin").items()}
+        notes = [
+            f"layer {layer}: at {share:.0%} of the tokens the last expert chosen and the first one left out score the "
+            "same, so that their numbers decide"
+            for layer, share in tied.items()
+            if share >= TIED
+        ]
+        pictures = {"over_depth": partial(_draw_over_depth, arrays, experts)}
+        return ProbeResult(arrays, scalars, headlines, pictures, notes + unit_notes(arrays, headlines))
 
 
 def _draw_over_depth(arrays: Arrays, experts: dict[int, int]) -> Figure:
@@ -92,7 +109,8 @@ def _draw_over_depth(arrays: Arrays, experts: dict[int, int]) -> Figure:
         quartiles = {layer: np.quantile(value, (0.25, 0.5, 0.75)) for layer, value in by_layer(arrays, key).items()}
         figures.depth_band(ax, quartiles, colour)
         ax.set_title(label, fontsize=10)
-        ax.set_ylim(bottom=0)
+        if key != "margin":
+            ax.set_ylim(bottom=0)
     uniform = {layer: math.log(count) for layer, count in experts.items()}
     figures.depth_line(axes[0], uniform, figures.MUTED, "ln E: no preference", dashed=True)
     axes[0].set_ylim(0, 1.15 * max(max(uniform.values()), axes[0].get_ylim()[1] / 1.15, 0.1))

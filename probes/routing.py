@@ -12,8 +12,9 @@ import numpy as np
 
 from moebed.views import LayerView, Need
 from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
-from probes.choices import domain_arrays, ranked
+from probes.choices import NONE, domain_arrays, ranked
 from probes.coloured_tokens import draw_coloured, write_coloured
+from probes.resampling import SHARE, interval_of, keep, unit_notes, units_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,8 +28,10 @@ class RoutingMap(Probe):
     """The router's decisions as they are.
 
     Stored for each layer: ``router_probs (T, E)``, ``topk_index (T, K)`` and ``topk_weight (T, K)``, chosen experts and
-    their weights as applied, in descending weight. Stored once: ``token_ids (T,)``; ``sequence_start (B,)``, index of
-    each sequence's first token; ``domain (B,)`` and ``domain_names``; ``token_text (T,)`` where a tokenizer tells it.
+    their weights as applied, in descending weight, -1 and 0 where a token has no more; ``topk_mass ()``, the
+    probability that they hold together, mean over tokens. Stored once: ``token_ids (T,)``; ``sequence_start (B,)``,
+    index of each sequence's first token; ``domain (B,)`` and ``domain_names``; ``token_text (T,)`` where a tokenizer
+    tells it.
     """
 
     name = "routing"
@@ -47,8 +50,12 @@ class RoutingMap(Probe):
             if len(view.text.token_text):
                 self.arrays["token_text"] = np.array(view.text.token_text, dtype=np.str_)
         index, weight = ranked(view.routing)  # (T, K)
-        self.arrays |= {
-            f"router_probs/{view.index}": view.routing.router_probs.float().cpu().numpy(),
+        probs = view.routing.router_probs.float().cpu().numpy()
+        mass = (np.take_along_axis(probs, index, axis=1) * (index != NONE)).sum(axis=1, dtype=np.float64)
+        units = units_of(view.text, len(index))
+        keep(self.arrays, f"topk_mass/{view.index}", mass.mean(), units.means_without(mass))
+        self.arrays |= units.arrays() | {
+            f"router_probs/{view.index}": probs,
             f"topk_index/{view.index}": index.astype(np.int32),
             f"topk_weight/{view.index}": weight,
         }
@@ -59,18 +66,19 @@ class RoutingMap(Probe):
         probs, index = by_layer(arrays, "router_probs"), by_layer(arrays, "topk_index")
         if not probs:
             return ProbeResult(arrays, notes=["no layer has a router"])
-        mass = {n: np.take_along_axis(probs[n], index[n], axis=1).sum(axis=1).mean(dtype=np.float64) for n in probs}
+        mass = {n: float(value) for n, value in by_layer(arrays, "topk_mass").items()}
         weight = {n: value[:, 0].mean(dtype=np.float64) for n, value in by_layer(arrays, "topk_weight").items()}
-        blind = float(np.mean([index[n].shape[1] / probs[n].shape[1] for n in probs]))
+        blind = float(np.mean([(index[n] != NONE).sum(axis=1).mean() / probs[n].shape[1] for n in probs]))
         scalars = per_layer("topk_mass", mass) | per_layer("first_weight", weight)
         sentence = (
             f"The chosen experts hold {scalars['topk_mass']:.0%} of the router's probability; "
             f"they would hold {blind:.0%} if it had no preference."
         )
-        headlines = {"topk_mass": Headline(scalars["topk_mass"], sentence)}
+        ends = interval_of(arrays, "topk_mass", scalars["topk_mass"], within=SHARE)
+        headlines = {"topk_mass": Headline(scalars["topk_mass"], sentence, ends)}
         pictures = {"tokens": partial(_draw_tokens, arrays), "coloured_tokens": partial(draw_coloured, arrays)}
         pages = {"coloured_tokens": partial(write_coloured, arrays)}
-        return ProbeResult(arrays, scalars, headlines, pictures, pages=pages)
+        return ProbeResult(arrays, scalars, headlines, pictures, unit_notes(arrays, headlines), pages)
 
 
 def _draw_tokens(arrays: Arrays) -> Figure:
@@ -97,14 +105,15 @@ def _draw_tokens(arrays: Arrays) -> Figure:
             ax = axes[row, column]
             shown = probs[layer][tokens].T  # (E, tokens)
             image = figures.heat_map(ax, shown, cmap="Blues", vmin=0, vmax=highest, aspect="auto")
-            position = np.repeat(np.arange(shown.shape[1]), index[layer].shape[1])
+            here = index[layer][tokens]
+            position = np.nonzero(here != NONE)[0]
             few = len(shown) <= 24
             mark = (
                 {"s": 14, "facecolor": "none", "edgecolor": figures.SERIES[1], "linewidth": 0.9}
                 if few
                 else {"s": 3.5, "color": figures.SERIES[1], "linewidth": 0}
             )
-            ax.scatter(position, index[layer][tokens].ravel(), **mark)
+            ax.scatter(position, here[here != NONE], **mark)
             figures.index_ticks(ax.xaxis, range(shown.shape[1]))
             figures.index_ticks(ax.yaxis, range(len(shown)))
             if row == 0:

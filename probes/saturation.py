@@ -12,20 +12,23 @@ import numpy as np
 
 from moebed.views import LayerView, Need
 from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
+from probes.choices import NONE, assignments
+from probes.resampling import SHARE, WITHOUT, interval_of, unit_notes, units_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_PROBINGS = 64
 MOST_BYTES = 32 << 20  # of all choices kept
-UNKNOWN = -1  # the choice of a layer that an earlier probing did not see
+UNKNOWN = -2  # the choice of a layer that an earlier probing did not see
 SETTLED = 0.8
 
 
 class Saturation(Probe):
     """How many of the experts that a token has now it had at each probing before.
 
-    Stored for each layer: ``topk_index (C, T, K)`` int16, -1 where a probing did not see the layer; ``saturation
+    Stored for each layer: ``topk_index (C, T, K)`` int16, -2 where a probing did not see the layer, -1 where a token
+    has no further expert; ``saturation
     (C,)``, mean over tokens of ∣top-K(then) ∩ top-K(now)∣ / K, the last one 1; ``saturation_previous (C,)``, the same
     against the probing before each, the first one NaN; ``saturation_random``, K/E. Stored once: ``steps (C,)``;
     ``token_ids (T,)``.
@@ -69,7 +72,9 @@ class Saturation(Probe):
                 self._earlier = {}
             before = self._earlier.get("steps", np.zeros(0, np.int64))
             self.arrays |= {"token_ids": ids, "steps": np.append(before, self._step).astype(np.int64)}
-        now = view.routing.topk_index.sort(dim=-1).values.cpu().numpy().astype(np.int16)  # (T, K)
+        now = np.sort(assignments(view), axis=1).astype(np.int16)  # (T, K)
+        if view.applied is not None:  # the busiest token has more experts at one probing than at another
+            now = np.pad(now, ((0, 0), (view.num_experts - now.shape[1], 0)), constant_values=NONE)
         key = f"topk_index/{view.index}"
         past = self._earlier.get(key)
         if past is None or past.shape[1:] != now.shape:
@@ -79,8 +84,16 @@ class Saturation(Probe):
             key: every,
             f"saturation/{view.index}": overlap(every, now).astype(np.float32),
             f"saturation_previous/{view.index}": np.append(np.nan, overlap(every[:-1], every[1:])).astype(np.float32),
-            f"saturation_random/{view.index}": np.asarray(now.shape[1] / view.num_experts, np.float32),
+            f"saturation_random/{view.index}": np.asarray(
+                (now != NONE).mean(axis=0).sum() / view.num_experts, np.float32
+            ),
         }
+        if len(every) > 1:
+            units = units_of(view.text, len(now))
+            same, had = common(every[-2], now).astype(np.float64), (now != NONE).sum(axis=1).astype(np.float64)
+            rest = units.means_without(same) / np.maximum(units.means_without(had), 1e-12)
+            rest = np.where((every[-2] == UNKNOWN).any(), np.nan, rest)
+            self.arrays |= units.arrays() | {f"previous{WITHOUT}/{view.index}": rest.astype(np.float32)}
 
     @classmethod
     def describe(cls, arrays: Arrays) -> ProbeResult:
@@ -114,19 +127,28 @@ class Saturation(Probe):
             headlines["previous_to_now"] = Headline(
                 value,
                 f"{value:.0%} of the choices are as at step {steps[-2]}, the probing before; {blind:.0%} by chance.",
+                interval_of(arrays, "previous", value, previous, SHARE),
             )
-        return ProbeResult(arrays, scalars, headlines, {"over_steps": partial(_draw, arrays)})
+        return ProbeResult(
+            arrays, scalars, headlines, {"over_steps": partial(_draw, arrays)}, unit_notes(arrays, headlines)
+        )
 
 
 def overlap(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Mean over tokens of ∣one ∩ other∣ / K, for choices (..., T, K): (...); NaN where they are unknown."""
-    tokens, chosen = one.shape[-2:]
-    common = np.zeros(one.shape[:-2])
-    for a in range(chosen):  # a choice at a time, so that what is compared runs over tokens
-        for b in range(chosen):
-            common += (one[..., a] == other[..., b]).view(np.uint8).sum(axis=-1, dtype=np.uint32)
+    """∣one ∩ other∣ over ∣other∣, summed over tokens, for choices (..., T, K): (...); NaN where they are unknown."""
+    shared = common(one, other).sum(axis=-1, dtype=np.int64)
     unknown = (one[..., :1, 0] == UNKNOWN).any(axis=-1) | (other[..., :1, 0] == UNKNOWN).any(axis=-1)
-    return np.where(unknown, np.nan, common / max(tokens * chosen, 1))
+    return np.where(unknown, np.nan, shared / np.maximum((other != NONE).sum(axis=(-2, -1)), 1))
+
+
+def common(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """∣one ∩ other∣ of each token, for choices (..., T, K): (..., T)."""
+    shape = np.broadcast_shapes(one.shape, other.shape)
+    found = np.zeros(shape[:-1], np.uint16)
+    for a in range(shape[-1]):  # a choice at a time, so that what is compared runs over tokens
+        for b in range(shape[-1]):
+            found += (one[..., a] == other[..., b]) & (other[..., b] != NONE)
+    return found
 
 
 def _draw(arrays: Arrays) -> Figure:

@@ -16,6 +16,7 @@ from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_laye
 from probes.expert_matrices import by_matrix, num_experts
 from probes.gate_projection import pearson
 from probes.pictures import draw_depth
+from probes.resampling import WITHOUT, interval_of, unit_notes
 from probes.similarity import off_diagonal
 
 if TYPE_CHECKING:
@@ -51,6 +52,10 @@ class WeightVsOutput(Probe):
             if count < 3:
                 continue
             alike = off_diagonal(outputs[f"output_angular_mean/{layer}"][:count, :count])
+            # Its pairs (i, j) come by i > j; those above a diagonal by j.
+            first, second = np.triu_indices(count, k=1)
+            rest = outputs[f"pairs{WITHOUT}/{layer}"][:, second * (second - 1) // 2 + first]  # (U, P)
+            self.arrays |= {key: outputs[key] for key in ("unit_stratum", "unit_texts")}
             for ending, (probe, key, _) in _KINDS.items():
                 for name in MATRICES:
                     values = found.get(probe, {}).get(f"{key}/{layer}/{name}")
@@ -61,6 +66,8 @@ class WeightVsOutput(Probe):
                     self.arrays[f"pairs_weight{ending}/{layer}/{name}"] = weights
                     r = np.asarray(pearson(weights, alike), np.float32)
                     self.arrays[f"weight_output_r{ending}/{layer}/{name}"] = r
+                    left = np.array([pearson(weights, values) for values in rest])
+                    self.arrays[f"r{ending}_{name}{WITHOUT}/{layer}"] = left.astype(np.float32)
 
     @classmethod
     def describe(cls, arrays: Arrays) -> ProbeResult:
@@ -92,12 +99,13 @@ class WeightVsOutput(Probe):
                     f"How alike two experts' {_subject(ending, name)} are, and how alike their outputs, "
                     f"go together with r = {value:+.2f} (0 unrelated, 1 in step)."
                 )
-                headlines[f"r{ending}_{name}"] = Headline(value, sentence)
+                ends = interval_of(arrays, f"r{ending}_{name}", value, r, (-1.0, 1.0))
+                headlines[f"r{ending}_{name}"] = Headline(value, sentence, ends)
             if r_by_depth:
                 title = f"Correlation of how alike weights and outputs are, over pairs of experts\nWeights: {what}"
                 pictures[f"over_depth{ending}"] = partial(draw_depth, r_by_depth, title, "Pearson's r over pairs")
         notes = [] if headlines else ["all pairs of experts are equally alike: there is nothing to correlate"]
-        return ProbeResult(arrays, scalars, headlines, pictures, notes)
+        return ProbeResult(arrays, scalars, headlines, pictures, notes + unit_notes(arrays, headlines))
 
 
 def _subject(ending: str, name: str) -> str:

@@ -54,6 +54,66 @@ def test_padding_counts_nowhere():
         torch.testing.assert_close(one, other)
 
 
+# The balancing losses of others, for one layer: logits (T, E), K.
+
+
+def _switch(probs, index):
+    """Switch Transformer (2101.03961, eq. 4 to 6), K = 1: N · Σ f_i P_i, f the share of tokens."""
+    experts = probs.shape[1]
+    return experts * (torch.bincount(index[:, 0], minlength=experts) / len(probs) * probs.mean(0)).sum()
+
+
+def _megatron(probs, index):
+    """Megatron-LM's switch_load_balancing_loss_func, without its coefficient: by sums over tokens."""
+    (tokens, experts), chosen = probs.shape, index.shape[1]
+    count = torch.bincount(index.flatten(), minlength=experts)
+    return (probs.sum(0) * count).sum() * experts / (chosen * tokens * tokens)
+
+
+def _megablocks(probs, index):
+    """megablocks' batched_load_balancing_loss of one layer, which trained OLMoE (2409.02060), loss weight 1."""
+    (tokens, experts), chosen = probs.shape, index.shape[1]
+    scale = experts / (1 * tokens * chosen)
+    return scale * torch.dot(torch.bincount(index.flatten(), minlength=experts).float(), probs.mean(0))
+
+
+def _deepseek(probs, index):
+    """DeepSeekMoE's released MoEGate with seq_aux off (2401.06066, eq. 12 to 14): f_i = N / (K T) · count."""
+    experts = probs.shape[1]
+    mask = torch.nn.functional.one_hot(index.flatten(), experts).float().mean(0)
+    return (probs.mean(0) * mask * experts).sum()
+
+
+@pytest.mark.parametrize(
+    ("formula", "chosen"), [(_switch, 1), (_megatron, 1), (_megatron, 3), (_megablocks, 3), (_deepseek, 3)]
+)
+def test_whose_formula_is_ours(formula, chosen):
+    """The table of moebed/README.md: these four have our normalisation, whatever K is."""
+    routing = _routing(torch.randn(60, 8), chosen)
+    stats = router_stats(routing, _all(60))
+    ours = load_balancing_loss(stats.mean_probs, stats.counts)
+    torch.testing.assert_close(formula(routing.router_probs, routing.topk_index), ours)
+
+
+@pytest.mark.parametrize("chosen", [1, 2, 4])
+def test_an_exported_coefficient_pulls_in_transformers_as_it_did_here(chosen):
+    """The gradient on the router, by transformers' own loss and the coefficient in the exported config."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    from moebed.families.registry import family_of
+    from tests.conftest import tiny_config
+
+    config = tiny_config(num_experts=8, num_experts_per_tok=chosen, router_aux_loss_coef=0.04)
+    logits = torch.randn(40, 8, requires_grad=True)
+    stats = router_stats(_routing(logits, chosen), _all(40))
+    ours = config.router_aux_loss_coef * load_balancing_loss(stats.mean_probs, stats.counts)
+    exported = family_of("mixtral", "family").balancing(config)["router_aux_loss_coef"]
+    theirs = exported * load_balancing_loss_func((logits,), 8, chosen)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (ours, theirs)))
+    deepseek = family_of("deepseek", "family").balancing(config)
+    assert deepseek == {"aux_loss_alpha": 0.04, "seq_aux": False}
+
+
 def test_equals_transformers_formula():
     """transformers pools all layers and does not divide the assignments by K: K times ours when the layer is one."""
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func

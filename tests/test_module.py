@@ -287,3 +287,48 @@ def test_norms_and_biases_do_not_decay():
     assert all(parameter.ndim == 3 for parameter in experts["params"])
     assert all(parameter.ndim < 2 for parameter in scales["params"])
     assert [group["weight_decay"] for group in (rest, experts, scales)] == [0.1, 0.1, 0.0]
+
+
+def test_tokens_per_second_counts_waiting_for_data_and_nothing_else(tmp_path, data):
+    """A fifth of a second for each micro-batch; as much again after each step for a callback, and for validation."""
+    import time
+
+    from moebed.callbacks import TrainingRate
+
+    class Slow(Callback):
+        def on_train_batch_end(self, *_):
+            time.sleep(0.2)
+
+        def on_validation_start(self, *_):
+            time.sleep(0.4)
+
+    class Waits(torch.utils.data.Dataset):
+        def __init__(self, rows):
+            self.rows = rows
+
+        def __len__(self):
+            return len(self.rows)
+
+        def __getitem__(self, index):
+            time.sleep(0.1)
+            return self.rows[index]
+
+    module_data = data(batch_size=2)
+    module_data.setup()
+    rows = [row for batch in module_data.train_dataloader() for row in torch.utils.data.default_convert(
+        [{key: value[i] for key, value in batch.items()} for i in range(2)])][:20]  # fmt: skip
+    module_data.train_dataloader = lambda: torch.utils.data.DataLoader(Waits(rows), batch_size=2)
+    trainer = _trainer(tmp_path, 6, TrainingRate(), Slow(), val_check_interval=3)
+    trainer.fit(_module(), datamodule=module_data)
+    assert 0.75 * 64 / 0.2 < float(trainer.callback_metrics["train/tokens_per_second"]) < 64 / 0.2
+
+
+def test_a_run_in_bfloat16_validates_and_keeps_its_routers_state(tmp_path, data):
+    module = _module(router="sigmoid_topk")
+    trainer = _trainer(tmp_path, 3, precision="bf16-true", val_check_interval=3)
+    trainer.fit(module, datamodule=data())
+    assert 0 < float(trainer.callback_metrics["val/loss"]) < 10
+    assert module.decoder.embed_tokens.weight.dtype == torch.bfloat16
+    for router in module.decoder.routers:
+        assert router.expert_bias.dtype == torch.float32
+        assert router.expert_bias.abs().max() == pytest.approx(0.003)

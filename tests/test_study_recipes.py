@@ -13,6 +13,7 @@ import yaml
 from moebed.config import ModelConfig
 from moebed.decoder import Decoder, MoE
 from moebed.flops import count_parameters, flops_per_token
+from moebed.routers import untaught
 from moebed.sizing import overridden
 from moebed.upcycling.methods import METHODS, Settings
 
@@ -180,3 +181,18 @@ def test_the_study_command_accepts_it(name, tmp_path):
     assert list(tmp_path.iterdir()) == []
     for arm, config in _arms(name).items():
         assert plan.arms[arm].config == config
+
+
+@pytest.mark.parametrize("path", [*FOLDER.glob("*.yaml"), *FOLDER.parent.glob("*.yaml")], ids=lambda path: path.stem)
+def test_no_recipe_has_a_router_that_the_loss_teaches_nothing(path):
+    """One expert a token, its weight divided by itself."""
+    recipe = yaml.safe_load(path.read_text())
+    if "arms" in recipe:
+        base = yaml.safe_load((path.parent / recipe["base"]).read_text())
+        steps = [arm["steps"][-1]["fit"] if "steps" in arm else arm for arm in recipe["arms"].values()]
+        configs = [_config(base, recipe.get("settings", {}), arm) for arm in steps] if path.stem not in STUDIES else []
+        configs += list(_arms(path.stem).values()) if path.stem in STUDIES else []
+        assert configs
+    else:
+        configs = [ModelConfig.from_dict(recipe["model"]["config"])] if "config" in recipe.get("model", {}) else []
+    assert [untaught(config) for config in configs if untaught(config)] == []

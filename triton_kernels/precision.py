@@ -16,7 +16,8 @@ def interpreted() -> bool:
 def constants(dtype: torch.dtype) -> dict[str, str | bool]:
     """The constexprs PRECISION and UPCAST of a launch on dtype.
 
-    float32 is multiplied as PyTorch's own products are: in TF32 only where ``torch.backends.cuda.matmul`` allows it.
+    float32 is multiplied as PyTorch's own products are: in TF32 only where ``torch.backends.cuda.matmul`` asks for it.
     """
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    # Not allow_tf32: once anybody has used the newer switch, reading the older one is an error.
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return {"PRECISION": "tf32" if tf32 else "ieee", "UPCAST": interpreted()}

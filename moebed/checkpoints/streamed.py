@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -21,6 +21,7 @@ from moebed.checkpoints.plan import ReadingPlan
 from moebed.checkpoints.pool import Piece, WeightPool
 from moebed.config import ModelConfig
 from moebed.decoder import Block, MoE
+from moebed.float32 import exact_products
 from moebed.fused import ACTIVATIONS
 from moebed.routers import Routing, build_router
 from moebed.text_pass import band_rows
@@ -70,7 +71,7 @@ class Precision:
     def computing(self) -> AbstractContextManager[object]:
         """Autocast where products are computed in less than float32; the residual stream always is float32."""
         if self.compute == torch.float32:
-            return nullcontext()
+            return exact_products()
         return torch.autocast(self.device.type, dtype=self.compute)
 
 

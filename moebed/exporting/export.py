@@ -110,7 +110,7 @@ def export(
     # What decides how transformers would train the model on.
     trained: dict[str, Any] = {"initializer_range": config.initializer_range}
     if config.moe_layers:
-        trained["router_aux_loss_coef"] = config.router_aux_loss_coef
+        trained |= plan.family.balancing(config)
     written = {**plan.family.write_config(config), **(trained if plan.family is not MOEBED else {}), **ids}
     keys = KeyMap(plan.family, config)
     kept = dtypes if dtype is None else {name: dtypes[name] for name in keys.state}

@@ -85,6 +85,14 @@ class Reading(NamedTuple):
     notes: list[str]
 
 
+def pooled_balancing(config: ModelConfig) -> dict[str, Any]:
+    """The coefficient with which transformers' load-balancing loss pulls as hard as ours does.
+
+    Its shares of the assignments add up to K, not to 1, so that the loss is K times ours where all layers are alike.
+    """
+    return {"router_aux_loss_coef": config.router_aux_loss_coef / one_number(config, "num_experts_per_tok")}
+
+
 @dataclass(frozen=True)
 class Family:
     """One family of checkpoints.
@@ -107,6 +115,8 @@ class Family:
         uncomputed: What the decoder does not compute of their settings, in words, beside ``accepts``.
         decode: Further fields of ours from their settings.
         encode: Further settings of theirs from our config.
+        balancing: Their settings of the load-balancing loss, in their normalisation; not read back, as it is no part of
+            what a model computes.
     """
 
     model_type: str
@@ -125,6 +135,7 @@ class Family:
     uncomputed: Callable[[Settings], list[str]] = lambda settings: []
     decode: Callable[[Settings], dict[str, Any]] = lambda settings: {}
     encode: Callable[[ModelConfig], dict[str, Any]] = lambda config: {}
+    balancing: Callable[[ModelConfig], dict[str, Any]] = pooled_balancing
 
     def read(self, settings: Settings, where: str = "config.json") -> Reading:
         """What a ``config.json`` says.

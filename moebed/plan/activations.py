@@ -14,7 +14,7 @@ Parts = dict[str, int]  # bytes by part
 
 def residual(setup: Setup) -> int:
     """Bytes of the residual stream, r·T·H: what activation checkpointing keeps of a block."""
-    return setup.precision.parameter * setup.tokens * setup.config.hidden_size
+    return setup.stream.parameter * setup.tokens * setup.config.hidden_size
 
 
 def _norm(setup: Setup, width: int, narrow: int) -> int:
@@ -24,18 +24,18 @@ def _norm(setup: Setup, width: int, narrow: int) -> int:
 
 def _stream_norm(setup: Setup) -> int:
     """Of the residual stream: r·T·H + 4·T."""
-    return _norm(setup, setup.config.hidden_size, setup.precision.parameter)
+    return _norm(setup, setup.config.hidden_size, setup.stream.parameter)
 
 
 def _product_norm(setup: Setup, width: int) -> int:
     """Of what a product gave: c·T·width + 4·T."""
-    return _norm(setup, width, setup.precision.compute)
+    return _norm(setup, width, setup.stream.compute)
 
 
 def _matrix_inputs(setup: Setup, products: int) -> int:
     """The normed input of several linear maps: kept once, or under autocast as a cast copy for each of them."""
-    if setup.precision.autocast:
-        return products * setup.precision.compute * setup.tokens * setup.config.hidden_size
+    if setup.stream.autocast:
+        return products * setup.stream.compute * setup.tokens * setup.config.hidden_size
     return residual(setup)
 
 
@@ -45,7 +45,7 @@ def attention(setup: Setup) -> int:
     3·c·T·A·D for Q, K, V; c·T·A·D for the output projection's input; plain products keep the probabilities,
     c·T·A·S (a soft cap: tanh's and softmax's in float32, and the cast copy), fused attention 4·T·A.
     """
-    config, c, tokens = setup.config, setup.precision.compute, setup.tokens
+    config, c, tokens = setup.config, setup.stream.compute, setup.tokens
     assert config.head_dim is not None
     assert config.num_key_value_heads is not None
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
@@ -77,30 +77,30 @@ def dispatch(setup: Setup, index: int, max_violation: float = 0.0) -> int:
     """The experts' input rows, c·R·H; the order of rows and choices (int64), and the weight of each row."""
     layer, rows = setup.config.layer(index), setup.expert_rows(index, max_violation)
     order = 8 * rows + 8 * setup.tokens * layer.num_experts_per_tok
-    return setup.precision.compute * rows * (setup.config.hidden_size + 1) + order
+    return setup.stream.compute * rows * (setup.config.hidden_size + 1) + order
 
 
 def experts(setup: Setup, index: int, max_violation: float = 0.0) -> int:
     """Gate and up before the activation (2F) and the weighted product of both after it (F): 3·c·R·F."""
     rows, width = setup.expert_rows(index, max_violation), setup.config.layer(index).moe_intermediate_size
-    return 3 * setup.precision.compute * rows * width
+    return 3 * setup.stream.compute * rows * width
 
 
 def _gated_ffn(setup: Setup, width: int) -> int:
     """Gate, activated, up, product: 4·c·T·width."""
-    return 4 * setup.precision.compute * setup.tokens * width
+    return 4 * setup.stream.compute * setup.tokens * width
 
 
 def shared_experts(setup: Setup, index: int) -> int:
     """As one FFN on the router's input; a gate keeps its sigmoid and the output that it scales."""
-    config, layer, c = setup.config, setup.config.layer(index), setup.precision.compute
+    config, layer, c = setup.config, setup.config.layer(index), setup.stream.compute
     if not layer.num_shared_experts:
         return 0
     gated = config.shared_expert_gate
     total = _gated_ffn(setup, layer.shared_intermediate_size)
-    if setup.precision.autocast:
+    if setup.stream.autocast:
         total += _matrix_inputs(setup, 3 if gated else 2)
-    elif setup.precision.parameter < 4:  # in float32 the router keeps this very tensor
+    elif setup.stream.parameter < 4:  # in float32 the router keeps this very tensor
         total += residual(setup)
     return total + (c * setup.tokens * (config.hidden_size + 1) if gated else 0)
 
@@ -136,5 +136,5 @@ def block_outputs(setup: Setup, index: int) -> int:
 
 def logits(setup: Setup) -> int:
     """Last norm, the head's input, logits c·T·V, and 4·T for the sums of the cross entropy."""
-    vocabulary = setup.precision.compute * setup.tokens * setup.config.vocab_size
+    vocabulary = setup.stream.compute * setup.tokens * setup.config.vocab_size
     return _stream_norm(setup) + _matrix_inputs(setup, 1) + vocabulary + 4 * setup.tokens

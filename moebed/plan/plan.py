@@ -77,7 +77,8 @@ class Plan:
 
 
 def make_plan(setup: Setup) -> Plan:
-    """Work everything out; raises ConfigError if a layer's experts cannot be split."""
+    """Work everything out; raises ConfigError if a layer's experts cannot be split, or no formula knows a setting."""
+    setup.require_formulas()
     setup.layout.check(setup.world_size, setup.config)
     config, layers = setup.config, range(setup.config.num_hidden_layers)
     outer, *blocks = memory.all_shapes(setup)

@@ -9,6 +9,7 @@ from moebed.config import ModelConfig
 from moebed.errors import ConfigError
 from moebed.grouped import alignment
 from moebed.parallel.config import ParallelConfig
+from moebed.routers import ROUTERS
 
 
 class Precision(NamedTuple):
@@ -38,6 +39,10 @@ def precision_of(name: str | int | None) -> Precision:
     if name not in PRECISIONS:
         raise ConfigError(f"a plan does not know trainer.precision {name!r}; choose one of {', '.join(PRECISIONS)}")
     return PRECISIONS[name]
+
+
+# Routers that keep a gate's logits, and no more; relu's K is an average, and its busiest token decides.
+PLANNED = ("softmax_topk", "sigmoid_topk", "random", "hash", "balanced")
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,11 @@ class Setup:
         return 2 if self.layout.gather_dtype == "bfloat16" else self.precision.parameter
 
     @property
+    def stream(self) -> Precision:
+        """Of activations: parameters that are gathered in bfloat16 leave the residual stream in it."""
+        return PRECISIONS["bf16-true"] if self.gathers and self.layout.gather_dtype == "bfloat16" else self.precision
+
+    @property
     def gathers(self) -> bool:
         """Whether parameters are sharded, so that a block is gathered for use (FSDP2)."""
         return self.layout.shard and self.world_size > 1
@@ -110,6 +120,27 @@ class Setup:
             return True
         narrow_on_cpu = self.device == "cpu" and self.precision.compute < 4
         return config.attention_backend == "auto" and narrow_on_cpu and self.sequence_length <= 1024
+
+    def require_formulas(self) -> None:
+        """Raise ConfigError for what no formula knows."""
+        config = self.config
+        if self.gathers and not self.layout.reshard_after_forward:
+            raise ConfigError(
+                "a plan has no formula for parallel.reshard_after_forward: false, with which every block's gathered "
+                "parameters stay until the backward pass; plan it with true, or measure"
+            )
+        for index in config.moe_layers:
+            layer = config.layer(index)
+            ran = ROUTERS[config.router].experts_run(config, layer, training=True)
+            if ran != layer.num_experts_per_tok:
+                raise ConfigError(
+                    f"a plan has no formula for router {config.router}, which runs {ran:g} experts a token in training "
+                    f"to choose {layer.num_experts_per_tok}, and keeps their activations; choose another, or measure"
+                )
+        if config.router not in PLANNED:
+            raise ConfigError(
+                f"a plan has no formula for router {config.router}; the ones it knows are {', '.join(PLANNED)}"
+            )
 
     def expert_rows(self, index: int, max_violation: float = 0.0) -> int:
         """Rows (R) that the experts of one rank compute in a micro-batch, padding included.

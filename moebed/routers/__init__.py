@@ -1,7 +1,7 @@
 """Routers: which experts a token goes to, and with what weight. Each rule is one small class behind one contract."""
 
-from moebed.routers.contract import ExpertOutputs, Load, Router, Routing
-from moebed.routers.registry import ROUTERS, build_router, register
+from moebed.routers.contract import ExpertOutputs, Load, Router, Routing, drawn
+from moebed.routers.registry import ROUTERS, build_router, register, untaught
 from moebed.routers.softmax import GatedRouter, SoftmaxTopK
 from moebed.routers.steps import RouterSteps
 
@@ -15,5 +15,7 @@ __all__ = [
     "Routing",
     "SoftmaxTopK",
     "build_router",
+    "drawn",
     "register",
+    "untaught",
 ]

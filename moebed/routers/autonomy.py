@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from moebed.config import LayerConfig, ModelConfig
-from moebed.routers.contract import ExpertOutputs, Router, Routing
+from moebed.routers.contract import ExpertOutputs, Router, Routing, drawn
 from moebed.routers.norms import norms, of_chosen
 
 
@@ -24,11 +24,12 @@ class Autonomy(Router):
     """
 
     carries = True
+    other_teacher = True  # the experts go on from what it projects
 
     def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
         super().__init__(config, layer)
         width = self.gate_width(config)
-        self.low_proj = nn.Parameter(torch.empty(layer.num_experts, width, config.hidden_size))  # (E, C, H)
+        self.low_proj = drawn(layer.num_experts, width, config.hidden_size)  # (E, C, H)
 
     @classmethod
     def gate_width(cls, config: ModelConfig) -> int:

@@ -29,6 +29,7 @@ class ExpertNorm(Router):
     """
 
     runs_experts = True
+    other_teacher = True  # no parameters
 
     def forward(self, hidden_states: Tensor, experts: ExpertOutputs, token_ids: Tensor | None = None) -> Routing:
         """Route hidden_states (T, H)."""
@@ -52,6 +53,7 @@ class CompeteSMoE(GatedRouter):
     and a resumed run see the same one without exchanging it.
     """
 
+    other_teacher = True  # the competitions
     compiles = False  # steps with competition and without are different graphs
     LOSS = "router_competition"
 

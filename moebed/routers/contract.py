@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from moebed.config import LayerConfig, ModelConfig
+from moebed.errors import ConfigError
+from moebed.float32 import Float32Buffers
 
 
 class Routing(NamedTuple):
@@ -57,18 +59,31 @@ class Load(NamedTuple):
     density: Tensor  # () assignments of all MoE layers together, over the T·K that are meant
 
 
-class Router(nn.Module):
+def drawn(*shape: int) -> nn.Parameter:
+    """A parameter that begins as the decoder's matrices do, from N(0, initializer_range).
+
+    It stays as it is where a router fills it before it is built into a model.
+    """
+    parameter = nn.Parameter(torch.empty(shape))
+    parameter.is_drawn = True  # type: ignore[attr-defined]
+    return parameter
+
+
+class Router(Float32Buffers):
     """Contract of every router.
 
     A rule that chooses by what the experts compute is handed the layer's experts as well. State that is not learned
     by gradient (a selection bias, an adaptive coefficient) is a persistent float32 buffer: checkpoints keep it, no
-    optimizer sees it, and it changes in :meth:`end_step` alone, once an optimizer step.
+    optimizer sees it, it stays float32 where the model is cast, and it changes in :meth:`end_step` alone, once an
+    optimizer step.
     """
 
     compiles = True  # whether its forward pass is one graph for torch.compile
     adaptive = False  # whether it has state that end_step changes
     runs_experts = False  # whether it asks for experts' outputs when it routes in evaluation
     carries = False  # whether the experts' gates see what it carries to them, and nothing else
+    # Whether its parameters learn from more than the weights on the experts' outputs, or there are none to learn.
+    other_teacher = False
 
     def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
         super().__init__()
@@ -90,6 +105,21 @@ class Router(nn.Module):
         if self.norm_topk_prob:
             weight = weight / weight.sum(dim=-1, keepdim=True)
         return Routing(logits, probs, index, weight)
+
+    def initial(self, name: str, parameter: Tensor) -> Tensor:
+        """What a parameter that is not :func:`drawn` begins with: a tensor of its shape, on the CPU.
+
+        In memory it begins as ``__init__`` left it, and nobody asks. A model that is laid out over ranks is built
+        without memory for its parameters, so there a router with parameters of that kind has to say it here.
+
+        Raises:
+            ConfigError: The router does not say.
+        """
+        raise ConfigError(
+            f"router {type(self).__name__} does not say how its parameter {name} begins, which a model laid out over "
+            "ranks has to know: define initial(self, name, parameter), or make the parameter with "
+            "moebed.routers.drawn"
+        )
 
     # What else the model may know of it -----------------------------------------------------------------------------
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from moebed.config import LayerConfig, ModelConfig
-from moebed.routers.contract import ExpertOutputs, Router, Routing
+from moebed.float32 import float32_linear
+from moebed.routers.contract import ExpertOutputs, Router, Routing, drawn
 from moebed.routers.softmax import GatedRouter
 
 _BITS = 31
@@ -21,6 +21,8 @@ Number = TypeVar("Number", int, Tensor)
 
 class FrozenGate(GatedRouter):
     """``softmax_topk`` with a random gate that is never trained: does it matter that the router learns?"""
+
+    other_teacher = True  # nothing is taught
 
     def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
         super().__init__(config, layer)
@@ -34,22 +36,24 @@ class FactorisedGate(Router):
         super().__init__(config, layer)
         assert config.router_options.d_low is not None
         inner = layer.num_experts * config.router_options.d_low
-        self.low_proj = nn.Parameter(torch.empty(inner, config.hidden_size))  # W_a (E·C, H)
-        self.high_proj = nn.Parameter(torch.empty(layer.num_experts, inner))  # W_b (E, E·C)
+        self.low_proj = drawn(inner, config.hidden_size)  # W_a (E·C, H)
+        self.high_proj = drawn(layer.num_experts, inner)  # W_b (E, E·C)
 
     def forward(self, hidden_states: Tensor, experts: ExpertOutputs, token_ids: Tensor | None = None) -> Routing:
         """Route hidden_states (T, H)."""
         with torch.autocast(hidden_states.device.type, enabled=False):
-            low = F.linear(hidden_states.float(), self.low_proj.float())  # (T, E·C)
-            return self.choose(F.linear(low, self.high_proj.float()))
+            low = float32_linear(hidden_states, self.low_proj)  # (T, E·C)
+            return self.choose(float32_linear(low, self.high_proj))
 
     def gate(self) -> Tensor:
         """The product (E, H)."""
-        return self.high_proj @ self.low_proj
+        return float32_linear(self.high_proj, self.low_proj.t())
 
 
 class EvenWeights(Router):
     """A rule that ranks the experts and weighs the first K alike, 1/K each."""
+
+    other_teacher = True  # no parameters
 
     def choose(self, logits: Tensor) -> Routing:
         """The decision that follows from logits (T, E)."""

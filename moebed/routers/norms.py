@@ -26,7 +26,7 @@ class _Norms(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
         values, found = ctx.saved_tensors
-        scale = grad / found.clamp_min(torch.finfo(torch.float32).tiny)
+        scale = torch.where(found > 0, grad / found, 0.0)
         return values * scale.unsqueeze(-1).to(values.dtype)
 
 

@@ -32,7 +32,26 @@ ROUTERS: dict[str, type[Router]] = {
 
 def build_router(config: ModelConfig, layer: LayerConfig) -> Router:
     """The router that ``config.router`` names, which the config has checked."""
-    return ROUTERS[config.router](config, layer)
+    router = ROUTERS[config.router](config, layer)
+    for parameter in router.parameters():
+        # What a router has written into it since is what it begins with.
+        if getattr(parameter, "is_drawn", False) and not parameter.is_inference() and parameter._version:
+            del parameter.is_drawn  # type: ignore[attr-defined]
+    return router
+
+
+def untaught(config: ModelConfig) -> str | None:
+    """Why the language-model loss teaches a model's router nothing, if so: its one weight is divided by itself."""
+    alone = [i for i in config.moe_layers if config.layer(i).num_experts_per_tok == 1 < config.layer(i).num_experts]
+    if not alone or not config.norm_topk_prob or ROUTERS[config.router].other_teacher:
+        return None
+    where = (
+        "" if alone == config.moe_layers else f" in layer{'s' if len(alone) > 1 else ''} {', '.join(map(str, alone))}"
+    )
+    return (
+        f"num_experts_per_tok is 1{where} and norm_topk_prob divides that one weight by itself: it is 1 whatever "
+        f"router {config.router} says, so the language-model loss teaches the router nothing; set norm_topk_prob: false"
+    )
 
 
 Rule = TypeVar("Rule", bound=type[Router])

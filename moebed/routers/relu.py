@@ -23,6 +23,7 @@ class ReLU(GatedRouter):
     """
 
     adaptive = True
+    other_teacher = True  # its weights are never divided by their sum
     LOSS = "relu_l1"
     l1_coefficient: Tensor
     experts_per_token: Tensor
@@ -31,7 +32,8 @@ class ReLU(GatedRouter):
         super().__init__(config, layer)
         self.start, self.factor = config.router_options.l1_coef, config.router_options.l1_factor
         self.register_buffer("l1_coefficient", torch.full((1,), self.start, dtype=torch.float32))
-        self.register_buffer("experts_per_token", torch.zeros(()), persistent=False)  # in the last step, for the log
+        # In the last step, for the log.
+        self.register_buffer("experts_per_token", torch.zeros((), dtype=torch.float32), persistent=False)
 
     def choose(self, logits: Tensor) -> Routing:
         """The decision that follows from logits (T, E)."""

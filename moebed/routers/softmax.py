@@ -6,11 +6,11 @@ T tokens, E experts, K experts per token, H hidden.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from moebed.config import LayerConfig, ModelConfig
-from moebed.routers.contract import ExpertOutputs, Router, Routing
+from moebed.float32 import float32_linear
+from moebed.routers.contract import ExpertOutputs, Router, Routing, drawn
 
 
 class GatedRouter(Router):
@@ -18,12 +18,12 @@ class GatedRouter(Router):
 
     def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
         super().__init__(config, layer)
-        self.weight = nn.Parameter(torch.empty(layer.num_experts, config.hidden_size))  # gate embeddings W_g (E, H)
+        self.weight = drawn(layer.num_experts, config.hidden_size)  # gate embeddings W_g (E, H)
 
     def forward(self, hidden_states: Tensor, experts: ExpertOutputs, token_ids: Tensor | None = None) -> Routing:
         """Route hidden_states (T, H)."""
         with torch.autocast(hidden_states.device.type, enabled=False):
-            return self.choose(F.linear(hidden_states.float(), self.weight.float()))
+            return self.choose(float32_linear(hidden_states, self.weight))
 
     def gate(self) -> Tensor:
         """Gate embeddings (E, H)."""

@@ -61,13 +61,13 @@ def _read_run(run: Run, arm: Arm, out: Path) -> dict[str, Any]:
     curves = read_curves(folder) if folder.is_dir() else {}
     found: dict[str, Any] = {"folder": run.name, "config_hash": run.hash}
     numbers = read_json(folder / run.finished) if is_finished(run, out) else {}
-    loss, start = numbers.get("val/loss"), _start_loss(run, arm, curves)
-    found["status"], found["why"] = _status(run, loss, start, out)
+    loss, guessing = numbers.get("val/loss"), math.log(arm.config.vocab_size)
+    found["status"], found["why"] = _status(run, loss, guessing, out)
     found |= {
         "loss": _finite(loss),
         "bits_per_byte": _finite(numbers.get("val/bits_per_byte")),
         "domains": {name.removeprefix(DOMAIN): _finite(value) for name, value in numbers.items() if DOMAIN in name},
-        "start_loss": _finite(start),
+        "guessing_loss": guessing,
         "curve": _validation_curve(curves),
         "tokens_per_second": _median(curves.get("train/tokens_per_second")),
         "headlines": _headlines(load_history(folder)) if folder.is_dir() else {},
@@ -75,13 +75,14 @@ def _read_run(run: Run, arm: Arm, out: Path) -> dict[str, Any]:
     return found
 
 
-def _status(run: Run, loss: float | None, start: float, out: Path) -> tuple[str, str]:
+def _status(run: Run, loss: float | None, guessing: float, out: Path) -> tuple[str, str]:
     """``finished``, ``diverged``, ``failed`` or ``not run``; and the reason, where it is not finished."""
     if is_finished(run, out):
         if loss is None or not math.isfinite(loss):
             return "diverged", f"its loss on held-out text is {loss}"
-        if loss >= start:
-            return "diverged", f"its loss on held-out text is {loss:.3f}, not below the {start:.3f} that it began with"
+        # A model that was trained before begins anywhere: only of random weights is it known what they predict.
+        if run.from_random and loss >= guessing:
+            return "diverged", f"its loss on held-out text is {loss:.3f}, not below the {guessing:.3f} of guessing"
         return "finished", ""
     record = read_json(status_path(out, run.name, "json")) or {}
     code = record.get("exit_code")
@@ -91,14 +92,6 @@ def _status(run: Run, loss: float | None, start: float, out: Path) -> tuple[str,
         return "failed", f"exit code {code}: {record['said']}"
     done = steps_done(out, run.name)
     return "not run", f"stopped at step {done} of {run.steps}" if done else ""
-
-
-def _start_loss(run: Run, arm: Arm, curves: Mapping[str, Curve]) -> float:
-    """The first logged training loss, where that is early in the run; else that of guessing, ln V."""
-    steps, values = curves.get("train/loss", ([], []))
-    if steps and steps[0] < run.steps / 5 and math.isfinite(values[0]):
-        return values[0]
-    return math.log(arm.config.vocab_size)
 
 
 def _validation_curve(curves: Mapping[str, Curve]) -> dict[str, list[Any]]:

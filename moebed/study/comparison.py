@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from moebed.study.statistics import Difference, bootstrap_interval, compare, holm, pairs_needed
+from moebed.study.statistics import Difference, compare, deviation_range, holm, pairs_needed, t_interval
 
 Run = Mapping[str, Any]
 T = TypeVar("T")
@@ -220,7 +220,7 @@ def _by_arm(
 
 
 def _headline(values: list[float], difference: Difference | None) -> HeadlineResult:
-    interval = bootstrap_interval(values) if len(values) > 1 else None
+    interval = t_interval(values) if len(values) > 1 else None
     return HeadlineResult(float(np.mean(values)), interval, difference)
 
 
@@ -251,8 +251,11 @@ def power(found: Comparison) -> str:
     if not deviations:
         return ""
     pooled = float(np.sqrt(np.mean(np.square(deviations))))
-    needed = {difference: pairs_needed(pooled, difference) for difference in (0.05, 0.03, 0.02, 0.01)}
-    takes = [f"{difference} nats {pairs or 'more than 200'}" for difference, pairs in needed.items()]
+    # Arms share the baseline's runs, so that theirs are no more degrees of freedom than those of one arm.
+    freedom = max(arm.difference.pairs for arm in arms if arm.difference is not None) - 1
+    likely = deviation_range(pooled, freedom)
+    needed = {d: [pairs_needed(deviation, d) for deviation in likely] for d in (0.05, 0.03, 0.02, 0.01)}
+    takes = [f"{difference} nats {_pairs(*pairs)}" for difference, pairs in needed.items()]
     losses = {name: _by_seed(found.study["arms"][name], lambda run: run["loss"]) for name in found.arms}
     base, together = losses[found.baseline], []
     for arm in arms:
@@ -262,9 +265,18 @@ def power(found: Comparison) -> str:
             together.append(float(np.corrcoef(both)[0, 1]))
     gain = f" Losses of a seed correlate with the baseline's at {_range(together, '+.2f')}." if together else ""
     return (
-        f"Paired differences have standard deviations of {_range(deviations, '.3f')} nats, pooled {pooled:.3f}.{gain} "
-        f"At the pooled one, to see a difference (80 % power at 5 %) takes pairs: {', '.join(takes)}."
+        f"Paired differences have standard deviations of {_range(deviations, '.3f')} nats, pooled {pooled:.3f} "
+        f"(95 % interval {likely[0]:.3f} to {likely[1]:.3f}).{gain} Over that interval, to see a difference (80 % "
+        f"power at 5 %) takes pairs: {', '.join(takes)}."
     )
+
+
+def _pairs(least: int | None, most: int | None) -> str:
+    if least is None:
+        return "more than 200"
+    if most is None:
+        return f"{least} to more than 200"
+    return str(least) if least == most else f"{least} to {most}"
 
 
 def _range(values: Sequence[float], form: str) -> str:
@@ -290,7 +302,10 @@ def verdict(arm: ArmResult, baseline: str) -> str:
         if arm.holm is not None and arm.holm > 0.05:
             doubt = f"; among all comparisons of the study it may still be chance (Holm's p {arm.holm:.2g})"
         return f"{arm.name}: {word} {baseline} ({numbers}){doubt}."
+    assert found.detectable is not None
+    low, high = found.detectable_range or (found.detectable, found.detectable)
     return (
-        f"{arm.name}: no difference from {baseline} was found ({numbers}); one below {found.detectable:.4f} would "
-        "have been missed more often than in one of five such studies."
+        f"{arm.name}: no difference from {baseline} was found ({numbers}); one below {found.detectable:.4f} would have "
+        f"been missed more often than in one of five such studies ({low:.4f} to {high:.4f}, as these pairs' deviation "
+        "is known)."
     )

@@ -18,6 +18,7 @@ from moebed.data.sources import Source
 from moebed.errors import ConfigError, UserError
 from moebed.families.base import NOT_IN_CHECKPOINTS
 from moebed.flops import count_parameters, flops_per_token
+from moebed.routers import untaught
 from moebed.study.precision import KEY as PRECISION
 from moebed.study.precision import study_precision
 from moebed.study.progress import status_path
@@ -51,6 +52,7 @@ class Run:
         steps: Optimizer steps; 0 where nothing is trained.
         finished: File below the folder that is there when all is done.
         needs: Name of the run that must be finished before.
+        from_random: Whether training starts from random weights.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Run:
     steps: int
     finished: str
     needs: str | None = None
+    from_random: bool = True
 
     @property
     def hash(self) -> str:
@@ -130,6 +133,7 @@ def plan_study(recipe: StudyRecipe, out: Path) -> StudyPlan:
     for seed in recipe.seeds:
         for name in recipe.arms:
             _add_runs(plan, name, resolved[name], seed, out)
+    plan.notes += [f"arm {name!r}: {said}" for name, arm in plan.arms.items() if (said := untaught(arm.config))]
     plan.notes += _notes(recipe, {name: steps[-1].identity for name, steps in resolved.items()})
     return plan
 
@@ -144,6 +148,7 @@ class _CheckedStep:
     config: ModelConfig | None
     steps: int = 0
     tokens: int = 0
+    from_random: bool = True
 
 
 def _resolve_steps(recipe: StudyRecipe, steps: Sequence[Step], plan: StudyPlan, out: Path) -> list[_CheckedStep]:
@@ -194,7 +199,15 @@ def _resolve_steps(recipe: StudyRecipe, steps: Sequence[Step], plan: StudyPlan, 
         # Content tells the text of two days or two machines apart where paths do not.
         identity |= code | {"data.content": provenance.fingerprint([Source(one).content() for one in resolved.sources])}
         found.append(
-            _CheckedStep("fit", arguments, identity, resolved.config, number, number * resolved.tokens_per_step)
+            _CheckedStep(
+                "fit",
+                arguments,
+                identity,
+                resolved.config,
+                number,
+                number * resolved.tokens_per_step,
+                from_random=not found and flat.get("model.init_from") is None,
+            )
         )
     return found
 
@@ -269,7 +282,8 @@ def _add_runs(plan: StudyPlan, arm: str, steps: Sequence[_CheckedStep], seed: in
             arguments += ["--trainer.callbacks+=moebed.callbacks.StepFile", f"--trainer.callbacks.path={steps_done}"]
             if needs is not None:
                 arguments.append(f"--model.init_from={out / needs.name}")
-            run = Run(name, arguments, identity, step.steps, "run_summary.json", needs.name if needs else None)
+            before = needs.name if needs else None
+            run = Run(name, arguments, identity, step.steps, "run_summary.json", before, step.from_random)
         plan.runs.setdefault(name, run)
         needs = run
     assert needs is not None

@@ -25,9 +25,10 @@ COLUMNS = (
     "MFLOP",
 )
 NOTE = (
-    "Loss in nats a token on held-out text, mean over seeds. Δ: paired difference from the baseline over seeds, with a "
-    "bootstrap 95 % interval, widened for few pairs; * where it excludes 0. p: paired t-test, and adjusted for all "
-    "comparisons. Could see: the smallest difference that this many pairs show with 80 % power at 5 %. Tokens/s as the "
+    "Loss in nats a token on held-out text, mean over seeds. Δ: paired difference from the baseline over seeds, with "
+    "its 95 % interval; * where it excludes 0. p: of the same paired t-test, and adjusted for all comparisons. Could "
+    "see: the smallest difference that this many pairs show with 80 % power at 5 %, over the 95 % interval of their "
+    "deviation, which few pairs leave wide. Tokens/s as the "
     "runs went, beside each other where they did. Parameters, those active for a token, and its forward MFLOP are "
     "counted from the config."
 )
@@ -53,7 +54,7 @@ def _row(arm: ArmResult, found: Comparison) -> list[str]:
         _number(arm.bits_per_byte, ".4f"),
         "baseline" if arm.name == found.baseline else format_difference(difference),
         p,
-        _number(difference.detectable if difference else None, ".4f"),
+        _could_see(difference),
         _number(arm.tokens_per_second, ",.0f"),
         f"{arm.facts['total_parameters'] / 1e6:.2f} M",
         f"{arm.facts['active_parameters'] / 1e6:.2f} M",
@@ -70,6 +71,13 @@ def format_difference(difference: Difference | None, digits: int = 4) -> str:
         return f"{mean} (ONE PAIR)"
     low, high = difference.interval
     return f"{mean} [{low:+.{digits}f}, {high:+.{digits}f}]{' *' if difference.called else ''}"
+
+
+def _could_see(difference: Difference | None) -> str:
+    if difference is None or difference.detectable is None:
+        return "–"
+    ends = difference.detectable_range
+    return f"{difference.detectable:.4f}" + (f" ({ends[0]:.3f} to {ends[1]:.3f})" if ends else "")
 
 
 def _number(value: float | None, form: str) -> str:

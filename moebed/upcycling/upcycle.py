@@ -23,6 +23,7 @@ from moebed.families.base import Family
 from moebed.families.choice import choose_family
 from moebed.families.keys import KeyMap, Placed
 from moebed.families.registry import family_of
+from moebed.routers import untaught
 from moebed.upcycling.methods import METHODS, Copy, Settings, generator
 
 _MLP = re.compile(r"^layers\.(\d+)\.mlp\.(experts\.|router\.|shared_expert)")
@@ -223,7 +224,7 @@ def upcycle(
     written = {**plan.family.write_config(config), **ids, "moebed_upcycled": made}
     writer = FolderWriter(keys, written, stored, dtypes=dtypes if dtype is None else None)
     on_start(writer.total)
-    notes = [plan.note] if plan.note else []
+    notes = [note for note in (plan.note, untaught(config)) if note]
     shards = settings.granularity
     if method == "split" and stored != torch.float32 and shards & (shards - 1):
         notes.append(

@@ -145,7 +145,7 @@ def test_a_long_text_is_compared_in_part(monkeypatch):
     results = run(view)
     arrays = results["expert_outputs"].arrays
     assert arrays["tokens_taken/0"].tolist() == list(range(0, 100, 10))
-    assert arrays["sequence/0"].tolist() == [0] * 6 + [1] * 4
+    assert arrays["unit/0"].tolist() == [0] * 6 + [1] * 4
     assert results["expert_outputs"].notes == [
         "layer 0: 10 of 100 tokens, evenly spread, are compared, to bound memory"
     ]
@@ -221,7 +221,7 @@ def test_nothing_is_kept_of_a_layer_that_failed_halfway():
 
 
 def test_a_difference_that_is_there_has_an_interval_above_zero_and_one_that_is_not_has_not():
-    """Chosen experts share a direction; sequences are what is drawn where there are enough of them."""
+    """Chosen experts share a direction; the texts are the units."""
     generator = torch.Generator().manual_seed(0)
     outputs = torch.randn(4, 400, 16, generator=generator)
     chosen = torch.rand(400, 4, generator=generator).topk(2).indices
@@ -233,9 +233,12 @@ def test_a_difference_that_is_there_has_an_interval_above_zero_and_one_that_is_n
     result = run(output_view(alike, chosen.tolist(), text=text))["chosen_vs_rest"]
     assert result.headlines["difference"].interval[0] > 0.2
     assert "more alike" in result.headlines["difference"].sentence
-    assert result.arrays["difference_count/0"].tolist() == [40] * 10
+    assert result.arrays["difference_without/0"].shape == (10,)
     few = run(output_view(alike, chosen.tolist(), text=plain_text([200, 200])))["chosen_vs_rest"]
-    assert few.arrays["difference_count/0"].tolist() == [4] * 100
+    assert few.arrays["difference_without/0"].shape == (2,)
+    one = run(output_view(alike, chosen.tolist(), text=plain_text([400])))["chosen_vs_rest"]
+    assert one.headlines["difference"].interval[0] > 0.2
+    assert "10 stretches" in one.notes[0]
 
 
 @pytest.mark.shared("oracles")

@@ -172,7 +172,7 @@ def test_the_papers_questions_come_first_with_numbers_and_what_was_published(tmp
     page = path.read_text()
     found = page.split("Every probe in a sentence", 1)[0]
     assert results["norm_vs_score"].headlines["spearman"].sentence in found
-    low, _ = results["domain_share"].headlines["divergence"].interval
+    low, _ = results["norm_vs_score"].headlines["spearman"].interval
     assert f"[{low:.4g}, " in found
     assert "cannot be told whether diversity" in found  # three layers are too few
     assert found.count("Published: ") == 4

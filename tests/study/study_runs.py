@@ -44,6 +44,7 @@ class FakeRun:
     identity: dict = field(default_factory=dict)
     finished: str = "run_summary.json"
     arguments: tuple = ()
+    from_random: bool = True
 
     @property
     def hash(self):
@@ -71,7 +72,7 @@ def made_up_study(losses: dict[str, list[float]], **changes) -> dict:
             "loss": loss,
             "bits_per_byte": loss / 2,
             "domains": {"code": loss / 3, "prose": loss / 2 + 0.01 * seed},
-            "start_loss": 7.6,
+            "guessing_loss": 7.6,
             "curve": {"step": steps, "loss": curve, "bits_per_byte": [value / 2 for value in curve]},
             "tokens_per_second": 1000.0 + seed,
             "headlines": {

@@ -9,7 +9,7 @@ from study_runs import made_up_study
 from moebed.cli import main
 from moebed.study.comparison import compare_arms, power, verdict
 from moebed.study.figures import draw_all
-from moebed.study.statistics import detectable
+from moebed.study.statistics import detectable, deviation_range
 from moebed.study.tables import arm_rows, markdown, verdicts
 
 LOSSES = {
@@ -71,10 +71,12 @@ def test_what_more_pairs_would_see():
     found = compare_arms(made_up_study(LOSSES))
     differences = [np.subtract(LOSSES[arm], LOSSES["topk"]) for arm in ("worse", "alike")]
     pooled = np.sqrt(np.mean([values.var(ddof=1) for values in differences]))
-    pairs = next(n for n in range(2, 99) if detectable(pooled, n) <= 0.01)
+    ends = deviation_range(pooled, len(LOSSES["topk"]) - 1)
+    least, most = (next(n for n in range(2, 99) if detectable(end, n) <= 0.01) for end in ends)
     sentence = power(found)
     assert f"pooled {pooled:.3f}" in sentence
-    assert f"0.01 nats {pairs}." in sentence
+    assert f"(95 % interval {ends[0]:.3f} to {ends[1]:.3f})" in sentence
+    assert f"0.01 nats {least} to {most}." in sentence
     assert "correlate with the baseline's at +0.9" in sentence
     assert sentence in markdown(found)
     assert power(compare_arms(made_up_study({"topk": [4.0], "other": [3.5]}))) == ""
