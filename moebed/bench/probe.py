@@ -204,18 +204,22 @@ def weight_rows(rounds: int, full: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def run(rounds: int, full: bool, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Measure everything; ``rounds`` alternations of each comparison."""
+KINDS = ("streaming", "weights", "matching")
+
+
+def run(rounds: int, full: bool, progress: Callable[[str], None], only: Sequence[str] = KINDS) -> dict[str, Any]:
+    """Measure everything, or ``only`` some of ``KINDS``; ``rounds`` alternations of each comparison."""
     rows = []
-    for what, measure in (
-        ("streaming of a checkpoint", lambda: streaming_rows(rounds)),
-        ("probes of weights beside one product of a layer", lambda: weight_rows(rounds, full)),
-        ("one pair beside the published procedure", lambda: pair_rows(rounds)),
-        ("a DeepSeekMoE layer beside its products", lambda: layer_rows(rounds, full)),
-        ("one pair of Mixtral's size", lambda: big_rows(max(1, rounds // 2))),
+    for kind, what, measure in (
+        ("streaming", "streaming of a checkpoint", lambda: streaming_rows(rounds)),
+        ("weights", "probes of weights beside one product of a layer", lambda: weight_rows(rounds, full)),
+        ("matching", "one pair beside the published procedure", lambda: pair_rows(rounds)),
+        ("matching", "a DeepSeekMoE layer beside its products", lambda: layer_rows(rounds, full)),
+        ("matching", "one pair of Mixtral's size", lambda: big_rows(max(1, rounds // 2))),
     ):
-        progress(f"measuring {what}")
-        rows += measure()
+        if kind in only:
+            progress(f"measuring {what}")
+            rows += measure()
     notes = [
         f"published procedure: {SAMPLED_ROWS} of {DEEPSEEK[0]} rows are timed and scaled; the assignment is whole; how "
         "fast it allocates depends on what its process did before, so it is timed in two",
