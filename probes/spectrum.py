@@ -206,7 +206,8 @@ def _lanczos(product: Tensor, without: Tensor) -> Iterator[tuple[Tensor, Tensor,
     block = project(signs.to(product))  # vectors as rows, whose sums are fast
     length = torch.linalg.vector_norm(block, dim=1, keepdim=True)
     block, before, below = block / length, torch.zeros_like(block), torch.zeros_like(length)
-    diagonal, off = [], []
+    diagonal: list[Tensor] = []
+    off: list[Tensor] = []
     for step in range(1, _STEPS[-1] + 1):
         image = project((product @ block.T).T.contiguous()).addcmul_(below, before, value=-1)
         diagonal.append(torch.linalg.vecdot(image, block).unsqueeze(1))
