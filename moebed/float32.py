@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moebed.precision import multiplies_bf16_faster
+
 
 @contextmanager
 def exact_products(is_bf16: bool = False) -> Iterator[None]:
@@ -23,10 +25,10 @@ def exact_products(is_bf16: bool = False) -> Iterator[None]:
 
     Args:
         is_bf16: All values are those of bfloat16: rounding the operands to it changes nothing then, products are exact
-            in float32 and are summed there, and processors with bfloat16 units are two to three times faster.
+            in float32 and are summed there. A CPU that multiplies bfloat16 no faster than float32 is given float32.
     """
     wanted: tuple[tuple[Any, str], ...] = (
-        (torch.backends.mkldnn.matmul, "bf16" if is_bf16 else "ieee"),  # type: ignore[attr-defined]
+        (torch.backends.mkldnn.matmul, "bf16" if is_bf16 and multiplies_bf16_faster() else "ieee"),  # type: ignore[attr-defined]
         (torch.backends.cuda.matmul, "tf32" if is_bf16 else "ieee"),
     )
     before = [backend.fp32_precision for backend, _ in wanted]

@@ -84,6 +84,12 @@ def _of_cuda() -> Choice:
     return Choice("32-true", f"{name}, capability {version}, has no bf16; 16-mixed is faster but can overflow")
 
 
+def multiplies_bf16_faster() -> bool:
+    """Whether this CPU multiplies bfloat16 clearly faster than float32."""
+    float32, bfloat16 = measured_rates()
+    return bfloat16 > MARGIN * float32
+
+
 @functools.cache
 def measured_rates() -> tuple[float, float]:
     """GFLOP/s of a core's products in float32 and bfloat16.

@@ -121,7 +121,7 @@ def _finish(matrix: Tensor, given: tuple[Tensor, Tensor] | None, found: Spectrum
     if matrix.shape[0] < matrix.shape[1]:  # left vectors: carry them over
         short = _wide(matrix)
         vectors = short.T @ vectors.to(short)
-    basis = np.linalg.qr(vectors.cpu().double().numpy())[0]
+    basis = torch.linalg.qr(vectors.cpu().double())[0].numpy()
     ranks = square / found.largest**2, found.effective_rank
     return Shape(*ranks, math.sqrt(square), found.rank_error, found.angle, basis)
 

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from moebed.float64 import double
 from probes.matching import exact_products
-from probes.spectrum import EXACT_BELOW, leading, start_of
+from probes.spectrum import EXACT_BELOW, gram, leading, start_of
+
+_CACHED_ELEMENTS = 1 << 19  # of a band that stays in a core's cache while it is standardised and multiplied
 
 
 def matrix_components(bands: Iterable[Sequence[Tensor]], count: int, dims: int) -> tuple[np.ndarray, ...]:
@@ -33,21 +35,21 @@ def matrix_components(bands: Iterable[Sequence[Tensor]], count: int, dims: int) 
     Returns:
         (E + X, dims) coordinates and (dims,) shares of the variance, both float32.
     """
-    gram, noise = torch.zeros((), dtype=torch.float64), 0.0
+    products, noise = torch.zeros((), dtype=torch.float64), 0.0
     for blocks in bands:
         half = all(block.dtype in (torch.bfloat16, torch.float16) for block in blocks)
-        band = torch.stack(list(blocks)).flatten(1)  # (E + X, n)
-        band = band.float() if half else double(band)
         noise = 1e-6 if half else 1e-12
-        band = _standardise(band, count)
-        with exact_products(is_bf16=False):
-            gram = gram + (band @ band[:count].T).cpu().double()
-    if not torch.isfinite(gram).all():
-        return np.full((len(gram), dims), np.nan, np.float32), np.full(dims, np.nan, np.float32)
-    values, vectors = torch.linalg.eigh(gram[:count])
+        for rows in zip(*(block.split(_rows_cached(blocks)) for block in blocks), strict=True):
+            band = torch.stack(rows).flatten(1)  # (E + X, n)
+            band = _standardise(band.float() if half else double(band), count)
+            with exact_products(is_bf16=False):
+                products = products + (band @ band[:count].T).cpu().double()
+    if not torch.isfinite(products).all():
+        return np.full((len(products), dims), np.nan, np.float32), np.full(dims, np.nan, np.float32)
+    values, vectors = torch.linalg.eigh(products[:count])
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
     kept = values > noise * values[0]
-    scores = gram @ vectors * torch.where(kept, values.rsqrt(), 0.0)
+    scores = products @ vectors * torch.where(kept, values.rsqrt(), 0.0)
     scores, share = scores[:, :dims], torch.where(kept, values / values.sum(), 0.0)[:dims]
     return _padded(_signed(scores.numpy(), count), dims), _padded(np.nan_to_num(share.numpy())[None], dims)[0]
 
@@ -59,35 +61,41 @@ def point_components(points: Tensor, dims: int) -> tuple[np.ndarray, np.ndarray]
         return np.full((len(points), dims), np.nan, np.float32), np.full(dims, np.nan, np.float32)
     points = _standardise(points.clone(), len(points))
     tall = len(points) >= points.shape[1]
-    gram = (points.T @ points if tall else points @ points.T).numpy()
-    values, vectors = top_eigenvectors(gram, min(dims, len(gram)))
+    product = gram(points.T if tall else points, is_bf16=False).numpy()
+    values, vectors = top_eigenvectors(product, min(dims, len(product)))
     scores = points.numpy() @ vectors if tall else vectors * np.sqrt(values)
-    return _padded(_signed(scores, len(scores)), dims), _padded((values / max(gram.trace(), 1e-30))[None], dims)[0]
+    return _padded(_signed(scores, len(scores)), dims), _padded((values / max(product.trace(), 1e-30))[None], dims)[0]
 
 
 def _standardise(rows: Tensor, count: int) -> Tensor:
     """Each column of rows (M, n), in place, less the mean and over the deviation (ddof 1) of its first ``count``.
 
-    Two passes over rows as they lie in memory; ``torch.std_mean`` down the columns takes ten times as long.
+    Passes over rows as they lie in memory; norms and deviations that PyTorch takes
+    down columns cost ten times as much. The first row
+    is taken off before the mean, so that columns in which all agree are exactly 0.
     """
     fitted = rows[:count]
-    low, high = fitted.amin(dim=0), fitted.amax(dim=0)
+    rows -= rows[0].clone()
     rows -= fitted.mean(dim=0)
     deviation = fitted.square().sum(dim=0).div_(count - 1).sqrt_()
-    return rows.mul_(torch.where((deviation > 0) & (low < high), 1 / deviation, 0.0))
+    return rows.mul_(torch.where(deviation > 0, 1 / deviation, 0.0))
 
 
-def top_eigenvectors(gram: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+def _rows_cached(blocks: Sequence[Tensor]) -> int:
+    return max(1, _CACHED_ELEMENTS // (len(blocks) * blocks[0][0].numel()))
+
+
+def top_eigenvectors(product: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """The largest eigenvalues (count,), descending, of a Gram matrix (M, M), and their vectors (M, count).
 
     From ``EXACT_BELOW`` on, residuals are below a thousandth of the eigenvalue, or what four block Krylov spaces leave.
     """
-    if len(gram) < EXACT_BELOW or count >= len(gram) // 4:
-        values, vectors = np.linalg.eigh(gram.astype(np.float64))
+    if len(product) < EXACT_BELOW or count >= len(product) // 4:
+        values, vectors = np.linalg.eigh(product.astype(np.float64))
         return np.maximum(values[-count:][::-1], 0), vectors[:, -count:][:, ::-1]
-    product = torch.from_numpy(gram)
+    wide = torch.from_numpy(product)
     with exact_products(is_bf16=False):
-        found, turn, _ = leading(product, start_of(product, in_longer=True), count, restarts=3)
+        found, turn, _ = leading(wide, start_of(wide, in_longer=True), count, restarts=3)
     return found[:count].numpy(), turn[:, :count].numpy()
 
 

@@ -66,7 +66,7 @@ PROBES: dict[str, type[Probe]] = {probe.name: probe for probe in _WITH_TEXT + _S
 STATIC_PROBES: tuple[str, ...] = tuple(probe.name for probe in _STATIC)  # these need weights alone
 BY_NAME_ONLY = ("logits", "expert_importance")  # large to store; a forward pass for each expert of a live model
 TRAINING_ONLY = ("saturation",)  # follows a model over steps
-# What a training run measures unasked: neuron_matching and expert_geometry take minutes a layer of a large model.
+# What a training run measures unasked, every few hundred steps: nothing that takes longer than a step or two.
 DEFAULT_PROBES: tuple[str, ...] = (
     "balance",
     "router_state",

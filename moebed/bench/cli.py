@@ -41,6 +41,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
         kind.add_argument("--precision", default="auto", help="32-true, bf16-mixed or auto, of all contestants")
     probe = kinds.add_parser("probe", help="neuron matching beside the published procedure and its own products")
     probe.add_argument("--rounds", type=int, default=3, help="alternations of each comparison; 3 take five minutes")
+    probe.add_argument("--only", action="append", help="streaming, weights or matching; default all; may be repeated")
     probe.add_argument("--full", action="store_true", help="a whole layer of 64 experts; takes more than an hour")
     kernels = kinds.add_parser("kernels", help="the Triton kernels: machine code and roofline, or times on a GPU")
     kernels.add_argument("--static", action="store_true", help="compile and check the machine code; needs no GPU")
@@ -144,7 +145,8 @@ def _probe(options: argparse.Namespace) -> dict[str, Any]:
 
     if options.rounds < 1:
         raise UserError(f"--rounds {options.rounds}: give at least 1")
-    found = probe.run(options.rounds, options.full, _say)
+    _check_choices("--only", options.only or [], probe.KINDS)
+    found = probe.run(options.rounds, options.full, _say, options.only or probe.KINDS)
     table = Table(title=f"weight probes, median \\[least, most] of {found['rounds']} rounds")
     for heading in ("ratio of times", "found", "goal", ""):
         table.add_column(heading, justify="left" if heading == "ratio of times" else "right")

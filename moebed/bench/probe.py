@@ -28,7 +28,6 @@ from probes.matching import exact_products, match_pairs
 DEEPSEEK, MIXTRAL = (1408, 2048), (14336, 4096)  # N, H
 LAYER_EXPERTS, SOME_EXPERTS = 64, 5
 STREAMED, WEIGHED = streaming.Shape(), streaming.Shape(layers=1)
-SOME_DEEPSEEK = 16
 MATRICES = 3  # of which one, down, has its neurons as columns
 
 
@@ -182,11 +181,11 @@ def streaming_rows(rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def weight_rows(rounds: int, full: bool) -> list[dict[str, Any]]:
+def weight_rows(rounds: int) -> list[dict[str, Any]]:
     """Each probe of weights, and all together, over reading and multiplying a layer once."""
     rows = []
-    few = weights.deepseek(LAYER_EXPERTS if full else SOME_DEEPSEEK)
-    for model, shape in (("Mixtral 8x7B", WEIGHED), ("DeepSeekMoE-16B", few)):
+    deepseek = weights.deepseek(LAYER_EXPERTS)
+    for model, shape in (("Mixtral 8x7B", WEIGHED), ("DeepSeekMoE-16B", deepseek)):
         with tempfile.TemporaryDirectory(prefix="moebed-bench-") as scratch:
             folder = streaming.write_model(Path(scratch) / "model", shape)
             passes: list[dict[str, float]] = []
@@ -204,18 +203,22 @@ def weight_rows(rounds: int, full: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def run(rounds: int, full: bool, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Measure everything; ``rounds`` alternations of each comparison."""
+KINDS = ("streaming", "weights", "matching")
+
+
+def run(rounds: int, full: bool, progress: Callable[[str], None], only: Sequence[str] = KINDS) -> dict[str, Any]:
+    """Measure everything, or ``only`` some of ``KINDS``; ``rounds`` alternations of each comparison."""
     rows = []
-    for what, measure in (
-        ("streaming of a checkpoint", lambda: streaming_rows(rounds)),
-        ("probes of weights beside one product of a layer", lambda: weight_rows(rounds, full)),
-        ("one pair beside the published procedure", lambda: pair_rows(rounds)),
-        ("a DeepSeekMoE layer beside its products", lambda: layer_rows(rounds, full)),
-        ("one pair of Mixtral's size", lambda: big_rows(max(1, rounds // 2))),
+    for kind, what, measure in (
+        ("streaming", "streaming of a checkpoint", lambda: streaming_rows(rounds)),
+        ("weights", "probes of weights beside one product of a layer", lambda: weight_rows(rounds)),
+        ("matching", "one pair beside the published procedure", lambda: pair_rows(rounds)),
+        ("matching", "a DeepSeekMoE layer beside its products", lambda: layer_rows(rounds, full)),
+        ("matching", "one pair of Mixtral's size", lambda: big_rows(max(1, rounds // 2))),
     ):
-        progress(f"measuring {what}")
-        rows += measure()
+        if kind in only:
+            progress(f"measuring {what}")
+            rows += measure()
     notes = [
         f"published procedure: {SAMPLED_ROWS} of {DEEPSEEK[0]} rows are timed and scaled; the assignment is whole; how "
         "fast it allocates depends on what its process did before, so it is timed in two",
@@ -226,6 +229,5 @@ def run(rounds: int, full: bool, progress: Callable[[str], None]) -> dict[str, A
         "multiplied by its transpose on its shorter side, the least product that lengths, angles, spectra follow from"
     )
     if not full:
-        notes.append(f"probes of weights see {SOME_DEEPSEEK} of DeepSeekMoE's {LAYER_EXPERTS} experts")
         notes.append(f"a layer is timed over {SOME_EXPERTS} of its {LAYER_EXPERTS} experts; --full takes all")
     return {"rounds": rounds, "full": full, "notes": notes, "rows": rows}

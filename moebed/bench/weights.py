@@ -26,7 +26,7 @@ MEASURED = tuple(name for name in STATIC_PROBES if name != MATCHING)
 
 
 def deepseek(experts: int) -> Shape:
-    """A layer of DeepSeekMoE-16B's sizes with this many of its 64 experts, without the shared one."""
+    """A layer of DeepSeekMoE-16B's sizes with this many routed experts (64 there), without the shared one."""
     return Shape(2048, 1408, 16, 16, experts, 1)
 
 

@@ -36,6 +36,15 @@ def test_it_measures_prints_and_keeps(tiny, tmp_path, capsys):
     assert "≤ 4.5" in out
 
 
+def test_some_rows_alone(tiny, tmp_path, capsys):
+    cli.run("bench", ["probe", "--rounds", "1", "--only", "weights", "--json", str(tmp_path / "x.json")])
+    rows = json.loads((tmp_path / "x.json").read_text())["results"]["rows"]
+    assert rows
+    assert all("reading and multiplying a layer" in row["name"] for row in rows)
+    with pytest.raises(UserError, match="--only speed"):
+        cli.run("bench", ["probe", "--only", "speed"])
+
+
 def test_neurons_of_correlated_experts_have_the_cosine_asked_for():
     a, b = probe.experts((200, 400), 2, 0.5, transposed=True)
     cosine = (a.float() * b.float()).sum(1) / a.float().norm(dim=1) / b.float().norm(dim=1)

@@ -48,6 +48,18 @@ def test_ranks_and_norm_of_planted_spectra(kind, transposed):
     assert found.stable_rank == pytest.approx(float(sigma.square().sum() / sigma.max() ** 2), rel=3e-3)
 
 
+STEEP = {"power 2": INDEX**-2.0, "exponential": torch.exp(-INDEX / 45)}
+
+
+@pytest.mark.parametrize("kind", STEEP)
+def test_what_falls_below_the_rounding_shows_in_the_stated_error(kind):
+    sigma = STEEP[kind]
+    found = shape_of(planted(sigma)[0], 16)
+    error = abs(math.log(found.effective_rank / entropy_rank(sigma)))
+    assert 0.01 < error < 0.12  # float32 does not tell better, and
+    assert error <= 2 * found.rank_error  # says so
+
+
 @pytest.mark.parametrize("shape", [(640, 900), (900, 640), (100, 300)])
 def test_rounding_is_no_rank(shape):
     generator = torch.Generator().manual_seed(0)
