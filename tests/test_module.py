@@ -302,22 +302,18 @@ def test_tokens_per_second_counts_waiting_for_data_and_nothing_else(tmp_path, da
         def on_validation_start(self, *_):
             time.sleep(0.4)
 
-    class Waits(torch.utils.data.Dataset):
-        def __init__(self, rows):
-            self.rows = rows
+    class Waits:
+        def __init__(self, loader):
+            self.loader = loader
 
-        def __len__(self):
-            return len(self.rows)
-
-        def __getitem__(self, index):
-            time.sleep(0.1)
-            return self.rows[index]
+        def __iter__(self):
+            for batch in self.loader:
+                time.sleep(0.2)
+                yield batch
 
     module_data = data(batch_size=2)
-    module_data.setup()
-    rows = [row for batch in module_data.train_dataloader() for row in torch.utils.data.default_convert(
-        [{key: value[i] for key, value in batch.items()} for i in range(2)])][:20]  # fmt: skip
-    module_data.train_dataloader = lambda: torch.utils.data.DataLoader(Waits(rows), batch_size=2)
+    given = module_data.train_dataloader
+    module_data.train_dataloader = lambda: Waits(given())
     trainer = _trainer(tmp_path, 6, TrainingRate(), Slow(), val_check_interval=3)
     trainer.fit(_module(), datamodule=module_data)
     assert 0.75 * 64 / 0.2 < float(trainer.callback_metrics["train/tokens_per_second"]) < 64 / 0.2
