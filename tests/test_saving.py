@@ -129,7 +129,7 @@ def _callback(kind, **arguments):
     return [{"class_path": f"tests.test_saving.{kind}", "init_args": arguments}]
 
 
-@pytest.mark.parametrize("batch", [4, 5, 7])
+@pytest.mark.parametrize("batch", [5, pytest.param(4, marks=pytest.mark.slow), pytest.param(7, marks=pytest.mark.slow)])
 def test_sigterm_between_micro_batches_waits_for_the_end_of_the_step(run, whole, batch):
     code, said, folder = run("run", *ACCUMULATE, "--trainer.callbacks", json.dumps(_callback("Signal", batch=batch)))
     assert code == 143
@@ -176,6 +176,7 @@ def test_files_are_named_and_ranked_by_the_validation_of_their_own_step(run):
     assert "checkpoint.filename asks for 'val/los', which is not logged" in said
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_a_ranked_file_bit_for_bit(run):
     best = ["--checkpoint.monitor", "val/loss", "--checkpoint.save_top_k", "-1", "--checkpoint.every_n_train_steps", 2]
     _, _, folder = run("run", *ACCUMULATE, *best)
@@ -188,7 +189,7 @@ def test_a_run_goes_on_from_a_ranked_file_bit_for_bit(run):
     assert {tag: _scalars(folder, tag) for tag in curves} == curves
 
 
-@pytest.mark.parametrize("mode", ["min", "max"])
+@pytest.mark.parametrize("mode", ["min", pytest.param("max", marks=pytest.mark.slow)])
 def test_a_link_to_the_last_checkpoint_is_never_to_an_older_one(run, mode):
     best = ["--checkpoint.monitor", "val/loss", "--checkpoint.save_top_k", 1, "--checkpoint.mode", mode]
     code, said, folder = run("run", *best, "--checkpoint.save_last", "link", "--checkpoint.every_n_train_steps", 2)
@@ -227,6 +228,7 @@ def test_a_moved_run_is_itself_wherever_it_lies(run, tmp_path):
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.slow
 def test_a_runs_config_begins_another_run_beside_it(run):
     _, _, first = run("a")
     before = (first / "checkpoints" / "last.ckpt").read_bytes()
@@ -278,6 +280,7 @@ def test_the_last_checkpoint_of_a_run_that_was_stopped_is_the_model_of_its_summa
     assert _scalars(folder, "train/loss") == _scalars(whole, "train/loss")
 
 
+@pytest.mark.slow
 def test_epochs_end_with_a_checkpoint_that_goes_on(run):
     epochs = ["--trainer.max_steps", -1, "--trainer.limit_train_batches", 4, "--model.optimizer.schedule", "constant"]
     _, _, whole = run("whole", *epochs, "--trainer.max_epochs", 3)
@@ -294,6 +297,7 @@ def test_validation_counts_steps_and_says_so(run):
     assert [step + 1 for step, _ in _scalars(folder, "val/loss")] == [2, 4, 6]
 
 
+@pytest.mark.slow
 def test_a_step_may_have_other_micro_batches_after_a_stop(run):
     """Three steps of one micro-batch, then three of four: windows begin where steps do, validation where it did."""
     run("run", "--trainer.callbacks", json.dumps(_callback("Stop", step=3)))
@@ -398,6 +402,7 @@ def test_nor_of_a_callback_beside(run, asked):
     assert not Path(folder).exists()
 
 
+@pytest.mark.slow
 def test_a_callback_beside_does_not_save_what_it_goes_on_from_amid_the_next_step(run, tmp_path):
     stopped = json.dumps(_callback("Stop", step=3))
     run("run", *ACCUMULATE, "--trainer.callbacks", stopped)
