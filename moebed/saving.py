@@ -32,11 +32,6 @@ class RunCheckpoint(ModelCheckpoint):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.save_on_exception:
-            raise ConfigError(
-                "checkpoint.save_on_exception would save in the middle of a step, which cannot be continued; leave it "
-                "out: the last checkpoint before the error is whole"
-            )
         self._step = 0  # of the save point before
         self._is_between = False  # micro-batches of a step
         self._ranked_is_due = False
@@ -54,7 +49,10 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over the signals; make whole windows of the micro-batches to come."""
         super().on_train_start(trainer, pl_module)
-        self._step = self._last_global_step_saved = trainer.global_step
+        self._step = trainer.global_step
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint):
+                callback._last_global_step_saved = trainer.global_step  # not again amid the step to come
         self._requests.take_over(trainer)
         if self._accumulated not in (None, trainer.accumulate_grad_batches):
             self._realign(trainer)
@@ -246,6 +244,29 @@ class RunCheckpoint(ModelCheckpoint):
             f"a step had {self._accumulated} micro-batches and has {trainer.accumulate_grad_batches} "
             f"from step {trainer.global_step} on"
         )
+
+
+def require_whole_steps(trainer: Trainer) -> None:
+    """Check that no callback saves in the middle of a step.
+
+    Raises:
+        ConfigError: One would.
+    """
+    for callback in trainer.checkpoint_callbacks:
+        if not isinstance(callback, ModelCheckpoint):
+            continue
+        is_runs = isinstance(callback, RunCheckpoint)
+        where = "checkpoint" if is_runs else f"trainer.callbacks: {type(callback).__name__}"
+        if callback.save_on_exception:
+            raise ConfigError(
+                f"{where}.save_on_exception would save in the middle of a step, which cannot be continued; leave it "
+                "out: the last checkpoint before the error is whole"
+            )
+        if callback._train_time_interval is not None and trainer.accumulate_grad_batches > 1 and not is_runs:
+            raise ConfigError(
+                f"{where}.train_time_interval would save in the middle of a step, which cannot be continued; set "
+                "checkpoint.train_time_interval, which waits for the step's end, or every_n_train_steps"
+            )
 
 
 def _saves(trainer: Trainer) -> bool:

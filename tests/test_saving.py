@@ -36,10 +36,22 @@ class Stop(Callback):
         trainer.should_stop = trainer.global_step >= self.step
 
 
-@pytest.fixture
-def run(tmp_path, capfd):
-    """Calls a training command on a run of a second; gives its exit code, what it said, and the run's folder."""
-    (tmp_path / "text.txt").write_text("\n\n".join(f"{i}: the cat sat on the mat and saw {i}. " * 6 for i in range(90)))
+ACCUMULATE = ["--trainer.accumulate_grad_batches", 4]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _without_reports():
+    """Drawing a report's figures takes longer than the run that it is of."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("probes.report.write_report", lambda runs, path: path)
+        yield
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """Of a run of a second; all runs share its text."""
+    folder = tmp_path_factory.mktemp("recipe")
+    (folder / "text.txt").write_text("\n\n".join(f"{i}: the cat sat on the mat and saw {i}. " * 6 for i in range(90)))
     trainer = {"accelerator": "cpu", "devices": 1, "precision": "32-true", "max_steps": 6, "val_check_interval": 2}
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "moe_intermediate_size": 16}
     content = {
@@ -52,24 +64,42 @@ def run(tmp_path, capfd):
             "optimizer": {"warmup_steps": 2, "learning_rate": 0.01},
         },
         "data": {
-            "sources": [{"name": "text", "kind": "files", "path": str(tmp_path / "text.txt")}],
+            "sources": [{"name": "text", "kind": "files", "path": str(folder / "text.txt")}],
             "tokenizer": {"kind": "bytes"},
             "sequence_length": 16,
             "batch_size": 2,
             "max_validation_windows": 2,
-            "cache_dir": str(tmp_path / "cache"),
+            "cache_dir": str(folder / "cache"),
         },
     }
-    recipe = tmp_path / "recipe.yaml"
+    recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(content))
+    return recipe
+
+
+def _call(recipe, folder, *options, command="fit"):
+    place = [] if folder is None else ["--trainer.default_root_dir", str(folder)]
+    try:
+        return main([command, "--config", str(recipe), *place, *map(str, options)])
+    except SystemExit as stop:
+        return stop.code
+
+
+@pytest.fixture(scope="module")
+def whole(recipe, tmp_path_factory):
+    """The folder of a run of four micro-batches a step that nothing stopped."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert _call(recipe, folder, *ACCUMULATE) == 0
+    return folder
+
+
+@pytest.fixture
+def run(recipe, tmp_path, capfd):
+    """Calls a training command; gives its exit code, what it said, and the run's folder."""
 
     def call(name, *options, command="fit", config=recipe, folder=True):
-        place = ["--trainer.default_root_dir", str(tmp_path / name)] if folder else []
         capfd.readouterr()
-        try:
-            code = main([command, "--config", str(config), *place, *map(str, options)])
-        except SystemExit as stop:
-            code = stop.code
+        code = _call(config, tmp_path / name if folder else None, *options, command=command)
         return code, "".join(capfd.readouterr()), tmp_path / name
 
     return call
@@ -99,12 +129,8 @@ def _callback(kind, **arguments):
     return [{"class_path": f"tests.test_saving.{kind}", "init_args": arguments}]
 
 
-ACCUMULATE = ["--trainer.accumulate_grad_batches", 4]
-
-
-@pytest.mark.parametrize("batch", [4, 5, 7])
-def test_sigterm_between_micro_batches_waits_for_the_end_of_the_step(run, batch):
-    _, _, whole = run("whole", *ACCUMULATE)
+@pytest.mark.parametrize("batch", [5, pytest.param(4, marks=pytest.mark.slow), pytest.param(7, marks=pytest.mark.slow)])
+def test_sigterm_between_micro_batches_waits_for_the_end_of_the_step(run, whole, batch):
     code, said, folder = run("run", *ACCUMULATE, "--trainer.callbacks", json.dumps(_callback("Signal", batch=batch)))
     assert code == 143
     assert "stopped at step 2" in said
@@ -150,6 +176,7 @@ def test_files_are_named_and_ranked_by_the_validation_of_their_own_step(run):
     assert "checkpoint.filename asks for 'val/los', which is not logged" in said
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_a_ranked_file_bit_for_bit(run):
     best = ["--checkpoint.monitor", "val/loss", "--checkpoint.save_top_k", "-1", "--checkpoint.every_n_train_steps", 2]
     _, _, folder = run("run", *ACCUMULATE, *best)
@@ -162,7 +189,7 @@ def test_a_run_goes_on_from_a_ranked_file_bit_for_bit(run):
     assert {tag: _scalars(folder, tag) for tag in curves} == curves
 
 
-@pytest.mark.parametrize("mode", ["min", "max"])
+@pytest.mark.parametrize("mode", ["min", pytest.param("max", marks=pytest.mark.slow)])
 def test_a_link_to_the_last_checkpoint_is_never_to_an_older_one(run, mode):
     best = ["--checkpoint.monitor", "val/loss", "--checkpoint.save_top_k", 1, "--checkpoint.mode", mode]
     code, said, folder = run("run", *best, "--checkpoint.save_last", "link", "--checkpoint.every_n_train_steps", 2)
@@ -201,6 +228,7 @@ def test_a_moved_run_is_itself_wherever_it_lies(run, tmp_path):
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.slow
 def test_a_runs_config_begins_another_run_beside_it(run):
     _, _, first = run("a")
     before = (first / "checkpoints" / "last.ckpt").read_bytes()
@@ -241,9 +269,8 @@ def test_a_try_of_one_batch_leaves_nothing(run):
     assert not folder.exists()
 
 
-def test_the_last_checkpoint_of_a_run_that_was_stopped_is_the_model_of_its_summary(run):
+def test_the_last_checkpoint_of_a_run_that_was_stopped_is_the_model_of_its_summary(run, whole):
     """And one that goes on from it is the run that was never stopped."""
-    _, _, whole = run("whole", *ACCUMULATE)
     _, _, folder = run("run", *ACCUMULATE, "--trainer.callbacks", json.dumps(_callback("Stop", step=3)))
     summary = json.loads((folder / "run_summary.json").read_text())
     assert summary["step"] == _last(folder)["global_step"] == 3
@@ -253,6 +280,7 @@ def test_the_last_checkpoint_of_a_run_that_was_stopped_is_the_model_of_its_summa
     assert _scalars(folder, "train/loss") == _scalars(whole, "train/loss")
 
 
+@pytest.mark.slow
 def test_epochs_end_with_a_checkpoint_that_goes_on(run):
     epochs = ["--trainer.max_steps", -1, "--trainer.limit_train_batches", 4, "--model.optimizer.schedule", "constant"]
     _, _, whole = run("whole", *epochs, "--trainer.max_epochs", 3)
@@ -269,6 +297,7 @@ def test_validation_counts_steps_and_says_so(run):
     assert [step + 1 for step, _ in _scalars(folder, "val/loss")] == [2, 4, 6]
 
 
+@pytest.mark.slow
 def test_a_step_may_have_other_micro_batches_after_a_stop(run):
     """Three steps of one micro-batch, then three of four: windows begin where steps do, validation where it did."""
     run("run", "--trainer.callbacks", json.dumps(_callback("Stop", step=3)))
@@ -340,10 +369,6 @@ def test_what_a_killed_run_logged_after_its_checkpoint_is_taken_out(run):
     wanted = {tag: _scalars(folder, tag) for tag in ("train/loss", "val/loss")}
     checkpoint = folder / "checkpoints" / "last.ckpt"
     kept = _last(folder)
-    run("ahead", *often, "--trainer.callbacks", json.dumps(_callback("Stop", step=2)))
-    ahead = folder.parent / "ahead" / "checkpoints" / "last.ckpt"
-    early = torch.load(ahead, weights_only=True)
-    early["written_at"] = kept["written_at"] - 1e-3
     (file,) = folder.glob("tensorboard/events*")
     whole = file.read_bytes()
     file.write_bytes(whole + whole[:20])
@@ -363,3 +388,25 @@ def test_saving_in_the_middle_of_a_step_cannot_be_asked_for(run):
     assert code == 2
     assert "checkpoint.save_on_exception would save in the middle of a step" in said
     assert not Path(folder).exists()
+
+
+def _own_checkpoints(**arguments):
+    return {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": arguments}
+
+
+@pytest.mark.parametrize("asked", [{"train_time_interval": "0:00:00"}, {"save_on_exception": True}])
+def test_nor_of_a_callback_beside(run, asked):
+    code, said, folder = run("run", *ACCUMULATE, "--trainer.callbacks", json.dumps([_own_checkpoints(**asked)]))
+    assert code == 2
+    assert f"trainer.callbacks: ModelCheckpoint.{next(iter(asked))} would save in the middle of a step" in said
+    assert not Path(folder).exists()
+
+
+@pytest.mark.slow
+def test_a_callback_beside_does_not_save_what_it_goes_on_from_amid_the_next_step(run, tmp_path):
+    stopped = json.dumps(_callback("Stop", step=3))
+    run("run", *ACCUMULATE, "--trainer.callbacks", stopped)
+    own = _own_checkpoints(dirpath=str(tmp_path / "own"), every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    code, said, _ = run("run", *ACCUMULATE, "--ckpt_path", "last", "--trainer.callbacks", json.dumps([own]))
+    assert code == 0, said
+    assert {file.name for file in (tmp_path / "own").iterdir()} == {f"step={step}.ckpt" for step in (4, 5, 6)}

@@ -17,7 +17,7 @@ WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "repeat_interleave",
 NO_MESSAGE = {"wait_tensor", "_wrap_tensor_autograd"}
 
 
-class _Counter(TorchDispatchMode):
+class MessageCounter(TorchDispatchMode):
     """Counts, on a CPU, what would be a message or a wait on a device.
 
     A tensor made from Python's numbers, and what is computed of such alone, lies in main memory whatever the device.
@@ -57,12 +57,12 @@ class CountSteps(Callback):
 
     def __init__(self, out: str, step: int = 3) -> None:
         self.out, self.step = Path(out), step
-        self._counter: _Counter | None = None
+        self._counter: MessageCounter | None = None
         self._tolist = torch.Tensor.tolist
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step == self.step and self._counter is None:
-            self._counter = counter = _Counter()
+            self._counter = counter = MessageCounter()
 
             def tolist(tensor):
                 counter.waits["tolist"] += not counter.is_in_cpu_op

@@ -23,6 +23,15 @@ def test_a_layout_that_does_not_fit_is_refused(parallel, world_size, said):
         ParallelConfig(**parallel).check(world_size, tiny_config())
 
 
+def test_gate_and_up_that_are_apart_are_each_divided():
+    """An odd width: the two together are even, which is enough only where they are one matrix."""
+    parallel, apart = ParallelConfig(data=2), {"router": "autonomy", "router_options": {"d_low": 8}}
+    with pytest.raises(ConfigError, match=": moe_intermediate_size is 49 in layer 0, which 2 data ranks do not divide"):
+        parallel.check(2, tiny_config(moe_intermediate_size=49, **apart))
+    parallel.check(2, tiny_config(moe_intermediate_size=49))
+    parallel.check(2, tiny_config(**apart))
+
+
 def test_every_layer_is_checked():
     config = tiny_config(num_experts=[4, 6], num_hidden_layers=2)
     with pytest.raises(ConfigError, match="layer 1 has 6 experts"):

@@ -6,11 +6,14 @@ import resource
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from moebed import storage
-from tests.parallel.forked import Ranks, run, start
+from moebed.not_finite import NotFinite
+from tests.parallel.forked import Ranks, call, run, start
 from tests.parallel.parallel_runs import curves, fit, recipe
 
 STEPS = 120
@@ -184,3 +187,20 @@ def test_sigterm_saves_and_the_run_continues(tmp_path, layout):
     found, wanted = curves(folder), curves(tmp_path / "whole")
     for tag in EXACT:
         assert found[tag] == wanted[tag], tag
+
+
+def _look_at_infinite_gradients(rank: int, world_size: int) -> None:
+    """What a rank does under a loss scaler, by the losses of both."""
+    precision = SimpleNamespace(scaler=object())
+    trainer = SimpleNamespace(world_size=world_size, is_global_zero=rank == 0, precision_plugin=precision)
+    module = SimpleNamespace(trainer=trainer, config=SimpleNamespace(moe_layers=[0]), global_step=3, global_rank=rank)
+    nan = float("nan")
+    for losses, skips in (((1.0, 1.0), False), ((1.0, nan), True), ((nan, 1.0), True), ((1.0, 1.0), False)):
+        not_finite, loss = NotFinite("skip"), torch.tensor(losses[rank])
+        not_finite.watch(loss, [loss])
+        assert not_finite.skips(module, torch.tensor(float("inf"))) is skips, losses
+
+
+def test_ranks_with_a_loss_scaler_agree_whose_loss_is_not_finite():
+    """One rank's loss is, the other's is not: neither may ask for the other's report alone."""
+    call(_look_at_infinite_gradients, 2)

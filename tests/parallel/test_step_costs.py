@@ -3,9 +3,15 @@
 import json
 
 import pytest
+import torch
 import yaml
 
-from tests.parallel.forked import run
+from moebed.decoder import Decoder
+from moebed.parallel.config import ParallelConfig
+from moebed.parallel.sharding import Layout
+from tests.conftest import tiny_config
+from tests.parallel.counting import MessageCounter
+from tests.parallel.forked import call, run
 from tests.parallel.parallel_runs import fit, recipe
 
 LAYERS = 2  # of the recipe, both with experts; balanced over the whole batch, with a shared expert
@@ -88,3 +94,23 @@ def test_a_step_costs_what_it_must(tmp_path, layout, accumulate, logged):
 @pytest.mark.parametrize(("layout", "accumulate", "logged"), LONG)
 def test_a_step_costs_what_it_must_in_every_layout(tmp_path, layout, accumulate, logged):
     _check(tmp_path, layout, accumulate, logged)
+
+
+def _step_whose_router_runs_the_experts(rank, world_size, router, options, wanted):
+    config = tiny_config(router=router, router_options=options)
+    decoder = Decoder(config).train()
+    Layout(ParallelConfig(data=world_size), world_size, "cpu").apply(decoder, torch.device("cpu"))
+    for one in decoder.routers:
+        one.begin_step(0)
+    with MessageCounter() as counter:
+        decoder(torch.arange(32).view(2, 16) + rank).logits.square().mean().backward()
+    assert counter.messages["_allgather_base_"] == wanted, counter.messages
+
+
+@pytest.mark.parametrize(
+    ("router", "options"),
+    [("softmax_topk", {}), ("expert_norm", {}), ("competesmoe", {"competition_rate": 1.0})],
+)
+def test_experts_that_their_router_ran_are_gathered_once(router, options):
+    """Each layer's rest and experts forward and backward; embedding, norm and head, which stay, once."""
+    call(_step_whose_router_runs_the_experts, 2, router, options, 2 * 2 * LAYERS + 1)
