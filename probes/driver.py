@@ -185,10 +185,10 @@ def _show_experts(view: LayerView, probes: Sequence[Probe], timing: Timing) -> N
         mark = _now()
 
 
-def _place(key: str) -> int:
-    """Sorts arrays by layer, those of none first."""
+def _place(key: str) -> tuple[int, str]:
+    """Sorts arrays by layer, those of none first and by name: which layer stored them depends on what was kept."""
     layer = layer_of(key)
-    return -1 if layer is None else layer
+    return (-1, key) if layer is None else (layer, "")
 
 
 def _now() -> float:

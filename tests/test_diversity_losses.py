@@ -25,7 +25,6 @@ def _module(**changes) -> MoEModule:
     torch.manual_seed(0)
     changes = {"vocab_size": 60, "router_aux_loss_coef": 0.0, **changes}
     module = MoEModule(tiny_config(**changes))
-    module._log = lambda *_: None  # a trainer's
     return module
 
 
@@ -117,10 +116,10 @@ def test_both_losses_flow_into_the_experts_and_fall():
 def test_the_total_is_the_weighted_sum_and_what_is_logged_is_not_weighted():
     module = _module(**ON)
     logged = {}
-    module._log = lambda name, value, *_: logged.update({name: value.item()})
+    module._note = lambda name, value: logged.update({name: value.item()})
     terms = module._forward_terms(*_batch())
     total = module._balancing_losses(terms) + module._router_losses(terms)
-    output, weight = logged["train/output_diversity_loss"], logged["train/weight_diversity_loss"]
+    output, weight = logged["output_diversity_loss"], logged["weight_diversity_loss"]
     assert total.item() == pytest.approx(0.1 * output + 0.1 * weight, rel=1e-5)
     assert weight > 0
 
@@ -131,7 +130,7 @@ def test_off_costs_nothing(monkeypatch):
     monkeypatch.setattr("moebed.decoder.weight_similarity", lambda *_: pytest.fail("weights were looked at"))
     logged = set()
     module = _module()
-    module._log = lambda name, *_: logged.add(name)
+    module._note = lambda name, *_: logged.add(name)
     terms = module._forward_terms(*_batch())
     module._balancing_losses(terms)
     module._router_losses(terms)
