@@ -31,7 +31,7 @@ def test_intervals_hold_what_they_say(texts):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.xfail(reason="intervals of the largest of several numbers, and of the divergence, hold up to 99.7 %: README")
+@pytest.mark.xfail(reason="of the largest of several, and of the divergence, they hold up to 99.7 %: README")
 @pytest.mark.parametrize("texts", [1, 2, 3, 4, 5, 8, 12])
 def test_every_headline_of_routing_holds_what_it_says(texts):
     found = coverage(texts, 1000)
