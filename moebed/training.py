@@ -129,7 +129,7 @@ class TrainingCLI(LightningCLI):
         return parser
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """The one that is called: a parser of each takes most of a second."""
+        """The one that is called; the others' parsers are not built."""
         return {self._command: super().subcommands()[self._command]}
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
