@@ -51,11 +51,11 @@ class ChosenVsRest(Probe):
                 known = np.isfinite(difference)
                 if not known.any():
                     continue
-                self.arrays |= {key: arrays[key] for key in ("unit_stratum", "unit_texts")}
-                unit, units = arrays[f"unit/{layer}"][known], len(arrays["unit_stratum"])
-                total = without(np.bincount(unit, difference[known], units))
-                count = without(np.bincount(unit, minlength=units))
-                rest = np.divide(total, count, out=np.full(units, np.nan), where=count > 0)
+                self.arrays["unit_stratum"] = arrays["unit_stratum"]
+                unit, stratum = arrays[f"unit/{layer}"][known], arrays["unit_stratum"]
+                total = without(np.bincount(unit, difference[known], len(stratum)), stratum)
+                count = without(np.bincount(unit, minlength=len(stratum)).astype(np.float64), stratum)
+                rest = np.divide(total, count, out=np.full(len(stratum), np.nan), where=count > 0)
                 keep(self.arrays, f"difference/{layer}", difference[known].mean(), rest)
 
     @classmethod

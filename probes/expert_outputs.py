@@ -96,7 +96,8 @@ class ExpertOutputs(Probe):
             if short:
                 cosines.append(cosine)
         angular, taken_of = by_unit.sum(dim=0), np.bincount(units.of_token[taken.numpy()], minlength=len(units.stratum))
-        rest = without(by_unit.cpu().numpy()) / np.maximum(without(taken_of.astype(np.float64)), 1)[:, None]
+        counted = without(taken_of.astype(np.float64), units.stratum)
+        rest = without(by_unit.cpu().numpy(), units.stratum) / np.maximum(counted, 1e-12)[:, None]
         self.arrays |= units.arrays() | {f"pairs{WITHOUT}/{view.index}": rest.astype(np.float32)}
         found = {
             "output_angular_mean": to_square((angular / len(taken)).float(), len(outputs)),

@@ -55,7 +55,7 @@ class WeightVsOutput(Probe):
             # Its pairs (i, j) come by i > j; those above a diagonal by j.
             first, second = np.triu_indices(count, k=1)
             rest = outputs[f"pairs{WITHOUT}/{layer}"][:, second * (second - 1) // 2 + first]  # (U, P)
-            self.arrays |= {key: outputs[key] for key in ("unit_stratum", "unit_texts")}
+            self.arrays["unit_stratum"] = outputs["unit_stratum"]
             for ending, (probe, key, _) in _KINDS.items():
                 for name in MATRICES:
                     values = found.get(probe, {}).get(f"{key}/{layer}/{name}")
