@@ -6,9 +6,9 @@ compared within their domain; many are put together. One text cannot say what an
 Nor can stretches of it stand for texts: attention carries its beginning into all of them (of a long text ten stretches
 hold 56 to 96 %, not 95, in the simulation that the tests make for several texts).
 
-A statistic is computed anew without each unit in turn (the jackknife). From these values follow a standard error and
-what the number of texts adds to the statistic; Student's t about what is left makes the interval. It holds what it says
-from two units on for whatever is smooth in the units' sums: means, shares, correlations. Nothing is drawn at random.
+A statistic is computed anew without each unit in turn (the jackknife). The spread of these values is a standard error,
+and with Student's t it makes an interval that holds what it says from two units on, for whatever is smooth in the
+units' sums and is raised or lowered by few texts by less than it varies. Nothing is drawn at random.
 
 The largest of several is not smooth, and few texts raise it by more than it varies. No interval is given for such a
 number: of those tried none holds it, whatever the model (``tests/probes/simulate_maxima.py`` has the table).
@@ -35,7 +35,6 @@ LARGEST = (
     "no interval, as it is the largest of several, which few texts raise: with more it would be lower, and by how "
     "much cannot be told"
 )
-ROUNDING = 3e-7  # of float32, in which values are kept
 WITHOUT = "_without"  # ends the key of a statistic's values without each unit
 ANY = (-math.inf, math.inf)
 SHARE = (0.0, 1.0)
@@ -122,21 +121,34 @@ def jackknife(
     from scipy.stats import t as student
 
     values, stratum = np.asarray(values_without, np.float64), np.asarray(stratum)
-    variance, added = np.zeros(values.shape[1:]), np.zeros(values.shape[1:])
-    compared, freedom = 0, 0
-    for number in np.unique(stratum):
-        mine = values[stratum == number]
-        if (count := len(mine)) > 1:
-            variance = variance + (count - 1) * mine.var(axis=0)
-            more = mine.mean(axis=0) - value
-            added = added + (count - 1) * np.where(np.abs(more) > ROUNDING * np.abs(value), more, 0.0)
-            compared, freedom = compared + count, freedom + count - 1
+    groups = _compared(values, stratum)
+    freedom = sum(len(mine) - 1 for mine in groups)
     if not freedom:
         return np.full((2, *values.shape[1:]), np.nan)
-    scale = len(values) / compared
-    centre, reach = value - scale * added, student.ppf(TAIL, freedom) * np.sqrt(scale * variance)
-    ends = np.clip(np.stack([centre - reach, centre + reach]), *within)
+    variance = sum((len(mine) - 1) * mine.var(axis=0) for mine in groups) * len(values) / sum(map(len, groups))
+    reach = student.ppf(TAIL, freedom) * np.sqrt(variance)
+    ends = np.clip(np.stack([value - reach, value + reach]), *within)
     return np.where(np.isfinite(ends), ends, np.nan)
+
+
+def added_by_few(value: float, values_without: np.ndarray, stratum: np.ndarray) -> float:
+    """What few texts add to a statistic, by the jackknife; exact for the square of a mean.
+
+    Args:
+        value: Of all units.
+        values_without: (U,) without each unit, as from :func:`without`.
+        stratum: (U,) units are compared within these.
+    """
+    values = np.asarray(values_without, np.float64)
+    groups = _compared(values, np.asarray(stratum))
+    more = sum((len(mine) - 1) * (float(mine.mean()) - value) for mine in groups)
+    return more * len(values) / max(sum(map(len, groups)), 1)
+
+
+def _compared(values: np.ndarray, stratum: np.ndarray) -> list[np.ndarray]:
+    """The values (U, ...) by stratum, of those that have two units or more."""
+    groups = [values[stratum == number] for number in np.unique(stratum)]
+    return [mine for mine in groups if len(mine) > 1]
 
 
 def keep(arrays: dict[str, np.ndarray], key: str, value: float | np.ndarray, values_without: np.ndarray) -> None:

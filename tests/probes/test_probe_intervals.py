@@ -13,7 +13,17 @@ from moebed.walking import walk
 from probes.driver import run_probes
 from probes.provenance import weights_alone
 from probes.registry import PROBES
-from probes.resampling import LARGEST, MOST_UNITS, SHARE, Units, jackknife, sequence_units, units_of, without
+from probes.resampling import (
+    LARGEST,
+    MOST_UNITS,
+    SHARE,
+    Units,
+    added_by_few,
+    jackknife,
+    sequence_units,
+    units_of,
+    without,
+)
 
 LEAST, MOST = 0.92, 0.97
 
@@ -81,11 +91,10 @@ def test_of_a_mean_it_is_students():
     assert jackknife(0.9, np.array([0.85, 0.95]), np.zeros(2), SHARE)[1] == 1.0
 
 
-def test_what_few_texts_add_is_taken_off():
-    """The square of a mean is too large by the variance of the mean, whose estimate the jackknife has exactly."""
+def test_what_few_texts_add_to_the_square_of_a_mean_is_the_variance_of_the_mean():
     values, one = np.random.default_rng(0).normal(3, 1, 6), np.zeros(6, int)
-    low, high = jackknife(values.mean() ** 2, np.square(without(values, one) / 6), one)
-    assert (low + high) / 2 == pytest.approx(values.mean() ** 2 - values.var(ddof=1) / 6)
+    added = added_by_few(values.mean() ** 2, np.square(without(values, one) / 6), one)
+    assert added == pytest.approx(values.var(ddof=1) / 6)
 
 
 def test_what_differs_between_domains_is_no_spread():
