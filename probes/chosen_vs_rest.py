@@ -82,8 +82,9 @@ class ChosenVsRest(Probe):
         verdict = (
             "more alike than" if low > 0 else "less alike than" if high < 0 else "as alike, as far as can be told, as"
         )
-        sentence = (
-            f"Experts chosen together are {verdict} those left out: their outputs at a token have cosine {both:.3f}, "
+        sentence = f"Experts chosen together are {verdict} those left out: their" if ends else "Of chosen experts the"
+        sentence += (
+            f" outputs at a token have cosine {both:.3f}, "
             f"those of two experts left out {neither:.3f}; the difference is {value:+.3f}, 0 if the choice were blind."
         )
         headlines = {"difference": Headline(value, sentence, ends)}
