@@ -3,6 +3,10 @@
 A small decoder reads many made-up texts: each has its own vocabulary, within that of its domain, and its own length,
 and a token depends on the one before. What the probes find in all of them is the truth that an interval is to hold.
 Then they are shown a few of the texts at a time.
+
+``simulate_intervals.py N DOMAINS ROUTER`` is N times, of texts of so many domains, with another router. A last
+argument, ``stretches``, shows them ten stretches of one long text as if they were texts; the truth is that of many long
+texts of the same vocabulary. It is why one text has no interval.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from probes.registry import BY_NAME_ONLY, PROBES, STATIC_PROBES
 VOCABULARY, HIDDEN = 48, 16
 SHORTEST, LONGEST = 30, 70  # tokens of a text
 POPULATION = 1200  # texts of each domain
+STRETCHES, STRETCH, LONG_POPULATION = 10, 40, 500  # stretches of a long text, their tokens, long texts
 OF_DOMAIN, OF_TEXT, KEPT = 0.7, 1.0, 0.3  # spreads of an id's log frequency; how often a token is the one before
 TEXTS = (1, 2, 3, 5, 8, 12)
 WITH_TEXT = tuple(name for name in PROBES if name not in STATIC_PROBES and name not in BY_NAME_ONLY)
@@ -60,10 +65,12 @@ class Population:
         text = self.head.text
         tokens = torch.cat([self._tokens(number) for number in chosen.tolist()])
         part = ProbeText(text.input_ids[chosen], text.token_mask[chosen], text.domain[chosen], text.domains)
-        probes = [PROBES[name]() for name in (*STATIC_PROBES, *names)]
-        for probe in probes:
+        sources = {one for name in names for one in (*PROBES[name].sources, *PROBES[name].optional_sources)}
+        static = [PROBES[name]() for name in STATIC_PROBES if name in sources]
+        probes = [PROBES[name]() for name in names]
+        for probe in static + probes:
             self._prepare(probe, tokens)
-        one_pass = ProbePass(probes, shown=probes[len(STATIC_PROBES) :])
+        one_pass = ProbePass(static + probes, shown=probes)
         for view in self.views:
             one_pass.show(_part(view, tokens, part))
         one_pass.show(HeadView(part, self.head.predicted[tokens], self.head.loss[tokens]))
@@ -123,10 +130,22 @@ def _texts(rng: np.random.Generator, domains: int) -> ProbeText:
     return ProbeText(ids, torch.from_numpy(mask), torch.from_numpy(domain), tuple("ab"[:domains]))
 
 
+def _long_texts(rng: np.random.Generator) -> ProbeText:
+    """Texts of one vocabulary, each as long as its stretches."""
+    prefers = np.hypot(OF_DOMAIN, OF_TEXT) * rng.normal(size=VOCABULARY)
+    share = np.exp(prefers) / np.exp(prefers).sum()
+    ids = rng.choice(VOCABULARY, size=(LONG_POPULATION, STRETCHES * STRETCH), p=share)
+    again = rng.random(ids.shape) < KEPT
+    for token in range(1, ids.shape[1]):
+        ids[:, token] = np.where(again[:, token], ids[:, token - 1], ids[:, token])
+    mask, domain = torch.ones(ids.shape, dtype=torch.bool), torch.zeros(len(ids), dtype=torch.int64)
+    return ProbeText(torch.from_numpy(ids), mask, domain)
+
+
 @lru_cache(maxsize=1)
-def population(router: str, domains: int) -> Population:
-    """Many texts of these domains, as a model reads them."""
-    text = _texts(np.random.default_rng(7), domains)
+def population(router: str, domains: int, stretches: bool = False) -> Population:
+    """Many texts of these domains, as a model reads them; or many long ones, whose stretches stand for texts."""
+    text = _long_texts(np.random.default_rng(7)) if stretches else _texts(np.random.default_rng(7), domains)
     decoder = _decoder(router, 0)
     static = [PROBES[name]() for name in STATIC_PROBES]
     one_pass = ProbePass(static)
@@ -143,6 +162,10 @@ def population(router: str, domains: int) -> Population:
     for view in walk(before, text, frozenset({Need.ROUTING})):
         if isinstance(view, LayerView):
             saturation.update(view)
+    if stretches:
+        count = LONG_POPULATION * STRETCHES
+        mask, domain = torch.ones(count, STRETCH, dtype=torch.bool), torch.zeros(count, dtype=torch.int64)
+        head = replace(head, text=ProbeText(text.input_ids.view(count, STRETCH), mask, domain))
     return Population(views, head, saturation.arrays, known)
 
 
@@ -155,11 +178,21 @@ def coverage(
     wanted = [len(range(number, texts, domains)) for number in range(domains)]
     # All texts, with the domains in the proportions of the few.
     every = [mine[: len(mine) * count // max(wanted)] for mine, count in zip(of_domain, wanted, strict=True)]
-    truth = whole.probed(np.concatenate(every), names)
+    some = [
+        np.concatenate([rng.choice(mine, count, replace=False) for mine, count in zip(of_domain, wanted, strict=True)])
+        for _ in range(simulated)
+    ]
+    return _held(whole, some, np.concatenate(every), names)
+
+
+def _held(
+    whole: Population, some: Sequence[np.ndarray], every: np.ndarray, names: Sequence[str]
+) -> dict[str, tuple[float, float]]:
+    """Of intervals from some texts each, of what every one shows."""
+    truth = whole.probed(every, names)
     held, width = defaultdict(list), defaultdict(list)
-    for _ in range(simulated):
-        chosen = [rng.choice(mine, count, replace=False) for mine, count in zip(of_domain, wanted, strict=True)]
-        for name, result in whole.probed(np.concatenate(chosen), names).items():
+    for chosen in some:
+        for name, result in whole.probed(chosen, names).items():
             for key, headline in result.headlines.items():
                 if headline.interval is not None:
                     low, high = headline.interval
@@ -168,12 +201,23 @@ def coverage(
     return {key: (float(np.mean(found)), float(np.median(width[key]))) for key, found in held.items()}
 
 
-def main(simulated: int = 1000, domains: int = 1, router: str = "softmax_topk") -> None:
+def coverage_of_stretches(simulated: int) -> dict[str, tuple[float, float]]:
+    """The same of one long text whose stretches stand for texts."""
+    rng, whole = np.random.default_rng(1), population("softmax_topk", 1, True)
+    rows = np.arange(LONG_POPULATION * STRETCHES).reshape(LONG_POPULATION, STRETCHES)
+    return _held(whole, [rng.choice(rows) for _ in range(simulated)], rows.ravel(), WITH_TEXT)
+
+
+def main(simulated: int = 1000, domains: int = 1, router: str = "softmax_topk", what: str = "texts") -> None:
     """Print the table."""
     torch.set_num_threads(1)
     found = {}
+    if what == "stretches":
+        for key, (held, _) in sorted(coverage_of_stretches(simulated).items()):
+            print(f"| `{key}` | {held:.1%} |")
+        return
     for count in TEXTS:
-        found[count] = coverage(count, simulated, domains, router)
+        found[count] = coverage(count, simulated if count > domains else 1, domains, router)
         print(f"{count} texts: {len(found[count])} headlines", file=sys.stderr, flush=True)
     print("| headline | " + " | ".join(f"{count} text{'s' if count > 1 else ''}" for count in TEXTS) + " |")
     print("|---|" + "---|" * len(TEXTS))
