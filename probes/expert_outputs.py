@@ -44,7 +44,7 @@ class ExpertOutputs(Probe):
     Stored for each layer: ``output_angular_mean (E', E')``, mean over the tokens taken, diagonal 1; ``num_experts``, E;
     ``others``, labels of the rows after the routed ones; ``num_tokens``, T; ``tokens_taken (T',)``, indices among the
     T; ``unit (T',)``, which unit of the text each is of (``probes.resampling``); ``pairs_without (U, P)``, angular
-    similarity of each pair averaged over the tokens of all units but each; where there are such pairs,
+    similarity of each pair averaged over the tokens without each unit in turn; where there are such pairs,
     ``token_cos_chosen (T',)``, ``token_cos_other`` and ``token_cos_mixed``, mean cosine over pairs of routed experts of
     which both, none or one are chosen for the token. Of texts of up to 64 tokens also ``output_cos (T, E', E')`` and
     ``chosen (T, K)``, and stored once ``token_ids (T,)`` and ``token_text (T,)``.
