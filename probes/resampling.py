@@ -4,7 +4,7 @@ Tokens of one text are anything but independent, so a text is the unit: an inter
 many texts of the same kind lies, with the domains in the same proportions. Several texts are the units themselves,
 compared within their domain; many are put together. One text cannot say what another would show, and has no interval.
 Nor can stretches of it stand for texts: attention carries its beginning into all of them (of a long text ten stretches
-hold 56 to 96 %, not 95, in the simulation that the tests make for several texts).
+hold 30 to 95 %, not 95, as ``tests/probes/simulate_intervals.py`` finds).
 
 A statistic is computed anew without each unit in turn (the jackknife). The spread of these values is a standard error,
 and with Student's t it makes an interval that holds what it says from two units on, for whatever is smooth in the
