@@ -13,6 +13,12 @@ def interpreted() -> bool:
     return not isinstance(activate, triton.runtime.JITFunction)
 
 
+def version() -> tuple[int, int]:
+    """Triton's version, (3, 9) for 3.9.0."""
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
 def constants(dtype: torch.dtype) -> dict[str, str | bool]:
     """The constexprs PRECISION and UPCAST of a launch on dtype.
 

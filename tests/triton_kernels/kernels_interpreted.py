@@ -67,7 +67,8 @@ with interpreting():
     combining = importlib.import_module("triton_kernels.combine")
     combine_reference = importlib.import_module("triton_kernels.combine.reference")
     configs = importlib.import_module("triton_kernels.configs")
-    parts = importlib.import_module("triton_kernels.grouped.parts")
+    launching = importlib.import_module("triton_kernels.launching")
+    fallback = importlib.import_module("triton_kernels.mlp.fallback")
     triton_interpreter = importlib.import_module("triton.runtime.interpreter")
 
 

@@ -11,11 +11,12 @@ from kernels_interpreted import (  # noqa: F401
     combining,
     configs,
     errors,
+    fallback,
     interpreter,
     kernels,
+    launching,
     make_case,
     op,
-    parts,
     reference,
     routing,
     run,
@@ -111,13 +112,9 @@ def test_a_reach_out_of_a_tensor_is_seen(interpreter):  # noqa: F811
     rows, slot = torch.zeros(4, 8), torch.tensor([0, 4], dtype=torch.int32)
     with pytest.raises(triton_interpreter.InterpreterError, match="out of the tensors"):
         combining.combine(rows, slot, None, 1, configs.INTERPRETED)
-    index = torch.zeros(4, 1, dtype=torch.int32)
-    meta = routing.allocate(index, 1, 64)
+    counts, totals = torch.zeros(2, 3, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
     with pytest.raises(triton_interpreter.InterpreterError, match="out of the tensors"):
-        routing.tiles_kernel[(1,)](
-            torch.tensor([0, 4], dtype=torch.int32), meta.tile_expert, meta.tile_start, meta.tile_count, 2,
-            E=1, BLOCK_M=64, BLOCK=16, BLOCK_E=1,
-        )  # fmt: skip
+        routing.scan_kernel[(3,)](counts, totals, 3, SCAN=16)
 
 
 @pytest.mark.parametrize("name", ["interpreted", "hopper"])
@@ -128,7 +125,7 @@ def test_an_index_outside_reaches_nothing(shuffled, monkeypatch, name):  # noqa:
     outside = torch.rand(70, 2) < 0.3
     outside[0] = True  # a token without any expert
     wild = torch.tensor([-1, 4, 5, 2**31 - 1, -(2**31)])[torch.randint(5, (70, 2))]
-    monkeypatch.setattr(op, "check_index", lambda index, num_experts: None)
+    monkeypatch.setattr(op, "check_inside", lambda *checked: None)
     actual = run(case._replace(topk_index=torch.where(outside, wild, case.topk_index)))
     silent = case._replace(topk_weight=case.topk_weight.detach().masked_fill(outside, 0).requires_grad_())
     expected = reference(silent)
@@ -157,7 +154,7 @@ def test_inference_saves_nothing(interpreter):  # noqa: F811
     with torch.no_grad():
         assert torch.equal(kernels.expert_mlp(*case), expected)
     x, gate_up, down, index, weight, activation = (t.detach() if torch.is_tensor(t) else t for t in case)
-    assert op.forward_op(x, gate_up, down, index.int(), weight, activation, False)[1].numel() == 0
+    assert op.forward_op(x, gate_up, down, index, weight, activation, False, False)[1].numel() == 0
 
 
 def test_views_are_copied_first(interpreter):  # noqa: F811
@@ -196,11 +193,12 @@ def test_the_ops_keep_their_contract(interpreter):  # noqa: F811
     """Schema, fake kernels against real ones, and autograd registered where it belongs."""
     x, gate_up, down, index, weight, activation = make_case(20, 3, 2)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(op.forward_op, (x, gate_up, down, index.int(), weight, activation, True), test_utils=tests)
-    _, pre, *meta = op.forward_op(x, gate_up, down, index.int(), weight, activation, True)
-    tensors = [t.detach() for t in (torch.randn(x.shape), x, gate_up, down, weight, pre)]
+    arguments = (x, gate_up, down, index, weight, activation, True, False)
+    torch.library.opcheck(op.forward_op, arguments, test_utils=tests)
+    _, pre, buffer = op.forward_op(*arguments)
+    tensors = [t.detach() for t in (torch.randn(x.shape), x, gate_up, down, index, weight, pre, buffer)]
     for needs in ([True] * 4, [False, True, False, True]):
-        torch.library.opcheck(op.backward_op, (*tensors, meta, activation, needs), test_utils=tests)
+        torch.library.opcheck(op.backward_op, (*tensors, activation, needs, False), test_utils=tests)
 
 
 def test_a_persistent_launch_leaves_the_callers_allocator(interpreter, monkeypatch):  # noqa: F811
@@ -217,13 +215,13 @@ def test_a_persistent_launch_leaves_the_callers_allocator(interpreter, monkeypat
     def callers(size, alignment, stream):
         return None
 
-    monkeypatch.setattr(parts, "interpreted", lambda: False)
+    monkeypatch.setattr(launching, "interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
     triton.set_allocator(callers)
-    parts.launch_persistent(Kernel(), torch.device("cuda"), 1000, "x", num_warps=8)
-    parts.launch_persistent(Kernel(), torch.device("cuda"), 5, "x", num_warps=8)
+    launching.launch_persistent(Kernel(), torch.device("cuda"), 1000, "x", num_warps=8)
+    launching.launch_persistent(Kernel(), torch.device("cuda"), 5, "x", num_warps=8)
     assert [(grid, arguments) for grid, arguments, _ in seen] == [((132,), ("x",)), ((5,), ("x",))]
-    assert all(allocator is parts._scratch for *_, allocator in seen)
+    assert all(allocator is launching._scratch for *_, allocator in seen)
     assert _allocation._allocator.get() is callers
 
 
@@ -245,7 +243,7 @@ def test_activation_checkpointing(interpreter):  # noqa: F811
 def test_what_the_kernels_cannot_take_goes_to_the_reference(interpreter, changes, why):  # noqa: F811
     case = make_case(**{"tokens": 30, "num_experts": 4, "top_k": 2, **changes})
     assert why in checks.why_not(case.x, case.gate_up, 2)
-    kernels._say.cache_clear()
+    fallback.say.cache_clear()
     with pytest.warns(UserWarning, match=why):
         results = run(case)
     for actual, expected in zip(results, reference(case), strict=True):
@@ -293,6 +291,6 @@ def test_an_old_gpu_or_no_triton_goes_to_the_reference(interpreter, monkeypatch)
 
     assert "7.5" in checks.why_not(OnCuda(), case.gate_up, 2)
     monkeypatch.setattr(checks, "has_triton", lambda: False)
-    kernels._say.cache_clear()
+    fallback.say.cache_clear()
     with pytest.warns(UserWarning, match="Triton is not installed"):
         _agree(case)
