@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import triton
 
@@ -17,6 +18,17 @@ def version() -> tuple[int, int]:
     """Triton's version, (3, 9) for 3.9.0."""
     major, minor = triton.__version__.split(".")[:2]
     return int(major), int(minor)
+
+
+def interpreter_fault() -> str | None:
+    """Why this Triton cannot interpret with this NumPy, or None."""
+    if version() < (3, 7) and np.lib.NumpyVersion(np.__version__) >= "2.5.0":
+        # It takes scalars out of arrays of one element, which NumPy no longer does.
+        return (
+            f"Triton {triton.__version__} cannot interpret with NumPy {np.__version__}: install Triton 3.7 or newer, or"
+            " NumPy below 2.5"
+        )
+    return None
 
 
 def constants(dtype: torch.dtype) -> dict[str, str | bool]:

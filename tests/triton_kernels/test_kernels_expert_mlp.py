@@ -1,5 +1,6 @@
 """``expert_mlp`` in the interpreter: values and all gradients against float64, one token at a time."""
 
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -12,11 +13,14 @@ from kernels_interpreted import (  # noqa: F401
     configs,
     errors,
     fallback,
+    grad_weight,
     interpreter,
     kernels,
     launching,
     make_case,
     op,
+    pieces,
+    precision,
     reference,
     routing,
     run,
@@ -134,6 +138,76 @@ def test_an_index_outside_reaches_nothing(shuffled, monkeypatch, name):  # noqa:
     assert not actual[4][outside].any()
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["interpreted", "hopper"])
+def test_ragged_assignments_pass_no_product(shuffled, monkeypatch, name):  # noqa: F811
+    """Weight 0 or index -1: no row, no gradient of the weight, and what such an index says does not matter."""
+    monkeypatch.setattr(op, "choose", lambda *device: configs.BY_NAME[name])
+    rows, route = [], op.route
+    monkeypatch.setattr(op, "route", lambda *args: rows.append(route(*args)) or rows[-1])
+    case = make_case(70, 4, 3)
+    absent, idle = torch.rand(70, 3) < 0.2, torch.rand(70, 3) < 0.3
+    idle[0], absent[5], idle[40] = True, True, True  # tokens without any expert
+    weight = case.topk_weight.detach().masked_fill(idle, 0).requires_grad_()
+    index = case.topk_index.masked_fill(idle, 1000).masked_fill(absent, -1)
+    actual = run(
+        case._replace(topk_index=index, topk_weight=weight), functools.partial(kernels.expert_mlp, ragged=True)
+    )
+    none = absent | idle
+    silent = case._replace(topk_weight=case.topk_weight.detach().masked_fill(none, 0).requires_grad_())
+    expected = reference(silent)
+    expected[4] = expected[4].masked_fill(none, 0)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+    assert int(rows[0].offsets[-1]) == int((~none).sum())
+    assert int(rows[0].tile_count) < len(rows[0].tile_expert)
+    plain = run(
+        case._replace(topk_index=index, topk_weight=weight),
+        functools.partial(kernels.reference.expert_mlp, ragged=True),
+    )
+    for a, b in zip(plain, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+
+
+def test_an_index_of_minus_one_is_refused_unless_ragged(interpreter):  # noqa: F811
+    case = make_case(8, 4, 2)
+    with pytest.raises(ValueError, match=r"topk_index spans -1 to 3, outside the 4 experts$"):
+        kernels.expert_mlp(*case._replace(topk_index=torch.tensor([[-1, 3]]).repeat(8, 1)))
+    with pytest.raises(ValueError, match=r"spans -2 to 3, outside the 4 experts \(-1 for no expert\)"):
+        kernels.expert_mlp(*case._replace(topk_index=torch.tensor([[-2, 3]]).repeat(8, 1)), ragged=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32])
+def test_indices_of_any_integer_type(interpreter, dtype):  # noqa: F811
+    """More experts than int8 can name, too: an index is compared in 64 bits."""
+    case = make_case(40, 5, 2)
+    expected = run(case)
+    actual = run(case._replace(topk_index=case.topk_index.to(dtype)))
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    many = make_case(6, 300, 2, 8, 8, index=torch.randint(100, (6, 2)))
+    narrow = many._replace(topk_index=many.topk_index.to(dtype))
+    assert torch.equal(kernels.expert_mlp(*narrow), kernels.expert_mlp(*many))
+    assert torch.allclose(kernels.reference.expert_mlp(*narrow), kernels.expert_mlp(*many), atol=1e-5)
+
+
+@pytest.mark.parametrize("most", [2, 5, 9])
+@pytest.mark.parametrize("skew", [0.0, 2.0, 20.0], ids=["even", "skewed", "one expert"])
+def test_the_rows_of_crowded_experts_are_cut(shuffled, monkeypatch, skew, most):  # noqa: F811
+    """Pieces of 64 rows and more, as many as the loads ask for; gradients as ever."""
+    cuts, cut = [], grad_weight.cut
+    monkeypatch.setattr(grad_weight, "cut", lambda *args: cuts.append(cut(*args)) or cuts[-1])
+    monkeypatch.setattr(pieces, "most_pieces", lambda *args: most)
+    index = (torch.rand(300, 2).pow(1 + skew) * 5).long()
+    index[0] = 4  # so that the last expert has rows
+    _agree(make_case(300, 6, 2, index=index))
+    sizes = torch.bincount(index.flatten(), minlength=6)
+    assert len(cuts) == 2
+    for made in cuts:
+        units = made.unit_expert[made.unit_expert >= 0]
+        wanted = torch.repeat_interleave(torch.arange(6), (-(-sizes // made.rows)).clamp_min(1))
+        assert torch.equal(units, wanted.int())
+        assert (made.first_slot >= 0).tolist() == (sizes > made.rows).tolist()
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (0, 3), (1, 2)])
@@ -294,3 +368,31 @@ def test_an_old_gpu_or_no_triton_goes_to_the_reference(interpreter, monkeypatch)
     fallback.say.cache_clear()
     with pytest.warns(UserWarning, match="Triton is not installed"):
         _agree(case)
+
+
+def test_the_switch(interpreter, monkeypatch):  # noqa: F811
+    case, odd = make_case(30, 4, 2), make_case(30, 4, 2, width=12)
+    fallback.say.cache_clear()
+    monkeypatch.setenv(fallback.SWITCH, "forbid")
+    with pytest.warns(UserWarning, match="EXPERT_MLP_KERNELS=forbid"):
+        assert torch.equal(kernels.expert_mlp(*case), kernels.reference.expert_mlp(*case))
+    monkeypatch.setenv(fallback.SWITCH, "require")
+    with pytest.raises(ValueError, match="EXPERT_MLP_KERNELS=require, but H = 12"):
+        kernels.expert_mlp(*odd)
+    assert kernels.expert_mlp(*make_case(0, 4, 2)).shape == (0, 32)  # nothing to compute is nothing to refuse
+    _agree(case)
+    monkeypatch.setenv(fallback.SWITCH, "perhaps")
+    with pytest.raises(ValueError, match="EXPERT_MLP_KERNELS=perhaps: choose one of auto, require, forbid"):
+        kernels.expert_mlp(*case)
+
+
+def test_an_interpreter_that_cannot_is_refused_in_words(interpreter, monkeypatch):  # noqa: F811
+    """Triton 3.6 beside NumPy 2.5."""
+    case = make_case(30, 4, 2)
+    monkeypatch.setattr(precision, "version", lambda: (3, 6))
+    monkeypatch.setattr(precision.np, "__version__", "2.5.1")
+    fallback.say.cache_clear()
+    with pytest.warns(UserWarning, match="cannot interpret with NumPy 2.5.1: install Triton 3.7 or newer"):
+        _agree(case)
+    monkeypatch.setattr(precision.np, "__version__", "2.4.6")
+    assert checks.why_not(case.x, case.gate_up, 2) is None

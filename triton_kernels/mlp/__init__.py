@@ -64,7 +64,7 @@ def expert_mlp(
             raise ValueError(f"expert_mlp: {SWITCH}=require, but {reason}")
         if not torch.compiler.is_compiling():
             say(reason)
-        check_index(topk_index, len(gate_up), ragged)
+        check_index(reference.assigned(topk_index, topk_weight, ragged), len(gate_up), ragged)
         with torch.autocast(device, enabled=False):
             return reference.expert_mlp(x, gate_up, down, topk_index, topk_weight, activation, ragged)
 

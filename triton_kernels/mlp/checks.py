@@ -99,6 +99,14 @@ def capability_of(device: torch.device) -> tuple[int, int] | None:
     return None if torch.version.hip else torch.cuda.get_device_capability(device)
 
 
+@torch.compiler.assume_constant_result
+def why_not_interpreted() -> str | None:
+    """What is wrong with the interpreter, where the kernels run in it."""
+    from triton_kernels.precision import interpreter_fault
+
+    return interpreter_fault()
+
+
 @cache
 def _find_triton() -> bool:
     try:
@@ -135,6 +143,8 @@ def why_not(x: Tensor, gate_up: Tensor, top_k: int) -> str | None:
             return f"compute capability {capability[0]}.{capability[1]} is below {OLDEST[0]}.{OLDEST[1]}"
     elif x.device.type != "cpu" or not runs_on_cpu():
         return f"the kernels run on a GPU; on {x.device.type} they need TRITON_INTERPRET=1 before Triton is imported"
+    else:
+        return why_not_interpreted()
     return None
 
 

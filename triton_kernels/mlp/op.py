@@ -64,7 +64,7 @@ def forward_op(
         return combine(down_product(hidden, down, meta, config), meta.slot, weight, index.shape[1], config), pre
 
     def plain() -> tuple[Tensor, Tensor]:
-        check_index(index, experts, ragged)
+        check_index(reference.assigned(index, weight, ragged), experts, ragged)
         out = reference.expert_mlp(x, gate_up, down, index, weight, activation, ragged)
         return out, x.new_empty(index.numel() if save else 0, gate_up.shape[1])
 

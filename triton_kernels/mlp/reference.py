@@ -24,7 +24,7 @@ BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def _assigned(topk_index: Tensor, topk_weight: Tensor, ragged: bool) -> Tensor:
+def assigned(topk_index: Tensor, topk_weight: Tensor, ragged: bool) -> Tensor:
     """The index in 64 bits, -1 where ragged leaves an assignment out."""
     index = topk_index.long()  # an int8 index cannot be compared with expert 200
     return torch.where(topk_weight == 0, -1, index) if ragged else index
@@ -40,7 +40,7 @@ def expert_mlp(
     ragged: bool = False,
 ) -> Tensor:
     """Shapes as :func:`triton_kernels.expert_mlp`; any floating dtype, any H and F, differentiable by autograd."""
-    index = _assigned(topk_index, topk_weight, ragged)
+    index = assigned(topk_index, topk_weight, ragged)
     total = torch.promote_types(x.dtype, topk_weight.dtype)
     out = torch.zeros(x.shape, dtype=total, device=x.device)
     for expert in range(len(gate_up)):
@@ -62,7 +62,7 @@ def gradients(
     ragged: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gate_up, down and topk_weight for grad (T, H), where autograd is not at hand (in a custom op)."""
-    index = _assigned(topk_index, topk_weight, ragged)
+    index = assigned(topk_index, topk_weight, ragged)
     total = torch.promote_types(x.dtype, topk_weight.dtype)
     d_x = torch.zeros(x.shape, dtype=total, device=x.device)
     d_gate_up, d_down, d_weight = torch.zeros_like(gate_up), torch.zeros_like(down), torch.zeros_like(topk_weight)
