@@ -140,7 +140,7 @@ def test_no_number_of_experts_choices_or_tokens_compiles_anew(launched):
         out, kept, _ = _forward(tensors)
         _backward(out, tensors, kept)
     compiled = Counter(name for name, _ in set(launched))
-    assert {"place_kernel", "route_small_kernel", "up_persistent_kernel"} <= set(compiled)
+    assert compiled.total() == 19
     assert {name: count for name, count in compiled.items() if count != 1} == {
         "grad_weight_kernel": 4, "add_kernel": 2, "combine_kernel": 2,
     }  # fmt: skip
