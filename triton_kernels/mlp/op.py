@@ -27,6 +27,11 @@ from triton_kernels.precision import interpreted, version
 from triton_kernels.routing import allocate, route, views
 
 
+# The interpreted kernels may be in a process beside the compiled ones, and the later of two ops of a name replaces the
+# other.
+NAME = "triton_kernels::expert_mlp" + "_interpreted" * interpreted()
+
+
 def config_for(x: Tensor) -> Config:
     """The tile sizes of a launch on x."""
     capability = capability_of(x.device) if x.device.type == "cuda" else None
@@ -44,7 +49,7 @@ def _key(op: str, x: Tensor, gate_up: Tensor, activation: str) -> Hashable:
     return op, x.device, x.dtype, gate_up.shape[1:], activation
 
 
-@torch.library.custom_op("triton_kernels::expert_mlp", mutates_args=())
+@torch.library.custom_op(NAME, mutates_args=())
 def forward_op(
     x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weight: Tensor, activation: str, save: bool, ragged: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,7 +84,7 @@ def _(x, gate_up, down, index, weight, activation, save, ragged):
     return x.new_empty(x.shape), x.new_empty(rows, gate_up.shape[1]), buffer
 
 
-@torch.library.custom_op("triton_kernels::expert_mlp_backward", mutates_args=())
+@torch.library.custom_op(f"{NAME}_backward", mutates_args=())
 def backward_op(
     grad: Tensor,
     x: Tensor,
