@@ -26,7 +26,6 @@ from triton_kernels.mlp.fallback import is_refused, with_fallback
 from triton_kernels.precision import interpreted, version
 from triton_kernels.routing import allocate, route, views
 
-
 # The interpreted kernels may be in a process beside the compiled ones, and the later of two ops of a name replaces the
 # other.
 NAME = "triton_kernels::expert_mlp" + "_interpreted" * interpreted()
