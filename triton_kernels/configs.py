@@ -112,7 +112,8 @@ BLACKWELL = replace(
     archs=("sm_100",),
 )
 
-# 163 KiB: half the columns and half the depth leave room for two programs on a multiprocessor.
+# 163 KiB, and 99 on GeForce and workstation chips of three generations: half the columns and half the depth leave room
+# for two programs' memory on a multiprocessor of either.
 AMPERE = Config(
     name="ampere",
     rows=128,
@@ -122,17 +123,7 @@ AMPERE = Config(
     grad_rows=Tile(128, 32, warps=8, stages=4),
     grad_up=WeightTile(128, 128, 32, warps=8, stages=7),
     grad_down=WeightTile(128, 128, 32, warps=8, stages=7),
-    archs=("sm_80",),
-)
-
-# 99 KiB, on GeForce and workstation chips of three generations: one stage less in the deepest loops, so that two
-# programs fit still.
-CONSUMER = replace(
-    AMPERE,
-    name="consumer",
-    grad_up=replace(AMPERE.grad_up, stages=6),
-    grad_down=replace(AMPERE.grad_down, stages=6),
-    archs=("sm_86", "sm_89", "sm_120"),
+    archs=("sm_80", "sm_86", "sm_89", "sm_120"),
 )
 
 # 64 KiB, and a pipeline that passes through registers.
@@ -190,16 +181,8 @@ BLACKWELL_PLAIN = replace(
 BY_NAME = {
     config.name: config for config in (HOPPER, BLACKWELL, BLACKWELL_PLAIN, AMPERE, CONSUMER, CDNA, WIDE, INTERPRETED)
 }
-# From each compute capability on; (8, 7) is a part of the data centre's size among the small ones.
-BY_CAPABILITY = (
-    ((12, 0), CONSUMER),
-    ((10, 0), BLACKWELL),
-    ((9, 0), HOPPER),
-    ((8, 8), CONSUMER),
-    ((8, 7), AMPERE),
-    ((8, 6), CONSUMER),
-    ((8, 0), AMPERE),
-)
+# From each compute capability on; 12 is the small multiprocessor again.
+BY_CAPABILITY = (((12, 0), AMPERE), ((10, 0), BLACKWELL), ((9, 0), HOPPER), ((8, 0), AMPERE))
 # Before these versions of Triton, another table.
 BEFORE = {BLACKWELL.name: ((3, 7), BLACKWELL_PLAIN)}
 

@@ -15,7 +15,7 @@ from typing import Any
 from triton_kernels.activations import NAMES
 from triton_kernels.combine import WEIGHT_GRAD_BLOCK
 from triton_kernels.combine.kernels import combine_kernel, weight_grad_kernel
-from triton_kernels.configs import AMPERE, BLACKWELL, CDNA, CONSUMER, HOPPER, WIDE, Config, Tile, WeightTile, of_version
+from triton_kernels.configs import AMPERE, BLACKWELL, CDNA, HOPPER, WIDE, Config, Tile, WeightTile, of_version
 from triton_kernels.grouped import down, grad_hidden, grad_rows, grad_weight, pieces, up
 from triton_kernels.precision import version
 from triton_kernels.routing import constexprs as routing_constexprs
@@ -214,7 +214,7 @@ def _weight_grad(config: Config) -> KernelSpec:
 
 
 # The tables of this version of Triton, as ``choose`` takes them.
-DEVICES = tuple(of_version(each, version()) for each in (HOPPER, BLACKWELL, AMPERE, CONSUMER, CDNA, WIDE))
+DEVICES = tuple(of_version(each, version()) for each in (HOPPER, BLACKWELL, AMPERE, CDNA, WIDE))
 SHIPPED: tuple[KernelSpec, ...] = (
     *(spec for config in DEVICES for spec in _products(config, *EVEN, "")),
     *(spec for config in DEVICES for spec in _products(config, *ODD, "odd")),

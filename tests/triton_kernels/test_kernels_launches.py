@@ -295,10 +295,10 @@ def test_both_ops_launch_within_the_guard(launched, monkeypatch):
 @pytest.mark.parametrize(
     ("capability", "version", "name"),
     [
-        ((8, 0), (3, 9), "ampere"), ((8, 6), (3, 9), "consumer"), ((8, 7), (3, 9), "ampere"),
-        ((8, 9), (3, 6), "consumer"), ((9, 0), (3, 9), "hopper"), ((10, 0), (3, 9), "blackwell"),
-        ((10, 3), (3, 7), "blackwell"), ((10, 0), (3, 6), "blackwell_plain"), ((12, 0), (3, 9), "consumer"),
-        ((12, 1), (3, 6), "consumer"), (None, (3, 9), "cdna"),
+        ((8, 0), (3, 9), "ampere"), ((8, 6), (3, 9), "ampere"), ((8, 7), (3, 9), "ampere"),
+        ((8, 9), (3, 6), "ampere"), ((9, 0), (3, 9), "hopper"), ((10, 0), (3, 9), "blackwell"),
+        ((10, 3), (3, 7), "blackwell"), ((10, 0), (3, 6), "blackwell_plain"), ((12, 0), (3, 9), "ampere"),
+        ((12, 1), (3, 6), "ampere"), (None, (3, 9), "cdna"),
     ],
 )  # fmt: skip
 def test_tiles_by_capability_and_version(capability, version, name):
