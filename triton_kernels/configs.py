@@ -178,9 +178,7 @@ BLACKWELL_PLAIN = replace(
     grad_rows=replace(BLACKWELL.grad_rows, specialized=False),
 )
 
-BY_NAME = {
-    config.name: config for config in (HOPPER, BLACKWELL, BLACKWELL_PLAIN, AMPERE, CONSUMER, CDNA, WIDE, INTERPRETED)
-}
+BY_NAME = {config.name: config for config in (HOPPER, BLACKWELL, BLACKWELL_PLAIN, AMPERE, CDNA, WIDE, INTERPRETED)}
 # From each compute capability on; 12 is the small multiprocessor again.
 BY_CAPABILITY = (((12, 0), AMPERE), ((10, 0), BLACKWELL), ((9, 0), HOPPER), ((8, 0), AMPERE))
 # Before these versions of Triton, another table.
