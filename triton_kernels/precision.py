@@ -22,11 +22,11 @@ def version() -> tuple[int, int]:
 
 def interpreter_fault() -> str | None:
     """Why this Triton cannot interpret with this NumPy, or None."""
-    if version() < (3, 7) and np.lib.NumpyVersion(np.__version__) >= "2.5.0":
+    if version() < (3, 7) and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
         # It takes scalars out of arrays of one element, which NumPy no longer does.
         return (
             f"Triton {triton.__version__} cannot interpret with NumPy {np.__version__}: install Triton 3.7 or newer, or"
-            " NumPy below 2.5"
+            " NumPy below 2.4"
         )
     return None
 

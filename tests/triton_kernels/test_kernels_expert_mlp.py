@@ -387,12 +387,12 @@ def test_the_switch(interpreter, monkeypatch):  # noqa: F811
 
 
 def test_an_interpreter_that_cannot_is_refused_in_words(interpreter, monkeypatch):  # noqa: F811
-    """Triton 3.6 beside NumPy 2.5."""
+    """Triton 3.6 beside NumPy 2.4 and later, which no longer take a scalar out of an array of one element."""
     case = make_case(30, 4, 2)
     monkeypatch.setattr(precision, "version", lambda: (3, 6))
     monkeypatch.setattr(precision.np, "__version__", "2.5.1")
     fallback.say.cache_clear()
     with pytest.warns(UserWarning, match="cannot interpret with NumPy 2.5.1: install Triton 3.7 or newer"):
         _agree(case)
-    monkeypatch.setattr(precision.np, "__version__", "2.4.6")
+    monkeypatch.setattr(precision.np, "__version__", "2.3.5")
     assert checks.why_not(case.x, case.gate_up, 2) is None
