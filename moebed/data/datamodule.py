@@ -176,8 +176,16 @@ class TextDataModule(LightningDataModule):
         """
         rank, world_size = self._rank_and_world_size()
         weights = mixture_weights(self.sources, [None if s.train is None else len(s.train) for s in self.stores])
+        rows = range(rank * self.batch_size, (rank + 1) * self.batch_size)
         domains: list[TokenStream | StreamPacker] = [
-            StreamPacker(Source(config), self.tokenizer, self.sequence_length, self.validation_fraction)
+            StreamPacker(
+                Source(config),
+                self.tokenizer,
+                self.sequence_length,
+                self.validation_fraction,
+                rows,
+                world_size * self.batch_size,
+            )
             if store.train is None
             else store.train
             for config, store in zip(self.sources, self.stores, strict=True)
