@@ -29,6 +29,7 @@ from moebed.checkpoints.streamed import (
     head_pieces,
     matrix_pieces,
     routing_step,
+    tokens_at_a_time,
 )
 from moebed.config import ModelConfig
 from moebed.errors import ConfigError, UserError
@@ -218,8 +219,10 @@ class PretrainedMoE(LightningModule):
         config = self.config
         widths = [config.layer(i).moe_intermediate_size for i in config.moe_layers] + [config.intermediate_size or 0]
         attention = sum(piece.part.rows * piece.part.columns for piece in block_pieces(self.checkpoint, 0).values())
-        states = 8 * int(text.token_mask.sum()) * config.hidden_size
-        return 4 * (max(widths) * config.hidden_size + attention + states)
+        tokens = int(text.token_mask.sum())
+        matrices = 3 if tokens > tokens_at_a_time(max(widths)) else 1  # of an expert, in the type of the products
+        states = 8 * tokens * config.hidden_size
+        return 4 * (matrices * max(widths) * config.hidden_size + attention + states)
 
     @property
     def bytes_total(self) -> int:
