@@ -36,6 +36,17 @@ class Stop(Callback):
         trainer.should_stop = trainer.global_step >= self.step
 
 
+class Saves(Callback):
+    """Writes after how many micro-batches each checkpoint is taken."""
+
+    def __init__(self, path: str):
+        self.path = Path(path)
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        with self.path.open("a") as file:
+            file.write(f"{trainer.fit_loop.epoch_loop.batch_progress.current.ready}\n")
+
+
 ACCUMULATE = ["--trainer.accumulate_grad_batches", 4]
 
 
@@ -141,22 +152,10 @@ def test_sigterm_between_micro_batches_waits_for_the_end_of_the_step(run, whole,
         assert _scalars(folder, tag) == _scalars(whole, tag)
 
 
-def test_the_clock_waits_for_the_end_of_the_step(run):
-    saved = []
-
-    class Watch(Callback):
-        def on_save_checkpoint(self, trainer, pl_module, checkpoint):
-            saved.append(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
-
-    from moebed import training
-
-    original = training.TrainingCLI._progress
-    training.TrainingCLI._progress = lambda self: [Watch()]
-    try:
-        assert run("run", *ACCUMULATE, "--checkpoint.train_time_interval", "0:00:00")[0] == 0
-    finally:
-        training.TrainingCLI._progress = original
-    assert saved == [4, 8, 12, 16, 20, 24]
+def test_the_clock_waits_for_the_end_of_the_step(run, tmp_path):
+    watch = ["--trainer.callbacks", json.dumps(_callback("Saves", path=str(tmp_path / "saves")))]
+    assert run("run", *ACCUMULATE, *watch, "--checkpoint.train_time_interval", "0:00:00")[0] == 0
+    assert (tmp_path / "saves").read_text().split() == ["4", "8", "12", "16", "20", "24"]
 
 
 def test_files_are_named_and_ranked_by_the_validation_of_their_own_step(run):
@@ -400,6 +399,19 @@ def test_nor_of_a_callback_beside(run, asked):
     assert code == 2
     assert f"trainer.callbacks: ModelCheckpoint.{next(iter(asked))} would save in the middle of a step" in said
     assert not Path(folder).exists()
+
+
+def test_validation_by_the_clock_waits_for_the_end_of_the_step_and_so_do_callbacks_that_save_then(run, tmp_path):
+    """Every micro-batch is time to validate, and every validation time to save."""
+    own = _own_checkpoints(dirpath=str(tmp_path / "own"), save_top_k=-1, filename="{step}")
+    callbacks = json.dumps([own, *_callback("Saves", path=str(tmp_path / "saves"))])
+    options = ["--trainer.val_check_interval", "00:00:00:00", "--trainer.limit_val_batches", 1]
+    code, said, folder = run("run", *ACCUMULATE, *options, "--trainer.callbacks", callbacks)
+    assert code == 0, said
+    assert [step + 1 for step, _ in _scalars(folder, "val/loss")] == [1, 2, 3, 4, 5, 6]
+    micro_batches = [int(line) for line in (tmp_path / "saves").read_text().split()]
+    assert set(micro_batches) == {4, 8, 12, 16, 20, 24}
+    assert len({file.name for file in (tmp_path / "own").iterdir()}) == 6
 
 
 @pytest.mark.slow
