@@ -22,13 +22,13 @@ FOLDER = "checkpoints"  # in the run's folder
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """Checkpoints of a run; ``last.ckpt`` of a finished one is the finished model.
+    """Checkpoints of a run; ``last.ckpt`` of a finished one, unless ``save_last`` is off, is the finished model.
 
     Between the micro-batches of a step a checkpoint would lose the gradients of those that came before, so every
     request waits for the step's end, and so does validation, at whose end other callbacks save. Files that are
     ranked or named by a metric are written after the validation of the very step that they are of: the first one,
-    once they are due. On SIGTERM, and on SLURM's signal before the time limit, the run saves ``last.ckpt`` and ends
-    with exit code 143; ``--ckpt_path last`` continues it.
+    once they are due. On SIGTERM, and on SLURM's signal before the time limit, the run saves ``last.ckpt``
+    whatever ``save_last`` says and ends, its first process with exit code 143; ``--ckpt_path last`` continues it.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

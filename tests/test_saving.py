@@ -13,6 +13,7 @@ import yaml
 from lightning.pytorch import Callback
 
 from moebed.cli import main
+from tests.small_run import made_up_text, small_recipe, write_recipe
 
 
 class Signal(Callback):
@@ -62,30 +63,18 @@ def _without_reports():
 def recipe(tmp_path_factory):
     """Of a run of a second; all runs share its text."""
     folder = tmp_path_factory.mktemp("recipe")
-    (folder / "text.txt").write_text("\n\n".join(f"{i}: the cat sat on the mat and saw {i}. " * 6 for i in range(90)))
-    trainer = {"accelerator": "cpu", "devices": 1, "precision": "32-true", "max_steps": 6, "val_check_interval": 2}
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "moe_intermediate_size": 16}
-    content = {
-        "seed_everything": 7,
-        "trainer": {**trainer, "log_every_n_steps": 1, "enable_progress_bar": False},
-        "checkpoint": {"every_n_train_steps": 1000},
-        "samples": {"prompt_tokens": 2, "new_tokens": 1},
-        "model": {
-            "config": {"vocab_size": 260, "num_experts": 4, "num_experts_per_tok": 2, **sizes},
-            "optimizer": {"warmup_steps": 2, "learning_rate": 0.01},
-        },
-        "data": {
-            "sources": [{"name": "text", "kind": "files", "path": str(folder / "text.txt")}],
-            "tokenizer": {"kind": "bytes"},
-            "sequence_length": 16,
-            "batch_size": 2,
-            "max_validation_windows": 2,
-            "cache_dir": str(folder / "cache"),
-        },
-    }
-    recipe = folder / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(content))
-    return recipe
+    content = small_recipe(
+        folder,
+        made_up_text(90),
+        trainer={"precision": "32-true", "max_steps": 6},
+        checkpoint={"every_n_train_steps": 1000},
+        samples={"prompt_tokens": 2, "new_tokens": 1},
+        config={"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "moe_intermediate_size": 16},
+        model={"optimizer": {"warmup_steps": 2, "learning_rate": 0.01}},
+        data={"sequence_length": 16, "max_validation_windows": 2},
+    )
+    del content["trainer"]["default_root_dir"]
+    return write_recipe(folder, content)
 
 
 def _call(recipe, folder, *options, command="fit"):

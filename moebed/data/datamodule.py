@@ -94,7 +94,10 @@ class TextDataModule(LightningDataModule):
     # ---- building and opening ----------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
-        """Builds whatever the cache lacks; Lightning calls it in one process of each machine."""
+        """Builds whatever the cache lacks; of processes that share a cache folder one builds, and the others wait.
+
+        Lightning calls it in one process of each machine, and ``moebed fit`` in every process before that.
+        """
         self._open()
 
     def setup(self, stage: str | None = None) -> None:

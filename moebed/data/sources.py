@@ -1,8 +1,9 @@
 """One seam for text: a source is a named domain that yields documents.
 
 ``embedded`` sources are :mod:`moebed.data.corpus`; ``files`` are local text, CSV, JSON lines, JSON or Parquet files;
-``hub`` is what ``datasets.load_dataset`` can load with one of the builders of text. Nothing a source names is ever
-executed: builders that open pickles or code are refused, whatever the version of ``datasets``.
+``hub`` is what ``datasets.load_dataset_builder`` makes one of the builders of text for. Nothing a source names is ever
+executed: the versions of ``datasets`` that pyproject allows run no scripts, and of their builders those that open
+pickles or hold no text are refused here.
 """
 
 import csv
