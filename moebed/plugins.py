@@ -1,8 +1,8 @@
 """Routers and probes of one's own: modules that a person names are imported before a command starts.
 
 Only ``--plugins``, the environment variable MOEBED_PLUGINS, which it sets for further processes, and a recipe's
-``class_path`` import what moebed does not bring along: recipes are code. What a checkpoint says is never imported, and no
-command takes a recipe from one unasked.
+``class_path`` import what moebed does not bring along: recipes are code. What a checkpoint says is never imported, and
+no command takes a recipe from one unasked.
 """
 
 from __future__ import annotations

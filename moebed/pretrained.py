@@ -85,6 +85,7 @@ class PretrainedMoE(LightningModule):
         self.notes = list(self.checkpoint.notes) + (self.reference.notes if self.reference else [])
         self.on_read: Callable[[int], None] = lambda done: None
         self.text_pass: TextPass | None = None
+        self.scratch: Path | None = None  # folder where what is large may lie meanwhile
         self._streams: tuple[Stream | None, Stream | None] = (None, None)
         self._skipped: frozenset[int] = frozenset()
         self._needs, self._every_expert = frozenset({Need.WEIGHTS}), False
@@ -200,6 +201,7 @@ class PretrainedMoE(LightningModule):
         if not runs or text is None:
             return (self._view(model, reference, layer) for layer in walked if layer in shown)
         self.text_pass = TextPass(model, text, reference, *streams)
+        self.text_pass.scratch = self.scratch
         return self._walk(self.text_pass, (self._view(model, reference, layer) for layer in walked), shown, needs)
 
     @torch.no_grad()

@@ -67,6 +67,7 @@ class CheckpointPass:
         self, model: PretrainedMoE, names: Sequence[str], out: Path, device: str = "cpu", fresh: bool = False
     ) -> None:
         self.model, self.timing = model, Timing()
+        model.scratch = store.results_dir(out)
         self.identity = model.identity
         earlier = store.load_summary(out)
         if earlier and earlier.get("model") != self.identity:

@@ -4,6 +4,8 @@
 <out>/results/.partial/<inputs>/<probe>-<source>/head.npz       what the probe stored of the model's predictions
 <out>/results/.partial/<inputs>/stream.npz                      residual streams of the text, where it is
 
+What is large is not held in memory once it is there: a probe's arrays are then those of the file, read when needed.
+
 ``<inputs>`` stands for the model's files, the text and the types, ``<source>`` for the probe's code. The text comes to
 a layer by way of those before it: where they are run differs in the last digits, so each file notes its way.
 """
@@ -19,6 +21,7 @@ import numpy as np
 import torch
 
 from moebed import storage
+from moebed.mapped import mapped_arrays
 from moebed.text_pass import Stream
 from probes import store
 from probes.base import Arrays, Probe, layer_of, layer_tag
@@ -60,11 +63,17 @@ class KeptLayers:
             layer = HEAD if path.stem == "head" else int(path.stem.partition("_")[2])
             wanted = layer in layers and storage.read_note(path) == way(layer)
             try:
+                large = mapped_arrays(path, check=True) if wanted else {}
                 with np.load(path, allow_pickle=False) as file:
-                    common = {key: file[key] for key in file.files if layer_of(key) is None}
-                    own = {key: file[key] for key in file.files if layer_of(key) is not None} if wanted else {}
+                    arrays = {
+                        key: large[key] if key in large else file[key]
+                        for key in file.files
+                        if wanted or layer_of(key) is None
+                    }
             except _DAMAGED:
                 continue
+            common = {key: value for key, value in arrays.items() if layer_of(key) is None}
+            own = {key: value for key, value in arrays.items() if layer_of(key) is not None}
             if layer == HEAD:
                 own, common = own | (common if wanted else {}), {}
             self._common.setdefault(probe.name, {}).update(common)
@@ -79,17 +88,19 @@ class KeptLayers:
             kept = self._common.setdefault(probe.name, {})
             common = {k: v for k, v in probe.arrays.items() if layer_of(k) is None and kept.get(k) is not v}
             own = {key: value for key, value in probe.arrays.items() if layer_of(key) == layer}
-            storage.write_arrays(
-                self._folder(probe.name) / f"{layer_tag(layer)}.npz", common | own, note=way, compressed=False
-            )
+            path = self._folder(probe.name) / f"{layer_tag(layer)}.npz"
+            storage.write_arrays(path, common | own, note=way, compressed=False)
             kept.update(common)
+            probe.arrays.update({key: value for key, value in mapped_arrays(path).items() if key in own})
 
     def save_head(self, way: str, probes: Sequence[Probe], before: Mapping[str, Arrays]) -> None:
         """Keep what the probes stored of the model's predictions: all that was not there before, by probe."""
         for probe in probes:
             known = before[probe.name]
             new = {key: value for key, value in probe.arrays.items() if known.get(key) is not value}
-            storage.write_arrays(self._folder(probe.name) / "head.npz", new, note=way, compressed=False)
+            path = self._folder(probe.name) / "head.npz"
+            storage.write_arrays(path, new, note=way, compressed=False)
+            probe.arrays.update(mapped_arrays(path))
 
     def save_streams(self, way: str, streams: Sequence[Stream | None]) -> None:
         """Keep where the text is."""
