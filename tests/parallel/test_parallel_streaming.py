@@ -14,7 +14,7 @@ from moebed.data.tokenizer import BytesTokenizer
 from tests.parallel.forked import call, run
 from tests.parallel.parallel_runs import curves, fit, recipe
 
-ROWS, LENGTH, BATCHES = 8, 64, 200
+ROWS, LENGTH, BATCHES = 8, 64, 400
 AHEAD = 16  # documents tokenized at once
 DOCUMENTS = 4000
 
@@ -76,6 +76,7 @@ def _counted(folder, world_size, source, place=None):
 def test_a_rank_tokenizes_and_parses_its_own_share(tmp_path):
     """What it trains on, and at most what lies in the rows that lag and in the batches that are read ahead."""
     source, wanted = _source(tmp_path), None
+    print("\nranks, tokens trained on, tokenized and text parsed, by each")
     longest = 5 + 5 * 50
     for world_size in (1, 2, 4):
         found, batches, _ = _counted(tmp_path, world_size, source)
@@ -84,9 +85,10 @@ def test_a_rank_tokenizes_and_parses_its_own_share(tmp_path):
         # Documents are dealt in turn: a row lags by the deviation of the sum of its documents' lengths.
         documents = trained / rows / (5 * 30)
         lag = rows * 4 * 5 * 12 * documents**0.5
+        print(world_size, trained, [(one["tokens"], one["parsed"]) for one in found])
         for one in found:
             most = trained + rows * LENGTH * 5 + AHEAD * longest + lag
-            assert trained < one["tokens"] < most < 1.35 * trained
+            assert trained < one["tokens"] < most < 1.25 * trained
             assert one["parsed"] < most / 0.95 + longest * rows  # validation's documents are parsed to be known
         wanted = wanted or batches
         assert batches == wanted
