@@ -16,7 +16,7 @@ _LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip archive's entry, whose name 
 
 
 def mapped_arrays(path: Path, check: bool = False) -> dict[str, np.ndarray]:
-    """The large arrays of a file that ``storage.write_arrays`` wrote without compressing, read-only and not read yet.
+    """The large arrays of a file that ``storage.write_arrays`` wrote without compressing, not read yet; changes are not written.
 
     Args:
         path: The file; it may be replaced or removed afterwards.
@@ -43,7 +43,7 @@ def mapped_arrays(path: Path, check: bool = False) -> dict[str, np.ndarray]:
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, is_fortran, dtype = read(file)
             order = "F" if is_fortran else "C"
-            found[entry.filename.removesuffix(".npy")] = np.memmap(path, dtype, "r", file.tell(), shape, order)  # type: ignore[call-overload]
+            found[entry.filename.removesuffix(".npy")] = np.memmap(path, dtype, "c", file.tell(), shape, order)  # type: ignore[call-overload]
     return found
 
 
