@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import tempfile
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,13 @@ _PIECE = 1 << 20
 _LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip archive's entry, whose name and extra field follow
 
 
-def mapped_arrays(path: Path, check: bool = False) -> dict[str, np.ndarray]:
-    """The large arrays of a file that ``storage.write_arrays`` wrote without compressing, not read yet; changes are not written.
+def mapped_arrays(path: Path, check: bool = False, only: Collection[str] | None = None) -> dict[str, np.ndarray]:
+    """The large arrays of a file that ``storage.write_arrays`` wrote, not read yet; changes to them are not written.
 
     Args:
         path: The file; it may be replaced or removed afterwards.
         check: Read through them, once, to see that they are whole.
+        only: Those of these names; all if not given.
 
     Raises:
         OSError: It cannot be read.
@@ -30,7 +32,7 @@ def mapped_arrays(path: Path, check: bool = False) -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = {}
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
         for entry in archive.infolist():
-            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size < LARGE:
+            if not _is_mapped(entry) or (only is not None and entry.filename.removesuffix(".npy") not in only):
                 continue
             if check:
                 with archive.open(entry) as part:
@@ -45,6 +47,21 @@ def mapped_arrays(path: Path, check: bool = False) -> dict[str, np.ndarray]:
             order = "F" if is_fortran else "C"
             found[entry.filename.removesuffix(".npy")] = np.memmap(path, dtype, "c", file.tell(), shape, order)  # type: ignore[call-overload]
     return found
+
+
+def checksums(path: Path) -> dict[str, int]:
+    """Of the large arrays of such a file, by name.
+
+    Raises:
+        OSError: It cannot be read.
+        zipfile.BadZipFile: It is damaged.
+    """
+    with zipfile.ZipFile(path) as archive:
+        return {entry.filename.removesuffix(".npy"): entry.CRC for entry in archive.infolist() if _is_mapped(entry)}
+
+
+def _is_mapped(entry: zipfile.ZipInfo) -> bool:
+    return entry.compress_type == zipfile.ZIP_STORED and entry.file_size >= LARGE
 
 
 def new_array(shape: tuple[int, ...], dtype: np.dtype, folder: Path | None) -> np.ndarray:

@@ -131,3 +131,7 @@ class CheckpointPass:
             self._kept.drop_streams()
         self._kept.drop_others()
         return results
+
+    def finish(self) -> None:
+        """After the results are written: nothing is kept twice."""
+        self._kept.hand_over()

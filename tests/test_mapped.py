@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moebed import storage
-from moebed.mapped import LARGE, mapped_arrays, new_array
+from moebed.mapped import LARGE, checksums, mapped_arrays, new_array
 
 ARRAYS = {
     "large/0": np.arange(50_000, dtype=np.float32).reshape(100, 500),
@@ -30,8 +30,12 @@ def test_large_arrays_are_those_of_the_file(tmp_path):
     assert again.read_bytes() == storage.write_arrays(path, ARRAYS, note="a note", compressed=False).read_bytes()
 
 
-def test_what_is_compressed_is_not_mapped_and_what_is_damaged_is_noticed(tmp_path):
-    assert mapped_arrays(storage.write_arrays(tmp_path / "c.npz", ARRAYS)) == {}
+def test_only_small_arrays_are_compressed_and_what_is_damaged_is_noticed(tmp_path):
+    small = {f"zeros/{i}": np.zeros(LARGE // 8 - 1) for i in range(4)}
+    path = storage.write_arrays(tmp_path / "c.npz", ARRAYS | small)
+    assert set(mapped_arrays(path)) == set(checksums(path)) == {*list(ARRAYS)[:3]}
+    assert set(mapped_arrays(path, only=["words", "small/0"])) == {"words"}
+    assert path.stat().st_size < sum(array.nbytes for array in ARRAYS.values()) + LARGE
     path = storage.write_arrays(tmp_path / "d.npz", ARRAYS, compressed=False)
     content = bytearray(path.read_bytes())
     content[50_000] ^= 1

@@ -55,7 +55,9 @@ def test_weights_are_stored_as_asked_or_as_they_were(tmp_path, dtype):
 
 def recipe(folder):
     """A short run's recipe without a model and a tokenizer."""
-    content = small_recipe(folder, trainer={"max_steps": 2, "limit_val_batches": 1}, model=None)
+    content = small_recipe(
+        folder, trainer={"default_root_dir": str(folder / "fit"), "max_steps": 2, "limit_val_batches": 1}, model=None
+    )
     del content["data"]["tokenizer"]
     return str(write_recipe(folder, content))
 
