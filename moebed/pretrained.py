@@ -222,7 +222,8 @@ class PretrainedMoE(LightningModule):
         widths = [config.layer(i).moe_intermediate_size for i in config.moe_layers] + [config.intermediate_size or 0]
         attention = sum(piece.part.rows * piece.part.columns for piece in block_pieces(self.checkpoint, 0).values())
         tokens = int(text.token_mask.sum())
-        matrices = 3 if tokens > tokens_at_a_time(max(widths)) else 1  # of an expert, in the type of the products
+        # In the type of the products: one at a time, and of an expert whose tokens are many all three beside it.
+        matrices = 4 if tokens > tokens_at_a_time(max(widths)) else 1
         states = 8 * tokens * config.hidden_size
         return 4 * (matrices * max(widths) * config.hidden_size + attention + states)
 

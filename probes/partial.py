@@ -100,11 +100,11 @@ class KeptLayers:
         return mapped_arrays(path, check=True, only=wanted.keys())
 
     def hand_over(self) -> None:
-        """After the results are written: let them alone have what is large and in both."""
+        """After the results are written: let them alone have what is large and in both, if the disk takes it."""
         for probe in self._inputs:
             there = checksums(store.arrays_path(self._out, probe))
             for path in sorted(self._folder(probe).glob("*.npz")):
-                with suppress(*_DAMAGED):
+                with suppress(*_DAMAGED, storage.NotWritten):
                     _leave_out(path, there)
 
     def save(self, layer: int, way: str, probes: Sequence[Probe]) -> None:
