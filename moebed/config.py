@@ -249,7 +249,7 @@ class ModelConfig:
         self._require(
             self.router not in ("autonomy", "factorised_gate") or self.router_options.d_low is not None,
             f"router {self.router} needs router_options.d_low, the width of each expert's first projection; about "
-            f"hidden_size / 3 was best, {max(1, self.hidden_size // 3)} here",
+            f"hidden_size / 3 was best, {max(1, round(self.hidden_size / 24)) * 8} here, to a multiple of 8",
         )
         self._require(
             self.router != "autonomy" or self.experts_backend != "triton",
