@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,13 +21,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moebed.float64 import double
+from moebed.precision import multiplies_bf16_faster
 from moebed.views import LayerView, Need
 from probes.base import Arrays, Headline, Probe, ProbeResult, per_layer
 from probes.expert_matrices import by_matrix, compared, fitting, labels_of, num_experts, pair_means
 from probes.matching import exact_products, holds_bf16
 from probes.pictures import draw_depth, draw_heat_maps
-from probes.spectrum import EXACT_BELOW, Spectrum, gram, spectrum, start_of
+from probes.spectrum import (
+    EXACT_BELOW,
+    TRUSTED,
+    Gram,
+    gram_of,
+    rounded_gram,
+    spectrum,
+    start_of,
+    times_wide,
+    whole_rank,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,7 +55,7 @@ class Shape(NamedTuple):
         stable_rank: ‖W‖_F² / ‖W‖₂².
         effective_rank: exp of the entropy of the singular values taken as shares of their sum.
         norm: ‖W‖_F.
-        rank_error: Estimated relative standard error of the effective rank.
+        rank_error: Bound on the relative error of the effective rank, at four standard errors where it is sampled.
         angle_error: Bound on the sine of the largest angle between the basis' span and the exact subspace, at most 1.
         basis: (H, R) the first right singular vectors.
     """
@@ -67,11 +77,11 @@ def shapes_of(fetch: Callable[[int], Tensor], count: int, rank: int) -> Iterator
     """Ranks, norms and first directions of matrices (F, H), by way of the Gram matrices of their shorter side.
 
     Below ``EXACT_BELOW`` on that side all is float64 and exact; above, see ``probes.spectrum``. Singular values within
-    the rounding of the Gram matrix count as 0: in float32 those below about a hundredth of their root mean square.
+    the rounding of the Gram matrix count as 0: in float64 those below some hundred-millionth of the others.
     Gram matrices take all cores one after another; what follows are many small steps, a matrix to a core.
 
     Args:
-        fetch: Gives a matrix by its index; called from this thread, up to twice.
+        fetch: Gives a matrix by its index; called from this thread.
         count: Number of matrices.
         rank: Directions of each.
     """
@@ -81,49 +91,56 @@ def shapes_of(fetch: Callable[[int], Tensor], count: int, rank: int) -> Iterator
             while start < count:
                 side = min(fetch(start).shape)
                 batch = range(start, min(count, start + max(threads, _GRAM_BYTES // (8 * side * side))))
-                prepared = [_prepare(fetch(index)) for index in batch]
-                with exact_products(is_bf16=False):  # for all cores: it is a setting of the process
-                    found = list(pool.map(partial(_spectrum, rank), prepared))
-                    for index, given, one in zip(batch, prepared, found, strict=True):
-                        yield _finish(fetch(index), given, one, rank)
+                matrices = [fetch(index) for index in batch]
+                found = _measured(matrices, [_rounds(matrix) for matrix in matrices], rank, pool.map)
+                doubtful = [index for index, one in enumerate(found) if one.rank_error > TRUSTED]
+                again = [index for index in doubtful if _rounds(matrices[index])]
+                better = _measured([matrices[index] for index in again], [False] * len(again), rank, pool.map)
+                for index, one in zip(again, better, strict=True):
+                    found[index] = one
+                for index in doubtful:
+                    if found[index].rank_error > TRUSTED and min(matrices[index].shape) >= EXACT_BELOW:
+                        value, error = whole_rank(_short(matrices[index]))
+                        found[index] = found[index]._replace(effective_rank=value, rank_error=error)
+                yield from found
                 start = batch.stop
         finally:
             torch.set_num_threads(threads)  # the workers' setting is also the default of later threads
 
 
-def _wide(matrix: Tensor) -> Tensor:
-    """A matrix with its shorter side first, (N, K), in what its Gram matrix is computed in."""
-    short = matrix if matrix.shape[0] < matrix.shape[1] else matrix.T
-    return double(short) if len(short) < EXACT_BELOW else short.float()
+def _short(matrix: Tensor) -> Tensor:
+    """A matrix with its shorter side first, (N, K)."""
+    return matrix if matrix.shape[0] < matrix.shape[1] else matrix.T
 
 
-def _prepare(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The Gram matrix and a start for its vectors; None of a matrix that is 0 or not finite."""
-    short = _wide(matrix)
-    product = gram(short, holds_bf16(matrix))
-    square = float(double(product.diagonal()).sum())
-    if not 0 < square < math.inf:
-        return None
-    with exact_products(is_bf16=False):
-        return product, start_of(short, matrix.shape[0] < matrix.shape[1])
+def _rounds(matrix: Tensor) -> bool:
+    """Whether a Gram matrix rounded to bfloat16 is tried: it is faster here, and only the result is rounded."""
+    large = min(matrix.shape) >= EXACT_BELOW
+    return large and matrix.device.type == "cpu" and matrix.dtype == torch.bfloat16 and multiplies_bf16_faster()
 
 
-def _spectrum(rank: int, given: tuple[Tensor, Tensor] | None) -> Spectrum | None:
-    return None if given is None else spectrum(*given, rank)
+def _measured(
+    matrices: Sequence[Tensor], rounded: Sequence[bool], rank: int, apply: Callable[..., Iterator[Shape]]
+) -> list[Shape]:
+    """Shapes of some matrices by one kind of Gram matrix each; the rest goes through ``apply``, as of a pool."""
+    grams = [
+        rounded_gram(_short(matrix)) if to_bf16 else gram_of(_short(matrix), holds_bf16(matrix))
+        for matrix, to_bf16 in zip(matrices, rounded, strict=True)
+    ]
+    with exact_products(is_bf16=False):  # for all cores: it is a setting of the process
+        return list(apply(partial(_shape, rank), matrices, grams))
 
 
-def _finish(matrix: Tensor, given: tuple[Tensor, Tensor] | None, found: Spectrum | None, rank: int) -> Shape:
-    if given is None or found is None:
+def _shape(rank: int, matrix: Tensor, given: Gram) -> Shape:
+    if not 0 < given.trace < math.inf:
         value = 0.0 if bool((matrix == 0).all()) else math.nan
         return Shape(value, value, value, value, value, np.full((matrix.shape[1], rank), value))
-    square = float(double(given[0].diagonal()).sum())
-    vectors = found.vectors
-    if matrix.shape[0] < matrix.shape[1]:  # left vectors: carry them over
-        short = _wide(matrix)
-        vectors = short.T @ vectors.to(short)
+    short, in_longer = _short(matrix), matrix.shape[0] < matrix.shape[1]
+    found = spectrum(given, *start_of(short, in_longer), rank)
+    vectors = times_wide(short.T, found.vectors) if in_longer else found.vectors  # left ones are carried over
     basis = torch.linalg.qr(vectors.cpu().double())[0].numpy()
-    ranks = square / found.largest**2, found.effective_rank
-    return Shape(*ranks, math.sqrt(square), found.rank_error, found.angle, basis)
+    ranks = given.trace / found.largest**2, found.effective_rank
+    return Shape(*ranks, math.sqrt(given.trace), found.rank_error, found.angle, basis)
 
 
 class ExpertGeometry(Probe):
