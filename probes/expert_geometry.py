@@ -12,8 +12,9 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,13 +26,13 @@ from moebed.precision import multiplies_bf16_faster
 from moebed.views import LayerView, Need
 from probes.base import Arrays, Headline, Probe, ProbeResult, per_layer
 from probes.expert_matrices import by_matrix, compared, fitting, labels_of, num_experts, pair_means
-from probes.matching import exact_products, holds_bf16
+from probes.matching import exact_products
 from probes.pictures import draw_depth, draw_heat_maps
 from probes.spectrum import (
     EXACT_BELOW,
     TRUSTED,
     Gram,
-    gram_of,
+    full_gram,
     rounded_gram,
     spectrum,
     start_of,
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _RANK = 16
-_GRAM_BYTES = 256 << 20  # of Gram matrices and of as much work on them
 _STORED = ("stable_rank", "effective_rank", "weight_norm", "effective_rank_error", "subspace_error")
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -77,70 +77,59 @@ def shapes_of(fetch: Callable[[int], Tensor], count: int, rank: int) -> Iterator
     """Ranks, norms and first directions of matrices (F, H), by way of the Gram matrices of their shorter side.
 
     Below ``EXACT_BELOW`` on that side all is float64 and exact; above, see ``probes.spectrum``. Singular values within
-    the rounding of the Gram matrix count as 0: in float64 those below some hundred-millionth of the others.
-    Gram matrices take all cores one after another; what follows are many small steps, a matrix to a core.
+    the rounding of the Gram matrix count as 0: in float64 those below some hundred-millionth of the others. A core
+    takes a matrix from its beginning to its end: most of it are steps too small for several.
 
     Args:
         fetch: Gives a matrix by its index; called from this thread.
         count: Number of matrices.
         rank: Directions of each.
     """
-    threads, start = torch.get_num_threads(), 0
-    with ThreadPoolExecutor(threads, "spectrum", torch.set_num_threads, (1,)) as pool:
+    threads = torch.get_num_threads()
+    waiting: deque[Future[Shape]] = deque()
+    pool = ThreadPoolExecutor(threads, "spectrum", torch.set_num_threads, (1,))
+    with exact_products(is_bf16=False), pool:  # for all cores: it is a setting of the process
         try:
-            while start < count:
-                side = min(fetch(start).shape)
-                batch = range(start, min(count, start + max(threads, _GRAM_BYTES // (8 * side * side))))
-                matrices = [fetch(index) for index in batch]
-                found = _measured(matrices, [_rounds(matrix) for matrix in matrices], rank, pool.map)
-                doubtful = [index for index, one in enumerate(found) if one.rank_error > TRUSTED]
-                again = [index for index in doubtful if _rounds(matrices[index])]
-                better = _measured([matrices[index] for index in again], [False] * len(again), rank, pool.map)
-                for index, one in zip(again, better, strict=True):
-                    found[index] = one
-                for index in doubtful:
-                    if found[index].rank_error > TRUSTED and min(matrices[index].shape) >= EXACT_BELOW:
-                        value, error = whole_rank(_short(matrices[index]))
-                        found[index] = found[index]._replace(effective_rank=value, rank_error=error)
-                yield from found
-                start = batch.stop
+            for index in range(count):
+                waiting.append(pool.submit(_shape, rank, fetch(index)))
+                if len(waiting) > threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
         finally:
+            for future in waiting:
+                future.cancel()
             torch.set_num_threads(threads)  # the workers' setting is also the default of later threads
 
 
-def _short(matrix: Tensor) -> Tensor:
-    """A matrix with its shorter side first, (N, K)."""
-    return matrix if matrix.shape[0] < matrix.shape[1] else matrix.T
-
-
-def _rounds(matrix: Tensor) -> bool:
-    """Whether a Gram matrix rounded to bfloat16 is tried: it is faster here, and only the result is rounded."""
-    large = min(matrix.shape) >= EXACT_BELOW
-    return large and matrix.device.type == "cpu" and matrix.dtype == torch.bfloat16 and multiplies_bf16_faster()
-
-
-def _measured(
-    matrices: Sequence[Tensor], rounded: Sequence[bool], rank: int, apply: Callable[..., Iterator[Shape]]
-) -> list[Shape]:
-    """Shapes of some matrices by one kind of Gram matrix each; the rest goes through ``apply``, as of a pool."""
-    grams = [
-        rounded_gram(_short(matrix)) if to_bf16 else gram_of(_short(matrix), holds_bf16(matrix))
-        for matrix, to_bf16 in zip(matrices, rounded, strict=True)
-    ]
-    with exact_products(is_bf16=False):  # for all cores: it is a setting of the process
-        return list(apply(partial(_shape, rank), matrices, grams))
-
-
-def _shape(rank: int, matrix: Tensor, given: Gram) -> Shape:
-    if not 0 < given.trace < math.inf:
-        value = 0.0 if bool((matrix == 0).all()) else math.nan
-        return Shape(value, value, value, value, value, np.full((matrix.shape[1], rank), value))
-    short, in_longer = _short(matrix), matrix.shape[0] < matrix.shape[1]
-    found = spectrum(given, *start_of(short, in_longer), rank)
+def _shape(rank: int, matrix: Tensor) -> Shape:
+    in_longer = matrix.shape[0] < matrix.shape[1]
+    short = matrix if in_longer else matrix.T  # (N, K)
+    given: Gram | None = None
+    for product in (rounded_gram, full_gram) if _may_round(matrix) else (full_gram,):
+        given = None  # room for the next one
+        given = product(short)
+        if not 0 < given.trace < math.inf:
+            value = 0.0 if bool((matrix == 0).all()) else math.nan
+            return Shape(value, value, value, value, value, np.full((matrix.shape[1], rank), value))
+        found = spectrum(given, *start_of(short, in_longer), rank)
+        if found.rank_error <= TRUSTED:
+            break
+    else:
+        if len(short) >= EXACT_BELOW:
+            value, error = whole_rank(short)
+            found = found._replace(effective_rank=value, rank_error=error)
+    assert given is not None
     vectors = times_wide(short.T, found.vectors) if in_longer else found.vectors  # left ones are carried over
     basis = torch.linalg.qr(vectors.cpu().double())[0].numpy()
     ranks = given.trace / found.largest**2, found.effective_rank
     return Shape(*ranks, math.sqrt(given.trace), found.rank_error, found.angle, basis)
+
+
+def _may_round(matrix: Tensor) -> bool:
+    """Whether a Gram matrix rounded to bfloat16 is tried: it is faster here, and only the result is rounded."""
+    large = min(matrix.shape) >= EXACT_BELOW
+    return large and matrix.device.type == "cpu" and matrix.dtype == torch.bfloat16 and multiplies_bf16_faster()
 
 
 class ExpertGeometry(Probe):

@@ -65,7 +65,8 @@ def point_components(points: Tensor, dims: int) -> tuple[np.ndarray, np.ndarray]
         return np.full((len(points), dims), np.nan, np.float32), np.full(dims, np.nan, np.float32)
     points = _standardise(points.clone(), len(points))
     tall = len(points) >= points.shape[1]
-    product = gram(points.T if tall else points, is_bf16=False).numpy()
+    with exact_products(is_bf16=False):
+        product = gram(points.T if tall else points).numpy()
     values, vectors = top_eigenvectors(product, min(dims, len(product)))
     scores = points.numpy() @ vectors if tall else vectors * np.sqrt(values)
     return _padded(_signed(scores, len(scores)), dims), _padded((values / max(product.trace(), 1e-30))[None], dims)[0]

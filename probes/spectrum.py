@@ -24,7 +24,6 @@ from torch import Tensor
 
 from moebed.float64 import double
 from probes.krylov import BLOCK, Directions, KrylovSpace
-from probes.matching import exact_products
 
 EXACT_BELOW = 512  # a side; the whole decomposition in float64 then takes less than a tenth of a second
 TRUSTED = 1e-2  # a stated relative error up to which a rank is not computed whole
@@ -107,35 +106,36 @@ class _Sums(NamedTuple):
         return max(0.0, mixing + share * (math.log(count) - self.entropy))
 
 
-def gram(short: Tensor, is_bf16: bool, out: Tensor | None = None) -> Tensor:
+def gram(short: Tensor) -> Tensor:
     """W Wᵀ (N, N) of a matrix (N, K), in its dtype; its lower triangle is computed and mirrored."""
     side = len(short)
-    product = short.new_empty(side, side) if out is None else out
+    product = short.new_empty(side, side)
     step = -(-side // _BANDS) if side >= EXACT_BELOW else side
-    with exact_products(is_bf16):
-        for first in range(0, side, step):
-            stop = min(first + step, side)
-            band = product[first:stop, :stop]
-            torch.mm(short[first:stop], short[:stop].T, out=band)
-            product[:first, first:stop] = band[:, :first].T
+    for first in range(0, side, step):
+        stop = min(first + step, side)
+        band = product[first:stop, :stop]
+        torch.mm(short[first:stop], short[:stop].T, out=band)
+        product[:first, first:stop] = band[:, :first].T
     return product
 
 
-def gram_of(short: Tensor, is_bf16: bool, out: Tensor | None = None) -> Gram:
-    """The Gram matrix of a matrix (N, K), kept in ``out`` (N, N): float64 below ``EXACT_BELOW``, float32 from there on."""
-    wide = double(short) if len(short) < EXACT_BELOW else short.float()
-    product = gram(wide, is_bf16, out)
+def full_gram(short: Tensor) -> Gram:
+    """The Gram matrix of a matrix (N, K) in float32, or in float64 where its side is below ``EXACT_BELOW``."""
+    product = gram(double(short) if len(short) < EXACT_BELOW else short.float())
     trace = float(double(product.diagonal()).sum())
     noise = 16 * torch.finfo(product.dtype).eps * trace / math.sqrt(len(short))  # it is spread over all directions
     return Gram(product, None, trace, noise)
 
 
-def rounded_gram(short: Tensor, out: Tensor | None = None) -> Gram:
-    """The Gram matrix of a bfloat16 matrix (N, K), rounded to bfloat16 but for its diagonal; kept in ``out`` (N, N)."""
-    product, side = gram(short, is_bf16=True, out=out), len(short)
-    squares = _squares(short)
+def rounded_gram(short: Tensor) -> Gram:
+    """The Gram matrix of a bfloat16 matrix (N, K), rounded to bfloat16 but for its diagonal."""
+    short = short.contiguous()  # which costs less than it saves
+    product, side = gram(short), len(short)
+    bands = short.split(max(1, _BAND_ELEMENTS // short.shape[1]))
+    squares = torch.cat([torch.linalg.vector_norm(band.float(), dim=1).square_() for band in bands])
     lost = squares - product.diagonal().float()
-    beside = float(torch.linalg.vector_norm(product, dtype=torch.float32)) ** 2 - float(squares.square().sum())
+    size = sum(float(torch.linalg.vector_norm(band.float())) ** 2 for band in product.split(_BAND_ELEMENTS // side))
+    beside = size - float(squares.square().sum())
     # An entry is off by .4 of this on average: a matrix of such errors has twice their mean size times √N for its norm.
     noise = torch.finfo(product.dtype).eps / 4 * math.sqrt(max(beside, 0.0) / side)
     return Gram(product, lost.unsqueeze(1), float(double(squares).sum()), noise)
@@ -144,18 +144,16 @@ def rounded_gram(short: Tensor, out: Tensor | None = None) -> Gram:
 def start_of(short: Tensor, in_longer: bool) -> tuple[Tensor, int]:
     """A start (N, B) for the Krylov space in float32, and how many of its columns, the last ones, are random signs.
 
-    It is fixed where the long side is the space that experts share. Where the short one is, half of it comes from the
+    It is fixed where the long side is the space that experts share. Where the short one is, more columns come from the
     matrix itself: with the same start, spaces that have not converged would look alike.
     """
     generator = torch.Generator().manual_seed(0)
-    dtype = torch.promote_types(short.dtype, torch.float32)
     signs = torch.randint(0, 2, (len(short), BLOCK), generator=generator) * 2 - 1
-    start = signs.to(short.device, dtype)
+    start = signs.to(short.device, torch.promote_types(short.dtype, torch.float32))
     if in_longer:
         return start, BLOCK
     own = torch.randn(short.shape[1], BLOCK // 2, generator=generator).to(start)
-    start[:, : BLOCK // 2] = times_wide(short, own)
-    return start, BLOCK - BLOCK // 2
+    return torch.cat([times_wide(short, own), start], dim=1), BLOCK
 
 
 def times_wide(matrix: Tensor, block: Tensor) -> Tensor:
@@ -207,7 +205,7 @@ def whole_rank(short: Tensor) -> tuple[float, float]:
     """Effective rank of a matrix (N, K), and its relative error, from all singular values in float64."""
     side = len(short)
     product = double(short.new_zeros(side, side))
-    for band in short.split(side, dim=1):
+    for band in short.split(EXACT_BELOW, dim=1):
         wide = double(band)
         product.addmm_(wide, wide.T)
     noise = 16 * torch.finfo(product.dtype).eps * float(product.diagonal().sum()) / math.sqrt(side)
@@ -264,17 +262,6 @@ def _quadrature(nodes: Tensor, weights: Tensor, noise: float, count: int, trace:
     root = weights.sum(dim=0).sqrt().unsqueeze(1)
     fit = torch.linalg.lstsq(line * root, wanted * root, driver="gelsd").solution
     return torch.cat([known @ fit + weights @ (wanted - line @ fit), counted.unsqueeze(1)], dim=1)
-
-
-def _squares(short: Tensor) -> Tensor:
-    """Squared length (N,) of each row, float32, in copies that stay in cache."""
-    if short.stride(1) == 1:
-        bands = short.split(max(1, _BAND_ELEMENTS // short.shape[1]))
-        return torch.cat([torch.linalg.vector_norm(band.float(), dim=1).square_() for band in bands])
-    total = torch.zeros(len(short), device=short.device)
-    for band in short.T.split(max(1, _BAND_ELEMENTS // len(short))):
-        total += band.float().square_().sum(dim=0)
-    return total
 
 
 def _sums(values: Tensor, noise: float) -> _Sums:

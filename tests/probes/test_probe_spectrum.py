@@ -1,6 +1,7 @@
 """Spectra from few products beside the whole decomposition, on planted singular values."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -72,13 +73,14 @@ def test_what_falls_below_the_rounding_or_is_not_told_by_few_products_is_compute
 def rounding(monkeypatch):
     """As on a CPU that multiplies bfloat16 faster; what was computed, by kind."""
     kinds = []
-    for name in ("rounded_gram", "gram_of", "whole_rank"):
 
-        def counted(*arguments, name=name, original=getattr(expert_geometry, name)):
-            kinds.append(name)
-            return original(*arguments)
+    def counted(name, original, short):
+        kinds.append(name)
+        return original(short)
 
-        monkeypatch.setattr(expert_geometry, name, counted)
+    for name in ("rounded_gram", "full_gram", "whole_rank"):
+        original = getattr(expert_geometry, name)
+        monkeypatch.setattr(expert_geometry, name, partial(counted, name, original))
     monkeypatch.setattr(expert_geometry, "multiplies_bf16_faster", lambda: True)
     return kinds
 
@@ -101,20 +103,20 @@ def test_rounding_to_bfloat16_is_left_where_it_hides_too_much(rounding):
     assert rounding == ["rounded_gram"]
     rounding.clear()
     shape_of(planted(SPECTRA["rank 8 and noise"])[0].bfloat16(), 16)
-    assert rounding[:2] == ["rounded_gram", "gram_of"]
+    assert rounding[:2] == ["rounded_gram", "full_gram"]
     rounding.clear()
     shape_of(planted(STEEP["power 2"])[0].bfloat16(), 16)
-    assert rounding == ["rounded_gram", "gram_of", "whole_rank"]
+    assert rounding == ["rounded_gram", "full_gram", "whole_rank"]
     rounding.clear()
     shape_of(planted(SPECTRA["random"])[0], 16)  # whose numbers bfloat16 does not hold
-    assert rounding == ["gram_of"]
+    assert rounding == ["full_gram"]
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_a_stated_error_is_no_luck_of_one_start(seed):
     sigma = SPECTRA["power .5"]
     matrix = planted(sigma, seed)[0]  # other directions: the same as another start
-    found = spectrum.spectrum(spectrum.gram_of(matrix, False), *spectrum.start_of(matrix, True), 16)
+    found = spectrum.spectrum(spectrum.full_gram(matrix), *spectrum.start_of(matrix, True), 16)
     assert abs(math.log(found.effective_rank / entropy_rank(sigma))) <= found.rank_error < 0.1
 
 
