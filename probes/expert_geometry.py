@@ -12,9 +12,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,6 +22,7 @@ from torch import Tensor
 
 from moebed.precision import multiplies_bf16_faster
 from moebed.views import LayerView, Need
+from probes.bands import one_core_each
 from probes.base import Arrays, Headline, Probe, ProbeResult, per_layer
 from probes.expert_matrices import by_matrix, compared, fitting, labels_of, num_experts, pair_means
 from probes.matching import exact_products
@@ -85,21 +84,8 @@ def shapes_of(fetch: Callable[[int], Tensor], count: int, rank: int) -> Iterator
         count: Number of matrices.
         rank: Directions of each.
     """
-    threads = torch.get_num_threads()
-    waiting: deque[Future[Shape]] = deque()
-    pool = ThreadPoolExecutor(threads, "spectrum", torch.set_num_threads, (1,))
-    with exact_products(is_bf16=False), pool:  # for all cores: it is a setting of the process
-        try:
-            for index in range(count):
-                waiting.append(pool.submit(_shape, rank, fetch(index)))
-                if len(waiting) > threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
-            torch.set_num_threads(threads)  # the workers' setting is also the default of later threads
+    with exact_products(is_bf16=False), one_core_each("spectrum") as each:  # the setting is the process's
+        yield from each(partial(_shape, rank), map(fetch, range(count)))
 
 
 def _shape(rank: int, matrix: Tensor) -> Shape:
