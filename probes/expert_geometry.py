@@ -125,7 +125,8 @@ class ExpertGeometry(Probe):
     ``subspace_distance (E', E')``, Grassmann's chordal distance √Σ sin²θ of the subspaces of the first R right singular
     vectors, R = 16 or a quarter of the shorter side where that is less; ``subspace_rank ()``, R. With
     ``num_experts/<layer>`` and ``others/<layer>/<matrix>``, the labels of the rows after the routed experts'.
-    ``effective_rank_error (E',)``, its relative standard error, and ``subspace_error (E',)``, a bound on the sine of
+    ``effective_rank_error (E',)``, which its relative error does not exceed (four standard errors where it is sampled;
+    above a hundredth it is computed whole instead), and ``subspace_error (E',)``, a bound on the sine of
     the largest angle to the exact subspace: 0 or next to it for sides below 512, estimated above. Where it is 1, as for
     random matrices, eigenvalues next to the R-th are too close to tell the subspace from its neighbours; the distance
     is then that of R leading directions found from a fixed start, the same at each call.
