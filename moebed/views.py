@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -116,6 +116,7 @@ class LayerView:
     moe_input: Tensor | None = None  # (T, H) normalised input of router and experts
     text: ProbeText | None = None
     weights: LayerWeights | None = field(default=None, repr=False)
+    kept: dict[Any, Any] = field(default_factory=dict, repr=False)  # what one probe made of the weights for others too
     work_bytes: int | None = None  # memory that a probe's work on the weights should stay within, if there is a limit
     error: UserError | None = None  # why this layer cannot be looked at, found before a probe asked for anything
     text_error: UserError | None = None  # why the text did not come to this layer, whose weights can be looked at
