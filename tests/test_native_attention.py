@@ -39,7 +39,7 @@ def _sdpa(query, key, value, scale):
 
 
 def _difference(found, expected):
-    return float((found.detach().double() - expected).norm() / expected.norm().clamp_min(1e-30))
+    return float((found.detach().double() - expected.detach()).norm() / expected.detach().norm().clamp_min(1e-30))
 
 
 @pytest.mark.usefixtures("each_set")
