@@ -144,7 +144,7 @@ def fit(problem: Problem, seed: int, weights: Array | None = None) -> Fit:
                 jac=True,
                 method="L-BFGS-B",
                 bounds=list(zip(*problem.bounds, strict=True)),
-                options={"maxiter": 300, "maxfun": 400},
+                options={"maxiter": 100, "maxfun": 200},  # what is left is for the steps below
             ).x
             for i in best
         ]

@@ -15,22 +15,29 @@ from moebed.laws.contract import Array, Law, LossLaw, Shape
 
 # Column of ours -> what it may be called, and in words.
 COLUMNS: Mapping[str, tuple[str, ...]] = {
-    "N": ("n", "parameters", "params"),  # whatever the law means by it
+    "N": ("parameters", "params"),  # whatever the law means by it
     "dense_parameters": ("n_dense", "dense_params"),
     "active_parameters": ("n_active", "active_params", "active"),
     "total_parameters": ("n_total", "total_params", "total"),
     "total_nonembedding_parameters": ("n_total_nonembedding",),
-    "tok": ("tokens", "d", "training_tokens", "dataset_size"),
+    "tok": ("tokens", "D", "training_tokens", "dataset_size"),
     "E": ("experts", "num_experts", "n_experts"),
     "K": ("top_k", "num_experts_per_tok", "experts_per_token"),
     "G": ("granularity",),
     "expansion_rate": ("expansion",),
     "A": ("activation_ratio",),
-    "flops": ("c", "training_flops", "compute"),
-    "loss": ("l", "val_loss", "val/loss", "validation_loss"),
-    "leverage": ("el", "efficiency_leverage"),
+    "flops": ("C", "training_flops", "compute"),
+    "loss": ("L", "val_loss", "val/loss", "validation_loss"),
+    "leverage": ("EL", "efficiency_leverage"),
 }
-_NAMES = {name.lower(): ours for ours, names in COLUMNS.items() for name in (ours, *names)}
+
+
+def _folded(name: str) -> str:
+    """Case matters in names of one letter alone: A is not a."""
+    return name if len(name) == 1 else name.lower()
+
+
+_NAMES = {_folded(name): ours for ours, names in COLUMNS.items() for name in (ours, *names)}
 _TOO_OLD = "does not say what its arms' models are; run `moebed study RECIPE.yaml --collect` again"
 
 
@@ -81,7 +88,7 @@ def _read_csv(path: Path) -> RunTable:
     names, unknown = [cell.strip() for cell in rows[0][1]], []
     known: dict[str, int] = {}
     for index, name in enumerate(names):
-        ours = _NAMES.get(name.lower())
+        ours = _NAMES.get(_folded(name))
         if ours is None:
             unknown.append(name)
         elif ours in known:
