@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from moebed.laws.contract import Columns, Constant, Constants, LossLaw, Shape
+from moebed.laws.contract import Array, Columns, Constant, Constants, LossLaw, Shape
+from moebed.laws.search import lowest
 
 
 class Abnar(LossLaw):
@@ -61,6 +62,16 @@ class Abnar(LossLaw):
             + k["d"] * np.exp(-k["delta"] * log_active - k["gamma"] * log_size)
             + k["e"]
         )
+
+    def best_sparsity(self, constants: Constants, size: float, budget: float) -> Any:
+        """S of the lowest loss of a model of a given N for so many training FLOPs, a draw each."""
+
+        def loss(log_active: Array) -> Array:
+            shape = Shape(np.exp(-log_active))  # of so many experts a token meets one
+            tokens = budget / self.flops_per_token(size, shape)
+            return self.log_target(constants, {"N": size, "tok": tokens, **shape._asdict()})
+
+        return 1 - np.exp(lowest(loss, np.log(1e-4), 0.0)[0])
 
     def active_parameters(self, size: Any, shape: Shape) -> Any:
         """(1 − S)·N: as if all but experts were small."""

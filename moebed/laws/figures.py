@@ -152,7 +152,8 @@ def draw_leverage(found: Fitted, law: Leverage) -> Figure:
     columns, budget = found.table.columns, float(found.table.columns["flops"].max())
     fig = figures.new_figure(11.6, 4.4, "")
     panels = fig.subplots(1, 2, sharey=True)
-    ticks = [v for v in (0.2, 0.5, 1, 2, 3, 5, 7, 10, 15, 20, 30, 50) if v < 1.5 * columns["leverage"].max()]
+    low, high = _reach(columns["leverage"], 1.5)
+    ticks = [v for v in (0.2, 0.5, 1, 2, 3, 5, 7, 10, 15, 20, 30, 50) if low < v < high]
     for ax, name, other in zip(panels, ("A", "G"), ("G", "A"), strict=True):
         x = np.geomspace(*_reach(columns[name], 1.5), _POINTS)
         for value, colour in zip(figures.pick(np.unique(columns[other]).tolist(), SHAPES), figures.MANY, strict=False):

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from moebed.laws.abnar import Abnar
 from moebed.laws.choices import COST_WORDS, COSTS, bounded_cost, bounded_loss, optimum
 from moebed.laws.contract import Array, Law, LossLaw, Shape
 from moebed.laws.fitting import Fit, LeftOut, interval
@@ -128,13 +129,33 @@ def describe(found: Fitted) -> dict[str, Any]:
 
 def _of_losses(found: Fitted, law: LossLaw) -> dict[str, Any]:
     optima = [_optima(found, law, budget) for budget in found.budgets]
+    sparsity = {"best_sparsity": _sparsity(found, law)} if isinstance(law, Abnar) else {}
     return {
+        **sparsity,
         "shape_parts": found.parts,
         "predictions": _predictions(found, law),
         "optima": optima,
         "cost": {"name": found.cost, "words": COST_WORDS[found.cost]},
         "over_trained": [_over_trained(found, law, budget) for budget in found.budgets],
     }
+
+
+def _sparsity(found: Fitted, law: Abnar) -> list[dict[str, Any]]:
+    """The best sparsity of models as large as the smallest and the largest run, and of one between."""
+    sizes = np.geomspace(found.table.columns["N"].min(), found.table.columns["N"].max(), 3)
+    rows = []
+    for budget, size in itertools.product(found.budgets, sizes):
+        best = law.best_sparsity(found.constants, size, budget)
+        rows.append(
+            {
+                "budget": _number(budget),
+                "N": _number(size),
+                **plain(best),
+                "published": _number(law.best_sparsity(law.published, size, budget)[0]),
+                "inside": found.inside(N=size, S=best[0], flops=budget),
+            }
+        )
+    return rows
 
 
 def _predictions(found: Fitted, law: LossLaw) -> list[dict[str, Any]]:

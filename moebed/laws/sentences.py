@@ -62,6 +62,7 @@ def tables(content: Content) -> list[Table]:
     found = [_constants(content)]
     if content["target"] == "loss":
         found += [*(_optima(content, one) for one in content["optima"]), _predictions(content)]
+        found += [_sparsity(content)] if "best_sparsity" in content else []
         found += [_over_trained(content, one) for one in content["over_trained"] if one["pairs"]]
     else:
         found.append(_leverage(content))
@@ -94,7 +95,7 @@ def _optima(content: Content, one: Content) -> Table:
             _large_interval(row["N"]),
             _large_interval(row["tok"]),
             with_interval(row["loss"]),
-            "yes" if row["inside"] else "no, extrapolated",
+            _place(row),
             *([f"{large(row['published']['N'])}, {large(row['published']['tok'])}"] if published else ()),
         ]
         for row in one["shapes"]
@@ -102,9 +103,25 @@ def _optima(content: Content, one: Content) -> Table:
     columns = ("shape", "N [95 %]", "tokens [95 %]", "loss [95 %]", "within the runs")
     note = f"N: {content['N']}."
     if published:
-        note += f" Last column: N and tokens by the published constants. {content['fit']['published_words']}"
+        note += " Last column: N and tokens by the published constants; what differs there is said under the constants."
     title = f"loss-optimal models for {one['budget']:.3g} training FLOPs"
     return Table(title, (*columns, *(("published law",) if published else ())), rows, note)
+
+
+def _sparsity(content: Content) -> Table:
+    rows = [
+        [
+            f"{row['budget']:.3g}",
+            large(row["N"]),
+            with_interval(row, ".3f"),
+            f"{row['published']:.3f}",
+            _place(row),
+        ]
+        for row in content["best_sparsity"]
+    ]
+    columns = ("FLOPs", "N", "S [95 %]", "published law", "within the runs")
+    note = "S of the lowest loss where N is given: the fewer parameters a token meets, the more tokens a budget buys."
+    return Table("best sparsity of a size", columns, rows, note)
 
 
 def _predictions(content: Content) -> Table:

@@ -14,7 +14,6 @@ from moebed.laws.choices import (
     bounded_cost,
     bounded_loss,
     budget_for_loss,
-    lowest,
     optimum,
     optimum_of_size,
     size_of_cost,
@@ -208,16 +207,7 @@ def test_5_3_the_best_granularity_grows_with_the_budget():
 @pytest.mark.parametrize(("budget", "sparsities"), [(1e20, [0.77, 0.87, 0.95, 0.98]), (1e21, [0.35, 0.62, 0.84, 0.94])])
 def test_5_4_the_best_sparsity_of_a_size_grows_with_it_and_falls_with_the_budget(budget, sparsities):
     law = LAWS["abnar"]
-    found = []
-    for size in (0.5e9, 1e9, 3e9, 1e10):
-
-        def loss(place, size=size):
-            shape = Shape(np.exp(-place))  # of which a token meets one: 1 − S = 1/E
-            tokens = budget / law.flops_per_token(size, shape)
-            return law.log_target(law.published, {"N": size, "tok": tokens, **shape._asdict()})
-
-        place, _ = lowest(loss, np.log(1e-4), 0.0)
-        found.append(1 - np.exp(place[0]))
+    found = [law.best_sparsity(law.published, size, budget)[0] for size in (0.5e9, 1e9, 3e9, 1e10)]
     assert found == pytest.approx(sparsities, abs=6e-3)
 
 
