@@ -98,8 +98,8 @@ def run(command: str, arguments: Sequence[str]) -> None:
         tuple(options.budget) or (largest, 10 * largest),
         options.cost,
     )
-    made_from = {"identity": identity, "version": provenance.moebed_version(), "code": provenance.code()}
-    content = {"format": FORMAT, **describe(fitted), "made_from": made_from}
+    record = {"identity": identity, "version": provenance.moebed_version(), "code": provenance.code()}
+    content = {"format": FORMAT, **describe(fitted), "provenance": record}
     for path in present(options.out, fitted, content):
         print(path, file=sys.stderr, flush=True)
 
@@ -138,7 +138,7 @@ def _check_free(out: Path, identity: Any) -> None:
     there = read_json(out / LAW_FILE)
     if there is None:
         return
-    theirs = there.get("made_from", {}).get("identity") if isinstance(there, dict) else None
+    theirs = there.get("provenance", {}).get("identity") if isinstance(there, dict) else None
     if theirs != identity:
         differs = [key for key in identity if not isinstance(theirs, dict) or theirs.get(key) != identity[key]]
         raise UserError(

@@ -78,7 +78,7 @@ def test_what_a_law_leaves(joint):
     assert constants["E_max"]["fixed"]
     assert constants["E_max"]["value"] == pytest.approx(290.4521)
     assert content["table"]["notes"][0] == "not used: column seed"
-    assert content["made_from"]["identity"]["form"] == "joint"
+    assert content["provenance"]["identity"]["form"] == "joint"
 
 
 def test_what_a_law_says_is_right_and_has_intervals(joint):
@@ -137,8 +137,8 @@ def test_other_code_makes_a_folder_anew(leverage_csv, tmp_path, monkeypatch):
     monkeypatch.setattr("moebed.provenance.code", lambda: "another")
     assert main(command) == 0
     after = json.loads((tmp_path / "out" / "law.json").read_text(encoding="utf-8"))
-    assert after["made_from"].pop("code") == "another"
-    assert before["made_from"].pop("code") != "another"
+    assert after["provenance"].pop("code") == "another"
+    assert before["provenance"].pop("code") != "another"
     assert after == before
 
 

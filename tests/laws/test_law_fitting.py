@@ -108,7 +108,7 @@ def test_one_run_gone_wrong_does_not_carry_the_fit():
     wrong = problem("joint", fixed=True)
     wrong.columns["loss"][17] *= 1.2
     found = refine(wrong, wrong.law.pack(PLANTED["joint"])[wrong.free][None], np.ones((1, 72)))
-    assert _error("joint", wrong.law.unpack(wrong.whole(found[0])), GRIDS["joint"]) < 0.01
+    assert _error("joint", wrong.law.unpack(wrong.whole(found[0])), GRIDS["joint"]) < 0.003  # .034 by least squares
 
 
 def test_a_weight_of_nothing_leaves_a_run_out():
