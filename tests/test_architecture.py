@@ -16,16 +16,16 @@ MAY_IMPORT = {
 }
 ABOVE_ALL = {
     "moebed/cli.py",
-    "moebed/training.py",
-    "moebed/reporting.py",
-    "moebed/probing.py",
+    "moebed/training/command_line.py",
+    "moebed/commands/report.py",
+    "moebed/commands/probe.py",
     "moebed/laws/figures.py",
     "moebed/laws/page.py",
     "moebed/study/collecting.py",
     "moebed/study/figures.py",
     "moebed/study/page.py",
     "moebed/study/statistics.py",
-    "moebed/bench/cli.py",
+    "moebed/bench/command.py",
     "moebed/bench/probe.py",
     "moebed/bench/streaming.py",
     "moebed/bench/weights.py",
@@ -55,7 +55,7 @@ def test_importing_is_cheap(package):
 
 
 def test_model_needs_no_triton():
-    code = "import sys; sys.modules['triton'] = None; import moebed.module, probes.callback"
+    code = "import sys; sys.modules['triton'] = None; import moebed.training.module, probes.running.callback"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
 
 

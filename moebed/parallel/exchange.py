@@ -16,11 +16,11 @@ from torch.distributed import ProcessGroup
 from torch.distributed._functional_collectives import all_gather_tensor_autograd, all_to_all_single_autograd
 from torch.distributed.tensor import DTensor
 
-from moebed.grouped import carried_to_slots, compute_dtype, from_slots, sort_by_expert, to_slots
-from moebed.routers import Routing
+from moebed.model.grouped import carried_to_slots, compute_dtype, from_slots, sort_by_expert, to_slots
+from moebed.model.routers import Routing
 
 if TYPE_CHECKING:
-    from moebed.experts import Experts
+    from moebed.model.experts import Experts
 
 
 class TokenExchange:

@@ -15,11 +15,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from moebed.decoder import Decoder, MoE
-from moebed.experts import Experts
+from moebed.model.decoder import Decoder, MoE
+from moebed.model.experts import Experts
+from moebed.model.routers import Router
 from moebed.parallel.config import ParallelConfig
 from moebed.parallel.exchange import TokenExchange
-from moebed.routers import Router
 
 
 class Layout:

@@ -17,9 +17,9 @@ from torch.optim import Optimizer
 from moebed.checkpoints import sharded
 from moebed.checkpoints.files import load_mapped
 from moebed.errors import UserError
+from moebed.machine.storage import on_first_rank, standing
 from moebed.parallel.config import ParallelConfig
 from moebed.parallel.sharding import Layout, assign, reshard, whole
-from moebed.storage import on_first_rank, standing
 
 
 class MeshStrategy(ModelParallelStrategy):

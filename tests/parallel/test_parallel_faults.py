@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moebed import storage
-from moebed.not_finite import NotFinite
+from moebed.machine import storage
+from moebed.training.not_finite import NotFinite
 from tests.parallel.forked import Ranks, call, run, start
 from tests.parallel.parallel_runs import curves, fit, recipe
 
@@ -128,7 +128,7 @@ def test_what_a_killed_run_left_does_not_stop_the_next_one(tmp_path, layout, lef
 
 def _nan_on_rank_1(rank: int) -> None:
     """The fourth step's loss is NaN on rank 1."""
-    from moebed.module import MoEModule
+    from moebed.training.module import MoEModule
 
     original = MoEModule._forward_terms
 
