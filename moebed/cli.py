@@ -14,13 +14,10 @@ from moebed.errors import UserError
 from moebed.plugins import load_plugins
 
 COMMANDS = {
-    "fit": (
-        "moebed.training.command_line",
-        "train a model from a recipe, with probes; --ckpt_path last continues a run",
-    ),
-    "validate": ("moebed.training.command_line", "evaluate a checkpoint on the validation text"),
-    "test": ("moebed.training.command_line", "evaluate a checkpoint on the test text"),
-    "predict": ("moebed.training.command_line", "per-token losses of a checkpoint on the test text"),
+    "fit": ("moebed.commands.fit", "train a model from a recipe, with probes; --ckpt_path last continues a run"),
+    "validate": ("moebed.commands.fit", "evaluate a checkpoint on the validation text"),
+    "test": ("moebed.commands.fit", "evaluate a checkpoint on the test text"),
+    "predict": ("moebed.commands.fit", "per-token losses of a checkpoint on the test text"),
     "probe": (
         "moebed.commands.probe",
         "run probes on a pretrained checkpoint, a layer at a time; a second run continues",

@@ -12,7 +12,7 @@ from moebed.checkpoints.families.keys import KeyMap
 from moebed.checkpoints.families.registry import family_of
 from moebed.checkpoints.writer import SHARD_BYTES, FolderWriter
 from moebed.model.decoder import Decoder
-from moebed.parallel.sharding import assign
+from moebed.model.spread import assign
 
 
 @torch.no_grad()

@@ -6,6 +6,8 @@ B sequences, S positions, T = B·S tokens, E experts, K experts per token, H hid
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple, cast
 
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moebed.errors import UserError
+from moebed.machine.float32 import exact_products
 from moebed.model.attention import Attention, KVCache, RMSNorm, RotaryEmbedding
 from moebed.model.config import LayerConfig, ModelConfig
 from moebed.model.experts import build_experts
@@ -279,3 +282,17 @@ class Decoder(nn.Module):
 def _scaled(x: Tensor, factor: float) -> Tensor:
     """x * factor, without a pass over memory where the factor is 1."""
     return x if factor == 1 else x * factor
+
+
+@contextmanager
+def evaluating(decoder: Decoder) -> Iterator[None]:
+    """Evaluation mode without autocast and with exact products in float32, undone at the end."""
+    modes = [(module, module.training) for module in decoder.modules()]  # a part may be frozen in evaluation mode
+    device = decoder.embed_tokens.weight.device.type
+    decoder.eval()
+    try:
+        with torch.autocast(device, enabled=False), exact_products():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -29,11 +29,27 @@ from moebed.model.grouped import (
 )
 from moebed.model.routers import ROUTERS, Routing
 
-if TYPE_CHECKING:
-    from moebed.parallel.exchange import TokenExchange
-
 # Rows in segments, and matrices (E, B, A) of all experts -> each row's product with its own expert's.
 Product = Callable[[Tensor, Tensor], Tensor]
+
+
+class Exchange(Protocol):
+    """What experts that are spread over X ranks need of them: this rank owns E/X of the E.
+
+    Attributes:
+        size: X.
+    """
+
+    size: int
+
+    def owned(self, matrix: Tensor) -> Tensor:
+        """This rank's part (E/X, ...) of a matrix (E, ...); differentiable."""
+
+    def of_all(self, rows: Tensor) -> Tensor:
+        """Rows (E/X, ·) of this rank's experts with those of all others in their order, (E, ·); differentiable."""
+
+    def begin(self, experts: Experts, x: Tensor, routing: Routing) -> Callable[[], Tensor]:
+        """Start sending the tokens x (T, H); what it returns waits for them and gives the layer's outputs (T, H)."""
 
 
 class Experts(nn.Module):
@@ -52,7 +68,7 @@ class Experts(nn.Module):
         self.hidden_act: str = config.hidden_act
         self.activation: Activation = ACTIVATIONS[config.hidden_act]
         self.backend = resolve_backend(config.experts_backend)
-        self.exchange: TokenExchange | None = None
+        self.exchange: Exchange | None = None
 
     def add_gate_and_up(self, config: ModelConfig, width: int) -> None:
         """Add the parameters of the two projections into the experts' width F."""

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from moebed.model.attention import KVCache
-from moebed.model.decoder import Decoder
-from moebed.views.live import evaluating
+from moebed.model.decoder import Decoder, evaluating
 
 
 @torch.no_grad()

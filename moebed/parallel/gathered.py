@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from moebed.model.attention import RMSNorm
 from moebed.model.config import ModelConfig
 from moebed.model.decoder import Block, Decoder
-from moebed.parallel.sharding import reshard, whole
+from moebed.model.spread import whole
+from moebed.parallel.sharding import reshard
 from moebed.views.layer import LayerWeights
 from moebed.views.live import ModuleWeights, computing_like
 from moebed.views.text_pass import band_rows

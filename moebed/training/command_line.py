@@ -16,7 +16,6 @@ from typing import Any, Literal, NoReturn
 
 import torch
 from jsonargparse import ActionConfigFile
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -24,7 +23,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from moebed.data.datamodule import TextDataModule
 from moebed.errors import ConfigError, UserError
 from moebed.machine import storage
-from moebed.machine.allocator import keep_freed_memory
 from moebed.machine.precision import COMPUTED_IN, computed_in
 from moebed.machine.progress import say, waiting
 from moebed.model.flops import count_parameters, flops_per_token
@@ -49,9 +47,6 @@ LIGHTNING_ADVICE = (
     "LeafSpec",
     "It is recommended to use `self.log",  # what is logged is a sum over ranks already
 )
-
-# What gloo and NCCL say when a peer is gone or silent.
-LOST_RANK = ("onnection closed by peer", "onnection reset by peer", "Broken pipe", "imed out", "NCCL", "ocket")
 
 
 class _Parser(LightningArgumentParser):
@@ -258,20 +253,7 @@ class TrainingCLI(LightningCLI):
             f"{flops / 1e6:.0f} MFLOP a token forward"
         )
 
-    def after_fit(self) -> None:
-        """The closing table, ``run_summary.json`` and ``report.html``; a try of a few batches leaves nothing."""
-        if self.config.fit.trainer.fast_dev_run:
-            return
-        folder = Path(self.trainer.default_root_dir)
-        numbers = self._closing_numbers(folder / "run_summary.json")
-        if not self.trainer.is_global_zero:
-            return
-        from probes.report.page import write_report
-
-        report = write_report([folder], folder / "report.html")
-        print_closing_table(numbers, folder, report)
-
-    def _closing_numbers(self, path: Path) -> dict[str, Any]:
+    def closing_numbers(self, path: Path) -> dict[str, Any]:
         """The last numbers of the run, and what they were computed in, kept in ``run_summary.json``.
 
         Those of a run that was finished stay.
@@ -335,26 +317,6 @@ def require_writable(folder: Path) -> None:
         ) from error
 
 
-def print_closing_table(numbers: dict[str, Any], folder: Path, report: Path) -> None:
-    """What came out, and where everything lies."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{folder}", show_header=False)
-    for name, value in numbers.items():
-        table.add_row(name, f"{value:,.4f}" if isinstance(value, float) else str(value))
-    table.add_section()
-    for name, where in (
-        ("report, one page", report),
-        ("checkpoint", folder / "checkpoints" / "last.ckpt"),
-        ("probe results", folder / "results"),
-        ("figures", folder / "figures"),
-        ("curves and images", f"tensorboard --logdir {folder.parent}"),
-    ):
-        table.add_row(name, str(where))
-    Console(stderr=True).print(table)
-
-
 def quiet() -> None:
     """Leave out what Lightning warns of although it is meant."""
     for message in LIGHTNING_ADVICE:
@@ -362,22 +324,3 @@ def quiet() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip:" not in record.getMessage()
     )
-
-
-def run(command: str, arguments: Sequence[str]) -> None:
-    """Entry of the four training commands."""
-    quiet()
-    torch.set_float32_matmul_precision("high")
-    keep_freed_memory()
-    try:
-        TrainingCLI([command, *arguments])
-    except MisconfigurationException as error:
-        raise UserError(str(error)) from error
-    except RuntimeError as error:
-        if torch.distributed.is_initialized() and any(sign in str(error) for sign in LOST_RANK):
-            first = str(error).strip().splitlines()[0]
-            raise UserError(
-                f"another process of this run has ended or cannot be reached ({first[:160]}); "
-                "see what it said, then continue with --ckpt_path last"
-            ) from error
-        raise

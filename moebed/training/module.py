@@ -19,7 +19,7 @@ from moebed.checkpoints.whole import fill
 from moebed.errors import ConfigError, UserError
 from moebed.machine.progress import say
 from moebed.model.config import ModelConfig
-from moebed.model.decoder import Decoder, MoE
+from moebed.model.decoder import Decoder, MoE, evaluating
 from moebed.model.losses import IGNORE_INDEX, load_balancing_loss, router_stats, token_losses
 from moebed.model.routers import RouterSteps, untaught
 from moebed.parallel.gathered import GatheredModel
@@ -30,7 +30,7 @@ from moebed.training.optim import OptimizerConfig, build_adamw, gradient_norm, s
 from moebed.training.schedule import SchedulePlan
 from moebed.training.step_log import StepLog, is_logged
 from moebed.views.layer import HeadView, LayerView, Need, ProbeText
-from moebed.views.live import evaluating, walk, walk_model
+from moebed.views.live import walk, walk_model
 
 Batch = dict[str, Tensor]
 
@@ -77,7 +77,7 @@ class MoEModule(LightningModule):
             rank_zero_warn(f"model.config: {said}")
         self.config = config
         self.optimizer_config = optimizer or OptimizerConfig()
-        self.not_finite = NotFinite(on_nan)
+        self.not_finite = NotFinite(on_nan, config.moe_layers)
         self.init_from = init_from
         self.decoder = Decoder(config, activation_checkpointing)
         if compile and not all(router.compiles for router in self.decoder.routers):
@@ -195,7 +195,7 @@ class MoEModule(LightningModule):
         parameters = list(self.decoder.parameters())
         norm = gradient_norm(parameters)
         self._note("grad_norm", norm)
-        if self.not_finite.skips(self, norm):
+        if self.not_finite.skips(self.trainer, norm):
             optimizer.zero_grad(set_to_none=True)  # AdamW leaves a parameter without a gradient as it is
             self._router_steps.forget()
             self._log_step()

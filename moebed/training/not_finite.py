@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from moebed.errors import DivergedError
-
-if TYPE_CHECKING:
-    from moebed.training.module import MoEModule
 
 MOST_IN_A_ROW = 10
 
@@ -24,10 +23,11 @@ class NotFinite:
 
     Args:
         choice: ``stop`` or ``skip``.
+        moe_layers: Layers of the model that have routers.
     """
 
-    def __init__(self, choice: Literal["stop", "skip"]) -> None:
-        self.choice = choice
+    def __init__(self, choice: Literal["stop", "skip"], moe_layers: Sequence[int]) -> None:
+        self.choice, self._moe_layers = choice, moe_layers
         self._seen: list[tuple[Tensor, list[Tensor]]] = []
         self._in_a_row = 0
 
@@ -40,11 +40,11 @@ class NotFinite:
         """
         self._seen.append((loss.detach(), [z.detach() for z in z_losses]))
 
-    def skips(self, module: MoEModule, norm: Tensor) -> bool:
+    def skips(self, trainer: Trainer, norm: Tensor) -> bool:
         """Whether this step is to be left out.
 
         Args:
-            module: The module that trains.
+            trainer: What trains: its step, and its ranks, all of which call this together.
             norm: Norm of the gradient over all ranks.
 
         Raises:
@@ -54,12 +54,12 @@ class NotFinite:
         if bool(torch.isfinite(norm)):
             self._in_a_row = 0
             return False
-        noted = _first_not_finite(seen, module.config.moe_layers)
+        noted = _first_not_finite(seen, self._moe_layers)
         reports: list[str | None] = [noted]
-        if module.trainer.world_size > 1:
-            reports = [None] * module.trainer.world_size
+        if trainer.world_size > 1:
+            reports = [None] * trainer.world_size
             torch.distributed.all_gather_object(reports, noted)
-        scaled = getattr(module.trainer.precision_plugin, "scaler", None) is not None
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         if scaled and not any(reports):  # a loss scaler looks for Inf by itself
             self._in_a_row = 0
             return False
@@ -68,16 +68,16 @@ class NotFinite:
         self._in_a_row += 1
         if self.choice == "stop" or self._in_a_row >= MOST_IN_A_ROW:
             raise DivergedError(
-                f"{what}, at step {module.global_step}; lower the learning rate, lengthen the warm-up, or continue "
+                f"{what}, at step {trainer.global_step}; lower the learning rate, lengthen the warm-up, or continue "
                 "from an earlier checkpoint with --ckpt_path",
-                module.global_rank,
+                trainer.global_rank,
             )
-        if module.trainer.is_global_zero:
-            print(f"step {module.global_step} is skipped: {what}", file=sys.stderr, flush=True)
+        if trainer.is_global_zero:
+            print(f"step {trainer.global_step} is skipped: {what}", file=sys.stderr, flush=True)
         return True
 
 
-def _first_not_finite(seen: list[tuple[Tensor, list[Tensor]]], moe_layers: list[int]) -> str | None:
+def _first_not_finite(seen: list[tuple[Tensor, list[Tensor]]], moe_layers: Sequence[int]) -> str | None:
     """The last loss that is not finite, and where it began."""
     for loss, z_losses in reversed(seen):
         if not torch.isfinite(loss):

@@ -6,7 +6,7 @@ E experts, K experts per token, H hidden, F expert intermediate, T valid tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moebed.errors import UserError
-from moebed.machine.float32 import exact_products
 from moebed.model.config import ModelConfig
-from moebed.model.decoder import Block, Decoder, FeedForward, MoE
+from moebed.model.decoder import Block, Decoder, FeedForward, MoE, evaluating
 from moebed.model.routers import Routing
 from moebed.views.layer import ExpertView, HeadView, LayerView, LayerWeights, Need, ProbeText, Watch
 from moebed.views.text_pass import TextModel, TextPass, band_rows
@@ -176,20 +175,6 @@ def computing_like(weight: Tensor) -> AbstractContextManager[object]:
     if weight.dtype == torch.float32:
         return nullcontext()
     return torch.autocast(weight.device.type, dtype=weight.dtype)
-
-
-@contextmanager
-def evaluating(decoder: Decoder) -> Iterator[None]:
-    """Evaluation mode without autocast and with exact products in float32, undone at the end."""
-    modes = [(module, module.training) for module in decoder.modules()]  # a part may be frozen in evaluation mode
-    device = decoder.embed_tokens.weight.device.type
-    decoder.eval()
-    try:
-        with torch.autocast(device, enabled=False), exact_products():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _views(model: TextModel, start: int) -> Iterator[LayerView]:

@@ -10,9 +10,10 @@ from moebed.checkpoints.checkpoint import Checkpoint
 from moebed.checkpoints.whole import fill, load_decoder, write_checkpoint
 from moebed.model.decoder import Decoder
 from moebed.model.routers import ROUTERS
+from moebed.model.spread import whole
 from moebed.parallel.config import ParallelConfig
 from moebed.parallel.gathered import GatheredModel
-from moebed.parallel.sharding import Layout, reshard, whole
+from moebed.parallel.sharding import Layout, reshard
 from moebed.training.optim import OptimizerConfig, build_adamw, gradient_norm, scale_gradients
 from moebed.views.layer import Need, ProbeText
 from moebed.views.live import walk, walk_model

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback
 
+import moebed.commands.fit
 import moebed.training.command_line
 from moebed.model.config import ModelConfig
 from moebed.training.module import MoEModule
@@ -90,9 +91,7 @@ if __name__ == "__main__":
         cli.trainer.callbacks.append(watching[0])
 
     moebed.training.command_line.TrainingCLI.instantiate_classes = measured
-    moebed.training.command_line.TrainingCLI.after_fit = lambda cli: (
-        None
-    )  # no validation and report after the last step
-    moebed.training.command_line.run("fit", arguments)
+    moebed.commands.fit.ReportingCLI.after_fit = lambda cli: None  # no validation and report after the last step
+    moebed.commands.fit.run("fit", arguments)
     sys.stderr.flush()
     os._exit(0)  # the sampling thread has no end of its own
