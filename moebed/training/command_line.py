@@ -22,6 +22,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from moebed.data.datamodule import TextDataModule
 from moebed.errors import ConfigError, UserError
+from moebed.former_names import with_present_names
 from moebed.machine import storage
 from moebed.machine.precision import COMPUTED_IN, computed_in
 from moebed.machine.progress import say, waiting
@@ -50,7 +51,10 @@ LIGHTNING_ADVICE = (
 
 
 class _Parser(LightningArgumentParser):
-    """Errors become a UserError of one line instead of a usage text."""
+    """Errors become a UserError of one line instead of a usage text; a config may have names of former versions."""
+
+    def _load_config_parser_mode(self, content: str, *arguments: Any, **options: Any) -> Any:
+        return super()._load_config_parser_mode(with_present_names(content), *arguments, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         text = " ".join(message.split())
