@@ -132,8 +132,8 @@ class Attention(nn.Module):
     def _mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         length, total = query.shape[2], key.shape[2]
         if self._uses_native(query, key):
-            by_position = (heads.transpose(1, 2) for heads in (query, key, value))
-            return native.causal_attention(*by_position, self.scale).transpose(1, 2)
+            query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+            return native.causal_attention(query, key, value, self.scale).transpose(1, 2)
         if self.num_kv_heads != self.num_heads:
             repeat = self.num_heads // self.num_kv_heads
             key, value = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)

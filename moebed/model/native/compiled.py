@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def structure(name: str, **types: type) -> type[ctypes.Structure]:
 def invoke(
     function: Any,
     kind: type[ctypes.Structure],
-    numbers: dict[str, float],
+    numbers: Mapping[str, float],
     tensors: dict[str, Tensor],
     backward: bool,
 ) -> int:
