@@ -1,11 +1,13 @@
 """Routers and probes of one's own: modules that a person names are imported before a command starts.
 
-Only ``--plugins``, the environment variable that it sets for further processes, and a recipe's ``class_path`` import
-anything: recipes are code. What a checkpoint says is never imported, and no command takes a recipe from one.
+Only ``--plugins``, the environment variable MOEBED_PLUGINS, which it sets for further processes, and a recipe's
+``class_path`` import what moebed does not bring along: recipes are code. What a checkpoint says is never imported, and
+no command takes a recipe from one unasked.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import os
@@ -15,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moebed.errors import UserError
+from moebed.former_names import present_name
 
 VARIABLE = "MOEBED_PLUGINS"  # inherited by the runs of a study and the ranks of a run
 OPTION = "--plugins"
@@ -56,11 +59,23 @@ def named_plugins() -> list[str]:
     return [name for name in os.environ.get(VARIABLE, "").split(",") if name]
 
 
+def module_name(name: str) -> str:
+    """What the module of a plugin is called: a file's by its own name, and by its path where another has that."""
+    if not name.endswith(".py"):
+        return name
+    path = Path(name).resolve()
+    plain = f"moebed_plugin_{path.stem}"
+    other = getattr(sys.modules.get(plain), "__file__", None)
+    if other is None or Path(other) == path:
+        return plain
+    return f"{plain}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+
+
 def _import(name: str) -> None:
     path = Path(name)
     if path.suffix == ".py" and not path.is_file():
         raise UserError(f"plugin {name} does not exist")
-    module = f"moebed_plugin_{path.stem}" if path.suffix == ".py" else name
+    module = module_name(name)
     if module in sys.modules:
         return
     try:
@@ -77,6 +92,9 @@ def _import(name: str) -> None:
         if isinstance(error, UserError):
             raise
         last = traceback.extract_tb(error.__traceback__)[-1]
+        former = error.name or "" if isinstance(error, ImportError) else ""
+        moved = f"; it is {present_name(former)} now" if present_name(former) != former else ""
         raise UserError(
-            f"plugin {name} cannot be imported: {type(error).__name__}: {error} ({last.filename}, line {last.lineno})"
+            f"plugin {name} cannot be imported: {type(error).__name__}: {error}{moved} "
+            f"({last.filename}, line {last.lineno})"
         ) from error

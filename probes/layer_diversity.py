@@ -13,17 +13,18 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from moebed.views import MATRICES, Need
-from probes.base import Arrays, Headline, Probe, ProbeResult, per_layer
-from probes.choices import by_part
-from probes.expert_matrices import num_experts
-from probes.resampling import SHARE, WITHOUT, interval_of, unit_notes
-from probes.similarity import off_diagonal
+from moebed.views.layer import MATRICES, Need
+from probes.contract import Arrays, Headline, Probe, ProbeResult, per_layer
+from probes.measures.choices import by_part
+from probes.measures.expert_matrices import num_experts
+from probes.measures.resampling import SHARE, WITHOUT, interval_of, unit_notes
+from probes.measures.similarity import off_diagonal
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ENOUGH_LAYERS = 5
+HAS_P = "no interval, but a p, as layers are counted here and not texts"
 SURE = 0.05  # p below which a trend, or an outlier, is called one
 _EXACT = 7  # layers up to which all orders are tried
 _ROUNDING = 1e-4  # a spread below this is that of the numbers' last digits
@@ -62,7 +63,7 @@ class LayerDiversity(Probe):
                 for name in MATRICES:
                     if f"{key}/{layer}/{name}" in found[probe]:
                         similar[f"{ending}_{name}"] = found[probe][f"{key}/{layer}/{name}"]
-            self.arrays |= {key: outputs[key] for key in ("unit_stratum", "unit_texts")}
+            self.arrays["unit_stratum"] = outputs["unit_stratum"]
             rest = outputs[f"pairs{WITHOUT}/{layer}"][:, : count * (count - 1) // 2]
             self.arrays[f"outputs{WITHOUT}/{layer}"] = (1 - rest.mean(axis=1, dtype=np.float64)).astype(np.float32)
             for kind, values in similar.items():
@@ -94,9 +95,9 @@ class LayerDiversity(Probe):
             headlines = {"diversity_outputs": Headline(mean, sentence, ends)} if math.isfinite(mean) else {}
             notes = [
                 f"with fewer than {ENOUGH_LAYERS} layers of two experts or more it cannot be told whether diversity "
-                "rises with depth or whether the last layer is an exception",
-                *unit_notes(arrays, headlines),
+                "rises with depth or whether the last layer is an exception"
             ]
+        notes += unit_notes(arrays, headlines)
         return ProbeResult(arrays, scalars, headlines, {"over_depth": partial(_draw_over_depth, every)}, notes)
 
 
@@ -165,7 +166,7 @@ def _trend_headline(subject: str, values: Mapping[int, float]) -> Headline:
         f"Diversity of the experts' {subject} {verdict}: rank correlation with the layer {rho:+.2f} "
         f"(1 rises always, 0 unrelated; {_p_text(p)}), the last layer left out."
     )
-    return Headline(rho, sentence)
+    return Headline(rho, sentence, no_interval=HAS_P)
 
 
 def _last_headline(subject: str, values: Mapping[int, float]) -> Headline:
@@ -176,13 +177,13 @@ def _last_headline(subject: str, values: Mapping[int, float]) -> Headline:
         f"The last layer {verdict} in the diversity of its experts' {subject}: it is {abs(away):.2g} {side} the line "
         f"through the other layers, {abs(value):.1f} times the spread expected ({_p_text(p)})."
     )
-    return Headline(value, sentence)
+    return Headline(value, sentence, no_interval=HAS_P)
 
 
 def _draw_over_depth(every: Mapping[str, Mapping[int, float]]) -> Figure:
-    from probes import figures
+    from probes.figures import drawing
 
-    fig = figures.new_figure(
+    fig = drawing.new_figure(
         11.5, 3.4, "Diversity of the experts over depth: 1 − mean similarity over pairs; dashed: if unrelated"
     )
     panels = {
@@ -192,9 +193,9 @@ def _draw_over_depth(every: Mapping[str, Mapping[int, float]]) -> Figure:
     }
     for ax, (title, (kinds, unrelated)) in zip(fig.subplots(1, len(panels)), panels.items(), strict=True):
         shown = [kind for kind in kinds if kind in every]
-        for kind, colour in zip(shown, figures.SERIES if len(kinds) > 1 else figures.SERIES[3:], strict=False):
-            figures.depth_line(ax, every[kind], colour, kind.rpartition("_")[2])
-        ax.axhline(unrelated, color=figures.MUTED, lw=1, ls="--")
+        for kind, colour in zip(shown, drawing.SERIES if len(kinds) > 1 else drawing.SERIES[3:], strict=False):
+            drawing.depth_line(ax, every[kind], colour, kind.rpartition("_")[2])
+        ax.axhline(unrelated, color=drawing.MUTED, lw=1, ls="--")
         ax.set_title(title, fontsize=10)
         if len(shown) > 1:
             ax.legend(fontsize=8, frameon=False)

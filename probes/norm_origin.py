@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from moebed.views import LayerView, Need
-from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
-from probes.resampling import SHARE, WITHOUT, Units, interval_of, unit_notes, units_of, without
+from moebed.views.layer import LayerView, Need
+from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
+from probes.measures.resampling import SHARE, WITHOUT, Units, interval_of, unit_notes, units_of, without
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,7 +67,7 @@ class NormOrigin(Probe):
                 self._keep("norm", layer, norms, self.arrays[f"input_norm/{layer}"])
 
     def _keep(self, kind: str, layer: int, values: np.ndarray, seen: np.ndarray) -> None:
-        units = Units(self.arrays[f"unit/{layer}"].astype(np.int64), self.arrays["unit_stratum"], 0)
+        units = Units(self.arrays[f"unit/{layer}"].astype(np.int64), self.arrays["unit_stratum"])
         shares = shares_by_unit(values, seen, units)
         if shares is not None:
             self.arrays[f"{kind}_share/{layer}"] = shares[0]
@@ -99,7 +99,7 @@ class NormOrigin(Probe):
 
 def shares_of_log(values: np.ndarray, seen: np.ndarray) -> np.ndarray | None:
     """The first row of :func:`shares_by_unit`: the shares (4,) of the whole text."""
-    found = shares_by_unit(values, seen, Units(np.zeros(len(values), np.int64), np.zeros(1, np.int64), 1))
+    found = shares_by_unit(values, seen, Units(np.zeros(len(values), np.int64), np.zeros(1, np.int64)))
     return None if found is None else found[0]
 
 
@@ -133,7 +133,7 @@ def shares_by_unit(values: np.ndarray, seen: np.ndarray, units: Units) -> np.nda
         of_token * size,
     )
     sums = units.sums(np.concatenate([np.stack(quantities, axis=1), logs], axis=1), taken)  # (U, 7 + E)
-    both = np.concatenate([sums.sum(axis=0)[None], without(sums)])
+    both = np.concatenate([sums.sum(axis=0)[None], without(sums, units.stratum)])
     count = both[:, 0]
     with np.errstate(divide="ignore", invalid="ignore"):
         square, token, token2, norm, norm2, cross = (both[:, column] / count for column in range(1, 7))
@@ -145,18 +145,18 @@ def shares_by_unit(values: np.ndarray, seen: np.ndarray, units: Units) -> np.nda
 
 
 def _draw_over_depth(arrays: Arrays) -> Figure:
-    from probes import figures
+    from probes.figures import drawing
 
     kinds = {kind: by_layer(arrays, f"{kind}_share") for kind in KINDS}
     shown = {kind: shares for kind, shares in kinds.items() if shares}
     layers = max(map(len, shown.values()))
-    fig = figures.new_figure(
+    fig = drawing.new_figure(
         max(5.5, 1.6 + 0.34 * layers) * len(shown), 3.9, "What do norms depend on? Share of their variance"
     )
     axes = fig.subplots(1, len(shown), squeeze=False)[0]
-    colours = (figures.SERIES[0], "#9dbfe3", figures.MUTED, figures.SERIES[1])
+    colours = (drawing.SERIES[0], "#9dbfe3", drawing.MUTED, drawing.SERIES[1])
     for ax, (kind, shares) in zip(axes, shown.items(), strict=True):
-        figures.layer_axis(ax)
+        drawing.layer_axis(ax)
         below = np.zeros(len(shares))
         for part, (label, colour) in enumerate(zip(LABELS, colours, strict=True)):
             height = np.array([share[part] for share in shares.values()])

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moebed.views import HeadView, LayerView, Need, ProbeText
-from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
-from probes.choices import NONE, assignments, by_part, first_middle_last
-from probes.resampling import SHARE, WITHOUT, Units, interval_of, unit_notes, units_of
+from moebed.views.layer import HeadView, LayerView, Need, ProbeText
+from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
+from probes.measures.choices import NONE, assignments, by_part, first_middle_last
+from probes.measures.resampling import LARGEST, unit_notes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,8 +51,6 @@ class Vocabulary(Probe):
         if view.routing is None or view.text is None:
             return
         self._keep_text(view.text)
-        units = units_of(view.text, len(view.text.token_ids))
-        self.arrays |= units.arrays() | {"unit_of_token": units.of_token.astype(np.int16)}
         self.arrays[f"choice/{view.index}"] = assignments(view).astype(np.int16)
         self.arrays[f"num_experts_per_tok/{view.index}"] = np.asarray(view.num_experts_per_tok, np.int64)
         self.arrays[f"num_experts/{view.index}"] = np.asarray(view.num_experts, np.int64)
@@ -67,7 +65,6 @@ class Vocabulary(Probe):
         of_kind = {kind: self.arrays.pop(kind) for kind in KINDS if kind in self.arrays}
         for kind, ids in of_kind.items() if choices else ():
             self._measure(kind, ids, choices, {layer: int(count) for layer, count in experts.items()})
-        self.arrays.pop("unit_of_token", None)
         for layer in choices:
             del self.arrays[f"choice/{layer}"]
         return self.describe(self.arrays)
@@ -92,19 +89,12 @@ class Vocabulary(Probe):
         valid = np.flatnonzero(of_token >= 0)
         order = np.random.default_rng(SEED).permutation(valid)
         number = np.where(often, often.cumsum() - 1, -1)[slot]  # (T,) which of the V ids, or -1
-        units = Units(self.arrays["unit_of_token"].astype(np.int64), self.arrays["unit_stratum"], 0)
         frequency = 1e-6 * (seen[often] / seen[often].max())[:, None]  # (V, 1)
         for layer, choice in choices.items():
             count, shuffled = (
                 _counts(number[valid], choice[tokens], len(ids), experts[layer]) for tokens in (valid, order)
             )
             share, shuffled = _shares(count), _shares(shuffled)
-            rest = np.full(len(units.stratum), np.nan)
-            for unit in range(len(rest) if len(rest) > 1 else 0):
-                mine = valid[units.of_token[valid] == unit]
-                left = _shares(count - _counts(number[mine], choice[mine], len(ids), experts[layer]))
-                rest[unit] = left.max(axis=1)[left.any(axis=1)].mean() if left.any() else np.nan
-            self.arrays[f"{kind}{WITHOUT}/{layer}"] = rest.astype(np.float32)
             # Among equal shares, that of the more frequent id tells more.
             top = np.argsort(-(share + frequency), axis=0, kind="stable")[:TOP_IDS].T  # (E, 10)
             top_share = np.take_along_axis(share.T, top, axis=1)
@@ -143,7 +133,7 @@ class Vocabulary(Probe):
                 f"Sorted by {label}, one expert takes {value:.1%} of an id's routings on average; "
                 f"{blind[f'{quantity}_shuffled']:.1%} if ids meant nothing, {most:.0%} at most."
             )
-            headlines[quantity] = Headline(value, sentence, interval_of(arrays, kind, value, within=SHARE))
+            headlines[quantity] = Headline(value, sentence, no_interval=LARGEST)
         return ProbeResult(
             arrays,
             scalars,
@@ -171,14 +161,14 @@ def _shares(count: np.ndarray) -> np.ndarray:
 
 
 def _draw_over_depth(measured: dict[str, Layers], shuffled: dict[str, Layers]) -> Figure:
-    from probes import figures
+    from probes.figures import drawing
 
-    fig = figures.new_figure(7.5, 3.8, "Largest share of a token id's routings that one expert takes, mean over ids")
+    fig = drawing.new_figure(7.5, 3.8, "Largest share of a token id's routings that one expert takes, mean over ids")
     ax = fig.subplots()
-    for (kind, layers), colour in zip(measured.items(), figures.SERIES, strict=False):
-        figures.depth_line(ax, {layer: float(value) for layer, value in layers.items()}, colour, f"by {KINDS[kind]}")
+    for (kind, layers), colour in zip(measured.items(), drawing.SERIES, strict=False):
+        drawing.depth_line(ax, {layer: float(value) for layer, value in layers.items()}, colour, f"by {KINDS[kind]}")
         blind = {layer: float(value) for layer, value in shuffled[kind].items()}
-        figures.depth_line(ax, blind, colour, "the same, ids shuffled", dashed=True)
+        drawing.depth_line(ax, blind, colour, "the same, ids shuffled", dashed=True)
     ax.set_ylim(bottom=0)
     ax.set_ylabel("share", fontsize=9)
     ax.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -187,21 +177,21 @@ def _draw_over_depth(measured: dict[str, Layers], shuffled: dict[str, Layers]) -
 
 def _draw_tokens(arrays: Arrays, kind: str) -> Figure:
     """The page's first table of each layer as an image: a line an expert, a column a layer."""
-    from probes import figures
+    from probes.figures import drawing
 
     words = _words_of(arrays)
     ids, shares = by_part(arrays, "top_ids")[kind], by_part(arrays, "top_shares")[kind]
     layers = first_middle_last(list(ids))
     rows = min(DRAWN_EXPERTS, max(len(ids[layer]) for layer in layers))
     title = f"Ids of whose routings an expert takes most, sorted by {KINDS[kind]}, with the share it takes"
-    fig = figures.new_figure(max(7.5, 5.2 * len(layers)), 0.9 + 0.24 * rows, title)
+    fig = drawing.new_figure(max(7.5, 5.2 * len(layers)), 0.9 + 0.24 * rows, title)
     for ax, layer in zip(fig.subplots(1, len(layers), squeeze=False)[0], layers, strict=True):
-        for row, expert in enumerate(figures.pick(range(len(ids[layer])), DRAWN_EXPERTS)):
+        for row, expert in enumerate(drawing.pick(range(len(ids[layer])), DRAWN_EXPERTS)):
             own = zip(ids[layer][expert], shares[layer][expert], strict=True)
             said = [f"{_word(words, int(one))[:DRAWN_LETTERS]} {value:.0%}" for one, value in own if one >= 0]
             line = "   ".join(said[:DRAWN_IDS]) or "–"
             for place, text in ((0.0, str(expert)), (0.06, line)):
-                ax.text(place, row, text, fontsize=7.5, family="monospace", va="center", color=figures.INK,
+                ax.text(place, row, text, fontsize=7.5, family="monospace", va="center", color=drawing.INK,
                         parse_math=False, in_layout=False)  # fmt: skip
         ax.set_title(f"layer {layer}: expert, ids", fontsize=9, loc="left")
         ax.set_xlim(0, 1)

@@ -12,7 +12,9 @@ import torch
 import yaml
 
 from moebed.cli import main
-from moebed.config import ModelConfig
+from moebed.machine.precision import computed_in
+from moebed.model.config import ModelConfig
+from tests.small_run import probing, small_recipe, write_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if not path.name.startswith("probe_"))
@@ -21,53 +23,15 @@ RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if not path.
 @pytest.fixture
 def recipe(tmp_path):
     """A run that takes a second, as a YAML file, and its content to change."""
-    (tmp_path / "text.txt").write_text(
-        "\n\n".join(f"{i}: the cat sat on the mat and saw {i}. " * 6 for i in range(120))
+    content = small_recipe(
+        tmp_path,
+        trainer={"max_steps": 6, "val_check_interval": 3, "callbacks": probing(3)},
     )
-    content = {
-        "seed_everything": 7,
-        "trainer": {
-            "default_root_dir": str(tmp_path / "run"),
-            "accelerator": "cpu",
-            "devices": 1,
-            "max_steps": 6,
-            "val_check_interval": 3,
-            "log_every_n_steps": 1,
-            "enable_progress_bar": False,
-            "callbacks": [
-                {"class_path": "probes.ProbeCallback", "init_args": {"every_n_steps": 3, "num_sequences": 2}}
-            ],
-        },
-        "checkpoint": {"every_n_train_steps": 2},
-        "samples": {"prompt_tokens": 4, "new_tokens": 4},
-        "model": {
-            "config": {
-                "vocab_size": 260,
-                "hidden_size": 32,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "num_experts": 4,
-                "num_experts_per_tok": 2,
-                "moe_intermediate_size": 32,
-            },
-            "optimizer": {"warmup_steps": 2},
-        },
-        "data": {
-            "sources": [{"name": "text", "kind": "files", "path": str(tmp_path / "text.txt")}],
-            "tokenizer": {"kind": "bytes"},
-            "sequence_length": 32,
-            "batch_size": 2,
-            "max_validation_windows": 4,
-            "cache_dir": str(tmp_path / "cache"),
-        },
-    }
 
     def write(change=None):
         if change:
             change(content)
-        path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump(content))
-        return path
+        return write_recipe(tmp_path, content)
 
     return write
 
@@ -92,7 +56,10 @@ def test_fit_writes_a_whole_run_folder_and_continues(recipe, tmp_path, capsys):
     assert summary["step"] == 6
     assert 0 < summary["val/bits_per_byte"] < 8.5
     assert summary["gzip -9 bits per byte"] > 0
-    assert ModelConfig.from_dict(yaml.safe_load((run / "config.yaml").read_text())["model"]["config"]).num_experts == 4
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert summary["computed in"] == (said := computed_in(config["trainer"]["precision"]))
+    assert f"Computed in {said}." in (run / "report.html").read_text(encoding="utf-8")
+    assert ModelConfig.from_dict(config["model"]["config"]).num_experts == 4
     assert {path.name for path in (run / "results").glob("*.npz")} >= {"balance.npz", "norm_vs_score.npz"}
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0, "tensors": 0}).Reload()
     tags = events.Tags()
@@ -101,7 +68,7 @@ def test_fit_writes_a_whole_run_folder_and_continues(recipe, tmp_path, capsys):
     )
     assert any(tag.startswith("probes/balance/max_violation/layer_00") for tag in tags["scalars"])
     assert any(tag.startswith("probes/matrix_similarity/") for tag in tags["images"])
-    assert {"config/text_summary", "samples/text_summary"} <= set(tags["tensors"])
+    assert {"config/text_summary", "computed_in/text_summary", "samples/text_summary"} <= set(tags["tensors"])
 
     _fails(capsys, ["fit", "--config", path], "already holds a run", "--ckpt_path last")
     before = (run / "run_summary.json").read_text()
@@ -127,7 +94,7 @@ def test_a_run_without_validation_ends_well(recipe, tmp_path):
     path = recipe(lambda content: content["trainer"].update(limit_val_batches=0, max_steps=2, callbacks=[]))
     assert main(["fit", "--config", str(path)]) == 0
     summary = json.loads((tmp_path / "run" / "run_summary.json").read_text())
-    assert set(summary) == {"step", "train/loss", "train/tokens_per_second"}
+    assert set(summary) == {"step", "computed in", "train/loss", "train/tokens_per_second"}
 
 
 def _recorded(folder):
@@ -136,7 +103,7 @@ def _recorded(folder):
 
 def _machine(monkeypatch, bfloat16):
     """A CPU of 100 GFLOP/s a core in float32."""
-    monkeypatch.setattr("moebed.precision.measured_rates", lambda: (100.0, bfloat16))
+    monkeypatch.setattr("moebed.machine.precision.measured_rates", lambda: (100.0, bfloat16))
 
 
 def test_auto_precision_is_written_as_what_it_became_and_kept_elsewhere(recipe, tmp_path, capsys, monkeypatch):
@@ -169,7 +136,7 @@ def test_auto_precision_is_written_as_what_it_became_and_kept_elsewhere(recipe, 
 
 
 def test_a_run_computes_in_what_auto_became(recipe, monkeypatch):
-    from moebed.module import MoEModule
+    from moebed.training.module import MoEModule
 
     seen = []
     step = MoEModule.training_step
@@ -192,8 +159,9 @@ def test_a_run_computes_in_what_auto_became(recipe, monkeypatch):
 
 
 def test_a_log_is_told_of_a_long_first_step_and_of_the_way_on(recipe, capsys, monkeypatch):
-    from moebed import progress, training_progress
-    from moebed.module import MoEModule
+    from moebed.machine import progress
+    from moebed.training import progress as training_progress
+    from moebed.training.module import MoEModule
 
     step = MoEModule.training_step
 
@@ -217,7 +185,7 @@ def test_a_log_is_told_of_a_long_first_step_and_of_the_way_on(recipe, capsys, mo
 
 
 def test_no_progress_is_shown_where_none_is_wanted(recipe, capsys, monkeypatch):
-    from moebed import progress
+    from moebed.machine import progress
 
     monkeypatch.setattr(progress, "SECONDS", 0.0)
     monkeypatch.setattr(progress.Lines.__init__, "__defaults__", (0.0, 0.0))
@@ -295,7 +263,7 @@ def test_fit_help_has_a_sentence_for_every_model_knob(capsys):
     text = " ".join(capsys.readouterr().out.split())
     import dataclasses
 
-    from moebed.config import RouterOptions
+    from moebed.model.config import RouterOptions
 
     names = [field.name for field in dataclasses.fields(ModelConfig) if field.name != "router_options"]
     names += [f"router_options.{field.name}" for field in dataclasses.fields(RouterOptions)]
@@ -312,12 +280,12 @@ def test_fit_help_has_a_sentence_for_every_model_knob(capsys):
 def test_every_recipe_builds_and_takes_a_step(path, tmp_path, recipe, monkeypatch):
     """At full size on the meta device, then one real step, a GPU-sized model narrowed for it; pictures once."""
     if path.stem != "demo":
-        monkeypatch.setattr("probes.callback.ProbeCallback._draw", lambda *arguments, **options: None)
-        monkeypatch.setattr("probes.report.write_report", lambda folders, out: out)
+        monkeypatch.setattr("probes.running.callback.ProbeCallback._draw", lambda *arguments, **options: None)
+        monkeypatch.setattr("probes.report.page.write_report", lambda folders, out: out)
     import torch
 
-    from moebed.decoder import Decoder
-    from moebed.flops import count_parameters
+    from moebed.model.decoder import Decoder
+    from moebed.model.flops import count_parameters
 
     content = yaml.safe_load(path.read_text())
     config = ModelConfig.from_dict(content["model"]["config"])

@@ -15,17 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moebed.attention import RMSNorm
 from moebed.checkpoints.checkpoint import Checkpoint
-from moebed.checkpoints.plan import ReadingPlan
 from moebed.checkpoints.pool import Piece, WeightPool
-from moebed.config import ModelConfig
-from moebed.decoder import Block, MoE
-from moebed.float32 import exact_products
-from moebed.fused import ACTIVATIONS
-from moebed.routers import Routing, build_router
-from moebed.text_pass import band_rows
-from moebed.views import MATRICES, ExpertView, Watch
+from moebed.checkpoints.reading_order import ReadingPlan
+from moebed.machine.float32 import exact_products
+from moebed.model.attention import RMSNorm
+from moebed.model.config import ModelConfig
+from moebed.model.decoder import Block, MoE
+from moebed.model.fused import ACTIVATIONS
+from moebed.model.routers import Routing, build_router
+from moebed.views.layer import MATRICES, ExpertView, Watch
+from moebed.views.text_pass import band_rows
 
 _ACTIVATIONS_AT_A_TIME = 1 << 25  # numbers
 _HEAD_BAND = 1 << 26  # bytes
@@ -46,7 +46,7 @@ class Precision:
 
     dtype: torch.dtype | None
     device: torch.device
-    _scratch: dict[int, Tensor] = field(default_factory=dict)
+    _scratch: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def compute(self) -> torch.dtype:
@@ -57,15 +57,16 @@ class Precision:
         """Weights as probes see them."""
         return weights.to(device=self.device, dtype=self.dtype or weights.dtype)
 
-    def used(self, weights: Tensor) -> Tensor:
-        """Weights (N, M) for a product; valid until the next ones of this size are asked for."""
+    def used(self, weights: Tensor, name: str = "") -> Tensor:
+        """Weights (N, M) for a product; valid until the next ones of this name are asked for."""
         weights = self.seen(weights)
         if weights.dtype == self.compute:
             return weights
-        scratch = self._scratch.get(weights.numel())
-        if scratch is None:  # kept, because new memory costs more than the conversion
-            self._scratch = {weights.numel(): torch.empty(weights.numel(), dtype=self.compute, device=self.device)}
-            scratch = self._scratch[weights.numel()]
+        scratch = self._scratch.get(name)
+        if scratch is None or scratch.numel() != weights.numel():  # kept: new memory costs more than the conversion
+            self._scratch.pop(name, None)
+            scratch = torch.empty(weights.numel(), dtype=self.compute, device=self.device)
+            self._scratch[name] = scratch
         return scratch.view(weights.shape).copy_(weights)
 
     def computing(self) -> AbstractContextManager[object]:
@@ -76,7 +77,7 @@ class Precision:
 
 
 class StreamedModel:
-    """A checkpoint as a TextPass asks for it; see ``moebed.text_pass.TextModel``.
+    """A checkpoint as a TextPass asks for it; see ``moebed.views.text_pass.TextModel``.
 
     Args:
         checkpoint: Its files.
@@ -167,7 +168,7 @@ class StreamedModel:
 
 
 class StreamedWeights:
-    """The weights of one layer of a checkpoint; see ``moebed.views.LayerWeights``.
+    """The weights of one layer of a checkpoint; see ``moebed.views.layer.LayerWeights``.
 
     Args:
         model: The checkpoint's model.
@@ -250,18 +251,24 @@ class StreamedWeights:
         """
         model, weights = self._model, ffn_pieces(self._model.checkpoint, self._layer, ffn)
         model.pool.enter(model.plan.group(self._layer, ffn if step is None else step))
-        gate, up, down = (model.pool.get(weights[name]) for name in ("gate", "up", "down"))
-        basis = model.pool.get(weights["basis"]) if "basis" in weights else None
+        matrices = {name: model.pool.get(piece) for name, piece in weights.items()}
+        blocks = torch.arange(len(x)).split(tokens_at_a_time(len(matrices["gate"])))
+        # All are moved and cast once; for one block, each when it is needed, in the same memory.
+        ready = {n: model.precision.used(matrix, n) for n, matrix in matrices.items()} if len(blocks) > 1 else {}
+
+        def use(name: str) -> Tensor:
+            return ready[name] if ready else model.precision.used(matrices[name])
+
         output = torch.empty_like(x)
         with model.computing():
-            for rows in torch.arange(len(x)).split(max(1, _ACTIVATIONS_AT_A_TIME // len(gate))):
+            for rows in blocks:
                 part = slice(int(rows[0]), int(rows[-1]) + 1)
-                seen = x[part] if basis is None else F.linear(x[part], model.precision.used(basis))
-                activated = self._activation(F.linear(seen, model.precision.used(gate)))
+                seen = F.linear(x[part], use("basis")) if "basis" in matrices else x[part]
+                activated = self._activation(F.linear(seen, use("gate")))
                 if watch is not None:
                     watch(part, activated.float())
-                inner = activated * F.linear(x[part], model.precision.used(up))
-                output[part] = F.linear(inner, model.precision.used(down)).float()
+                inner = activated * F.linear(x[part], use("up"))
+                output[part] = F.linear(inner, use("down")).float()
         return output
 
     def _shared_gate(self, x: Tensor) -> Tensor | float:
@@ -274,6 +281,11 @@ class StreamedWeights:
     def _seen(self, name: str, piece: Piece, rows: slice = slice(None)) -> Tensor:
         self._model.pool.enter(self._model.plan.group(self._layer, name))
         return self._model.precision.seen(self._model.pool.rows(piece, rows))
+
+
+def tokens_at_a_time(width: int) -> int:
+    """Tokens whose activations in an expert of this width are made at a time."""
+    return max(1, _ACTIVATIONS_AT_A_TIME // width)
 
 
 def block_pieces(checkpoint: Checkpoint, layer: int) -> dict[str, Piece]:

@@ -8,7 +8,6 @@ from typing import Any, Literal, NamedTuple
 
 from lightning.pytorch import LightningDataModule
 
-from moebed.data.cache import cache_folder, find_or_build, fingerprint
 from moebed.data.corpus import EMBEDDED_DOMAINS
 from moebed.data.loader import Batch, PackedLoader, ValidationLoader, collate, window_at
 from moebed.data.mixture import mixture_weights
@@ -17,6 +16,7 @@ from moebed.data.store import DomainStore, TokenStream, build_domain, gzip_size,
 from moebed.data.streaming import StreamPacker
 from moebed.data.tokenizer import AutoTokenizer, BytesTokenizer, Tokenizer, TokenizerConfig, load_tokenizer, train_bpe
 from moebed.errors import ConfigError, UserError
+from moebed.machine.cache import cache_folder, find_or_build, fingerprint
 
 STREAMING_VALIDATION_WINDOWS = 64
 _DEFAULT_TOKENIZER = TokenizerConfig()
@@ -94,7 +94,10 @@ class TextDataModule(LightningDataModule):
     # ---- building and opening ----------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
-        """Builds whatever the cache lacks; Lightning calls it in one process of each machine."""
+        """Builds whatever the cache lacks; of processes that share a cache folder one builds, and the others wait.
+
+        Lightning calls it in one process of each machine, and ``moebed fit`` in every process before that.
+        """
         self._open()
 
     def setup(self, stage: str | None = None) -> None:
@@ -176,8 +179,16 @@ class TextDataModule(LightningDataModule):
         """
         rank, world_size = self._rank_and_world_size()
         weights = mixture_weights(self.sources, [None if s.train is None else len(s.train) for s in self.stores])
+        rows = range(rank * self.batch_size, (rank + 1) * self.batch_size)
         domains: list[TokenStream | StreamPacker] = [
-            StreamPacker(Source(config), self.tokenizer, self.sequence_length, self.validation_fraction)
+            StreamPacker(
+                Source(config),
+                self.tokenizer,
+                self.sequence_length,
+                self.validation_fraction,
+                rows,
+                world_size * self.batch_size,
+            )
             if store.train is None
             else store.train
             for config, store in zip(self.sources, self.stores, strict=True)

@@ -6,9 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from moebed.config import ModelConfig
 from moebed.errors import ConfigError
-from moebed.flops import count_parameters, flops_per_token
+from moebed.model.config import ModelConfig
+from moebed.model.flops import count_parameters, flops_per_token
 from moebed.parallel.config import ParallelConfig
 from moebed.plan import activations, memory, traffic
 from moebed.plan.activations import Parts
@@ -176,6 +176,12 @@ def world_size(recipe: Any, cuda_devices: int) -> int:
     grid = layout.data * layout.expert if layout is not None else 0
     here = cuda_devices if _on_gpu(trainer, cuda_devices) else 1
     return _devices(trainer.devices, grid and grid // trainer.num_nodes, here) * trainer.num_nodes
+
+
+def takes_any_gpu(recipe: Any, cuda_devices: int) -> bool:
+    """Whether a parsed recipe trains on GPUs, and does not say on which."""
+    named = isinstance(recipe.trainer.devices, list) or "," in str(recipe.trainer.devices)
+    return _on_gpu(recipe.trainer, cuda_devices) and not named
 
 
 def _on_gpu(trainer: Any, cuda_devices: int) -> bool:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from moebed.config import ModelConfig
 from moebed.errors import ConfigError
-from moebed.grouped import alignment
+from moebed.model.config import ModelConfig
+from moebed.model.grouped import alignment
+from moebed.model.routers import ROUTERS
 from moebed.parallel.config import ParallelConfig
-from moebed.routers import ROUTERS
 
 
 class Precision(NamedTuple):
@@ -119,7 +119,7 @@ class Setup:
         if config.attn_logit_softcapping is not None or config.attention_backend == "math":
             return True
         narrow_on_cpu = self.device == "cpu" and self.precision.compute < 4
-        return config.attention_backend == "auto" and narrow_on_cpu and self.sequence_length <= 1024
+        return config.attention_backend != "sdpa" and narrow_on_cpu and self.sequence_length <= 1024
 
     def require_formulas(self) -> None:
         """Raise ConfigError for what no formula knows."""

@@ -16,7 +16,7 @@ from moebed.study.files import STUDY_FILE
 from moebed.study.recipe import StudyRecipe, read_recipe
 
 if TYPE_CHECKING:
-    from moebed.study.plan import Run, StudyPlan
+    from moebed.study.runs import Run, StudyPlan
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="a study, such as recipes/studies/router_tiny.yaml; or a study.json, to make tables and pictures again",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the study; default runs/studies/NAME")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, which share the cores")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, which share cores and GPUs")
     parser.add_argument("--arms", metavar="A,B", help="run only these arms, and the baseline")
     parser.add_argument("--slurm", action="store_true", help="print a script that runs the study as a SLURM job array")
     parser.add_argument("--run", type=int, metavar="I", help="run only the I-th run, and what it needs")
@@ -63,9 +63,9 @@ def run(command: str, arguments: Sequence[str]) -> None:
     out = options.out or Path("runs/studies") / recipe.name
     # Heavy imports wait until the file is known to be well formed.
     from moebed.study.collecting import collect
-    from moebed.study.plan import plan_study
     from moebed.study.precision import keep_precision
     from moebed.study.runner import Outcome, check_unchanged, run_all
+    from moebed.study.runs import plan_study
 
     plan = plan_study(recipe, out)
     for note in plan.notes:

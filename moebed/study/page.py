@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from moebed import storage
+from moebed.machine import storage
 from moebed.study.comparison import Comparison, compare_arms, power
 from moebed.study.files import STUDY_FILE, load_study
 from moebed.study.tables import (
@@ -40,8 +40,8 @@ def present(folder: Path) -> list[Path]:
         UserError: The study.json is missing or damaged.
     """
     from moebed.study.figures import draw_all
-    from probes.figures import to_png
-    from probes.report import write_report
+    from probes.figures.drawing import to_png
+    from probes.report.page import write_report
 
     found = compare_arms(load_study(folder / STUDY_FILE))
     written, pictures = [], {}
@@ -58,7 +58,7 @@ def present(folder: Path) -> list[Path]:
 def sections(folders: Sequence[Path]) -> dict[str, str]:
     """Sections of a report, by title, one a study; pictures are drawn now."""
     from moebed.study.figures import draw_all
-    from probes.figures import to_png
+    from probes.figures.drawing import to_png
 
     content = {}
     for folder in folders:
@@ -71,7 +71,7 @@ def sections(folders: Sequence[Path]) -> dict[str, str]:
 
 def section(folder: Path, found: Comparison, pictures: dict[str, bytes]) -> str:
     """A study as a piece of HTML."""
-    from probes.report import embedded
+    from probes.report.page import embedded
 
     study = found.study
     seeds = ", ".join(map(str, study["seeds"]))
@@ -81,7 +81,7 @@ def section(folder: Path, found: Comparison, pictures: dict[str, bytes]) -> str:
     parts += [f"<p><strong>{escape(warning)}</strong></p>" for warning in found.warnings]
     said = "".join(f"<li>{escape(sentence)}</li>" for sentence in verdicts(found))
     parts.append(f'<ul class="found">{said}</ul>')
-    parts.append(_table(COLUMNS, arm_rows(found)))
+    parts.append(html_table(COLUMNS, arm_rows(found)))
     parts.append(f'<p class="muted">{escape(NOTE)}</p>')
     parts += [f'<p class="muted">{escape(sentence)}</p>'] if (sentence := power(found)) else []
     marks = [f"<li>{escape(arm.name)}: {escape(mark)}</li>" for arm in found.arms.values() for mark in arm.marks]
@@ -89,15 +89,15 @@ def section(folder: Path, found: Comparison, pictures: dict[str, bytes]) -> str:
     parts += [embedded(png, name) for name, png in pictures.items()]
     columns, steps = step_rows(found)
     if steps:
-        parts.append(f'<h3>Over training</h3>{_table(columns, steps)}<p class="muted">{escape(STEP_NOTE)}</p>')
+        parts.append(f'<h3>Over training</h3>{html_table(columns, steps)}<p class="muted">{escape(STEP_NOTE)}</p>')
     if found.domains:
-        rows = _table(("arm", *found.domains), domain_rows(found))
+        rows = html_table(("arm", *found.domains), domain_rows(found))
         parts.append(f'<h3>By domain</h3>{rows}<p class="muted">{escape(DOMAIN_NOTE)}</p>')
     if found.headlines:
-        rows = _table(("headline at the last step", *found.arms), headline_rows(found))
+        rows = html_table(("headline at the last step", *found.arms), headline_rows(found))
         parts.append(f'<h3>Probes</h3>{rows}<p class="muted">{escape(headline_note(found))}</p>')
     arms = [[arm.name, arm.settings, _links(folder, found, arm.name)] for arm in found.arms.values()]
-    parts.append("<h3>Arms</h3>" + _table(("arm", "is", "its runs"), arms, raw=2, numbers=False))
+    parts.append("<h3>Arms</h3>" + html_table(("arm", "is", "its runs"), arms, raw=2, numbers=False))
     return "".join(parts)
 
 
@@ -111,8 +111,8 @@ def _links(folder: Path, found: Comparison, arm: str) -> str:
     return ", ".join(cells)
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], raw: int = -1, numbers: bool = True) -> str:
-    """Rows as HTML; the cells of column ``raw`` are HTML already."""
+def html_table(columns: Sequence[str], rows: Sequence[Sequence[str]], raw: int = -1, numbers: bool = True) -> str:
+    """Rows as HTML; the cells of column ``raw`` are HTML already, columns but the first numbers unless said."""
     form = ' class="number"' if numbers else ""
     head = "".join(f"<th{form if index else ''}>{escape(column)}</th>" for index, column in enumerate(columns))
     lines = [

@@ -16,18 +16,20 @@ from safetensors.torch import load_file, save_file
 
 from moebed.checkpoints.checkpoint import Checkpoint
 from moebed.cli import main
-from probes import store
-from probes.checkpoint_pass import CheckpointPass, probes_for
+from moebed.machine.mapped import checksums
+from probes.contract import layer_of
 from probes.registry import PROBES
-from probes.run_folder import read_run
+from probes.running import store
+from probes.running.checkpoint_pass import CheckpointPass, probes_for
+from probes.running.run_folder import read_run
 from tests.twice.conftest import kept_bytes, write_ids, write_model
 
 ALL = ",".join(probes_for(["all", "logits"], True))
 FEW = "balance,vocabulary,prediction,gate_similarity"
 PLUGIN = """
 import numpy as np
-from moebed.views import Need
-from probes.base import Headline, Probe, ProbeResult
+from moebed.views.layer import Need
+from probes.contract import Headline, Probe, ProbeResult
 from probes.registry import PROBES, register
 
 PROBES.pop("mine", None)
@@ -152,6 +154,44 @@ def test_layers_left_out_before_are_looked_at(model, whole, tmp_path, monkeypatc
     assert kept_bytes(tmp_path) == wanted
 
 
+def test_what_is_of_no_layer_stays_where_a_layer_is_shown_again(model, whole, tmp_path, undrawn):
+    """One probe has the first layers, another none: the one sees them again, and what lay beside them stays."""
+    both = "domain_share,balance"
+    assert probe(model, tmp_path, "--layers", "0,1", probes="domain_share") == 0
+    for _ in range(2):
+        assert probe(model, tmp_path, probes=both) == 0
+        assert kept_bytes(tmp_path) == whole(probes=both)
+
+
+@pytest.mark.slow
+def test_what_is_large_is_on_disk_once(model, tmp_path, monkeypatch, undrawn):
+    """Here, whatever has more than 64 bytes: after a probing the results alone have it, and the next finds it there."""
+    monkeypatch.setattr("moebed.machine.mapped.LARGE", 64)
+    assert probe(model, tmp_path / "whole", probes=ALL) == 0
+    out, wanted = tmp_path / "out", kept_bytes(tmp_path / "whole")
+    seen = shown(monkeypatch)
+    for _ in range(2):
+        assert probe(model, out, probes=ALL) == 0
+        assert kept_bytes(out) == wanted
+        moved = 0
+        for name in ALL.split(","):
+            results = checksums(out / "results" / f"{name}.npz")
+            for path in out.glob(f"results/.partial/*/{name}-*/*.npz"):
+                own = {key for key in checksums(path) if path.stem == "head" or layer_of(key) is not None}
+                assert not [key for key in own if results.get(key) == checksums(path)[key]], (name, path)
+                with np.load(path) as file:
+                    moved += "in_results" in file.files
+        assert moved > 20
+    assert seen == [0, 1, 2, -1]
+    assert probe(model, out, "--layers", "2", probes=ALL) == 0
+    assert probe(model, out, probes=ALL) == 0
+    assert kept_bytes(out) == wanted
+    (out / "results" / "activations.npz").unlink()
+    (out / "results" / "logits.npz").write_bytes(b"no archive")
+    assert probe(model, out, probes=ALL) == 0
+    assert kept_bytes(out) == wanted
+
+
 def test_other_text_types_and_probes_into_the_same_folder(model, whole, tmp_path, monkeypatch, undrawn):
     for options, arguments in (
         ((), {}),
@@ -254,7 +294,7 @@ def test_fresh_computes_all_anew(model, tmp_path, monkeypatch, undrawn):
 
 
 def test_what_is_of_something_else_is_left_out_and_named(model, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("probes.callback.ProbeCallback._draw", lambda *arguments, **options: None)
+    monkeypatch.setattr("probes.running.callback.ProbeCallback._draw", lambda *arguments, **options: None)
     assert probe(model, tmp_path, probes="balance,vocabulary,gate_similarity") == 0
     capsys.readouterr()
     assert probe(model, tmp_path, probes="balance", ids="other") == 0

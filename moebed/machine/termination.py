@@ -1,0 +1,30 @@
+"""What a command that keeps its work as it goes does on SIGTERM: it ends, soon and in order."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def ending_on_sigterm() -> Iterator[None]:
+    """End the process with exit code 143 on SIGTERM as soon as Python gets to act, whatever it is at.
+
+    In another thread than the main one, which alone may ask for signals, nothing changes.
+    """
+
+    def end(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough: what is open is being closed
+        raise SystemExit(143)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,168 @@
+"""The contract of every router: hidden states in, a decision out.
+
+T tokens, E experts, K experts per token, H hidden, C what a router carries over to one expert.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from moebed.errors import ConfigError
+from moebed.machine.float32 import Float32Buffers
+from moebed.model.config import LayerConfig, ModelConfig
+
+
+class Routing(NamedTuple):
+    """A router's decision for T tokens; logits, probabilities and weights are float32.
+
+    A named tuple because it then passes through ``torch.compile``, activation checkpointing and hooks as it is.
+    """
+
+    router_logits: Tensor  # (T, E)
+    router_probs: Tensor  # (T, E) the distribution that balancing losses and probes see
+    topk_index: Tensor  # (T, K) int64, in descending weight
+    topk_weight: Tensor  # (T, K) as applied to the experts' outputs
+    carried: Tensor | None = None  # (T, K, C) what the router computed for each choice and its expert goes on from
+    outputs: Tensor | None = None  # (T, K, H) outputs of the chosen experts, not weighted, where the router ran them
+    losses: dict[str, Tensor] | None = None  # by name, (T,): what the router asks of each token, without coefficient
+    ragged: bool = False  # an assignment of weight 0 is none: the number of experts differs from token to token
+
+    @property
+    def assigned(self) -> Tensor:
+        """Which of the T·K assignments stand: (T, K) bool."""
+        return self.topk_weight != 0 if self.ragged else torch.ones_like(self.topk_index, dtype=torch.bool)
+
+    def strongest(self, top_k: int) -> Routing:
+        """The decision with no more than the top_k largest weights of each token, where it has more columns."""
+        return self._replace(topk_index=self.topk_index[:, :top_k], topk_weight=self.topk_weight[:, :top_k])
+
+    def decision(self) -> Routing:
+        """The decision without what the experts alone need, so that keeping it holds no memory of their size."""
+        return self._replace(carried=None, outputs=None)
+
+
+class ExpertOutputs(Protocol):
+    """What a router may ask of a layer's experts; live ones and those of a streamed checkpoint answer alike."""
+
+    def each(self, x: Tensor, topk_index: Tensor) -> Tensor:
+        """Outputs (T, K, H) of the experts topk_index (T, K) for tokens x (T, H), not weighted."""
+        ...
+
+
+class Load(NamedTuple):
+    """Assignments of one optimizer step, over all ranks and accumulation steps."""
+
+    counts: Tensor  # (E,) float32, to each expert of a layer
+    density: Tensor  # () assignments of all MoE layers together, over the T·K that are meant
+
+
+def drawn(*shape: int) -> nn.Parameter:
+    """A parameter that begins as the decoder's of its kind do.
+
+    From N(0, initializer_range) in two dimensions or more; of one dimension it is 1, and 0 where its name ends in
+    ``bias``. It stays as it is where a router fills it before it is built into a model.
+    """
+    parameter = nn.Parameter(torch.empty(shape))
+    parameter.is_drawn = True  # type: ignore[attr-defined]
+    return parameter
+
+
+class Router(Float32Buffers):
+    """Contract of every router.
+
+    A rule that chooses by what the experts compute is handed the layer's experts as well. State that is not learned
+    by gradient (a selection bias, an adaptive coefficient) is a persistent float32 buffer: checkpoints keep it, no
+    optimizer sees it, it stays float32 where the model is cast, and training changes it in :meth:`end_step` alone, once
+    an optimizer step that is taken. What only the log needs is no state: it need not be persistent. Nor is what follows
+    from the number of the step (:meth:`begin_step`).
+    """
+
+    compiles = True  # whether its forward pass is one graph for torch.compile
+    adaptive = False  # whether it has state that end_step changes; where no router of a model has, none is called
+    runs_experts = False  # whether it asks for experts' outputs when it routes in evaluation
+    carries = False  # whether the experts' gates see what it carries to them, and nothing else
+    # Whether its parameters learn from more than the weights on the experts' outputs, or there are none to learn.
+    other_teacher = False
+
+    def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
+        super().__init__()
+        self.num_experts = layer.num_experts
+        self.num_experts_per_tok = layer.num_experts_per_tok
+        self.norm_topk_prob = config.norm_topk_prob
+
+    def forward(self, hidden_states: Tensor, experts: ExpertOutputs, token_ids: Tensor | None = None) -> Routing:
+        """Route hidden_states (T, H) of tokens token_ids (T,)."""
+        raise TypeError(f"{type(self).__name__} does not define forward")
+
+    def choose(self, logits: Tensor) -> Routing:
+        """The decision that follows from logits (T, E).
+
+        An expert whose logit is -inf has weight 0, and is not chosen while K others have a probability that float32
+        tells from 0. Here p = softmax(logits), the K largest, weight p, or p / Σ_topK p with norm_topk_prob.
+        """
+        probs = logits.softmax(dim=-1)  # (T, E)
+        weight, index = probs.topk(self.num_experts_per_tok, dim=-1, sorted=True)  # (T, K)
+        if self.norm_topk_prob:
+            weight = weight / weight.sum(dim=-1, keepdim=True)
+        return Routing(logits, probs, index, weight)
+
+    def initial(self, name: str, parameter: Tensor) -> Tensor:
+        """What a parameter that is not :func:`drawn` begins with: a tensor of its shape, on the CPU.
+
+        In memory it begins as ``__init__`` left it, and nobody asks. A model that is laid out over ranks is built
+        without memory for its parameters, so there a router with parameters of that kind has to say it here.
+
+        Raises:
+            ConfigError: The router does not say.
+        """
+        raise ConfigError(
+            f"router {type(self).__name__} does not say how its parameter {name} begins, which a model laid out over "
+            "ranks has to know: define initial(self, name, parameter), or make the parameter with "
+            "moebed.model.routers.drawn"
+        )
+
+    # What else the model may know of it -----------------------------------------------------------------------------
+
+    def gate(self) -> Tensor | None:
+        """Gate embeddings W_g (E, H), where the logits are x W_gᵀ; None otherwise."""
+        return None
+
+    def basis(self) -> Tensor | None:
+        """Projections (E, C, H) whose results are carried to the experts and are all that their gates see, or None."""
+        return None
+
+    def carry(self, hidden_states: Tensor, routing: Routing) -> Routing:
+        """The routing with what its experts go on from, where a decision was made without it."""
+        return routing
+
+    @classmethod
+    def gate_width(cls, config: ModelConfig) -> int:
+        """Width of what the experts' gate projections take: H, or C where the router carries it to them."""
+        return config.hidden_size
+
+    @classmethod
+    def experts_run(cls, config: ModelConfig, layer: LayerConfig, training: bool = False) -> float:
+        """Routed experts that compute for one token, expected."""
+        return layer.num_experts_per_tok
+
+    # Training ------------------------------------------------------------------------------------------------------
+
+    def loss_coefficients(self) -> dict[str, float | Tensor]:
+        """What each of ``Routing.losses`` is multiplied with in the training loss."""
+        return {}
+
+    def reset_state(self) -> None:
+        """Set the state that is not learned by gradient to its initial value."""
+
+    def begin_step(self, step: int) -> None:
+        """An optimizer step begins, or goes on with its next micro-batch; the same number on every rank."""
+
+    def end_step(self, load: Load) -> None:
+        """An optimizer step ends that is taken; called where a router of the model is adaptive."""
+
+    def numbers(self) -> dict[str, Tensor]:
+        """Scalars of the state, by name, for the log; read after :meth:`end_step`."""
+        return {}
