@@ -61,7 +61,16 @@ def test_two_byte_types(shuffled, dtype, activation):  # noqa: F811
     _agree(make_case(70, 4, 2, 40, 24, activation, dtype))
 
 
-@pytest.mark.parametrize("name", ["hopper", "blackwell", "ampere", "cdna", "wide"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "hopper",
+        "ampere",
+        "cdna",
+        "wide",
+        *(pytest.param(f"blackwell{old}", marks=pytest.mark.slow) for old in ("", "_plain")),
+    ],
+)
 def test_the_tiles_that_ship_for_gpus(shuffled, monkeypatch, name):  # noqa: F811
     monkeypatch.setattr(op, "choose", lambda *device: configs.BY_NAME[name])
     _agree(make_case(150, 3, 2, 72, 136))
@@ -181,18 +190,13 @@ def test_an_index_of_minus_one_is_refused_unless_ragged(interpreter):  # noqa: F
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32])
 def test_indices_of_any_integer_type(interpreter, dtype):  # noqa: F811
     """More experts than int8 can name, too: an index is compared in 64 bits."""
-    case = make_case(40, 5, 2)
-    expected = run(case)
-    actual = run(case._replace(topk_index=case.topk_index.to(dtype)))
-    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
     many = make_case(6, 300, 2, 8, 8, index=torch.randint(100, (6, 2)))
     narrow = many._replace(topk_index=many.topk_index.to(dtype))
     assert torch.equal(kernels.expert_mlp(*narrow), kernels.expert_mlp(*many))
     assert torch.allclose(kernels.reference.expert_mlp(*narrow), kernels.expert_mlp(*many), atol=1e-5)
 
 
-@pytest.mark.parametrize("most", [2, 5, 9])
-@pytest.mark.parametrize("skew", [0.0, 2.0, 20.0], ids=["even", "skewed", "one expert"])
+@pytest.mark.parametrize(("skew", "most"), [(0.0, 9), (2.0, 5), (20.0, 2), (20.0, 9)])
 def test_the_rows_of_crowded_experts_are_cut(shuffled, monkeypatch, skew, most):  # noqa: F811
     """Pieces of 64 rows and more, as many as the loads ask for; gradients as ever."""
     cuts, cut = [], grad_weight.cut

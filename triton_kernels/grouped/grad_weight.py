@@ -97,7 +97,7 @@ def grad_weight_kernel(
     mask = (m < M)[:, None] & (n < N)[None, :]
     if CUT:  # noqa: SIM102 (this is settled when it compiles, the next when it runs)
         if slot >= 0:
-            tl.store(partial + slot.to(tl.int64) * (M * N) + place, acc, mask=mask)  # type: ignore[attr-defined]
+            tl.store(partial + tl.cast(slot, tl.int64) * (M * N) + place, acc, mask=mask)
             return
     tl.store(out + expert.to(tl.int64) * (M * N) + place, acc.to(out.dtype.element_ty), mask=mask)
 

@@ -165,4 +165,4 @@ def route_small_kernel(
         tl.store(tile_start + place, 0, mask=place < num_tiles)
     tl.store(offsets + E, row)
     tl.store(tile_count, tile)
-    tl.store(inside, (outside == 0).to(tl.int32))  # type: ignore[attr-defined]  # a tensor in a kernel
+    tl.store(inside, tl.where(outside == 0, 1, 0))
