@@ -80,6 +80,7 @@ def test_text_of_1100_tokens_stays_under_2_and_a_half_gb(tmp_path):
     assert found["peak_resident"] < 2.5e9
 
 
+@pytest.mark.slow
 def test_what_probes_keep_is_not_in_memory(tmp_path):
     """Logits of 400 MB within a budget of 256 MiB: what they add to the peak is a fraction of them."""
     write(tmp_path / "model", vocab_size=50_000, num_hidden_layers=1, max_position_embeddings=2048)
