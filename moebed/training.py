@@ -24,6 +24,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from moebed import storage
 from moebed.allocator import keep_freed_memory
 from moebed.callbacks import AtomicCheckpointIO, SampleText, TrainingRate, UnbrokenLog
+from moebed.config import ModelConfig
 from moebed.data.datamodule import TextDataModule
 from moebed.errors import ConfigError, UserError
 from moebed.flops import count_parameters, flops_per_token
@@ -33,6 +34,7 @@ from moebed.parallel.strategy import MeshStrategy
 from moebed.plan.plan import make_plan, setup_of
 from moebed.plan.table import print_plan
 from moebed.progress import say, waiting
+from moebed.routers import all_options
 from moebed.saving import RunCheckpoint, require_whole_steps
 from moebed.schedule import SchedulePlan
 from moebed.starting import find_start
@@ -125,6 +127,7 @@ class TrainingCLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser whose errors are one line."""
         parser = _Parser(allow_abbrev=False, **kwargs)  # half a key must not set another
+        ModelConfig.__annotations__["router_options"] = all_options()  # those of --plugins as well
         parser.add_argument("-c", "--config", action=ActionConfigFile, help="a recipe, or a run's config.yaml")
         return parser
 

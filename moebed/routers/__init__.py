@@ -1,7 +1,7 @@
 """Routers: which experts a token goes to, and with what weight. Each rule is one small class behind one contract."""
 
 from moebed.routers.contract import ExpertOutputs, Load, Router, Routing, drawn
-from moebed.routers.registry import ROUTERS, build_router, register, untaught
+from moebed.routers.registry import ROUTERS, all_options, build_router, options_of, register, untaught
 from moebed.routers.softmax import GatedRouter, SoftmaxTopK
 from moebed.routers.steps import RouterSteps
 
@@ -14,8 +14,10 @@ __all__ = [
     "RouterSteps",
     "Routing",
     "SoftmaxTopK",
+    "all_options",
     "build_router",
     "drawn",
+    "options_of",
     "register",
     "untaught",
 ]

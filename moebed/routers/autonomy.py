@@ -5,11 +5,14 @@ T tokens, E experts, K experts per token, H hidden, F expert intermediate, C = d
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from types import MappingProxyType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moebed.config import LayerConfig, ModelConfig
+from moebed.config import LayerConfig, ModelConfig, RouterOptions, setting
 from moebed.routers.contract import ExpertOutputs, Router, Routing, drawn
 from moebed.routers.norms import norms, of_chosen
 
@@ -23,19 +26,35 @@ class Autonomy(Router):
     is computed in what the experts compute in, norms and decision in float32.
     """
 
+    @dataclass
+    class Options(RouterOptions):
+        """Settings of the projections."""
+
+        d_low: int = setting("Width C of each expert's first projection; about hidden_size / 3 was best.", least=1)
+
+    options: Options
+    default_norm_topk_prob = False
+    refused_backends = MappingProxyType({"triton": "has no kernel for the factorised gates"})
     carries = True
     other_teacher = True  # the experts go on from what it projects
 
     def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
         super().__init__(config, layer)
-        width = self.gate_width(config)
-        self.low_proj = drawn(layer.num_experts, width, config.hidden_size)  # (E, C, H)
+        self.low_proj = drawn(layer.num_experts, self.options.d_low, config.hidden_size)  # (E, C, H)
 
     @classmethod
     def gate_width(cls, config: ModelConfig) -> int:
         """d_low."""
-        assert config.router_options.d_low is not None
+        assert isinstance(config.router_options, cls.Options)
         return config.router_options.d_low
+
+    @classmethod
+    def width_of_equal_flops(cls, config: ModelConfig) -> int:
+        """Gate and chosen experts, E·H + 3·K·F·H, against projections and chosen experts, E·C·H + K·F'·(C + 2H)."""
+        layer, hidden, low = config.layer(0), config.hidden_size, cls.gate_width(config)
+        experts, top_k = layer.num_experts, layer.num_experts_per_tok
+        plain = experts * hidden + 3 * top_k * layer.moe_intermediate_size * hidden
+        return round((plain - experts * low * hidden) / (top_k * (low + 2 * hidden)))
 
     def forward(self, hidden_states: Tensor, experts: ExpertOutputs, token_ids: Tensor | None = None) -> Routing:
         """Route hidden_states (T, H)."""

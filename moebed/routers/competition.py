@@ -5,12 +5,14 @@ T tokens, E experts, K experts per token, H hidden.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moebed.config import LayerConfig, ModelConfig
+from moebed.config import LayerConfig, ModelConfig, RouterOptions, setting
 from moebed.routers.contract import ExpertOutputs, Router, Routing
 from moebed.routers.norms import norms, of_chosen
 from moebed.routers.softmax import GatedRouter
@@ -38,11 +40,6 @@ class ExpertNorm(Router):
             routing = self.choose(norms(outputs))
         return routing._replace(outputs=of_chosen(outputs, routing.topk_index))
 
-    @classmethod
-    def experts_run(cls, config: ModelConfig, layer: LayerConfig, training: bool = False) -> float:
-        """All of them."""
-        return layer.num_experts
-
 
 class CompeteSMoE(GatedRouter):
     """A gate that learns from competitions between the experts (CompeteSMoE 2402.02526).
@@ -57,9 +54,19 @@ class CompeteSMoE(GatedRouter):
     compiles = False  # steps with competition and without are different graphs
     LOSS = "router_competition"
 
+    @dataclass
+    class Options(RouterOptions):
+        """Settings of the competitions."""
+
+        seed: int = setting("Of the draw of the steps with competition.", 0, least=0)
+        competition_rate: float = setting("Probability, per step and layer, that all experts compete.", 0.07, 0, 1)
+        competition_loss_coef: float = setting("Of the gate's loss in steps with competition.", 1e-3, least=0)
+
+    options: Options
+
     def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
         super().__init__(config, layer)
-        self.options, self.layer = config.router_options, layer.index
+        self.layer = layer.index
         self.competes = False
 
     def begin_step(self, step: int) -> None:
@@ -92,6 +99,7 @@ class CompeteSMoE(GatedRouter):
     @classmethod
     def experts_run(cls, config: ModelConfig, layer: LayerConfig, training: bool = False) -> float:
         """K; in training all of them with probability r."""
+        assert isinstance(config.router_options, cls.Options)
         rate = config.router_options.competition_rate if training else 0.0
         return rate * layer.num_experts + (1 - rate) * layer.num_experts_per_tok
 
@@ -103,6 +111,14 @@ class CompeteSMoEv2(CompeteSMoE):
     cosine. Both in steps with competition alone.
     """
 
+    @dataclass
+    class Options(CompeteSMoE.Options):
+        """Settings of the competitions, and of the winners' part in the losses."""
+
+        winners_weight: float = setting("What the winners count for once more in the gate's loss.", 0.2, least=0)
+        winner_similarity_coef: float = setting("Of the mean cosine between the winners' outputs.", 1e-3, least=0)
+
+    options: Options
     WINNERS, DIVERSITY = "router_winners", "winner_similarity"
 
     def compete(self, outputs: Tensor) -> Routing:

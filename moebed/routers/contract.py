@@ -5,12 +5,13 @@ T tokens, E experts, K experts per token, H hidden, C what a router carries over
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from moebed.config import LayerConfig, ModelConfig
+from moebed.config import LayerConfig, ModelConfig, RouterOptions
 from moebed.errors import ConfigError
 from moebed.float32 import Float32Buffers
 
@@ -78,6 +79,12 @@ class Router(Float32Buffers):
     optimizer step.
     """
 
+    Options: type[RouterOptions] = RouterOptions  # its settings, a dataclass of moebed.config.setting
+    options: RouterOptions  # what they are in this model
+    default_norm_topk_prob = True  # where a config does not say
+    fixed_top_k = True  # whether every token has K experts
+    refused_backends: Mapping[str, str] = {}  # experts backends that cannot compute its experts, and why
+    has_plan_formula = False  # whether it keeps a gate's logits for the backward pass, and no more (see moebed.plan)
     compiles = True  # whether its forward pass is one graph for torch.compile
     adaptive = False  # whether it has state that end_step changes
     runs_experts = False  # whether it asks for experts' outputs when it routes in evaluation
@@ -90,6 +97,7 @@ class Router(Float32Buffers):
         self.num_experts = layer.num_experts
         self.num_experts_per_tok = layer.num_experts_per_tok
         self.norm_topk_prob = config.norm_topk_prob
+        self.options = config.router_options
 
     def forward(self, hidden_states: Tensor, experts: ExpertOutputs, token_ids: Tensor | None = None) -> Routing:
         """Route hidden_states (T, H) of tokens token_ids (T,)."""
@@ -143,7 +151,12 @@ class Router(Float32Buffers):
     @classmethod
     def experts_run(cls, config: ModelConfig, layer: LayerConfig, training: bool = False) -> float:
         """Routed experts that compute for one token, expected."""
-        return layer.num_experts_per_tok
+        return layer.num_experts if cls.runs_experts else layer.num_experts_per_tok
+
+    @classmethod
+    def width_of_equal_flops(cls, config: ModelConfig) -> int:
+        """Width of experts with which a layer takes the FLOPs of a softmax gate and experts as wide as the config's."""
+        return config.layer(0).moe_intermediate_size
 
     # Training ------------------------------------------------------------------------------------------------------
 

@@ -32,3 +32,5 @@ class GatedRouter(Router):
 
 class SoftmaxTopK(GatedRouter):
     """p = softmax(x W_gᵀ); the K largest; weight p, or p / Σ_topK p with norm_topk_prob (Shazeer 2017; Jiang 2024)."""
+
+    has_plan_formula = True

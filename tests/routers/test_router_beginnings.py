@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from moebed.config import ROUTER_NAMES
 from moebed.decoder import Decoder
 from moebed.errors import ConfigError
 from moebed.module import MoEModule
@@ -40,8 +39,6 @@ def own():
     yield lambda rule: register(rule.__name__)(rule)
     for name in ("Tempered", "Orthogonal"):
         ROUTERS.pop(name, None)
-        if name in ROUTER_NAMES:
-            ROUTER_NAMES.remove(name)
 
 
 def test_what_a_router_of_ones_own_begins_with_stays(own):
