@@ -203,16 +203,17 @@ class ModelConfig:
         self._settle_shared_width()
 
     def _check_router(self) -> None:
-        from moebed.routers import ROUTERS, options_of  # whose modules import this one
+        from moebed.experts import KERNELS_ALONE  # these import this module
+        from moebed.routers import ROUTERS, options_of
 
         self._check_choice("router", tuple(ROUTERS), "; one of your own is made known by --plugins FILE.py")
         rule = ROUTERS[self.router]
         self.router_options = options_of(self.router, self.router_options)
         if self.norm_topk_prob is None:
             self.norm_topk_prob = rule.default_norm_topk_prob
-        refused = rule.refused_backends.get(self.experts_backend)
         self._require(
-            refused is None, f"experts_backend {self.experts_backend} {refused} of router {self.router}; use auto"
+            self.experts_backend not in KERNELS_ALONE or rule.experts_class.has_kernel(),
+            f"experts_backend {self.experts_backend} has no kernel for the experts of router {self.router}; use auto",
         )
         self._require(
             rule.fixed_top_k or not self.output_diversity_loss_coef,

@@ -75,6 +75,8 @@ class _Parser(LightningArgumentParser):
         parser = next(iter(self._subcommands_action._name_parser_map.values())) if self._subcommands_action else self
         near = difflib.get_close_matches(key, [action.dest for action in parser._actions], 1)
         hint = f"did you mean {near[0]!r}?" if near else "`moebed fit --help` lists the known ones"
+        if ".router_options." in key:
+            hint += "; those of a router of your own are made known by --plugins FILE.py"
         raise ConfigError(f"unknown key {key!r} in the config; {hint}") from ex
 
 

@@ -59,10 +59,9 @@ class ExpertImportance(Probe):
         norms, self._norms = self._norms, []
         if view.routing is None or not norms:
             return
-        assert view.decision is not None
-        index, weight = view.decision.topk_index, view.decision.topk_weight.float()
+        index, weight = view.routing.topk_index, view.routing.topk_weight.float()
         added = weight * torch.stack(norms, dim=1).gather(1, index)  # (T, K)
-        units, stands = units_of(view.text, len(index)), view.decision.assigned
+        units, stands = units_of(view.text, len(index)), view.routing.assigned
         number, size = len(units.stratum), view.num_experts * len(units.stratum)
         cell = (torch.from_numpy(units.of_token).to(index)[:, None] * view.num_experts + index)[stands]
         counts = torch.bincount(cell, minlength=size).view(number, -1).cpu().numpy()  # (U, E)

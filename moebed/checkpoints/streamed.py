@@ -182,17 +182,16 @@ class StreamedWeights:
 
     def expert_matrix(self, name: str, index: int, rows: slice) -> Tensor:
         """Rows of one routed expert's matrix, as stored or rounded."""
-        checkpoint = self._model.checkpoint
-        found = self._seen(name, Piece(checkpoint, checkpoint.keys.expert(self._layer, name, index)), rows)
-        basis = checkpoint.keys.basis(self._layer, index) if name == "gate" else None
-        if basis is None:
-            return found
-        return found.float() @ self._seen(name, Piece(checkpoint, basis)).float()
+        first, *rest = factor_pieces(self._model.checkpoint, self._layer, name, index)
+        found = self._seen(name, first, rows)
+        for factor in rest:
+            found = found.float() @ self._seen(name, factor).float()
+        return found
 
     def expert_shape(self, name: str) -> tuple[int, int]:
         """Rows and columns of one routed expert's matrix."""
-        part = self._model.checkpoint.keys.expert(self._layer, "up" if name == "gate" else name, 0)  # alike
-        return part.rows, part.columns
+        parts = self._model.checkpoint.keys.factors(self._layer, name, 0)
+        return parts[0].rows, parts[-1].columns
 
     def shared_matrix(self, name: str) -> Tensor | None:
         """The shared expert's matrix."""
@@ -250,19 +249,22 @@ class StreamedWeights:
         """
         model, weights = self._model, ffn_pieces(self._model.checkpoint, self._layer, ffn)
         model.pool.enter(model.plan.group(self._layer, ffn if step is None else step))
-        gate, up, down = (model.pool.get(weights[name]) for name in ("gate", "up", "down"))
-        basis = model.pool.get(weights["basis"]) if "basis" in weights else None
+        gate, up, down = ([model.pool.get(piece) for piece in weights[name]] for name in ("gate", "up", "down"))
         output = torch.empty_like(x)
         with model.computing():
-            for rows in torch.arange(len(x)).split(max(1, _ACTIVATIONS_AT_A_TIME // len(gate))):
+            for rows in torch.arange(len(x)).split(max(1, _ACTIVATIONS_AT_A_TIME // len(gate[0]))):
                 part = slice(int(rows[0]), int(rows[-1]) + 1)
-                seen = x[part] if basis is None else F.linear(x[part], model.precision.used(basis))
-                activated = self._activation(F.linear(seen, model.precision.used(gate)))
+                activated = self._activation(self._through(gate, x[part]))
                 if watch is not None:
                     watch(part, activated.float())
-                inner = activated * F.linear(x[part], model.precision.used(up))
-                output[part] = F.linear(inner, model.precision.used(down)).float()
+                output[part] = self._through(down, activated * self._through(up, x[part])).float()
         return output
+
+    def _through(self, factors: list[Tensor], x: Tensor) -> Tensor:
+        """x (N, ·) times the transpose of a matrix that is the product of these factors."""
+        for factor in reversed(factors):
+            x = F.linear(x, self._model.precision.used(factor))
+        return x
 
     def _shared_gate(self, x: Tensor) -> Tensor | float:
         mlp = self._model.current.mlp if self._model.current is not None else None
@@ -290,30 +292,30 @@ def routing_step(expert: int) -> Hashable:
     return "routing", expert
 
 
-def ffn_pieces(checkpoint: Checkpoint, layer: int, step: int | str) -> dict[str, Piece]:
+def ffn_pieces(checkpoint: Checkpoint, layer: int, step: int | str) -> dict[str, list[Piece]]:
     """The three matrices of a routed expert, given by its index, of the shared expert, or of a dense layer's FFN.
 
-    Where an expert's gate is factorised, its first factor is there as ``basis``.
+    Each is the product of its pieces, which is one piece for most.
     """
-    keys, found = checkpoint.keys, {}
+    if isinstance(step, int):
+        return {name: factor_pieces(checkpoint, layer, name, step) for name in MATRICES}
+    found = {}
     for name in MATRICES:
-        if isinstance(step, int):
-            part = keys.expert(layer, name, step)
-        else:
-            given = keys.shared(layer, name) if step == "shared" else keys.dense(layer, name)
-            assert given is not None
-            part = given
-        found[name] = Piece(checkpoint, part)
-    basis = keys.basis(layer, step) if isinstance(step, int) else None
-    return found if basis is None else {**found, "basis": Piece(checkpoint, basis)}
+        part = checkpoint.keys.shared(layer, name) if step == "shared" else checkpoint.keys.dense(layer, name)
+        assert part is not None
+        found[name] = [Piece(checkpoint, part)]
+    return found
+
+
+def factor_pieces(checkpoint: Checkpoint, layer: int, name: str, expert: int) -> list[Piece]:
+    """The pieces whose product is one matrix of a routed expert."""
+    return [Piece(checkpoint, part) for part in checkpoint.keys.factors(layer, name, expert)]
 
 
 def matrix_pieces(checkpoint: Checkpoint, reference: Checkpoint | None, layer: int, name: str) -> list[Piece]:
     """One matrix of all experts of a layer, of the shared expert, and of the dense reference's FFN."""
     keys, experts = checkpoint.keys, range(checkpoint.config.layer(layer).num_experts)
-    pieces = [Piece(checkpoint, keys.expert(layer, name, e)) for e in experts]
-    bases = [keys.basis(layer, e) for e in experts] if name == "gate" else []
-    pieces += [Piece(checkpoint, basis) for basis in bases if basis is not None]
+    pieces = [piece for expert in experts for piece in factor_pieces(checkpoint, layer, name, expert)]
     shared, dense = keys.shared(layer, name), dense_piece(reference, layer, name)
     pieces += [Piece(checkpoint, shared)] if shared is not None else []
     return pieces + ([dense] if dense is not None else [])

@@ -1,9 +1,10 @@
 """Routers: which experts a token goes to, and with what weight. Each rule is one small class behind one contract."""
 
-from moebed.routers.contract import ExpertOutputs, Load, Router, Routing, drawn
+from moebed.routers.contract import ExpertOutputs, Load, Router, drawn
 from moebed.routers.registry import ROUTERS, all_options, build_router, options_of, register, untaught
 from moebed.routers.softmax import GatedRouter, SoftmaxTopK
 from moebed.routers.steps import RouterSteps
+from moebed.routing import Routing
 
 __all__ = [
     "ROUTERS",

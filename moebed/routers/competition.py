@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moebed.config import LayerConfig, ModelConfig, RouterOptions, setting
-from moebed.routers.contract import ExpertOutputs, Router, Routing
+from moebed.routers.contract import ExpertOutputs, Router
 from moebed.routers.norms import norms, of_chosen
 from moebed.routers.softmax import GatedRouter
+from moebed.routing import Routing
 
 
 def _all_outputs(experts: ExpertOutputs, hidden_states: Tensor, num_experts: int) -> Tensor:
@@ -38,7 +39,7 @@ class ExpertNorm(Router):
         outputs = _all_outputs(experts, hidden_states, self.num_experts)
         with torch.autocast(hidden_states.device.type, enabled=False):
             routing = self.choose(norms(outputs))
-        return routing._replace(outputs=of_chosen(outputs, routing.topk_index))
+        return routing._replace(precomputed=of_chosen(outputs, routing.topk_index))
 
 
 class CompeteSMoE(GatedRouter):
@@ -82,7 +83,7 @@ class CompeteSMoE(GatedRouter):
         with torch.autocast(hidden_states.device.type, enabled=False):
             won = self.compete(outputs)
             winners = of_chosen(outputs, won.topk_index)  # (T, K, H)
-            return won._replace(outputs=winners, losses=self.lessons(gated, won, winners))
+            return won._replace(precomputed=winners, losses=self.lessons(gated, won, winners))
 
     def compete(self, outputs: Tensor) -> Routing:
         """The decision of a competition between outputs (T, E, H)."""

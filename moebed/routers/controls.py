@@ -13,8 +13,9 @@ from torch import Tensor
 
 from moebed.config import LayerConfig, ModelConfig, RouterOptions, setting
 from moebed.float32 import float32_linear
-from moebed.routers.contract import ExpertOutputs, Router, Routing, drawn
+from moebed.routers.contract import ExpertOutputs, Router, drawn
 from moebed.routers.softmax import GatedRouter
+from moebed.routing import Routing
 
 _BITS = 31
 Number = TypeVar("Number", int, Tensor)

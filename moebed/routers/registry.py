@@ -56,7 +56,7 @@ def options_of(name: str, given: RouterOptions | Mapping[str, Any]) -> RouterOpt
     wanted = {field.name: found.get(field.name) for field in dataclasses.fields(kind)}
     wanted = {key: value for key, value in wanted.items() if value is not None}
     for field in dataclasses.fields(kind):
-        if field.name not in wanted and _needed(field):
+        if field.name not in wanted and field.default is field.default_factory is dataclasses.MISSING:
             raise ConfigError(
                 f"model config: router {name} needs router_options.{field.name}. {field.metadata['sentence']}"
             )
@@ -65,11 +65,12 @@ def options_of(name: str, given: RouterOptions | Mapping[str, Any]) -> RouterOpt
 
 def all_options() -> type[RouterOptions]:
     """A dataclass of every known router's settings, each with its sentence: what ``--help`` shows."""
-    fields, lines = [], []
+    fields: list[tuple[str, Any, Any]] = []
+    lines = []
     for key, users in _settings().items():
         defaults = [field.default for field, _ in users.values()]
         same = all(default == defaults[0] for default in defaults) and defaults[0] is not dataclasses.MISSING
-        kind = Union[tuple(hint for _, hint in users.values())]  # noqa: UP007
+        kind: Any = Union[tuple(hint for _, hint in users.values())]  # noqa: UP007
         fields.append((key, kind, defaults[0]) if same else (key, kind | None, None))
         said: dict[str, list[str]] = {}
         for name, (field, _) in users.items():
@@ -90,10 +91,6 @@ def _settings() -> dict[str, dict[str, tuple[dataclasses.Field[Any], Any]]]:
         for field in dataclasses.fields(rule.Options):
             found.setdefault(field.name, {})[name] = field, hints[field.name]
     return found
-
-
-def _needed(field: dataclasses.Field[Any]) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def untaught(config: ModelConfig) -> str | None:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from moebed.config import LayerConfig, ModelConfig, RouterOptions, setting
-from moebed.routers.contract import Load, Routing
+from moebed.routers.contract import Load
 from moebed.routers.softmax import GatedRouter
+from moebed.routing import Routing
 
 
 class ReLU(GatedRouter):

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from moebed.config import LayerConfig, ModelConfig
 from moebed.float32 import float32_linear
-from moebed.routers.contract import ExpertOutputs, Router, Routing, drawn
+from moebed.routers.contract import ExpertOutputs, Router, drawn
+from moebed.routing import Routing
 
 
 class GatedRouter(Router):

@@ -40,7 +40,9 @@ def made_up(rng: np.random.Generator, texts: int, own: np.ndarray | None = None)
         logits = torch.from_numpy((prefers + wanders.transpose(1, 0, 2)).reshape(-1, EXPERTS)).float()
         probs = logits.softmax(dim=-1)
         weight, index = probs.topk(CHOSEN)
-        views.append(LayerView(layer, LAYERS, EXPERTS, CHOSEN, None, Routing(logits, probs, index, weight), text=text))
+        views.append(
+            LayerView(layer, LAYERS, EXPERTS, CHOSEN, None, routing=Routing(logits, probs, index, weight), text=text)
+        )
     return views
 
 

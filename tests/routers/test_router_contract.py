@@ -9,10 +9,11 @@ from moebed.attention import KVCache
 from moebed.config import ModelConfig
 from moebed.decoder import Decoder
 from moebed.errors import ConfigError
+from moebed.experts import Experts, _native_unfit
 from moebed.flops import count_parameters, flops_per_token
 from moebed.generate import generate
 from moebed.losses import load_balancing_loss, router_stats
-from moebed.routers import ROUTERS
+from moebed.routers import ROUTERS, SoftmaxTopK, register
 from tests.routers.router_cases import ALL, COMPILED, config_of
 
 CARELESS = ("balanced", "hash", "random")  # learn nothing in the router
@@ -243,7 +244,7 @@ def test_experts_run_once_where_the_router_ran_them():
         ({"router": "relu", "num_experts_per_tok": 5}, "num_experts_per_tok is 5 but layer 0 has 4 experts"),
         (
             {"router": "autonomy", "router_options": {"d_low": 4}, "experts_backend": "triton"},
-            "experts_backend triton has no kernel for the factorised gates of router autonomy",
+            "experts_backend triton has no kernel for the experts of router autonomy",
         ),
     ],
 )
@@ -264,6 +265,44 @@ def test_the_config_survives_plain_data(name):
         field.name for field in dataclasses.fields(ROUTERS[name].Options)
     }
     assert config.norm_topk_prob == (name != "autonomy")
+
+
+class Biased(Experts):
+    """Experts with a bias before the activation."""
+
+    @classmethod
+    def shapes(cls, config, layer):
+        width = 2 * layer.moe_intermediate_size
+        return {**super().shapes(config, layer), "bias": (layer.num_experts, width, 1)}
+
+    def gate_and_up(self, rows, product):
+        ones = rows.new_ones(len(rows), 1)
+        return super().gate_and_up(rows, product) + product(ones, self.local(self.bias))
+
+
+def test_a_router_may_build_its_layers_experts():
+    """They are built, trained by every backend that they go with, and counted."""
+
+    @register("biased")
+    class WithBiasedExperts(SoftmaxTopK):
+        experts_class = Biased
+
+    try:
+        found = []
+        for backend in ("loop", "grouped_mm"):
+            decoder = _decoder("biased", experts_backend=backend)
+            assert count_parameters(decoder.config)[0] == sum(p.numel() for p in decoder.parameters())
+            loss = _loss(decoder, IDS)
+            loss.backward()
+            found.append([loss.detach(), *(block.mlp.experts.bias.grad for block in decoder.blocks)])
+            assert all(grad.abs().sum() > 0 for grad in found[-1][1:])
+        torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+        experts = decoder.blocks[0].mlp.experts
+        assert _native_unfit(experts, torch.randn(64, 32)) == "these experts have a gate of their own"
+        with pytest.raises(ConfigError, match="triton has no kernel for the experts of router biased"):
+            config_of("biased", experts_backend="triton")
+    finally:
+        del ROUTERS["biased"]
 
 
 def test_compilation_is_refused_where_steps_differ():
