@@ -228,7 +228,7 @@ def _triton(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
             "experts_backend triton runs on a GPU; on a CPU set TRITON_INTERPRET=1 (slow, for tests), or choose auto"
         )
     matrices = experts.local(experts.gate_up_proj), experts.local(experts.down_proj)
-    return expert_mlp(x, *matrices, routing.topk_index, routing.topk_weight, experts.hidden_act)
+    return expert_mlp(x, *matrices, routing.topk_index, routing.topk_weight, experts.hidden_act, ragged=routing.ragged)
 
 
 Backend = Callable[[Experts, Tensor, Routing], Tensor]

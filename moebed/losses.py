@@ -85,11 +85,15 @@ def router_stats(routing: Routing, token_mask: Tensor) -> RouterStats:
 
 
 def load_balancing_loss(mean_probs: Tensor, counts: Tensor) -> Tensor:
-    """E · Σ_i f_i P_i (Switch Transformer 2101.03961, eq. 4), 1 when balanced; float32 scalar.
+    """E · Σ_i f_i P_i (Switch Transformer 2101.03961, eq. 4); float32 scalar, and 0 where nothing is assigned.
+
+    1 where the work is shared evenly, f_i = 1/E, and wherever the P_i are all equal; with ``relu`` times the share of
+    tokens that have an expert at all.
 
     Args:
-        mean_probs: (E,) P_i, the mean probability of each expert; the gradient flows through it alone.
-        counts: (E,) assignments to each expert, of the same tokens or of a wider scope; f_i is their share.
+        mean_probs: (E,) P_i, the mean probability of each expert, through which the gradient is to flow alone.
+        counts: (E,) assignments to each expert, of the same tokens or of a wider scope, without a gradient; f_i is
+            their share of all assignments, 1/K of Switch's share of tokens.
     """
     return len(counts) * (counts / counts.sum().clamp(min=1) * mean_probs).sum()
 

@@ -15,7 +15,7 @@ from moebed.float64 import double, has_float64
 
 
 class TextLoss(Metric):
-    """Cross entropy of text by domain: nats a token, perplexity, and bits per byte.
+    """Cross entropy of text, of all and by domain: nats a token, perplexity (of all alone), and bits per byte.
 
     Perplexities cannot be compared between tokenizers; bits per byte can: all nats, in bits, over all bytes of text
     that the predicted tokens stand for. Special tokens cost bits and stand for no byte.
@@ -35,7 +35,7 @@ class TextLoss(Metric):
             self.add_state(name, torch.zeros(num_domains, dtype=torch.float64), dist_reduce_fx="sum")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *arguments: Any, **options: Any) -> torch.nn.Module:
-        """Move the sums, but keep them in main memory where the device has no float64, and in float64 in any case."""
+        """Move the sums, in float64 in any case; where the device has no float64 they stay where they are."""
         keeping = keeping_dtype(fn)  # Lightning casts modules to the run's precision
 
         def moved(tensor: Tensor) -> Tensor:
@@ -51,7 +51,11 @@ class TextLoss(Metric):
         self.bytes.index_add_(0, domain, double(num_bytes))
 
     def compute(self) -> dict[str, Tensor]:
-        """``loss`` and ``bits_per_byte`` over all domains, and (D,) of each as ``loss_by_domain`` and so on."""
+        """``loss``, ``perplexity`` and ``bits_per_byte`` over all domains, (); of each ``loss_by_domain`` and
+        ``bits_per_byte_by_domain`` (D,).
+
+        All float32, and NaN where there is no text (bits per byte also inf, where tokens stand for no byte).
+        """
         total_nats, total_tokens, total_bytes = self.nats.sum(), self.tokens.sum(), self.bytes.sum()
         loss = total_nats / total_tokens
         return {

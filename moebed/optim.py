@@ -69,10 +69,12 @@ def build_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
 
 @torch.no_grad()
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """Norm of all gradients together, as a number that every rank has; they may lie on several meshes of ranks."""
+    """Norm of all gradients together, float32 whatever they are; every rank has it, over all meshes they lie on."""
     total = torch.zeros(())
     for grads in _gradients_by_mesh(parameters):
-        squares = torch.nn.utils.get_total_norm(_local(grads)).square()
+        # Not get_total_norm, which sums and answers in the gradients' type: 8 bits of a bf16-true run's.
+        norms = torch._foreach_norm(_local(grads), 2, dtype=torch.float32)
+        squares = torch.linalg.vector_norm(torch.stack(norms)).square()
         if isinstance(grads[0], DTensor):
             for dimension, placement in enumerate(grads[0].placements):
                 if placement.is_shard():

@@ -16,6 +16,12 @@ import torch
 
 PrecisionName = Literal["bf16-mixed", "32-true"]
 
+COMPUTED_IN = "computed in"  # the key beside a run's numbers
+_COMPUTED_IN = {
+    "32-true": "float32",
+    "bf16-mixed": "weights in float32, products in bfloat16, losses from their results summed in float32",
+    "bf16-true": "weights and products in bfloat16, losses from their results summed in float32",
+}
 SIDE = 256  # of the square matrices: as large as a small model's, and not minutes where bf16 is emulated
 SECONDS = 0.025  # spent on each type, after one product that warms up
 # Mixed precision casts weights and activations besides. CPUs are far from this on either side: .7 or 2 and more.
@@ -36,6 +42,11 @@ class Choice:
 
     def __str__(self) -> str:
         return f"precision auto: {self.precision} here ({self.reason})"
+
+
+def computed_in(precision: str) -> str:
+    """What a run of Lightning's ``precision`` computes in, in a line beside its losses."""
+    return f"{_COMPUTED_IN[precision]} ({precision})" if precision in _COMPUTED_IN else precision
 
 
 def choose_precision(accelerator: str = "auto") -> Choice:

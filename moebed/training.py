@@ -33,6 +33,7 @@ from moebed.parallel.config import ParallelConfig
 from moebed.parallel.strategy import MeshStrategy
 from moebed.plan.plan import make_plan, setup_of
 from moebed.plan.table import print_plan
+from moebed.precision import COMPUTED_IN, computed_in
 from moebed.progress import say, waiting
 from moebed.routers import all_options
 from moebed.saving import RunCheckpoint, require_whole_steps
@@ -110,6 +111,7 @@ class RunFolder(SaveConfigCallback):
             if isinstance(logger, TensorBoardLogger):
                 indented = "\n".join("    " + line for line in text.splitlines())
                 logger.experiment.add_text("config", indented, trainer.global_step)
+                logger.experiment.add_text("computed_in", computed_in(trainer.precision), trainer.global_step)
 
 
 class TrainingCLI(LightningCLI):
@@ -274,8 +276,11 @@ class TrainingCLI(LightningCLI):
         report = write_report([folder], folder / "report.html")
         print_closing_table(numbers, folder, report)
 
-    def _closing_numbers(self, path: Path) -> dict[str, float | int]:
-        """The last numbers of the run, kept in ``run_summary.json``; those of a run that was finished stay."""
+    def _closing_numbers(self, path: Path) -> dict[str, Any]:
+        """The last numbers of the run, and what they were computed in, kept in ``run_summary.json``.
+
+        Those of a run that was finished stay.
+        """
         step = self.trainer.global_step
         if path.exists() and (kept := json.loads(path.read_text(encoding="utf-8"))).get("step") == step:
             return kept
@@ -283,7 +288,8 @@ class TrainingCLI(LightningCLI):
         if self.model.last_validated_step != step and self.trainer.limit_val_batches != 0:
             found |= self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)[0]
         wanted = ("train/loss", "train/tokens_per_second", "val/loss", "val/perplexity", "val/bits_per_byte")
-        numbers: dict[str, float | int] = {"step": step} | {name: found[name] for name in wanted if name in found}
+        numbers: dict[str, Any] = {"step": step, COMPUTED_IN: computed_in(self.trainer.precision)}
+        numbers |= {name: found[name] for name in wanted if name in found}
         numbers |= {name: value for name, value in found.items() if name.startswith("val/bits_per_byte/")}
         if not self.trainer.is_global_zero:
             return numbers
@@ -334,14 +340,14 @@ def require_writable(folder: Path) -> None:
         ) from error
 
 
-def print_closing_table(numbers: dict[str, float | int], folder: Path, report: Path) -> None:
+def print_closing_table(numbers: dict[str, Any], folder: Path, report: Path) -> None:
     """What came out, and where everything lies."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"{folder}", show_header=False)
     for name, value in numbers.items():
-        table.add_row(name, f"{value:d}" if isinstance(value, int) else f"{value:,.4f}")
+        table.add_row(name, f"{value:,.4f}" if isinstance(value, float) else str(value))
     table.add_section()
     for name, where in (
         ("report, one page", report),

@@ -14,7 +14,7 @@ import numpy as np
 from moebed.views import LayerView, Need
 from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
 from probes.choices import assignments, counts_by_sequence, sequence_of
-from probes.resampling import interval_of, keep, unit_notes, units_of, without
+from probes.resampling import LARGEST, unit_notes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,12 +67,9 @@ class Balance(Probe):
         sequence = sequence_of(view.text) if view.text is not None else np.zeros(len(index), np.int64)
         counts = counts_by_sequence(index, sequence, int(sequence.max(initial=0)) + 1, view.num_experts)  # (B, E)
         whole = unevenness(counts.sum(axis=0).astype(np.float64))
-        units = units_of(view.text, len(index))
-        rest = without(counts_by_sequence(index, units.of_token, len(units.stratum), view.num_experts))  # (U, E)
-        most_without = rest.max(axis=1) * view.num_experts / np.maximum(rest.sum(axis=1), 1) - 1
-        keep(self.arrays, f"max_violation/{view.index}", whole.max_violation, most_without)
-        self.arrays |= units.arrays() | {
+        self.arrays |= {
             f"load/{view.index}": whole.load.astype(np.float32),
+            f"max_violation/{view.index}": np.asarray(whole.max_violation, np.float32),
             f"cv/{view.index}": np.asarray(whole.cv, np.float32),
             f"entropy/{view.index}": np.asarray(whole.entropy, np.float32),
             f"dead/{view.index}": np.asarray(whole.dead, np.int64),
@@ -100,11 +97,12 @@ class Balance(Probe):
                 scalars["max_violation"],
                 f"The busiest expert of a layer gets {1 + scalars['max_violation']:.2f} times the mean load on average "
                 f"over layers, {1 + violation[worst]:.2f} times in layer {worst}, the worst.",
-                interval_of(arrays, "max_violation", scalars["max_violation"], within=(0.0, math.inf)),
+                no_interval=LARGEST,
             ),
             "dead_share": Headline(
                 sum(dead.values()) / experts,
                 f"{sum(dead.values()):.0f} of {experts} experts get less than 0.1 % of their layer's assignments.",
+                no_interval="no interval, as it counts rare cases",
             ),
         }
         pictures = {"load": partial(_draw_load, load)}

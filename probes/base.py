@@ -23,11 +23,20 @@ Arrays = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Headline:
-    """One number that answers a probe's question, the sentence that says so, and its 95 % interval if it has one."""
+    """One number that answers a probe's question, and the sentence that says so.
+
+    Args:
+        value: The number.
+        sentence: What it says.
+        interval: 95 %, of what the number would be of endlessly many texts of the kind (``probes.resampling``).
+        no_interval: Why it has none however many texts there are, in words; empty where only too few can be why, and
+            where no text enters.
+    """
 
     value: float
     sentence: str
     interval: tuple[float, float] | None = None
+    no_interval: str = ""
 
 
 @dataclass

@@ -51,11 +51,11 @@ class ChosenVsRest(Probe):
                 known = np.isfinite(difference)
                 if not known.any():
                     continue
-                self.arrays |= {key: arrays[key] for key in ("unit_stratum", "unit_texts")}
-                unit, units = arrays[f"unit/{layer}"][known], len(arrays["unit_stratum"])
-                total = without(np.bincount(unit, difference[known], units))
-                count = without(np.bincount(unit, minlength=units))
-                rest = np.divide(total, count, out=np.full(units, np.nan), where=count > 0)
+                self.arrays["unit_stratum"] = arrays["unit_stratum"]
+                unit, stratum = arrays[f"unit/{layer}"][known], arrays["unit_stratum"]
+                total = without(np.bincount(unit, difference[known], len(stratum)), stratum)
+                count = without(np.bincount(unit, minlength=len(stratum)).astype(np.float64), stratum)
+                rest = np.divide(total, count, out=np.full(len(stratum), np.nan), where=count > 0)
                 keep(self.arrays, f"difference/{layer}", difference[known].mean(), rest)
 
     @classmethod
@@ -82,8 +82,9 @@ class ChosenVsRest(Probe):
         verdict = (
             "more alike than" if low > 0 else "less alike than" if high < 0 else "as alike, as far as can be told, as"
         )
-        sentence = (
-            f"Experts chosen together are {verdict} those left out: their outputs at a token have cosine {both:.3f}, "
+        sentence = f"Experts chosen together are {verdict} those left out: their" if ends else "Of chosen experts the"
+        sentence += (
+            f" outputs at a token have cosine {both:.3f}, "
             f"those of two experts left out {neither:.3f}; the difference is {value:+.3f}, 0 if the choice were blind."
         )
         headlines = {"difference": Headline(value, sentence, ends)}

@@ -14,7 +14,7 @@ import numpy as np
 from moebed.views import LayerView, Need
 from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
 from probes.choices import assignments, chosen_mask, first_middle_last
-from probes.resampling import SHARE, WITHOUT, interval_of, unit_notes, units_of, without
+from probes.resampling import LARGEST, unit_notes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,22 +49,16 @@ class Coactivation(Probe):
         # Kept until compute, so that a layer can be forgotten, or be taken from a pass that was stopped.
         self.arrays[f"choice/{view.index}"] = index.astype(np.int16)
         self.arrays[f"num_experts/{view.index}"] = np.asarray(view.num_experts, np.int64)
-        units = units_of(view.text, len(index))
-        self.arrays |= units.arrays() | {f"unit/{view.index}": units.of_token.astype(np.int16)}
         if index.shape[1] == 1:
             return
         mask = chosen_mask(index, view.num_experts).astype(np.float32)
-        by_unit = _pairs(mask, mask, units.of_token, len(units.stratum))  # (U, E, E), whole numbers
-        together = by_unit.sum(axis=0)
+        together = (mask.T @ mask).astype(np.float64)  # (E, E), whole numbers
         count = together.diagonal().copy()  # (E,)
         joint = expected_pairs(together, len(index))
         expected = np.divide(joint, count[:, None], out=np.zeros_like(joint), where=count[:, None] > 0)
         drawn = _drawn(count, expected)
-        rest = without(by_unit)
-        counts_without = rest.diagonal(axis1=1, axis2=2).copy()
-        for pairs in (together, *rest):
-            np.fill_diagonal(pairs, 0.0)
-        self._store(view.index, "partner", together, count, drawn, rest, counts_without)
+        np.fill_diagonal(together, 0.0)
+        self._store(view.index, "partner", together, count, drawn)
         share = _per_row(together, count)
         np.fill_diagonal(share, np.where(count > 0, 1.0, np.nan))
         np.fill_diagonal(expected, 1.0)
@@ -83,41 +77,23 @@ class Coactivation(Probe):
                 if one not in masks:
                     masks[one] = chosen_mask(choices[one].astype(np.int64), int(experts[one])).astype(np.float32)
             mask, after = masks.pop(layer), masks[following]
-            units = len(self.arrays["unit_stratum"])
-            by_unit = _pairs(mask, after, self.arrays[f"unit/{layer}"], units)  # (U, E, E of the next)
-            both, rest = by_unit.sum(axis=0), without(by_unit)
-            counts_without = without(_unit_counts(mask, self.arrays[f"unit/{layer}"], units))
+            both = (mask.T @ after).astype(np.float64)  # (E, E of the next)
             count, share = mask.sum(axis=0, dtype=np.float64), after.mean(axis=0, dtype=np.float64)
             expected = np.repeat(share[None, :], len(count), axis=0)
-            self._store(layer, "next_partner", both, count, _drawn(count, expected), rest, counts_without)
+            self._store(layer, "next_partner", both, count, _drawn(count, expected))
             self.arrays |= {
                 f"coactivation_next/{layer}": _per_row(both, count).astype(np.float32),
                 f"coactivation_next_expected/{layer}": expected.astype(np.float32),
                 f"next_layer/{layer}": np.asarray(following, np.int64),
             }
         for layer in layers:
-            del self.arrays[f"choice/{layer}"], self.arrays[f"unit/{layer}"]
+            del self.arrays[f"choice/{layer}"]
         return self.describe(self.arrays)
 
-    def _store(
-        self,
-        layer: int,
-        key: str,
-        together: np.ndarray,
-        count: np.ndarray,
-        drawn: np.ndarray,
-        rest: np.ndarray,
-        counts_without: np.ndarray,
-    ) -> None:
-        """Mean over the experts chosen of the largest share in a row.
-
-        Of what was measured (E, E'), of what was drawn (draws, E, E'), and without each unit (U, E, E').
-        """
+    def _store(self, layer: int, key: str, together: np.ndarray, count: np.ndarray, drawn: np.ndarray) -> None:
+        """Mean over the experts chosen of the largest share in a row, of what was measured (E, E') and drawn (draws,
+        E, E')."""
         used = count > 0
-        left = counts_without > 0
-        largest = np.divide(rest.max(axis=-1), counts_without, out=np.zeros(left.shape), where=left)
-        means = largest.sum(axis=1) / np.maximum(left.sum(axis=1), 1)
-        self.arrays[f"{key}{WITHOUT}/{layer}"] = np.where(left.any(axis=1), means, np.nan).astype(np.float32)
         for name, counts in ((key, together), (f"{key}_chance", drawn)):
             largest = counts.max(axis=-1)[..., used] / count[used]
             self.arrays[f"{name}/{layer}"] = np.asarray(largest.mean() if used.any() else 0.0, np.float32)
@@ -139,7 +115,7 @@ class Coactivation(Probe):
                 f"The expert most often chosen together with a given one joins it in {value:.0%} of its tokens on "
                 f"average; {blind:.0%} if partners came by load alone."
             )
-            headlines["partner"] = Headline(value, sentence, interval_of(arrays, "partner", value, within=SHARE))
+            headlines["partner"] = Headline(value, sentence, no_interval=LARGEST)
             pictures["within_layer"] = partial(_draw, arrays, "coactivation")
         else:
             notes.append("every token goes to one expert: within a layer nothing is chosen together")
@@ -149,8 +125,7 @@ class Coactivation(Probe):
                 f"Of the tokens of an expert, {value:.0%} on average go on to the expert of the next layer that most "
                 f"of them choose; {blind:.0%} if the layers chose independently."
             )
-            ends = interval_of(arrays, "next_partner", value, within=SHARE)
-            headlines["next_partner"] = Headline(value, sentence, ends)
+            headlines["next_partner"] = Headline(value, sentence, no_interval=LARGEST)
             pictures["next_layer"] = partial(_draw, arrays, "coactivation_next")
         return ProbeResult(arrays, scalars, headlines, pictures, notes + unit_notes(arrays, headlines))
 
@@ -159,15 +134,6 @@ def _per_row(together: np.ndarray, count: np.ndarray) -> np.ndarray:
     """Each row divided by its count; NaN where that is 0."""
     nothing = np.full_like(together, np.nan)
     return np.divide(together, count[:, None], out=nothing, where=count[:, None] > 0)
-
-
-def _pairs(mask: np.ndarray, other: np.ndarray, unit: np.ndarray, units: int) -> np.ndarray:
-    """How often a token chose i in the one mask (T, E) and j in the other (T, E'), by unit: (U, E, E') float64."""
-    return np.stack([mask[unit == one].T @ other[unit == one] for one in range(units)]).astype(np.float64)
-
-
-def _unit_counts(mask: np.ndarray, unit: np.ndarray, units: int) -> np.ndarray:
-    return np.stack([mask[unit == one].sum(axis=0, dtype=np.float64) for one in range(units)])
 
 
 def expected_pairs(together: np.ndarray, tokens: int) -> np.ndarray:

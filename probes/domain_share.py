@@ -25,20 +25,15 @@ from probes.choices import (
     sequence_of,
     tagged,
 )
-from probes.resampling import (
-    SHARE,
-    as_interval,
-    jackknife,
-    p_value,
-    sequence_units,
-    shuffle_labels,
-    smallest_p,
-    without,
-)
+from probes.resampling import SHARE, jackknife, p_value, sequence_units, shuffle_labels, smallest_p, unit_notes, without
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+RAISED = (
+    "no interval, as few texts raise it, and it cannot fall below 0: what as few texts would show with the domains' "
+    "names shuffled stands beside it"
+)
 PLACES = {"first": "the first choices", "second": "the second choices", "any": "all choices"}
 
 
@@ -69,15 +64,14 @@ class DomainShare(Probe):
     and of all K choices (even: 1/E); ``share_tokens_any (E,)``, of the domain's tokens (even: K/E; OLMoE's domain
     specialisation); ``share_first_interval``, ``share_second_interval``, ``share_any_interval (2, E)``.
     Stored for each layer: ``count_first``, ``count_second``, ``count_any (B, E)``; with two domains or more
-    ``divergence``, Jensen-Shannon in nats between the domains' ``share_any``; ``divergence_interval (2,)``;
-    ``divergence_null (2,)``, mean and 95th percentile; ``divergence_p``. Stored once: ``domain (B,)``,
-    ``domain_names``, and the divergence's mean over layers with the same company as ``mean_divergence``,
-    ``mean_divergence_interval``, ``mean_divergence_null``, ``mean_divergence_p``.
+    ``divergence``, Jensen-Shannon in nats between the domains' ``share_any``; ``divergence_null (2,)``, mean and 95th
+    percentile; ``divergence_p``. Stored once: ``domain (B,)``, ``domain_names``, and the divergence's mean over layers
+    with the same company as ``mean_divergence``, ``mean_divergence_null``, ``mean_divergence_p``.
 
     A domain's key is its name, with ``/`` and the like as %2F. Sequences are the unit of the intervals (95 %; see
     ``probes.resampling``), which are NaN for a domain of one sequence; the null comes from shuffling the domains'
     labels over the sequences. A divergence of finite counts is never 0, so it is to be read beside the null, which is
-    raised by as much, and its interval is that of a divergence on as much text.
+    raised by as much.
     """
 
     name = "domain_share"
@@ -109,7 +103,7 @@ class DomainShare(Probe):
                     self.arrays[f"share_tokens_any/{part}"] = shares_of_counts(total, of_domain).astype(np.float32)
 
     def compute(self) -> ProbeResult:
-        """The result, with what leaving out sequences and shuffling their labels tells of its certainty."""
+        """The result, with what leaving out sequences, or shuffling their labels, tells of its certainty."""
         counts = by_layer(self.arrays, "count_any")
         if counts:
             self._keep_intervals()
@@ -126,46 +120,30 @@ class DomainShare(Probe):
                 filled = counts.any(axis=1)
                 for number in np.unique(domain[filled]):
                     mine = counts[filled & (domain == number)]  # (B of the domain, E)
-                    sums = _unit_sums(mine, sequence_units(np.zeros(len(mine)))[0])
-                    share = shares_of_counts(mine.sum(axis=0))
-                    ends = jackknife(share, shares_of_counts(without(sums)), within=SHARE)
+                    unit, stratum = sequence_units(np.zeros(len(mine)))
+                    rest = shares_of_counts(without(_unit_sums(mine, unit), stratum))
+                    ends = jackknife(shares_of_counts(mine.sum(axis=0)), rest, stratum, SHARE)
                     key = f"share_{place}_interval/{layer}/{keys[number]}"
                     self.arrays[key] = ends.astype(np.float32)
 
     def _compare(self, counts: dict[int, np.ndarray], domain: np.ndarray) -> None:
-        """Divergence between the domains of each layer, without each unit and under shuffled labels."""
-        numbers, size = np.unique(domain, return_counts=True)
+        """Divergence between the domains of each layer, and under shuffled labels."""
+        numbers = np.unique(domain)
         labels = shuffle_labels(domain)  # the same for all layers
-        unit, stratum = sequence_units(domain)
-        measured, left_out, null = [], [], []
+        measured, null = [], []
         for layer, count in counts.items():
             count = count.astype(np.float32)  # (B, E)
             total = np.stack([count[domain == n].sum(axis=0) for n in numbers])  # (D, E)
             measured.append(divergence(shares_of_counts(total)))
-            rest = np.repeat(total[:, None], len(stratum), axis=1)  # (D, U, E)
-            if size.min() > 1:
-                rest[stratum, np.arange(len(stratum))] -= _unit_sums(count, unit)
-            left_out.append(divergence(shares_of_counts(rest)) if size.min() > 1 else np.full(len(stratum), np.nan))
             null.append(
                 divergence(shares_of_counts(np.stack([(labels == n).astype(np.float32) @ count for n in numbers])))
             )
-            self._store("divergence", f"/{layer}", measured[-1], left_out[-1], null[-1], stratum)
-        of_value, of_rest, of_null = (np.mean(values, axis=0) for values in (measured, left_out, null))
-        self._store("mean_divergence", "", of_value, of_rest, of_null, stratum)
+            self._store("divergence", f"/{layer}", measured[-1], null[-1])
+        self._store("mean_divergence", "", np.mean(measured, axis=0), np.mean(null, axis=0))
 
-    def _store(
-        self,
-        key: str,
-        layer: str,
-        measured: np.ndarray,
-        left_out: np.ndarray,
-        null: np.ndarray,
-        stratum: np.ndarray,
-    ) -> None:
-        ends = jackknife(measured, left_out, stratum, (0.0, np.inf), by_stratum=True)
+    def _store(self, key: str, layer: str, measured: np.ndarray, null: np.ndarray) -> None:
         self.arrays |= {
             f"{key}{layer}": np.asarray(measured, np.float32),
-            f"{key}_interval{layer}": ends.astype(np.float32),
             f"{key}_null{layer}": np.array([null.mean(), np.quantile(null, 0.95)], np.float32),
             f"{key}_p{layer}": np.asarray(p_value(measured, null), np.float32),
         }
@@ -193,19 +171,16 @@ class DomainShare(Probe):
             f"with the domains' names shuffled over the texts it would be {by_chance:.3g}, and below {high:.3g} in "
             f"95 % of cases (p = {overall:.2g})."
         )
-        ends = as_interval(arrays["mean_divergence_interval"])
         first = next(iter(by_layer(arrays, "count_any").values()))
         smallest = smallest_p(arrays["domain"][first.any(axis=1)])
         few = f"so few texts cannot give a p below {smallest:.2g}: probe on more sequences of each domain"
-        alone = (
-            "a domain has one text, which does not tell how far another would differ: the divergence has no interval"
-        )
+        headlines = {"divergence": Headline(value, sentence, no_interval=RAISED)}
         return ProbeResult(
             arrays,
             scalars | {"p": overall},
-            {"divergence": Headline(value, sentence, ends)},
+            headlines,
             pictures | {"divergence": partial(_draw_divergence, arrays)},
-            ([few] if smallest > 0.01 else []) + ([alone] if ends is None else []),
+            ([few] if smallest > 0.01 else []) + unit_notes(arrays, headlines),
         )
 
 
@@ -233,16 +208,10 @@ def _draw_shares(arrays: Arrays, place: str) -> Figure:
 def _draw_divergence(arrays: Arrays) -> Figure:
     from probes import figures
 
-    measured, ends, null = (by_layer(arrays, key) for key in ("divergence", "divergence_interval", "divergence_null"))
+    measured, null = (by_layer(arrays, key) for key in ("divergence", "divergence_null"))
     fig = figures.new_figure(6.5, 3.4, "How far apart are the domains' shares of experts? Over depth")
     ax = fig.subplots()
-    layers = list(measured)
-    values, limits = np.array([measured[n] for n in layers]), np.stack([ends[n] for n in layers], axis=1)
-    bars = np.nan_to_num(np.maximum([values - limits[0], limits[1] - values], 0.0))
-    ax.errorbar(layers, values, yerr=bars, fmt="none", ecolor=figures.SERIES[0], elinewidth=1.0, capsize=2, alpha=0.7)
-    figures.depth_line(
-        ax, dict(zip(layers, values.tolist(), strict=True)), figures.SERIES[0], "measured, 95 % interval"
-    )
+    figures.depth_line(ax, {layer: float(v) for layer, v in measured.items()}, figures.SERIES[0], "measured")
     for position, label in ((0, "labels shuffled: mean"), (1, "labels shuffled: 95th percentile")):
         line = {layer: float(value[position]) for layer, value in null.items()}
         figures.depth_line(ax, line, (figures.MUTED, figures.SERIES[1])[position], label, dashed=True)

@@ -16,7 +16,7 @@ from moebed.float64 import double
 from moebed.views import ExpertView, LayerView, Need
 from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
 from probes.ranks import correlation, rankable, ranks
-from probes.resampling import WITHOUT, as_interval, interval_of, jackknife, unit_notes, units_of, without
+from probes.resampling import LARGEST, unit_notes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,37 +61,26 @@ class ExpertImportance(Probe):
             return
         index, weight = view.routing.topk_index, view.routing.topk_weight.float()
         added = weight * torch.stack(norms, dim=1).gather(1, index)  # (T, K)
-        units, stands = units_of(view.text, len(index)), view.routing.assigned
-        number, size = len(units.stratum), view.num_experts * len(units.stratum)
-        cell = (torch.from_numpy(units.of_token).to(index)[:, None] * view.num_experts + index)[stands]
-        counts = torch.bincount(cell, minlength=size).view(number, -1).cpu().numpy()  # (U, E)
-        wide = double(added[stands])
-        totals = torch.bincount(cell.to(wide.device), wide, minlength=size).view(number, -1).cpu().numpy()
-        count, total = counts.sum(axis=0), totals.sum(axis=0)
+        stands = view.routing.assigned
+        cell, wide = index[stands], double(added[stands])
+        count = torch.bincount(cell, minlength=view.num_experts).cpu().numpy()  # (E,)
+        total = torch.bincount(cell.to(wide.device), wide, minlength=view.num_experts).cpu().numpy()
         self.arrays[f"reap/{view.index}"] = (total / np.maximum(count, 1)).astype(np.float32)
         self.arrays[f"count/{view.index}"] = count
-        total_without, count_without = without(totals), without(counts)
-        reap_without = total_without / np.maximum(count_without, 1)
-        most = [_most(r, c) for r, c in zip(reap_without, count_without, strict=True)] if number > 1 else [np.nan]
-        self.arrays |= units.arrays() | {f"reap_max_to_mean{WITHOUT}/{view.index}": np.array(most, np.float32)}
         if view.ablate is None or view.num_experts <= view.num_experts_per_tok:
             return
         whole = double(view.ablate(-1))
         if bool(whole.isnan().all()):
             self.arrays[f"no_target/{view.index}"] = np.asarray(1, np.int64)
             return
-        rise, error, left = [], [], []
+        rise, error = [], []
         for expert in range(view.num_experts):
             change = double(view.ablate(expert)) - whole
-            left.append(units.means_without(change.cpu().numpy()))
             change = change[~change.isnan()]  # the last token of a sequence has nothing to predict
             rise.append(float(change.mean()))
             error.append(float(change.std() / len(change) ** 0.5) if len(change) > 1 else 0.0)
         self.arrays[f"ablation_loss/{view.index}"] = np.asarray(rise, np.float32)
         self.arrays[f"ablation_error/{view.index}"] = np.asarray(error, np.float32)
-        self.arrays[f"ablation_loss{WITHOUT}/{view.index}"] = np.stack(left, axis=1)  # (U, E)
-        agreement = [_agreement(t, r) for t, r in zip(total_without, np.stack(left, axis=1), strict=True)]
-        self.arrays[f"reap_vs_ablation{WITHOUT}/{view.index}"] = np.array(agreement, np.float32)
 
     @classmethod
     def describe(cls, arrays: Arrays) -> ProbeResult:
@@ -111,7 +100,7 @@ class ExpertImportance(Probe):
                 value,
                 f"The expert that adds most to its own tokens adds {value:.1f} times as much as the average one "
                 "in use in its layer (1 if all were equal).",
-                interval_of(arrays, "reap_max_to_mean", value, within=(1.0, np.inf)),
+                no_interval=LARGEST,
             )
         }
         notes = [
@@ -137,7 +126,7 @@ class ExpertImportance(Probe):
                 most,
                 f"Without expert {int(rises[worst].argmax())} of layer {worst} the loss rises by {most:.3g} nats per "
                 f"token, the most of all; without one expert it rises by {mean:.3g} on average.",
-                _worst_interval(arrays, worst, most),
+                no_interval=LARGEST,
             )
         }
         if agreement:
@@ -146,7 +135,7 @@ class ExpertImportance(Probe):
                 value,
                 "What an expert adds, summed over its tokens, and the loss without it have rank correlation "
                 f"{value:+.2f} within a layer (1 same order, 0 unrelated).",
-                interval_of(arrays, "reap_vs_ablation", value, agreement, (-1.0, 1.0)),
+                no_interval="no interval, as ranks of few experts go by steps, and few texts shuffle them",
             )
         else:
             notes.append("the experts add equally much, or the loss rises equally: there is nothing to rank")
@@ -162,24 +151,12 @@ def _relative(reap: np.ndarray, count: np.ndarray) -> np.ndarray:
     return np.where(used, reap / mean if mean > 0 else 1.0, np.nan)
 
 
-def _most(reap: np.ndarray, count: np.ndarray) -> float:
-    relative = _relative(reap, count)
-    return float(np.nanmax(relative)) if np.isfinite(relative).any() else float("nan")
-
-
 def _agreement(added: np.ndarray, rise: np.ndarray) -> float:
     """Rank correlation of two rows (E,); NaN where one is all tied."""
     one, other = added[None].astype(np.float64), rise[None].astype(np.float64)
     if not np.isfinite(other).all() or not (rankable(one) & rankable(other))[0]:
         return float("nan")
     return float(correlation(ranks(one), ranks(other))[0])
-
-
-def _worst_interval(arrays: Arrays, layer: int, rise: float) -> tuple[float, float] | None:
-    """Of the rise without the expert that was worst, as if it had been asked about beforehand."""
-    expert = int(arrays[f"ablation_loss/{layer}"].argmax())
-    rest = arrays[f"ablation_loss{WITHOUT}/{layer}"][:, expert]
-    return as_interval(jackknife(rise, rest, arrays["unit_stratum"]))
 
 
 def _strip(ax: Axes, rows: dict[int, np.ndarray], title: str, **image: Any) -> Any:

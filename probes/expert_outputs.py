@@ -44,7 +44,7 @@ class ExpertOutputs(Probe):
     Stored for each layer: ``output_angular_mean (E', E')``, mean over the tokens taken, diagonal 1; ``num_experts``, E;
     ``others``, labels of the rows after the routed ones; ``num_tokens``, T; ``tokens_taken (T',)``, indices among the
     T; ``unit (T',)``, which unit of the text each is of (``probes.resampling``); ``pairs_without (U, P)``, angular
-    similarity of each pair averaged over the tokens of all units but each; where there are such pairs,
+    similarity of each pair averaged over the tokens without each unit in turn; where there are such pairs,
     ``token_cos_chosen (T',)``, ``token_cos_other`` and ``token_cos_mixed``, mean cosine over pairs of routed experts of
     which both, none or one are chosen for the token. Of texts of up to 64 tokens also ``output_cos (T, E', E')`` and
     ``chosen (T, K)``, and stored once ``token_ids (T,)`` and ``token_text (T,)``.
@@ -96,7 +96,8 @@ class ExpertOutputs(Probe):
             if short:
                 cosines.append(cosine)
         angular, taken_of = by_unit.sum(dim=0), np.bincount(units.of_token[taken.numpy()], minlength=len(units.stratum))
-        rest = without(by_unit.cpu().numpy()) / np.maximum(without(taken_of.astype(np.float64)), 1)[:, None]
+        counted = without(taken_of.astype(np.float64), units.stratum)
+        rest = without(by_unit.cpu().numpy(), units.stratum) / np.maximum(counted, 1e-12)[:, None]
         self.arrays |= units.arrays() | {f"pairs{WITHOUT}/{view.index}": rest.astype(np.float32)}
         found = {
             "output_angular_mean": to_square((angular / len(taken)).float(), len(outputs)),

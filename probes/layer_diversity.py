@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ENOUGH_LAYERS = 5
+HAS_P = "no interval, but a p, as layers are counted here and not texts"
 SURE = 0.05  # p below which a trend, or an outlier, is called one
 _EXACT = 7  # layers up to which all orders are tried
 _ROUNDING = 1e-4  # a spread below this is that of the numbers' last digits
@@ -62,7 +63,7 @@ class LayerDiversity(Probe):
                 for name in MATRICES:
                     if f"{key}/{layer}/{name}" in found[probe]:
                         similar[f"{ending}_{name}"] = found[probe][f"{key}/{layer}/{name}"]
-            self.arrays |= {key: outputs[key] for key in ("unit_stratum", "unit_texts")}
+            self.arrays["unit_stratum"] = outputs["unit_stratum"]
             rest = outputs[f"pairs{WITHOUT}/{layer}"][:, : count * (count - 1) // 2]
             self.arrays[f"outputs{WITHOUT}/{layer}"] = (1 - rest.mean(axis=1, dtype=np.float64)).astype(np.float32)
             for kind, values in similar.items():
@@ -94,9 +95,9 @@ class LayerDiversity(Probe):
             headlines = {"diversity_outputs": Headline(mean, sentence, ends)} if math.isfinite(mean) else {}
             notes = [
                 f"with fewer than {ENOUGH_LAYERS} layers of two experts or more it cannot be told whether diversity "
-                "rises with depth or whether the last layer is an exception",
-                *unit_notes(arrays, headlines),
+                "rises with depth or whether the last layer is an exception"
             ]
+        notes += unit_notes(arrays, headlines)
         return ProbeResult(arrays, scalars, headlines, {"over_depth": partial(_draw_over_depth, every)}, notes)
 
 
@@ -165,7 +166,7 @@ def _trend_headline(subject: str, values: Mapping[int, float]) -> Headline:
         f"Diversity of the experts' {subject} {verdict}: rank correlation with the layer {rho:+.2f} "
         f"(1 rises always, 0 unrelated; {_p_text(p)}), the last layer left out."
     )
-    return Headline(rho, sentence)
+    return Headline(rho, sentence, no_interval=HAS_P)
 
 
 def _last_headline(subject: str, values: Mapping[int, float]) -> Headline:
@@ -176,7 +177,7 @@ def _last_headline(subject: str, values: Mapping[int, float]) -> Headline:
         f"The last layer {verdict} in the diversity of its experts' {subject}: it is {abs(away):.2g} {side} the line "
         f"through the other layers, {abs(value):.1f} times the spread expected ({_p_text(p)})."
     )
-    return Headline(value, sentence)
+    return Headline(value, sentence, no_interval=HAS_P)
 
 
 def _draw_over_depth(every: Mapping[str, Mapping[int, float]]) -> Figure:

@@ -67,7 +67,7 @@ class NormOrigin(Probe):
                 self._keep("norm", layer, norms, self.arrays[f"input_norm/{layer}"])
 
     def _keep(self, kind: str, layer: int, values: np.ndarray, seen: np.ndarray) -> None:
-        units = Units(self.arrays[f"unit/{layer}"].astype(np.int64), self.arrays["unit_stratum"], 0)
+        units = Units(self.arrays[f"unit/{layer}"].astype(np.int64), self.arrays["unit_stratum"])
         shares = shares_by_unit(values, seen, units)
         if shares is not None:
             self.arrays[f"{kind}_share/{layer}"] = shares[0]
@@ -99,7 +99,7 @@ class NormOrigin(Probe):
 
 def shares_of_log(values: np.ndarray, seen: np.ndarray) -> np.ndarray | None:
     """The first row of :func:`shares_by_unit`: the shares (4,) of the whole text."""
-    found = shares_by_unit(values, seen, Units(np.zeros(len(values), np.int64), np.zeros(1, np.int64), 1))
+    found = shares_by_unit(values, seen, Units(np.zeros(len(values), np.int64), np.zeros(1, np.int64)))
     return None if found is None else found[0]
 
 
@@ -133,7 +133,7 @@ def shares_by_unit(values: np.ndarray, seen: np.ndarray, units: Units) -> np.nda
         of_token * size,
     )
     sums = units.sums(np.concatenate([np.stack(quantities, axis=1), logs], axis=1), taken)  # (U, 7 + E)
-    both = np.concatenate([sums.sum(axis=0)[None], without(sums)])
+    both = np.concatenate([sums.sum(axis=0)[None], without(sums, units.stratum)])
     count = both[:, 0]
     with np.errstate(divide="ignore", invalid="ignore"):
         square, token, token2, norm, norm2, cross = (both[:, column] / count for column in range(1, 7))

@@ -25,7 +25,7 @@ from probes.choices import (
     overlap_by_chance,
     sequence_of,
 )
-from probes.resampling import SHARE, as_interval, jackknife, sequence_units, without
+from probes.resampling import SHARE, as_interval, few_texts, jackknife, sequence_units, without
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -120,8 +120,8 @@ class Repeats(Probe):
                             unit, stratum = sequence_units(domain[members])
                             sums = np.zeros((len(stratum), 2))
                             np.add.at(sums, unit, both[members])
-                            rest = without(sums)
-                            share = rest[:, 0] / np.maximum(rest[:, 1], 1.0)  # (U,)
+                            rest = without(sums, stratum)
+                            share = rest[:, 0] / np.maximum(rest[:, 1], 1e-12)  # (U,)
                             value = float(self.arrays[f"repeat_{kind}/{layer}/{key}"])
                             ends = jackknife(value, share, stratum, SHARE)
                             self.arrays[f"repeat_{kind}_interval/{layer}/{key}"] = ends.astype(np.float32)
@@ -166,8 +166,8 @@ class Repeats(Probe):
                     value_here, f"{sentence}; {blind:.1%} by chance.", as_interval(ends)
                 )
         pictures = {"over_depth": partial(_draw_over_depth, arrays), "run_lengths": partial(_draw_runs, arrays)}
-        alone = "one text, which does not tell how far another would differ: there are no intervals; give several"
-        notes = [alone] if all(headline.interval is None for headline in headlines.values()) else []
+        paired = arrays["domain"][next(iter(by_layer(arrays, "pairs").values())) > 0]
+        notes = few_texts(sequence_units(paired)[1])
         return ProbeResult(arrays, scalars, headlines, pictures, notes)
 
 

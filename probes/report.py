@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moebed import storage
+from moebed.precision import COMPUTED_IN
 from probes import store
 from probes.answers import QUESTIONS
 from probes.base import Headline
@@ -271,10 +272,19 @@ def _training(runs: Sequence[RunFolder]) -> str:
     if not tags and not losses:
         return ""
     left_out = f" {len(tags) - MOST_PANELS} further ones are in TensorBoard only." if len(tags) > MOST_PANELS else ""
-    note = f'<p class="muted">Over optimizer steps. Long curves are smoothed, raw values behind them.{left_out}</p>'
+    note = f"Over optimizer steps. Long curves are smoothed, raw values behind them.{left_out}{_computed_in(runs)}"
+    note = f'<p class="muted">{escape(note)}</p>'
     pictures = [_image(draw_losses(runs), "loss curves")] if losses else []
     pictures += [_image(draw_curves(runs, tags), "curves of the logged scalars")] if tags else []
     return note + "".join(pictures)
+
+
+def _computed_in(runs: Sequence[RunFolder]) -> str:
+    """What the losses were computed in, where the runs say it."""
+    said = {run.name: run.numbers[COMPUTED_IN] for run in runs if COMPUTED_IN in run.numbers}
+    if len(set(said.values())) == 1:
+        return f" Computed in {next(iter(said.values()))}."
+    return "".join(f" {name}: computed in {how}." for name, how in said.items())
 
 
 def _history(runs: Sequence[RunFolder]) -> str:

@@ -1,13 +1,17 @@
 """How sure is a number that was measured on a few texts?
 
-Tokens of one text are anything but independent, so a text is the unit: what an interval says is how far the number of
-as many other texts would be. Several texts are the units themselves, within their domain where each domain has two or
-more; many are put together. Of one text, which cannot say what another would show, stretches are the units, and the
-interval is of that text alone; of one short text there is none.
+Tokens of one text are anything but independent, so a text is the unit: an interval says where the number of endlessly
+many texts of the same kind lies, with the domains in the same proportions. Several texts are the units themselves,
+compared within their domain; many are put together. One text cannot say what another would show, and has no interval.
+Nor can stretches of it stand for texts: attention carries its beginning into all of them (of a long text ten stretches
+hold 30 to 95 %, not 95, as ``tests/probes/simulate_intervals.py`` finds).
 
 A statistic is computed anew without each unit in turn (the jackknife). The spread of these values is a standard error,
-and with Student's t it makes an interval that holds what it says from two units on, where drawing units anew
-(percentile bootstrap) holds 50 % at two and 90 % at eight. Nothing is drawn at random.
+and with Student's t it makes an interval that holds what it says from two units on, for whatever is smooth in the
+units' sums and is raised or lowered by few texts by less than it varies. Nothing is drawn at random.
+
+The largest of several is not smooth, and few texts raise it by more than it varies. No interval is given for such a
+number: of those tried none holds it, whatever the model (``tests/probes/simulate_maxima.py`` has the table).
 
 T tokens, U units, B sequences, R draws.
 """
@@ -26,8 +30,11 @@ from probes.base import Arrays, Headline, by_layer
 DRAWS = 1000
 SEED = 20240618
 MOST_UNITS = 24  # by which Student's t is near the normal distribution; further ones cost time alone
-STRETCHES, SHORTEST_STRETCH = 10, 32  # tokens
 TAIL = 0.975  # of a two-sided 95 % interval
+LARGEST = (
+    "no interval, as it is the largest of several, which few texts raise: with more it would be lower, and by how "
+    "much cannot be told"
+)
 WITHOUT = "_without"  # ends the key of a statistic's values without each unit
 ANY = (-math.inf, math.inf)
 SHARE = (0.0, 1.0)
@@ -38,13 +45,11 @@ class Units(NamedTuple):
 
     Args:
         of_token: (T,) the unit of each token.
-        stratum: (U,) the group that each unit is compared within.
-        texts: Sequences that have tokens.
+        stratum: (U,) the domain that each unit is compared within.
     """
 
     of_token: np.ndarray
     stratum: np.ndarray
-    texts: int
 
     def sums(self, values: np.ndarray, taken: np.ndarray | None = None) -> np.ndarray:
         """Sums (U, ...) over the tokens of each unit of values (T, ...), or of those of the tokens taken."""
@@ -56,81 +61,94 @@ class Units(NamedTuple):
     def means_without(self, values: np.ndarray, taken: np.ndarray | None = None) -> np.ndarray:
         """Means (U, ...) of values (T, ...) without each unit in turn; what is NaN is no value."""
         known = np.isfinite(values)
-        total = without(self.sums(np.where(known, values, 0.0), taken))
-        count = without(self.sums(known.astype(np.float64), taken))
+        total = without(self.sums(np.where(known, values, 0.0), taken), self.stratum)
+        count = without(self.sums(known.astype(np.float64), taken), self.stratum)
         return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0).astype(np.float32)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What is stored once of them: ``unit_stratum (U,)`` and ``unit_texts``."""
-        return {"unit_stratum": self.stratum.astype(np.int16), "unit_texts": np.asarray(self.texts, np.int64)}
+        """What is stored once of them: ``unit_stratum (U,)``."""
+        return {"unit_stratum": self.stratum.astype(np.int16)}
 
 
 def units_of(text: ProbeText | None, tokens: int) -> Units:
     """The units of a text; without one, of so many tokens, all is one unit."""
     if text is None:
-        return Units(np.zeros(tokens, np.int64), np.zeros(1, np.int64), 1)
-    sequence = text.sequence.cpu().numpy()
-    present, of_token = np.unique(sequence, return_inverse=True)
-    if len(present) < 2:
-        stretches = STRETCHES if tokens >= STRETCHES * SHORTEST_STRETCH else 1
-        return Units(np.arange(tokens) * stretches // max(tokens, 1), np.zeros(stretches, np.int64), len(present))
-    domain = text.domain.cpu().numpy()[present]
-    unit, stratum = sequence_units(domain)
-    return Units(unit[of_token], stratum, len(present))
+        return Units(np.zeros(tokens, np.int64), np.zeros(1, np.int64))
+    present, of_token = np.unique(text.sequence.cpu().numpy(), return_inverse=True)
+    unit, stratum = sequence_units(text.domain.cpu().numpy()[present])
+    return Units(unit[of_token], stratum)
 
 
 def sequence_units(domain: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Units of sequences of these domains (B,): each one's unit (B,), and the units' strata (U,)."""
+    """Units of sequences of these domains (B,): each one's unit (B,), and the units' strata (U,), their domains."""
     _, group, size = np.unique(domain, return_inverse=True, return_counts=True)
-    if size.min() < 2:  # a domain of one text has no spread of its own
-        group, size = np.zeros_like(group), np.array([len(domain)])
     unit, strata, start = np.zeros(len(domain), np.int64), [], 0
     for number, count in enumerate(size):
         units = min(count, max(2, round(MOST_UNITS * count / len(domain))))
         unit[np.flatnonzero(group == number)] = start + np.arange(count) * units // count
         strata += [number] * units
         start += units
-    return unit, np.array(strata)
+    return unit, np.array(strata, np.int64)
 
 
-def without(sums: np.ndarray) -> np.ndarray:
-    """Sums (U, ...) of all units but each."""
-    return sums.sum(axis=0) - sums
+def without(sums: np.ndarray, stratum: np.ndarray) -> np.ndarray:
+    """Sums (U, ...) with the mean of its stratum's others (U,) in the place of each unit in turn.
+
+    So every stratum keeps its weight, and what differs between strata is no spread. One that is alone in its stratum
+    stays.
+    """
+    left = np.repeat(sums.sum(axis=0, keepdims=True), len(sums), axis=0)
+    for number in np.unique(stratum):
+        mine = stratum == number
+        if (count := int(mine.sum())) > 1:
+            left[mine] += (sums[mine].sum(axis=0) - count * sums[mine]) / (count - 1)
+    return left
 
 
 def jackknife(
-    value: float | np.ndarray,
-    values_without: np.ndarray,
-    stratum: np.ndarray | None = None,
-    within: tuple[float, float] = ANY,
-    by_stratum: bool = False,
+    value: float | np.ndarray, values_without: np.ndarray, stratum: np.ndarray, within: tuple[float, float] = ANY
 ) -> np.ndarray:
-    """95 % intervals (2, ...) of statistics; NaN where there are too few units or a value is none.
+    """95 % intervals (2, ...) of statistics; NaN where no stratum has two units or a value is none.
+
+    A unit that is alone in its stratum is taken to vary as the others do.
 
     Args:
         value: (...) of all units.
-        values_without: (U, ...) without each unit.
-        stratum: (U,) units are compared within these; all of them with each other if not given.
+        values_without: (U, ...) without each unit, as from :func:`without`.
+        stratum: (U,) units are compared within these.
         within: The least and the largest value that the statistic can have.
-        by_stratum: The statistic is one of the strata's own means, so that a unit that is left out leaves its stratum
-            the weight that it had; of a statistic over all units, the other strata gain what it loses.
     """
     from scipy.stats import t as student
 
-    values = np.asarray(values_without, np.float64)
-    stratum = np.zeros(len(values), np.int64) if stratum is None else np.asarray(stratum)
-    nothing = np.full((2, *values.shape[1:]), np.nan)
-    if len(values) < 2:
-        return nothing
-    variance, strata = np.zeros(values.shape[1:]), np.unique(stratum)
-    for number in strata:
-        mine = values[stratum == number]
-        count = len(mine)
-        gain = 1.0 if by_stratum else (count / max(count - 1, 1) * (len(values) - 1) / len(values)) ** 2
-        variance = variance + gain * (count - 1) * mine.var(axis=0)
-    reach = student.ppf(TAIL, len(values) - len(strata)) * np.sqrt(variance)
+    values, stratum = np.asarray(values_without, np.float64), np.asarray(stratum)
+    groups = _compared(values, stratum)
+    freedom = sum(len(mine) - 1 for mine in groups)
+    if not freedom:
+        return np.full((2, *values.shape[1:]), np.nan)
+    variance = sum((len(mine) - 1) * mine.var(axis=0) for mine in groups) * len(values) / sum(map(len, groups))
+    reach = student.ppf(TAIL, freedom) * np.sqrt(variance)
     ends = np.clip(np.stack([value - reach, value + reach]), *within)
-    return np.where(np.isfinite(ends), ends, nothing)
+    return np.where(np.isfinite(ends), ends, np.nan)
+
+
+def added_by_few(value: float, values_without: np.ndarray, stratum: np.ndarray) -> float:
+    """What few texts add to a statistic, by the jackknife; exact for the square of a mean.
+
+    Args:
+        value: Of all units.
+        values_without: (U,) without each unit, as from :func:`without`.
+        stratum: (U,) units are compared within these.
+    """
+    values = np.asarray(values_without, np.float64)
+    groups = _compared(values, np.asarray(stratum))
+    more = sum((len(mine) - 1) * (float(mine.mean()) - value) for mine in groups)
+    return more * len(values) / max(sum(map(len, groups)), 1)
+
+
+def _compared(values: np.ndarray, stratum: np.ndarray) -> list[np.ndarray]:
+    """The values (U, ...) by stratum, of those that have two units or more."""
+    groups = [values[stratum == number] for number in np.unique(stratum)]
+    return [mine for mine in groups if len(mine) > 1]
 
 
 def keep(arrays: dict[str, np.ndarray], key: str, value: float | np.ndarray, values_without: np.ndarray) -> None:
@@ -157,18 +175,24 @@ def as_interval(ends: np.ndarray) -> tuple[float, float] | None:
 
 
 def unit_notes(arrays: Arrays, headlines: Mapping[str, Headline]) -> list[str]:
-    """What must be known of the intervals of these headlines, in words."""
-    if not headlines or "unit_stratum" not in arrays:
+    """What must be known of the intervals of these headlines, in words, and why some never have one."""
+    never = {why: [key for key, h in headlines.items() if h.no_interval == why] for why in _reasons(headlines)}
+    notes = [f"{', '.join(keys)}: {why}" for why, keys in never.items()]
+    if "unit_stratum" not in arrays or all(headline.no_interval for headline in headlines.values()):
+        return notes
+    return notes + few_texts(arrays["unit_stratum"])
+
+
+def few_texts(stratum: np.ndarray) -> list[str]:
+    """Why units of these strata (U,) give no interval, if they give none."""
+    if len(np.unique(stratum)) < len(stratum):
         return []
-    if len(arrays["unit_stratum"]) < 2:
-        why = "one short text" if int(arrays["unit_texts"]) == 1 else "no text"
-        return [f"{why}: how far another would differ cannot be told, so there are no intervals; give several texts"]
-    if int(arrays["unit_texts"]) == 1:
-        return [
-            f"one text: the intervals are from {len(arrays['unit_stratum'])} stretches of it, and say nothing of what "
-            "another text would show"
-        ]
-    return []
+    what = "one text" if len(stratum) < 2 else "one text of each domain"
+    return [f"{what}: how far another would differ cannot be told, so there are no intervals; give several"]
+
+
+def _reasons(headlines: Mapping[str, Headline]) -> list[str]:
+    return list(dict.fromkeys(headline.no_interval for headline in headlines.values() if headline.no_interval))
 
 
 def shuffle_labels(labels: np.ndarray, draws: int = DRAWS, seed: int = SEED) -> np.ndarray:

@@ -121,6 +121,7 @@ class Saturation(Probe):
                 value,
                 f"{SETTLED:.0%} of the experts that tokens go to now were chosen {reached}, {value:.0%} of the "
                 f"training so far; choices at random agree in {blind:.0%}.",
+                no_interval="no interval, as it is one of few steps",
             )
         if previous:
             value = scalars["previous_to_now"]

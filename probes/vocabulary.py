@@ -14,7 +14,7 @@ import numpy as np
 from moebed.views import HeadView, LayerView, Need, ProbeText
 from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
 from probes.choices import NONE, assignments, by_part, first_middle_last
-from probes.resampling import SHARE, WITHOUT, Units, interval_of, unit_notes, units_of
+from probes.resampling import LARGEST, unit_notes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,8 +51,6 @@ class Vocabulary(Probe):
         if view.routing is None or view.text is None:
             return
         self._keep_text(view.text)
-        units = units_of(view.text, len(view.text.token_ids))
-        self.arrays |= units.arrays() | {"unit_of_token": units.of_token.astype(np.int16)}
         self.arrays[f"choice/{view.index}"] = assignments(view).astype(np.int16)
         self.arrays[f"num_experts_per_tok/{view.index}"] = np.asarray(view.num_experts_per_tok, np.int64)
         self.arrays[f"num_experts/{view.index}"] = np.asarray(view.num_experts, np.int64)
@@ -67,7 +65,6 @@ class Vocabulary(Probe):
         of_kind = {kind: self.arrays.pop(kind) for kind in KINDS if kind in self.arrays}
         for kind, ids in of_kind.items() if choices else ():
             self._measure(kind, ids, choices, {layer: int(count) for layer, count in experts.items()})
-        self.arrays.pop("unit_of_token", None)
         for layer in choices:
             del self.arrays[f"choice/{layer}"]
         return self.describe(self.arrays)
@@ -92,19 +89,12 @@ class Vocabulary(Probe):
         valid = np.flatnonzero(of_token >= 0)
         order = np.random.default_rng(SEED).permutation(valid)
         number = np.where(often, often.cumsum() - 1, -1)[slot]  # (T,) which of the V ids, or -1
-        units = Units(self.arrays["unit_of_token"].astype(np.int64), self.arrays["unit_stratum"], 0)
         frequency = 1e-6 * (seen[often] / seen[often].max())[:, None]  # (V, 1)
         for layer, choice in choices.items():
             count, shuffled = (
                 _counts(number[valid], choice[tokens], len(ids), experts[layer]) for tokens in (valid, order)
             )
             share, shuffled = _shares(count), _shares(shuffled)
-            rest = np.full(len(units.stratum), np.nan)
-            for unit in range(len(rest) if len(rest) > 1 else 0):
-                mine = valid[units.of_token[valid] == unit]
-                left = _shares(count - _counts(number[mine], choice[mine], len(ids), experts[layer]))
-                rest[unit] = left.max(axis=1)[left.any(axis=1)].mean() if left.any() else np.nan
-            self.arrays[f"{kind}{WITHOUT}/{layer}"] = rest.astype(np.float32)
             # Among equal shares, that of the more frequent id tells more.
             top = np.argsort(-(share + frequency), axis=0, kind="stable")[:TOP_IDS].T  # (E, 10)
             top_share = np.take_along_axis(share.T, top, axis=1)
@@ -143,7 +133,7 @@ class Vocabulary(Probe):
                 f"Sorted by {label}, one expert takes {value:.1%} of an id's routings on average; "
                 f"{blind[f'{quantity}_shuffled']:.1%} if ids meant nothing, {most:.0%} at most."
             )
-            headlines[quantity] = Headline(value, sentence, interval_of(arrays, kind, value, within=SHARE))
+            headlines[quantity] = Headline(value, sentence, no_interval=LARGEST)
         return ProbeResult(
             arrays,
             scalars,

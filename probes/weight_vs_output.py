@@ -16,12 +16,13 @@ from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_laye
 from probes.expert_matrices import by_matrix, num_experts
 from probes.gate_projection import pearson
 from probes.pictures import draw_depth
-from probes.resampling import WITHOUT, interval_of, unit_notes
+from probes.resampling import WITHOUT, added_by_few, interval_of, unit_notes
 from probes.similarity import off_diagonal
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+LEAST_SHARE = 0.05  # of the spread of pairs that is taken to be theirs, and not that of few texts
 # What is held against the outputs: the ending of its keys -> probe, that probe's key, what it is.
 _KINDS = {
     "": ("matrix_similarity", "matrix_cos", "matrices"),
@@ -36,7 +37,9 @@ class WeightVsOutput(Probe):
     Stored for each layer with three experts or more: ``pairs_output (P,)``, angular similarity of outputs averaged over
     tokens; for each matrix ``pairs_weight (P,)``, cosine of the flattened matrices, and ``weight_output_r ()``,
     Pearson's r of the two (NaN where one does not vary); the same with ``_mean`` for the cosine of average neurons, and
-    with ``_reordered`` for that of matrices after reordering, where ``neuron_matching`` runs as well.
+    with ``_reordered`` for that of matrices after reordering, where ``neuron_matching`` runs as well. Also
+    ``lowered ()``: few texts make pairs differ that are alike, which brings r nearer to 0 by this factor (1 where one
+    text cannot tell). The interval is of r times the factor.
     """
 
     name = "weight_vs_output"
@@ -55,7 +58,9 @@ class WeightVsOutput(Probe):
             # Its pairs (i, j) come by i > j; those above a diagonal by j.
             first, second = np.triu_indices(count, k=1)
             rest = outputs[f"pairs{WITHOUT}/{layer}"][:, second * (second - 1) // 2 + first]  # (U, P)
-            self.arrays |= {key: outputs[key] for key in ("unit_stratum", "unit_texts")}
+            stratum = self.arrays["unit_stratum"] = outputs["unit_stratum"]
+            lowered = _lowered(alike, rest, stratum)
+            self.arrays[f"lowered/{layer}"] = np.asarray(lowered, np.float32)
             for ending, (probe, key, _) in _KINDS.items():
                 for name in MATRICES:
                     values = found.get(probe, {}).get(f"{key}/{layer}/{name}")
@@ -66,7 +71,7 @@ class WeightVsOutput(Probe):
                     self.arrays[f"pairs_weight{ending}/{layer}/{name}"] = weights
                     r = np.asarray(pearson(weights, alike), np.float32)
                     self.arrays[f"weight_output_r{ending}/{layer}/{name}"] = r
-                    left = np.array([pearson(weights, values) for values in rest])
+                    left = lowered * np.array([pearson(weights, values) for values in rest])
                     self.arrays[f"r{ending}_{name}{WITHOUT}/{layer}"] = left.astype(np.float32)
 
     @classmethod
@@ -75,6 +80,7 @@ class WeightVsOutput(Probe):
         outputs = by_layer(arrays, "pairs_output")
         if not outputs:
             return ProbeResult(arrays, notes=["no layer with three routed experts or more has seen text"])
+        lowered = {layer: float(value) for layer, value in by_layer(arrays, "lowered").items()}
         scalars: dict[str, float] = {}
         headlines = {}
         pictures = {}
@@ -99,13 +105,21 @@ class WeightVsOutput(Probe):
                     f"How alike two experts' {_subject(ending, name)} are, and how alike their outputs, "
                     f"go together with r = {value:+.2f} (0 unrelated, 1 in step)."
                 )
-                ends = interval_of(arrays, f"r{ending}_{name}", value, r, (-1.0, 1.0))
+                of_many = float(np.mean([value * lowered[layer] for layer, value in r.items()]))
+                ends = interval_of(arrays, f"r{ending}_{name}", of_many, r, (-1.0, 1.0))
                 headlines[f"r{ending}_{name}"] = Headline(value, sentence, ends)
             if r_by_depth:
                 title = f"Correlation of how alike weights and outputs are, over pairs of experts\nWeights: {what}"
                 pictures[f"over_depth{ending}"] = partial(draw_depth, r_by_depth, title, "Pearson's r over pairs")
         notes = [] if headlines else ["all pairs of experts are equally alike: there is nothing to correlate"]
         return ProbeResult(arrays, scalars, headlines, pictures, notes + unit_notes(arrays, headlines))
+
+
+def _lowered(alike: np.ndarray, rest: np.ndarray, stratum: np.ndarray) -> float:
+    """By how much noise in outputs' similarities (P,) lowers a correlation, from those without each unit (U, P)."""
+    spread = float(alike.var(dtype=np.float64))
+    noise = added_by_few(spread, rest.var(axis=1, dtype=np.float64), stratum)
+    return float(np.sqrt(spread / max(spread - noise, LEAST_SHARE * spread))) if spread > 0 else 1.0
 
 
 def _subject(ending: str, name: str) -> str:

@@ -13,6 +13,7 @@ import yaml
 
 from moebed.cli import main
 from moebed.config import ModelConfig
+from moebed.precision import computed_in
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if not path.name.startswith("probe_"))
@@ -92,7 +93,10 @@ def test_fit_writes_a_whole_run_folder_and_continues(recipe, tmp_path, capsys):
     assert summary["step"] == 6
     assert 0 < summary["val/bits_per_byte"] < 8.5
     assert summary["gzip -9 bits per byte"] > 0
-    assert ModelConfig.from_dict(yaml.safe_load((run / "config.yaml").read_text())["model"]["config"]).num_experts == 4
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert summary["computed in"] == (said := computed_in(config["trainer"]["precision"]))
+    assert f"Computed in {said}." in (run / "report.html").read_text(encoding="utf-8")
+    assert ModelConfig.from_dict(config["model"]["config"]).num_experts == 4
     assert {path.name for path in (run / "results").glob("*.npz")} >= {"balance.npz", "norm_vs_score.npz"}
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0, "tensors": 0}).Reload()
     tags = events.Tags()
@@ -101,7 +105,7 @@ def test_fit_writes_a_whole_run_folder_and_continues(recipe, tmp_path, capsys):
     )
     assert any(tag.startswith("probes/balance/max_violation/layer_00") for tag in tags["scalars"])
     assert any(tag.startswith("probes/matrix_similarity/") for tag in tags["images"])
-    assert {"config/text_summary", "samples/text_summary"} <= set(tags["tensors"])
+    assert {"config/text_summary", "computed_in/text_summary", "samples/text_summary"} <= set(tags["tensors"])
 
     _fails(capsys, ["fit", "--config", path], "already holds a run", "--ckpt_path last")
     before = (run / "run_summary.json").read_text()
@@ -127,7 +131,7 @@ def test_a_run_without_validation_ends_well(recipe, tmp_path):
     path = recipe(lambda content: content["trainer"].update(limit_val_batches=0, max_steps=2, callbacks=[]))
     assert main(["fit", "--config", str(path)]) == 0
     summary = json.loads((tmp_path / "run" / "run_summary.json").read_text())
-    assert set(summary) == {"step", "train/loss", "train/tokens_per_second"}
+    assert set(summary) == {"step", "computed in", "train/loss", "train/tokens_per_second"}
 
 
 def _recorded(folder):

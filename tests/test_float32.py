@@ -8,6 +8,7 @@ from moebed.decoder import Decoder
 from moebed.float32 import exact_products, float32_linear
 from moebed.losses import load_balancing_loss, output_similarity, router_stats, token_losses, weight_similarity
 from moebed.metrics import TextLoss
+from moebed.optim import gradient_norm, scale_gradients
 from moebed.routers.norms import norms
 from moebed.views import ProbeText
 from moebed.walking import walk
@@ -26,6 +27,18 @@ def _settings():
     yield
     torch.set_float32_matmul_precision(matmul)
     torch.set_default_dtype(dtype)
+
+
+def test_the_norm_of_gradients_is_float32():
+    parameters = [torch.nn.Parameter(torch.zeros(50, 40, dtype=torch.bfloat16)) for _ in range(3)]
+    for parameter in parameters:
+        parameter.grad = torch.randn(50, 40).bfloat16()
+    norm = gradient_norm(parameters)
+    assert norm.dtype == torch.float32
+    assert norm == pytest.approx(float(torch.cat([p.grad.double().flatten() for p in parameters]).norm()), rel=1e-6)
+    scale_gradients(parameters, 1 / norm)
+    assert parameters[0].grad.dtype == torch.bfloat16
+    assert gradient_norm(parameters) == pytest.approx(1, rel=1e-3)
 
 
 class Products(TorchDispatchMode):

@@ -324,6 +324,8 @@ def test_a_run_in_bfloat16_validates_and_keeps_its_routers_state(tmp_path, data)
     trainer = _trainer(tmp_path, 3, precision="bf16-true", val_check_interval=3)
     trainer.fit(module, datamodule=data())
     assert 0 < float(trainer.callback_metrics["val/loss"]) < 10
+    norm = torch.tensor(float(trainer.callback_metrics["train/grad_norm"]))
+    assert norm != norm.bfloat16()  # which it would be if it were computed in that
     assert module.decoder.embed_tokens.weight.dtype == torch.bfloat16
     for router in module.decoder.routers:
         assert router.expert_bias.dtype == torch.float32

@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import MixedPrecision
 
 from moebed import precision
-from moebed.precision import choose_precision
+from moebed.precision import choose_precision, computed_in
 from moebed.trainer import AutoTrainer, PrecisionOfRun
 
 
@@ -49,6 +49,13 @@ def test_auto_is_what_the_machine_is_good_at(machine, here, wanted, words):
     assert str(choice).startswith(f"precision auto: {wanted} here (")
     assert words in str(choice)
     assert "\n" not in str(choice)
+
+
+def test_what_losses_are_computed_in_is_one_line():
+    assert computed_in("bf16-mixed").startswith("weights in float32, products in bfloat16")
+    assert computed_in("bf16-true").startswith("weights and products in bfloat16")
+    assert computed_in("32-true") == "float32 (32-true)"
+    assert computed_in("64-true") == "64-true"
 
 
 def test_what_a_recipe_asks_for_decides_which_device_is_looked_at(machine):

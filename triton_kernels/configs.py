@@ -16,6 +16,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -61,7 +63,11 @@ class Config:
         grad_down: gradient of ``down``.
         combine_tokens: tokens that one program of the combine sums.
         combine_columns: columns of one program of the combine.
-        routing_cells: assignments × experts that one program of the routing kernels holds.
+        routing_block: assignments of one program of the routing kernels.
+        routing_experts: experts of one.
+        routing_scan: numbers that the scans take in one step.
+        routing_small: blocks × parts of the experts up to which one program routes alone, in place of four launches.
+        split_rows: rows that a piece of a crowded expert's has at least in the weight gradients.
         archs: architectures that it ships for.
     """
 
@@ -75,8 +81,12 @@ class Config:
     grad_down: WeightTile
     combine_tokens: int = 4
     combine_columns: int = 512
-    routing_cells: int = 4096
-    archs: tuple[str, ...] = ("sm_80", "sm_90", "sm_100", "gfx942")
+    routing_block: int = 128
+    routing_experts: int = 32
+    routing_scan: int = 1024
+    routing_small: int = 32
+    split_rows: int = 4096
+    archs: tuple[str, ...] = ARCHS
 
 
 # 227 KiB of shared memory: three stages of (128 + 256) × 64 two-byte elements are 144 KiB. Where the loop first loads
@@ -102,7 +112,8 @@ BLACKWELL = replace(
     archs=("sm_100",),
 )
 
-# 163 KiB: half the columns and half the depth leave room for two programs on a multiprocessor.
+# 163 KiB, and 99 on GeForce and workstation chips of three generations: half the columns and half the depth leave room
+# for two programs' memory on a multiprocessor of either.
 AMPERE = Config(
     name="ampere",
     rows=128,
@@ -112,7 +123,7 @@ AMPERE = Config(
     grad_rows=Tile(128, 32, warps=8, stages=4),
     grad_up=WeightTile(128, 128, 32, warps=8, stages=7),
     grad_down=WeightTile(128, 128, 32, warps=8, stages=7),
-    archs=("sm_80",),
+    archs=("sm_80", "sm_86", "sm_89", "sm_120"),
 )
 
 # 64 KiB, and a pipeline that passes through registers.
@@ -152,19 +163,38 @@ INTERPRETED = Config(
     grad_down=WeightTile(64, 64, 64, group=2),
     combine_tokens=64,
     combine_columns=64,
+    routing_block=256,
+    split_rows=256,
+    routing_experts=64,
     archs=(),
 )
 
-BY_NAME = {config.name: config for config in (HOPPER, BLACKWELL, AMPERE, CDNA, WIDE, INTERPRETED)}
+# What an older compiler makes of the same tables: Triton before 3.7 fails on specialised warps for sm_100. There the
+# two kernels stay persistent, and all their warps load and multiply.
+BLACKWELL_PLAIN = replace(
+    BLACKWELL,
+    name="blackwell_plain",
+    down=replace(BLACKWELL.down, specialized=False),
+    grad_rows=replace(BLACKWELL.grad_rows, specialized=False),
+)
+
+BY_NAME = {config.name: config for config in (HOPPER, BLACKWELL, BLACKWELL_PLAIN, AMPERE, CDNA, WIDE, INTERPRETED)}
+# From each compute capability on; 12 is the small multiprocessor again.
+BY_CAPABILITY = (((12, 0), AMPERE), ((10, 0), BLACKWELL), ((9, 0), HOPPER), ((8, 0), AMPERE))
+# Before these versions of Triton, another table.
+BEFORE = {BLACKWELL.name: ((3, 7), BLACKWELL_PLAIN)}
 
 
-def choose(capability: tuple[int, int] | None, element_size: int, interpreted: bool) -> Config:
-    """The configuration of a launch.
+def choose(
+    capability: tuple[int, int] | None, element_size: int, interpreted: bool, version: tuple[int, int]
+) -> Config:  # fmt: skip
+    """The configuration of a launch: the one place where it is chosen.
 
     Args:
-        capability: CUDA compute capability, or None on another accelerator.
+        capability: CUDA compute capability, from 8.0 on, or None on another accelerator.
         element_size: bytes of an element that is multiplied.
         interpreted: the kernels run in Triton's interpreter.
+        version: Triton's, which decides whether the compiler can specialise warps.
     """
     if interpreted:
         return INTERPRETED
@@ -172,6 +202,10 @@ def choose(capability: tuple[int, int] | None, element_size: int, interpreted: b
         return WIDE
     if capability is None:
         return CDNA
-    if capability < (9, 0):
-        return AMPERE
-    return HOPPER if capability < (10, 0) else BLACKWELL
+    return of_version(next(config for least, config in BY_CAPABILITY if capability >= least), version)
+
+
+def of_version(config: Config, version: tuple[int, int]) -> Config:
+    """The configuration that serves in place of this one where Triton is too old for it."""
+    least, older = BEFORE.get(config.name, (version, config))
+    return older if version < least else config

@@ -2,9 +2,9 @@
 
 T tokens, K experts per token, R = T·K rows, E experts, H hidden, F expert intermediate, G = 2F.
 
-The constexprs come from the functions that the launches call, so a spec cannot drift from what runs. Sizes are
-compile-time constants of the kernels; here they are DeepSeekMoE-16B's. No tile divides a K-loop of H = 2056 or
-F = 1416, so the products are listed once more with those sizes, as ``ragged``: their loops carry masks.
+The constexprs come from the functions that the launches call, so a spec cannot drift from what runs. H and F are
+compile-time constants of the kernels, T, K and E are not; here they are DeepSeekMoE-16B's. No tile divides a K-loop of
+H = 2056 or F = 1416, so the products are listed once more with those sizes, as ``odd``: their loops carry masks.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from typing import Any
 from triton_kernels.activations import NAMES
 from triton_kernels.combine import WEIGHT_GRAD_BLOCK
 from triton_kernels.combine.kernels import combine_kernel, weight_grad_kernel
-from triton_kernels.configs import AMPERE, BLACKWELL, CDNA, HOPPER, WIDE, Config, Tile, WeightTile
-from triton_kernels.grouped import down, grad_hidden, grad_rows, grad_weight, up
-from triton_kernels.routing import block_sizes
-from triton_kernels.routing.kernels import count_kernel, place_kernel, scan_kernel, tiles_kernel
-from triton_kernels.spec import Argument, KernelSpec
+from triton_kernels.configs import AMPERE, BLACKWELL, CDNA, HOPPER, WIDE, Config, Tile, WeightTile, of_version
+from triton_kernels.grouped import down, grad_hidden, grad_rows, grad_weight, pieces, up
+from triton_kernels.precision import version
+from triton_kernels.routing import constexprs as routing_constexprs
+from triton_kernels.routing.kernels import count_kernel, place_kernel, route_small_kernel, scan_kernel, tiles_kernel
+from triton_kernels.spec import DTYPES, Argument, KernelSpec
 
-EXPERTS, TOP_K = 64, 6
-EVEN, RAGGED = (2048, 1408), (2056, 1416)  # (H, F)
+EVEN, ODD = (2048, 1408), (2056, 1416)  # (H, F)
 
 _TABLE = {name: Argument("*i32", aligned=True) for name in ("offsets", "tile_expert", "tile_start")}
+_NUMBER = Argument("i32")
 _TOKEN = {"token": Argument("*i32", aligned=True)}
 
 
@@ -71,7 +72,8 @@ def _walk(tile: Tile, pointers: Any, persistent: Any, rows: bool = True) -> tupl
     """The kernel of a tile, and the arguments that its persistent form has besides."""
     if not tile.persistent:
         return pointers, {}
-    return persistent, {"tile_count": Argument("*i32", aligned=True)} | ({"num_rows": Argument("i32")} if rows else {})
+    more = {"tile_count": Argument("*i32", aligned=True), "E": _NUMBER}
+    return persistent, more | {"num_rows": _NUMBER} if rows else more
 
 
 def _partial(config: Config) -> Argument:
@@ -81,7 +83,7 @@ def _partial(config: Config) -> Argument:
 
 def _products(config: Config, width: int, inter: int, label: str) -> Iterator[KernelSpec]:
     tall = {"weight": _elements("EGH"), **_TABLE}
-    sizes = (width, inter, EXPERTS)
+    sizes = (width, inter)
     kernel, more = _walk(config.up, up.up_kernel, up.up_persistent_kernel, rows=False)
     for activation in NAMES:
         for save in (True, False):
@@ -112,13 +114,22 @@ def _products(config: Config, width: int, inter: int, label: str) -> Iterator[Ke
     constexprs = grad_rows.constexprs(*sizes, config)
     yield from _product("grad_rows", label, kernel, config, config.grad_rows, arguments, constexprs, 4)
 
-    kernel, shared = grad_weight.grad_weight_kernel, {**_TOKEN, "offsets": _TABLE["offsets"]}
-    arguments = {"left": _elements("RG"), "right": _elements("TH"), **shared, "out": _elements("EGH")}
-    constexprs = grad_weight.constexprs(2 * inter, width, False, config.grad_up)
-    yield from _product("grad_up", label, kernel, config, config.grad_up, arguments, constexprs, 4, True)
-    arguments = {"left": _elements("TH"), "right": _elements("RF"), **shared, "out": _elements("EHF")}
-    constexprs = grad_weight.constexprs(width, inter, True, config.grad_down)
-    yield from _product("grad_down", label, kernel, config, config.grad_down, arguments, constexprs, 2, True)
+    yield from _weight_products(config, width, inter, label)
+
+
+def _weight_products(config: Config, width: int, inter: int, label: str) -> Iterator[KernelSpec]:
+    kernel, numbers = grad_weight.grad_weight_kernel, Argument("*i32", aligned=True)
+    table = {name: numbers for name in ("token", "offsets", "unit_expert", "unit_start", "first_slot")}
+    for is_cut in (False, True):
+        partial = Argument("*fp32" if is_cut else "*T", aligned=True)
+        what = " ".join(filter(None, (label, "pieces" * is_cut)))
+        shared = {**table, "partial": partial, "piece_rows": _NUMBER}
+        arguments = {"left": _elements("RG"), "right": _elements("TH"), **shared, "out": _elements("EGH")}
+        constexprs = grad_weight.constexprs(2 * inter, width, False, is_cut, config.grad_up)
+        yield from _product("grad_up", what, kernel, config, config.grad_up, arguments, constexprs, 4, True)
+        arguments = {"left": _elements("TH"), "right": _elements("RF"), **shared, "out": _elements("EHF")}
+        constexprs = grad_weight.constexprs(width, inter, True, is_cut, config.grad_down)
+        yield from _product("grad_down", what, kernel, config, config.grad_down, arguments, constexprs, 2, True)
 
 
 def _plain(op: str, kernel: Any, arguments: Mapping[str, Argument], **changes: Any) -> KernelSpec:
@@ -129,36 +140,64 @@ def _plain(op: str, kernel: Any, arguments: Mapping[str, Argument], **changes: A
     )  # fmt: skip
 
 
-def _others(config: Config) -> Iterator[KernelSpec]:
-    block, chunk, block_e = block_sizes(EXPERTS, config.routing_cells)
+def _routing(config: Config) -> Iterator[KernelSpec]:
     numbers = Argument("*i32", aligned=True)
-    size = {"E": EXPERTS, "BLOCK": block, "BLOCK_E": block_e}
-    where = {"index": numbers, "counts": numbers, "size": Argument("i32")}
-    yield _plain("route_count", count_kernel, where, constexprs=size)
-    yield _plain(
-        "route_scan", scan_kernel, {"counts": numbers, "offsets": numbers, "num_blocks": Argument("i32")},
-        constexprs={"E": EXPERTS, "CHUNK": chunk, "BLOCK_E": block_e},
-    )  # fmt: skip
-    placed = {name: numbers for name in ("offsets", "order", "token", "slot")}
-    yield _plain("route_place", place_kernel, {**where, **placed}, constexprs={**size, "K": TOP_K})
-    yield _plain(
-        "route_tiles", tiles_kernel, {**_TABLE, "tile_count": numbers, "num_tiles": Argument("i32")},
-        constexprs={**size, "BLOCK_M": config.rows},
-    )  # fmt: skip
+    table = {name: numbers for name in ("offsets", "tile_expert", "tile_start", "tile_count", "inside")}
+    placed = {name: numbers for name in ("order", "token", "slot")}
+    counts = {"counts": numbers, "num_blocks": _NUMBER}
+    sizes = {"size": _NUMBER, "E": _NUMBER}
+    for ragged in (False, True):
+        for index in ("i64", "i32", "u8"):
+            weight = Argument("*fp32" if ragged else f"*{index}", aligned=True)
+            where = {"index": Argument(f"*{index}", aligned=True), "weight": weight, **sizes}
+            for op, kernel, arguments in (
+                ("route_small", route_small_kernel, where | table | placed | {"K": _NUMBER, "num_tiles": _NUMBER}),
+                ("route_count", count_kernel, where | counts),
+                ("route_place", place_kernel, where | counts | placed | {"offsets": numbers, "K": _NUMBER}),
+            ):
+                name = f"{op} w4 {index}{' ragged' * ragged}"
+                yield _plain(op, kernel, arguments, constexprs=routing_constexprs(kernel, config, ragged), name=name)
+    totals = {"totals": numbers}
+    for op, kernel, arguments in (
+        ("route_scan", scan_kernel, counts | totals),
+        ("route_tiles", tiles_kernel, totals | table | {"E": _NUMBER, "num_tiles": _NUMBER}),
+    ):
+        yield _plain(op, kernel, arguments, constexprs=routing_constexprs(kernel, config))
+
+
+def _combines(config: Config) -> Iterator[KernelSpec]:
+    numbers = Argument("*i32", aligned=True)
     for op, weighted in (("combine", True), ("combine_grad", False)):
         yield _plain(
             op, combine_kernel,
             {
                 "rows": _elements("RH"), "slot": numbers,
                 "weight": Argument("*fp32" if weighted else "*i32", aligned=True),
-                "out": _elements("TH"), "num_tokens": Argument("i32"),
+                "out": _elements("TH"), "num_tokens": _NUMBER, "K": _NUMBER,
             },
             constexprs={
-                "H": EVEN[0], "K": TOP_K, "WEIGHTED": weighted, "BLOCK_T": config.combine_tokens,
+                "H": EVEN[0], "WEIGHTED": weighted, "BLOCK_T": config.combine_tokens,
                 "BLOCK_H": config.combine_columns,
             },
             backward=not weighted, dtypes=("fp16", "bf16", "fp32"),
         )  # fmt: skip
+
+
+def _pieces() -> Iterator[KernelSpec]:
+    numbers = Argument("*i32", aligned=True)
+    table = {name: numbers for name in ("offsets", "unit_expert", "unit_start", "first_slot")}
+    sizes = {"E": _NUMBER, "num_units": _NUMBER, "piece_rows": _NUMBER}
+    yield _plain(
+        "cut_pieces", pieces.pieces_kernel, table | sizes, constexprs={"SCAN": pieces.SCAN}, backward=True
+    )  # fmt: skip
+    yield _plain(
+        "add_pieces", pieces.add_kernel,
+        {
+            "partial": Argument("*fp32", aligned=True), "offsets": numbers, "first_slot": numbers,
+            "out": Argument("*T", aligned=True), "piece_rows": _NUMBER,
+        },
+        constexprs={"SIZE": EVEN[0] * EVEN[1], "BLOCK": pieces.BLOCK}, backward=True, dtypes=DTYPES,
+    )  # fmt: skip
 
 
 def _weight_grad(config: Config) -> KernelSpec:
@@ -174,10 +213,13 @@ def _weight_grad(config: Config) -> KernelSpec:
     )  # fmt: skip
 
 
-DEVICES = (HOPPER, BLACKWELL, AMPERE, CDNA, WIDE)
+# The tables of this version of Triton, as ``choose`` takes them.
+DEVICES = tuple(of_version(each, version()) for each in (HOPPER, BLACKWELL, AMPERE, CDNA, WIDE))
 SHIPPED: tuple[KernelSpec, ...] = (
     *(spec for config in DEVICES for spec in _products(config, *EVEN, "")),
-    *(spec for config in DEVICES for spec in _products(config, *RAGGED, "ragged")),
-    *_others(HOPPER),
+    *(spec for config in DEVICES for spec in _products(config, *ODD, "odd")),
+    *_routing(HOPPER),
+    *_combines(HOPPER),
+    *_pieces(),
     *(_weight_grad(config) for config in DEVICES if config is not WIDE),
 )

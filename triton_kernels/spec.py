@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from triton.runtime.jit import JITFunction
 
+from triton_kernels.configs import ARCHS
+
 DIMENSIONS = "TKREHFG"
 DTYPES = ("fp16", "bf16", "fp32")
 
@@ -65,7 +67,7 @@ class KernelSpec:
         num_warps: warps of a program, without those that specialisation adds.
         num_stages: depth of the software pipeline that is asked for.
         warp_specialized: the loop asks for warp specialisation.
-        archs: of ``sm_80``, ``sm_90``, ``sm_100``, ``gfx942``, those that it ships for.
+        archs: of ``configs.ARCHS``, those that it ships for.
         dtypes: element types that it ships for, of ``fp16``, ``bf16``, ``fp32``.
         gathers_indices: the main loop loads an index for each row: those loads may be narrow.
         row_step: rows of R that a program takes at a time, whole steps being padded: BM, or BK where the rows are what
@@ -84,7 +86,7 @@ class KernelSpec:
     num_warps: int
     num_stages: int
     warp_specialized: bool = False
-    archs: tuple[str, ...] = ("sm_80", "sm_90", "sm_100", "gfx942")
+    archs: tuple[str, ...] = ARCHS
     dtypes: tuple[str, ...] = DTYPES
     gathers_indices: bool = False
     row_step: int | None = None

@@ -46,7 +46,9 @@ def run(command: str, arguments: Sequence[str]) -> None:
     kernels = kinds.add_parser("kernels", help="the Triton kernels: machine code and roofline, or times on a GPU")
     kernels.add_argument("--static", action="store_true", help="compile and check the machine code; needs no GPU")
     kernels.add_argument(
-        "--arch", action="append", help="sm_80, sm_90, sm_100, gfx942 or all; default sm_90; repeatable"
+        "--arch",
+        action="append",
+        help="sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, gfx942 or all; default sm_90; repeatable",
     )
     kernels.add_argument("--dtype", action="append", help="fp16, bf16, fp32 or all; default bf16")
     kernels.add_argument("--only", default="", metavar="TEXT", help="only kernels whose name contains this")

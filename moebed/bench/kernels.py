@@ -8,7 +8,7 @@ from typing import Any
 
 from moebed.errors import UserError
 
-ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 DTYPES = ("fp16", "bf16", "fp32")
 
 

@@ -24,13 +24,13 @@ class Run:
         name: The folder's name.
         step: Optimizer steps of the checkpoint.
         recipe: Its ``config.yaml``.
-        numbers: Its ``run_summary.json``.
+        numbers: Its ``run_summary.json``: numbers, and what they were computed in.
     """
 
     name: str = ""
     step: int | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
-    numbers: Mapping[str, float] = field(default_factory=dict)
+    numbers: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, checkpoint: Path) -> Run:
@@ -152,7 +152,8 @@ def _data(sources: list[dict[str, Any]] | None) -> str:
 
 def _numbers(run: Run) -> str:
     step = run.numbers.get("step")
-    rows = {key: f"{value:.4f}" for key, value in run.numbers.items() if key != "step"}
+    rows = {key: f"{value:.4f}" if isinstance(value, float) else value for key, value in run.numbers.items()}
+    rows.pop("step", None)
     text = f"## Numbers\n\nAt the end of the run, after {step} optimizer steps:\n\n{_table('quantity', rows)}"
     if step != run.step:
         text += f"\n\nThis checkpoint is of step {run.step}, for which these numbers do not hold."

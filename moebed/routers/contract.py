@@ -33,9 +33,10 @@ class Load(NamedTuple):
 
 
 def drawn(*shape: int) -> nn.Parameter:
-    """A parameter that begins as the decoder's matrices do, from N(0, initializer_range).
+    """A parameter that begins as the decoder's of its kind do.
 
-    It stays as it is where a router fills it before it is built into a model.
+    From N(0, initializer_range) in two dimensions or more; of one dimension it is 1, and 0 where its name ends in
+    ``bias``. It stays as it is where a router fills it before it is built into a model.
     """
     parameter = nn.Parameter(torch.empty(shape))
     parameter.is_drawn = True  # type: ignore[attr-defined]
@@ -47,8 +48,9 @@ class Router(Float32Buffers):
 
     A rule that chooses by what the experts compute is handed the layer's experts as well. State that is not learned
     by gradient (a selection bias, an adaptive coefficient) is a persistent float32 buffer: checkpoints keep it, no
-    optimizer sees it, it stays float32 where the model is cast, and it changes in :meth:`end_step` alone, once an
-    optimizer step.
+    optimizer sees it, it stays float32 where the model is cast, and training changes it in :meth:`end_step` alone, once
+    an optimizer step that is taken. What only the log needs is no state: it need not be persistent. Nor is what follows
+    from the number of the step (:meth:`begin_step`).
     """
 
     Options: type[RouterOptions] = RouterOptions  # its settings, a dataclass of moebed.config.setting
@@ -57,7 +59,7 @@ class Router(Float32Buffers):
     fixed_top_k = True  # whether every token has K experts
     has_plan_formula = False  # whether it keeps a gate's logits for the backward pass, and no more (see moebed.plan)
     compiles = True  # whether its forward pass is one graph for torch.compile
-    adaptive = False  # whether it has state that end_step changes
+    adaptive = False  # whether it has state that end_step changes; where no router of a model has, none is called
     runs_experts = False  # whether it asks for experts' outputs when it routes in evaluation
     experts_class: type[Experts] = Experts  # of its layers
     # Whether its parameters learn from more than the weights on the experts' outputs, or there are none to learn.
@@ -75,9 +77,10 @@ class Router(Float32Buffers):
         raise TypeError(f"{type(self).__name__} does not define forward")
 
     def choose(self, logits: Tensor) -> Routing:
-        """The decision that follows from logits (T, E); an expert whose logit is -inf is never chosen.
+        """The decision that follows from logits (T, E).
 
-        Here p = softmax(logits), the K largest, weight p, or p / Σ_topK p with norm_topk_prob.
+        An expert whose logit is -inf has weight 0, and is not chosen while K others have a probability that float32
+        tells from 0. Here p = softmax(logits), the K largest, weight p, or p / Σ_topK p with norm_topk_prob.
         """
         probs = logits.softmax(dim=-1)  # (T, E)
         weight, index = probs.topk(self.num_experts_per_tok, dim=-1, sorted=True)  # (T, K)
@@ -130,11 +133,11 @@ class Router(Float32Buffers):
         """Set the state that is not learned by gradient to its initial value."""
 
     def begin_step(self, step: int) -> None:
-        """An optimizer step begins; the same number on every rank."""
+        """An optimizer step begins, or goes on with its next micro-batch; the same number on every rank."""
 
     def end_step(self, load: Load) -> None:
-        """An optimizer step ends."""
+        """An optimizer step ends that is taken; called where a router of the model is adaptive."""
 
     def numbers(self) -> dict[str, Tensor]:
-        """Scalars of the state, by name, for the log."""
+        """Scalars of the state, by name, for the log; read after :meth:`end_step`."""
         return {}

@@ -15,7 +15,11 @@ from moebed.routing import Routing
 
 
 class GatedRouter(Router):
-    """A router whose logits are x W_gᵀ, in float32 whatever the rest of the model computes in."""
+    """A router whose logits are x W_gᵀ, or those of a rule that has this gate beside it.
+
+    The product is of float32 operands, and summed in float32, whatever the rest of the model computes in; in a
+    bf16-true run x and W_g are rounded to bfloat16 before.
+    """
 
     def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
         super().__init__(config, layer)

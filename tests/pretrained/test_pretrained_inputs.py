@@ -98,6 +98,27 @@ def test_domains_are_cut_into_documents_evenly_over_the_file(checkpoint, tmp_pat
     assert any("10 of 50 documents" in note for note in model.notes)
 
 
+def test_the_command_reads_the_text_field_that_it_is_told(checkpoint, tmp_path, capsys):
+    """As an option and in a file; and the one line where records have no such field."""
+    records = "".join(json.dumps({"id": f"id {i}", "body": f"the text of document {i}"}) + "\n" for i in range(3))
+    (tmp_path / "mine.jsonl").write_text(records, encoding="utf-8")
+    options = ["--domain", f"mine={tmp_path / 'mine.jsonl'}", "--probes", "routing"]
+    (tmp_path / "probe.yaml").write_text("text_field: id\n", encoding="utf-8")
+    for number, (given, wanted) in enumerate(
+        {("--text-field", "body"): "the text of document 0", ("--config", str(tmp_path / "probe.yaml")): "id 0"}.items()
+    ):
+        out = tmp_path / f"out_{number}"
+        assert main(["probe", str(checkpoint), "--out", str(out), *options, *given]) == 0
+        arrays = store.load_arrays(out, "routing")
+        first, second = arrays["sequence_start"][:2]
+        assert "".join(arrays["token_text"][first + 1 : second]) == wanted  # after the BOS
+        assert len(arrays["sequence_start"]) == 3
+    line = fails(capsys, checkpoint, *options)
+    assert "no column 'text'" in line
+    assert "--text-field" in line
+    assert line.endswith("id, body")
+
+
 def test_a_runs_own_tokenizer_is_found_above_its_checkpoint(tmp_path):
     decoder = write(tmp_path / "unused", vocab_size=258)
     state = {f"decoder.{name}": value for name, value in decoder.state_dict().items()}

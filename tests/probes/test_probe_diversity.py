@@ -27,7 +27,7 @@ def sources(layers, weights, outputs, reordered=None):
     # Three texts, of which each alone makes the outputs of the first pair a little more alike.
     pairs = {n: np.r_[outputs[n], [0.9] * 3].astype(np.float32) for n in layers}
     angular |= {f"pairs_without/{n}": pairs[n] + np.eye(3, 6, dtype=np.float32) * 0.01 for n in layers}
-    angular |= {"unit_stratum": np.zeros(3, np.int16), "unit_texts": np.asarray(3)}
+    angular |= {"unit_stratum": np.zeros(3, np.int16)}
     found = {
         "expert_outputs": count | angular,
         "matrix_similarity": {f"matrix_cos/{n}/{m}": square(weights[n]) for n in layers for m in MATRICES},

@@ -8,6 +8,7 @@ from output_cases import dense_view, output_view
 from probes.driver import run_probes
 from probes.expert_importance import NO_ABLATION, ExpertImportance
 from probes.figures import to_rgb
+from probes.resampling import LARGEST
 
 
 def run(*views):
@@ -42,7 +43,7 @@ def test_reap_by_hand():
 def test_experts_without_tokens_are_named_and_left_out_of_the_mean():
     result = run(view())
     assert result.notes[:2] == ["layer 0: no token went to 1 of 3 experts (2)", NO_ABLATION]
-    assert "no intervals" in result.notes[2]
+    assert result.notes[2:] == [f"reap_max_to_mean: {LARGEST}"]
     assert result.headlines["reap_max_to_mean"].value == pytest.approx(7 / 4.25)
     assert result.scalars["unused"] == pytest.approx(1 / 3)
 

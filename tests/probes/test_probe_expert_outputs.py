@@ -237,8 +237,9 @@ def test_a_difference_that_is_there_has_an_interval_above_zero_and_one_that_is_n
     few = run(output_view(alike, chosen.tolist(), text=plain_text([200, 200])))["chosen_vs_rest"]
     assert few.arrays["difference_without/0"].shape == (2,)
     one = run(output_view(alike, chosen.tolist(), text=plain_text([400])))["chosen_vs_rest"]
-    assert one.headlines["difference"].interval[0] > 0.2
-    assert "10 stretches" in one.notes[0]
+    assert one.headlines["difference"].interval is None
+    assert one.headlines["difference"].sentence.startswith("Of chosen experts the outputs at a token have cosine 0.")
+    assert one.notes[0].startswith("one text: ")
 
 
 @pytest.mark.shared("oracles")

@@ -1,4 +1,4 @@
-"""Intervals: what they hold, by simulation; their formula; and words where there are too few texts."""
+"""Intervals: what they hold, by simulation; their formula; and words where there is none."""
 
 import math
 
@@ -6,71 +6,116 @@ import numpy as np
 import pytest
 import torch
 from probe_cases import all_needs, make_text
-from simulate_intervals import coverage, made_up
+from simulate_intervals import coverage
 
-from moebed.views import Need, ProbeText
+from moebed.views import ProbeText
 from moebed.walking import walk
 from probes.driver import run_probes
+from probes.provenance import weights_alone
 from probes.registry import PROBES
-from probes.resampling import MOST_UNITS, SHARE, jackknife, sequence_units, units_of, without
+from probes.resampling import (
+    LARGEST,
+    MOST_UNITS,
+    SHARE,
+    Units,
+    added_by_few,
+    jackknife,
+    sequence_units,
+    units_of,
+    without,
+)
 
-# Of these no interval can be had: a count of rare cases, a step of few, exact numbers of the weights, or a trend over
-# layers, which has a p instead.
-NONE = {"balance/dead_share", "saturation/settled_at"}
-NONE |= {f"layer_diversity/{kind}_{what}" for kind in ("rises", "last_layer") for what in ("weights", "outputs")}
+LEAST, MOST = 0.92, 0.97
 
 
-@pytest.mark.parametrize("texts", [1, 2, 3, 5, 8])
+def leeway(held: float, simulated: int) -> float:
+    """Two standard errors of a share that was found in so many simulations."""
+    return 2 * math.sqrt(held * (1 - held) / simulated)
+
+
+def require(found, simulated):
+    """Every interval holds 92 to 97 %, or is not known to hold less or more."""
+    wrong = {
+        key: held
+        for key, (held, _) in found.items()
+        if not LEAST - leeway(LEAST, simulated) <= held <= MOST + leeway(MOST, simulated)
+    }
+    assert not wrong
+
+
+@pytest.mark.parametrize("texts", [2, 5, 12])
 def test_intervals_hold_what_they_say(texts):
-    """92 to 97 %, give or take what 250 simulations leave open (two standard errors are 3 %)."""
-    found = coverage(texts, 250, ("router_state", "repeats", "routing"))
-    assert len(found) >= (3 if texts == 1 else 5)
-    for key, (held, _) in found.items():
-        assert 0.92 - 0.03 <= held <= 0.97 + 0.025, (key, held)
+    """A few of them, give or take what 250 simulations leave open: 88.6 to 99.2 %."""
+    found = coverage(texts, 250, names=("router_state", "routing", "repeats", "prediction"))
+    assert len(found) == 6
+    require(found, 250)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.xfail(reason="of the largest of several, and of the divergence, they hold up to 99.7 %: README")
-@pytest.mark.parametrize("texts", [1, 2, 3, 4, 5, 8, 12])
-def test_every_headline_of_routing_holds_what_it_says(texts):
-    found = coverage(texts, 1000)
-    assert len(found) >= (4 if texts == 1 else 8)
-    for key, (held, _) in found.items():
-        assert 0.92 - 0.014 <= held <= 0.97 + 0.014, (key, held)
+@pytest.mark.parametrize("domains", [1, 2])
+@pytest.mark.parametrize("texts", [1, 2, 3, 5, 8, 12])
+def test_every_headline_holds_what_it_says(texts, domains, make_decoder):
+    """Of all probes there are, give or take what 1000 simulations leave open: 90.3 to 98.1 %."""
+    found = coverage(texts, 1000 if texts > domains else 1, domains)
+    if texts <= domains:
+        assert found == {}
+        return
+    shown = {
+        f"{name}/{key}"
+        for name, result in _probed(make_decoder, make_text([40] * 6, width=40)).items()
+        for key, headline in result.headlines.items()
+        if headline.interval is not None
+    }
+    assert shown <= set(found)
+    require(found, 1000)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("texts", [2, 3, 5, 8, 12])
+def test_headlines_of_layers_and_of_scores_that_are_norms_hold_what_they_say(texts):
+    found = coverage(texts, 1000, router="expert_norm")
+    assert {"norm_origin/score_choice", "repeats/repeat_first_layer_0"} <= set(found)
+    require(found, 1000)
 
 
 def test_of_a_mean_it_is_students():
     from scipy import stats
 
-    values = np.array([1.0, 4.0, 2.5, 7.0])
-    low, high = jackknife(values.mean(), without(values) / 3)
+    values, one = np.array([1.0, 4.0, 2.5, 7.0]), np.zeros(4, int)
+    low, high = jackknife(values.mean(), without(values, one) / 4, one)
     want = stats.t.interval(0.95, 3, values.mean(), stats.sem(values))
     assert (low, high) == pytest.approx(want)
-    assert np.isnan(jackknife(1.0, np.array([np.nan]))).all()
-    assert jackknife(0.9, np.array([0.85, 0.95]), within=SHARE)[1] == 1.0
+    assert np.isnan(jackknife(1.0, np.array([np.nan]), np.zeros(1))).all()
+    assert jackknife(0.9, np.array([0.85, 0.95]), np.zeros(2), SHARE)[1] == 1.0
+
+
+def test_what_few_texts_add_to_the_square_of_a_mean_is_the_variance_of_the_mean():
+    values, one = np.random.default_rng(0).normal(3, 1, 6), np.zeros(6, int)
+    added = added_by_few(values.mean() ** 2, np.square(without(values, one) / 6), one)
+    assert added == pytest.approx(values.var(ddof=1) / 6)
 
 
 def test_what_differs_between_domains_is_no_spread():
     """Two domains far apart, each alike in itself."""
     values, domain = np.array([0.0, 0.1, 0.05, 10.0, 10.1, 10.05]), np.array([0, 0, 0, 1, 1, 1])
     unit, stratum = sequence_units(domain)
-    low, high = jackknife(values.mean(), without(values) / 5, stratum)
+    low, high = jackknife(values.mean(), without(values, stratum) / 6, stratum)
     assert high - low < 0.5
-    low, high = jackknife(values.mean(), without(values) / 5)
+    low, high = jackknife(values.mean(), without(values, np.zeros(6)) / 6, np.zeros(6))
     assert high - low > 5
-    assert sequence_units(np.array([0, 1, 1]))[1].tolist() == [0, 0, 0]  # one text of a domain has no spread of its own
     assert sorted(unit.tolist()) == list(range(6))
 
 
-@pytest.mark.parametrize(("units", "strata"), [(4, 2), (8, 2), (12, 3), (12, 1)])
+@pytest.mark.parametrize(("units", "strata"), [(3, 2), (4, 2), (5, 4), (8, 2), (12, 3), (12, 1)])
 def test_strata_neither_narrow_an_interval_nor_widen_it(units, strata):
-    """Of a mean over units of equal spread, whatever they are compared within: 95 %, sd .4 of 3000."""
+    """Of a mean over units of equal spread in strata far apart, some of one unit: 95 %, sd .4 of 3000."""
     rng, stratum = np.random.default_rng(units), np.arange(units) % strata
     held = 0
-    for values in rng.normal(size=(3000, units)):
-        low, high = jackknife(values.mean(), without(values) / (units - 1), stratum)
-        held += low <= 0 <= high
+    for values in rng.normal(10.0 * stratum, size=(3000, units)):
+        low, high = jackknife(values.mean(), without(values, stratum) / units, stratum)
+        held += low <= 10 * stratum.mean() <= high
     assert held / 3000 == pytest.approx(0.95, abs=0.015)
 
 
@@ -87,45 +132,44 @@ def _probed(make_decoder, text):
     return run_probes(walk(decoder, text, all_needs()), probes)
 
 
-def test_every_headline_of_text_has_an_interval(make_decoder):
-    """Of all probes there are, but for those of which none can be had."""
+def test_every_headline_of_text_has_an_interval_or_says_why_not(make_decoder):
+    """Of all probes there are."""
     found = _probed(make_decoder, make_text([40] * 6, width=40))
-    missing = {
-        f"{name}/{key}"
-        for name, result in found.items()
-        for key, headline in result.headlines.items()
-        if headline.interval is None and not PROBES[name].needs <= {Need.WEIGHTS}
-    }
-    assert missing <= NONE
     count = 0
-    for result in found.values():
-        for headline in result.headlines.values():
+    for name, result in found.items():
+        for key, headline in result.headlines.items():
+            of_text = not weights_alone(name)
+            assert (headline.interval is not None) == (of_text and not headline.no_interval), (name, key)
+            if headline.no_interval:
+                assert any(key in note and note.endswith(headline.no_interval) for note in result.notes), (name, key)
             if headline.interval is not None:
                 low, high = headline.interval
                 assert low - 1e-6 <= headline.value <= high + 1e-6
                 assert math.isfinite(low + high)
                 count += 1
-    assert count >= 25
+    assert count >= 20
+    assert found["balance"].headlines["max_violation"].no_interval == LARGEST
 
 
-@pytest.mark.parametrize(("tokens", "said"), [(60, "one short text"), (400, "one text")])
-def test_one_text_says_so(make_decoder, tokens, said):
-    """A long one has intervals of its own stretches, and says what they are; a short one none."""
-    ids = torch.randint(64, (1, tokens), generator=torch.Generator().manual_seed(2))
-    text = ProbeText(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros(1, dtype=torch.int64))
-    found = _probed(make_decoder, text)
-    for name in ("balance", "router_state", "activations", "norm_vs_score", "prediction", "expert_outputs"):
-        result = found[name]
-        assert any(said in note for note in result.notes), name
-        with_interval = [h for key, h in result.headlines.items() if h.interval and f"{name}/{key}" not in NONE]
-        assert bool(with_interval) == (tokens == 400), name
+@pytest.mark.parametrize(("texts", "domains", "said"), [(1, 1, "one text: "), (2, 2, "one text of each domain: ")])
+def test_too_few_texts_say_so(make_decoder, texts, domains, said):
+    ids = torch.randint(64, (texts, 400), generator=torch.Generator().manual_seed(2))
+    domain = torch.arange(texts) % domains
+    text = ProbeText(ids, torch.ones_like(ids, dtype=torch.bool), domain, ("a", "b")[:domains])
+    for name, result in _probed(make_decoder, text).items():
+        assert not any(headline.interval for headline in result.headlines.values()), name
+        could = not weights_alone(name) and any(not headline.no_interval for headline in result.headlines.values())
+        assert any(note.startswith(said) for note in result.notes) == could, name
 
 
 def test_units_of_a_text():
-    text = made_up(np.random.default_rng(0), 4)[0].text
-    units = units_of(text, 480)
-    assert units.texts == 4
-    assert units.stratum.tolist() == [0, 0, 1, 1]
-    values = np.arange(480.0)
-    kept = np.arange(480) >= 120
-    assert units.means_without(values)[units.of_token[0]] == pytest.approx(values[kept].mean())
+    mask = torch.tensor([[True] * 3, [True, False, False], [False] * 3, [True] * 3])
+    units = units_of(ProbeText(torch.zeros(4, 3, dtype=torch.int64), mask, torch.tensor([0, 1, 0, 0]), ("a", "b")), 7)
+    assert units.of_token.tolist() == [0, 0, 0, 2, 1, 1, 1]  # an empty sequence is none
+    assert units.stratum.tolist() == [0, 0, 1]
+    values = np.arange(7.0)
+    # The other text of its domain takes the place of the one that is left out.
+    assert units.means_without(values)[0] == pytest.approx((2 * (4 + 5 + 6) + 3) / 7)
+    assert units.means_without(values)[2] == pytest.approx(values.mean())
+    assert units_of(None, 5).stratum.tolist() == [0]
+    assert isinstance(units, Units)

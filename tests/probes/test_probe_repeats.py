@@ -66,7 +66,11 @@ def test_random_choices_repeat_as_often_as_chance():
 def test_a_collapsed_router_always_repeats():
     result = repeats([chosen_view([[3, 1]] * 8, 4, TEXT)])
     assert result.headlines["repeat_first"].value == 1
+    assert result.headlines["repeat_first"].interval is None
+    assert result.notes[0].startswith("one text of each domain: ")
+    result = repeats([chosen_view([[3, 1]] * 8, 4, text_of([[1] * 5, [2] * 3], [0, 0], ("a",)))])
     assert result.headlines["repeat_first"].interval == (1, 1)
+    assert not result.notes
     assert float(result.arrays["mean_run/0"]) == pytest.approx(float(result.arrays["mean_run_expected/0"]))
 
 

@@ -6,7 +6,7 @@ import types
 
 import pytest
 import torch
-from kernels_interpreted import interpreter, shuffled  # noqa: F401
+from kernels_interpreted import interpreter, op, shuffled  # noqa: F401
 from torch.nn.functional import cross_entropy
 
 from moebed.decoder import Decoder
@@ -41,6 +41,24 @@ def test_triton_equals_loop(shuffled, act):  # noqa: F811
         results.append([out, *torch.autograd.grad((out * target).sum(), inputs)])
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_ragged_routing_equals_loop(shuffled, monkeypatch):  # noqa: F811
+    """Weights of 0 are no assignments, as routers with a number of experts of each token's own say; no gradient."""
+    experts, routing = _experts(num_experts=5), _routing(60, 5, 3)
+    weight = routing.topk_weight.detach().masked_fill(torch.rand(60, 3) < 0.4, 0).requires_grad_()
+    routing = routing._replace(topk_weight=weight, ragged=True)
+    rows, route = [], op.route
+    monkeypatch.setattr(op, "route", lambda *args: rows.append(route(*args)) or rows[-1])
+    x, target = torch.randn(60, 32, requires_grad=True), torch.randn(60, 32)
+    inputs = [x, weight, *experts.parameters()]
+    results = []
+    for backend in ("triton", "loop"):
+        out = BACKENDS[backend](experts, x, routing)
+        results.append([out, *torch.autograd.grad((out * target).sum(), inputs)])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert int(rows[0].offsets[-1]) == int((weight != 0).sum()) < 180
 
 
 def test_the_module_compiles_in_one_graph(interpreter):  # noqa: F811

@@ -1,5 +1,6 @@
 """``expert_mlp`` in the interpreter: values and all gradients against float64, one token at a time."""
 
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -11,11 +12,15 @@ from kernels_interpreted import (  # noqa: F401
     combining,
     configs,
     errors,
+    fallback,
+    grad_weight,
     interpreter,
     kernels,
+    launching,
     make_case,
     op,
-    parts,
+    pieces,
+    precision,
     reference,
     routing,
     run,
@@ -111,13 +116,9 @@ def test_a_reach_out_of_a_tensor_is_seen(interpreter):  # noqa: F811
     rows, slot = torch.zeros(4, 8), torch.tensor([0, 4], dtype=torch.int32)
     with pytest.raises(triton_interpreter.InterpreterError, match="out of the tensors"):
         combining.combine(rows, slot, None, 1, configs.INTERPRETED)
-    index = torch.zeros(4, 1, dtype=torch.int32)
-    meta = routing.allocate(index, 1, 64)
+    counts, totals = torch.zeros(2, 3, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
     with pytest.raises(triton_interpreter.InterpreterError, match="out of the tensors"):
-        routing.tiles_kernel[(1,)](
-            torch.tensor([0, 4], dtype=torch.int32), meta.tile_expert, meta.tile_start, meta.tile_count, 2,
-            E=1, BLOCK_M=64, BLOCK=16, BLOCK_E=1,
-        )  # fmt: skip
+        routing.scan_kernel[(3,)](counts, totals, 3, SCAN=16)
 
 
 @pytest.mark.parametrize("name", ["interpreted", "hopper"])
@@ -128,7 +129,7 @@ def test_an_index_outside_reaches_nothing(shuffled, monkeypatch, name):  # noqa:
     outside = torch.rand(70, 2) < 0.3
     outside[0] = True  # a token without any expert
     wild = torch.tensor([-1, 4, 5, 2**31 - 1, -(2**31)])[torch.randint(5, (70, 2))]
-    monkeypatch.setattr(op, "check_index", lambda index, num_experts: None)
+    monkeypatch.setattr(op, "check_inside", lambda *checked: None)
     actual = run(case._replace(topk_index=torch.where(outside, wild, case.topk_index)))
     silent = case._replace(topk_weight=case.topk_weight.detach().masked_fill(outside, 0).requires_grad_())
     expected = reference(silent)
@@ -137,6 +138,76 @@ def test_an_index_outside_reaches_nothing(shuffled, monkeypatch, name):  # noqa:
     assert not actual[4][outside].any()
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["interpreted", "hopper"])
+def test_ragged_assignments_pass_no_product(shuffled, monkeypatch, name):  # noqa: F811
+    """Weight 0 or index -1: no row, no gradient of the weight, and what such an index says does not matter."""
+    monkeypatch.setattr(op, "choose", lambda *device: configs.BY_NAME[name])
+    rows, route = [], op.route
+    monkeypatch.setattr(op, "route", lambda *args: rows.append(route(*args)) or rows[-1])
+    case = make_case(70, 4, 3)
+    absent, idle = torch.rand(70, 3) < 0.2, torch.rand(70, 3) < 0.3
+    idle[0], absent[5], idle[40] = True, True, True  # tokens without any expert
+    weight = case.topk_weight.detach().masked_fill(idle, 0).requires_grad_()
+    index = case.topk_index.masked_fill(idle, 1000).masked_fill(absent, -1)
+    actual = run(
+        case._replace(topk_index=index, topk_weight=weight), functools.partial(kernels.expert_mlp, ragged=True)
+    )
+    none = absent | idle
+    silent = case._replace(topk_weight=case.topk_weight.detach().masked_fill(none, 0).requires_grad_())
+    expected = reference(silent)
+    expected[4] = expected[4].masked_fill(none, 0)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+    assert int(rows[0].offsets[-1]) == int((~none).sum())
+    assert int(rows[0].tile_count) < len(rows[0].tile_expert)
+    plain = run(
+        case._replace(topk_index=index, topk_weight=weight),
+        functools.partial(kernels.reference.expert_mlp, ragged=True),
+    )
+    for a, b in zip(plain, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+
+
+def test_an_index_of_minus_one_is_refused_unless_ragged(interpreter):  # noqa: F811
+    case = make_case(8, 4, 2)
+    with pytest.raises(ValueError, match=r"topk_index spans -1 to 3, outside the 4 experts$"):
+        kernels.expert_mlp(*case._replace(topk_index=torch.tensor([[-1, 3]]).repeat(8, 1)))
+    with pytest.raises(ValueError, match=r"spans -2 to 3, outside the 4 experts \(-1 for no expert\)"):
+        kernels.expert_mlp(*case._replace(topk_index=torch.tensor([[-2, 3]]).repeat(8, 1)), ragged=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32])
+def test_indices_of_any_integer_type(interpreter, dtype):  # noqa: F811
+    """More experts than int8 can name, too: an index is compared in 64 bits."""
+    case = make_case(40, 5, 2)
+    expected = run(case)
+    actual = run(case._replace(topk_index=case.topk_index.to(dtype)))
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    many = make_case(6, 300, 2, 8, 8, index=torch.randint(100, (6, 2)))
+    narrow = many._replace(topk_index=many.topk_index.to(dtype))
+    assert torch.equal(kernels.expert_mlp(*narrow), kernels.expert_mlp(*many))
+    assert torch.allclose(kernels.reference.expert_mlp(*narrow), kernels.expert_mlp(*many), atol=1e-5)
+
+
+@pytest.mark.parametrize("most", [2, 5, 9])
+@pytest.mark.parametrize("skew", [0.0, 2.0, 20.0], ids=["even", "skewed", "one expert"])
+def test_the_rows_of_crowded_experts_are_cut(shuffled, monkeypatch, skew, most):  # noqa: F811
+    """Pieces of 64 rows and more, as many as the loads ask for; gradients as ever."""
+    cuts, cut = [], grad_weight.cut
+    monkeypatch.setattr(grad_weight, "cut", lambda *args: cuts.append(cut(*args)) or cuts[-1])
+    monkeypatch.setattr(pieces, "most_pieces", lambda *args: most)
+    index = (torch.rand(300, 2).pow(1 + skew) * 5).long()
+    index[0] = 4  # so that the last expert has rows
+    _agree(make_case(300, 6, 2, index=index))
+    sizes = torch.bincount(index.flatten(), minlength=6)
+    assert len(cuts) == 2
+    for made in cuts:
+        units = made.unit_expert[made.unit_expert >= 0]
+        wanted = torch.repeat_interleave(torch.arange(6), (-(-sizes // made.rows)).clamp_min(1))
+        assert torch.equal(units, wanted.int())
+        assert (made.first_slot >= 0).tolist() == (sizes > made.rows).tolist()
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (0, 3), (1, 2)])
@@ -157,7 +228,7 @@ def test_inference_saves_nothing(interpreter):  # noqa: F811
     with torch.no_grad():
         assert torch.equal(kernels.expert_mlp(*case), expected)
     x, gate_up, down, index, weight, activation = (t.detach() if torch.is_tensor(t) else t for t in case)
-    assert op.forward_op(x, gate_up, down, index.int(), weight, activation, False)[1].numel() == 0
+    assert op.forward_op(x, gate_up, down, index, weight, activation, False, False)[1].numel() == 0
 
 
 def test_views_are_copied_first(interpreter):  # noqa: F811
@@ -196,11 +267,12 @@ def test_the_ops_keep_their_contract(interpreter):  # noqa: F811
     """Schema, fake kernels against real ones, and autograd registered where it belongs."""
     x, gate_up, down, index, weight, activation = make_case(20, 3, 2)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(op.forward_op, (x, gate_up, down, index.int(), weight, activation, True), test_utils=tests)
-    _, pre, *meta = op.forward_op(x, gate_up, down, index.int(), weight, activation, True)
-    tensors = [t.detach() for t in (torch.randn(x.shape), x, gate_up, down, weight, pre)]
+    arguments = (x, gate_up, down, index, weight, activation, True, False)
+    torch.library.opcheck(op.forward_op, arguments, test_utils=tests)
+    _, pre, buffer = op.forward_op(*arguments)
+    tensors = [t.detach() for t in (torch.randn(x.shape), x, gate_up, down, index, weight, pre, buffer)]
     for needs in ([True] * 4, [False, True, False, True]):
-        torch.library.opcheck(op.backward_op, (*tensors, meta, activation, needs), test_utils=tests)
+        torch.library.opcheck(op.backward_op, (*tensors, activation, needs, False), test_utils=tests)
 
 
 def test_a_persistent_launch_leaves_the_callers_allocator(interpreter, monkeypatch):  # noqa: F811
@@ -217,13 +289,13 @@ def test_a_persistent_launch_leaves_the_callers_allocator(interpreter, monkeypat
     def callers(size, alignment, stream):
         return None
 
-    monkeypatch.setattr(parts, "interpreted", lambda: False)
+    monkeypatch.setattr(launching, "interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
     triton.set_allocator(callers)
-    parts.launch_persistent(Kernel(), torch.device("cuda"), 1000, "x", num_warps=8)
-    parts.launch_persistent(Kernel(), torch.device("cuda"), 5, "x", num_warps=8)
+    launching.launch_persistent(Kernel(), torch.device("cuda"), 1000, "x", num_warps=8)
+    launching.launch_persistent(Kernel(), torch.device("cuda"), 5, "x", num_warps=8)
     assert [(grid, arguments) for grid, arguments, _ in seen] == [((132,), ("x",)), ((5,), ("x",))]
-    assert all(allocator is parts._scratch for *_, allocator in seen)
+    assert all(allocator is launching._scratch for *_, allocator in seen)
     assert _allocation._allocator.get() is callers
 
 
@@ -245,7 +317,7 @@ def test_activation_checkpointing(interpreter):  # noqa: F811
 def test_what_the_kernels_cannot_take_goes_to_the_reference(interpreter, changes, why):  # noqa: F811
     case = make_case(**{"tokens": 30, "num_experts": 4, "top_k": 2, **changes})
     assert why in checks.why_not(case.x, case.gate_up, 2)
-    kernels._say.cache_clear()
+    fallback.say.cache_clear()
     with pytest.warns(UserWarning, match=why):
         results = run(case)
     for actual, expected in zip(results, reference(case), strict=True):
@@ -293,6 +365,34 @@ def test_an_old_gpu_or_no_triton_goes_to_the_reference(interpreter, monkeypatch)
 
     assert "7.5" in checks.why_not(OnCuda(), case.gate_up, 2)
     monkeypatch.setattr(checks, "has_triton", lambda: False)
-    kernels._say.cache_clear()
+    fallback.say.cache_clear()
     with pytest.warns(UserWarning, match="Triton is not installed"):
         _agree(case)
+
+
+def test_the_switch(interpreter, monkeypatch):  # noqa: F811
+    case, odd = make_case(30, 4, 2), make_case(30, 4, 2, width=12)
+    fallback.say.cache_clear()
+    monkeypatch.setenv(fallback.SWITCH, "forbid")
+    with pytest.warns(UserWarning, match="EXPERT_MLP_KERNELS=forbid"):
+        assert torch.equal(kernels.expert_mlp(*case), kernels.reference.expert_mlp(*case))
+    monkeypatch.setenv(fallback.SWITCH, "require")
+    with pytest.raises(ValueError, match="EXPERT_MLP_KERNELS=require, but H = 12"):
+        kernels.expert_mlp(*odd)
+    assert kernels.expert_mlp(*make_case(0, 4, 2)).shape == (0, 32)  # nothing to compute is nothing to refuse
+    _agree(case)
+    monkeypatch.setenv(fallback.SWITCH, "perhaps")
+    with pytest.raises(ValueError, match="EXPERT_MLP_KERNELS=perhaps: choose one of auto, require, forbid"):
+        kernels.expert_mlp(*case)
+
+
+def test_an_interpreter_that_cannot_is_refused_in_words(interpreter, monkeypatch):  # noqa: F811
+    """Triton 3.6 beside NumPy 2.4 and later, which no longer take a scalar out of an array of one element."""
+    case = make_case(30, 4, 2)
+    monkeypatch.setattr(precision, "version", lambda: (3, 6))
+    monkeypatch.setattr(precision.np, "__version__", "2.5.1")
+    fallback.say.cache_clear()
+    with pytest.warns(UserWarning, match="cannot interpret with NumPy 2.5.1: install Triton 3.7 or newer"):
+        _agree(case)
+    monkeypatch.setattr(precision.np, "__version__", "2.3.5")
+    assert checks.why_not(case.x, case.gate_up, 2) is None

@@ -13,11 +13,14 @@ pytest.importorskip("triton")
 from triton_kernels.gates import check, roofline
 from triton_kernels.gates.compile import TARGETS, CompileError, compile_spec
 from triton_kernels.gates.facts import Facts
+from triton_kernels.precision import version
 from triton_kernels.shipped import SHIPPED
 from triton_kernels.spec import DTYPES, Argument
 
-# Gates that kernels miss today: (op, architecture, element type) -> names of gates.
+# Gates that kernels miss today, by Triton's version: (op, architecture, element type) -> names of gates.
 MISSED: dict[tuple[str, str, str], set[str]] = {}
+if version() == (3, 6):  # 16 accesses in the epilogue of silu, none in the loop
+    MISSED = {("grad_hidden", "sm_90", dtype): {"spills"} for dtype in check.SIXTEEN_BIT}
 
 PRODUCTS = [spec for spec in roofline.launched(SHIPPED, "sm_90", "bf16") if spec.is_product]
 FIRST = roofline.launched(SHIPPED, "sm_90", "bf16")
@@ -42,6 +45,16 @@ def described(rows: list[check.Row]) -> str:
 def test_first_configuration_of_each_op_passes_on_sm_90(spec):
     row = check.check(spec, "bf16", "sm_90")
     assert {gate.name for gate in row.missed} <= allowed(row), described([row])
+
+
+@pytest.mark.parametrize("op", ["down", "grad_rows", "grad_up"])
+@pytest.mark.parametrize("arch", ["sm_100", "sm_120"])
+def test_the_products_most_at_risk_pass_elsewhere(arch, op):
+    """Those that specialise warps where they can, and the deepest pipeline, on a large and a small multiprocessor."""
+    spec = next(spec for spec in roofline.launched(SHIPPED, arch, "bf16") if spec.op == op)
+    row = check.check(spec, "bf16", arch)
+    assert {gate.name for gate in row.missed} <= allowed(row), described([row])
+    assert row.facts.shared <= check.MACHINES[arch].shared
 
 
 @pytest.mark.slow

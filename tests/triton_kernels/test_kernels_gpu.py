@@ -4,6 +4,7 @@ Run with ``pytest -m gpu tests/triton_kernels`` on a machine with one. T tokens,
 H hidden, F expert intermediate.
 """
 
+import functools
 import subprocess
 import sys
 
@@ -74,6 +75,44 @@ def test_gpu_values_and_gradients(sizes, activation, dtype):
 def test_gpu_imbalance(dtype):
     for index in (torch.full((700, 1), 5), torch.tensor([[1, 6]]).repeat(700, 1)):
         _agree(*_case(700, 8, 1, 256, 264, dtype, index=index.cuda()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gpu_crowded_experts_are_cut(dtype):
+    """Rows enough, and matrices small enough, that pieces are summed side by side."""
+    index = torch.zeros(20_000, 1, dtype=torch.int64, device="cuda")
+    index[::50] = 3
+    _agree(*_case(20_000, 6, 1, 256, 136, dtype, index=index))
+
+
+def test_gpu_ragged_assignments_are_left_out():
+    floating, index = _case(500, 8, 4, 256, 136, torch.bfloat16)
+    weight = floating[3].detach()
+    floating[3] = weight.masked_fill(weight < 0.4, 0).requires_grad_()
+    ragged = functools.partial(expert_mlp, ragged=True)
+    expected = _run(expert_mlp, floating, index, "silu")
+    expected[4] = expected[4].masked_fill(floating[3] == 0, 0)
+    for a, b in zip(_run(ragged, floating, index, "silu"), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32])
+def test_gpu_indices_of_any_integer_type(dtype):
+    floating, index = _case(300, 8, 2, 256, 136, torch.bfloat16)
+    out = expert_mlp(*floating[:3], index.to(dtype), floating[3])
+    assert torch.equal(out, expert_mlp(*floating[:3], index, floating[3]))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_gpu_tensors_on_another_device_than_the_current_one():
+    floating, index = _case(300, 8, 2, 256, 136, torch.bfloat16)
+    expected = _run(expert_mlp, floating, index, "silu")
+    there = [t.detach().to("cuda:1").requires_grad_() for t in floating]
+    assert torch.cuda.current_device() == 0
+    out = expert_mlp(*there[:3], index.to("cuda:1"), there[3])
+    assert torch.equal(out.cpu(), expected[0].cpu())
+    out.sum().backward()
+    assert all(t.grad.isfinite().all() for t in there)
 
 
 def test_gpu_two_runs_agree_in_every_bit():

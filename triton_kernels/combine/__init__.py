@@ -8,6 +8,7 @@ from torch import Tensor
 
 from triton_kernels.combine.kernels import combine_kernel, weight_grad_kernel
 from triton_kernels.configs import Config
+from triton_kernels.launching import launch
 
 WEIGHT_GRAD_BLOCK = 256
 
@@ -29,9 +30,9 @@ def combine(rows: Tensor, slot: Tensor, weight: Tensor | None, top_k: int, confi
     out = rows.new_empty(num_tokens, width)
     columns = min(config.combine_columns, triton.next_power_of_2(width))
     grid = (triton.cdiv(num_tokens, config.combine_tokens), triton.cdiv(width, columns))
-    combine_kernel[grid](
-        rows, slot, slot if weight is None else weight, out, num_tokens,
-        H=width, K=top_k, WEIGHTED=weight is not None, BLOCK_T=config.combine_tokens, BLOCK_H=columns,
+    launch(
+        combine_kernel, grid, rows, slot, slot if weight is None else weight, out, num_tokens, top_k,
+        H=width, WEIGHTED=weight is not None, BLOCK_T=config.combine_tokens, BLOCK_H=columns,
     )  # fmt: skip
     return out
 
@@ -40,7 +41,6 @@ def weight_grad(partial: Tensor, slot: Tensor) -> Tensor:
     """Sum partial (column tiles, R, Q) over its tiles and their parts and return it by assignment: (R,) float32."""
     out = torch.empty(len(slot), dtype=torch.float32, device=slot.device)
     grid = (triton.cdiv(len(slot), WEIGHT_GRAD_BLOCK),)
-    weight_grad_kernel[grid](
-        partial, slot, out, len(slot), PARTS=len(partial), Q=partial.shape[2], BLOCK=WEIGHT_GRAD_BLOCK
-    )
+    sizes = {"PARTS": len(partial), "Q": partial.shape[2], "BLOCK": WEIGHT_GRAD_BLOCK}
+    launch(weight_grad_kernel, grid, partial, slot, out, len(slot), **sizes)
     return out

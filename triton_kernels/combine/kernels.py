@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "K"])
 def combine_kernel(
-    rows, slot, weight, out, num_tokens,
-    H: tl.constexpr, K: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+    rows, slot, weight, out, num_tokens, K,
+    H: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """out (T, H) = Σ_k weight[t, k] · rows[slot[t, k]]; a slot of -1 adds nothing."""
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -30,7 +30,7 @@ def combine_kernel(
     tl.store(target, total.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def weight_grad_kernel(partial, slot, out, size, PARTS: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr):
     """out[assignment] = Σ_n Σ_q partial[n, slot[assignment], q], the column tiles in their order."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

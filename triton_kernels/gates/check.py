@@ -32,8 +32,11 @@ class Machine:
 
 MACHINES = {
     "sm_80": Machine(166_912, 167_936, 1024, 65_536, 8, 2048, 2048),
+    "sm_86": Machine(101_376, 102_400, 1024, 65_536, 8, 1536, 1024),
+    "sm_89": Machine(101_376, 102_400, 1024, 65_536, 8, 1536, 1024),
     "sm_90": Machine(232_448, 233_472, 1024, 65_536, 8, 2048, 4096),
     "sm_100": Machine(232_448, 233_472, 1024, 65_536, 8, 2048, 8192),
+    "sm_120": Machine(101_376, 102_400, 1024, 65_536, 8, 1536, 1024),
     "gfx942": Machine(65_536, 65_536, 0, 4 * 512 * 64, 8, 2048, 2048, 64),
 }
 SIXTEEN_BIT = ("fp16", "bf16")
@@ -146,7 +149,7 @@ def gates_of(spec: KernelSpec, dtype: str, arch: str, facts: Facts) -> list[Gate
     ]
     if not spec.is_product or dtype not in SIXTEEN_BIT:
         return gates
-    family = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC", "gfx942": "v_mfma"}[arch]
+    family = {"sm_90": "HGMMA", "sm_100": "UTC", "gfx942": "v_mfma"}.get(arch, "HMMA")
     right = sum(count for name, count in facts.mma.items() if name.startswith(family))
     gates.append(_at_least(f"{family}{'*MMA' if family == 'UTC' else ''} in the loop", right, 1))
     gates.append(_none("other matrix instructions", sum(facts.mma.values()) - right))

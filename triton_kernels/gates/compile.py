@@ -22,15 +22,14 @@ from triton.compiler import ASTSource
 from triton.compiler.compiler import CompiledKernel
 from triton.runtime.cache import get_cache_manager
 
+from triton_kernels.configs import ARCHS
 from triton_kernels.gates import facts, gcn, sass
 from triton_kernels.gates.facts import Facts
 from triton_kernels.spec import KernelSpec
 
 TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
+    arch: GPUTarget("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 64)
+    for arch in ARCHS
 }
 ELEMENT = {"fp16": tl.float16, "bf16": tl.bfloat16, "fp32": tl.float32}
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_kernels.configs import Config
-from triton_kernels.grouped.parts import dot, launch_product, multiply, own_tile, product_sizes, store_rows
+from triton_kernels.grouped.parts import RUN_TIME, dot, launch_product, multiply, own_tile, product_sizes, store_rows
 from triton_kernels.routing import Metadata
 
 
@@ -38,10 +38,10 @@ def down_kernel(
     store_rows(out, acc, rows, columns, end, H)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUN_TIME)
 def down_persistent_kernel(
-    hidden, weight, offsets, tile_expert, tile_start, tile_count, out, num_rows,
-    E: tl.constexpr, H: tl.constexpr, F: tl.constexpr,
+    hidden, weight, offsets, tile_expert, tile_start, tile_count, out, num_rows, E,
+    H: tl.constexpr, F: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     SPECIALIZED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -67,13 +67,12 @@ def down_persistent_kernel(
         store_rows(out, acc, start + tl.arange(0, BLOCK_M), first + tl.arange(0, BLOCK_N), end, H)
 
 
-def constexprs(width: int, inter: int, num_experts: int, config: Config) -> dict[str, Any]:
+def constexprs(width: int, inter: int, config: Config) -> dict[str, Any]:
     """Compile-time arguments of a launch, without those of ``precision.constants``."""
-    return product_sizes(width, inter, num_experts, config.rows, config.down)
+    return product_sizes(width, inter, config.rows, config.down)
 
 
 def down(hidden: Tensor, weight: Tensor, meta: Metadata, config: Config) -> Tensor:
     """hidden (R, F) times the transpose of its expert's matrix of weight (E, H, F): (R, H), not weighted."""
-    num_experts, width, inter = weight.shape
-    sizes = constexprs(width, inter, num_experts, config)
+    sizes = constexprs(weight.shape[1], weight.shape[2], config)
     return launch_product(down_kernel, down_persistent_kernel, hidden, weight, meta, config.down, sizes)

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from triton_kernels.activations import activate_with_slope
 from triton_kernels.configs import Config
-from triton_kernels.grouped.parts import dot, halves, launch_persistent, load_left, multiply, own_tile
+from triton_kernels.grouped.parts import RUN_TIME, dot, halves, load_left, multiply, own_tile
+from triton_kernels.launching import launch, launch_persistent
 from triton_kernels.precision import constants
 from triton_kernels.routing import Metadata
 
@@ -120,7 +121,7 @@ def finish(
     tl.store(place, tl.reshape(sums, (BLOCK_M, PARTS)), mask=(lines < height)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUN_TIME)
 def grad_hidden_kernel(
     grad, weight, pre, topk_weight, order, token, offsets, tile_expert, tile_start,
     grad_pre, weighted, partial, num_rows,
@@ -147,11 +148,11 @@ def grad_hidden_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUN_TIME)
 def grad_hidden_persistent_kernel(
     grad, weight, pre, topk_weight, order, token, offsets, tile_expert, tile_start, tile_count,
-    grad_pre, weighted, partial, num_rows,
-    E: tl.constexpr, H: tl.constexpr, F: tl.constexpr,
+    grad_pre, weighted, partial, num_rows, E,
+    H: tl.constexpr, F: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     PARTS: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -178,14 +179,13 @@ def grad_hidden_persistent_kernel(
         )  # fmt: skip
 
 
-def constexprs(width: int, inter: int, num_experts: int, activation: str, config: Config) -> dict[str, Any]:
+def constexprs(width: int, inter: int, activation: str, config: Config) -> dict[str, Any]:
     """Compile-time arguments of a launch, without those of ``precision.constants``."""
     tile = config.grad_hidden
-    sizes = {
+    return {
         "H": width, "F": inter, "BLOCK_M": config.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth,
         "GROUP": tile.group, "PARTS": PARTS, "ACTIVATION": activation,
     }  # fmt: skip
-    return sizes | {"E": num_experts} if tile.persistent else sizes
 
 
 def grad_hidden(
@@ -215,12 +215,12 @@ def grad_hidden(
     read = (grad, weight, pre, topk_weight, meta.order, meta.token, meta.offsets, meta.tile_expert, meta.tile_start)
     written = (grad_pre, weighted, partial, rows)
     options = {
-        **constexprs(width, inter, num_experts, activation, config), **constants(pre.dtype),
+        **constexprs(width, inter, activation, config), **constants(pre.dtype),
         "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
     if tile.persistent:
         kernel = grad_hidden_persistent_kernel
-        launch_persistent(kernel, pre.device, tiles, *read, meta.tile_count, *written, **options)
+        launch_persistent(kernel, pre.device, tiles, *read, meta.tile_count, *written, num_experts, **options)
     else:
-        grad_hidden_kernel[(tiles,)](*read, *written, **options)
+        launch(grad_hidden_kernel, (tiles,), *read, *written, **options)
     return grad_pre, weighted, partial

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_kernels.configs import Config
-from triton_kernels.grouped.parts import dot, launch_product, multiply, own_tile, product_sizes, store_rows
+from triton_kernels.grouped.parts import RUN_TIME, dot, launch_product, multiply, own_tile, product_sizes, store_rows
 from triton_kernels.routing import Metadata
 
 
@@ -40,10 +40,10 @@ def grad_rows_kernel(
     store_rows(out, acc, rows, columns, end, H)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUN_TIME)
 def grad_rows_persistent_kernel(
-    grad_pre, weight, offsets, tile_expert, tile_start, tile_count, out, num_rows,
-    E: tl.constexpr, H: tl.constexpr, F: tl.constexpr,
+    grad_pre, weight, offsets, tile_expert, tile_start, tile_count, out, num_rows, E,
+    H: tl.constexpr, F: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     SPECIALIZED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -71,15 +71,14 @@ def grad_rows_persistent_kernel(
         store_rows(out, acc, start + tl.arange(0, BLOCK_M), first + tl.arange(0, BLOCK_N), end, H)
 
 
-def constexprs(width: int, inter: int, num_experts: int, config: Config) -> dict[str, Any]:
+def constexprs(width: int, inter: int, config: Config) -> dict[str, Any]:
     """Compile-time arguments of a launch, without those of ``precision.constants``."""
-    return product_sizes(width, inter, num_experts, config.rows, config.grad_rows)
+    return product_sizes(width, inter, config.rows, config.grad_rows)
 
 
 def grad_rows(grad_pre: Tensor, weight: Tensor, meta: Metadata, config: Config) -> Tensor:
     """grad_pre (R, G) interleaved times its expert's matrix of weight (E, G, H): (R, H), to be summed by token."""
-    num_experts, both, width = weight.shape
-    sizes = constexprs(width, both // 2, num_experts, config)
+    sizes = constexprs(weight.shape[2], weight.shape[1] // 2, config)
     return launch_product(
         grad_rows_kernel, grad_rows_persistent_kernel, grad_pre, weight, meta, config.grad_rows, sizes
     )

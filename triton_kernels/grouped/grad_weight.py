@@ -17,14 +17,16 @@ from torch import Tensor
 
 from triton_kernels.configs import Config, WeightTile
 from triton_kernels.grouped.parts import dot, own_tile
+from triton_kernels.grouped.pieces import add, cut
+from triton_kernels.launching import launch
 from triton_kernels.precision import constants
 from triton_kernels.routing import Metadata
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["piece_rows"])
 def grad_weight_kernel(
-    left, right, token, offsets, out,
-    M: tl.constexpr, N: tl.constexpr, GATHER_LEFT: tl.constexpr,
+    left, right, token, offsets, out, unit_expert, unit_start, first_slot, partial, piece_rows,
+    M: tl.constexpr, N: tl.constexpr, GATHER_LEFT: tl.constexpr, CUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -32,6 +34,9 @@ def grad_weight_kernel(
 
     Of left (·, M) and right (·, N) one is gathered by token and the other sorted. Where right is gathered, left is
     the interleaved gradient of gate and up, and the rows of out are put back as gate first, up after.
+
+    Where CUT, a program has one unit (see ``pieces``) of an expert's rows, and its sum goes to partial (slots, M, N)
+    where the expert has several.
     """
     NUM_M: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
     NUM_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -39,8 +44,19 @@ def grad_weight_kernel(
     expert = tile // NUM_M
     m = (tile % NUM_M) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    start = tl.load(offsets + expert)
-    end = tl.load(offsets + expert + 1)
+    slot = -1
+    if CUT:
+        start = tl.load(unit_start + expert)
+        expert = tl.load(unit_expert + expert)
+        if expert < 0:
+            return
+        slot = tl.load(first_slot + expert)
+        if slot >= 0:
+            slot += (start - tl.load(offsets + expert)) // piece_rows
+        end = tl.minimum(tl.load(offsets + expert + 1), start + piece_rows)
+    else:
+        start = tl.load(offsets + expert)
+        end = tl.load(offsets + expert + 1)
     depth = tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     # The left tile is loaded as its transpose (BM, BK): a transpose of a loaded tile would pass through registers.
@@ -77,35 +93,48 @@ def grad_weight_kernel(
             b = tl.load(gathered + tokens[:, None] * N)
         acc = dot(a, b, acc, PRECISION, UPCAST)
     matrix_row = m if GATHER_LEFT else (m % 2) * (M // 2) + m // 2
-    place = out + expert.to(tl.int64) * (M * N) + matrix_row.to(tl.int64)[:, None] * N + n[None, :]
-    tl.store(place, acc.to(out.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+    place = matrix_row.to(tl.int64)[:, None] * N + n[None, :]
+    mask = (m < M)[:, None] & (n < N)[None, :]
+    if CUT:  # noqa: SIM102 (this is settled when it compiles, the next when it runs)
+        if slot >= 0:
+            tl.store(partial + slot.to(tl.int64) * (M * N) + place, acc, mask=mask)
+            return
+    tl.store(out + expert.to(tl.int64) * (M * N) + place, acc.to(out.dtype.element_ty), mask=mask)
 
 
-def constexprs(rows: int, columns: int, gather_left: bool, tile: WeightTile) -> dict[str, Any]:
+def constexprs(rows: int, columns: int, gather_left: bool, is_cut: bool, tile: WeightTile) -> dict[str, Any]:
     """Compile-time arguments of a launch, without those of ``precision.constants``."""
     return {
-        "M": rows, "N": columns, "GATHER_LEFT": gather_left,
+        "M": rows, "N": columns, "GATHER_LEFT": gather_left, "CUT": is_cut,
         "BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth, "GROUP": tile.group,
     }  # fmt: skip
 
 
-def _launch(left: Tensor, right: Tensor, meta: Metadata, gather_left: bool, tile: WeightTile) -> Tensor:
+def _launch(
+    left: Tensor, right: Tensor, meta: Metadata, gather_left: bool, tile: WeightTile, config: Config
+) -> Tensor:  # fmt: skip
     rows, columns, num_experts = left.shape[1], right.shape[1], len(meta.offsets) - 1
     out = torch.empty(num_experts, rows, columns, dtype=left.dtype, device=left.device)
-    grid = (num_experts * triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)
-    grad_weight_kernel[grid](
-        left, right, meta.token, meta.offsets, out,
-        **constexprs(rows, columns, gather_left, tile), **constants(left.dtype),
+    tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
+    pieces = cut(meta.offsets, len(meta.order), rows * columns, tiles, tile, config)
+    units, table = num_experts, (meta.offsets, meta.offsets, meta.offsets, out, 0)
+    if pieces is not None:
+        units, table = len(pieces.unit_expert), (*pieces[1:], pieces.rows)
+    launch(
+        grad_weight_kernel, (units * tiles,), left, right, meta.token, meta.offsets, out, *table,
+        **constexprs(rows, columns, gather_left, pieces is not None, tile), **constants(left.dtype),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+    if pieces is not None:
+        add(pieces, meta.offsets, out)
     return out
 
 
 def grad_up(grad_pre: Tensor, x: Tensor, meta: Metadata, config: Config) -> Tensor:
     """d(gate_up) (E, G, H), gate rows first, of grad_pre (R, G) interleaved and x (T, H)."""
-    return _launch(grad_pre, x, meta, False, config.grad_up)
+    return _launch(grad_pre, x, meta, False, config.grad_up, config)
 
 
 def grad_down(grad: Tensor, weighted: Tensor, meta: Metadata, config: Config) -> Tensor:
     """d(down) (E, H, F) of the output's gradient (T, H) and the weighted activations (R, F)."""
-    return _launch(grad, weighted, meta, True, config.grad_down)
+    return _launch(grad, weighted, meta, True, config.grad_down, config)

@@ -1,11 +1,10 @@
-"""What the grouped products share: which tile a program owns, the main loop, and how persistent kernels are launched.
+"""What the grouped products share: which tile a program owns, the main loop, and how plain ones are launched.
 
 BM × BN is the output tile of a program, BK the depth of a step. A row tile never crosses an expert.
 """
 
 from __future__ import annotations
 
-import contextvars
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,10 +13,11 @@ import triton
 import triton.language as tl
 
 from triton_kernels.configs import Tile
-from triton_kernels.precision import constants, interpreted
+from triton_kernels.launching import launch, launch_persistent
+from triton_kernels.precision import constants
 from triton_kernels.routing import Metadata
 
-INTERPRETED_PROGRAMS = 3  # few, so that each walks several tiles
+RUN_TIME = ["E", "num_rows"]  # values that make no compilation of their own when they are 1 or a multiple of 16
 
 
 @triton.jit
@@ -91,35 +91,12 @@ def store_rows(
     tl.store(place, values.to(target.dtype.element_ty), mask=mask)
 
 
-def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
-    """Memory for the descriptors that a kernel makes, from torch's allocator, which keeps to the stream's order."""
-    return torch.empty(size, dtype=torch.int8, device="cuda")
-
-
-def launch_persistent(kernel: Any, device: torch.device, most: int, *arguments: Any, **options: Any) -> None:
-    """Launch one program for each multiprocessor, and no more than most, on a kernel that makes descriptors.
-
-    Triton asks an allocator, which belongs to the calling context, for the memory of these descriptors. It is set in
-    a copy of the context: a caller's own stays, and the threads of autograd, which have contexts of their own, have it.
-    """
-    if interpreted():
-        kernel[(min(INTERPRETED_PROGRAMS, most),)](*arguments, **options)
-        return
-    grid = (min(torch.cuda.get_device_properties(device).multi_processor_count, most),)
-
-    def launch() -> None:
-        triton.set_allocator(_scratch)
-        kernel[grid](*arguments, **options)
-
-    contextvars.copy_context().run(launch)
-
-
-def product_sizes(width: int, inter: int, num_experts: int, rows: int, tile: Tile) -> dict[str, Any]:
+def product_sizes(width: int, inter: int, rows: int, tile: Tile) -> dict[str, Any]:
     """Compile-time arguments of a plain grouped product, without those of ``precision.constants``."""
     sizes = {
         "H": width, "F": inter, "BLOCK_M": rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth, "GROUP": tile.group,
     }  # fmt: skip
-    return sizes | {"E": num_experts, "SPECIALIZED": tile.specialized} if tile.persistent else sizes
+    return sizes | {"SPECIALIZED": tile.specialized} if tile.persistent else sizes
 
 
 def launch_product(
@@ -133,9 +110,10 @@ def launch_product(
     table = (meta.offsets, meta.tile_expert, meta.tile_start)
     options = {**sizes, **constants(left.dtype), "num_warps": tile.warps, "num_stages": tile.stages}
     if tile.persistent:
+        sizes_now = (len(left), len(weight))
         launch_persistent(
-            persistent_kernel, left.device, tiles, left, weight, *table, meta.tile_count, out, len(left), **options
+            persistent_kernel, left.device, tiles, left, weight, *table, meta.tile_count, out, *sizes_now, **options
         )
     else:
-        kernel[(tiles,)](left, weight, *table, out, **options)
+        launch(kernel, (tiles,), left, weight, *table, out, **options)
     return out

@@ -19,14 +19,15 @@ from torch import Tensor
 from triton_kernels.activations import activate
 from triton_kernels.configs import Config
 from triton_kernels.grouped.parts import (
+    RUN_TIME,
     dot,
     halves,
-    launch_persistent,
     load_left,
     multiply,
     own_tile,
     store_rows,
 )
+from triton_kernels.launching import launch, launch_persistent
 from triton_kernels.precision import constants
 from triton_kernels.routing import Metadata
 
@@ -76,10 +77,10 @@ def up_kernel(
     finish(acc, hidden, pre, rows, end, column_tile, F, BLOCK_M, BLOCK_N, ACTIVATION, SAVE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUN_TIME)
 def up_persistent_kernel(
-    x, weight, token, offsets, tile_expert, tile_start, tile_count, hidden, pre,
-    E: tl.constexpr, H: tl.constexpr, F: tl.constexpr,
+    x, weight, token, offsets, tile_expert, tile_start, tile_count, hidden, pre, E,
+    H: tl.constexpr, F: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     ACTIVATION: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -107,16 +108,13 @@ def up_persistent_kernel(
         finish(acc, hidden, pre, rows, end, column_tile, F, BLOCK_M, BLOCK_N, ACTIVATION, SAVE)
 
 
-def constexprs(
-    width: int, inter: int, num_experts: int, activation: str, save: bool, config: Config
-) -> dict[str, Any]:  # fmt: skip
+def constexprs(width: int, inter: int, activation: str, save: bool, config: Config) -> dict[str, Any]:
     """Compile-time arguments of a launch, without those of ``precision.constants``."""
     tile = config.up
-    sizes = {
+    return {
         "H": width, "F": inter, "BLOCK_M": config.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth,
         "GROUP": tile.group, "ACTIVATION": activation, "SAVE": save,
     }  # fmt: skip
-    return sizes | {"E": num_experts} if tile.persistent else sizes
 
 
 def up(x: Tensor, weight: Tensor, meta: Metadata, activation: str, save: bool, config: Config) -> tuple[Tensor, Tensor]:
@@ -140,13 +138,14 @@ def up(x: Tensor, weight: Tensor, meta: Metadata, activation: str, save: bool, c
     tiles = len(meta.tile_expert) * triton.cdiv(both, tile.columns)
     table = (meta.token, meta.offsets, meta.tile_expert, meta.tile_start)
     options = {
-        **constexprs(width, both // 2, num_experts, activation, save, config), **constants(x.dtype),
+        **constexprs(width, both // 2, activation, save, config), **constants(x.dtype),
         "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
     if tile.persistent:
+        written = (hidden, pre, num_experts)
         launch_persistent(
-            up_persistent_kernel, x.device, tiles, x, weight, *table, meta.tile_count, hidden, pre, **options
+            up_persistent_kernel, x.device, tiles, x, weight, *table, meta.tile_count, *written, **options
         )
     else:
-        up_kernel[(tiles,)](x, weight, *table, hidden, pre, **options)
+        launch(up_kernel, (tiles,), x, weight, *table, hidden, pre, **options)
     return hidden, pre

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from triton_kernels.mlp.fallback import SWITCH, switch
 from triton_kernels.mlp.reference import ACTIVATIONS
 
 ALIGNMENT = 8  # elements: 16 bytes of the 2-byte types
 OLDEST = (8, 0)
-MAX_INT32 = 2**31 - 1
+MOST_ROWS = 2**31 - 2**16  # a last block that is not full still counts in 32 bits
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -87,9 +88,23 @@ def runs_on_cpu() -> bool:
 
 
 @torch.compiler.assume_constant_result
+def has_autocast(device: str) -> bool:
+    """Whether autocast knows this type of device; torch.compile of PyTorch 2.11 cannot trace the question."""
+    return torch.amp.is_autocast_available(device)
+
+
+@torch.compiler.assume_constant_result
 def capability_of(device: torch.device) -> tuple[int, int] | None:
     """CUDA compute capability; None on ROCm, whose numbers mean something else."""
     return None if torch.version.hip else torch.cuda.get_device_capability(device)
+
+
+@torch.compiler.assume_constant_result
+def why_not_interpreted() -> str | None:
+    """What is wrong with the interpreter, where the kernels run in it."""
+    from triton_kernels.precision import interpreter_fault
+
+    return interpreter_fault()
 
 
 @cache
@@ -110,6 +125,8 @@ def _is_interpreted() -> bool:
 def why_not(x: Tensor, gate_up: Tensor, top_k: int) -> str | None:
     """Why these arguments go to the reference, or None where the kernels take them."""
     num_experts, both, width = gate_up.shape
+    if switch() == "forbid":
+        return f"{SWITCH}=forbid"
     if not has_triton():
         return "Triton is not installed"
     if x.dtype not in DTYPES:
@@ -118,28 +135,40 @@ def why_not(x: Tensor, gate_up: Tensor, top_k: int) -> str | None:
         return f"H = {width} and F = {both // 2} must be positive multiples of {ALIGNMENT}"
     if not len(x) or not top_k:
         return "there is no token to route"
-    if len(x) * top_k > MAX_INT32 or num_experts > MAX_INT32:
-        return "T·K must be below 2^31"
+    if len(x) * top_k > MOST_ROWS or num_experts * width > MOST_ROWS:
+        return f"T·K = {len(x) * top_k} and E·H = {num_experts * width} must not pass {MOST_ROWS}"
     if x.device.type == "cuda":
         capability = capability_of(x.device)
         if capability is not None and capability < OLDEST:
             return f"compute capability {capability[0]}.{capability[1]} is below {OLDEST[0]}.{OLDEST[1]}"
     elif x.device.type != "cpu" or not runs_on_cpu():
         return f"the kernels run on a GPU; on {x.device.type} they need TRITON_INTERPRET=1 before Triton is imported"
+    else:
+        return why_not_interpreted()
     return None
 
 
-def check_index(index: Tensor, num_experts: int) -> None:
-    """Refuse an index outside [0, E).
+def check_index(index: Tensor, num_experts: int, ragged: bool = False) -> None:
+    """Refuse an index outside [0, E), or where ragged outside [-1, E), before anything is computed.
 
     Raises:
-        ValueError: on a CPU. On a GPU it is a device-side assertion, queued before the kernels, since waiting for the
+        ValueError: on a CPU. On a GPU it is a device-side assertion, since waiting would stall every layer.
+    """
+    wide = index.long()
+    inside = ((wide >= (-1 if ragged else 0)) & (wide < num_experts)).all()
+    check_inside(inside, index, num_experts, ragged)
+
+
+def check_inside(inside: Tensor, index: Tensor, num_experts: int, ragged: bool) -> None:
+    """Refuse an index (T, K) of which the routing, or ``check_index``, found inside () or (1,) to be 0.
+
+    Raises:
+        ValueError: on a CPU. On a GPU it is a device-side assertion, queued before the products, since waiting for the
             answer would stall every layer; the kernels leave out such an assignment and read nothing out of bounds.
     """
-    inside = ((index >= 0) & (index < num_experts)).all()
-    if index.device.type == "cpu":
-        if not inside:
-            low, high = index.aminmax()
-            raise ValueError(f"expert_mlp: topk_index spans {low} to {high}, outside the {num_experts} experts")
-    else:
+    if index.device.type != "cpu":
         torch._assert_async(inside)
+    elif not inside:
+        low, high = index.long().aminmax()
+        absent = " (-1 for no expert)" if ragged else ""
+        raise ValueError(f"expert_mlp: topk_index spans {low} to {high}, outside the {num_experts} experts{absent}")

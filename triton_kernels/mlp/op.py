@@ -7,6 +7,8 @@ Saved for backward: the inputs, the pre-activations (R, G) and the metadata. Not
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor
 
@@ -17,15 +19,22 @@ from triton_kernels.grouped.grad_hidden import grad_hidden
 from triton_kernels.grouped.grad_rows import grad_rows
 from triton_kernels.grouped.grad_weight import grad_down, grad_up
 from triton_kernels.grouped.up import up as up_product
-from triton_kernels.mlp.checks import ALIGNMENT, capability_of, check_index
-from triton_kernels.precision import interpreted
-from triton_kernels.routing import Metadata, allocate, route
+from triton_kernels.launching import on_device
+from triton_kernels.mlp import reference
+from triton_kernels.mlp.checks import ALIGNMENT, capability_of, check_index, check_inside
+from triton_kernels.mlp.fallback import is_refused, with_fallback
+from triton_kernels.precision import interpreted, version
+from triton_kernels.routing import allocate, route, views
+
+# The interpreted kernels may be in a process beside the compiled ones, and the later of two ops of a name replaces the
+# other.
+NAME = "triton_kernels::expert_mlp" + "_interpreted" * interpreted()
 
 
 def config_for(x: Tensor) -> Config:
     """The tile sizes of a launch on x."""
     capability = capability_of(x.device) if x.device.type == "cuda" else None
-    return choose(capability, x.element_size(), interpreted())
+    return choose(capability, x.element_size(), interpreted(), version())
 
 
 def _ready(tensor: Tensor) -> Tensor:
@@ -34,83 +43,119 @@ def _ready(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % (2 * ALIGNMENT) == 0 else tensor.clone()
 
 
-@torch.library.custom_op("triton_kernels::expert_mlp", mutates_args=())
+def _key(op: str, x: Tensor, gate_up: Tensor, activation: str) -> Hashable:
+    """What a refusal of a launch holds for."""
+    return op, x.device, x.dtype, gate_up.shape[1:], activation
+
+
+@torch.library.custom_op(NAME, mutates_args=())
 def forward_op(
-    x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weight: Tensor, activation: str, save: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Forward for index (T, K) int32 and weight (T, K) float32.
+    x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weight: Tensor, activation: str, save: bool, ragged: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Forward for index (T, K) of any integer type and weight (T, K) float32.
 
     Returns:
-        out (T, H), pre (R, G) or (0, G) without save, and the tensors of the metadata.
+        out (T, H), pre (R, G) or (0, G) without save, and the buffer of the metadata.
     """
     x, gate_up, down, index, weight = (_ready(t) for t in (x, gate_up, down, index, weight))
-    check_index(index, len(gate_up))
-    config = config_for(x)
-    meta = route(index, len(gate_up), config)
-    hidden, pre = up_product(x, gate_up, meta, activation, save, config)
-    out = combine(down_product(hidden, down, meta, config), meta.slot, weight, index.shape[1], config)
-    return out, pre, *meta
+    config, experts = config_for(x), len(gate_up)
+    buffer = allocate(index, experts, config.rows)
+
+    def kernels() -> tuple[Tensor, Tensor]:
+        meta = route(index, experts, config, weight if ragged else None, buffer)
+        check_inside(meta.inside, index, experts, ragged)
+        hidden, pre = up_product(x, gate_up, meta, activation, save, config)
+        return combine(down_product(hidden, down, meta, config), meta.slot, weight, index.shape[1], config), pre
+
+    def plain() -> tuple[Tensor, Tensor]:
+        check_index(reference.assigned(index, weight, ragged), experts, ragged)
+        out = reference.expert_mlp(x, gate_up, down, index, weight, activation, ragged)
+        return out, x.new_empty(index.numel() if save else 0, gate_up.shape[1])
+
+    with on_device(x.device):
+        return *with_fallback(_key("forward", x, gate_up, activation), kernels, plain), buffer
 
 
 @forward_op.register_fake
-def _(x, gate_up, down, index, weight, activation, save):
+def _(x, gate_up, down, index, weight, activation, save, ragged):
     rows = index.numel() if save else 0
-    return x.new_empty(x.shape), x.new_empty(rows, gate_up.shape[1]), *allocate(index, len(gate_up), config_for(x).rows)
+    buffer = allocate(index, len(gate_up), config_for(x).rows)
+    return x.new_empty(x.shape), x.new_empty(rows, gate_up.shape[1]), buffer
 
 
-@torch.library.custom_op("triton_kernels::expert_mlp_backward", mutates_args=())
+@torch.library.custom_op(f"{NAME}_backward", mutates_args=())
 def backward_op(
     grad: Tensor,
     x: Tensor,
     gate_up: Tensor,
     down: Tensor,
+    index: Tensor,
     weight: Tensor,
     pre: Tensor,
-    meta: list[Tensor],
+    buffer: Tensor,
     activation: str,
     needs: list[bool],
+    ragged: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gate_up, down and weight; one that needs does not ask for has no elements."""
-    sorted_order, top_k = Metadata(*meta), weight.shape[1]
     grad, x, gate_up, down, weight = (_ready(t) for t in (grad, x, gate_up, down, weight))
     config = config_for(x)
-    none = x.new_empty(0)
-    grad_pre, weighted, partial = grad_hidden(grad, down, pre, weight, sorted_order, activation, config)
-    d_weight = weight_grad(partial, sorted_order.slot).view(weight.shape) if needs[3] else weight.new_empty(0)
-    d_down = grad_down(grad, weighted, sorted_order, config) if needs[2] else none
-    del weighted, partial
-    d_gate_up = grad_up(grad_pre, x, sorted_order, config) if needs[1] else none.clone()
-    d_x = none.clone()
-    if needs[0]:
-        d_x = combine(grad_rows(grad_pre, gate_up, sorted_order, config), sorted_order.slot, None, top_k, config)
-    return d_x, d_gate_up, d_down, d_weight
+
+    def kernels() -> tuple[Tensor, ...]:
+        meta, top_k = views(buffer, index.numel(), len(gate_up), config.rows), weight.shape[1]
+        d_x = d_gate_up = d_down = d_weight = None
+        grad_pre, weighted, partial = grad_hidden(grad, down, pre, weight, meta, activation, config)
+        if needs[3]:
+            d_weight = weight_grad(partial, meta.slot).view(weight.shape)
+        if needs[2]:
+            d_down = grad_down(grad, weighted, meta, config)
+        del weighted, partial
+        if needs[1]:
+            d_gate_up = grad_up(grad_pre, x, meta, config)
+        if needs[0]:
+            d_x = combine(grad_rows(grad_pre, gate_up, meta, config), meta.slot, None, top_k, config)
+        return _asked((d_x, d_gate_up, d_down, d_weight), needs, x)
+
+    def plain() -> tuple[Tensor, ...]:
+        return _asked(reference.gradients(grad, x, gate_up, down, index, weight, activation, ragged), needs, x)
+
+    with on_device(x.device):
+        if is_refused(_key("forward", x, gate_up, activation)):  # which left pre and the metadata unwritten
+            return plain()  # type: ignore[return-value]
+        return with_fallback(_key("backward", x, gate_up, activation), kernels, plain)  # type: ignore[return-value]
+
+
+def _asked(grads: tuple[Tensor | None, ...], needs: list[bool], x: Tensor) -> tuple[Tensor, ...]:
+    return tuple(
+        grad if need and grad is not None else x.new_empty(0, dtype=torch.float32 if i == 3 else x.dtype)
+        for i, (grad, need) in enumerate(zip(grads, needs, strict=True))
+    )
 
 
 @backward_op.register_fake
-def _(grad, x, gate_up, down, weight, pre, meta, activation, needs):
+def _(grad, x, gate_up, down, index, weight, pre, buffer, activation, needs, ragged):
     return tuple(
         t.new_empty(t.shape if need else (0,)) for t, need in zip((x, gate_up, down, weight), needs, strict=True)
     )
 
 
 def _save(ctx, inputs, output) -> None:
-    x, gate_up, down, _, weight, activation, _ = inputs
-    ctx.save_for_backward(x, gate_up, down, weight, *output[1:])
-    ctx.activation = activation
+    *tensors, activation, _, ragged = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.activation, ctx.ragged = activation, ragged
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad, *_):
-    nothing = (None,) * 7
+    nothing = (None,) * 8
     if grad is None:
         return nothing
-    x, gate_up, down, weight, pre, *meta = ctx.saved_tensors
     wanted = ctx.needs_input_grad
     needs = [wanted[0], wanted[1], wanted[2], wanted[4]]
-    grads = backward_op(grad, x, gate_up, down, weight, pre, meta, ctx.activation, needs)
+    grads = backward_op(grad, *ctx.saved_tensors, ctx.activation, needs, ctx.ragged)
     d_x, d_gate_up, d_down, d_weight = (g if need else None for g, need in zip(grads, needs, strict=True))
-    return d_x, d_gate_up, d_down, None, d_weight, None, None
+    return d_x, d_gate_up, d_down, None, d_weight, None, None, None
 
 
 forward_op.register_autograd(_backward, setup_context=_save)

@@ -1,83 +1,168 @@
 """Routing metadata: which rows of the sorted order belong to which expert. Stable, without atomics.
 
-T tokens, K experts per token, A = T·K assignments (also the rows R), E experts.
+T tokens, K experts per token, A = T·K assignments (also the rows R), E experts; sizes are run-time values.
 
-A counting sort in three launches: each block of assignments counts its experts, one program turns the counts into
-bases, each block places its assignments. Within an expert, rows keep the order of the tokens. A fourth launch
-writes the table of tiles that the grouped products walk. Nothing is read back on the host, so the sizes of all
-tensors depend on T, K, E and BM alone.
+A counting sort. Each program of ``count`` counts BLOCK assignments to EXPERTS experts; ``scan`` sums the blocks of one
+expert, in steps of SCAN blocks; ``tiles`` sums the experts and writes the table of tiles that the grouped products
+walk; ``place`` puts each assignment into its row. Within an expert, rows keep the order of the tokens. Few assignments
+take one launch, ``route_small``, one program that does all of it. Nothing is read back on the host, so the sizes of
+all tensors depend on T, K, E and BM alone.
+
+An assignment outside the experts is left out and counted as expert E; an absent one (ragged) is left out.
 """
 
 import triton
 import triton.language as tl
 
+SIZES = ["size", "E", "K", "num_blocks", "num_tiles"]  # no compilation of its own for a 1 or a multiple of 16
+
 
 @triton.jit
-def count_kernel(index, counts, size, E: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr):
-    """counts[block, e] = assignments of the block to expert e."""
+def read_experts(index, weight, i, size, E, RAGGED: tl.constexpr):
+    """Experts of assignments i: E for one outside the experts, -1 for none.
+
+    Where RAGGED, an assignment of weight 0 is none, and so is the index -1.
+    """
+    # Compared in 64 bits, so that no index comes back into the range by losing its upper ones.
+    wanted = tl.load(index + i, mask=i < size, other=0).to(tl.int64)
+    expert = tl.where((wanted >= 0) & (wanted < E), wanted, E).to(tl.int32)
+    none = i >= size
+    if RAGGED:
+        none = none | (wanted == -1) | (tl.load(weight + i, mask=i < size, other=0.0) == 0.0)
+    return tl.where(none, -1, expert)
+
+
+@triton.jit
+def place_block(expert, experts, base, i, size, K, E, order, token, slot):
+    """Rows of the assignments i to these experts, whose next free rows are base; how many each expert got."""
+    hit = ((expert[:, None] == experts[None, :]) & (experts < E)[None, :]).to(tl.int32)
+    row = tl.sum(hit * (tl.cumsum(hit, 0) - 1 + base[None, :]), 1)
+    mine = tl.sum(hit, 1) > 0
+    tl.store(order + row, i, mask=mine)
+    tl.store(token + row, i // K, mask=mine)
+    tl.store(slot + i, row, mask=mine)
+    return tl.sum(hit, 0)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def count_kernel(
+    index, weight, counts, size, E, num_blocks,
+    RAGGED: tl.constexpr, BLOCK: tl.constexpr, EXPERTS: tl.constexpr,
+):  # fmt: skip
+    """counts[e, block] = assignments of the block to expert e; e = E counts those outside."""
     block = tl.program_id(0)
-    i = block * BLOCK + tl.arange(0, BLOCK)
-    experts = tl.arange(0, BLOCK_E)
-    chosen = tl.load(index + i, mask=i < size, other=-1).to(tl.int32)
-    hit = (chosen[:, None] == experts[None, :]).to(tl.int32)
-    tl.store(counts + block * E + experts, tl.sum(hit, 0), mask=experts < E)
+    experts = tl.program_id(1) * EXPERTS + tl.arange(0, EXPERTS)
+    expert = read_experts(index, weight, block * BLOCK + tl.arange(0, BLOCK), size, E, RAGGED)
+    hit = (expert[:, None] == experts[None, :]).to(tl.int32)
+    tl.store(counts + experts.to(tl.int64) * num_blocks + block, tl.sum(hit, 0), mask=experts <= E)
 
 
-@triton.jit
-def scan_kernel(counts, offsets, num_blocks, E: tl.constexpr, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Counts become what comes before them in the same expert; offsets[e] is the first row of expert e. One program."""
-    experts = tl.arange(0, BLOCK_E)
-    lines = tl.arange(0, CHUNK)
-    total = tl.zeros((BLOCK_E,), tl.int32)
-    for first in range(0, num_blocks, CHUNK):
-        inside = (first + lines < num_blocks)[:, None] & (experts < E)[None, :]
-        cells = counts + (first + lines)[:, None] * E + experts[None, :]
-        count = tl.load(cells, mask=inside, other=0)
-        tl.store(cells, total[None, :] + tl.cumsum(count, 0) - count, mask=inside)
+@triton.jit(do_not_specialize=SIZES)
+def scan_kernel(counts, totals, num_blocks, SCAN: tl.constexpr):
+    """A line of counts becomes what comes before each block in the same expert; totals[e] is its sum."""
+    expert = tl.program_id(0)
+    line = counts + expert.to(tl.int64) * num_blocks
+    total = 0
+    for first in range(0, num_blocks, SCAN):
+        blocks = first + tl.arange(0, SCAN)
+        count = tl.load(line + blocks, mask=blocks < num_blocks, other=0)
+        tl.store(line + blocks, total + tl.cumsum(count, 0) - count, mask=blocks < num_blocks)
         total += tl.sum(count, 0)
-    ends = tl.cumsum(total, 0)
-    tl.store(offsets + 1 + experts, ends, mask=experts < E)
-    tl.store(offsets + experts, ends - total, mask=experts == 0)
+    tl.store(totals + expert, total)
 
 
-@triton.jit
-def place_kernel(
-    index, counts, offsets, order, token, slot, size,
-    K: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr,
+@triton.jit(do_not_specialize=SIZES)
+def tiles_kernel(
+    totals, offsets, tile_expert, tile_start, tile_count, inside, E, num_tiles,
+    BLOCK_M: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
-    """order[row] = assignment, token[row] = its token, slot[assignment] = row, or -1 for an expert outside E."""
+    """Program e < E: offsets[e], the first row of expert e, and its tiles.
+
+    Tile i < tile_count covers rows tile_start[i] to tile_start[i] + BM of expert tile_expert[i]; -1 after them, which
+    program E writes, with tile_count, and inside, which is 1 unless an assignment is outside the experts.
+    """
+    expert = tl.program_id(0)
+    row = 0
+    tile = 0
+    for first in range(0, expert, SCAN):
+        others = first + tl.arange(0, SCAN)
+        total = tl.load(totals + others, mask=others < expert, other=0)
+        row += tl.sum(total, 0)
+        tile += tl.sum((total + BLOCK_M - 1) // BLOCK_M, 0)
+    mine = tl.load(totals + expert)
+    tl.store(offsets + expert, row)
+    number = expert
+    last = tile + (mine + BLOCK_M - 1) // BLOCK_M
+    if expert == E:
+        tl.store(tile_count, tile)
+        tl.store(inside, (mine == 0).to(tl.int32))
+        number = -1
+        last = num_tiles
+    for first in range(tile, last, SCAN):
+        tiles = first + tl.arange(0, SCAN)
+        tl.store(tile_expert + tiles, tl.zeros((SCAN,), tl.int32) + number, mask=tiles < last)
+        tl.store(tile_start + tiles, row + (tiles - tile) * BLOCK_M, mask=tiles < last)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def place_kernel(
+    index, weight, counts, offsets, order, token, slot, size, K, E, num_blocks,
+    RAGGED: tl.constexpr, BLOCK: tl.constexpr, EXPERTS: tl.constexpr,
+):  # fmt: skip
+    """order[row] = assignment, token[row] = its token, slot[assignment] = row, or -1 for one that is left out."""
     block = tl.program_id(0)
     i = block * BLOCK + tl.arange(0, BLOCK)
-    experts = tl.arange(0, BLOCK_E)
-    chosen = tl.load(index + i, mask=i < size, other=-1).to(tl.int32)
-    hit = (chosen[:, None] == experts[None, :]) & (experts < E)[None, :]
-    base = tl.load(counts + block * E + experts, mask=experts < E, other=0)
+    experts = tl.program_id(1) * EXPERTS + tl.arange(0, EXPERTS)
+    expert = read_experts(index, weight, i, size, E, RAGGED)
+    base = tl.load(counts + experts.to(tl.int64) * num_blocks + block, mask=experts < E, other=0)
     base += tl.load(offsets + experts, mask=experts < E, other=0)
-    rank = tl.cumsum(hit.to(tl.int32), 0) - 1
-    row = tl.sum(tl.where(hit, rank + base[None, :], 0), 1)
-    valid = tl.sum(hit.to(tl.int32), 1) > 0
-    tl.store(slot + i, tl.where(valid, row, -1), mask=i < size)
-    tl.store(order + row, i, mask=valid)
-    tl.store(token + row, i // K, mask=valid)
+    place_block(expert, experts, base, i, size, K, E, order, token, slot)
+    if tl.program_id(1) == 0:
+        tl.store(slot + i, -1, mask=(i < size) & ((expert < 0) | (expert == E)))
 
 
-@triton.jit
-def tiles_kernel(
-    offsets, tile_expert, tile_start, tile_count, num_tiles,
-    E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr,
+@triton.jit(do_not_specialize=SIZES)
+def route_small_kernel(
+    index, weight, offsets, order, token, slot, tile_expert, tile_start, tile_count, inside, size, K, E, num_tiles,
+    RAGGED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
-    """Tile i < tile_count covers rows tile_start[i] to tile_start[i] + BM of expert tile_expert[i]; -1 after them."""
-    tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    experts = tl.arange(0, BLOCK_E)
-    start = tl.load(offsets + experts, mask=experts < E, other=0)
-    stop = tl.load(offsets + experts + 1, mask=experts < E, other=0)
-    tiles = tl.where(experts < E, (stop - start + BLOCK_M - 1) // BLOCK_M, 0)
-    after = tl.cumsum(tiles, 0)
-    mine = (tile[:, None] >= (after - tiles)[None, :]) & (tile[:, None] < after[None, :])
-    row = start[None, :] + (tile[:, None] - (after - tiles)[None, :]) * BLOCK_M
-    found = tl.sum(mine.to(tl.int32), 1) > 0
-    expert = tl.sum(tl.where(mine, experts[None, :], 0), 1)
-    tl.store(tile_expert + tile, tl.where(found, expert, -1), mask=tile < num_tiles)
-    tl.store(tile_start + tile, tl.sum(tl.where(mine, row, 0), 1), mask=tile < num_tiles)
-    if tl.program_id(0) == 0:
-        tl.store(tile_count, tl.sum(tiles, 0))
+    """What the four kernels above write, by one program."""
+    row = 0
+    tile = 0
+    for part in range(0, E, EXPERTS):
+        experts = part + tl.arange(0, EXPERTS)
+        total = tl.zeros((EXPERTS,), tl.int32)
+        for first in range(0, size, BLOCK):
+            expert = read_experts(index, weight, first + tl.arange(0, BLOCK), size, E, RAGGED)
+            hit = (expert[:, None] == experts[None, :]) & (experts < E)[None, :]
+            total += tl.sum(hit.to(tl.int32), 0)
+        base = row + tl.cumsum(total, 0) - total
+        tl.store(offsets + experts, base, mask=experts < E)
+        tiles = (total + BLOCK_M - 1) // BLOCK_M
+        before = tile + tl.cumsum(tiles, 0) - tiles
+        for first in range(0, num_tiles, BLOCK):
+            place = first + tl.arange(0, BLOCK)
+            mine = (place[:, None] >= before[None, :]) & (place[:, None] < (before + tiles)[None, :])
+            start = base[None, :] + (place[:, None] - before[None, :]) * BLOCK_M
+            found = tl.sum(mine.to(tl.int32), 1) > 0
+            tl.store(tile_expert + place, tl.sum(tl.where(mine, experts[None, :], 0), 1), mask=found)
+            tl.store(tile_start + place, tl.sum(tl.where(mine, start, 0), 1), mask=found)
+        row += tl.sum(total, 0)
+        tile += tl.sum(tiles, 0)
+        for first in range(0, size, BLOCK):
+            i = first + tl.arange(0, BLOCK)
+            expert = read_experts(index, weight, i, size, E, RAGGED)
+            base += place_block(expert, experts, base, i, size, K, E, order, token, slot)
+    outside = 0
+    for first in range(0, size, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        expert = read_experts(index, weight, i, size, E, RAGGED)
+        outside += tl.sum((expert == E).to(tl.int32), 0)
+        tl.store(slot + i, -1, mask=(i < size) & ((expert < 0) | (expert == E)))
+    for first in range(tile, num_tiles, BLOCK):
+        place = first + tl.arange(0, BLOCK)
+        tl.store(tile_expert + place, -1, mask=place < num_tiles)
+        tl.store(tile_start + place, 0, mask=place < num_tiles)
+    tl.store(offsets + E, row)
+    tl.store(tile_count, tile)
+    tl.store(inside, (outside == 0).to(tl.int32))
