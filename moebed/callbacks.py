@@ -49,9 +49,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class TrainingRate(Callback):
-    """Logs ``train/tokens_per_second`` over the last micro-batches, waiting for data included.
+    """Logs ``train/tokens_per_second`` of all processes over the last micro-batches, waiting for data included.
 
-    Validation, probes and checkpoints do not count: the clock stops when a micro-batch is done, and runs on when the
+    It is logged at the steps whose other numbers are, as if every process had as many tokens as the first. Validation,
+    probes and checkpoints do not count: the clock stops when a micro-batch is done, and runs on when the
     next one is asked for.
 
     Args:

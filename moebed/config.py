@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import inspect
 import operator
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, InitVar, dataclass, field
 from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -23,9 +23,23 @@ PerLayer = int | list[int]
 ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
-def setting(sentence: str, default: Any = MISSING, least: float | None = None, most: float | None = None) -> Any:
-    """A field of a router's Options: what it says in ``--help``, and the bounds of a number; needed if no default."""
-    return field(default=default, metadata={"sentence": sentence, "least": least, "most": most})
+def setting(
+    sentence: str,
+    default: Any = MISSING,
+    least: float | None = None,
+    most: float | None = None,
+    advice: Callable[[ModelConfig], str] | None = None,
+) -> Any:
+    """A field of a router's Options.
+
+    Args:
+        sentence: What it says in ``--help``.
+        default: What it is if not given; if there is none, it must be given.
+        least: Of a number.
+        most: Of a number.
+        advice: What to give in a model such as this one, for the error that says that it must be given.
+    """
+    return field(default=default, metadata={"sentence": sentence, "least": least, "most": most, "advice": advice})
 
 
 @dataclass
@@ -208,7 +222,7 @@ class ModelConfig:
 
         self._check_choice("router", tuple(ROUTERS), "; one of your own is made known by --plugins FILE.py")
         rule = ROUTERS[self.router]
-        self.router_options = options_of(self.router, self.router_options)
+        self.router_options = options_of(self)
         if self.norm_topk_prob is None:
             self.norm_topk_prob = rule.default_norm_topk_prob
         self._require(

@@ -179,7 +179,16 @@ class Decoder(nn.Module):
             router.reset_state()
 
     def initial(self, name: str, parameter: Tensor) -> Tensor:
-        """What a parameter begins with: a tensor of its full shape, on the CPU."""
+        """What a parameter begins with: a tensor of its full shape, on the CPU.
+
+        Args:
+            name: Of the parameter, within the decoder.
+            parameter: It, or one like it without memory. Of what a router makes and fills itself, only one without:
+                in memory it stays as it is.
+
+        Raises:
+            ConfigError: It is such a parameter, and the router does not say how it begins.
+        """
         router = self._own_router(name, parameter)
         if router is not None:
             return router.initial(name.rpartition(".router.")[2], parameter)

@@ -130,6 +130,24 @@ def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, ragged: bool = False)
     """
     if x.device.type == "cpu":
         return _grouped_mm_cpu(x, weight, offsets)
+    width, (x, weight) = weight.shape[1], with_even_rows(x, weight, row_multiple(x.device.type, x.element_size()))
+    return _grouped_mm_device(x, weight, offsets, ragged)[:, :width]
+
+
+def row_multiple(device_type: str, itemsize: int) -> int:
+    """Numbers that a matrix's rows must be a multiple of: PyTorch's product for GPUs wants rows of 16 bytes each."""
+    return 1 if device_type == "cpu" else max(1, 16 // itemsize)
+
+
+def with_even_rows(x: Tensor, weight: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
+    """Rows x (R, A) and matrices (E, B, A) with A and B made a multiple of a number by zeros, which add nothing."""
+    more_a, more_b = -x.shape[1] % multiple, -weight.shape[1] % multiple
+    if not (more_a or more_b):
+        return x, weight
+    return F.pad(x, (0, more_a)), F.pad(weight, (0, more_a, 0, more_b))
+
+
+def _grouped_mm_device(x: Tensor, weight: Tensor, offsets: Tensor, ragged: bool) -> Tensor:
     if not ragged:
         return F.grouped_mm(x, weight.transpose(-2, -1), offs=offsets[1:])
     # PyTorch leaves rows after the last segment as they were in memory, in the result and in the gradient.

@@ -1,11 +1,13 @@
 """Routers and probes of one's own: modules that a person names are imported before a command starts.
 
-Only ``--plugins``, the environment variable that it sets for further processes, and a recipe's ``class_path`` import
-anything: recipes are code. What a checkpoint says is never imported, and no command takes a recipe from one.
+Only ``--plugins``, the environment variable MOEBED_PLUGINS, which it sets for further processes, and a recipe's
+``class_path`` import what moebed does not bring along: recipes are code. What a checkpoint says is never imported, and
+no command takes a recipe from one unasked.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import os
@@ -56,11 +58,23 @@ def named_plugins() -> list[str]:
     return [name for name in os.environ.get(VARIABLE, "").split(",") if name]
 
 
+def module_name(name: str) -> str:
+    """What the module of a plugin is called: a file's by its own name, and by its path where another has that."""
+    if not name.endswith(".py"):
+        return name
+    path = Path(name).resolve()
+    plain = f"moebed_plugin_{path.stem}"
+    other = getattr(sys.modules.get(plain), "__file__", None)
+    if other is None or Path(other) == path:
+        return plain
+    return f"{plain}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+
+
 def _import(name: str) -> None:
     path = Path(name)
     if path.suffix == ".py" and not path.is_file():
         raise UserError(f"plugin {name} does not exist")
-    module = f"moebed_plugin_{path.stem}" if path.suffix == ".py" else name
+    module = module_name(name)
     if module in sys.modules:
         return
     try:

@@ -29,6 +29,7 @@ from moebed.checkpoints.streamed import (
     head_pieces,
     matrix_pieces,
     routing_step,
+    tokens_at_a_time,
 )
 from moebed.config import ModelConfig
 from moebed.errors import ConfigError, UserError
@@ -84,6 +85,7 @@ class PretrainedMoE(LightningModule):
         self.notes = list(self.checkpoint.notes) + (self.reference.notes if self.reference else [])
         self.on_read: Callable[[int], None] = lambda done: None
         self.text_pass: TextPass | None = None
+        self.scratch: Path | None = None  # folder where what is large may lie meanwhile
         self._streams: tuple[Stream | None, Stream | None] = (None, None)
         self._skipped: frozenset[int] = frozenset()
         self._needs, self._every_expert = frozenset({Need.WEIGHTS}), False
@@ -199,6 +201,7 @@ class PretrainedMoE(LightningModule):
         if not runs or text is None:
             return (self._view(model, reference, layer) for layer in walked if layer in shown)
         self.text_pass = TextPass(model, text, reference, *streams)
+        self.text_pass.scratch = self.scratch
         return self._walk(self.text_pass, (self._view(model, reference, layer) for layer in walked), shown, needs)
 
     @torch.no_grad()
@@ -218,8 +221,11 @@ class PretrainedMoE(LightningModule):
         config = self.config
         widths = [config.layer(i).moe_intermediate_size for i in config.moe_layers] + [config.intermediate_size or 0]
         attention = sum(piece.part.rows * piece.part.columns for piece in block_pieces(self.checkpoint, 0).values())
-        states = 8 * int(text.token_mask.sum()) * config.hidden_size
-        return 4 * (max(widths) * config.hidden_size + attention + states)
+        tokens = int(text.token_mask.sum())
+        # In the type of the products: one at a time, and of an expert whose tokens are many all three beside it.
+        matrices = 4 if tokens > tokens_at_a_time(max(widths)) else 1
+        states = 8 * tokens * config.hidden_size
+        return 4 * (matrices * max(widths) * config.hidden_size + attention + states)
 
     @property
     def bytes_total(self) -> int:

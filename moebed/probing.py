@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--dtype",
         choices=("float32", "bfloat16", "auto"),
         help="look at the weights as rounded to this and compute in it; default as stored, and in float32; auto is "
-        "bfloat16 where this machine multiplies it faster, which changes the numbers, and else the default",
+        "bfloat16 where this machine multiplies it faster, which changes the numbers, and else the default; a folder's "
+        "results are continued with what it was when they were begun",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to compute; default cpu")
     parser.add_argument("--memory-budget", metavar="8GiB", help="memory for weights and the work on them; default 8GiB")
@@ -94,9 +96,10 @@ def run(command: str, arguments: Sequence[str]) -> None:
     # Heavy imports wait until the options are known to be well formed.
     import torch
     from lightning.pytorch import Trainer
+    from lightning.pytorch.callbacks import LambdaCallback
     from lightning.pytorch.loggers import TensorBoardLogger
 
-    from moebed.precision import choose_precision
+    from moebed import storage
     from moebed.pretrained import PretrainedMoE
     from moebed.reading_bar import ReadingBar
     from moebed.termination import ending_on_sigterm
@@ -125,10 +128,10 @@ def run(command: str, arguments: Sequence[str]) -> None:
         raise UserError("--device cuda: no CUDA device is available here; use --device cpu")
     require_writable(out)
     layers = _listed(options["layers"])
-    if options["dtype"] == "auto":
-        choice = choose_precision(options["device"])
-        options["dtype"] = "bfloat16" if choice.precision == "bf16-mixed" else None
-        say(f"dtype auto: {options['dtype'] or 'as stored, and products in float32'} ({choice.reason})")
+    chooses = options["dtype"] == "auto"
+    if chooses:
+        options["dtype"], why = _dtype_of_run(out, options["device"], options["fresh"])
+        say(f"dtype auto: {options['dtype'] or 'as stored, and products in float32'} ({why})")
     model = PretrainedMoE(
         options["checkpoint"],
         reference_dense=options["reference_dense"],
@@ -140,13 +143,15 @@ def run(command: str, arguments: Sequence[str]) -> None:
     for note in model.notes:
         say(f"note: {note}")
     probing = ProbeCallback(chosen, out=str(out), fresh=options["fresh"])
+    kept = json.dumps(options["dtype"]) + "\n"  # once the folder is known to be this model's
+    keeping = LambdaCallback(on_predict_start=lambda *_: storage.write_text(_kept_dtype(out), kept))
     _quiet()
     trainer = Trainer(
         accelerator="cpu" if options["device"] == "cpu" else "gpu",
         devices=1,
         default_root_dir=out,
         logger=TensorBoardLogger(out, name="tensorboard", version="", default_hp_metric=False),
-        callbacks=[ReadingBar(), probing],
+        callbacks=[ReadingBar(), probing, *([keeping] if chooses else [])],
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=False,
@@ -166,6 +171,29 @@ def run(command: str, arguments: Sequence[str]) -> None:
         first, why = next(iter(probing.missing.items()))
         more = f" (and {len(probing.missing) - 1} more layers)" if len(probing.missing) > 1 else ""
         raise UserError(f"layer {first}{more} is missing from the results in {out}, at least in part: {why}")
+
+
+def _dtype_of_run(out: Path, device: str, fresh: bool) -> tuple[str | None, str]:
+    """What ``--dtype auto`` is, and why: what it was when the folder's results were begun, else what fits the device.
+
+    The numbers depend on it: layers that another kind of machine goes on with are to be of the same kind.
+    """
+    from moebed.precision import choose_precision
+
+    try:
+        kept = json.loads(_kept_dtype(out).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # nothing was begun here, or nothing that can be read
+        kept = ""
+    if not fresh and kept in (None, "bfloat16"):
+        return kept, f"as the results in {out} were begun"
+    choice = choose_precision(device)
+    return "bfloat16" if choice.precision == "bf16-mixed" else None, choice.reason
+
+
+def _kept_dtype(out: Path) -> Path:
+    from probes.store import results_dir
+
+    return results_dir(out) / "dtype_auto.json"
 
 
 def read_options(arguments: Sequence[str]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from moebed.plugins import named_plugins
+from moebed.plugins import module_name, named_plugins
 
 _PACKAGES = ("moebed", "probes")
 _SAMPLES, _SAMPLE_BYTES = 4, 4096
@@ -102,8 +102,8 @@ def content_record(path: Path) -> list[Any]:
 
 def plugins_record() -> dict[str, Any]:
     """The plug-ins of this process: the content of the files, and of the modules that they use beside them."""
-    record = {}
+    record: dict[str, list[Any]] = {}
     for name in named_plugins():
-        module = sys.modules.get(f"moebed_plugin_{Path(name).stem}" if name.endswith(".py") else name)
-        record[Path(name).name] = [content_record(path) for path in sorted(set(_files_of(module)))]
+        files = sorted(set(_files_of(sys.modules.get(module_name(name)))))
+        record.setdefault(Path(name).name, []).extend(content_record(path) for path in files)
     return record

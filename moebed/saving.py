@@ -1,4 +1,4 @@
-"""When a run saves: only where the optimizer has just stepped, whether an interval, a clock or a signal asks for it."""
+"""When a run saves, and validates: only where the optimizer has just stepped, whatever asks for it."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ FOLDER = "checkpoints"  # in the run's folder
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """Checkpoints of a run; ``last.ckpt`` of a finished one is the finished model.
+    """Checkpoints of a run; ``last.ckpt`` of a finished one, unless ``save_last`` is off, is the finished model.
 
     Between the micro-batches of a step a checkpoint would lose the gradients of those that came before, so every
-    request waits for the step's end. Files that are ranked or named by a metric are written after the validation of
-    the very step that they are of: the first one, once they are due. On SIGTERM, and on SLURM's signal before the time
-    limit, the run saves ``last.ckpt`` and ends with exit code 143; ``--ckpt_path last`` continues it.
+    request waits for the step's end, and so does validation, at whose end other callbacks save. Files that are
+    ranked or named by a metric are written after the validation of the very step that they are of: the first one,
+    once they are due. On SIGTERM, and on SLURM's signal before the time limit, the run saves ``last.ckpt``
+    whatever ``save_last`` says and ends, its first process with exit code 143; ``--ckpt_path last`` continues it.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -35,6 +36,7 @@ class RunCheckpoint(ModelCheckpoint):
         self._step = 0  # of the save point before
         self._is_between = False  # micro-batches of a step
         self._ranked_is_due = False
+        self._validation_is_due = False  # since between the micro-batches of this step
         self._accumulated: int | None = None  # micro-batches of a step, in the checkpoint that is continued
         self._requests = Requests()
 
@@ -54,6 +56,7 @@ class RunCheckpoint(ModelCheckpoint):
             if isinstance(callback, ModelCheckpoint):
                 callback._last_global_step_saved = trainer.global_step  # not again amid the step to come
         self._requests.take_over(trainer)
+        self._have_validation_wait(trainer)
         if self._accumulated not in (None, trainer.accumulate_grad_batches):
             self._realign(trainer)
 
@@ -74,6 +77,24 @@ class RunCheckpoint(ModelCheckpoint):
             self._save(trainer)
         elif is_last_step and self.save_last:
             self._save_last(trainer)
+
+    def _have_validation_wait(self, trainer: Trainer) -> None:
+        """Validation that falls due between micro-batches comes at the end of their step."""
+        loop = trainer.fit_loop.epoch_loop
+        is_due = loop._should_check_val_fx
+
+        def is_due_here(data_fetcher: Any) -> bool:
+            if not loop._should_accumulate():
+                return is_due(data_fetcher) or self._validation_is_due
+            self._validation_is_due |= is_due(data_fetcher)
+            return False
+
+        setattr(loop, "_should_check_val_fx", is_due_here)  # noqa: B010
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What was due comes now."""
+        super().on_validation_start(trainer, pl_module)
+        self._validation_is_due = False
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what waited for this validation."""
@@ -247,11 +268,16 @@ class RunCheckpoint(ModelCheckpoint):
 
 
 def require_whole_steps(trainer: Trainer) -> None:
-    """Check that no callback saves in the middle of a step.
+    """Check that no callback saves in the middle of a step, and that all ranks do the same at its end.
 
     Raises:
-        ConfigError: One would.
+        ConfigError: One would, or clocks decide.
     """
+    if trainer.world_size > 1 and getattr(trainer, "_val_check_time_interval", None) is not None:
+        raise ConfigError(
+            "trainer.val_check_interval is a time, but the clocks of several processes differ: some would validate "
+            "while others train, and wait for each other; give a number of steps"
+        )
     for callback in trainer.checkpoint_callbacks:
         if not isinstance(callback, ModelCheckpoint):
             continue

@@ -116,20 +116,23 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], note: str = "", c
         path: The file.
         arrays: By name.
         note: Kept as the archive's comment, where ``read_note`` finds it and ``numpy.load`` does not mind it.
-        compressed: Whether to deflate.
+        compressed: Whether to deflate arrays of less than 64 kB; larger ones never are, so that they can be mapped.
     """
     import zipfile
 
     import numpy as np
 
-    kind = zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED
-    with new_file(path) as file, zipfile.ZipFile(file, "w", kind) as archive:
+    from moebed.mapped import LARGE
+
+    with new_file(path) as file, zipfile.ZipFile(file, "w") as archive:
         archive.comment = note.encode()
         for name, array in arrays.items():
             entry = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
-            entry.compress_type = kind
+            array = np.asanyarray(array)
+            is_stored = array.nbytes >= LARGE or not compressed
+            entry.compress_type = zipfile.ZIP_STORED if is_stored else zipfile.ZIP_DEFLATED
             with archive.open(entry, "w", force_zip64=True) as part:
-                np.lib.format.write_array(part, np.asanyarray(array), allow_pickle=False)
+                np.lib.format.write_array(part, array, allow_pickle=False)
     return path
 
 

@@ -11,13 +11,16 @@ from typing import Any
 
 @contextmanager
 def ending_on_sigterm() -> Iterator[None]:
-    """End the process with exit code 143 on SIGTERM as soon as Python gets to act, whatever it is at."""
+    """End the process with exit code 143 on SIGTERM as soon as Python gets to act, whatever it is at.
+
+    In another thread than the main one, which alone may ask for signals, nothing changes.
+    """
 
     def end(number: int, frame: Any) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough: what is open is being closed
         raise SystemExit(143)
 
-    if threading.current_thread() is not threading.main_thread():  # which alone may ask for signals
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.signal(signal.SIGTERM, end)

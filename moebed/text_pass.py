@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +21,7 @@ from moebed.attention import RotaryEmbedding
 from moebed.config import ModelConfig
 from moebed.decoder import Block, MoE
 from moebed.errors import UserError
+from moebed.mapped import new_array
 from moebed.routers import Routing
 from moebed.views import HeadView, LayerView, LayerWeights, ProbeText
 
@@ -99,6 +102,7 @@ class TextPass:
         reference_stream: Stream | None = None,
     ) -> None:
         self.text = text
+        self.scratch: Path | None = None  # folder where large logits are kept; in memory if not given
         self.stopped: UserError | None = None
         self._main = _Way(model, text, stream)
         self._reference = _Way(reference, text, reference_stream) if reference is not None else None
@@ -142,7 +146,7 @@ class TextPass:
         if self.stopped is not None:
             return None
         try:
-            return self._main.head(self.text, with_logits)
+            return self._main.head(self.text, with_logits, self.scratch)
         except UserError as error:
             self.stopped = error
             return None
@@ -238,14 +242,15 @@ class _Way:
         with self.model.computing():
             return Stream(self.stream.layer + 1, self._attended + self._block.post_ffn_norm(output))
 
-    def head(self, text: ProbeText, with_logits: bool) -> HeadView:
+    def head(self, text: ProbeText, with_logits: bool, scratch: Path | None) -> HeadView:
         """Predictions and losses, over the vocabulary a band at a time."""
         hidden = self.stream.hidden
         targets = text.targets.to(hidden.device)
         best = hidden.new_full((len(hidden),), -torch.inf)
         predicted = torch.zeros_like(targets)
         total, wanted = best.clone(), torch.full_like(best, torch.nan)
-        kept, start = [], 0
+        shape, start = (len(hidden), self.model.config.vocab_size), 0
+        kept = torch.from_numpy(new_array(shape, np.dtype(np.float32), scratch)) if with_logits else None
         with self.model.computing():
             for band in self.model.head(hidden):
                 logits = band.float()  # (T, v)
@@ -255,10 +260,11 @@ class _Way:
                 inside = (targets >= start) & (targets < start + logits.shape[1])
                 found = logits.gather(1, (targets - start).clamp(0, logits.shape[1] - 1).unsqueeze(1)).squeeze(1)
                 wanted = torch.where(inside, found, wanted)
-                kept += [logits.cpu()] if with_logits else []
+                if kept is not None:
+                    kept[:, start : start + logits.shape[1]].copy_(logits)
                 start += logits.shape[1]
         require_finite(total, "the logits")
-        return HeadView(text, predicted, total - wanted, torch.cat(kept, dim=1) if with_logits else None)
+        return HeadView(text, predicted, total - wanted, kept)
 
 
 def band_rows(num_tokens: int) -> int:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -114,6 +114,7 @@ class LayerView:
     num_experts_per_tok: int
     gate: Tensor | None  # (E, H) router's gate embeddings W_g, where it has them
     weights: LayerWeights | None = field(default=None, repr=False)
+    kept: dict[Any, Any] = field(default_factory=dict, repr=False)  # what one probe made of the weights for others too
     work_bytes: int | None = None  # memory that a probe's work on the weights should stay within, if there is a limit
     error: UserError | None = None  # why this layer cannot be looked at, found before a probe asked for anything
 

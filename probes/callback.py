@@ -136,6 +136,7 @@ class ProbeCallback(Callback):
         assert self.out is not None
         results, timing, self.missing = self._checkpoint.results(), self._checkpoint.timing, self._checkpoint.missing
         self._save(pl_module, results, self._checkpoint.provenance, 0, self._checkpoint.identity)
+        self._checkpoint.finish()
         self._draw(trainer, results, step=0)
         self._seconds = timing.total
         self._log(trainer, results, timing, step=0)

@@ -67,6 +67,7 @@ class CheckpointPass:
         self, model: PretrainedMoE, names: Sequence[str], out: Path, device: str = "cpu", fresh: bool = False
     ) -> None:
         self.model, self.timing = model, Timing()
+        model.scratch = store.results_dir(out)
         self.identity = model.identity
         earlier = store.load_summary(out)
         if earlier and earlier.get("model") != self.identity:
@@ -130,3 +131,7 @@ class CheckpointPass:
             self._kept.drop_streams()
         self._kept.drop_others()
         return results
+
+    def finish(self) -> None:
+        """After the results are written: nothing is kept twice."""
+        self._kept.hand_over()

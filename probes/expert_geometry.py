@@ -13,7 +13,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,19 +20,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moebed.float64 import double
+from moebed.precision import multiplies_bf16_faster
 from moebed.views import LayerView, Need
+from probes.bands import one_core_each
 from probes.base import Arrays, Headline, Probe, ProbeResult, per_layer
 from probes.expert_matrices import by_matrix, compared, fitting, labels_of, num_experts, pair_means
-from probes.matching import exact_products, holds_bf16
+from probes.matching import exact_products
 from probes.pictures import draw_depth, draw_heat_maps
-from probes.spectrum import EXACT_BELOW, Spectrum, gram, spectrum, start_of
+from probes.spectrum import (
+    EXACT_BELOW,
+    TRUSTED,
+    Gram,
+    full_gram,
+    rounded_gram,
+    spectrum,
+    start_of,
+    times_wide,
+    whole_rank,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _RANK = 16
-_GRAM_BYTES = 256 << 20  # of Gram matrices and of as much work on them
 _STORED = ("stable_rank", "effective_rank", "weight_norm", "effective_rank_error", "subspace_error")
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -45,7 +54,7 @@ class Shape(NamedTuple):
         stable_rank: ‖W‖_F² / ‖W‖₂².
         effective_rank: exp of the entropy of the singular values taken as shares of their sum.
         norm: ‖W‖_F.
-        rank_error: Estimated relative standard error of the effective rank.
+        rank_error: Bound on the relative error of the effective rank, at four standard errors where it is sampled.
         angle_error: Bound on the sine of the largest angle between the basis' span and the exact subspace, at most 1.
         basis: (H, R) the first right singular vectors.
     """
@@ -67,63 +76,46 @@ def shapes_of(fetch: Callable[[int], Tensor], count: int, rank: int) -> Iterator
     """Ranks, norms and first directions of matrices (F, H), by way of the Gram matrices of their shorter side.
 
     Below ``EXACT_BELOW`` on that side all is float64 and exact; above, see ``probes.spectrum``. Singular values within
-    the rounding of the Gram matrix count as 0: in float32 those below about a hundredth of their root mean square.
-    Gram matrices take all cores one after another; what follows are many small steps, a matrix to a core.
+    the rounding of the Gram matrix count as 0: in float64 those below some hundred-millionth of the others. A core
+    takes a matrix from its beginning to its end: most of it are steps too small for several.
 
     Args:
-        fetch: Gives a matrix by its index; called from this thread, up to twice.
+        fetch: Gives a matrix by its index; called from this thread.
         count: Number of matrices.
         rank: Directions of each.
     """
-    threads, start = torch.get_num_threads(), 0
-    with ThreadPoolExecutor(threads, "spectrum", torch.set_num_threads, (1,)) as pool:
-        try:
-            while start < count:
-                side = min(fetch(start).shape)
-                batch = range(start, min(count, start + max(threads, _GRAM_BYTES // (8 * side * side))))
-                prepared = [_prepare(fetch(index)) for index in batch]
-                with exact_products(is_bf16=False):  # for all cores: it is a setting of the process
-                    found = list(pool.map(partial(_spectrum, rank), prepared))
-                    for index, given, one in zip(batch, prepared, found, strict=True):
-                        yield _finish(fetch(index), given, one, rank)
-                start = batch.stop
-        finally:
-            torch.set_num_threads(threads)  # the workers' setting is also the default of later threads
+    with exact_products(is_bf16=False), one_core_each("spectrum") as each:  # the setting is the process's
+        yield from each(partial(_shape, rank), map(fetch, range(count)))
 
 
-def _wide(matrix: Tensor) -> Tensor:
-    """A matrix with its shorter side first, (N, K), in what its Gram matrix is computed in."""
-    short = matrix if matrix.shape[0] < matrix.shape[1] else matrix.T
-    return double(short) if len(short) < EXACT_BELOW else short.float()
-
-
-def _prepare(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The Gram matrix and a start for its vectors; None of a matrix that is 0 or not finite."""
-    short = _wide(matrix)
-    product = gram(short, holds_bf16(matrix))
-    square = float(double(product.diagonal()).sum())
-    if not 0 < square < math.inf:
-        return None
-    with exact_products(is_bf16=False):
-        return product, start_of(short, matrix.shape[0] < matrix.shape[1])
-
-
-def _spectrum(rank: int, given: tuple[Tensor, Tensor] | None) -> Spectrum | None:
-    return None if given is None else spectrum(*given, rank)
-
-
-def _finish(matrix: Tensor, given: tuple[Tensor, Tensor] | None, found: Spectrum | None, rank: int) -> Shape:
-    if given is None or found is None:
-        value = 0.0 if bool((matrix == 0).all()) else math.nan
-        return Shape(value, value, value, value, value, np.full((matrix.shape[1], rank), value))
-    square = float(double(given[0].diagonal()).sum())
-    vectors = found.vectors
-    if matrix.shape[0] < matrix.shape[1]:  # left vectors: carry them over
-        short = _wide(matrix)
-        vectors = short.T @ vectors.to(short)
+def _shape(rank: int, matrix: Tensor) -> Shape:
+    in_longer = matrix.shape[0] < matrix.shape[1]
+    short = matrix if in_longer else matrix.T  # (N, K)
+    given: Gram | None = None
+    for product in (rounded_gram, full_gram) if _may_round(matrix) else (full_gram,):
+        given = None  # room for the next one
+        given = product(short)
+        if not 0 < given.trace < math.inf:
+            value = 0.0 if bool((matrix == 0).all()) else math.nan
+            return Shape(value, value, value, value, value, np.full((matrix.shape[1], rank), value))
+        found = spectrum(given, *start_of(short, in_longer), rank)
+        if found.rank_error <= TRUSTED:
+            break
+    else:
+        if len(short) >= EXACT_BELOW:
+            value, error = whole_rank(short)
+            found = found._replace(effective_rank=value, rank_error=error)
+    assert given is not None
+    vectors = times_wide(short.T, found.vectors) if in_longer else found.vectors  # left ones are carried over
     basis = torch.linalg.qr(vectors.cpu().double())[0].numpy()
-    ranks = square / found.largest**2, found.effective_rank
-    return Shape(*ranks, math.sqrt(square), found.rank_error, found.angle, basis)
+    ranks = given.trace / found.largest**2, found.effective_rank
+    return Shape(*ranks, math.sqrt(given.trace), found.rank_error, found.angle, basis)
+
+
+def _may_round(matrix: Tensor) -> bool:
+    """Whether a Gram matrix rounded to bfloat16 is tried: it is faster here, and only the result is rounded."""
+    large = min(matrix.shape) >= EXACT_BELOW
+    return large and matrix.device.type == "cpu" and matrix.dtype == torch.bfloat16 and multiplies_bf16_faster()
 
 
 class ExpertGeometry(Probe):
@@ -133,7 +125,8 @@ class ExpertGeometry(Probe):
     ``subspace_distance (E', E')``, Grassmann's chordal distance √Σ sin²θ of the subspaces of the first R right singular
     vectors, R = 16 or a quarter of the shorter side where that is less; ``subspace_rank ()``, R. With
     ``num_experts/<layer>`` and ``others/<layer>/<matrix>``, the labels of the rows after the routed experts'.
-    ``effective_rank_error (E',)``, its relative standard error, and ``subspace_error (E',)``, a bound on the sine of
+    ``effective_rank_error (E',)``, which its relative error does not exceed (four standard errors where it is sampled;
+    above a hundredth it is computed whole instead), and ``subspace_error (E',)``, a bound on the sine of
     the largest angle to the exact subspace: 0 or next to it for sides below 512, estimated above. Where it is 1, as for
     random matrices, eigenvalues next to the R-th are too close to tell the subspace from its neighbours; the distance
     is then that of R leading directions found from a fixed start, the same at each call.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moebed.float64 import double
 from moebed.views import MATRICES, LayerView
+from probes.bands import one_core_each
 from probes.base import Arrays, by_layer
 from probes.similarity import off_diagonal
 
@@ -61,10 +62,14 @@ def row_bands(view: LayerView, name: str, labels: Mapping[str, Tensor]) -> Itera
 
 def mean_neurons(view: LayerView, name: str) -> tuple[Tensor, list[str]]:
     """The average neuron of each expert (E', H) in float64, and the labels of those after the routed ones."""
-    rest = others(view, name)
-    fetch = compared(view, name, rest)
-    means = [_mean_of_rows(fetch(index)) for index in range(view.num_experts + len(rest))]
-    return torch.stack(means), list(rest)
+    if ("mean_neurons", name) not in view.kept:
+        rest = others(view, name)
+        fetch = compared(view, name, rest)
+        matrices = (fetch(index) for index in range(view.num_experts + len(rest)))
+        with one_core_each("means") as each:
+            means = torch.stack(list(each(_mean_of_rows, matrices)))
+        view.kept["mean_neurons", name] = means, list(rest)
+    return view.kept["mean_neurons", name]
 
 
 def _mean_of_rows(matrix: Tensor) -> Tensor:

@@ -5,18 +5,17 @@ E matrices, X further ones, N neurons of a matrix, H hidden, P points, D dimensi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 from scipy.spatial import cKDTree
 from torch import Tensor
 
-from moebed.float64 import double
+from probes.bands import all_half, sum_over_bands
+from probes.krylov import leading
 from probes.matching import exact_products
-from probes.spectrum import EXACT_BELOW, gram, leading, start_of
-
-_CACHED_ELEMENTS = 1 << 19  # of a band that stays in a core's cache while it is standardised and multiplied
+from probes.spectrum import EXACT_BELOW, gram, start_of
 
 
 def matrix_components(bands: Iterable[Sequence[Tensor]], count: int, dims: int) -> tuple[np.ndarray, ...]:
@@ -35,15 +34,20 @@ def matrix_components(bands: Iterable[Sequence[Tensor]], count: int, dims: int) 
     Returns:
         (E + X, dims) coordinates and (dims,) shares of the variance, both float32.
     """
-    products, noise = torch.zeros((), dtype=torch.float64), 0.0
-    for blocks in bands:
-        half = all(block.dtype in (torch.bfloat16, torch.float16) for block in blocks)
-        noise = 1e-6 if half else 1e-12
-        for rows in zip(*(block.split(_rows_cached(blocks)) for block in blocks), strict=True):
-            band = torch.stack(rows).flatten(1)  # (E + X, n)
-            band = _standardise(band.float() if half else double(band), count)
-            with exact_products(is_bf16=False):
-                products = products + (band @ band[:count].T).cpu().double()
+    noise = 1e-12
+
+    def rows_of() -> Iterator[Sequence[Tensor]]:
+        nonlocal noise
+        for blocks in bands:
+            noise = 1e-6 if all_half(blocks) else 1e-12
+            yield blocks
+
+    def product(piece: Tensor) -> Tensor:
+        piece = _standardise(piece, count)
+        return piece @ piece[:count].T
+
+    with exact_products(is_bf16=False):
+        products = sum_over_bands(rows_of(), product)
     if not torch.isfinite(products).all():
         return np.full((len(products), dims), np.nan, np.float32), np.full(dims, np.nan, np.float32)
     values, vectors = torch.linalg.eigh(products[:count])
@@ -61,7 +65,8 @@ def point_components(points: Tensor, dims: int) -> tuple[np.ndarray, np.ndarray]
         return np.full((len(points), dims), np.nan, np.float32), np.full(dims, np.nan, np.float32)
     points = _standardise(points.clone(), len(points))
     tall = len(points) >= points.shape[1]
-    product = gram(points.T if tall else points, is_bf16=False).numpy()
+    with exact_products(is_bf16=False):
+        product = gram(points.T if tall else points).numpy()
     values, vectors = top_eigenvectors(product, min(dims, len(product)))
     scores = points.numpy() @ vectors if tall else vectors * np.sqrt(values)
     return _padded(_signed(scores, len(scores)), dims), _padded((values / max(product.trace(), 1e-30))[None], dims)[0]
@@ -81,10 +86,6 @@ def _standardise(rows: Tensor, count: int) -> Tensor:
     return rows.mul_(torch.where(deviation > 0, 1 / deviation, 0.0))
 
 
-def _rows_cached(blocks: Sequence[Tensor]) -> int:
-    return max(1, _CACHED_ELEMENTS // (len(blocks) * blocks[0][0].numel()))
-
-
 def top_eigenvectors(product: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """The largest eigenvalues (count,), descending, of a Gram matrix (M, M), and their vectors (M, count).
 
@@ -95,8 +96,8 @@ def top_eigenvectors(product: np.ndarray, count: int) -> tuple[np.ndarray, np.nd
         return np.maximum(values[-count:][::-1], 0), vectors[:, -count:][:, ::-1]
     wide = torch.from_numpy(product)
     with exact_products(is_bf16=False):
-        found, turn, _ = leading(wide, start_of(wide, in_longer=True), count, restarts=3)
-    return found[:count].numpy(), turn[:, :count].numpy()
+        found = leading(wide, start_of(wide, in_longer=True)[0], count, restarts=3)
+    return found.values[:count].numpy(), found.vectors[:, :count].numpy()
 
 
 def outliers(points: np.ndarray, eps: float, min_samples: int) -> np.ndarray:

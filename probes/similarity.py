@@ -5,7 +5,7 @@ E experts, E' experts and what else is compared with them, R rows and C columns 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moebed.float64 import double
 from moebed.views import LayerView
+from probes.bands import sum_over_bands
 
 _BAND_ELEMENTS = 1 << 23  # copied at a time, over all experts
 _SUMMED = 4096  # products in one float32 sum
@@ -47,33 +48,19 @@ def expert_gram(view: LayerView, name: str) -> tuple[Tensor, list[str]]:
             experts = [view.expert_matrix(name, index, part) for index in range(count)]
             yield experts + [matrix[part] for matrix in others.values()]
 
-    grams = (_band_gram(blocks) for blocks in bands())
-    gram = next(grams)
-    for band_gram in grams:
-        gram += band_gram
-    return gram, list(others)
+    return sum_over_bands(bands(), _scalar_products), list(others)
 
 
-def _band_gram(blocks: Sequence[Tensor]) -> Tensor:
-    """Scalar products (E', E') float64 of equally many numbers of each of E' matrices.
+def _scalar_products(piece: Tensor) -> Tensor:
+    """Scalar products (E', E') float64 of rows (E', n).
 
     Two bf16 or fp16 numbers have an exact product in float32, and sums of a few thousand of those keep five digits;
-    sums of sums are in float64. float32 numbers are multiplied in float64, because PyTorch may be set to round them.
+    sums of sums are in float64. float32 numbers come as float64, because PyTorch may be set to round their products.
     """
-    exact = all(block.dtype in (torch.bfloat16, torch.float16) for block in blocks)
-    count, size = len(blocks), blocks[0].numel()
-    whole, rest = divmod(size, _SUMMED)
-    shape = (whole + (rest > 0), count, _SUMMED)
-    device = blocks[0].device
-    wide = torch.empty(shape, device=device) if exact else double(torch.empty(0, device=device)).new_empty(shape)
-    if rest:
-        wide[whole].zero_()
-    for index, block in enumerate(blocks):
-        flat = block.reshape(-1)
-        wide[:whole, index] = flat[: size - rest].view(whole, _SUMMED)
-        if rest:
-            wide[whole, index, :rest] = flat[size - rest :]
-    return double(torch.bmm(wide, wide.transpose(1, 2))).sum(dim=0)
+    whole = piece.shape[1] // _SUMMED * _SUMMED
+    parts = piece[:, :whole].unflatten(1, (-1, _SUMMED)).transpose(0, 1)  # (·, E', _SUMMED)
+    rest = piece[:, whole:]
+    return double(torch.bmm(parts, parts.transpose(1, 2))).sum(dim=0) + double(rest @ rest.T)
 
 
 def cosines(gram: Tensor) -> np.ndarray:

@@ -1,35 +1,38 @@
 """Spectra of large matrices from a few products: the Gram matrix of the shorter side, and products of that with blocks.
 
-A whole eigendecomposition reads a matrix of side N some N times on one core: half a second at 1408, tens at 4096, where
-the Gram matrix itself takes hundredths and one. So from 512 on the leading directions come from a block Krylov space
-(Musco and Musco, arXiv 1504.05477), and sums over all singular values from stochastic Lanczos quadrature (Ubaru, Chen
-and Saad, 2017) of what these leave, each with an error that is estimated from the same numbers. Every start is fixed,
-so the same matrix gives the same numbers twice.
+A whole eigendecomposition of side N costs many times the Gram matrix, and the more the faster a machine multiplies. So
+from 512 on leading directions and sums over all singular values come from one block Krylov space: the directions are
+its leading ones, and for what these leave random signs in the first block are the starts of stochastic Lanczos
+quadrature (Ubaru, Chen and Saad, 2017), all of a block at once. What that does not tell to a hundredth is computed
+whole, in float64.
 
-N shorter side, K longer side, B columns of a block, D directions taken out, V vectors, L Lanczos steps.
+Rounding a Gram matrix to bfloat16 disturbs it in all directions alike, which smooth sums see in the second order only.
+So where a CPU multiplies bfloat16 faster, it is tried first: a product then moves half as many bytes and is multiplied
+many times faster. Singular values that drown in that rounding count into the stated error, and the next better way is
+taken where it is too large.
+
+N shorter side, K longer side, B columns of a block, D directions taken out, V sampled vectors, L columns of a space.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from moebed.float64 import double
-from probes.matching import exact_products
+from probes.krylov import BLOCK, Directions, KrylovSpace
 
 EXACT_BELOW = 512  # a side; the whole decomposition in float64 then takes less than a tenth of a second
-_BLOCK, _BLOCKS = 32, 8
-_VECTORS, _STEPS = 8, (8, 16, 32, 48)  # Lanczos goes on to the next number where the last one changed the result
-_STEADY = 1e-3  # of the entropy, in nats
+TRUSTED = 1e-2  # a stated relative error up to which a rank is not computed whole
+_BLOCKS = (7, 9, 12)  # a space grows to the next number where the last one does not tell
+_DEVIATIONS = 4  # standard errors
 _CONVERGED = 1e-2  # of an eigenvalue: a residual below it changes a sum by its square
-_SETTLED = 1e-3  # of an eigenvalue, where a search goes on until then
-_CHANCE = 1e-5
-_PASSES = 3  # of orthogonalisation, at most
+_APART = 1e-2  # an angle from which on a subspace is found
 _BANDS = 4  # of the Gram matrix: of 16 products 10 are made, the others mirror them
+_BAND_ELEMENTS = 1 << 18  # that stay in a core's cache
 
 
 class Spectrum(NamedTuple):
@@ -38,11 +41,11 @@ class Spectrum(NamedTuple):
     Args:
         largest: ‖W‖₂.
         effective_rank: exp of the entropy of the singular values taken as shares of their sum.
-        rank_error: Estimated relative error of that; 0 where it is exact. It is the standard error of the sampled
-            vectors and of the last change with more steps, neither of them a bound, and the most that values within
-            the rounding, which count as 0, could add. Singular values that fall far below the rounding are its weak
-            side: as i⁻² at a side of 640 or more, the rank is some 8 % low and the stated error of 1 and more says
-            only that it is not known; as exp(−i/100) at 1408, it is 7 % high and the stated error 4 %.
+        rank_error: The relative error of that is at most this, but for chance, which is counted with four standard
+            errors of the sampled vectors; 0 where it is exact. It holds what a further block changed times the number
+            of blocks, which is all that is to come where the rest falls as one over that number or faster, and the
+            most that values within the rounding, which count as 0, could add. What the rounding does to the others, a
+            hundred-thousandth or so, is not counted.
         vectors: (N, R) leading eigenvectors of the Gram matrix.
         angle: Bound on the sine of the largest angle between their span and the exact one, at most 1; 1 where the
             eigenvalues next to the border are too close for a subspace to be told apart.
@@ -53,6 +56,33 @@ class Spectrum(NamedTuple):
     rank_error: float
     vectors: Tensor
     angle: float
+
+
+class Gram(NamedTuple):
+    """W Wᵀ of a matrix W (N, K).
+
+    Args:
+        product: (N, N) float64, float32 or bfloat16.
+        lost: (N, 1) what its diagonal lost by rounding to bfloat16, float32; None otherwise.
+        trace: ‖W‖_F².
+        noise: What rounding may have moved an eigenvalue by: below it they count as 0.
+    """
+
+    product: Tensor
+    lost: Tensor | None
+    trace: float
+    noise: float
+
+    @property
+    def work(self) -> torch.dtype:
+        """In what small matrices that come of it are decomposed: far below its rounding."""
+        return torch.float32 if self.product.dtype == torch.bfloat16 else torch.float64
+
+    def times(self, block: Tensor) -> Tensor:
+        """The product with a block (N, B)."""
+        if self.lost is None:
+            return (block.T @ self.product).T  # that way round MKL's is the faster one
+        return torch.addcmul((self.product @ block.bfloat16()).float(), self.lost, block)
 
 
 class _Sums(NamedTuple):
@@ -76,165 +106,162 @@ class _Sums(NamedTuple):
         return max(0.0, mixing + share * (math.log(count) - self.entropy))
 
 
-def gram(short: Tensor, is_bf16: bool) -> Tensor:
+def gram(short: Tensor) -> Tensor:
     """W Wᵀ (N, N) of a matrix (N, K), in its dtype; its lower triangle is computed and mirrored."""
     side = len(short)
     product = short.new_empty(side, side)
     step = -(-side // _BANDS) if side >= EXACT_BELOW else side
-    with exact_products(is_bf16):
-        for first in range(0, side, step):
-            stop = min(first + step, side)
-            band = product[first:stop, :stop]
-            torch.mm(short[first:stop], short[:stop].T, out=band)
-            product[:first, first:stop] = band[:, :first].T
+    for first in range(0, side, step):
+        stop = min(first + step, side)
+        band = product[first:stop, :stop]
+        torch.mm(short[first:stop], short[:stop].T, out=band)
+        product[:first, first:stop] = band[:, :first].T
     return product
 
 
-def spectrum(product: Tensor, start: Tensor, count: int) -> Spectrum:
-    """The spectrum of a matrix by its Gram matrix (N, N), not 0, from a start (N, B) for its first ``count`` vectors.
-
-    Eigenvalues within the rounding of the Gram matrix count as 0.
-    """
-    side, trace = len(product), float(double(product.diagonal()).sum())
-    noise = 16 * torch.finfo(product.dtype).eps * trace / math.sqrt(side)  # rounding is spread over all directions
-    if side < EXACT_BELOW:
-        values, vectors = torch.linalg.eigh(double(product))
-        values, vectors = values.flip(0), vectors.flip(1)
-        sums = _sums(values, noise)
-        angle = _angle(values, torch.full((count,), noise, dtype=torch.float64), count)
-        return Spectrum(math.sqrt(float(values[0])), math.exp(sums.entropy), 0.0, vectors[:, :count], angle)
-    with exact_products(is_bf16=False):
-        values, vectors, residuals = leading(product, start)
-        taken = int((residuals < _CONVERGED * values).long().cumprod(0).sum())
-        entropy, error = _entropy(product, values[:taken], vectors[:, :taken], trace, noise)
-    angle = _angle(values, residuals[:count], count)
-    return Spectrum(math.sqrt(float(values[0])), math.exp(entropy), error, vectors[:, :count], angle)
+def full_gram(short: Tensor) -> Gram:
+    """The Gram matrix of a matrix (N, K) in float32, or in float64 where its side is below ``EXACT_BELOW``."""
+    product = gram(double(short) if len(short) < EXACT_BELOW else short.float())
+    trace = float(double(product.diagonal()).sum())
+    noise = 16 * torch.finfo(product.dtype).eps * trace / math.sqrt(len(short))  # it is spread over all directions
+    return Gram(product, None, trace, noise)
 
 
-def start_of(short: Tensor, in_longer: bool) -> Tensor:
-    """A start (N, B) for the Krylov space.
+def rounded_gram(short: Tensor) -> Gram:
+    """The Gram matrix of a bfloat16 matrix (N, K), rounded to bfloat16 but for its diagonal."""
+    short = short.contiguous()  # which costs less than it saves
+    product, side = gram(short), len(short)
+    bands = short.split(max(1, _BAND_ELEMENTS // short.shape[1]))
+    squares = torch.cat([torch.linalg.vector_norm(band.float(), dim=1).square_() for band in bands])
+    lost = squares - product.diagonal().float()
+    size = sum(float(torch.linalg.vector_norm(band.float())) ** 2 for band in product.split(_BAND_ELEMENTS // side))
+    beside = size - float(squares.square().sum())
+    # An entry is off by .4 of this on average: a matrix of such errors has twice their mean size times √N for its norm.
+    noise = torch.finfo(product.dtype).eps / 4 * math.sqrt(max(beside, 0.0) / side)
+    return Gram(product, lost.unsqueeze(1), float(double(squares).sum()), noise)
 
-    It is fixed where the long side is the space that experts share. Where the short one is, it comes from the matrix
-    itself: with the same start, spaces that have not converged would look alike.
+
+def start_of(short: Tensor, in_longer: bool) -> tuple[Tensor, int]:
+    """A start (N, B) for the Krylov space in float32, and how many of its columns, the last ones, are random signs.
+
+    It is fixed where the long side is the space that experts share. Where the short one is, more columns come from the
+    matrix itself: with the same start, spaces that have not converged would look alike.
     """
     generator = torch.Generator().manual_seed(0)
-    signs = torch.randn(short.shape[0 if in_longer else 1], _BLOCK, generator=generator).to(short)
-    return signs if in_longer else short @ signs
+    signs = torch.randint(0, 2, (len(short), BLOCK), generator=generator) * 2 - 1
+    start = signs.to(short.device, torch.promote_types(short.dtype, torch.float32))
+    if in_longer:
+        return start, BLOCK
+    own = torch.randn(short.shape[1], BLOCK // 2, generator=generator).to(start)
+    return torch.cat([times_wide(short, own), start], dim=1), BLOCK
 
 
-def leading(product: Tensor, start: Tensor, count: int = 0, restarts: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Leading eigenvalues (2B,) of a Gram matrix (N, N), descending, float64, vectors (N, 2B) and residuals (2B,).
+def times_wide(matrix: Tensor, block: Tensor) -> Tensor:
+    """A matrix (M, C) of any floating type times a block (C, B), in the block's type; what is copied stays in cache."""
+    if matrix.dtype == block.dtype:
+        return matrix @ block
+    by_rows = matrix.stride(1) == 1
+    step = max(1, _BAND_ELEMENTS // matrix.shape[1 if by_rows else 0])
+    if by_rows:
+        return torch.cat([band.to(block.dtype) @ block for band in matrix.split(step)])
+    total = block.new_zeros(len(matrix), block.shape[1])
+    for band, part in zip(matrix.split(step, dim=1), block.split(step), strict=True):
+        total.addmm_(band.to(block.dtype), part)
+    return total
 
-    Where the residuals of the first ``count`` are not small yet, the search goes on from what was found.
+
+def spectrum(given: Gram, start: Tensor, signs: int, count: int) -> Spectrum:
+    """The spectrum of a matrix by its Gram matrix, not 0, and its first ``count`` directions.
+
+    Args:
+        given: The Gram matrix.
+        start: (N, B) as ``start_of`` gives it; not used where the whole decomposition is cheap.
+        signs: Its last columns that are random signs.
+        count: R.
     """
-    values, vectors, residuals = _krylov(product, start)
-    for _ in range(restarts):
-        if bool((residuals[:count] <= _SETTLED * values[:count]).all()):
+    side = len(given.product)
+    if side < EXACT_BELOW:
+        values, vectors = torch.linalg.eigh(double(given.product))
+        values, vectors = values.flip(0), vectors.flip(1)
+        found = Directions(values, vectors, torch.zeros(side, dtype=torch.float64))
+        error = _sums(values, given.noise).hidden(side, given.noise)
+        return _result(found, _sums(values, given.noise).entropy, error, given.noise, count)
+    space = KrylovSpace(given.times, start, _BLOCKS[-1])
+    for blocks in _BLOCKS:
+        space.grow(blocks)
+        small = space.projected().to(given.work)
+        values, turn = torch.linalg.eigh(small)
+        values, turn = values.double().flip(0), turn.double().flip(1)
+        kept = 2 * space.block
+        found = space.directions(values[:kept].clamp(min=0), turn[:, :kept])
+        entropy, error, hidden = _entropy(given, space, small, values, turn, found, signs)
+        result = _result(found, entropy, error + hidden, given.noise, count)
+        if hidden > TRUSTED or (result.rank_error <= TRUSTED and not _APART < result.angle < 1):
             break
-        values, vectors, residuals = _krylov(product, vectors[:, :_BLOCK])
-    return values, vectors, residuals
+    return result
 
 
-def _krylov(product: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    width = _BLOCK * _BLOCKS
-    basis, image = product.new_empty(len(product), width), product.new_empty(len(product), width)
-    generator = torch.Generator().manual_seed(2)
-    chance = (torch.randn(start.shape, generator=generator) / math.sqrt(len(product))).to(product)
-    block = torch.linalg.qr(start)[0]
-    for first in range(0, width, _BLOCK):
-        stop = first + _BLOCK
-        basis[:, first:stop] = block
-        image[:, first:stop] = block = product @ block
-        if stop == width:
-            break
-        # Where the space is exhausted, what is left is rounding that lies in it; a little chance leads out.
-        block = block + chance * (_CHANCE * block.norm(dim=0))
-        for turn in range(_PASSES):
-            block, left = torch.linalg.qr(torch.addmm(block, basis[:, :stop], basis[:, :stop].T @ block, alpha=-1))
-            size = left.diagonal().abs()
-            if turn and bool(size.min() > 0.5):  # of columns that had length 1: nothing was left in the space
-                break
-    small = (basis.T @ image).cpu().double()
-    values, turn = torch.linalg.eigh((small + small.T) / 2)
-    kept = 2 * _BLOCK
-    values, turn = values.flip(0)[:kept].clamp(min=0), turn.flip(1)[:, :kept].to(product)
-    vectors = basis @ turn
-    residuals = (image @ turn - vectors * values.to(product)).norm(dim=0).cpu().double()
-    return values, vectors, residuals
+def whole_rank(short: Tensor) -> tuple[float, float]:
+    """Effective rank of a matrix (N, K), and its relative error, from all singular values in float64."""
+    side = len(short)
+    product = double(short.new_zeros(side, side))
+    for band in short.split(EXACT_BELOW, dim=1):
+        wide = double(band)
+        product.addmm_(wide, wide.T)
+    noise = 16 * torch.finfo(product.dtype).eps * float(product.diagonal().sum()) / math.sqrt(side)
+    sums = _sums(torch.linalg.eigvalsh(product), noise)
+    return math.exp(sums.entropy), math.expm1(sums.hidden(side, noise))
 
 
-def _angle(values: Tensor, residuals: Tensor, count: int) -> float:
-    """Davis and Kahan's bound on the sine of the largest angle to the exact subspace of the first vectors."""
+def _result(found: Directions, entropy: float, error: float, noise: float, count: int) -> Spectrum:
+    values, residuals = found.values, found.residuals[:count] + noise
+    # Davis and Kahan's bound.
     gap = float(values[count - 1] - values[count]) if count < len(values) else float(values[count - 1])
-    error = float(residuals.norm())
-    return min(1.0, error / gap) if gap > 0 else 1.0
+    angle = min(1.0, float(residuals.norm()) / gap) if gap > 0 else 1.0
+    return Spectrum(
+        math.sqrt(float(values[0])), math.exp(entropy), math.expm1(min(error, 700)), found.vectors[:, :count], angle
+    )
 
 
-def _entropy(product: Tensor, values: Tensor, vectors: Tensor, trace: float, noise: float) -> tuple[float, float]:
-    """Entropy of the singular values' shares, and its standard error: exact for D values, sampled for the others."""
-    side, taken = len(product), len(values)
-    rest = trace - float(values.sum())
-    done = _sums(values, noise)
-    if rest <= noise * math.sqrt(side) or taken == side:
-        return done.entropy, done.hidden(side, noise)
-    before = math.inf
-    for diagonal, off, mass in _lanczos(product, vectors):
-        each = _quadrature(diagonal, off, mass, noise, side - taken, rest)  # (V, 3)
+def _entropy(
+    given: Gram, space: KrylovSpace, small: Tensor, values: Tensor, turn: Tensor, found: Directions, signs: int
+) -> tuple[float, float, float]:
+    """Entropy of the singular values' shares, its error, and what more values within the rounding could add."""
+    side, noise = len(given.product), given.noise
+    taken = int((found.residuals < _CONVERGED * found.values).long().cumprod(0).sum())
+    done, rest = _sums(values[:taken], noise), given.trace - float(values[:taken].sum())
+    if taken and rest <= noise * math.sqrt(side):
+        return done.entropy, 0.0, done.hidden(side, noise)
+    corner, blocks = space.corner[:, -signs:], space.size // space.block
+    before = len(small) - space.block
+    earlier = torch.linalg.eigh(small[:before, :before])
+    entropies = []
+    for nodes, rows in ((earlier[0].double().flip(0), earlier[1].double().flip(1)), (values, turn)):
+        weights = (corner.T @ rows[: space.block, taken:]).square()  # (V, L − D)
+        each = _quadrature(nodes[taken:], weights, noise, side - taken, rest)  # (V, 3)
         sums = _Sums(*(known + float(more) for known, more in zip(done, each.mean(dim=0), strict=True)))
-        change, before = abs(sums.entropy - before), sums.entropy
-        if change < _STEADY:
-            break
+        entropies.append(sums.entropy)
     influence = each[:, 0] * (1 / sums.sigma + sums.logs / sums.sigma**2) - each[:, 1] / sums.sigma
-    sampling = float(influence.std()) / math.sqrt(_VECTORS)
-    return sums.entropy, math.hypot(sampling, change) + sums.hidden(side, noise)
+    sampling = float(influence.std()) / math.sqrt(signs)
+    change = abs(entropies[1] - entropies[0])
+    return sums.entropy, _DEVIATIONS * sampling + blocks * change, sums.hidden(side, noise)
 
 
-def _lanczos(product: Tensor, without: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Lanczos on random signs, side by side, orthogonal to some directions (N, D).
+def _quadrature(nodes: Tensor, weights: Tensor, noise: float, count: int, trace: float) -> Tensor:
+    """Σσ, Σσ log σ and the count (V, 3) by each vector, corrected by the known number and sum of the eigenvalues.
 
-    Yields:
-        After each number of steps L, diagonals (V, L) and off-diagonals (V, L − 1) of the tridiagonal matrices, and the
-        squared length of each start (V,); float64.
+    Nodes (L,) and weights (V, L) are those of the vectors' quadratures.
     """
-    generator = torch.Generator().manual_seed(1)
-    signs = torch.randint(0, 2, (_VECTORS, len(product)), generator=generator) * 2 - 1
-    without = without.T.contiguous()
-
-    def project(block: Tensor) -> Tensor:
-        return torch.addmm(block, block @ without.T, without, alpha=-1) if len(without) else block
-
-    block = project(signs.to(product))  # vectors as rows, whose sums are fast
-    length = torch.linalg.vector_norm(block, dim=1, keepdim=True)
-    block, before, below = block / length, torch.zeros_like(block), torch.zeros_like(length)
-    diagonal: list[Tensor] = []
-    off: list[Tensor] = []
-    for step in range(1, _STEPS[-1] + 1):
-        image = project((product @ block.T).T.contiguous()).addcmul_(below, before, value=-1)
-        diagonal.append(torch.linalg.vecdot(image, block).unsqueeze(1))
-        image.addcmul_(diagonal[-1], block, value=-1)
-        below = torch.linalg.vector_norm(image, dim=1, keepdim=True)
-        if step in _STEPS:
-            found = torch.cat(diagonal, dim=1), torch.cat([*off, length], dim=1)
-            alpha, rest = (part.cpu().double() for part in found)
-            yield alpha, rest[:, :-1], rest[:, -1].square()
-        off.append(below)
-        before, block = block, image / below.clamp(min=torch.finfo(product.dtype).tiny)
-
-
-def _quadrature(diagonal: Tensor, off: Tensor, mass: Tensor, noise: float, count: int, trace: float) -> Tensor:
-    """Σσ, Σσ log σ and the count (V, 3) by each vector, corrected by the known number and sum of the eigenvalues."""
-    nodes, turn = torch.linalg.eigh(torch.diag_embed(diagonal) + torch.diag_embed(off, 1) + torch.diag_embed(off, -1))
-    weights = mass.unsqueeze(1) * turn[:, 0].square()  # (V, L)
     nodes = torch.where(nodes > noise, nodes, 0.0)
     scale = float(nodes.max()) or 1.0
     known = torch.tensor([count, trace / scale], dtype=torch.float64)
-    line = torch.stack([torch.ones_like(nodes), nodes / scale], dim=-1)  # (V, L, 2)
+    line = torch.stack([torch.ones_like(nodes), nodes / scale], dim=1)  # (L, 2)
     sigma = nodes.sqrt()
-    wanted = torch.stack([sigma, torch.special.xlogy(sigma, sigma)], dim=-1)  # (V, L, 2)
-    counted = count * (weights * (nodes > 0)).sum(dim=1, keepdim=True) / mass.unsqueeze(1)  # (V, 1)
-    root = weights.sqrt().unsqueeze(-1)
-    fit = torch.linalg.lstsq((line * root).flatten(0, 1), (wanted * root).flatten(0, 1), driver="gelsd").solution
-    return torch.cat([known @ fit + (weights.unsqueeze(-1) * (wanted - line @ fit)).sum(dim=1), counted], dim=1)
+    wanted = torch.stack([sigma, torch.special.xlogy(sigma, sigma)], dim=1)  # (L, 2)
+    counted = count * (weights @ (nodes > 0).double()) / weights.sum(dim=1)  # (V,)
+    root = weights.sum(dim=0).sqrt().unsqueeze(1)
+    fit = torch.linalg.lstsq(line * root, wanted * root, driver="gelsd").solution
+    return torch.cat([known @ fit + weights @ (wanted - line @ fit), counted.unsqueeze(1)], dim=1)
 
 
 def _sums(values: Tensor, noise: float) -> _Sums:

@@ -14,6 +14,7 @@ import yaml
 from moebed.cli import main
 from moebed.config import ModelConfig
 from moebed.precision import computed_in
+from tests.small_run import probing, small_recipe, write_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if not path.name.startswith("probe_"))
@@ -22,53 +23,15 @@ RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if not path.
 @pytest.fixture
 def recipe(tmp_path):
     """A run that takes a second, as a YAML file, and its content to change."""
-    (tmp_path / "text.txt").write_text(
-        "\n\n".join(f"{i}: the cat sat on the mat and saw {i}. " * 6 for i in range(120))
+    content = small_recipe(
+        tmp_path,
+        trainer={"max_steps": 6, "val_check_interval": 3, "callbacks": probing(3)},
     )
-    content = {
-        "seed_everything": 7,
-        "trainer": {
-            "default_root_dir": str(tmp_path / "run"),
-            "accelerator": "cpu",
-            "devices": 1,
-            "max_steps": 6,
-            "val_check_interval": 3,
-            "log_every_n_steps": 1,
-            "enable_progress_bar": False,
-            "callbacks": [
-                {"class_path": "probes.ProbeCallback", "init_args": {"every_n_steps": 3, "num_sequences": 2}}
-            ],
-        },
-        "checkpoint": {"every_n_train_steps": 2},
-        "samples": {"prompt_tokens": 4, "new_tokens": 4},
-        "model": {
-            "config": {
-                "vocab_size": 260,
-                "hidden_size": 32,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "num_experts": 4,
-                "num_experts_per_tok": 2,
-                "moe_intermediate_size": 32,
-            },
-            "optimizer": {"warmup_steps": 2},
-        },
-        "data": {
-            "sources": [{"name": "text", "kind": "files", "path": str(tmp_path / "text.txt")}],
-            "tokenizer": {"kind": "bytes"},
-            "sequence_length": 32,
-            "batch_size": 2,
-            "max_validation_windows": 4,
-            "cache_dir": str(tmp_path / "cache"),
-        },
-    }
 
     def write(change=None):
         if change:
             change(content)
-        path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump(content))
-        return path
+        return write_recipe(tmp_path, content)
 
     return write
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moebed.experts import BACKENDS, Experts
-from moebed.grouped import grouped_mm, sort_by_expert
+from moebed.grouped import grouped_mm, row_multiple, sort_by_expert, with_even_rows
 from moebed.routers import Routing
 from tests.conftest import tiny_config
 
@@ -91,6 +91,35 @@ def test_rows_after_the_last_segment_are_zero():
     out = grouped_mm(x, weight, torch.tensor([0, 64, 64], dtype=torch.int32))
     assert torch.equal(out[64:], torch.zeros(64, 4))
     assert out[:64].isfinite().all()
+
+
+@pytest.mark.parametrize(("width", "inner"), [(85, 43), (88, 43), (85, 48), (88, 48)])
+def test_rows_of_any_width_are_what_the_products_of_a_gpu_take(width, inner):
+    """PyTorch checks shapes without a device as it does on a GPU: rows must be a multiple of 16 bytes."""
+    x = torch.empty(64, width, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    weight = torch.empty(3, inner, width, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    offsets = torch.empty(4, dtype=torch.int32, device="meta")
+    if width % 8:
+        with pytest.raises(RuntimeError, match="multiple of 16 bytes"):
+            torch.nn.functional.grouped_mm(x, weight.transpose(-2, -1), offs=offsets[1:])
+    for ragged in (False, True):
+        out = grouped_mm(x, weight, offsets, ragged)
+        assert out.shape == (64, inner)
+        out.backward(torch.empty(64, inner, dtype=torch.bfloat16, device="meta"))
+        assert (x.grad.shape, weight.grad.shape) == (x.shape, weight.shape)
+
+
+@pytest.mark.parametrize(("device", "itemsize", "multiple"), [("cpu", 2, 1), ("cuda", 2, 8), ("cuda", 4, 4)])
+def test_rows_are_padded_by_zeros_that_add_nothing(device, itemsize, multiple):
+    assert row_multiple(device, itemsize) == multiple
+    x, weight = torch.randn(64, 85), torch.randn(2, 43, 85)
+    offsets = torch.tensor([0, 32, 64], dtype=torch.int32)
+    even_x, even_weight = with_even_rows(x, weight, multiple)
+    assert even_x.shape[1] % multiple == even_weight.shape[1] % multiple == even_weight.shape[2] % multiple == 0
+    found = grouped_mm(even_x, even_weight, offsets)
+    torch.testing.assert_close(found[:, :43], grouped_mm(x, weight, offsets))
+    assert not found[:, 43:].any()
+    assert with_even_rows(x[:, :80], weight[:, :40, :80], multiple)[0].shape[1] == 80
 
 
 def test_bf16_autocast_is_close_to_float32():

@@ -1,6 +1,7 @@
 """Routers and probes of one's own, as the READMEs show them: trained, probed, exported, refused without their file."""
 
 import json
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from moebed.cli import main
 from moebed.config import ModelConfig, RouterOptions, setting
 from moebed.errors import ConfigError
 from moebed.plugins import VARIABLE, load_plugins
+from moebed.provenance import plugins_record
 from moebed.routers import ROUTERS, GatedRouter, Router, all_options, register
 from moebed.study.plan import plan_study
 from moebed.study.recipe import read_recipe
@@ -21,6 +23,7 @@ from probes import Probe
 from probes.checkpoint_pass import probes_for
 from probes.driver import ProbePass
 from probes.registry import PROBES, resolve_probes
+from tests.small_run import probing, small_recipe, write_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {
@@ -55,35 +58,9 @@ def plugin(tmp_path, monkeypatch):
 
 @pytest.fixture
 def recipe(tmp_path):
-    (tmp_path / "text.txt").write_text("\n\n".join(f"{i} the cat sat on the mat of the rat. " * 3 for i in range(200)))
-    content = {
-        "seed_everything": 7,
-        "trainer": {
-            "default_root_dir": str(tmp_path / "run"),
-            "accelerator": "cpu",
-            "devices": 1,
-            "max_steps": 4,
-            "val_check_interval": 4,
-            "enable_progress_bar": False,
-            "callbacks": [
-                {
-                    "class_path": "probes.ProbeCallback",
-                    "init_args": {"every_n_steps": 4, "num_sequences": 2, "probes": ["confidence"]},
-                }
-            ],
-        },
-        "model": {"config": {**SIZES, "router": "cosine", "router_options": {"temperature": 0.5}}},
-        "data": {
-            "sources": [{"name": "text", "kind": "files", "path": str(tmp_path / "text.txt")}],
-            "tokenizer": {"kind": "bytes"},
-            "sequence_length": 32,
-            "batch_size": 2,
-            "cache_dir": str(tmp_path / "cache"),
-        },
-    }
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(content))
-    return path
+    own = {"router": "cosine", "router_options": {"temperature": 0.5}}
+    callbacks = probing(4, probes=["confidence"])
+    return write_recipe(tmp_path, small_recipe(tmp_path, trainer={"callbacks": callbacks}, config=own))
 
 
 def test_a_router_and_a_probe_of_ones_own(plugin, recipe, tmp_path, capsys, monkeypatch):
@@ -152,6 +129,24 @@ def test_a_plugin_that_fails_is_one_line(tmp_path, monkeypatch, capsys, content,
     assert "--plugins wants a Python file" in capsys.readouterr().err
 
 
+def test_two_files_of_one_name_are_both_imported(tmp_path, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "")
+    monkeypatch.setenv("SEEN", "")
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "twin.py").write_text(f"import os\nos.environ['SEEN'] += '{folder}'\n")
+    both = f"{tmp_path}/a/twin.py,{tmp_path}/b/twin.py"
+    try:
+        for _ in range(2):
+            load_plugins(["--plugins", both])
+            assert os.environ["SEEN"] == "ab"
+        record = plugins_record()
+        assert len(record["twin.py"]) == 2
+        assert record["twin.py"][0] != record["twin.py"][1]
+    finally:
+        _forget()
+
+
 def test_plugins_are_imported_once_and_modules_by_name(tmp_path, monkeypatch):
     (tmp_path / "counted_plugin.py").write_text("import os\nos.environ['TIMES'] += 'x'\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -159,7 +154,6 @@ def test_plugins_are_imported_once_and_modules_by_name(tmp_path, monkeypatch):
     monkeypatch.setenv(VARIABLE, "counted_plugin")
     assert load_plugins(["--a", "--plugins=counted_plugin", "b"]) == ["--a", "b"]
     assert load_plugins([]) == []
-    import os
 
     assert (os.environ["TIMES"], os.environ[VARIABLE]) == ("x", "counted_plugin")
 

@@ -13,6 +13,7 @@ import yaml
 from lightning.pytorch import Callback
 
 from moebed.cli import main
+from tests.small_run import made_up_text, small_recipe, write_recipe
 
 
 class Signal(Callback):
@@ -36,6 +37,17 @@ class Stop(Callback):
         trainer.should_stop = trainer.global_step >= self.step
 
 
+class Saves(Callback):
+    """Writes after how many micro-batches each checkpoint is taken."""
+
+    def __init__(self, path: str):
+        self.path = Path(path)
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        with self.path.open("a") as file:
+            file.write(f"{trainer.fit_loop.epoch_loop.batch_progress.current.ready}\n")
+
+
 ACCUMULATE = ["--trainer.accumulate_grad_batches", 4]
 
 
@@ -51,30 +63,18 @@ def _without_reports():
 def recipe(tmp_path_factory):
     """Of a run of a second; all runs share its text."""
     folder = tmp_path_factory.mktemp("recipe")
-    (folder / "text.txt").write_text("\n\n".join(f"{i}: the cat sat on the mat and saw {i}. " * 6 for i in range(90)))
-    trainer = {"accelerator": "cpu", "devices": 1, "precision": "32-true", "max_steps": 6, "val_check_interval": 2}
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "moe_intermediate_size": 16}
-    content = {
-        "seed_everything": 7,
-        "trainer": {**trainer, "log_every_n_steps": 1, "enable_progress_bar": False},
-        "checkpoint": {"every_n_train_steps": 1000},
-        "samples": {"prompt_tokens": 2, "new_tokens": 1},
-        "model": {
-            "config": {"vocab_size": 260, "num_experts": 4, "num_experts_per_tok": 2, **sizes},
-            "optimizer": {"warmup_steps": 2, "learning_rate": 0.01},
-        },
-        "data": {
-            "sources": [{"name": "text", "kind": "files", "path": str(folder / "text.txt")}],
-            "tokenizer": {"kind": "bytes"},
-            "sequence_length": 16,
-            "batch_size": 2,
-            "max_validation_windows": 2,
-            "cache_dir": str(folder / "cache"),
-        },
-    }
-    recipe = folder / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(content))
-    return recipe
+    content = small_recipe(
+        folder,
+        made_up_text(90),
+        trainer={"precision": "32-true", "max_steps": 6},
+        checkpoint={"every_n_train_steps": 1000},
+        samples={"prompt_tokens": 2, "new_tokens": 1},
+        config={"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "moe_intermediate_size": 16},
+        model={"optimizer": {"warmup_steps": 2, "learning_rate": 0.01}},
+        data={"sequence_length": 16, "max_validation_windows": 2},
+    )
+    del content["trainer"]["default_root_dir"]
+    return write_recipe(folder, content)
 
 
 def _call(recipe, folder, *options, command="fit"):
@@ -141,22 +141,10 @@ def test_sigterm_between_micro_batches_waits_for_the_end_of_the_step(run, whole,
         assert _scalars(folder, tag) == _scalars(whole, tag)
 
 
-def test_the_clock_waits_for_the_end_of_the_step(run):
-    saved = []
-
-    class Watch(Callback):
-        def on_save_checkpoint(self, trainer, pl_module, checkpoint):
-            saved.append(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
-
-    from moebed import training
-
-    original = training.TrainingCLI._progress
-    training.TrainingCLI._progress = lambda self: [Watch()]
-    try:
-        assert run("run", *ACCUMULATE, "--checkpoint.train_time_interval", "0:00:00")[0] == 0
-    finally:
-        training.TrainingCLI._progress = original
-    assert saved == [4, 8, 12, 16, 20, 24]
+def test_the_clock_waits_for_the_end_of_the_step(run, tmp_path):
+    watch = ["--trainer.callbacks", json.dumps(_callback("Saves", path=str(tmp_path / "saves")))]
+    assert run("run", *ACCUMULATE, *watch, "--checkpoint.train_time_interval", "0:00:00")[0] == 0
+    assert (tmp_path / "saves").read_text().split() == ["4", "8", "12", "16", "20", "24"]
 
 
 def test_files_are_named_and_ranked_by_the_validation_of_their_own_step(run):
@@ -400,6 +388,19 @@ def test_nor_of_a_callback_beside(run, asked):
     assert code == 2
     assert f"trainer.callbacks: ModelCheckpoint.{next(iter(asked))} would save in the middle of a step" in said
     assert not Path(folder).exists()
+
+
+def test_validation_by_the_clock_waits_for_the_end_of_the_step_and_so_do_callbacks_that_save_then(run, tmp_path):
+    """Every micro-batch is time to validate, and every validation time to save."""
+    own = _own_checkpoints(dirpath=str(tmp_path / "own"), save_top_k=-1, filename="{step}")
+    callbacks = json.dumps([own, *_callback("Saves", path=str(tmp_path / "saves"))])
+    options = ["--trainer.val_check_interval", "00:00:00:00", "--trainer.limit_val_batches", 1]
+    code, said, folder = run("run", *ACCUMULATE, *options, "--trainer.callbacks", callbacks)
+    assert code == 0, said
+    assert [step + 1 for step, _ in _scalars(folder, "val/loss")] == [1, 2, 3, 4, 5, 6]
+    micro_batches = [int(line) for line in (tmp_path / "saves").read_text().split()]
+    assert set(micro_batches) == {4, 8, 12, 16, 20, 24}
+    assert len({file.name for file in (tmp_path / "own").iterdir()}) == 6
 
 
 @pytest.mark.slow

@@ -42,6 +42,8 @@ def run(command: str, arguments: Sequence[str]) -> None:
     probe = kinds.add_parser("probe", help="neuron matching beside the published procedure and its own products")
     probe.add_argument("--rounds", type=int, default=3, help="alternations of each comparison; 3 take five minutes")
     probe.add_argument("--only", action="append", help="streaming, weights or matching; default all; may be repeated")
+    probe.add_argument("--size", action="append", help="rows of weights: mixtral or deepseek; default both; repeatable")
+    probe.add_argument("--experts", type=int, metavar="N", help="rows of weights: at most N experts of the layer")
     probe.add_argument("--full", action="store_true", help="a whole layer of 64 experts; takes more than an hour")
     kernels = kinds.add_parser("kernels", help="the Triton kernels: machine code and roofline, or times on a GPU")
     kernels.add_argument("--static", action="store_true", help="compile and check the machine code; needs no GPU")
@@ -143,12 +145,16 @@ def _probe(options: argparse.Namespace) -> dict[str, Any]:
     from rich.console import Console
     from rich.table import Table
 
-    from moebed.bench import probe
+    from moebed.bench import probe, weights
 
-    if options.rounds < 1:
-        raise UserError(f"--rounds {options.rounds}: give at least 1")
+    for name in ("rounds", "experts"):
+        value = getattr(options, name)
+        if value is not None and value < (1 if name == "rounds" else 2):
+            raise UserError(f"--{name} {value}: give at least {1 if name == 'rounds' else 2}")
     _check_choices("--only", options.only or [], probe.KINDS)
-    found = probe.run(options.rounds, options.full, _say, options.only or probe.KINDS)
+    _check_choices("--size", options.size or [], weights.SIZES)
+    kinds, sizes = options.only or probe.KINDS, options.size or tuple(weights.SIZES)
+    found = probe.run(options.rounds, options.full, _say, kinds, sizes, options.experts)
     table = Table(title=f"weight probes, median \\[least, most] of {found['rounds']} rounds")
     for heading in ("ratio of times", "found", "goal", ""):
         table.add_column(heading, justify="left" if heading == "ratio of times" else "right")

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from probes.matching import exact_products, match_pairs
 
 DEEPSEEK, MIXTRAL = (1408, 2048), (14336, 4096)  # N, H
 LAYER_EXPERTS, SOME_EXPERTS = 64, 5
-STREAMED, WEIGHED = streaming.Shape(), streaming.Shape(layers=1)
+STREAMED = streaming.Shape()
 MATRICES = 3  # of which one, down, has its neurons as columns
 
 
@@ -164,7 +165,14 @@ def streaming_rows(rounds: int) -> list[dict[str, Any]]:
 
             return measure
 
-        for kind, wrap in (("from disk", cold), ("from the page cache", lambda read: lambda: read(folder))):
+        def cached(read: Callable[[Path], float]) -> Callable[[], float]:
+            def measure() -> float:
+                streaming.keep_cached(folder)
+                return read(folder)
+
+            return measure
+
+        for kind, wrap in (("from disk", cold), ("from the page cache", cached)):
             plain, streamed = alternate(rounds, wrap(streaming.plain_read), wrap(streaming.streamed_read))
             rows.append(_row(f"plain read / streamed read, {kind}", plain, streamed, 0.9, True))
             size = sum(path.stat().st_size for path in folder.iterdir())
@@ -181,24 +189,30 @@ def streaming_rows(rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def weight_rows(rounds: int) -> list[dict[str, Any]]:
-    """Each probe of weights, and all together, over reading and multiplying a layer once."""
+def weight_rows(rounds: int, sizes: Sequence[str], most: int | None) -> list[dict[str, Any]]:
+    """Each probe of weights, and all together, over reading and multiplying a layer once; of ``most`` experts of it."""
     rows = []
-    deepseek = weights.deepseek(LAYER_EXPERTS)
-    for model, shape in (("Mixtral 8x7B", WEIGHED), ("DeepSeekMoE-16B", deepseek)):
+    for model, whole in (weights.SIZES[size] for size in sizes):
+        shape = replace(whole, experts=min(whole.experts, most or whole.experts))
         with tempfile.TemporaryDirectory(prefix="moebed-bench-") as scratch:
             folder = streaming.write_model(Path(scratch) / "model", shape)
             passes: list[dict[str, float]] = []
 
             def ours(folder: Path = folder, passes: list[dict[str, float]] = passes) -> float:
+                streaming.keep_cached(folder)
                 passes.append(weights.layer_pass(folder))
                 return passes[-1]["all"]
 
-            _, floor = alternate(rounds, ours, lambda f=folder, s=shape: weights.read_and_multiply(f, s))  # type: ignore[misc]
+            def multiply(folder: Path = folder, shape: streaming.Shape = shape) -> float:
+                streaming.keep_cached(folder)
+                return weights.read_and_multiply(folder, shape)
+
+            _, floor = alternate(rounds, ours, multiply)
+        seen = f"{shape.experts} experts" if shape == whole else f"{shape.experts} of {whole.experts} experts"
         for name in (*weights.MEASURED, "all"):
             seconds = [found[name] for found in passes[1:]]  # after the warm-up
             what = "all probes of weights but matching" if name == "all" else name
-            label = f"{what} / reading and multiplying a layer, {model}, {shape.experts} experts"
+            label = f"{what} / reading and multiplying a layer, {model}, {seen}"
             rows.append(_row(label, seconds, floor, 2, False) | {"seconds": statistics.median(seconds)})
     return rows
 
@@ -206,12 +220,28 @@ def weight_rows(rounds: int) -> list[dict[str, Any]]:
 KINDS = ("streaming", "weights", "matching")
 
 
-def run(rounds: int, full: bool, progress: Callable[[str], None], only: Sequence[str] = KINDS) -> dict[str, Any]:
-    """Measure everything, or ``only`` some of ``KINDS``; ``rounds`` alternations of each comparison."""
+def run(
+    rounds: int,
+    full: bool,
+    progress: Callable[[str], None],
+    only: Sequence[str] = KINDS,
+    sizes: Sequence[str] = tuple(weights.SIZES),
+    most: int | None = None,
+) -> dict[str, Any]:
+    """Measure everything, or ``only`` some of ``KINDS``; ``rounds`` alternations of each comparison.
+
+    Args:
+        rounds: How often.
+        full: Match the neurons of a whole layer.
+        progress: Is told what is measured.
+        only: Of ``KINDS``.
+        sizes: Of ``weights.SIZES``, for the rows of weights.
+        most: Experts of a layer that the rows of weights take, if not all.
+    """
     rows = []
     for kind, what, measure in (
         ("streaming", "streaming of a checkpoint", lambda: streaming_rows(rounds)),
-        ("weights", "probes of weights beside one product of a layer", lambda: weight_rows(rounds)),
+        ("weights", "probes of weights beside one product of a layer", lambda: weight_rows(rounds, sizes, most)),
         ("matching", "one pair beside the published procedure", lambda: pair_rows(rounds)),
         ("matching", "a DeepSeekMoE layer beside its products", lambda: layer_rows(rounds, full)),
         ("matching", "one pair of Mixtral's size", lambda: big_rows(max(1, rounds // 2))),

@@ -25,9 +25,10 @@ MATCHING = "neuron_matching"  # has lines of its own
 MEASURED = tuple(name for name in STATIC_PROBES if name != MATCHING)
 
 
-def deepseek(experts: int) -> Shape:
-    """A layer of DeepSeekMoE-16B's sizes with this many routed experts (64 there), without the shared one."""
-    return Shape(2048, 1408, 16, 16, experts, 1)
+SIZES = {
+    "mixtral": ("Mixtral 8x7B", Shape(layers=1)),
+    "deepseek": ("DeepSeekMoE-16B", Shape(2048, 1408, 16, 16, 64, 1)),
+}  # a layer of each, without a shared expert
 
 
 def layer_pass(folder: Path) -> dict[str, float]:

@@ -46,7 +46,7 @@ class Precision:
 
     dtype: torch.dtype | None
     device: torch.device
-    _scratch: dict[int, Tensor] = field(default_factory=dict)
+    _scratch: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def compute(self) -> torch.dtype:
@@ -57,15 +57,16 @@ class Precision:
         """Weights as probes see them."""
         return weights.to(device=self.device, dtype=self.dtype or weights.dtype)
 
-    def used(self, weights: Tensor) -> Tensor:
-        """Weights (N, M) for a product; valid until the next ones of this size are asked for."""
+    def used(self, weights: Tensor, name: str = "") -> Tensor:
+        """Weights (N, M) for a product; valid until the next ones of this name are asked for."""
         weights = self.seen(weights)
         if weights.dtype == self.compute:
             return weights
-        scratch = self._scratch.get(weights.numel())
-        if scratch is None:  # kept, because new memory costs more than the conversion
-            self._scratch = {weights.numel(): torch.empty(weights.numel(), dtype=self.compute, device=self.device)}
-            scratch = self._scratch[weights.numel()]
+        scratch = self._scratch.get(name)
+        if scratch is None or scratch.numel() != weights.numel():  # kept: new memory costs more than the conversion
+            self._scratch.pop(name, None)
+            scratch = torch.empty(weights.numel(), dtype=self.compute, device=self.device)
+            self._scratch[name] = scratch
         return scratch.view(weights.shape).copy_(weights)
 
     def computing(self) -> AbstractContextManager[object]:
@@ -249,22 +250,27 @@ class StreamedWeights:
         """
         model, weights = self._model, ffn_pieces(self._model.checkpoint, self._layer, ffn)
         model.pool.enter(model.plan.group(self._layer, ffn if step is None else step))
-        gate, up, down = ([model.pool.get(piece) for piece in weights[name]] for name in ("gate", "up", "down"))
+        matrices = {name: [model.pool.get(piece) for piece in pieces] for name, pieces in weights.items()}
+        blocks = torch.arange(len(x)).split(tokens_at_a_time(len(matrices["gate"][0])))
+        used = model.precision.used
+        # All are moved and cast once; for one block, each when it is needed, in the same memory.
+        ready = {n: [used(f, f"{n}{i}") for i, f in enumerate(fs)] for n, fs in matrices.items() if len(blocks) > 1}
+
+        def through(name: str, x: Tensor) -> Tensor:
+            """x (N, ·) times the transpose of a matrix, which is the product of its factors."""
+            for factor in reversed(ready.get(name, matrices[name])):
+                x = F.linear(x, factor if ready else used(factor))
+            return x
+
         output = torch.empty_like(x)
         with model.computing():
-            for rows in torch.arange(len(x)).split(max(1, _ACTIVATIONS_AT_A_TIME // len(gate[0]))):
+            for rows in blocks:
                 part = slice(int(rows[0]), int(rows[-1]) + 1)
-                activated = self._activation(self._through(gate, x[part]))
+                activated = self._activation(through("gate", x[part]))
                 if watch is not None:
                     watch(part, activated.float())
-                output[part] = self._through(down, activated * self._through(up, x[part])).float()
+                output[part] = through("down", activated * through("up", x[part])).float()
         return output
-
-    def _through(self, factors: list[Tensor], x: Tensor) -> Tensor:
-        """x (N, ·) times the transpose of a matrix that is the product of these factors."""
-        for factor in reversed(factors):
-            x = F.linear(x, self._model.precision.used(factor))
-        return x
 
     def _shared_gate(self, x: Tensor) -> Tensor | float:
         mlp = self._model.current.mlp if self._model.current is not None else None
@@ -276,6 +282,11 @@ class StreamedWeights:
     def _seen(self, name: str, piece: Piece, rows: slice = slice(None)) -> Tensor:
         self._model.pool.enter(self._model.plan.group(self._layer, name))
         return self._model.precision.seen(self._model.pool.rows(piece, rows))
+
+
+def tokens_at_a_time(width: int) -> int:
+    """Tokens whose activations in an expert of this width are made at a time."""
+    return max(1, _ACTIVATIONS_AT_A_TIME // width)
 
 
 def block_pieces(checkpoint: Checkpoint, layer: int) -> dict[str, Piece]:

@@ -94,7 +94,10 @@ class TextDataModule(LightningDataModule):
     # ---- building and opening ----------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
-        """Builds whatever the cache lacks; Lightning calls it in one process of each machine."""
+        """Builds whatever the cache lacks; of processes that share a cache folder one builds, and the others wait.
+
+        Lightning calls it in one process of each machine, and ``moebed fit`` in every process before that.
+        """
         self._open()
 
     def setup(self, stage: str | None = None) -> None:
@@ -176,8 +179,16 @@ class TextDataModule(LightningDataModule):
         """
         rank, world_size = self._rank_and_world_size()
         weights = mixture_weights(self.sources, [None if s.train is None else len(s.train) for s in self.stores])
+        rows = range(rank * self.batch_size, (rank + 1) * self.batch_size)
         domains: list[TokenStream | StreamPacker] = [
-            StreamPacker(Source(config), self.tokenizer, self.sequence_length, self.validation_fraction)
+            StreamPacker(
+                Source(config),
+                self.tokenizer,
+                self.sequence_length,
+                self.validation_fraction,
+                rows,
+                world_size * self.batch_size,
+            )
             if store.train is None
             else store.train
             for config, store in zip(self.sources, self.stores, strict=True)

@@ -17,12 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from moebed.data.mixture import DomainDraws, WindowOrder
 from moebed.data.store import TokenStream
-from moebed.data.streaming import StreamPacker
+from moebed.data.streaming import StreamPacker, whole_state
 
 IGNORED = -100
 _READ_AHEAD = 4  # batches
@@ -64,16 +65,18 @@ def window_at(stream: TokenStream, domain: int, start: int, sequence_length: int
 class PackedLoader:
     """Endless training batches of a mixture of domains.
 
-    Sample i is a function of the seed, i and the data alone. Batch b of rank r holds samples
-    ``b * B * world_size + r * B`` and on: the global batch is the same whatever the number of ranks. Every rank reads
-    the whole of a streaming domain and keeps its share, so the state of any rank is the state of all.
+    Sample i is a function of the seed, i and the data alone, and in streaming domains of the rows of the global batch
+    too. Batch b of rank r holds samples ``b * B * world_size + r * B`` and on: the global batch is the same whatever
+    the number of ranks. Of a streaming domain each rank tokenizes what its own rows are dealt (see
+    :mod:`moebed.data.streaming`).
 
-    Its state is a position in the *consumed* samples. Lightning fetches a batch ahead of training, so a loader that
-    only counted what it gave would skip a batch on resuming: with ``tracked``, the owner says through
-    :meth:`mark_consumed` when training has taken a batch.
+    Its state is a position in the *consumed* samples, and in streaming domains the places of all rows. Lightning
+    fetches a batch ahead of training, so a loader that only counted what it gave would skip a batch on resuming:
+    with ``tracked``, the owner says through :meth:`mark_consumed` when training has taken a batch.
 
     Args:
-        domains: For each domain, its training stream or the packer of its streaming source.
+        domains: For each domain, its training stream or the packer of its streaming source, which is given this
+            rank's rows ``r * B`` to ``(r + 1) * B`` of ``B * world_size``.
         weights: Chance of each domain ``(D,)``.
         sequence_length: S.
         batch_size: Sequences of this rank's batch (B).
@@ -96,18 +99,16 @@ class PackedLoader:
         tracked: bool = False,
         identity: str = "",
     ) -> None:
-        self._domains = list(domains)
         self._draws = DomainDraws(seed, weights)
-        self._orders = [
-            WindowOrder(seed, index, len(domain), sequence_length) if isinstance(domain, TokenStream) else None
-            for index, domain in enumerate(self._domains)
-        ]
-        self._packers = {index: d for index, d in enumerate(self._domains) if isinstance(d, StreamPacker)}
+        self._streams = {index: d for index, d in enumerate(domains) if isinstance(d, TokenStream)}
+        self._orders = {i: WindowOrder(seed, i, len(d), sequence_length) for i, d in self._streams.items()}
+        self._packers = {index: d for index, d in enumerate(domains) if isinstance(d, StreamPacker)}
         self._sequence_length, self._batch_size = sequence_length, batch_size
         self._rank, self._world_size = rank, world_size
         self._tracked, self._identity = tracked, identity
         self._position = 0
         self._consumed = self._snapshot()
+        self._whole: dict[str, Any] | None = None  # of all ranks, when it was last asked for
         self._ahead: deque[dict[str, Any]] = deque()
         self._reader: ThreadPoolExecutor | None = None
 
@@ -151,26 +152,17 @@ class PackedLoader:
         self._consumed = self._ahead.popleft()
 
     def _next_batch(self) -> Batch:
-        windows = []
-        own = range(self._rank * self._batch_size, (self._rank + 1) * self._batch_size)
-        # Others' samples matter only where taking one moves a stream on.
-        needed = range(self._batch_size * self._world_size) if self._packers else own
-        for offset in needed:
-            domain, index = self._draws.locate(self._position + offset)
-            window = self._window(domain, index, offset in own)
-            if window is not None:
-                windows.append(window)
+        first = self._rank * self._batch_size
+        windows = [self._window(row) for row in range(first, first + self._batch_size)]
         self._position += self._batch_size * self._world_size
         return collate(windows, self._batch_size, self._sequence_length, padding_id=0)
 
-    def _window(self, domain: int, index: int, is_own: bool) -> _Window | None:
-        stream, order = self._domains[domain], self._orders[domain]
-        if isinstance(stream, StreamPacker):
-            ids, lengths = stream.next_window()
-            return (domain, ids, lengths) if is_own else None
-        if not is_own or order is None:
-            return None
-        return window_at(stream, domain, order.start(index), self._sequence_length)
+    def _window(self, row: int) -> _Window:
+        """The next window of a row of the global batch."""
+        domain, index = self._draws.locate(self._position + row)
+        if (packer := self._packers.get(domain)) is not None:
+            return domain, *packer.next_window(row)
+        return window_at(self._streams[domain], domain, self._orders[domain].start(index), self._sequence_length)
 
     def _snapshot(self) -> dict[str, Any]:
         streams = {str(index): packer.state_dict() for index, packer in self._packers.items()}
@@ -183,11 +175,26 @@ class PackedLoader:
                 packer.load_state_dict(stream)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the number of samples consumed by all ranks, and the places in streaming sources."""
+        """Returns the number of samples consumed by all ranks, and the places of all rows in streaming sources.
+
+        Where there are streaming sources, ranks that talk to each other call this together.
+        """
+        if self._packers and self._world_size > 1 and dist.is_initialized():
+            if (
+                self._whole is None or self._whole["position"] != self._consumed["position"]
+            ):  # asked twice at each checkpoint
+                states: list[Any] = [None] * dist.get_world_size()
+                dist.all_gather_object(states, self._consumed)
+                self._whole = whole_loader_state(states)
+            return self._whole
         return self._consumed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Makes the next batch the one after those consumed; the number of ranks and B may differ from before."""
+        """Makes the next batch the one after those consumed; the number of ranks and B may differ from before.
+
+        Where their product differs, a streaming source goes on after the document furthest read: what was tokenized
+        and not yet used is left out.
+        """
         if state_dict["identity"] != self._identity:
             rank_zero_warn(
                 "the checkpoint was trained on other data (sources, tokenizer, sequence length, weights or seed): "
@@ -196,7 +203,13 @@ class PackedLoader:
         self._stop_reading()
         self._restore(state_dict)
         self._ahead.clear()
-        self._consumed = state_dict
+        self._consumed = self._whole = state_dict
+
+
+def whole_loader_state(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the state of a loader with the rows of all ranks, of which ``states`` are."""
+    streams = {name: whole_state([state["streams"][name] for state in states]) for name in states[0]["streams"]}
+    return states[0] | {"streams": streams}
 
 
 class ValidationLoader:

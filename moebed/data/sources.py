@@ -1,8 +1,9 @@
 """One seam for text: a source is a named domain that yields documents.
 
 ``embedded`` sources are :mod:`moebed.data.corpus`; ``files`` are local text, CSV, JSON lines, JSON or Parquet files;
-``hub`` is what ``datasets.load_dataset`` can load with one of the builders of text. Nothing a source names is ever
-executed: builders that open pickles or code are refused, whatever the version of ``datasets``.
+``hub`` is what ``datasets.load_dataset_builder`` makes one of the builders of text for. Nothing a source names is ever
+executed: the versions of ``datasets`` that pyproject allows run no scripts, and of their builders those that open
+pickles or hold no text are refused here.
 """
 
 import csv
@@ -13,7 +14,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from moebed.provenance import content_record, file_record
 _SUFFIXES = (".txt", ".csv", ".jsonl", ".json", ".parquet")
 # Of the data sets library; cache is what it kept of one of the others.
 _PACKAGED = "datasets.packaged_modules."
+_ALL = repeat(True)
 _BUILDERS = ("csv", "json", "parquet", "arrow", "text", "xml", "cache")
 
 
@@ -45,8 +47,8 @@ class SourceConfig:
         data_files: Files of the hub data set to read; with path json, csv, text or parquet, local files.
         text_field: Column or key that holds the text, where documents are records.
         streaming: Tokenize while training and never hold the whole source, on disk or in memory. A local file is read a
-            piece at a time, and again for each pass over it; every process reads and tokenizes what all of them train
-            on, so with many processes a source that fits the disk is better not streamed.
+            piece at a time, and again for each pass over it. Each process tokenizes what it trains on and passes over
+            the documents of the others, unparsed where the file is .jsonl or .parquet.
         weight: Chance of a training sequence to come from this domain, relative to the other domains' weights. If no
             source has a weight and none is streaming, domains weigh what they hold in tokens; otherwise a source
             without one weighs 1.
@@ -167,8 +169,8 @@ class Source:
             UserError: If a file is missing or damaged, the text field does not exist or the hub cannot be reached.
         """
         left = self.config.max_bytes if self.config.max_bytes is not None else sys.maxsize
-        for text in self._all_documents():
-            if not text.strip():
+        for text in self.texts():
+            if text is None or not text.strip():
                 continue
             text = encodable(text)
             size = len(text.encode())
@@ -183,19 +185,29 @@ class Source:
     def stored_documents(self) -> Iterator[str]:
         """Yields the documents to store: all of them, or one pass over a streaming hub data set without keeping it."""
         if self.config.kind == "hub" and self.config.streaming:
-            return (encodable(text) for text in self.texts_of(self.load_dataset(streaming=True)) if text.strip())
+            texts = self.texts_of(self.load_dataset(streaming=True))
+            return (encodable(text) for text in texts if text is not None and text.strip())
         return self.documents()
 
-    def _all_documents(self) -> Iterator[str]:
+    def texts(self, wanted: Iterator[bool] = _ALL) -> Iterator[str | None]:
+        """Yields every document as it stands, empty ones too.
+
+        Args:
+            wanted: For each document in turn, whether it is; instead of one that is not, None is yielded, and it is
+                not parsed where it need not be.
+
+        Raises:
+            UserError: As in :meth:`documents`.
+        """
         config = self.config
         if config.kind == "embedded":
-            yield from embedded_documents(config.embedded_domain, config.max_bytes)
+            yield from _chosen(embedded_documents(config.embedded_domain, config.max_bytes), wanted)
         elif config.kind == "hub":
-            yield from self.texts_of(self.load_dataset(streaming=False))
+            yield from self.texts_of(self.load_dataset(streaming=False), wanted)
         else:
             for path in self.files():
                 try:
-                    yield from self._file_documents(path)
+                    yield from self._file_documents(path, wanted)
                 except (OSError, EOFError, UnicodeDecodeError, csv.Error, ValueError) as error:
                     raise UserError(f"data source {config.name!r}: cannot read {path}: {_one_line(error)}") from error
 
@@ -224,8 +236,13 @@ class Source:
             )
         return "" if value is None else str(value)
 
-    def texts_of(self, dataset: Any) -> Iterator[str]:
-        """Yields the text of each record of an opened hub data set; raises UserError in one line if reading fails."""
+    def texts_of(self, dataset: Any, wanted: Iterator[bool] = _ALL) -> Iterator[str | None]:
+        """Yields the text of each record of an opened hub data set; raises UserError in one line if reading fails.
+
+        Args:
+            dataset: What :meth:`load_dataset` returned.
+            wanted: As in :meth:`texts`.
+        """
         records = iter(dataset)
         while True:
             try:
@@ -235,7 +252,7 @@ class Source:
             except Exception as error:  # the network and the parsers raise all sorts
                 cause = f"{type(error).__name__}: {_one_line(error)}"
                 raise UserError(f"data source {self.config.name!r}: reading the data set stopped ({cause})") from error
-            yield self.text_of(record)
+            yield self.text_of(record) if next(wanted) else None
 
     def load_dataset(self, streaming: bool) -> Any:
         """Opens a ``hub`` source with the datasets library; raises UserError in one line if that fails."""
@@ -270,10 +287,10 @@ class Source:
                 f"only these are used: {', '.join(_BUILDERS)}"
             )
 
-    def _file_documents(self, path: Path) -> Iterator[str]:
+    def _file_documents(self, path: Path, wanted: Iterator[bool]) -> Iterator[str | None]:
         suffix = _suffix(path)
         if suffix == ".parquet":
-            yield from self._parquet_documents(path)
+            yield from self._parquet_documents(path, wanted)
             return
         opener: Any = gzip.open if path.suffix.lower() == ".gz" else open
 
@@ -283,24 +300,28 @@ class Source:
             return opener(path, "rt", encoding="utf-8-sig", newline=newline)
 
         if suffix == ".txt":
-            yield from text_documents(opened, self.config.document_separator)
+            yield from _chosen(text_documents(opened, self.config.document_separator), wanted)
             return
         with opened() as file:
             if suffix == ".csv":
-                yield from self._csv_documents(file)
+                yield from _chosen(self._csv_documents(file), wanted)
             elif suffix == ".jsonl":
-                yield from self._json_lines(file)
+                yield from self._json_lines(file, wanted)
             else:
-                yield from (self.text_of(record) for record in json_records(file))
+                yield from (self.text_of(record) if next(wanted) else None for record in json_records(file))
 
-    def _json_lines(self, file: Any) -> Iterator[str]:
+    def _json_lines(self, file: Any, wanted: Iterator[bool]) -> Iterator[str | None]:
         for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    record = json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"line {number} is no JSON ({error})") from error
-                yield self.text_of(record)
+            if not line.strip():
+                continue
+            if not next(wanted):
+                yield None
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"line {number} is no JSON ({error})") from error
+            yield self.text_of(record)
 
     def _csv_documents(self, file: Any) -> Iterator[str]:
         csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
@@ -315,14 +336,22 @@ class Source:
             self.text_of(dict.fromkeys(header))
         yield from (row[header.index(field)] for row in rows if len(row) > header.index(field))
 
-    def _parquet_documents(self, path: Path) -> Iterator[str]:
+    def _parquet_documents(self, path: Path, wanted: Iterator[bool]) -> Iterator[str | None]:
         import pyarrow.parquet
 
         with pyarrow.parquet.ParquetFile(path) as file:
             if self.config.text_field not in file.schema_arrow.names:
                 self.text_of(dict.fromkeys(file.schema_arrow.names))
             for batch in file.iter_batches(batch_size=256, columns=[self.config.text_field]):
-                yield from (self.text_of(record) for record in batch.to_pylist())
+                values = batch.column(0)
+                yield from (
+                    self.text_of({self.config.text_field: values[row].as_py()}) if next(wanted) else None
+                    for row in range(len(values))
+                )
+
+
+def _chosen(texts: Iterator[str], wanted: Iterator[bool]) -> Iterator[str | None]:
+    return (text if next(wanted) else None for text in texts)
 
 
 def encodable(text: str) -> str:

@@ -23,9 +23,10 @@ class ParallelConfig:
         expert: Ranks that share the experts of a layer; must divide the number of experts of every layer that has any.
         shard: Shard parameters, gradients and optimizer state: of experts over `data` ranks, of all else over all
             ranks. Otherwise they are replicated.
-        gather_dtype: What sharded parameters are gathered in. float32 gives the results of a replicated model;
-            bfloat16 halves the traffic, rounds norm scales (routers stay in float32), and leaves the residual stream
-            between the blocks in bfloat16, as trainer.precision bf16-true has it.
+        gather_dtype: What sharded parameters are gathered in; of no effect without `shard`. float32 leaves them as they
+            are, which gives the results of a replicated model; bfloat16 halves the traffic of gathering (gradients are
+            reduced in float32 either way), rounds norm scales (routers stay as they are), and leaves the residual
+            stream between the blocks in bfloat16, as trainer.precision bf16-true has it.
         reshard_after_forward: Let a block's gathered parameters go after its forward pass and gather them again for
             the backward pass: less memory, half as much traffic again.
         checkpoint: sharded: each rank writes its parts into a folder; file: the first rank gathers all into one file,

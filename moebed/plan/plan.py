@@ -178,6 +178,12 @@ def world_size(recipe: Any, cuda_devices: int) -> int:
     return _devices(trainer.devices, grid and grid // trainer.num_nodes, here) * trainer.num_nodes
 
 
+def takes_any_gpu(recipe: Any, cuda_devices: int) -> bool:
+    """Whether a parsed recipe trains on GPUs, and does not say on which."""
+    named = isinstance(recipe.trainer.devices, list) or "," in str(recipe.trainer.devices)
+    return _on_gpu(recipe.trainer, cuda_devices) and not named
+
+
 def _on_gpu(trainer: Any, cuda_devices: int) -> bool:
     return trainer.accelerator in ("gpu", "cuda") or (trainer.accelerator == "auto" and cuda_devices > 0)
 

@@ -90,6 +90,11 @@ class FactorisedExperts(Experts):
         return super().activate(expert, F.linear(x, self.low_proj[expert]))
 
 
+def _a_third(config: ModelConfig) -> str:
+    wide = max(1, round(config.hidden_size / 24)) * 8
+    return f"about hidden_size / 3 was best, {wide} here, to a multiple of 8"
+
+
 class Autonomy(Router):
     """c_i = x W_down^i (d_low wide), s_i = ‖c_i‖₂, p = softmax(s) over all experts, the K largest (2501.13074, eq. 5).
 
@@ -103,7 +108,9 @@ class Autonomy(Router):
     class Options(RouterOptions):
         """Settings of the projections."""
 
-        d_low: int = setting("Width C of each expert's first projection; about hidden_size / 3 was best.", least=1)
+        d_low: int = setting(
+            "Width of each expert's first projection, or of a gate as large.", least=1, advice=_a_third
+        )
 
     default_norm_topk_prob = False
     experts_class = FactorisedExperts

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moebed.config import LayerConfig, ModelConfig, RouterOptions, setting
 from moebed.float32 import float32_linear
+from moebed.routers.autonomy import Autonomy
 from moebed.routers.contract import ExpertOutputs, Router, drawn
 from moebed.routers.softmax import GatedRouter
 from moebed.routing import Routing
@@ -35,13 +36,8 @@ class FrozenGate(GatedRouter):
 class FactorisedGate(Router):
     """``softmax_topk`` on x W_a W_b, where W_a is as large as the projections of ``autonomy``: is it the size?"""
 
-    @dataclass
-    class Options(RouterOptions):
-        """Settings of the gate."""
-
-        d_low: int = setting("Width C of W_a for each expert; as for autonomy.", least=1)
-
-    options: Options
+    Options = Autonomy.Options
+    options: Autonomy.Options
 
     def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
         super().__init__(config, layer)

@@ -41,24 +41,26 @@ def build_router(config: ModelConfig, layer: LayerConfig) -> Router:
     return router
 
 
-def options_of(name: str, given: RouterOptions | Mapping[str, Any]) -> RouterOptions:
-    """A router's own Options out of settings among which there may be other routers', which are passed over.
+def options_of(config: ModelConfig) -> RouterOptions:
+    """The Options of a config's router, of settings among which there may be other routers', which are passed over.
 
     Raises:
         ConfigError: A setting is unknown to every router, or out of bounds, or one that has no default is not given.
     """
+    given: RouterOptions | Mapping[str, Any] = config.router_options
     if isinstance(given, RouterOptions):
         given = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
     found = {**given, **(given.get("own") or {})}  # as settings of a router of one's own were once written
     found.pop("own", None)
     require_known(found, _settings(), "router_options")
-    kind = ROUTERS[name].Options
+    kind = ROUTERS[config.router].Options
     wanted = {field.name: found.get(field.name) for field in dataclasses.fields(kind)}
     wanted = {key: value for key, value in wanted.items() if value is not None}
     for field in dataclasses.fields(kind):
         if field.name not in wanted and field.default is field.default_factory is dataclasses.MISSING:
+            advice = field.metadata.get("advice") or (lambda _: f"{config.router} has no default for it")
             raise ConfigError(
-                f"model config: router {name} needs router_options.{field.name}. {field.metadata['sentence']}"
+                f"model config: router {config.router} needs router_options.{field.name}; {advice(config)}"
             )
     return kind(**wanted)
 

@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="a study, such as recipes/studies/router_tiny.yaml; or a study.json, to make tables and pictures again",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the study; default runs/studies/NAME")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, which share the cores")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, which share cores and GPUs")
     parser.add_argument("--arms", metavar="A,B", help="run only these arms, and the baseline")
     parser.add_argument("--slurm", action="store_true", help="print a script that runs the study as a SLURM job array")
     parser.add_argument("--run", type=int, metavar="I", help="run only the I-th run, and what it needs")

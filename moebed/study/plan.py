@@ -53,6 +53,7 @@ class Run:
         finished: File below the folder that is there when all is done.
         needs: Name of the run that must be finished before.
         from_random: Whether training starts from random weights.
+        devices: GPUs that it is to see; 0 where it takes none, or names its own.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Run:
     finished: str
     needs: str | None = None
     from_random: bool = True
+    devices: int = 0
 
     @property
     def hash(self) -> str:
@@ -149,6 +151,7 @@ class _CheckedStep:
     steps: int = 0
     tokens: int = 0
     from_random: bool = True
+    devices: int = 0
 
 
 def _resolve_steps(recipe: StudyRecipe, steps: Sequence[Step], plan: StudyPlan, out: Path) -> list[_CheckedStep]:
@@ -207,6 +210,7 @@ def _resolve_steps(recipe: StudyRecipe, steps: Sequence[Step], plan: StudyPlan, 
                 number,
                 number * resolved.tokens_per_step,
                 from_random=not found and flat.get("model.init_from") is None,
+                devices=resolved.devices,
             )
         )
     return found
@@ -283,7 +287,7 @@ def _add_runs(plan: StudyPlan, arm: str, steps: Sequence[_CheckedStep], seed: in
             if needs is not None:
                 arguments.append(f"--model.init_from={out / needs.name}")
             before = needs.name if needs else None
-            run = Run(name, arguments, identity, step.steps, "run_summary.json", before, step.from_random)
+            run = Run(name, arguments, identity, step.steps, "run_summary.json", before, step.from_random, step.devices)
         plan.runs.setdefault(name, run)
         needs = run
     assert needs is not None

@@ -11,7 +11,7 @@ import torch
 
 from moebed.config import ModelConfig
 from moebed.data.sources import SourceConfig
-from moebed.plan.plan import world_size
+from moebed.plan.plan import takes_any_gpu, world_size
 from moebed.training import TrainingCLI, quiet
 
 
@@ -47,14 +47,15 @@ class Resolved:
     Args:
         content: The whole config, as plain data.
         config: The model's.
-        tokens_per_step: Of an optimizer step, over all processes; those that the recipe leaves to the machine are
-            counted on this one.
+        tokens_per_step: Of an optimizer step, over all processes; where the recipe leaves their number open, one.
+        devices: GPUs of a node that the run is to see; 0 where it takes none, or names its own.
         sources: Where its text comes from.
     """
 
     content: dict[str, Any]
     config: ModelConfig
     tokens_per_step: int
+    devices: int
     sources: Sequence[SourceConfig]
 
 
@@ -68,9 +69,12 @@ def resolve(arguments: Sequence[str]) -> Resolved:
     cli = _ResolvedCLI(["fit", *arguments])
     recipe = cli.config.fit
     content = json.loads(cli._parser("fit").dump(recipe, skip_none=False, format="json"))
-    micro_batches = world_size(recipe, torch.cuda.device_count()) * recipe.trainer.accumulate_grad_batches
+    # What a recipe leaves open is one GPU in a study: each run is given one, whatever else the machine has.
+    processes = world_size(recipe, min(1, torch.cuda.device_count()))
+    micro_batches = processes * recipe.trainer.accumulate_grad_batches
     tokens = micro_batches * recipe.data.batch_size * recipe.data.sequence_length
-    return Resolved(content, cli.model.config, tokens, cli.datamodule.sources)
+    devices = processes // recipe.trainer.num_nodes if takes_any_gpu(recipe, torch.cuda.device_count()) else 0
+    return Resolved(content, cli.model.config, tokens, devices, cli.datamodule.sources)
 
 
 def as_arguments(overrides: Mapping[str, Any]) -> list[str]:

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from moebed.errors import DivergedError, UserError
 from moebed.study.files import read_json, write_json
 from moebed.study.lock import HeldError, RunLock
+from moebed.study.placement import Placement, visible_devices
 from moebed.study.progress import StudyBar, status_path
 
 POLL_SECONDS = 0.2
@@ -49,6 +50,8 @@ class RunLike(Protocol):
     def finished(self) -> str: ...
     @property
     def needs(self) -> str | None: ...
+    @property
+    def devices(self) -> int: ...
 
 
 @dataclass
@@ -121,6 +124,8 @@ def run_all(
 ) -> Outcome:
     """Run what is not finished, at most ``jobs`` at a time; one that fails stops only those that need it.
 
+    A run that trains on GPUs sees as many as it asks for, and those that the fewest other runs are on.
+
     Args:
         runs: In order, each after what it needs.
         out: The study's folder.
@@ -136,18 +141,20 @@ def run_all(
     """
     check_unchanged(runs, out)
     outcome, running = Outcome(), dict[str, Process]()
+    placement = Placement(visible_devices() if any(run.devices for run in runs) else ())
     waiting, waited_for = list(runs), set[str]()
     with _signals() as signals, StudyBar(out, {run.name: run.steps for run in runs}) as bar:
         while waiting or running:
             for name, process in list(running.items()):
                 if process.process.poll() is not None:
                     del running[name]
+                    placement.release(name)
                     _settle(process, out, outcome, bar)
             for run in list(waiting):
                 if _settled_already(run, out, outcome, bar):
                     waiting.remove(run)
                 elif len(running) < jobs and (run.needs is None or run.needs in outcome.finished):
-                    started = _start(run, out, jobs, command, waited_for, bar)
+                    started = _start(run, out, jobs, command, waited_for, bar, placement)
                     if started is not None:
                         waiting.remove(run)
                         running[run.name] = started
@@ -177,7 +184,13 @@ def _settled_already(run: RunLike, out: Path, outcome: Outcome, bar: StudyBar) -
 
 
 def _start(
-    run: RunLike, out: Path, jobs: int, command: Callable[[RunLike], list[str]], waited_for: set[str], bar: StudyBar
+    run: RunLike,
+    out: Path,
+    jobs: int,
+    command: Callable[[RunLike], list[str]],
+    waited_for: set[str],
+    bar: StudyBar,
+    placement: Placement,
 ) -> Process | None:
     """Start a process, unless another one has the run, which is said once."""
     log = status_path(out, run.name, "log")
@@ -194,7 +207,7 @@ def _start(
         return None
     record = {"hash": run.hash, "identity": dict(run.identity)}
     write_json(status_path(out, run.name, "json"), record)
-    environment = dict(os.environ)
+    environment = {**os.environ, **placement.take(run.name, run.devices)}
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     with log.open("ab") as file:
         begin = file.tell()

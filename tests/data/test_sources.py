@@ -45,6 +45,13 @@ def test_records(records: Path) -> None:
     assert _read(str(records), text_field="body") == TEXTS
 
 
+def test_documents_that_are_not_wanted_are_passed_over_and_counted(records: Path) -> None:
+    source = Source(SourceConfig("mine", kind="files", path=[str(records)], text_field="body"))
+    for wanted in ([True, False, True], [False, False, True], [False, True, False]):
+        texts = list(source.texts(iter(wanted)))
+        assert texts == [text if is_wanted else None for text, is_wanted in zip(TEXTS, wanted, strict=True)]
+
+
 def test_a_missing_column_names_those_there_are(records: Path) -> None:
     with pytest.raises(UserError, match=r"'mine': no column 'text'; set text_field .* to one of: id, body$"):
         _read(str(records))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moebed.data.datamodule import TextDataModule
-from moebed.data.loader import PackedLoader
+from moebed.data.loader import PackedLoader, whole_loader_state
 from moebed.data.sources import Source, SourceConfig
 from moebed.data.store import is_validation
 from moebed.data.streaming import DocumentStream, StreamPacker
@@ -31,24 +31,46 @@ def config(request: pytest.FixtureRequest, tmp_path: Path) -> SourceConfig:
     return SourceConfig("stream", kind="hub", path="json", data_files=files, streaming=True)
 
 
-def _packer(config: SourceConfig) -> StreamPacker:
-    return StreamPacker(Source(config), BytesTokenizer(), sequence_length=64, validation_fraction=0.2)
+def _packer(config: SourceConfig, rank: int = 0, batch_size: int = 1, world_size: int = 1) -> StreamPacker:
+    rows = range(rank * batch_size, (rank + 1) * batch_size)
+    return StreamPacker(Source(config), BytesTokenizer(), 64, 0.2, rows, batch_size * world_size)
+
+
+def _loader(config: SourceConfig, batch_size: int, rank: int = 0, world_size: int = 1) -> PackedLoader:
+    packer = _packer(config, rank, batch_size, world_size)
+    return PackedLoader([packer], np.ones(1), 64, batch_size, rank=rank, world_size=world_size)
+
+
+def _texts(stream: DocumentStream, count: int) -> list[str]:
+    return [document.text for document in islice(stream, count)]
 
 
 def test_documents_come_again_and_resume_anywhere(config: SourceConfig) -> None:
     stream = DocumentStream(Source(config))
-    assert list(islice(stream, 200)) == (TEXTS * 3)[:200]
+    assert _texts(stream, 200) == (TEXTS * 3)[:200]
     for place in (0, 3, 50, 89, 90, 130):
         stream = DocumentStream(Source(config))
-        assert len(list(islice(stream, place))) == place
+        assert len(_texts(stream, place)) == place
         resumed = DocumentStream(Source(config))
         resumed.load_state_dict(json.loads(json.dumps(stream.state_dict())))
-        assert list(islice(resumed, 5)) == (TEXTS * 3)[place : place + 5]
+        assert _texts(resumed, 5) == (TEXTS * 3)[place : place + 5]
+
+
+def test_rows_are_dealt_every_document_once_a_pass_and_another_the_next(config: SourceConfig) -> None:
+    rows = [DocumentStream(Source(config), range(row, row + 1), 4) for row in range(4)]
+    dealt = [list(islice(stream, 60)) for stream in rows]
+    for passes in range(2):
+        of_pass = [document for row in dealt for document in row if document.place[0] == passes]
+        assert sorted(document.text for document in of_pass) == sorted(TEXTS)
+    number = dict(zip(TEXTS, [*range(50), *range(51, 91)], strict=True))  # there is an empty one between the files
+    for row, documents in enumerate(dealt):
+        assert {document.row for document in documents} == {row}
+        assert [(number[d.text] + d.place[0]) % 4 for d in documents] == [row] * 60
 
 
 def test_windows_are_the_training_documents_end_to_end(config: SourceConfig) -> None:
     packer = _packer(config)
-    windows = [packer.next_window() for _ in range(20)]
+    windows = [packer.next_window(0) for _ in range(20)]
     tokens = np.concatenate([windows[0][0][:1], *(ids[1:] for ids, _ in windows)])
     expected = [256]
     for text in TEXTS:
@@ -62,21 +84,56 @@ def test_windows_are_the_training_documents_end_to_end(config: SourceConfig) -> 
 def test_packer_state_resumes_to_the_token(config: SourceConfig) -> None:
     packer = _packer(config)
     for _ in range(37):
-        packer.next_window()
+        packer.next_window(0)
     resumed = _packer(config)
     resumed.load_state_dict(packer.state_dict())
     for _ in range(150):  # past the end of the source
-        for ours, theirs in zip(packer.next_window(), resumed.next_window(), strict=True):
+        for ours, theirs in zip(packer.next_window(0), resumed.next_window(0), strict=True):
             assert (ours == theirs).all()
 
 
-def test_ranks_share_a_stream_without_overlap(config: SourceConfig) -> None:
-    def loader(batch_size: int, rank: int, world_size: int) -> PackedLoader:
-        return PackedLoader([_packer(config)], np.ones(1), 64, batch_size, rank=rank, world_size=world_size)
+def test_ranks_share_a_stream_and_the_global_batch_does_not_depend_on_them(config: SourceConfig) -> None:
+    wanted = list(islice(_loader(config, 12), 40))
+    for world_size in (2, 3, 4):
+        ranks = [islice(_loader(config, 12 // world_size, rank, world_size), 40) for rank in range(world_size)]
+        for whole, *parts in zip(wanted, *ranks, strict=True):
+            assert all(torch.equal(whole[key], torch.cat([part[key] for part in parts])) for key in whole)
 
-    whole = islice(loader(6, 0, 1), 4)
-    for batches in zip(whole, *(islice(loader(2, rank, 3), 4) for rank in range(3)), strict=True):
-        assert torch.equal(batches[0]["labels"], torch.cat([batch["labels"] for batch in batches[1:]]))
+
+@pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 1), (2, 4), (4, 2), (2, 2)])
+def test_ranks_that_continue_may_be_more_or_fewer(config: SourceConfig, before: int, after: int) -> None:
+    wanted = list(islice(_loader(config, 8), 60))
+    for place in (0, 1, 7, 30):
+        states = []
+        for rank in range(before):
+            loader = _loader(config, 8 // before, rank, before)
+            assert len(list(islice(loader, place))) == place
+            states.append(loader.state_dict())
+        state = json.loads(json.dumps(whole_loader_state(states)))
+        for rank in range(after):
+            loader = _loader(config, 8 // after, rank, after)
+            loader.load_state_dict(state)
+            own = slice(rank * 8 // after, (rank + 1) * 8 // after)
+            for whole, part in zip(wanted[place:], islice(loader, 60 - place), strict=True):
+                assert all(torch.equal(whole[key][own], part[key]) for key in whole)
+
+
+def test_another_global_batch_goes_on_after_the_document_furthest_read(config: SourceConfig) -> None:
+    loader = _loader(config, 2)
+    assert len(list(islice(loader, 12))) == 12
+    state = loader.state_dict()
+    furthest = state["streams"]["0"]["furthest"]
+    resumed = _loader(config, 3)
+    with pytest.warns(UserWarning, match="has 3 sequences and had 2"):
+        resumed.load_state_dict(state)
+    first = next(iter(resumed))["input_ids"][0].tolist()
+    documents = [*TEXTS[:50], "", *TEXTS[50:]]
+    row_0 = [
+        text
+        for n, text in enumerate(documents)
+        if n >= furthest["read"] and (n + furthest["passes"]) % 3 == 0 and text and not is_validation(text, 0.2)
+    ]
+    assert bytes(id for id in first if id < 256).decode().startswith(row_0[0][:40])
 
 
 def test_data_module_streams_beside_a_finite_domain(config: SourceConfig, tmp_path: Path) -> None:
@@ -122,12 +179,12 @@ def test_an_empty_stream_is_one_line(tmp_path: Path) -> None:
 
 def test_batches_are_read_ahead_in_a_thread_and_resume_where_training_is(config: SourceConfig) -> None:
     def loader() -> PackedLoader:
-        return PackedLoader([_packer(config)], np.ones(1), 64, 2, tracked=True)
+        return PackedLoader([_packer(config, 0, 2)], np.ones(1), 64, 2, tracked=True)
 
     threads, wanted = set(), loader()
     fill = StreamPacker.next_window
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StreamPacker, "next_window", lambda p: threads.add(threading.current_thread().name) or fill(p))
+        patch.setattr(StreamPacker, "next_window", lambda *p: threads.add(threading.current_thread().name) or fill(*p))
         first = iter(wanted)
         batches = [next(first) for _ in range(8)]
     assert threads == {"stream_0"}
@@ -145,4 +202,4 @@ def test_what_goes_wrong_while_reading_ahead_is_raised_in_training(tmp_path: Pat
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:60]) + "{")
     source = SourceConfig("stream", kind="files", path=str(tmp_path / "a.jsonl"), streaming=True)
     with pytest.raises(UserError, match="line 61 is no JSON"):
-        list(islice(PackedLoader([_packer(source)], np.ones(1), 64, 2), 100))
+        list(islice(_loader(source, 2), 100))

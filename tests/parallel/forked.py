@@ -55,6 +55,9 @@ def call(work: Callable[..., None], world_size: int, *arguments: Any) -> None:
     """Call work(rank, world_size, *arguments) on so many ranks, which can talk to each other; none may fail."""
 
     def joined() -> int:
+        if world_size == 1:
+            work(0, 1, *arguments)
+            return 0
         dist.init_process_group("gloo", timeout=timedelta(seconds=60))
         work(dist.get_rank(), world_size, *arguments)
         dist.destroy_process_group()

@@ -10,53 +10,17 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
+
+from tests.small_run import small_recipe, write_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = sys.executable
 FIT = ["-m", "moebed.cli", "fit"]
 
 
-def write_recipe(folder: Path, **trainer) -> Path:
-    text = "\n\n".join(f"{i}: the cat sat on the mat and saw {i}. " * 6 for i in range(120))
-    (folder / "text.txt").write_text(text)
-    content = {
-        "seed_everything": 7,
-        "trainer": {
-            "default_root_dir": str(folder / "run"),
-            "accelerator": "cpu",
-            "strategy": "ddp",
-            "devices": 2,
-            "max_steps": 4,
-            "val_check_interval": 2,
-            "enable_progress_bar": False,
-            **trainer,
-        },
-        "checkpoint": {"every_n_train_steps": 2},
-        "samples": {"prompt_tokens": 4, "new_tokens": 4},
-        "model": {
-            "config": {
-                "vocab_size": 260,
-                "hidden_size": 32,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "num_experts": 4,
-                "moe_intermediate_size": 32,
-            },
-            "optimizer": {"warmup_steps": 2},
-        },
-        "data": {
-            "sources": [{"name": "text", "kind": "files", "path": str(folder / "text.txt")}],
-            "tokenizer": {"kind": "bytes"},
-            "sequence_length": 32,
-            "batch_size": 2,
-            "max_validation_windows": 4,
-            "cache_dir": str(folder / "cache"),
-        },
-    }
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(content))
-    return path
+def two_ranks(folder: Path, **trainer) -> Path:
+    trainer = {"strategy": "ddp", "devices": 2, **trainer}
+    return write_recipe(folder, small_recipe(folder, trainer=trainer))
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -104,7 +68,7 @@ def test_three_ways_to_start_give_the_same_run(tmp_path):
     for way in ("devices", "torchrun", "slurm"):
         folder = tmp_path / way
         folder.mkdir()
-        path = write_recipe(folder)
+        path = two_ranks(folder)
         if way == "devices":
             run([PYTHON, *FIT, "--config", str(path), "--trainer.devices", "2"])
         elif way == "torchrun":
@@ -122,7 +86,7 @@ def test_three_ways_to_start_give_the_same_run(tmp_path):
 @pytest.mark.slow
 def test_slurm_signal_saves_and_requeues_and_the_run_goes_on(tmp_path):
     """What the sbatch script asks for: SIGUSR1 before the time limit, a checkpoint, scontrol requeue, continuation."""
-    path = write_recipe(tmp_path, max_steps=100_000)
+    path = two_ranks(tmp_path, max_steps=100_000)
     requeued = tmp_path / "requeued"
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {requeued}\n')

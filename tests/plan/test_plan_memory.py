@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from moebed.cli import main
+from tests.small_run import made_up_text, small_recipe, write_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = {
@@ -23,34 +23,18 @@ MODEL = {
 }
 
 
-def write_recipe(folder: Path, trainer: dict, checkpointing: bool) -> Path:
+def large_recipe(folder: Path, trainer: dict, checkpointing: bool) -> Path:
     """A run of three steps of 88 M parameters."""
-    text = "\n\n".join(f"{i}: the cat sat on the mat and saw {i}. " * 6 for i in range(200))
-    (folder / "text.txt").write_text(text)
-    content = {
-        "trainer": {
-            "default_root_dir": str(folder / "run"),
-            "accelerator": "cpu",
-            "devices": 1,
-            "max_steps": 3,
-            "limit_val_batches": 0,
-            "logger": False,
-            "enable_progress_bar": False,
-            **trainer,
-        },
-        "checkpoint": {"every_n_train_steps": 1000, "save_last": False},
-        "model": {"config": MODEL, "activation_checkpointing": checkpointing},
-        "data": {
-            "sources": [{"name": "text", "kind": "files", "path": str(folder / "text.txt")}],
-            "tokenizer": {"kind": "bytes"},
-            "sequence_length": 256,
-            "batch_size": 3,
-            "cache_dir": str(folder / "cache"),
-        },
-    }
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(content))
-    return path
+    content = small_recipe(
+        folder,
+        made_up_text(200),
+        trainer={"max_steps": 3, "limit_val_batches": 0, "logger": False, **trainer},
+        checkpoint={"every_n_train_steps": 1000, "save_last": False},
+        config=MODEL,
+        model={"activation_checkpointing": checkpointing},
+        data={"sequence_length": 256, "batch_size": 3},
+    )
+    return write_recipe(folder, content)
 
 
 @pytest.mark.slow
@@ -70,7 +54,7 @@ def test_plan_is_what_a_run_takes(trainer, checkpointing, tmp_path, capsys):
     Activation checkpointing is left out of the second: the heap, which keeps what is freed, then holds more than that
     above what is in use, since the recomputed blocks' tensors of many sizes come and go among gradients that stay.
     """
-    path = write_recipe(tmp_path, trainer, checkpointing)
+    path = large_recipe(tmp_path, trainer, checkpointing)
     capsys.readouterr()
     with pytest.raises(SystemExit):
         main(["fit", "--config", str(path), "--print_plan", "json"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoint_files import write_large
+from checkpoint_files import write, write_large
 
 MEASURE = Path(__file__).with_name("measure_memory.py")
 PROBES = "matrix_similarity,gate_similarity,neuron_similarity,gate_projection,expert_projection"
@@ -78,3 +78,24 @@ def test_text_of_1100_tokens_stays_under_2_and_a_half_gb(tmp_path):
     assert found["exit"] == 0
     print(found)
     assert found["peak_resident"] < 2.5e9
+
+
+def test_what_probes_keep_is_not_in_memory(tmp_path):
+    """Logits of 400 MB within a budget of 256 MiB: what they add to the peak is a fraction of them."""
+    write(tmp_path / "model", vocab_size=50_000, num_hidden_layers=1, max_position_embeddings=2048)
+    np.save(tmp_path / "ids.npy", np.arange(2000) % 50_000)
+    found = {}
+    for probes in ("prediction", "prediction,logits"):
+        done = subprocess.run(
+            [sys.executable, MEASURE, tmp_path / "model", "--out", tmp_path / probes, "--memory-budget", "256MiB",
+             "--probes", probes, "--input-ids", tmp_path / "ids.npy"],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        found[probes] = json.loads(done.stdout.splitlines()[-1])
+        assert found[probes]["exit"] == 0
+    logits = np.load(tmp_path / "prediction,logits" / "results" / "logits.npz")["logits"]
+    assert logits.shape == (2000, 50_000)
+    assert np.isfinite(logits).all()
+    print(found)
+    without, beside = (found[probes]["peak_anonymous"] for probes in ("prediction", "prediction,logits"))
+    assert beside < without + logits.nbytes / 8

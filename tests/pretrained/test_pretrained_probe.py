@@ -260,3 +260,44 @@ def test_dtype_auto_is_bfloat16_where_that_is_faster_and_else_the_default(
     assert f"dtype auto: {same_as or 'as stored, and products in float32'} (a core" in capsys.readouterr().err
     assert probe(tmp_path / "in", tmp_path / "plain", probes=FEW[1:]) == 0
     assert given["dtype"] is None  # asked for by nobody
+
+
+@pytest.mark.parametrize("first", ["bfloat16", None])
+def test_dtype_auto_stays_what_it_was_where_another_kind_of_machine_goes_on(
+    tmp_path, capsys, caplog, monkeypatch, first
+):
+    rates = {"bfloat16": (100.0, 800.0), None: (100.0, 2.0)}
+    other = None if first else "bfloat16"
+    write(tmp_path / "in", dtype=torch.float32)
+    auto = ("--dtype", "auto", "--layers", "0")
+    monkeypatch.setattr("moebed.precision.measured_rates", lambda: rates[first])
+    assert probe(tmp_path / "in", tmp_path / "out", *auto) == 0
+    arrays = store.load_arrays(tmp_path / "out", "matrix_similarity")
+    capsys.readouterr()
+
+    monkeypatch.setattr("moebed.precision.measured_rates", lambda: rates[other])
+    assert probe(tmp_path / "in", tmp_path / "out", *auto[:2]) == 0
+    said = capsys.readouterr().err
+    assert f"dtype auto: {first or 'as stored, and products in float32'} (as the results in" in said
+    assert "1 layers are finished already" in caplog.text
+    found = store.load_arrays(tmp_path / "out", "matrix_similarity")
+    for key, value in arrays.items():
+        np.testing.assert_array_equal(found[key], value)
+    plain = ("--dtype", first) if first else ()
+    assert probe(tmp_path / "in", tmp_path / "plain", *plain) == 0
+    for key, value in store.load_arrays(tmp_path / "plain", "matrix_similarity").items():
+        np.testing.assert_array_equal(found[key], value)  # all layers are of one kind
+
+    assert probe(tmp_path / "in", tmp_path / "out", *auto[:2], "--fresh") == 0
+    assert f"dtype auto: {other or 'as stored, and products in float32'} (a core" in capsys.readouterr().err
+
+
+def test_dtype_auto_leaves_the_folder_of_another_model_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr("moebed.precision.measured_rates", lambda: (100.0, 800.0))
+    write(tmp_path / "in", dtype=torch.float32)
+    assert probe(tmp_path / "in", tmp_path / "out") == 0
+    write(tmp_path / "other", dtype=torch.float32)
+    results = tmp_path / "out" / "results"
+    before = {path: path.read_bytes() for path in results.rglob("*") if path.is_file()}
+    assert probe(tmp_path / "other", tmp_path / "out", "--dtype", "auto") == 2
+    assert {path: path.read_bytes() for path in results.rglob("*") if path.is_file()} == before

@@ -12,8 +12,11 @@ from moebed.errors import UserError
 def tiny(monkeypatch):
     monkeypatch.setattr(probe, "DEEPSEEK", (300, 24))
     monkeypatch.setattr(probe, "SOME_EXPERTS", 3)
-    monkeypatch.setattr(probe, "WEIGHED", streaming.Shape(64, 96, 4, 2, 4, 1, 40, 20))
-    monkeypatch.setattr(probe.weights, "deepseek", lambda experts: streaming.Shape(64, 24, 4, 4, 4, 1, 40, 20))
+    sizes = {
+        "mixtral": ("Mixtral 8x7B", streaming.Shape(64, 96, 4, 2, 4, 1, 40, 20)),
+        "deepseek": ("DeepSeekMoE-16B", streaming.Shape(64, 24, 4, 4, 4, 1, 40, 20)),
+    }
+    monkeypatch.setattr(probe.weights, "SIZES", sizes)
     monkeypatch.setattr(probe, "STREAMED", streaming.Shape(64, 96, 4, 2, 4, 2, 40, 20))
     monkeypatch.setattr(probe, "big_rows", lambda rounds: [probe._row("big", [2.0], [1.0], 3, False)])
 
@@ -41,6 +44,15 @@ def test_some_rows_alone(tiny, tmp_path, capsys):
     rows = json.loads((tmp_path / "x.json").read_text())["results"]["rows"]
     assert rows
     assert all("reading and multiplying a layer" in row["name"] for row in rows)
+    options = ["--rounds", "1", "--only", "weights", "--size", "deepseek", "--experts", "3"]
+    cli.run("bench", ["probe", *options, "--json", str(tmp_path / "x.json")])
+    rows = json.loads((tmp_path / "x.json").read_text())["results"]["rows"]
+    assert rows
+    assert all("DeepSeekMoE-16B, 3 of 4 experts" in row["name"] for row in rows)
+    with pytest.raises(UserError, match="--experts 1"):
+        cli.run("bench", ["probe", "--experts", "1"])
+    with pytest.raises(UserError, match="--size huge"):
+        cli.run("bench", ["probe", "--size", "huge"])
     with pytest.raises(UserError, match="--only speed"):
         cli.run("bench", ["probe", "--only", "speed"])
 

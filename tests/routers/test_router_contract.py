@@ -233,7 +233,8 @@ def test_experts_run_once_where_the_router_ran_them():
         ({"router": "softmax_topkk"}, "router is 'softmax_topkk'; choose one of softmax_topk,"),
         ({"router": "softmax_topkk"}, "(did you mean 'softmax_topk'?)"),
         ({"router": "autonomy"}, "router autonomy needs router_options.d_low"),
-        ({"router": "factorised_gate"}, "router factorised_gate needs router_options.d_low. Width C of W_a"),
+        ({"router": "factorised_gate"}, "about hidden_size / 3 was best, 8 here, to a multiple of 8"),
+        ({"router": "autonomy", "hidden_size": 256}, "about hidden_size / 3 was best, 88 here"),
         ({"router_options": {"d_lo": 3}}, "unknown key 'd_lo' in router_options; did you mean 'd_low'?"),
         (
             {"router": "competesmoe", "router_options": {"competition_rate": 1.5}},

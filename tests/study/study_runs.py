@@ -15,6 +15,7 @@ folder = out / name
 folder.mkdir(parents=True, exist_ok=True)
 with (folder / "starts").open("a") as file:
     file.write("x")
+(folder / "gpus").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "none are named"))
 if behaviour == "fails":
     sys.exit("moebed: error: no space on the disk")
 if behaviour == "diverges":
@@ -45,6 +46,7 @@ class FakeRun:
     finished: str = "run_summary.json"
     arguments: tuple = ()
     from_random: bool = True
+    devices: int = 0
 
     @property
     def hash(self):

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 
 from moebed.checkpoints import write_checkpoint
 from moebed.cli import main
 from moebed.config import ModelConfig
 from moebed.decoder import Decoder
+from tests.small_run import probing, small_recipe, write_recipe
 
 SIZES = {
     "vocab_size": 40,
@@ -61,49 +61,16 @@ def run_recipe(tmp_path_factory) -> Path:
     draw = random.Random(5)
     words = ["".join(draw.choice("bdfgklmnprst") + draw.choice("aeiou") for _ in range(2)) for _ in range(60)]
     sentences = [" ".join(draw.choice(words) for _ in range(60)) + ".\n\n" for _ in range(200)]
-    (folder / "text.txt").write_text("".join(sentences), encoding="utf-8")
-    content = {
-        "seed_everything": 1,
-        "trainer": {
-            "accelerator": "cpu",
-            "precision": "32-true",
-            "max_steps": 4,
-            "val_check_interval": 2,
-            "log_every_n_steps": 1,
-            "enable_progress_bar": False,
-            "callbacks": [
-                {
-                    "class_path": "probes.callback.ProbeCallback",
-                    "init_args": {"probes": ["balance", "saturation"], "every_n_steps": 2, "num_sequences": 2},
-                }
-            ],
-        },
-        "checkpoint": {"every_n_train_steps": 2},
-        "model": {
-            "config": {
-                "vocab_size": 320,
-                "hidden_size": 32,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "num_experts": 4,
-                "num_experts_per_tok": 2,
-                "moe_intermediate_size": 32,
-            },
-            "optimizer": {"learning_rate": 3.0e-3, "warmup_steps": 2},
-        },
-        "data": {
-            "tokenizer": {"kind": "bytes"},
-            "sources": [{"name": "words", "kind": "files", "path": str(folder / "text.txt")}],
-            "sequence_length": 32,
-            "batch_size": 4,
-            "max_validation_windows": 8,
-            "validation_fraction": 0.3,
-            "cache_dir": str(folder / "cache"),
-        },
-    }
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(content), encoding="utf-8")
-    return path
+    content = small_recipe(
+        folder,
+        "".join(sentences),
+        trainer={"precision": "32-true", "callbacks": probing(2, probes=["balance", "saturation"])},
+        config={"vocab_size": 320},
+        model={"optimizer": {"learning_rate": 3.0e-3, "warmup_steps": 2}},
+        data={"batch_size": 4, "max_validation_windows": 8, "validation_fraction": 0.3},
+    )
+    del content["trainer"]["default_root_dir"]
+    return write_recipe(folder, content)
 
 
 def fit(recipe: Path, folder: Path, *options: str, command: str = "fit") -> int:

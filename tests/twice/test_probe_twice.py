@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from moebed.checkpoints.checkpoint import Checkpoint
 from moebed.cli import main
+from moebed.mapped import checksums
 from probes import store
+from probes.base import layer_of
 from probes.checkpoint_pass import CheckpointPass, probes_for
 from probes.registry import PROBES
 from probes.run_folder import read_run
@@ -150,6 +152,44 @@ def test_layers_left_out_before_are_looked_at(model, whole, tmp_path, monkeypatc
     assert kept_bytes(tmp_path) == part
     assert probe(model, tmp_path, probes=ALL) == 0
     assert kept_bytes(tmp_path) == wanted
+
+
+def test_what_is_of_no_layer_stays_where_a_layer_is_shown_again(model, whole, tmp_path, undrawn):
+    """One probe has the first layers, another none: the one sees them again, and what lay beside them stays."""
+    both = "domain_share,balance"
+    assert probe(model, tmp_path, "--layers", "0,1", probes="domain_share") == 0
+    for _ in range(2):
+        assert probe(model, tmp_path, probes=both) == 0
+        assert kept_bytes(tmp_path) == whole(probes=both)
+
+
+@pytest.mark.slow
+def test_what_is_large_is_on_disk_once(model, tmp_path, monkeypatch, undrawn):
+    """Here, whatever has more than 64 bytes: after a probing the results alone have it, and the next finds it there."""
+    monkeypatch.setattr("moebed.mapped.LARGE", 64)
+    assert probe(model, tmp_path / "whole", probes=ALL) == 0
+    out, wanted = tmp_path / "out", kept_bytes(tmp_path / "whole")
+    seen = shown(monkeypatch)
+    for _ in range(2):
+        assert probe(model, out, probes=ALL) == 0
+        assert kept_bytes(out) == wanted
+        moved = 0
+        for name in ALL.split(","):
+            results = checksums(out / "results" / f"{name}.npz")
+            for path in out.glob(f"results/.partial/*/{name}-*/*.npz"):
+                own = {key for key in checksums(path) if path.stem == "head" or layer_of(key) is not None}
+                assert not [key for key in own if results.get(key) == checksums(path)[key]], (name, path)
+                with np.load(path) as file:
+                    moved += "in_results" in file.files
+        assert moved > 20
+    assert seen == [0, 1, 2, -1]
+    assert probe(model, out, "--layers", "2", probes=ALL) == 0
+    assert probe(model, out, probes=ALL) == 0
+    assert kept_bytes(out) == wanted
+    (out / "results" / "activations.npz").unlink()
+    (out / "results" / "logits.npz").write_bytes(b"no archive")
+    assert probe(model, out, probes=ALL) == 0
+    assert kept_bytes(out) == wanted
 
 
 def test_other_text_types_and_probes_into_the_same_folder(model, whole, tmp_path, monkeypatch, undrawn):

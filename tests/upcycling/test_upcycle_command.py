@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
-import yaml
 from dense_sources import logits, tensors, write_dense, write_run
 
 from moebed.checkpoints import Checkpoint, load_decoder
 from moebed.cli import main
 from moebed.data.tokenizer import BytesTokenizer, train_bpe
+from tests.small_run import small_recipe, write_recipe
 
 
 def upcycle(dense, out, *options):
@@ -53,29 +53,13 @@ def test_weights_are_stored_as_asked_or_as_they_were(tmp_path, dtype):
     }
 
 
-def recipe(folder, **trainer):
-    """A short run's recipe without a model."""
-    (folder / "text.txt").write_text("\n\n".join(f"{i}: the cat sat on the mat and saw {i}. " * 6 for i in range(80)))
-    content = {
-        "trainer": {
-            "default_root_dir": str(folder / "fit"),
-            "accelerator": "cpu",
-            "devices": 1,
-            "max_steps": 2,
-            "limit_val_batches": 1,
-            "enable_progress_bar": False,
-            **trainer,
-        },
-        "data": {
-            "sources": [{"name": "text", "kind": "files", "path": str(folder / "text.txt")}],
-            "sequence_length": 32,
-            "batch_size": 2,
-            "max_validation_windows": 2,
-            "cache_dir": str(folder / "cache"),
-        },
-    }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
-    return str(folder / "recipe.yaml")
+def recipe(folder):
+    """A short run's recipe without a model and a tokenizer."""
+    content = small_recipe(
+        folder, trainer={"default_root_dir": str(folder / "fit"), "max_steps": 2, "limit_val_batches": 1}, model=None
+    )
+    del content["data"]["tokenizer"]
+    return str(write_recipe(folder, content))
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])
