@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moebed import fused
 from moebed.config import ModelConfig
+from moebed.native import attention as native
 
 _LOGITS_AT_A_TIME = 1 << 22  # numbers, where no gradient is taken: beyond that they would be most of the memory
 
@@ -116,9 +117,6 @@ class Attention(nn.Module):
         query, key = fused.rotate(query, *rope), fused.rotate(key, *rope)
         if cache is not None:
             key, value = cache.append(key, value)
-        if self.num_kv_heads != self.num_heads:
-            repeat = self.num_heads // self.num_kv_heads
-            key, value = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
         mixed = self._mix(query, key, value)  # (B, A, S, D)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
@@ -133,6 +131,12 @@ class Attention(nn.Module):
 
     def _mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         length, total = query.shape[2], key.shape[2]
+        if self._uses_native(query, key):
+            by_position = (heads.transpose(1, 2) for heads in (query, key, value))
+            return native.causal_attention(*by_position, self.scale).transpose(1, 2)
+        if self.num_kv_heads != self.num_heads:
+            repeat = self.num_heads // self.num_kv_heads
+            key, value = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
         if self._uses_sdpa(query, total):
             causal = length == total and (self.window is None or total <= self.window)
             if causal or self._sees_all(length, total):
@@ -163,6 +167,15 @@ class Attention(nn.Module):
             logits = torch.bmm(query * self.scale, key.transpose(1, 2)).float()
             logits = self.cap * torch.tanh(logits / self.cap) + hidden
         return logits.softmax(dim=-1).to(value.dtype) @ value
+
+    def _uses_native(self, query: Tensor, key: Tensor) -> bool:
+        """Whether the compiled attention serves: where it fits and is asked for, or was measured to be the fastest."""
+        sees_all_before = self.window is None or key.shape[2] <= self.window
+        if self.backend not in ("auto", "native") or self.cap is not None or not sees_all_before:
+            return False
+        if native.unfit(query, key) is not None:
+            return False
+        return native.is_there() if self.backend == "native" else native.is_fastest(len(key) * self.num_kv_heads)
 
     def _uses_sdpa(self, query: Tensor, total: int) -> bool:
         if self.cap is not None or self.backend == "math":

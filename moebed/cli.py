@@ -22,6 +22,7 @@ COMMANDS = {
     "upcycle": ("moebed.upcycling.command", "make an MoE checkpoint from a dense one, a layer at a time"),
     "export": ("moebed.exporting.command", "write a run's checkpoint as a folder that transformers loads"),
     "study": ("moebed.study.command", "run arms over seeds, then compare them with paired differences and intervals"),
+    "law": ("moebed.laws.command", "fit a scaling law to runs, and say with intervals what follows from it"),
     "size": ("moebed.sizing", "what a recipe's model has in each layer and what it costs; nothing is built"),
     "report": ("moebed.reporting", "results of runs side by side, or of a study, as one HTML file"),
     "bench": ("moebed.bench.cli", "measure side by side with the peers that are installed"),

@@ -112,8 +112,10 @@ class ModelConfig:
         initializer_range: Standard deviation of initial weights.
         experts_backend: How the expert products are computed: auto, grouped_mm, loop, native (compiled on first
             use, for CPUs with AVX2 or more) or triton (see moebed.experts).
-        attention_backend: auto, sdpa (PyTorch's fused attention) or math (plain matrix products). auto is math where a
-            soft cap asks for it and on a CPU up to 1024 positions, where it is faster; sdpa otherwise.
+        attention_backend: auto, sdpa (PyTorch's fused attention), math (plain matrix products) or native (compiled on
+            first use, for float32 on CPUs with AVX2 or more; what it does not fit is done as by auto). auto is native
+            in float32 on a CPU where that was measured to be faster; math where a soft cap asks for it and in
+            bfloat16 on a CPU up to 1024 positions, where it is faster; sdpa otherwise.
         allocation: How the experts are spread over the layers, num_experts being their mean: uniform, ascending,
             ascending_small_last, descending, {dense_at: LAYER}, or a list of relative sizes (see moebed.allocation).
             Resolved at construction into num_experts and intermediate_size, and not kept beside them.
@@ -156,7 +158,7 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
     experts_backend: Literal["auto", "grouped_mm", "loop", "native", "triton"] = "auto"
-    attention_backend: Literal["auto", "sdpa", "math"] = "auto"
+    attention_backend: Literal["auto", "sdpa", "math", "native"] = "auto"
     allocation: InitVar[str | dict[str, int] | list[float] | None] = None
 
     def __post_init__(self, allocation: str | dict[str, int] | list[float] | None) -> None:

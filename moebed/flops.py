@@ -6,6 +6,7 @@ H hidden, F expert intermediate, E experts, K experts per token, V vocabulary, S
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -93,3 +94,49 @@ def flops_per_token(config: ModelConfig, sequence_length: int, training: bool = 
     keys = sequence_length / 2 if config.sliding_window is None else min(sequence_length / 2, config.sliding_window)
     attention = 4 * keys * config.num_attention_heads * config.head_dim * config.num_hidden_layers
     return int(2 * matrices + attention)
+
+
+def training_flops(active_parameters: Any, tokens: Any) -> Any:
+    """6·N·tok, the estimate that scaling laws are stated in: forward two a parameter and token, backward twice as many.
+
+    Products of attention are left out; ``flops_per_token`` has them. Numbers or arrays.
+    """
+    return 6 * active_parameters * tokens
+
+
+def scaling_sizes(config: ModelConfig) -> dict[str, float] | None:
+    """What scaling laws call a model's size, each another count, and the shape of its experts.
+
+    Returns:
+        ``dense_parameters`` of the model with one expert in place of each layer's experts and without router and
+        embeddings; ``active_parameters`` and ``total_parameters``, embeddings included;
+        ``total_nonembedding_parameters``, without routers too; ``E`` experts and ``K`` of a token, 1 and 1 in a dense
+        model; ``G``, the parameters of a dense FFN of 8H² over those of an expert; ``expansion_rate``, E / G. None
+        where layers with experts differ in these.
+    """
+    total, active = count_parameters(config)
+    layers = [config.layer(index) for index in config.moe_layers or range(1)]
+    kinds = {(layer.num_experts or 1, layer.num_experts_per_tok, layer.moe_intermediate_size) for layer in layers}
+    if len(kinds) != 1:
+        return None
+    experts, chosen, width = kinds.pop()
+    if not config.moe_layers:
+        assert config.intermediate_size is not None
+        chosen, width = 1, config.intermediate_size
+    outer = sum(map(count, outer_shapes(config).values()))
+    dense = routers = 0
+    for index in range(config.num_hidden_layers):
+        shapes = layer_shapes(config, index)
+        routers += count(shapes.pop("router", []))
+        dense += count(shapes.pop("experts", [])) // experts + sum(map(count, shapes.values()))
+    granularity = 8 * config.hidden_size / (3 * width)
+    return {
+        "dense_parameters": dense,
+        "active_parameters": active,
+        "total_parameters": total,
+        "total_nonembedding_parameters": total - outer - routers,
+        "E": experts,
+        "K": chosen,
+        "G": granularity,
+        "expansion_rate": experts / granularity,
+    }

@@ -1,6 +1,7 @@
 """Parts of a step whose backward pass is written by hand: fewer passes over memory than autograd takes, and less kept.
 
 ``torch.compile`` fuses the plain formulas by itself and is given those. A second derivative is refused, not wrong.
+On a CPU the norm and the rotation of large tensors are ``moebed.native.rowwise``'s, where these can be had.
 
 B sequences, S positions, A heads, D head width, R rows, F expert intermediate.
 """
@@ -13,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from moebed.native import rowwise
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -38,6 +41,11 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.native = x.dtype == torch.float32 and rowwise.fits(x, 16, weight)
+        if ctx.native:
+            out, scale = rowwise.rms_norm(x, weight, eps)
+            ctx.save_for_backward(x, weight, scale)
+            return out
         wide = x.float()
         length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)  # one pass, where a mean of squares takes two
         scale = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
@@ -48,6 +56,8 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight, scale = ctx.saved_tensors
+        if ctx.native:
+            return *rowwise.rms_norm_backward(x, weight, scale, grad), None
         unit, grad = x.float() * scale, grad.float()
         product = grad * unit
         with torch.autocast(x.device.type, enabled=False):
@@ -58,8 +68,8 @@ class _RMSNorm(torch.autograd.Function):
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair of x (B, A, S, D) by its angle, in x's own type; cos and sin (S, D) hold every angle twice."""
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     if torch.compiler.is_compiling():
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         low, high = x.chunk(2, dim=-1)
         return x * cos + torch.cat([-high, low], dim=-1) * sin
     return _Rotate.apply(x, cos, sin)
@@ -81,6 +91,9 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    if x.dtype in (torch.float32, torch.bfloat16) and rowwise.fits(x, 32, cos, sin):
+        return rowwise.rotate(x, cos, sin, sign)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     low, high = x.chunk(2, dim=-1)
     out = x * cos
     first, second = out.chunk(2, dim=-1)

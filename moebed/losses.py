@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moebed.float32 import float32_linear
+from moebed.native import rowwise
 from moebed.routers import Routing
 
 IGNORE_INDEX = -100
@@ -35,7 +36,11 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits: Tensor, labels: Tensor) -> Tensor:
-        log_sums = torch.cat([rows.float().logsumexp(dim=-1) for rows in logits.split(_rows_at_once(logits))])  # (T,)
+        ctx.native = logits.dtype in (torch.float32, torch.bfloat16) and rowwise.fits(logits, 16)
+        if ctx.native:
+            log_sums = rowwise.log_sums(logits)  # (T,)
+        else:
+            log_sums = torch.cat([rows.float().logsumexp(dim=-1) for rows in logits.split(_rows_at_once(logits))])
         ctx.save_for_backward(logits, labels, log_sums)
         chosen = logits.gather(1, labels.clamp(min=0).unsqueeze(1)).squeeze(1).float()
         return (log_sums - chosen).masked_fill(labels == IGNORE_INDEX, 0.0)
@@ -44,6 +49,8 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         logits, labels, log_sums = ctx.saved_tensors
         grad = grad.masked_fill(labels == IGNORE_INDEX, 0.0)
+        if ctx.native:
+            return rowwise.cross_entropy_backward(logits, log_sums, labels, grad), None
         out = torch.empty_like(logits)
         size = _rows_at_once(logits)
         parts = (tensor.split(size) for tensor in (out, logits, labels, log_sums, grad))

@@ -51,13 +51,16 @@ pre { background: var(--soft); padding: 12px; overflow-x: auto; font-size: 12.5p
 """
 
 
-def write_report(run_dirs: Sequence[Path], out: Path, first: Mapping[str, str] | None = None) -> Path:
+def write_report(
+    run_dirs: Sequence[Path], out: Path, first: Mapping[str, str] | None = None, kind: str = "Study"
+) -> Path:
     """Write the report of one or several runs.
 
     Args:
         run_dirs: Folders of runs or of probed checkpoints; what each holds is reported.
         out: The file to write, or a folder, in which it becomes ``report.html``.
         first: Title -> HTML of sections that come before those of the runs.
+        kind: What those sections are of, in front of each title.
 
     Returns:
         The file written.
@@ -69,7 +72,7 @@ def write_report(run_dirs: Sequence[Path], out: Path, first: Mapping[str, str] |
     _tell_apart(runs, [Path(folder) for folder in run_dirs])
     path = out if out.suffix.lower() in (".html", ".htm") else out / "report.html"
     sections = {
-        **{f"Study {escape(title)}": content for title, content in (first or {}).items()},
+        **{f"{kind} {escape(title)}": content for title, content in (first or {}).items()},
         "What was found": _answers(runs),
         "Every probe in a sentence": _found(runs),
         "Beside the papers": _beside_the_paper(runs),

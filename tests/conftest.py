@@ -11,7 +11,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+from moebed import native
 from moebed.config import ModelConfig
+from moebed.native import compiled
 
 # Beside the checkout, where it is there. A test that reads it carries ``@pytest.mark.shared("what/it/reads")``.
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -46,3 +48,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+def _can_run(name):
+    best = native.processor()
+    return best is not None and list(compiled.FLAGS).index(name) <= list(compiled.FLAGS).index(best)
+
+
+@pytest.fixture(params=compiled.FLAGS)
+def each_set(request, monkeypatch):
+    """Every instruction set that the machine and its compiler have, one after another; compiling takes seconds."""
+    if not _can_run(request.param):
+        pytest.skip(f"this machine has no {compiled.NAMES[request.param]}")
+    if not compiled.is_there(request.param) and not compiled.compiler_takes(request.param):
+        pytest.skip(f"no compiler for {compiled.NAMES[request.param]}")
+    compiled.library(request.param)
+    monkeypatch.setattr(native, "instruction_set", lambda: request.param)

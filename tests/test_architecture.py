@@ -19,6 +19,8 @@ ABOVE_ALL = {
     "moebed/training.py",
     "moebed/reporting.py",
     "moebed/probing.py",
+    "moebed/laws/figures.py",
+    "moebed/laws/page.py",
     "moebed/study/collecting.py",
     "moebed/study/figures.py",
     "moebed/study/page.py",

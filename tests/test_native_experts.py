@@ -194,22 +194,6 @@ def _difference(found, expected):
     return float((found.detach().double() - expected.detach()).norm() / expected.detach().norm().clamp_min(1e-30))
 
 
-def _can_run(name):
-    best = native.processor()
-    return best is not None and list(compiled.FLAGS).index(name) <= list(compiled.FLAGS).index(best)
-
-
-@pytest.fixture(params=compiled.FLAGS)
-def each_set(request, monkeypatch):
-    """Every instruction set that the machine and its compiler have, one after another; compiling takes seconds."""
-    if not _can_run(request.param):
-        pytest.skip(f"this machine has no {compiled.NAMES[request.param]}")
-    if not compiled.is_there(request.param) and not compiled.compiler_takes(request.param):
-        pytest.skip(f"no compiler for {compiled.NAMES[request.param]}")
-    compiled.library(request.param)
-    monkeypatch.setattr(native, "instruction_set", lambda: request.param)
-
-
 @pytest.fixture
 def own_set():
     """The instruction set that this machine takes."""
@@ -387,7 +371,7 @@ def test_processes_and_threads_compile_side_by_side_and_a_killed_one_holds_nobod
     for process in others:
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
-        assert "compiling the experts for" in err
+        assert "compiling experts and attention for" in err
         assert out.strip() == name
     assert len(found) == 2
     assert len(list((tmp_path / "native").glob("*.so"))) == 1

@@ -1,7 +1,7 @@
-"""Compiles ``experts.cpp`` for an instruction set, keeps it, and calls it.
+"""Compiles the C++ sources beside it into one library for an instruction set, keeps it, and calls it.
 
-The source needs a C++ compiler and no header of Python or PyTorch: it takes seconds. A library is written elsewhere and
-then moved to its place in the cache (``$MOEBED_CACHE``, ``~/.cache/moebed``), named by its source and flags. So any
+The sources need a C++ compiler and no header of Python or PyTorch: that takes seconds. A library is written elsewhere
+and then moved to its place in the cache (``$MOEBED_CACHE``, ``~/.cache/moebed``), named by sources and flags. So any
 number of processes and threads may compile at once, and one that is killed holds nobody up.
 """
 
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,12 +42,15 @@ class Unavailable(Exception):
     """The backend cannot be had; the message says why."""
 
 
+def _sources(pattern: str) -> list[Path]:
+    return sorted(Path(__file__).parent.glob(pattern))
+
+
 def _path(instruction_set: str) -> Path:
     digest = hashlib.sha256(" ".join((*_COMMON, *FLAGS[instruction_set])).encode())
-    folder = Path(__file__).parent
-    for source in sorted([*folder.glob("*.cpp"), *folder.glob("*.h")]):
+    for source in [*_sources("*.cpp"), *_sources("*.h")]:
         digest.update(source.read_bytes())
-    return cache_folder(None) / "native" / f"experts-{instruction_set}-{digest.hexdigest()[:16]}.so"
+    return cache_folder(None) / "native" / f"moebed-{instruction_set}-{digest.hexdigest()[:16]}.so"
 
 
 def is_there(instruction_set: str) -> bool:
@@ -66,14 +70,14 @@ def _compile(instruction_set: str, path: Path) -> None:
     if shutil.which(COMPILER) is None:
         raise Unavailable(f"compiling it needs {COMPILER}")
     print(
-        f"compiling the experts for {NAMES[instruction_set]}, once, a few seconds (kept in {path.parent})",
+        f"compiling experts and attention for {NAMES[instruction_set]}, once, a few seconds (kept in {path.parent})",
         file=sys.stderr,
         flush=True,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
-        command = [COMPILER, *_COMMON, *FLAGS[instruction_set], str(Path(__file__).with_name("experts.cpp"))]
+        command = [COMPILER, *_COMMON, *FLAGS[instruction_set], *map(str, _sources("*.cpp"))]
         done = subprocess.run([*command, "-o", str(made)], capture_output=True, encoding="utf-8", errors="replace")
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
@@ -95,26 +99,50 @@ def library(instruction_set: str) -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
         raise Unavailable(f"it cannot be kept or loaded: {error}") from error
-    loaded.moebed_expert_mlp.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-    loaded.moebed_expert_mlp.restype = ctypes.c_int64
+    for function in (loaded.moebed_expert_mlp, loaded.moebed_attention):
+        function.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+        function.restype = ctypes.c_int64
     return loaded
 
 
-_NUMBERS = ["tokens", "hidden", "width", "experts", "top_k", "ragged", "activation", "threads"]
-_TYPES = ["bf16_rows", "bf16_weights"]
-_INPUTS = ["index", "weight", "x", "gate_up", "down"]
-_OUTPUTS = ["before", "out", "grad", "grad_x", "grad_gate_up", "grad_down", "grad_weight", "workspace"]
+def structure(name: str, **types: type) -> type[ctypes.Structure]:
+    """What a function of the library takes: its fields in the order of the source, ``workspace`` the last."""
+    return type(name, (ctypes.Structure,), {"_fields_": [*types.items(), ("workspace", ctypes.c_void_p)]})
 
 
-class _Call(ctypes.Structure):  # Call of experts.cpp, in its order
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in _NUMBERS + _TYPES),
-        *((name, ctypes.c_void_p) for name in _INPUTS + _OUTPUTS),
-    )
+def invoke(
+    function: Any,
+    kind: type[ctypes.Structure],
+    numbers: dict[str, float],
+    tensors: dict[str, Tensor],
+    backward: bool,
+) -> int:
+    """Call a function of the library on contiguous tensors; outputs are written in place.
+
+    Returns:
+        0, or what the function says is wrong, below 0.
+    """
+    call = kind(**numbers, **{name: tensor.data_ptr() for name, tensor in tensors.items()})
+    needed = function(ctypes.byref(call), int(backward))
+    if needed < 0:
+        return needed
+    workspace = torch.empty(max(needed, 1) + 64, dtype=torch.uint8)
+    call.workspace = -(-workspace.data_ptr() // 64) * 64
+    function(ctypes.byref(call), int(backward))
+    return 0
+
+
+_INTEGERS = ("tokens", "hidden", "width", "experts", "top_k", "ragged", "activation", "threads")
+_TYPES = ("bf16_rows", "bf16_weights")
+_INPUTS = ("index", "weight", "x", "gate_up", "down")
+_OUTPUTS = ("before", "out", "grad", "grad_x", "grad_gate_up", "grad_down", "grad_weight")
+_EXPERTS = structure(
+    "Call", **dict.fromkeys(_INTEGERS + _TYPES, ctypes.c_int64), **dict.fromkeys(_INPUTS + _OUTPUTS, ctypes.c_void_p)
+)
 
 
 class Call:
-    """One call of the library on contiguous tensors."""
+    """One call of the experts on contiguous tensors."""
 
     def __init__(self, instruction_set: str, numbers: dict[str, int], tensors: dict[str, Tensor]) -> None:
         self.instruction_set, self.numbers, self.tensors = instruction_set, numbers, tensors
@@ -131,13 +159,8 @@ class Call:
         Raises:
             RuntimeError: An assignment's expert is not there.
         """
-        run = library(self.instruction_set).moebed_expert_mlp
-        pointers = {name: tensor.data_ptr() for name, tensor in (self.tensors | outputs).items()}
-        call = _Call(**self.numbers, **pointers)
-        needed = run(ctypes.byref(call), int(backward))
-        if needed < 0:
-            expert = int(self.tensors["index"].flatten()[-1 - needed])
+        function = library(self.instruction_set).moebed_expert_mlp
+        wrong = invoke(function, _EXPERTS, self.numbers, self.tensors | outputs, backward)
+        if wrong < 0:
+            expert = int(self.tensors["index"].flatten()[-1 - wrong])
             raise RuntimeError(f"expert_mlp: an assignment is to expert {expert} of {self.numbers['experts']}")
-        workspace = torch.empty(max(needed, 1) + 64, dtype=torch.uint8)
-        call.workspace = -(-workspace.data_ptr() // 64) * 64
-        run(ctypes.byref(call), int(backward))

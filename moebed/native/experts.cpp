@@ -135,15 +135,19 @@ struct Pass {
     }
   }
 
+  // Length of a block's rows in memory: a line more than they take, since rows a power of two bytes apart would all
+  // fall into the same few lines of the first-level cache.
+  static constexpr int64_t apart(int64_t columns) { return columns + LINE / int64_t(sizeof(E)); }
+
   static void follow(const E* matrix, int64_t columns, const char** at) {
-    for (int i = 0; i < BLOCK; ++i) at[i] = (const char*)(matrix + i * columns);
+    for (int i = 0; i < BLOCK; ++i) at[i] = (const char*)(matrix + i * apart(columns));
   }
 
   // Strips of a product with an expert's panels; each is handed to finish(first column, columns, sums).
   template <class Finish>
   static void each_strip(const Block& block, const char* const* at, const E* panels, int64_t depth, int64_t columns,
                          const Finish& finish) {
-    alignas(64) float sums[BLOCK * STRIP];
+    alignas(64) float sums[BLOCK * ROW];
     for (int64_t c = 0; c < columns; c += STRIP) {
       const int across = smaller(STRIP, columns - c);
       strip<P, UNIT>(at, block.count(), panels + c * depth * GROUP, depth, across, sums);
@@ -153,7 +157,7 @@ struct Pass {
 
   void product(const Block& block, const char* const* at, const E* panels, int64_t depth, S* by_row) const {
     each_strip(block, at, panels, depth, hidden, [&](int64_t c, int across, const float* sums) {
-      for (int i = 0; i < block.count(); ++i) convert(sums + i * STRIP, by_row + (block.begin + i) * hidden + c, across);
+      for (int i = 0; i < block.count(); ++i) convert(sums + i * ROW, by_row + (block.begin + i) * hidden + c, across);
     });
   }
 
@@ -183,7 +187,7 @@ struct Pass {
     E* const panels = room.take<E>(call.threads * 3 * width * hidden);
     S* const by_row = room.take<S>(call.tokens * call.top_k * hidden);
     E* const gathered = room.take<E>(call.threads * BLOCK * hidden);
-    E* const middles = room.take<E>(call.threads * BLOCK * width);
+    E* const middles = room.take<E>(call.threads * BLOCK * apart(width));
     if (room.base == nullptr) return room.used;
     const auto pack = [&](int64_t expert, E* up, E* down_) {
       pack_rows(gate_up + expert * 2 * width * hidden, 2 * width, hidden, up);
@@ -192,15 +196,15 @@ struct Pass {
     each_block(panels, pack, [&](const Block& block, int thread, const E* up_panels, const E* down_panels) {
       const char* at[BLOCK];
       gather(block, (const S*)call.x, gathered + thread * BLOCK * hidden, at);
-      E* const middle = middles + thread * BLOCK * width;
-      alignas(64) float up[BLOCK * STRIP];
+      E* const middle = middles + thread * BLOCK * apart(width);
+      alignas(64) float up[BLOCK * ROW];
       const int64_t depth = hidden / GROUP;
       each_strip(block, at, up_panels, depth, width, [&](int64_t c, int across, const float* gate) {
         strip<P, UNIT>(at, block.count(), up_panels + (width + c) * hidden, depth, across, up);
         for (int i = 0; i < block.count(); ++i) {
           S* kept = kept_strip(c, across, block.begin + i);
-          act.forward(gate + i * STRIP, up + i * STRIP, rows.weight[block.begin + i], across, kept, kept + across,
-                      middle + i * width + c);
+          act.forward(gate + i * ROW, up + i * ROW, rows.weight[block.begin + i], across, kept, kept + across,
+                      middle + i * apart(width) + c);
         }
       });
       follow(middle, width, at);
@@ -257,12 +261,12 @@ struct Pass {
         for (int64_t j = 0; j < block.count(); ++j) at[j] = copy + j * depth * UNIT;
       }
       constexpr int STEP = P::CONSECUTIVE ? UNIT : LONG;
-      alignas(64) float sums[BLOCK * STRIP];
+      alignas(64) float sums[BLOCK * ROW];
       for (int64_t c = 0; c < n; c += STRIP) {
         const int across = smaller(STRIP, n - c);
         strip<P, STEP>(at, block.count(), right.of(expert) + c * depth * GROUP, depth, across, sums);
         for (int j = 0; j < block.count(); ++j)
-          convert(sums + j * STRIP, out + (expert * m + begin + j) * n + c, across);
+          convert(sums + j * ROW, out + (expert * m + begin + j) * n + c, across);
       }
     });
   }
@@ -279,7 +283,7 @@ struct Pass {
     S* const by_row = room.take<S>(assignments * hidden);
     float* const weight_of_row = room.take<float>(assignments);
     E* const gathered = room.take<E>(call.threads * 2 * BLOCK * hidden);
-    E* const middles = room.take<E>(call.threads * 3 * BLOCK * width);
+    E* const middles = room.take<E>(call.threads * BLOCK * (apart(width) + apart(2 * width)));
     E* const transposed = room.take<E>(call.threads * longest);
     if (room.base == nullptr) return room.used;
     const auto pack = [&](int64_t expert, E* up, E* down_) {
@@ -291,8 +295,8 @@ struct Pass {
       E* const copies = gathered + thread * 2 * BLOCK * hidden;
       gather(block, (const S*)call.x, copies, inputs);
       gather(block, (const S*)call.grad, copies + BLOCK * hidden, grads);
-      E* const middle = middles + thread * 3 * BLOCK * width;
-      E* const grad_before = middle + BLOCK * width;
+      E* const middle = middles + thread * BLOCK * (apart(width) + apart(2 * width));
+      E* const grad_before = middle + BLOCK * apart(width);
       alignas(64) float total[BLOCK * LANES] = {};
       // A strip's pre-activations are on their way while the product before it runs.
       const auto fetch = [&](int64_t c) {
@@ -306,9 +310,9 @@ struct Pass {
         fetch(c + STRIP);
         for (int i = 0; i < block.count(); ++i) {
           const S* kept = kept_strip(c, across, block.begin + i);
-          E* to = grad_before + i * 2 * width + c;
-          act.backward(sums + i * STRIP, kept, kept + across, rows.weight[block.begin + i], across,
-                       middle + i * width + c, to, to + width, total + i * LANES);
+          E* to = grad_before + i * apart(2 * width) + c;
+          act.backward(sums + i * ROW, kept, kept + across, rows.weight[block.begin + i], across,
+                       middle + i * apart(width) + c, to, to + width, total + i * LANES);
         }
       });
       for (int i = 0; i < block.count(); ++i) weight_of_row[block.begin + i] = sum(load(total + i * LANES));

@@ -17,11 +17,13 @@
 
 namespace moebed {
 
-constexpr int STRIP = 64;          // columns of a strip, and row length of its float32 buffer
+constexpr int STRIP = 64;          // columns of a strip
+constexpr int ROW = STRIP + 16;    // row length of its float32 buffer: the rows' lines fall into all sets of a cache
 constexpr int BLOCK = 96;          // rows of a block: a strip's buffer takes 24 KB of the first-level cache
 constexpr int LINE = 64;           // bytes of a panel's line
 constexpr int UNIT = 4;            // bytes
 constexpr int AHEAD = 16 * LINE;   // how far ahead of the products a panel is fetched
+constexpr int NEXT = 16;            // units for each of which a line of the next panel is fetched, shared by a block's tiles
 constexpr int64_t DEPTH = 256;     // units between visits to the buffer: a strip's panels take 64 KB of the second level
 constexpr int TILE = 6;            // rows whose sums stay in registers
 constexpr int PANELS = REGISTERS == 1 ? 4 : 1;  // and panels
@@ -52,9 +54,12 @@ struct Dot {
 };
 #endif
 
-// The pragmas unroll early enough for the sums to stay in registers.
+// M rows times N panels that lie `panel` bytes apart, units begin to end, into rows of `out` that lie `apart` values
+// apart, or added to what is there. What is at `next` is fetched meanwhile. The pragmas unroll early enough for the sums
+// to stay in registers.
 template <class P, int STEP, int M, int N>
-void tile(const char* const* rows, const char* panels, int64_t panel, int64_t begin, int64_t end, float* out) {
+void tile(const char* const* rows, const char* panels, int64_t panel, int64_t begin, int64_t end, bool add,
+          const char* next, float* out, int64_t apart) {
   constexpr int WIDE = N * REGISTERS, EACH = LANES / REGISTERS;
   Register sum[M][WIDE];
   const char* row[M];
@@ -62,11 +67,11 @@ void tile(const char* const* rows, const char* panels, int64_t panel, int64_t be
   for (int i = 0; i < M; ++i) {
     row[i] = rows[i] + begin * STEP;
 #pragma GCC unroll 8
-    for (int j = 0; j < WIDE; ++j) sum[i][j] = begin ? load_register(out + i * STRIP + j * EACH) : Register{};
+    for (int j = 0; j < WIDE; ++j) sum[i][j] = add ? load_register(out + i * apart + j * EACH) : Register{};
   }
   const char* line = panels + begin * LINE;
   int64_t offset = 0;
-  for (int64_t u = begin; u < end; ++u, line += LINE, offset += STEP) {
+  const auto add_unit = [&]() __attribute__((always_inline)) {
     Register right[WIDE];
 #pragma GCC unroll 8
     for (int j = 0; j < WIDE; ++j) {
@@ -80,32 +85,50 @@ void tile(const char* const* rows, const char* panels, int64_t panel, int64_t be
 #pragma GCC unroll 8
       for (int j = 0; j < WIDE; ++j) sum[i][j] = P::add(sum[i][j], left, right[j]);
     }
+    line += LINE;
+    offset += STEP;
+  };
+  int64_t u = begin;
+  for (; u + NEXT <= end; u += NEXT, next += LINE) {
+    _mm_prefetch(next, _MM_HINT_T0);
+#pragma GCC unroll 8
+    for (int i = 0; i < NEXT; ++i) add_unit();
   }
+  for (; u < end; ++u) add_unit();
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 8
-    for (int j = 0; j < WIDE; ++j) store_register(out + i * STRIP + j * EACH, sum[i][j]);
+    for (int j = 0; j < WIDE; ++j) store_register(out + i * apart + j * EACH, sum[i][j]);
 }
 
-using Tile = void (*)(const char* const*, const char*, int64_t, int64_t, int64_t, float*);
+using Tile = void (*)(const char* const*, const char*, int64_t, int64_t, int64_t, bool, const char*, float*, int64_t);
 
 template <class P, int STEP, size_t... I>
 constexpr std::array<Tile, sizeof...(I)> tiles(std::index_sequence<I...>) {
   return {tile<P, STEP, int(I / PANELS) + 1, int(I % PANELS) + 1>...};
 }
 
-// Rows times up to a strip of panels that lie D lines apart, into out (rows, STRIP).
+template <class P, int STEP>
+Tile tile_of(int64_t rows, int64_t panels) {  // as many of each as there are, up to TILE and PANELS
+  static constexpr auto TILES = tiles<P, STEP>(std::make_index_sequence<TILE * PANELS>());
+  return TILES[(smaller(TILE, rows) - 1) * PANELS + smaller(PANELS, panels) - 1];
+}
+
+// Rows times up to a strip of panels that lie D lines apart, into out (rows, ROW).
 template <class P, int STEP>
 void strip(const char* const* rows, int count, const void* panels, int64_t depth, int width, float* out) {
-  static constexpr auto TILES = tiles<P, STEP>(std::make_index_sequence<TILE * PANELS>());
   int64_t begin = 0;
   do {  // once even if there is nothing to sum: the output is then 0
     const int64_t end = smaller(begin + DEPTH, depth);
     for (int j = 0; j < width; j += PANELS * LANES) {
       const int across = smaller(PANELS, (width - j) / LANES);
-      for (int i = 0; i < count; i += TILE)
-        TILES[(smaller(TILE, count - i) - 1) * PANELS + across - 1](
-            rows + i, (const char*)panels + j / LANES * depth * LINE, depth * LINE, begin, end, out + i * STRIP + j);
+      const char* at = (const char*)panels + j / LANES * depth * LINE;
+      // The panel after this one: beside it, or where the next units begin, or the next strip.
+      const char* next = at + (across * depth + begin) * LINE;
+      if (j + PANELS * LANES >= width) next = end < depth ? (const char*)panels + end * LINE : next - begin * LINE;
+      for (int i = 0; i < count; i += TILE, next += (end - begin) / NEXT * LINE)
+        tile_of<P, STEP>(count - i, across)(rows + i, at, depth * LINE, begin, end, begin > 0, next, out + i * ROW + j,
+                                            ROW);
     }
     begin = end;
   } while (begin < depth);
@@ -157,21 +180,22 @@ struct Amx {
         _tile_dpbf16ps(3, 5, 7);
       }
     }
-    constexpr int ROW = STRIP * sizeof(float);
-    _tile_stored(0, out, ROW);
-    _tile_stored(1, out + LANES, ROW);
+    constexpr int BYTES = ROW * sizeof(float);
+    _tile_stored(0, out, BYTES);
+    _tile_stored(1, out + LANES, BYTES);
     if (SECOND) {
-      _tile_stored(2, out + SIDE * STRIP, ROW);
-      _tile_stored(3, out + SIDE * STRIP + LANES, ROW);
+      _tile_stored(2, out + SIDE * ROW, BYTES);
+      _tile_stored(3, out + SIDE * ROW + LANES, BYTES);
     }
   }
 
-  static void strip(const char* rows, int count, const char* panels, int64_t depth, int width, float* out) {
+  static void strip(const char* rows, int64_t stride, int count, const char* panels, int64_t depth, int width,
+                    float* out) {
     const Configured configured;
     for (int j = 0; j < width; j += 2 * LANES)
       for (int i = 0; i < count; i += 2 * SIDE) {
         const auto square_ = i + SIDE < count ? square<true> : square<false>;
-        square_(rows + i * depth * UNIT, depth * UNIT, panels + j / LANES * depth * LINE, depth, out + i * STRIP + j);
+        square_(rows + i * stride, stride, panels + j / LANES * depth * LINE, depth, out + i * ROW + j);
       }
   }
 };
@@ -179,7 +203,8 @@ struct Amx {
 template <>
 inline void strip<Amx, UNIT>(const char* const* rows, int count, const void* panels, int64_t depth, int width,
                              float* out) {
-  Amx::strip(rows[0], count, (const char*)panels, depth, width, out);
+  const int64_t stride = count > 1 ? rows[1] - rows[0] : depth * UNIT;
+  Amx::strip(rows[0], stride, count, (const char*)panels, depth, width, out);
 }
 #endif
 

@@ -115,7 +115,7 @@ class Setup:
         if config.attn_logit_softcapping is not None or config.attention_backend == "math":
             return True
         narrow_on_cpu = self.device == "cpu" and self.precision.compute < 4
-        return config.attention_backend == "auto" and narrow_on_cpu and self.sequence_length <= 1024
+        return config.attention_backend != "sdpa" and narrow_on_cpu and self.sequence_length <= 1024
 
     def require_formulas(self) -> None:
         """Raise ConfigError for what no formula knows."""

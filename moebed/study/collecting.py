@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from moebed.errors import DivergedError
+from moebed.flops import scaling_sizes
 from moebed.study.files import FORMAT, STUDY_FILE, read_json, write_json
 from moebed.study.plan import Arm, Run, StudyPlan
 from moebed.study.progress import status_path, steps_done
@@ -48,6 +49,7 @@ def collect(plan: StudyPlan, out: Path) -> Path:
                 "total_parameters": arm.total_parameters,
                 "active_parameters": arm.active_parameters,
                 "active_flops_per_token": arm.active_flops,
+                "sizes": scaling_sizes(arm.config),
                 "runs": {str(seed): _read_run(plan.runs[plan.final[name, seed]], arm, out) for seed in recipe.seeds},
             }
             for name, arm in plan.arms.items()

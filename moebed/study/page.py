@@ -81,7 +81,7 @@ def section(folder: Path, found: Comparison, pictures: dict[str, bytes]) -> str:
     parts += [f"<p><strong>{escape(warning)}</strong></p>" for warning in found.warnings]
     said = "".join(f"<li>{escape(sentence)}</li>" for sentence in verdicts(found))
     parts.append(f'<ul class="found">{said}</ul>')
-    parts.append(_table(COLUMNS, arm_rows(found)))
+    parts.append(html_table(COLUMNS, arm_rows(found)))
     parts.append(f'<p class="muted">{escape(NOTE)}</p>')
     parts += [f'<p class="muted">{escape(sentence)}</p>'] if (sentence := power(found)) else []
     marks = [f"<li>{escape(arm.name)}: {escape(mark)}</li>" for arm in found.arms.values() for mark in arm.marks]
@@ -89,15 +89,15 @@ def section(folder: Path, found: Comparison, pictures: dict[str, bytes]) -> str:
     parts += [embedded(png, name) for name, png in pictures.items()]
     columns, steps = step_rows(found)
     if steps:
-        parts.append(f'<h3>Over training</h3>{_table(columns, steps)}<p class="muted">{escape(STEP_NOTE)}</p>')
+        parts.append(f'<h3>Over training</h3>{html_table(columns, steps)}<p class="muted">{escape(STEP_NOTE)}</p>')
     if found.domains:
-        rows = _table(("arm", *found.domains), domain_rows(found))
+        rows = html_table(("arm", *found.domains), domain_rows(found))
         parts.append(f'<h3>By domain</h3>{rows}<p class="muted">{escape(DOMAIN_NOTE)}</p>')
     if found.headlines:
-        rows = _table(("headline at the last step", *found.arms), headline_rows(found))
+        rows = html_table(("headline at the last step", *found.arms), headline_rows(found))
         parts.append(f'<h3>Probes</h3>{rows}<p class="muted">{escape(headline_note(found))}</p>')
     arms = [[arm.name, arm.settings, _links(folder, found, arm.name)] for arm in found.arms.values()]
-    parts.append("<h3>Arms</h3>" + _table(("arm", "is", "its runs"), arms, raw=2, numbers=False))
+    parts.append("<h3>Arms</h3>" + html_table(("arm", "is", "its runs"), arms, raw=2, numbers=False))
     return "".join(parts)
 
 
@@ -111,8 +111,8 @@ def _links(folder: Path, found: Comparison, arm: str) -> str:
     return ", ".join(cells)
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], raw: int = -1, numbers: bool = True) -> str:
-    """Rows as HTML; the cells of column ``raw`` are HTML already."""
+def html_table(columns: Sequence[str], rows: Sequence[Sequence[str]], raw: int = -1, numbers: bool = True) -> str:
+    """Rows as HTML; the cells of column ``raw`` are HTML already, columns but the first numbers unless said."""
     form = ' class="number"' if numbers else ""
     head = "".join(f"<th{form if index else ''}>{escape(column)}</th>" for index, column in enumerate(columns))
     lines = [

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from moebed.study.comparison import ArmResult, Comparison, HeadlineResult, power, verdict
 from moebed.study.statistics import Difference
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 MOST_STEPS = 6
 
@@ -231,21 +235,33 @@ def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left:
 
 def print_table(found: Comparison) -> None:
     """The main table, what must be known, and the verdicts, on standard output."""
+    from rich.markup import escape
+
+    console = print_rows(f"study {found.study['name']}", COLUMNS, arm_rows(found))
+    for note in notes(found):
+        console.print(escape(note), style="bold red")
+    for sentence in [*verdicts(found), power(found)]:
+        console.print(escape(sentence))
+
+
+def print_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Console:
+    """A table on standard output, its first column words and the others numbers.
+
+    Returns:
+        The console, as wide as the table: a terminal that is too narrow wraps the lines, which is read more easily
+        than cells cut short.
+    """
     from rich.console import Console
     from rich.markup import escape
     from rich.measure import Measurement
     from rich.table import Table
 
-    table = Table(title=f"study {found.study['name']}", title_justify="left")
-    for index, column in enumerate(COLUMNS):
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
         table.add_column(escape(column), justify="right" if index else "left", no_wrap=True)
-    for row in arm_rows(found):
+    for row in rows:
         table.add_row(*(escape(cell) for cell in row))
-    # A terminal that is too narrow wraps the lines, which is read more easily than cells cut short.
     natural = Measurement.get(Console(width=1000), Console(width=1000).options, table).maximum
     console = Console(width=max(natural, Console().width))
     console.print(table)
-    for note in notes(found):
-        console.print(escape(note), style="bold red")
-    for sentence in [*verdicts(found), power(found)]:
-        console.print(escape(sentence))
+    return console

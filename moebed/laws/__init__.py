@@ -1,0 +1,1 @@
+"""Scaling laws of Mixture-of-Experts models: fitted to a table of runs, and what follows from them, with intervals."""
