@@ -7,9 +7,9 @@ from importlib import import_module
 from typing import Any
 
 _LAZY = {
-    "ModelConfig": "moebed.config",
-    "Decoder": "moebed.decoder",
-    "MoEModule": "moebed.module",
+    "ModelConfig": "moebed.model.config",
+    "Decoder": "moebed.model.decoder",
+    "MoEModule": "moebed.training.module",
     "TextDataModule": "moebed.data.datamodule",
     "UserError": "moebed.errors",
     "ConfigError": "moebed.errors",

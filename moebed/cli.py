@@ -14,18 +14,21 @@ from moebed.errors import UserError
 from moebed.plugins import load_plugins
 
 COMMANDS = {
-    "fit": ("moebed.training", "train a model from a recipe, with probes; --ckpt_path last continues a run"),
-    "validate": ("moebed.training", "evaluate a checkpoint on the validation text"),
-    "test": ("moebed.training", "evaluate a checkpoint on the test text"),
-    "predict": ("moebed.training", "per-token losses of a checkpoint on the test text"),
-    "probe": ("moebed.probing", "run probes on a pretrained checkpoint, a layer at a time; a second run continues"),
+    "fit": ("moebed.commands.fit", "train a model from a recipe, with probes; --ckpt_path last continues a run"),
+    "validate": ("moebed.commands.fit", "evaluate a checkpoint on the validation text"),
+    "test": ("moebed.commands.fit", "evaluate a checkpoint on the test text"),
+    "predict": ("moebed.commands.fit", "per-token losses of a checkpoint on the test text"),
+    "probe": (
+        "moebed.commands.probe",
+        "run probes on a pretrained checkpoint, a layer at a time; a second run continues",
+    ),
     "upcycle": ("moebed.upcycling.command", "make an MoE checkpoint from a dense one, a layer at a time"),
     "export": ("moebed.exporting.command", "write a run's checkpoint as a folder that transformers loads"),
     "study": ("moebed.study.command", "run arms over seeds, then compare them with paired differences and intervals"),
     "law": ("moebed.laws.command", "fit a scaling law to runs, and say with intervals what follows from it"),
-    "size": ("moebed.sizing", "what a recipe's model has in each layer and what it costs; nothing is built"),
-    "report": ("moebed.reporting", "results of runs side by side, or of a study, as one HTML file"),
-    "bench": ("moebed.bench.cli", "measure side by side with the peers that are installed"),
+    "size": ("moebed.commands.size", "what a recipe's model has in each layer and what it costs; nothing is built"),
+    "report": ("moebed.commands.report", "results of runs side by side, or of a study, as one HTML file"),
+    "bench": ("moebed.bench.command", "measure side by side with the peers that are installed"),
 }
 
 

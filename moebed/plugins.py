@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moebed.errors import UserError
+from moebed.former_names import present_name
 
 VARIABLE = "MOEBED_PLUGINS"  # inherited by the runs of a study and the ranks of a run
 OPTION = "--plugins"
@@ -91,6 +92,9 @@ def _import(name: str) -> None:
         if isinstance(error, UserError):
             raise
         last = traceback.extract_tb(error.__traceback__)[-1]
+        former = error.name or "" if isinstance(error, ImportError) else ""
+        moved = f"; it is {present_name(former)} now" if present_name(former) != former else ""
         raise UserError(
-            f"plugin {name} cannot be imported: {type(error).__name__}: {error} ({last.filename}, line {last.lineno})"
+            f"plugin {name} cannot be imported: {type(error).__name__}: {error}{moved} "
+            f"({last.filename}, line {last.lineno})"
         ) from error

@@ -10,12 +10,12 @@ _LAZY = {
     "PROBES": "probes.registry",
     "DEFAULT_PROBES": "probes.registry",
     "register": "probes.registry",
-    "Probe": "probes.base",
-    "ProbeResult": "probes.base",
-    "Headline": "probes.base",
-    "run_probes": "probes.driver",
-    "ProbeCallback": "probes.callback",
-    "write_report": "probes.report",
+    "Probe": "probes.contract",
+    "ProbeResult": "probes.contract",
+    "Headline": "probes.contract",
+    "run_probes": "probes.running.driver",
+    "ProbeCallback": "probes.running.callback",
+    "write_report": "probes.report.page",
 }
 __all__ = sorted(_LAZY)
 

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moebed.views import LayerView, Need
-from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
-from probes.resampling import SHARE, WITHOUT, interval_of, unit_notes, units_of
-from probes.short_texts import keep_tokens, token_names
+from moebed.views.layer import LayerView, Need
+from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
+from probes.measures.resampling import SHARE, WITHOUT, interval_of, unit_notes, units_of
+from probes.measures.short_texts import keep_tokens, token_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -140,34 +140,34 @@ def _grouped(values: Tensor) -> Tensor:
 
 
 def _draw_over_depth(arrays: Arrays) -> Figure:
-    from probes import figures
+    from probes.figures import drawing
 
-    fig = figures.new_figure(
+    fig = drawing.new_figure(
         11.5,
         3.4,
         "The experts' activations over depth: median over tokens and experts, band between the quartiles",
     )
     for ax, (key, title), colour in zip(
-        fig.subplots(1, len(_QUANTITIES)), _QUANTITIES.items(), figures.SERIES, strict=False
+        fig.subplots(1, len(_QUANTITIES)), _QUANTITIES.items(), drawing.SERIES, strict=False
     ):
         quartiles = {layer: np.quantile(value, (0.25, 0.5, 0.75)) for layer, value in by_layer(arrays, key).items()}
-        figures.depth_band(ax, quartiles, colour)
+        drawing.depth_band(ax, quartiles, colour)
         ax.set_title(title, fontsize=10)
         ax.set_ylim(0, 1.03 if "frac" in key else None)
     return fig
 
 
 def _draw_neurons(arrays: Arrays) -> Figure:
-    from probes import figures
+    from probes.figures import drawing
 
     every = by_layer(arrays, "act_gate_map")
-    layers = figures.pick(list(every), PICTURED_LAYERS)
+    layers = drawing.pick(list(every), PICTURED_LAYERS)
     names = token_names(arrays, len(every[layers[0]]))
     grouped = any(every[n].shape[2] < int(arrays[f"num_neurons/{n}"]) for n in layers)
     some = f"; {len(layers)} of {len(every)} layers" if len(layers) < len(every) else ""
     kind = "Mean |activation| of groups of neurons beside each other" if grouped else "|activation| of each neuron"
     height = min(2.6, max(1.15, 0.045 * max(every[layer].shape[1] for layer in layers)))
-    fig = figures.new_figure(1.6 + 4.0 * len(layers), 0.9 + height * len(names), f"{kind}, by expert and token{some}")
+    fig = drawing.new_figure(1.6 + 4.0 * len(layers), 0.9 + height * len(names), f"{kind}, by expert and token{some}")
     axes = fig.subplots(len(names), len(layers), squeeze=False)
     for column, layer in enumerate(layers):
         values = every[layer]
@@ -176,8 +176,8 @@ def _draw_neurons(arrays: Arrays) -> Figure:
         for row, name in enumerate(names):
             ax = axes[row, column]
             extent = (0, neurons, values.shape[1] - 0.5, -0.5)
-            image = figures.heat_map(ax, values[row], "viridis", vmin=0, vmax=highest, aspect="auto", extent=extent)
-            figures.index_ticks(ax.yaxis, range(values.shape[1]))
+            image = drawing.heat_map(ax, values[row], "viridis", vmin=0, vmax=highest, aspect="auto", extent=extent)
+            drawing.index_ticks(ax.yaxis, range(values.shape[1]))
             if row == 0:
                 ax.set_title(f"layer {layer}", fontsize=10)
             if row == len(names) - 1:
@@ -186,5 +186,5 @@ def _draw_neurons(arrays: Arrays) -> Figure:
                 ax.set_xticklabels([])
             if column == 0:
                 ax.set_ylabel(f"{name}\nexpert", fontsize=9)
-        figures.colour_bar(fig, image, list(axes[:, column]), "", extend="max", location="bottom")
+        drawing.colour_bar(fig, image, list(axes[:, column]), "", extend="max", location="bottom")
     return fig

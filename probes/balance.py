@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from moebed.views import LayerView, Need
-from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
-from probes.choices import assignments, counts_by_sequence, sequence_of
-from probes.resampling import LARGEST, unit_notes
+from moebed.views.layer import LayerView, Need
+from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
+from probes.measures.choices import assignments, counts_by_sequence, sequence_of
+from probes.measures.resampling import LARGEST, unit_notes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -110,24 +110,24 @@ class Balance(Probe):
 
 
 def _draw_load(load: dict[int, np.ndarray]) -> Figure:
-    from probes import figures
+    from probes.figures import drawing
 
     by_count: dict[int, list[int]] = {}
     for layer, value in load.items():
         by_count.setdefault(len(value), []).append(layer)
     relative = {layer: value * len(value) for layer, value in load.items()}
-    norm = figures.ratio_norm(list(relative.values()))
+    norm = drawing.ratio_norm(list(relative.values()))
     heights = [max(1.0, 0.34 * len(layers)) for layers in by_count.values()]
-    fig = figures.new_figure(9.5, 1.6 + sum(heights), "Load of each expert, as a multiple of an even share")
+    fig = drawing.new_figure(9.5, 1.6 + sum(heights), "Load of each expert, as a multiple of an even share")
     axes = fig.subplots(len(by_count), 1, squeeze=False, height_ratios=heights)[:, 0]
     for ax, (experts, layers) in zip(axes, by_count.items(), strict=True):
         values = np.stack([relative[layer] for layer in layers])  # (layers, E)
-        image = figures.heat_map(ax, values, norm=norm, cmap="RdBu_r", aspect="auto")
-        figures.index_ticks(ax.xaxis, range(experts))
-        figures.index_ticks(ax.yaxis, layers)
+        image = drawing.heat_map(ax, values, norm=norm, cmap="RdBu_r", aspect="auto")
+        drawing.index_ticks(ax.xaxis, range(experts))
+        drawing.index_ticks(ax.yaxis, layers)
         ax.set_xlabel("expert", fontsize=9)
         ax.set_ylabel("layer", fontsize=9)
         if experts <= 16 and len(layers) <= 32:
-            figures.write_values(ax, values, norm)
-    figures.colour_bar(fig, image, axes, "load / even share (1 = even)")
+            drawing.write_values(ax, values, norm)
+    drawing.colour_bar(fig, image, axes, "load / even share (1 = even)")
     return fig

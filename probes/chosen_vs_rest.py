@@ -1,6 +1,7 @@
 """Chosen against the rest: are the experts that are chosen together more alike than those left out?
 
-T tokens, T' of them compared, K experts per token, E routed experts, U units of the text (``probes.resampling``).
+T tokens, T' of them compared, K experts per token, E routed experts, U units of the text
+(``probes.measures.resampling``).
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moebed.views import Need
-from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
-from probes.resampling import as_interval, interval_of, jackknife, keep, unit_notes, without
+from moebed.views.layer import Need
+from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
+from probes.measures.resampling import as_interval, interval_of, jackknife, keep, unit_notes, without
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -92,15 +93,15 @@ class ChosenVsRest(Probe):
 
 
 def _draw_over_depth(arrays: Arrays) -> Figure:
-    from probes import figures
+    from probes.figures import drawing
 
-    fig = figures.new_figure(9.5, 3.4, "Cosine of two experts' outputs at a token, by whether they are chosen for it")
+    fig = drawing.new_figure(9.5, 3.4, "Cosine of two experts' outputs at a token, by whether they are chosen for it")
     left, right = fig.subplots(1, 2)
     names = {"cos_chosen_pairs": "both chosen", "cos_chosen_other": "one chosen", "cos_other_pairs": "none chosen"}
-    for (key, name), colour in zip(names.items(), figures.SERIES, strict=False):
+    for (key, name), colour in zip(names.items(), drawing.SERIES, strict=False):
         values = {layer: float(value) for layer, value in by_layer(arrays, key).items()}
         if values:
-            figures.depth_line(left, values, colour, name)
+            drawing.depth_line(left, values, colour, name)
     left.set_title("mean cosine over pairs and tokens", fontsize=10)
     left.legend(fontsize=8, frameon=False)
     middle = {layer: float(value) for layer, value in by_layer(arrays, "difference").items()}
@@ -112,7 +113,7 @@ def _draw_over_depth(arrays: Arrays) -> Figure:
     for layer, rest in by_layer(arrays, "difference_without").items():
         low, high = as_interval(jackknife(middle[layer], rest, stratum)) or (middle[layer], middle[layer])
         bands[layer] = np.array([low, middle[layer], high])
-    figures.depth_band(right, bands, figures.SERIES[3])
-    right.axhline(0, color=figures.MUTED, lw=1, ls="--")
+    drawing.depth_band(right, bands, drawing.SERIES[3])
+    right.axhline(0, color=drawing.MUTED, lw=1, ls="--")
     right.set_title("both chosen minus none chosen, 95 % interval", fontsize=10)
     return fig

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moebed.views import LayerView, Need
-from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
-from probes.choices import assignments, chosen_mask, first_middle_last
-from probes.resampling import LARGEST, unit_notes
+from moebed.views.layer import LayerView, Need
+from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
+from probes.measures.choices import assignments, chosen_mask, first_middle_last
+from probes.measures.resampling import LARGEST, unit_notes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -170,7 +170,7 @@ def _drawn(count: np.ndarray, expected: np.ndarray) -> np.ndarray:
 
 
 def _draw(arrays: Arrays, key: str) -> Figure:
-    from probes import figures
+    from probes.figures import drawing
 
     values, expected = by_layer(arrays, key), by_layer(arrays, f"{key}_expected")
     layers = first_middle_last(list(values))
@@ -179,7 +179,7 @@ def _draw(arrays: Arrays, key: str) -> Figure:
     else:
         title = "Of the tokens that chose one expert (row), what share chooses each of the next layer's (column)?"
     title += "\nAbove: the share. Below: as a multiple of what the loads alone would give"
-    fig = figures.new_figure(max(7.0, 1.4 + 3.0 * len(layers)), 7.0, title)
+    fig = drawing.new_figure(max(7.0, 1.4 + 3.0 * len(layers)), 7.0, title)
     axes = fig.subplots(2, len(layers), squeeze=False)
     shares, ratios = {}, {}
     for layer in layers:
@@ -189,21 +189,21 @@ def _draw(arrays: Arrays, key: str) -> Figure:
         wanted = expected[layer].astype(np.float64)
         ratios[layer] = np.divide(shares[layer], wanted, out=np.full_like(wanted, np.nan), where=wanted > 0)
     highest = max((float(np.nanmax(v)) for v in shares.values() if np.isfinite(v).any()), default=1.0)
-    norm = figures.ratio_norm(list(ratios.values()), share=0.99)
+    norm = drawing.ratio_norm(list(ratios.values()), share=0.99)
     for column, layer in enumerate(layers):
         top, bottom = axes[:, column]
-        share = figures.heat_map(top, shares[layer], cmap="Blues", vmin=0, vmax=highest)
-        ratio = figures.heat_map(bottom, ratios[layer], cmap="RdBu_r", norm=norm)
+        share = drawing.heat_map(top, shares[layer], cmap="Blues", vmin=0, vmax=highest)
+        ratio = drawing.heat_map(bottom, ratios[layer], cmap="RdBu_r", norm=norm)
         if max(shares[layer].shape) <= 10:
-            figures.write_values(bottom, ratios[layer], norm)
+            drawing.write_values(bottom, ratios[layer], norm)
         onward = f" to {int(arrays[f'next_layer/{layer}'])}" if key == "coactivation_next" else ""
         top.set_title(f"layer {layer}{onward}", fontsize=10)
         for ax in (top, bottom):
-            figures.index_ticks(ax.xaxis, range(shares[layer].shape[1]))
-            figures.index_ticks(ax.yaxis, range(shares[layer].shape[0]))
+            drawing.index_ticks(ax.xaxis, range(shares[layer].shape[1]))
+            drawing.index_ticks(ax.yaxis, range(shares[layer].shape[0]))
             if column == 0:
                 ax.set_ylabel("expert", fontsize=9)
         bottom.set_xlabel("other expert" if key == "coactivation" else "expert of the next layer", fontsize=9)
-    figures.colour_bar(fig, share, axes[0], "share of the row's tokens")
-    figures.colour_bar(fig, ratio, axes[1], "share / expected", extend="max")
+    drawing.colour_bar(fig, share, axes[0], "share of the row's tokens")
+    drawing.colour_bar(fig, ratio, axes[1], "share / expected", extend="max")
     return fig

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.special import entr
 
-from moebed.views import LayerView, Need
-from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
-from probes.choices import (
+from moebed.views.layer import LayerView, Need
+from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
+from probes.measures.choices import (
     assignments,
     by_part,
     counts_by_sequence,
@@ -25,7 +25,16 @@ from probes.choices import (
     sequence_of,
     tagged,
 )
-from probes.resampling import SHARE, jackknife, p_value, sequence_units, shuffle_labels, smallest_p, unit_notes, without
+from probes.measures.resampling import (
+    SHARE,
+    jackknife,
+    p_value,
+    sequence_units,
+    shuffle_labels,
+    smallest_p,
+    unit_notes,
+    without,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,9 +78,9 @@ class DomainShare(Probe):
     with the same company as ``mean_divergence``, ``mean_divergence_null``, ``mean_divergence_p``.
 
     A domain's key is its name, with ``/`` and the like as %2F. Sequences are the unit of the intervals (95 %; see
-    ``probes.resampling``), which are NaN for a domain of one sequence; the null comes from shuffling the domains'
-    labels over the sequences. A divergence of finite counts is never 0, so it is to be read beside the null, which is
-    raised by as much.
+    ``probes.measures.resampling``), which are NaN for a domain of one sequence; the null comes from shuffling the
+    domains' labels over the sequences. A divergence of finite counts is never 0, so it is to be read beside the null,
+    which is raised by as much.
     """
 
     name = "domain_share"
@@ -192,12 +201,12 @@ def _unit_sums(counts: np.ndarray, unit: np.ndarray) -> np.ndarray:
 
 
 def _draw_shares(arrays: Arrays, place: str) -> Figure:
-    from probes import figures_routing
+    from probes.figures import domains
 
     shares, names = by_part(arrays, f"share_{place}"), names_by_key(arrays)
     spread = by_part(arrays, f"share_{place}_interval")
     every = sorted({layer for layers in shares.values() for layer in layers})
-    return figures_routing.share_panels(
+    return domains.share_panels(
         {names.get(key, key): layers for key, layers in shares.items()},
         {names.get(key, key): layers for key, layers in spread.items()},
         first_middle_last(every),
@@ -206,15 +215,15 @@ def _draw_shares(arrays: Arrays, place: str) -> Figure:
 
 
 def _draw_divergence(arrays: Arrays) -> Figure:
-    from probes import figures
+    from probes.figures import drawing
 
     measured, null = (by_layer(arrays, key) for key in ("divergence", "divergence_null"))
-    fig = figures.new_figure(6.5, 3.4, "How far apart are the domains' shares of experts? Over depth")
+    fig = drawing.new_figure(6.5, 3.4, "How far apart are the domains' shares of experts? Over depth")
     ax = fig.subplots()
-    figures.depth_line(ax, {layer: float(v) for layer, v in measured.items()}, figures.SERIES[0], "measured")
+    drawing.depth_line(ax, {layer: float(v) for layer, v in measured.items()}, drawing.SERIES[0], "measured")
     for position, label in ((0, "labels shuffled: mean"), (1, "labels shuffled: 95th percentile")):
         line = {layer: float(value[position]) for layer, value in null.items()}
-        figures.depth_line(ax, line, (figures.MUTED, figures.SERIES[1])[position], label, dashed=True)
+        drawing.depth_line(ax, line, (drawing.MUTED, drawing.SERIES[1])[position], label, dashed=True)
     ax.set_ylim(bottom=0)
     ax.set_ylabel("Jensen–Shannon divergence (nats)", fontsize=9)
     ax.legend(fontsize=8, frameon=False)

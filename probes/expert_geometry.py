@@ -20,14 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moebed.precision import multiplies_bf16_faster
-from moebed.views import LayerView, Need
-from probes.bands import one_core_each
-from probes.base import Arrays, Headline, Probe, ProbeResult, per_layer
-from probes.expert_matrices import by_matrix, compared, fitting, labels_of, num_experts, pair_means
-from probes.matching import exact_products
-from probes.pictures import draw_depth, draw_heat_maps
-from probes.spectrum import (
+from moebed.machine.precision import multiplies_bf16_faster
+from moebed.views.layer import LayerView, Need
+from probes.contract import Arrays, Headline, Probe, ProbeResult, per_layer
+from probes.figures.pictures import draw_depth, draw_heat_maps
+from probes.measures.bands import one_core_each
+from probes.measures.expert_matrices import by_matrix, compared, fitting, labels_of, num_experts, pair_means
+from probes.measures.matching import exact_products
+from probes.measures.spectrum import (
     EXACT_BELOW,
     TRUSTED,
     Gram,
@@ -75,9 +75,9 @@ def shape_of(matrix: Tensor, rank: int) -> Shape:
 def shapes_of(fetch: Callable[[int], Tensor], count: int, rank: int) -> Iterator[Shape]:
     """Ranks, norms and first directions of matrices (F, H), by way of the Gram matrices of their shorter side.
 
-    Below ``EXACT_BELOW`` on that side all is float64 and exact; above, see ``probes.spectrum``. Singular values within
-    the rounding of the Gram matrix count as 0: in float64 those below some hundred-millionth of the others. A core
-    takes a matrix from its beginning to its end: most of it are steps too small for several.
+    Below ``EXACT_BELOW`` on that side all is float64 and exact; above, see ``probes.measures.spectrum``. Singular
+    values within the rounding of the Gram matrix count as 0: in float64 those below some hundred-millionth of the
+    others. A core takes a matrix from its beginning to its end: most of it are steps too small for several.
 
     Args:
         fetch: Gives a matrix by its index; called from this thread.

@@ -15,16 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moebed.float64 import double
-from moebed.views import ExpertView, LayerView, Need
-from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
-from probes.choices import NONE, assignments
-from probes.expert_matrices import REFERENCE, SHARED, labels_of, num_experts
-from probes.output_pairs import angular_similarity, chosen_means, pair_cosines, taken_tokens, to_square
-from probes.pictures import draw_heat_maps
-from probes.resampling import SHARE, WITHOUT, as_interval, jackknife, unit_notes, units_of, without
-from probes.short_texts import PICTURED_TOKENS, keep_tokens, token_names
-from probes.similarity import off_diagonal
+from moebed.machine.float64 import double
+from moebed.views.layer import ExpertView, LayerView, Need
+from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
+from probes.figures.pictures import draw_heat_maps
+from probes.measures.choices import NONE, assignments
+from probes.measures.expert_matrices import REFERENCE, SHARED, labels_of, num_experts
+from probes.measures.output_pairs import angular_similarity, chosen_means, pair_cosines, taken_tokens, to_square
+from probes.measures.resampling import SHARE, WITHOUT, as_interval, jackknife, unit_notes, units_of, without
+from probes.measures.short_texts import PICTURED_TOKENS, keep_tokens, token_names
+from probes.measures.similarity import off_diagonal
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,8 +43,8 @@ class ExpertOutputs(Probe):
 
     Stored for each layer: ``output_angular_mean (E', E')``, mean over the tokens taken, diagonal 1; ``num_experts``, E;
     ``others``, labels of the rows after the routed ones; ``num_tokens``, T; ``tokens_taken (T',)``, indices among the
-    T; ``unit (T',)``, which unit of the text each is of (``probes.resampling``); ``pairs_without (U, P)``, angular
-    similarity of each pair averaged over the tokens without each unit in turn; where there are such pairs,
+    T; ``unit (T',)``, which unit of the text each is of (``probes.measures.resampling``); ``pairs_without (U, P)``,
+    angular similarity of each pair averaged over the tokens without each unit in turn; where there are such pairs,
     ``token_cos_chosen (T',)``, ``token_cos_other`` and ``token_cos_mixed``, mean cosine over pairs of routed experts of
     which both, none or one are chosen for the token. Of texts of up to 64 tokens also ``output_cos (T, E', E')`` and
     ``chosen (T, K)``, and stored once ``token_ids (T,)`` and ``token_text (T,)``.
@@ -178,25 +178,25 @@ def _pairs_of(arrays: Arrays, kind: str, layer: int) -> np.ndarray:
 
 
 def _draw_over_depth(means: Mapping[str, Mapping[int, float]]) -> Figure:
-    from probes import figures
+    from probes.figures import drawing
 
-    fig = figures.new_figure(7, 3.4, "Mean angular similarity of outputs over depth")
+    fig = drawing.new_figure(7, 3.4, "Mean angular similarity of outputs over depth")
     ax = fig.subplots()
     names = {"experts": "two experts", SHARED: "expert and shared expert", REFERENCE: "expert and dense FFN"}
-    for (kind, name), colour in zip(names.items(), figures.SERIES, strict=False):
+    for (kind, name), colour in zip(names.items(), drawing.SERIES, strict=False):
         if means[kind]:
-            figures.depth_line(ax, means[kind], colour, name)
-    ax.axhline(0.5, color=figures.MUTED, lw=1, ls="--", label="unrelated")
+            drawing.depth_line(ax, means[kind], colour, name)
+    ax.axhline(0.5, color=drawing.MUTED, lw=1, ls="--", label="unrelated")
     ax.set_ylabel("angular similarity", fontsize=9)
     ax.legend(fontsize=8, frameon=False)
     return fig
 
 
 def _draw_tokens(arrays: Arrays) -> Figure:
-    from probes import figures
+    from probes.figures import drawing
 
     every, labels = by_layer(arrays, "output_cos"), labels_of(arrays)
-    layers = figures.pick(list(every), PICTURED_LAYERS)
+    layers = drawing.pick(list(every), PICTURED_LAYERS)
     angular = {n: angular_similarity(torch.from_numpy(every[n]).double()).numpy() for n in layers}
     for values in angular.values():
         values[:, np.arange(values.shape[1]), np.arange(values.shape[1])] = np.nan
@@ -206,7 +206,7 @@ def _draw_tokens(arrays: Arrays) -> Figure:
     rows = math.ceil(len(names) / ACROSS)
     columns = math.ceil(len(names) / rows)
     some = f"; {len(layers)} of {len(every)} layers" if len(layers) < len(every) else ""
-    fig = figures.new_figure(
+    fig = drawing.new_figure(
         max(7.5, 1.2 + 2.0 * columns),
         1.0 + 2.35 * rows * len(layers),
         f"Angular similarity of the experts' outputs at each token (diagonal in grey){some}\n"
@@ -220,13 +220,13 @@ def _draw_tokens(arrays: Arrays) -> Figure:
             row, column = place * rows + token // columns, token % columns
             ax = axes[row, column]
             ax.set_visible(True)
-            image = figures.heat_map(ax, angular[layer][token], "viridis", vmin=lowest, vmax=highest)
+            image = drawing.heat_map(ax, angular[layer][token], "viridis", vmin=lowest, vmax=highest)
             for axis in (ax.xaxis, ax.yaxis):
-                figures.row_ticks(axis, labels[layer])
+                drawing.row_ticks(axis, labels[layer])
             ax.tick_params(labelsize=6.5)
             chosen = arrays[f"chosen/{layer}"][token]
             ax.set_title(f"{name}\n{' '.join(map(str, chosen[chosen != NONE]))}", fontsize=8)
             if column == 0:
                 ax.set_ylabel(f"layer {layer}\nexpert", fontsize=8.5)
-    figures.colour_bar(fig, image, axes, "angular similarity")
+    drawing.colour_bar(fig, image, axes, "angular similarity")
     return fig

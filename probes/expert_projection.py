@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from moebed.views import LayerView, Need
-from probes.base import Arrays, Headline, Probe, ProbeResult, per_layer
-from probes.expert_matrices import by_matrix, compared, fitting, labels_of, num_experts, row_bands
-from probes.pictures import draw_depth
-from probes.principal import matrix_components, outliers, point_components
+from moebed.views.layer import LayerView, Need
+from probes.contract import Arrays, Headline, Probe, ProbeResult, per_layer
+from probes.figures.pictures import draw_depth
+from probes.measures.expert_matrices import by_matrix, compared, fitting, labels_of, num_experts, row_bands
+from probes.measures.principal import matrix_components, outliers, point_components
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -117,17 +117,17 @@ def _notes(arrays: Arrays) -> list[str]:
 
 
 def _draw_matrices(arrays: Arrays, dims: int) -> Figure:
-    from probes import figures_clouds
+    from probes.figures import clouds
 
     points, share = (by_matrix(arrays, f"matrix_pca_3d{end}") for end in ("", "_var"))
     title = "The experts' matrices on their principal components"
-    return figures_clouds.labelled_clouds(points, share, labels_of(arrays), num_experts(arrays), dims, title)
+    return clouds.labelled_clouds(points, share, labels_of(arrays), num_experts(arrays), dims, title)
 
 
 def _draw_neurons(arrays: Arrays, dims: int) -> Figure:
-    from probes import figures_clouds
+    from probes.figures import clouds
 
     points, share = by_matrix(arrays, "neuron_pca_3d"), by_matrix(arrays, "neuron_pca_var")
     experts = {layer: arrays[f"neuron_pca_expert/{layer}"] for layer in num_experts(arrays)}
     title = "The experts' neurons on their principal components, coloured by expert"
-    return figures_clouds.coloured_clouds(points, share, experts, by_matrix(arrays, "neuron_outlier"), dims, title)
+    return clouds.coloured_clouds(points, share, experts, by_matrix(arrays, "neuron_outlier"), dims, title)

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from moebed.views import MATRICES, LayerView, Need
-from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
-from probes.expert_matrices import by_matrix, mean_neurons
-from probes.pictures import draw_depth
-from probes.similarity import cosine_matrix, off_diagonal
+from moebed.views.layer import MATRICES, LayerView, Need
+from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
+from probes.figures.pictures import draw_depth
+from probes.measures.expert_matrices import by_matrix, mean_neurons
+from probes.measures.similarity import cosine_matrix, off_diagonal
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -101,6 +101,6 @@ def _bf16(values: np.ndarray) -> np.ndarray:
 
 
 def _draw_scatter(points: Points) -> Figure:
-    from probes import figures_clouds
+    from probes.figures import clouds
 
-    return figures_clouds.scatter_grid(points, "Pairs of experts: gate similarity and average-neuron similarity")
+    return clouds.scatter_grid(points, "Pairs of experts: gate similarity and average-neuron similarity")

@@ -9,10 +9,10 @@ from functools import partial
 
 import numpy as np
 
-from moebed.views import LayerView, Need
-from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
-from probes.pictures import draw_depth, draw_heat_maps
-from probes.similarity import cosine_matrix, off_diagonal
+from moebed.views.layer import LayerView, Need
+from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
+from probes.figures.pictures import draw_depth, draw_heat_maps
+from probes.measures.similarity import cosine_matrix, off_diagonal
 
 
 class GateSimilarity(Probe):

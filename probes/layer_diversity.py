@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from moebed.views import MATRICES, Need
-from probes.base import Arrays, Headline, Probe, ProbeResult, per_layer
-from probes.choices import by_part
-from probes.expert_matrices import num_experts
-from probes.resampling import SHARE, WITHOUT, interval_of, unit_notes
-from probes.similarity import off_diagonal
+from moebed.views.layer import MATRICES, Need
+from probes.contract import Arrays, Headline, Probe, ProbeResult, per_layer
+from probes.measures.choices import by_part
+from probes.measures.expert_matrices import num_experts
+from probes.measures.resampling import SHARE, WITHOUT, interval_of, unit_notes
+from probes.measures.similarity import off_diagonal
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -181,9 +181,9 @@ def _last_headline(subject: str, values: Mapping[int, float]) -> Headline:
 
 
 def _draw_over_depth(every: Mapping[str, Mapping[int, float]]) -> Figure:
-    from probes import figures
+    from probes.figures import drawing
 
-    fig = figures.new_figure(
+    fig = drawing.new_figure(
         11.5, 3.4, "Diversity of the experts over depth: 1 − mean similarity over pairs; dashed: if unrelated"
     )
     panels = {
@@ -193,9 +193,9 @@ def _draw_over_depth(every: Mapping[str, Mapping[int, float]]) -> Figure:
     }
     for ax, (title, (kinds, unrelated)) in zip(fig.subplots(1, len(panels)), panels.items(), strict=True):
         shown = [kind for kind in kinds if kind in every]
-        for kind, colour in zip(shown, figures.SERIES if len(kinds) > 1 else figures.SERIES[3:], strict=False):
-            figures.depth_line(ax, every[kind], colour, kind.rpartition("_")[2])
-        ax.axhline(unrelated, color=figures.MUTED, lw=1, ls="--")
+        for kind, colour in zip(shown, drawing.SERIES if len(kinds) > 1 else drawing.SERIES[3:], strict=False):
+            drawing.depth_line(ax, every[kind], colour, kind.rpartition("_")[2])
+        ax.axhline(unrelated, color=drawing.MUTED, lw=1, ls="--")
         ax.set_title(title, fontsize=10)
         if len(shown) > 1:
             ax.legend(fontsize=8, frameon=False)

@@ -10,11 +10,11 @@ from functools import partial
 
 import numpy as np
 
-from moebed.views import MATRICES, LayerView, Need
-from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
-from probes.expert_matrices import labels_of
-from probes.pictures import draw_depth, draw_heat_maps
-from probes.similarity import cosines, expert_gram, off_diagonal
+from moebed.views.layer import MATRICES, LayerView, Need
+from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
+from probes.figures.pictures import draw_depth, draw_heat_maps
+from probes.measures.expert_matrices import labels_of
+from probes.measures.similarity import cosines, expert_gram, off_diagonal
 
 
 class MatrixSimilarity(Probe):

@@ -14,11 +14,11 @@ from functools import partial
 import numpy as np
 from scipy.stats import kendalltau
 
-from moebed.views import LayerView, Need
-from probes.base import Arrays, Headline, Probe, ProbeResult, per_layer
-from probes.expert_matrices import by_matrix, compared, fitting, labels_of, num_experts, pair_means
-from probes.matching import match_pairs
-from probes.pictures import draw_depth, draw_heat_maps
+from moebed.views.layer import LayerView, Need
+from probes.contract import Arrays, Headline, Probe, ProbeResult, per_layer
+from probes.figures.pictures import draw_depth, draw_heat_maps
+from probes.measures.expert_matrices import by_matrix, compared, fitting, labels_of, num_experts, pair_means
+from probes.measures.matching import match_pairs
 
 _SECONDS_BETWEEN_LINES = 10.0
 

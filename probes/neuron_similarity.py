@@ -9,11 +9,11 @@ from functools import partial
 
 import numpy as np
 
-from moebed.views import LayerView, Need
-from probes.base import Arrays, Headline, Probe, ProbeResult, per_layer
-from probes.expert_matrices import by_matrix, labels_of, mean_neurons, num_experts, pair_means
-from probes.pictures import draw_depth, draw_heat_maps
-from probes.similarity import cosine_matrix
+from moebed.views.layer import LayerView, Need
+from probes.contract import Arrays, Headline, Probe, ProbeResult, per_layer
+from probes.figures.pictures import draw_depth, draw_heat_maps
+from probes.measures.expert_matrices import by_matrix, labels_of, mean_neurons, num_experts, pair_means
+from probes.measures.similarity import cosine_matrix
 
 
 class NeuronSimilarity(Probe):

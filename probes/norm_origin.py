@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from moebed.views import LayerView, Need
-from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
-from probes.resampling import SHARE, WITHOUT, Units, interval_of, unit_notes, units_of, without
+from moebed.views.layer import LayerView, Need
+from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
+from probes.measures.resampling import SHARE, WITHOUT, Units, interval_of, unit_notes, units_of, without
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -145,18 +145,18 @@ def shares_by_unit(values: np.ndarray, seen: np.ndarray, units: Units) -> np.nda
 
 
 def _draw_over_depth(arrays: Arrays) -> Figure:
-    from probes import figures
+    from probes.figures import drawing
 
     kinds = {kind: by_layer(arrays, f"{kind}_share") for kind in KINDS}
     shown = {kind: shares for kind, shares in kinds.items() if shares}
     layers = max(map(len, shown.values()))
-    fig = figures.new_figure(
+    fig = drawing.new_figure(
         max(5.5, 1.6 + 0.34 * layers) * len(shown), 3.9, "What do norms depend on? Share of their variance"
     )
     axes = fig.subplots(1, len(shown), squeeze=False)[0]
-    colours = (figures.SERIES[0], "#9dbfe3", figures.MUTED, figures.SERIES[1])
+    colours = (drawing.SERIES[0], "#9dbfe3", drawing.MUTED, drawing.SERIES[1])
     for ax, (kind, shares) in zip(axes, shown.items(), strict=True):
-        figures.layer_axis(ax)
+        drawing.layer_axis(ax)
         below = np.zeros(len(shares))
         for part, (label, colour) in enumerate(zip(LABELS, colours, strict=True)):
             height = np.array([share[part] for share in shares.values()])

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moebed.views import ExpertView, LayerView, Need
-from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
-from probes.expert_matrices import REFERENCE
-from probes.ranks import correlation, rankable, ranks
-from probes.resampling import SHARE, interval_of, keep, unit_notes, units_of
-from probes.short_texts import keep_tokens, token_names
+from moebed.views.layer import ExpertView, LayerView, Need
+from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
+from probes.measures.expert_matrices import REFERENCE
+from probes.measures.ranks import correlation, rankable, ranks
+from probes.measures.resampling import SHARE, interval_of, keep, unit_notes, units_of
+from probes.measures.short_texts import keep_tokens, token_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -159,48 +159,48 @@ def _grouped(count: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def _draw_rank_counts(arrays: Arrays) -> Figure:
-    from probes import figures
+    from probes.figures import drawing
 
     counts = by_layer(arrays, "rank_count_score_by_norm")
     panels = {
         "all layers" + (f" with {experts} experts" if len({len(c) for c in counts.values()}) > 1 else ""): count
         for experts, count in by_layer(arrays, "rank_count_all_layers").items()
     }
-    panels |= {f"layer {layer}": counts[layer] for layer in figures.pick(list(counts), PICTURED_LAYERS)}
+    panels |= {f"layer {layer}": counts[layer] for layer in drawing.pick(list(counts), PICTURED_LAYERS)}
     grouped = {name: _grouped(count) for name, count in panels.items() if len(count) > 1}
     if not grouped:
-        return figures.new_figure(6.5, 1.0, "Every layer has one expert: there are no ranks to compare")
+        return drawing.new_figure(6.5, 1.0, "Every layer has one expert: there are no ranks to compare")
     relative = {name: count / count.sum(axis=1, keepdims=True) * len(count) for name, (count, _) in grouped.items()}
-    fig, axes = figures.panel_grid(
+    fig, axes = drawing.panel_grid(
         len(relative),
         "Given an expert's rank by score (row), how often does it have each rank by output norm (column)?\n"
         "As a multiple of chance; red along the dashed diagonal: the higher the norm, the higher the score",
     )
-    norm = figures.ratio_norm(list(relative.values()), share=0.995)
+    norm = drawing.ratio_norm(list(relative.values()), share=0.995)
     for ax, (name, values) in zip(axes, relative.items(), strict=True):
-        image = figures.heat_map(ax, values, norm=norm, cmap="RdBu_r", origin="lower")
-        ax.plot([0, len(values) - 1], [0, len(values) - 1], color=figures.INK, lw=0.8, ls="--", alpha=0.6)
+        image = drawing.heat_map(ax, values, norm=norm, cmap="RdBu_r", origin="lower")
+        ax.plot([0, len(values) - 1], [0, len(values) - 1], color=drawing.INK, lw=0.8, ls="--", alpha=0.6)
         ax.set_title(name, fontsize=10)
         ranks = range(0, len(values) * grouped[name][1], grouped[name][1])
-        figures.index_ticks(ax.xaxis, ranks)
-        figures.index_ticks(ax.yaxis, ranks)
+        drawing.index_ticks(ax.xaxis, ranks)
+        drawing.index_ticks(ax.yaxis, ranks)
         ax.set_xlabel("rank by norm (0 = smallest)", fontsize=8)
         ax.set_ylabel("rank by score", fontsize=8)
-    figures.colour_bar(fig, image, axes, "frequency / chance (1 = unrelated)", extend="max")
+    drawing.colour_bar(fig, image, axes, "frequency / chance (1 = unrelated)", extend="max")
     return fig
 
 
 def _draw_over_depth(rho: dict[int, float], overlap: dict[int, float], random: dict[int, float]) -> Figure:
-    from probes import figures
+    from probes.figures import drawing
 
-    fig = figures.new_figure(9.5, 3.3, "Do large outputs go with high scores? Over depth")
+    fig = drawing.new_figure(9.5, 3.3, "Do large outputs go with high scores? Over depth")
     left, right = fig.subplots(1, 2)
-    figures.depth_line(left, rho, figures.SERIES[0], "mean over tokens")
-    left.axhline(0, color=figures.MUTED, ls="--", lw=1)
+    drawing.depth_line(left, rho, drawing.SERIES[0], "mean over tokens")
+    left.axhline(0, color=drawing.MUTED, ls="--", lw=1)
     left.set_ylim(-1.05, 1.05)
     left.set_title("Spearman's rho of score and output norm", fontsize=10)
-    figures.depth_line(right, overlap, figures.SERIES[1], "measured")
-    figures.depth_line(right, random, figures.MUTED, "chance, K/E", dashed=True)
+    drawing.depth_line(right, overlap, drawing.SERIES[1], "measured")
+    drawing.depth_line(right, random, drawing.MUTED, "chance, K/E", dashed=True)
     right.set_ylim(0, 1.05)
     right.set_title("overlap of top K by score and top K by norm", fontsize=10)
     right.legend(fontsize=8, frameon=False)
@@ -209,17 +209,17 @@ def _draw_over_depth(rho: dict[int, float], overlap: dict[int, float], random: d
 
 def _draw_tokens(arrays: Arrays) -> Figure:
     """The paper's Figure 3."""
-    from probes import figures
+    from probes.figures import drawing
 
     scores, norms = by_layer(arrays, "score"), by_layer(arrays, "output_norm")
     dense = by_layer(arrays, "dense_ffn_output_norm")
-    layers = figures.pick(list(scores), PICTURED_WITH_TOKENS)
+    layers = drawing.pick(list(scores), PICTURED_WITH_TOKENS)
     names = token_names(arrays, len(scores[layers[0]]))
     rows = math.ceil(len(names) / ACROSS)
     columns = math.ceil(len(names) / rows)
     some = f"; {len(layers)} of {len(scores)} layers" if len(layers) < len(scores) else ""
     line = "; dotted: norm of the dense model's FFN output" if dense else ""
-    fig = figures.new_figure(
+    fig = drawing.new_figure(
         max(7.0, 1.0 + 3.0 * columns),
         1.1 + 1.75 * rows * len(layers),
         f"Each expert's output norm (left, blue) and score (right, red) at each token{some}\n"
@@ -237,33 +237,33 @@ def _draw_tokens(arrays: Arrays) -> Figure:
             row, column = place * rows + token // columns, token % columns
             ax = axes[row, column]
             ax.set_visible(True)
-            figures.style_axes(ax)
+            drawing.style_axes(ax)
             other = ax.twinx()
             # Many experts have no room for two bars each: the score's stands in front of the norm's.
             few = len(experts) <= BESIDE_UP_TO
             norm_bar, score_bar = ((-0.2, 0.4, 1.0), (0.2, 0.4, 1.0)) if few else ((0.0, 0.9, 0.4), (0.0, 0.5, 1.0))
             for panel, (shift, width, alpha), values, colour in (
-                (ax, norm_bar, norms[layer][token], figures.SERIES[0]),
-                (other, score_bar, scores[layer][token], figures.SERIES[1]),
+                (ax, norm_bar, norms[layer][token], drawing.SERIES[0]),
+                (other, score_bar, scores[layer][token], drawing.SERIES[1]),
             ):
                 panel.bar(experts + shift, values, width=width, alpha=alpha, color=colour, lw=0)
             if layer in dense:
-                ax.axhline(dense[layer][token], color=figures.INK, lw=1, ls=":")
+                ax.axhline(dense[layer][token], color=drawing.INK, lw=1, ls=":")
             ax.set_ylim(0, 1.08 * highest)
             other.set_ylim(0, 1.08 * best)
-            other.tick_params(labelsize=8, length=2, color=figures.MUTED)
+            other.tick_params(labelsize=8, length=2, color=drawing.MUTED)
             for side in ("top", "left", "bottom"):
                 other.spines[side].set_visible(False)
-            other.spines["right"].set_color(figures.MUTED)
-            figures.index_ticks(ax.xaxis, experts.tolist())
+            other.spines["right"].set_color(drawing.MUTED)
+            drawing.index_ticks(ax.xaxis, experts.tolist())
             ax.set_title(name, fontsize=9)
             ax.grid(visible=False, axis="x")
             if column == 0:
-                ax.set_ylabel(f"layer {layer}\nnorm", fontsize=8.5, color=figures.SERIES[0])
+                ax.set_ylabel(f"layer {layer}\nnorm", fontsize=8.5, color=drawing.SERIES[0])
             else:
                 ax.set_yticklabels([])
             if column == columns - 1 or token == len(names) - 1:
-                other.set_ylabel("score", fontsize=8.5, color=figures.SERIES[1])
+                other.set_ylabel("score", fontsize=8.5, color=drawing.SERIES[1])
             else:
                 other.set_yticklabels([])
     return fig

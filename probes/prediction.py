@@ -9,9 +9,9 @@ import math
 
 import numpy as np
 
-from moebed.views import HeadView, Need
-from probes.base import Arrays, Headline, Probe, ProbeResult
-from probes.resampling import WITHOUT, interval_of, unit_notes, units_of
+from moebed.views.layer import HeadView, Need
+from probes.contract import Arrays, Headline, Probe, ProbeResult
+from probes.measures.resampling import WITHOUT, interval_of, unit_notes, units_of
 
 
 class Prediction(Probe):

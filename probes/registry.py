@@ -9,9 +9,9 @@ from typing import TypeVar
 from moebed.errors import ConfigError
 from probes.activations import Activations
 from probes.balance import Balance
-from probes.base import Probe
 from probes.chosen_vs_rest import ChosenVsRest
 from probes.coactivation import Coactivation
+from probes.contract import Probe
 from probes.domain_share import DomainShare
 from probes.expert_geometry import ExpertGeometry
 from probes.expert_importance import ExpertImportance

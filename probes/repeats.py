@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moebed.views import LayerView, Need
-from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
-from probes.choices import (
+from moebed.views.layer import LayerView, Need
+from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
+from probes.measures.choices import (
     ALL,
     NONE,
     assignments,
@@ -25,7 +25,7 @@ from probes.choices import (
     overlap_by_chance,
     sequence_of,
 )
-from probes.resampling import SHARE, as_interval, few_texts, jackknife, sequence_units, without
+from probes.measures.resampling import SHARE, as_interval, few_texts, jackknife, sequence_units, without
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,12 +40,12 @@ class Repeats(Probe):
 
     Stored for each layer and domain, and for ``all``: ``repeat_first``, P(first choice equals that of the token
     before); ``repeat_any``, P(the two tokens' top-K sets have an expert in common); ``repeat_first_interval``,
-    ``repeat_any_interval (2,)``, 95 %, sequences being the unit (see ``probes.resampling``), NaN of one sequence;
-    ``repeat_first_expected``, Σ p² of the shares p of the first choice: what an uneven load alone makes. Stored for
-    each layer: ``random_first``, 1/E, and ``random_any``, 1 − C(E−K, K)/C(E, K); ``pairs``, ``same_first``, ``same_any
-    (B,)``, counts by sequence; ``run_length (32,)``, number of runs of 1, 2, ..., 32 or more tokens with one first
-    choice; ``mean_run``, and ``mean_run_expected`` if the choices came in random order. Stored once: ``domain (B,)``,
-    ``domain_names``, and ``mean_first_interval``, ``mean_any_interval (2,)`` of the mean over layers.
+    ``repeat_any_interval (2,)``, 95 %, sequences being the unit (see ``probes.measures.resampling``), NaN of one
+    sequence; ``repeat_first_expected``, Σ p² of the shares p of the first choice: what an uneven load alone makes.
+    Stored for each layer: ``random_first``, 1/E, and ``random_any``, 1 − C(E−K, K)/C(E, K); ``pairs``, ``same_first``,
+    ``same_any (B,)``, counts by sequence; ``run_length (32,)``, number of runs of 1, 2, ..., 32 or more tokens with
+    one first choice; ``mean_run``, and ``mean_run_expected`` if the choices came in random order. Stored once:
+    ``domain (B,)``, ``domain_names``, and ``mean_first_interval``, ``mean_any_interval (2,)`` of the mean over layers.
 
     Tokens on two sides of a sequence's border are not consecutive.
     """
@@ -176,26 +176,26 @@ def _floats(values: dict[int, np.ndarray]) -> dict[int, float]:
 
 
 def _draw_over_depth(arrays: Arrays) -> Figure:
-    from probes import figures, figures_routing
+    from probes.figures import domains, drawing
 
     names = names_by_key(arrays)
-    fig = figures.new_figure(11.0, 4.0, "How often does a token go where the one before it went? By domain, over depth")
+    fig = drawing.new_figure(11.0, 4.0, "How often does a token go where the one before it went? By domain, over depth")
     axes = fig.subplots(1, len(KINDS))
     for ax, (kind, label) in zip(axes, KINDS.items(), strict=True):
         values = by_part(arrays, f"repeat_{kind}")
         if len(values) > 1 and len(values) <= 2:
             values.pop(ALL)  # one domain is all there is
         spread = by_part(arrays, f"repeat_{kind}_interval")
-        figures_routing.domain_lines(
+        domains.domain_lines(
             ax,
             {names.get(key, key): _floats(layers) for key, layers in values.items() if key != ALL or len(values) == 1},
             {names.get(key, key): layers for key, layers in spread.items()},
         )
         chance = _floats(by_layer(arrays, f"random_{kind}"))
-        figures.depth_line(ax, chance, figures.MUTED, "chance, all experts alike", dashed=True)
+        drawing.depth_line(ax, chance, drawing.MUTED, "chance, all experts alike", dashed=True)
         if kind == "first":
             expected = _floats(by_part(arrays, "repeat_first_expected")[ALL])
-            figures.depth_line(ax, expected, figures.INK, "chance, with the loads measured", dashed=True)
+            drawing.depth_line(ax, expected, drawing.INK, "chance, with the loads measured", dashed=True)
             handles = ax.get_legend_handles_labels()
         ax.set_ylim(0, min(1.05, 1.2 * max(ax.get_ylim()[1], max(chance.values()))))
         ax.set_title(f"share of consecutive tokens with {label}", fontsize=10)
@@ -206,22 +206,22 @@ def _draw_over_depth(arrays: Arrays) -> Figure:
 def _draw_runs(arrays: Arrays) -> Figure:
     from matplotlib.ticker import MaxNLocator
 
-    from probes import figures
+    from probes.figures import drawing
 
     lengths = by_layer(arrays, "run_length")
     expected = by_part(arrays, "repeat_first_expected")[ALL]
     layers = first_middle_last(list(lengths))
-    fig = figures.new_figure(4.0 * max(len(layers), 2), 3.5, "How many tokens in a row have the same first choice?")
+    fig = drawing.new_figure(4.0 * max(len(layers), 2), 3.5, "How many tokens in a row have the same first choice?")
     axes = fig.subplots(1, len(layers), squeeze=False, sharey=True)[0]
     x = np.arange(1, LONGEST_RUN + 1)
     longest = max(int(np.flatnonzero(value)[-1]) + 1 for value in lengths.values() if value.any())
     for ax, layer in zip(axes, layers, strict=True):
         share = lengths[layer] / max(lengths[layer].sum(), 1)
         again = float(expected[layer])
-        ax.bar(x, share, color=figures.SERIES[0], label="measured")
+        ax.bar(x, share, color=drawing.SERIES[0], label="measured")
         blind = (1 - again) * again ** (x - 1)
-        ax.plot(x, blind, color=figures.MUTED, ls="--", lw=1.2, label="in random order, loads as measured")
-        figures.style_axes(ax)
+        ax.plot(x, blind, color=drawing.MUTED, ls="--", lw=1.2, label="in random order, loads as measured")
+        drawing.style_axes(ax)
         ax.set_yscale("log")
         ax.set_ylim(max(0.5 / max(lengths[layer].sum(), 1), 1e-6), 1.3)
         ax.set_xlim(0.4, max(longest, 6) + 0.6)

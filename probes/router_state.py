@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from moebed.views import LayerView, Need
-from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
-from probes.choices import assignments, chosen_mask
-from probes.resampling import WITHOUT, interval_of, unit_notes, units_of
+from moebed.views.layer import LayerView, Need
+from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
+from probes.measures.choices import assignments, chosen_mask
+from probes.measures.resampling import WITHOUT, interval_of, unit_notes, units_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -94,9 +94,9 @@ class RouterState(Probe):
 
 
 def _draw_over_depth(arrays: Arrays, experts: dict[int, int]) -> Figure:
-    from probes import figures
+    from probes.figures import drawing
 
-    fig = figures.new_figure(
+    fig = drawing.new_figure(
         10.5, 3.3, "The router's state over depth: median over tokens, band from the 1st to the 3rd quartile"
     )
     panels = {
@@ -105,14 +105,14 @@ def _draw_over_depth(arrays: Arrays, experts: dict[int, int]) -> Figure:
         "logit_norm": "L2 norm of the logits",
     }
     axes = fig.subplots(1, len(panels))
-    for ax, (key, label), colour in zip(axes, panels.items(), figures.SERIES, strict=False):
+    for ax, (key, label), colour in zip(axes, panels.items(), drawing.SERIES, strict=False):
         quartiles = {layer: np.quantile(value, (0.25, 0.5, 0.75)) for layer, value in by_layer(arrays, key).items()}
-        figures.depth_band(ax, quartiles, colour)
+        drawing.depth_band(ax, quartiles, colour)
         ax.set_title(label, fontsize=10)
         if key != "margin":
             ax.set_ylim(bottom=0)
     uniform = {layer: math.log(count) for layer, count in experts.items()}
-    figures.depth_line(axes[0], uniform, figures.MUTED, "ln E: no preference", dashed=True)
+    drawing.depth_line(axes[0], uniform, drawing.MUTED, "ln E: no preference", dashed=True)
     axes[0].set_ylim(0, 1.15 * max(max(uniform.values()), axes[0].get_ylim()[1] / 1.15, 0.1))
     axes[0].legend(fontsize=8, frameon=False, loc="lower left")
     return fig

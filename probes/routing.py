@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moebed.views import LayerView, Need
-from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
-from probes.choices import NONE, domain_arrays, ranked
-from probes.coloured_tokens import draw_coloured, write_coloured
-from probes.resampling import SHARE, interval_of, keep, unit_notes, units_of
+from moebed.views.layer import LayerView, Need
+from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
+from probes.figures.coloured_tokens import draw_coloured, write_coloured
+from probes.measures.choices import NONE, domain_arrays, ranked
+from probes.measures.resampling import SHARE, interval_of, keep, unit_notes, units_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -82,16 +82,16 @@ class RoutingMap(Probe):
 
 
 def _draw_tokens(arrays: Arrays) -> Figure:
-    from probes import figures
+    from probes.figures import drawing
 
     probs, index = by_layer(arrays, "router_probs"), by_layer(arrays, "topk_index")
-    layers = figures.pick(list(probs), PICTURED_LAYERS)
+    layers = drawing.pick(list(probs), PICTURED_LAYERS)
     names, domain = arrays["domain_names"], arrays["domain"]
     pictured = [number for number in range(len(names)) if (domain == number).any()][:PICTURED_DOMAINS]
     bounds = np.append(arrays["sequence_start"], len(arrays["token_ids"]))
     most = max(probs[layer].shape[1] for layer in layers)
     height = min(3.2, max(1.5, 0.075 * most))
-    fig = figures.new_figure(
+    fig = drawing.new_figure(
         1.5 + 4.0 * len(layers),
         1.2 + height * len(pictured),
         "Router probability of each expert for the first tokens of each domain; the experts chosen are marked in red",
@@ -104,23 +104,23 @@ def _draw_tokens(arrays: Arrays) -> Figure:
         for column, layer in enumerate(layers):
             ax = axes[row, column]
             shown = probs[layer][tokens].T  # (E, tokens)
-            image = figures.heat_map(ax, shown, cmap="Blues", vmin=0, vmax=highest, aspect="auto")
+            image = drawing.heat_map(ax, shown, cmap="Blues", vmin=0, vmax=highest, aspect="auto")
             here = index[layer][tokens]
             position = np.nonzero(here != NONE)[0]
             few = len(shown) <= 24
             mark = (
-                {"s": 14, "facecolor": "none", "edgecolor": figures.SERIES[1], "linewidth": 0.9}
+                {"s": 14, "facecolor": "none", "edgecolor": drawing.SERIES[1], "linewidth": 0.9}
                 if few
-                else {"s": 3.5, "color": figures.SERIES[1], "linewidth": 0}
+                else {"s": 3.5, "color": drawing.SERIES[1], "linewidth": 0}
             )
             ax.scatter(position, here[here != NONE], **mark)
-            figures.index_ticks(ax.xaxis, range(shown.shape[1]))
-            figures.index_ticks(ax.yaxis, range(len(shown)))
+            drawing.index_ticks(ax.xaxis, range(shown.shape[1]))
+            drawing.index_ticks(ax.yaxis, range(len(shown)))
             if row == 0:
                 ax.set_title(f"layer {layer}", fontsize=10)
             if row == len(pictured) - 1:
                 ax.set_xlabel("token", fontsize=9)
             if column == 0:
                 ax.set_ylabel(f"{names[number]}\nexpert", fontsize=9)
-    figures.colour_bar(fig, image, axes, "router probability", extend="max")
+    drawing.colour_bar(fig, image, axes, "router probability", extend="max")
     return fig

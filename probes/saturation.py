@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moebed.views import LayerView, Need
-from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
-from probes.choices import NONE, assignments
-from probes.resampling import SHARE, WITHOUT, interval_of, unit_notes, units_of
+from moebed.views.layer import LayerView, Need
+from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
+from probes.measures.choices import NONE, assignments
+from probes.measures.resampling import SHARE, WITHOUT, interval_of, unit_notes, units_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -156,10 +156,10 @@ def _draw(arrays: Arrays) -> Figure:
     from matplotlib import colormaps
     from matplotlib.colors import Normalize
 
-    from probes import figures
+    from probes.figures import drawing
 
     steps, random = arrays["steps"], by_layer(arrays, "saturation_random")
-    fig = figures.new_figure(11.0, 3.9, "How many of a token's experts are the same at two probings? A line a layer")
+    fig = drawing.new_figure(11.0, 3.9, "How many of a token's experts are the same at two probings? A line a layer")
     axes = fig.subplots(1, 2, sharey=True)
     labels = {"saturation": "as at the last probing", "saturation_previous": "as at the probing before"}
     for ax, (key, label) in zip(axes, labels.items(), strict=True):
@@ -167,11 +167,11 @@ def _draw(arrays: Arrays) -> Figure:
         norm, colours = Normalize(min(series), max(max(series), min(series) + 1)), colormaps["viridis"]
         few = len(series) <= 5
         for number, (layer, values) in enumerate(series.items()):
-            colour = figures.SERIES[number] if few else colours(0.95 * float(norm(layer)))
+            colour = drawing.SERIES[number] if few else colours(0.95 * float(norm(layer)))
             ax.plot(steps, values, color=colour, marker="o", ms=3, lw=1.3, label=f"layer {layer}" if few else None)
         for value in sorted({round(float(value), 6) for value in random.values()}):
-            ax.axhline(value, color=figures.MUTED, ls="--", lw=1, label="chance, K/E")
-        figures.style_axes(ax)
+            ax.axhline(value, color=drawing.MUTED, ls="--", lw=1, label="chance, K/E")
+        drawing.style_axes(ax)
         ax.set_xlabel("optimizer step", fontsize=9)
         ax.set_ylim(0, 1.04)
         ax.set_title(label, fontsize=10)
@@ -180,5 +180,5 @@ def _draw(arrays: Arrays) -> Figure:
     if not few:
         from matplotlib.cm import ScalarMappable
 
-        figures.colour_bar(fig, ScalarMappable(norm, colours.resampled(256)), list(axes), "layer")
+        drawing.colour_bar(fig, ScalarMappable(norm, colours.resampled(256)), list(axes), "layer")
     return fig

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moebed.views import HeadView, LayerView, Need, ProbeText
-from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
-from probes.choices import NONE, assignments, by_part, first_middle_last
-from probes.resampling import LARGEST, unit_notes
+from moebed.views.layer import HeadView, LayerView, Need, ProbeText
+from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
+from probes.measures.choices import NONE, assignments, by_part, first_middle_last
+from probes.measures.resampling import LARGEST, unit_notes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -161,14 +161,14 @@ def _shares(count: np.ndarray) -> np.ndarray:
 
 
 def _draw_over_depth(measured: dict[str, Layers], shuffled: dict[str, Layers]) -> Figure:
-    from probes import figures
+    from probes.figures import drawing
 
-    fig = figures.new_figure(7.5, 3.8, "Largest share of a token id's routings that one expert takes, mean over ids")
+    fig = drawing.new_figure(7.5, 3.8, "Largest share of a token id's routings that one expert takes, mean over ids")
     ax = fig.subplots()
-    for (kind, layers), colour in zip(measured.items(), figures.SERIES, strict=False):
-        figures.depth_line(ax, {layer: float(value) for layer, value in layers.items()}, colour, f"by {KINDS[kind]}")
+    for (kind, layers), colour in zip(measured.items(), drawing.SERIES, strict=False):
+        drawing.depth_line(ax, {layer: float(value) for layer, value in layers.items()}, colour, f"by {KINDS[kind]}")
         blind = {layer: float(value) for layer, value in shuffled[kind].items()}
-        figures.depth_line(ax, blind, colour, "the same, ids shuffled", dashed=True)
+        drawing.depth_line(ax, blind, colour, "the same, ids shuffled", dashed=True)
     ax.set_ylim(bottom=0)
     ax.set_ylabel("share", fontsize=9)
     ax.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -177,21 +177,21 @@ def _draw_over_depth(measured: dict[str, Layers], shuffled: dict[str, Layers]) -
 
 def _draw_tokens(arrays: Arrays, kind: str) -> Figure:
     """The page's first table of each layer as an image: a line an expert, a column a layer."""
-    from probes import figures
+    from probes.figures import drawing
 
     words = _words_of(arrays)
     ids, shares = by_part(arrays, "top_ids")[kind], by_part(arrays, "top_shares")[kind]
     layers = first_middle_last(list(ids))
     rows = min(DRAWN_EXPERTS, max(len(ids[layer]) for layer in layers))
     title = f"Ids of whose routings an expert takes most, sorted by {KINDS[kind]}, with the share it takes"
-    fig = figures.new_figure(max(7.5, 5.2 * len(layers)), 0.9 + 0.24 * rows, title)
+    fig = drawing.new_figure(max(7.5, 5.2 * len(layers)), 0.9 + 0.24 * rows, title)
     for ax, layer in zip(fig.subplots(1, len(layers), squeeze=False)[0], layers, strict=True):
-        for row, expert in enumerate(figures.pick(range(len(ids[layer])), DRAWN_EXPERTS)):
+        for row, expert in enumerate(drawing.pick(range(len(ids[layer])), DRAWN_EXPERTS)):
             own = zip(ids[layer][expert], shares[layer][expert], strict=True)
             said = [f"{_word(words, int(one))[:DRAWN_LETTERS]} {value:.0%}" for one, value in own if one >= 0]
             line = "   ".join(said[:DRAWN_IDS]) or "–"
             for place, text in ((0.0, str(expert)), (0.06, line)):
-                ax.text(place, row, text, fontsize=7.5, family="monospace", va="center", color=figures.INK,
+                ax.text(place, row, text, fontsize=7.5, family="monospace", va="center", color=drawing.INK,
                         parse_math=False, in_layout=False)  # fmt: skip
         ax.set_title(f"layer {layer}: expert, ids", fontsize=9, loc="left")
         ax.set_xlim(0, 1)

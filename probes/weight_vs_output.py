@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moebed.views import MATRICES, Need
-from probes.base import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
-from probes.expert_matrices import by_matrix, num_experts
+from moebed.views.layer import MATRICES, Need
+from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
+from probes.figures.pictures import draw_depth
 from probes.gate_projection import pearson
-from probes.pictures import draw_depth
-from probes.resampling import WITHOUT, added_by_few, interval_of, unit_notes
-from probes.similarity import off_diagonal
+from probes.measures.expert_matrices import by_matrix, num_experts
+from probes.measures.resampling import WITHOUT, added_by_few, interval_of, unit_notes
+from probes.measures.similarity import off_diagonal
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -131,7 +131,7 @@ def _subject(ending: str, name: str) -> str:
 
 
 def _draw_scatter(points: Mapping[str, Mapping[int, tuple[np.ndarray, np.ndarray]]], what: str) -> Figure:
-    from probes import figures_clouds
+    from probes.figures import clouds
 
     title = f"Pairs of experts: similarity of weights ({what}) and of outputs"
-    return figures_clouds.scatter_grid(points, title, "weights: cosine", "outputs: angular")
+    return clouds.scatter_grid(points, title, "weights: cosine", "outputs: angular")

@@ -11,9 +11,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
-from moebed import native
-from moebed.config import ModelConfig
-from moebed.native import compiled
+from moebed.model import native
+from moebed.model.config import ModelConfig
+from moebed.model.native import compiled
 
 # Beside the checkout, where it is there. A test that reads it carries ``@pytest.mark.shared("what/it/reads")``.
 SHARED = Path(__file__).resolve().parents[2] / "shared"

@@ -12,8 +12,8 @@ import torch
 import yaml
 
 from moebed.cli import main
-from moebed.config import ModelConfig
-from moebed.precision import computed_in
+from moebed.machine.precision import computed_in
+from moebed.model.config import ModelConfig
 from tests.small_run import probing, small_recipe, write_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,7 +103,7 @@ def _recorded(folder):
 
 def _machine(monkeypatch, bfloat16):
     """A CPU of 100 GFLOP/s a core in float32."""
-    monkeypatch.setattr("moebed.precision.measured_rates", lambda: (100.0, bfloat16))
+    monkeypatch.setattr("moebed.machine.precision.measured_rates", lambda: (100.0, bfloat16))
 
 
 def test_auto_precision_is_written_as_what_it_became_and_kept_elsewhere(recipe, tmp_path, capsys, monkeypatch):
@@ -136,7 +136,7 @@ def test_auto_precision_is_written_as_what_it_became_and_kept_elsewhere(recipe, 
 
 
 def test_a_run_computes_in_what_auto_became(recipe, monkeypatch):
-    from moebed.module import MoEModule
+    from moebed.training.module import MoEModule
 
     seen = []
     step = MoEModule.training_step
@@ -159,8 +159,9 @@ def test_a_run_computes_in_what_auto_became(recipe, monkeypatch):
 
 
 def test_a_log_is_told_of_a_long_first_step_and_of_the_way_on(recipe, capsys, monkeypatch):
-    from moebed import progress, training_progress
-    from moebed.module import MoEModule
+    from moebed.machine import progress
+    from moebed.training import progress as training_progress
+    from moebed.training.module import MoEModule
 
     step = MoEModule.training_step
 
@@ -184,7 +185,7 @@ def test_a_log_is_told_of_a_long_first_step_and_of_the_way_on(recipe, capsys, mo
 
 
 def test_no_progress_is_shown_where_none_is_wanted(recipe, capsys, monkeypatch):
-    from moebed import progress
+    from moebed.machine import progress
 
     monkeypatch.setattr(progress, "SECONDS", 0.0)
     monkeypatch.setattr(progress.Lines.__init__, "__defaults__", (0.0, 0.0))
@@ -262,7 +263,7 @@ def test_fit_help_has_a_sentence_for_every_model_knob(capsys):
     text = " ".join(capsys.readouterr().out.split())
     import dataclasses
 
-    from moebed.routers import all_options
+    from moebed.model.routers import all_options
 
     names = [field.name for field in dataclasses.fields(ModelConfig) if field.name != "router_options"]
     names += [f"router_options.{field.name}" for field in dataclasses.fields(all_options())]
@@ -279,12 +280,12 @@ def test_fit_help_has_a_sentence_for_every_model_knob(capsys):
 def test_every_recipe_builds_and_takes_a_step(path, tmp_path, recipe, monkeypatch):
     """At full size on the meta device, then one real step, a GPU-sized model narrowed for it; pictures once."""
     if path.stem != "demo":
-        monkeypatch.setattr("probes.callback.ProbeCallback._draw", lambda *arguments, **options: None)
-        monkeypatch.setattr("probes.report.write_report", lambda folders, out: out)
+        monkeypatch.setattr("probes.running.callback.ProbeCallback._draw", lambda *arguments, **options: None)
+        monkeypatch.setattr("probes.report.page.write_report", lambda folders, out: out)
     import torch
 
-    from moebed.decoder import Decoder
-    from moebed.flops import count_parameters
+    from moebed.model.decoder import Decoder
+    from moebed.model.flops import count_parameters
 
     content = yaml.safe_load(path.read_text())
     config = ModelConfig.from_dict(content["model"]["config"])

@@ -12,8 +12,8 @@ import pytest
 import torch
 import yaml
 
-from moebed import float64
-from moebed.metrics import TextLoss
+from moebed.machine import float64
+from moebed.training.metrics import TextLoss
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("moebed", "probes", "triton_kernels")
@@ -110,7 +110,7 @@ def test_every_text_file_is_opened_with_an_encoding(package):
             text = any(isinstance(m, str) and set(m) <= set("rwaxt+") for m in mode)
             opens = name == "open" and (text or (isinstance(node.func, ast.Name) and len(node.args) == 1 and not mode))
             of_path = isinstance(node.func, ast.Attribute) and getattr(node.func.value, "id", "") != "storage"
-            reads = of_path and name in ("read_text", "write_text")  # moebed.storage writes UTF-8 alone
+            reads = of_path and name in ("read_text", "write_text")  # moebed.machine.storage writes UTF-8 alone
             opens = opens and not (name == "open" and "force_zip64" in given)  # a member of a zip file is bytes
             if opens or reads or "text" in given or "universal_newlines" in given:
                 spoken = name in ("run", "Popen", "check_output") or opens or reads
@@ -130,7 +130,7 @@ def test_float64_is_reached_through_one_place():
         for line in path.read_text(encoding="utf-8").splitlines()
         if (".double()" in line or "torch.float64" in line) and not in_main_memory.search(line)
     }
-    assert found == {"moebed/float64.py"}
+    assert found == {"moebed/machine/float64.py"}
 
 
 def test_sums_of_losses_stay_in_main_memory_where_a_device_has_no_float64(monkeypatch):

@@ -12,17 +12,17 @@ import torch
 import yaml
 
 from moebed.cli import main
-from moebed.config import ModelConfig, RouterOptions, setting
 from moebed.errors import ConfigError
+from moebed.machine.provenance import plugins_record
+from moebed.model.config import ModelConfig, RouterOptions, setting
+from moebed.model.routers import ROUTERS, GatedRouter, Router, all_options, register
 from moebed.plugins import VARIABLE, load_plugins
-from moebed.provenance import plugins_record
-from moebed.routers import ROUTERS, GatedRouter, Router, all_options, register
-from moebed.study.plan import plan_study
 from moebed.study.recipe import read_recipe
+from moebed.study.runs import plan_study
 from probes import Probe
-from probes.checkpoint_pass import probes_for
-from probes.driver import ProbePass
 from probes.registry import PROBES, resolve_probes
+from probes.running.checkpoint_pass import probes_for
+from probes.running.driver import ProbePass
 from tests.small_run import probing, small_recipe, write_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,7 +111,10 @@ def test_runs_of_a_study_and_its_job_array_have_it(plugin, recipe, tmp_path, cap
         (None, ["does not exist"]),
         ("x = 1\ny = 1 / 0\n", ["cannot be imported", "ZeroDivisionError", "bad.py, line 2"]),
         ("def f(:", ["cannot be imported", "SyntaxError"]),
-        ("from moebed.routers import Router, register\nregister('hash')(Router)", ["router 'hash' is Hash already"]),
+        (
+            "from moebed.model.routers import Router, register\nregister('hash')(Router)",
+            ["router 'hash' is Hash already"],
+        ),
     ],
 )
 def test_a_plugin_that_fails_is_one_line(tmp_path, monkeypatch, capsys, content, words):

@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moebed import native
-from moebed.allocator import keep_freed_memory
 from moebed.bench import train
 from moebed.bench.peers import DENSE, OWN, REFERENCE, LeftOut, Peer, makers, own
-from moebed.config import ModelConfig
 from moebed.errors import UserError
-from moebed.routers import Routing, SoftmaxTopK
+from moebed.machine.allocator import keep_freed_memory
+from moebed.model import native
+from moebed.model.config import ModelConfig
+from moebed.model.routers import Routing, SoftmaxTopK
 from triton_kernels.gates.roofline import DESIGNS, SHAPES, Shape
 
 # Relative difference (Frobenius norm) from the float32 reference that rounding explains.

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moebed import native
 from moebed.bench.train import dense_of_equal_flops
-from moebed.config import ModelConfig
-from moebed.decoder import FeedForward
-from moebed.experts import BACKENDS, Experts, compute_dtype
-from moebed.routers import Routing
+from moebed.model import native
+from moebed.model.config import ModelConfig
+from moebed.model.decoder import FeedForward
+from moebed.model.experts import BACKENDS, Experts, compute_dtype
+from moebed.model.routers import Routing
 
 OWN, DENSE, REFERENCE = "moebed ", "dense FFN of equal FLOPs", "loop"
 LARGEST_COPY = 2**28  # bytes; more copied weights than this take minutes on a CPU and drown all else

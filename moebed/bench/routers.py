@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from moebed.allocator import keep_freed_memory
 from moebed.bench import train
-from moebed.config import ModelConfig
-from moebed.flops import flops_per_token
-from moebed.routers import ROUTERS
+from moebed.machine.allocator import keep_freed_memory
+from moebed.model.config import ModelConfig
+from moebed.model.flops import flops_per_token
+from moebed.model.routers import ROUTERS
 
 BASELINE = "softmax_topk"
 _MULTIPLE = 16  # of every width, which products on all devices like

@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from moebed.config import ModelConfig
-from moebed.families.registry import family_of
-from moebed.pretrained import PretrainedMoE
-from moebed.views import MATRICES, LayerView, Need, ProbeText
-from probes.driver import needs_of, run_probes
+from moebed.checkpoints.families.registry import family_of
+from moebed.checkpoints.pretrained import PretrainedMoE
+from moebed.model.config import ModelConfig
+from moebed.views.layer import MATRICES, LayerView, Need, ProbeText
 from probes.registry import PROBES
+from probes.running.driver import needs_of, run_probes
 
 _BLOCK = 16 << 20
 

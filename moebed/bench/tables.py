@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from moebed.native.compiled import NAMES as INSTRUCTION_SETS
+from moebed.model.native.compiled import NAMES as INSTRUCTION_SETS
 
 
 def _show(table: Table, width: int) -> None:

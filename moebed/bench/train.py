@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moebed import native
-from moebed.allocator import keep_freed_memory
-from moebed.config import ModelConfig
-from moebed.decoder import Decoder
-from moebed.losses import token_losses
-from moebed.optim import OptimizerConfig, build_adamw
-from moebed.routers import RouterSteps
+from moebed.machine.allocator import keep_freed_memory
+from moebed.model import native
+from moebed.model.config import ModelConfig
+from moebed.model.decoder import Decoder
+from moebed.model.losses import token_losses
+from moebed.model.routers import RouterSteps
+from moebed.training.optim import OptimizerConfig, build_adamw
 
 
 @dataclass(frozen=True)

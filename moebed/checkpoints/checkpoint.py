@@ -14,7 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moebed import provenance
+from moebed.checkpoints.families.base import Family
+from moebed.checkpoints.families.declared import HARMLESS_TENSORS
+from moebed.checkpoints.families.keys import KeyMap, TensorPart
+from moebed.checkpoints.families.own import RUN
+from moebed.checkpoints.families.registry import family_of
 from moebed.checkpoints.files import SafetensorsEntry, TensorEntry, UnknownEntry
 from moebed.checkpoints.finding import find_entries, read_json
 from moebed.checkpoints.recognised import (
@@ -26,13 +30,9 @@ from moebed.checkpoints.recognised import (
 )
 from moebed.checkpoints.run import is_run, open_run
 from moebed.checkpoints.xai import open_release, release_folder
-from moebed.config import ModelConfig
 from moebed.errors import ConfigError, UserError
-from moebed.families.base import Family
-from moebed.families.declared import HARMLESS_TENSORS
-from moebed.families.keys import KeyMap, TensorPart
-from moebed.families.own import RUN
-from moebed.families.registry import family_of
+from moebed.machine import provenance
+from moebed.model.config import ModelConfig
 
 _BAND = 1 << 22  # numbers of two tensors that are compared at a time
 

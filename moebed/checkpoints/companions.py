@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import yaml
 
+from moebed.checkpoints.families.base import NOT_IN_CHECKPOINTS
 from moebed.checkpoints.run import is_run, run_folder
-from moebed.config import ModelConfig
-from moebed.families.base import NOT_IN_CHECKPOINTS
+from moebed.model.config import ModelConfig
 
 _TOKENIZER_FILES = (
     "tokenizer*",

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from moebed.errors import UserError
-from moebed.storage import standing
+from moebed.machine.storage import standing
 
 _PLAIN = [
     "config.json",

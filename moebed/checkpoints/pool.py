@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from moebed.checkpoints.checkpoint import Checkpoint
+from moebed.checkpoints.families.keys import TensorPart
 from moebed.errors import ConfigError, UserError
-from moebed.families.keys import TensorPart
 
 # Of the budget: left to the probes' own work and to freed buffers that the allocator keeps.
 _RESERVED_SHARE, _RESERVED_BYTES = 0.25, 512 << 20

@@ -1,4 +1,5 @@
-"""A training run's own ``.ckpt``, file or folder, read as one more kind of checkpoint (see ``moebed.families.own``)."""
+"""A training run's own ``.ckpt``, file or folder, read as one more kind of checkpoint (see
+``moebed.checkpoints.families.own``)."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ from torch import Tensor
 
 from moebed.checkpoints.files import MappedEntry, TensorEntry, load_mapped
 from moebed.checkpoints.sharded import entries, is_sharded, read_rest
-from moebed.config import ModelConfig
 from moebed.errors import UserError
+from moebed.model.config import ModelConfig
 
 
 def is_run(path: Path) -> bool:

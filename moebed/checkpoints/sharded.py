@@ -5,8 +5,8 @@ last.ckpt/
     .metadata                         which part of which tensor lies where
     rest.ckpt                         all that is no tensor of the model or optimizer; written last
 
-A folder takes the place of an older one when it is whole (see moebed.storage). Checkpoints are data: `.metadata` is a
-pickle, of which only the handful of records that it is made of are admitted.
+A folder takes the place of an older one when it is whole (see moebed.machine.storage). Checkpoints are data:
+`.metadata` is a pickle, of which only the handful of records that it is made of are admitted.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from moebed import storage
 from moebed.checkpoints.files import TensorEntry
 from moebed.errors import SharedError, UserError
+from moebed.machine import storage
 
 REST = "rest.ckpt"
 _RECORDS = {

@@ -15,17 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moebed.attention import RMSNorm
 from moebed.checkpoints.checkpoint import Checkpoint
-from moebed.checkpoints.plan import ReadingPlan
 from moebed.checkpoints.pool import Piece, WeightPool
-from moebed.config import ModelConfig
-from moebed.decoder import Block, MoE
-from moebed.float32 import exact_products
-from moebed.fused import ACTIVATIONS
-from moebed.routers import Routing, build_router
-from moebed.text_pass import band_rows
-from moebed.views import MATRICES, ExpertView, Watch
+from moebed.checkpoints.reading_order import ReadingPlan
+from moebed.machine.float32 import exact_products
+from moebed.model.attention import RMSNorm
+from moebed.model.config import ModelConfig
+from moebed.model.decoder import Block, MoE
+from moebed.model.fused import ACTIVATIONS
+from moebed.model.routers import Routing, build_router
+from moebed.views.layer import MATRICES, ExpertView, Watch
+from moebed.views.text_pass import band_rows
 
 _ACTIVATIONS_AT_A_TIME = 1 << 25  # numbers
 _HEAD_BAND = 1 << 26  # bytes
@@ -77,7 +77,7 @@ class Precision:
 
 
 class StreamedModel:
-    """A checkpoint as a TextPass asks for it; see ``moebed.text_pass.TextModel``.
+    """A checkpoint as a TextPass asks for it; see ``moebed.views.text_pass.TextModel``.
 
     Args:
         checkpoint: Its files.
@@ -168,7 +168,7 @@ class StreamedModel:
 
 
 class StreamedWeights:
-    """The weights of one layer of a checkpoint; see ``moebed.views.LayerWeights``.
+    """The weights of one layer of a checkpoint; see ``moebed.views.layer.LayerWeights``.
 
     Args:
         model: The checkpoint's model.

@@ -8,11 +8,11 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from moebed.checkpoints.checkpoint import Checkpoint
+from moebed.checkpoints.families.keys import KeyMap
+from moebed.checkpoints.families.registry import family_of
 from moebed.checkpoints.writer import SHARD_BYTES, FolderWriter
-from moebed.decoder import Decoder
-from moebed.families.keys import KeyMap
-from moebed.families.registry import family_of
-from moebed.parallel.sharding import assign
+from moebed.model.decoder import Decoder
+from moebed.model.spread import assign
 
 
 @torch.no_grad()

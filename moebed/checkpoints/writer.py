@@ -19,11 +19,11 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from moebed import storage
 from moebed.checkpoints.checkpoint import Checkpoint
+from moebed.checkpoints.families.keys import KeyMap, Placed, TensorPart
 from moebed.checkpoints.files import DTYPES
 from moebed.errors import UserError
-from moebed.families.keys import KeyMap, Placed, TensorPart
+from moebed.machine import storage
 
 SHARD_BYTES = 5 * 10**9
 BAND_BYTES = 64 << 20  # of a tensor that is copied as it is

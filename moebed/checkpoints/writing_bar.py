@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from types import TracebackType
 
-from moebed.progress import Progress
+from moebed.machine.progress import Progress
 
 
 class WritingBar:

@@ -8,7 +8,6 @@ from typing import Any, Literal, NamedTuple
 
 from lightning.pytorch import LightningDataModule
 
-from moebed.data.cache import cache_folder, find_or_build, fingerprint
 from moebed.data.corpus import EMBEDDED_DOMAINS
 from moebed.data.loader import Batch, PackedLoader, ValidationLoader, collate, window_at
 from moebed.data.mixture import mixture_weights
@@ -17,6 +16,7 @@ from moebed.data.store import DomainStore, TokenStream, build_domain, gzip_size,
 from moebed.data.streaming import StreamPacker
 from moebed.data.tokenizer import AutoTokenizer, BytesTokenizer, Tokenizer, TokenizerConfig, load_tokenizer, train_bpe
 from moebed.errors import ConfigError, UserError
+from moebed.machine.cache import cache_folder, find_or_build, fingerprint
 
 STREAMING_VALIDATION_WINDOWS = 64
 _DEFAULT_TOKENIZER = TokenizerConfig()

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from moebed.data.corpus import EMBEDDED_DOMAINS, embedded_documents, embedded_identity
 from moebed.data.pieces import json_records, text_documents
 from moebed.errors import ConfigError, UserError
-from moebed.provenance import content_record, file_record
+from moebed.machine.provenance import content_record, file_record
 
 _SUFFIXES = (".txt", ".csv", ".jsonl", ".json", ".parquet")
 # Of the data sets library; cache is what it kept of one of the others.

@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from moebed.data.cache import find_or_build, fingerprint
 from moebed.data.sources import Source
 from moebed.data.tokenizer import Tokenizer
 from moebed.errors import UserError
-from moebed.provenance import moebed_version
+from moebed.machine.cache import find_or_build, fingerprint
+from moebed.machine.provenance import moebed_version
 
 _BATCH_BYTES = 1 << 20
 _INDEX = "index.json"

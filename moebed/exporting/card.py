@@ -10,10 +10,10 @@ from typing import Any
 
 import yaml
 
+from moebed.checkpoints.families.base import Family
 from moebed.checkpoints.run import is_run, read_run, run_folder
-from moebed.config import ModelConfig
-from moebed.families.base import Family
-from moebed.flops import count_parameters
+from moebed.model.config import ModelConfig
+from moebed.model.flops import count_parameters
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from moebed.checkpoints.checkpoint import Checkpoint
 from moebed.checkpoints.companions import copy_tokenizer, special_ids
+from moebed.checkpoints.families.base import Family
+from moebed.checkpoints.families.choice import IN_TRANSFORMERS, choose_family
+from moebed.checkpoints.families.keys import KeyMap, Placed
+from moebed.checkpoints.families.own import MOEBED
+from moebed.checkpoints.families.registry import family_of
 from moebed.checkpoints.run import is_run
 from moebed.checkpoints.writer import FolderWriter, read_bands, stored_dtypes
 from moebed.exporting.card import Run, model_card
-from moebed.families.base import Family
-from moebed.families.choice import IN_TRANSFORMERS, choose_family
-from moebed.families.keys import KeyMap, Placed
-from moebed.families.own import MOEBED
-from moebed.families.registry import family_of
 
 
 class Plan(NamedTuple):

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moebed import provenance
 from moebed.arguments import OneLineParser
 from moebed.errors import UserError
+from moebed.machine import provenance
 
 if TYPE_CHECKING:
     from moebed.laws.contract import Law

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from moebed.flops import training_flops
+from moebed.model.flops import training_flops
 
 Array = np.ndarray
 Constants = Mapping[str, Any]  # floats, or arrays (B, 1) of draws

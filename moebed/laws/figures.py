@@ -11,7 +11,7 @@ from moebed.laws.choices import optimum
 from moebed.laws.contract import Array, LossLaw
 from moebed.laws.findings import SHAPES, Fitted
 from moebed.laws.leverage import Leverage
-from probes import figures
+from probes.figures import drawing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,7 +41,7 @@ def _of_shape(found: Fitted, shape: Any) -> Array:
 
 
 def _log(ax: Axes, x: str, y: str = "") -> None:
-    figures.style_axes(ax)
+    drawing.style_axes(ax)
     ax.set_xscale("log")
     ax.set_xlabel(x, fontsize=9)
     ax.set_ylabel(y, fontsize=9)
@@ -60,14 +60,14 @@ def _band(ax: Axes, x: Array, draws: Array, colour: str, label: str) -> None:
 
 def draw_contours(found: Fitted, law: LossLaw) -> Figure:
     """Loss over N and tokens, a panel a shape: the law as contours, runs as dots in the same colours."""
-    columns, shapes = found.table.columns, figures.pick(found.shapes, PANELS)
+    columns, shapes = found.table.columns, drawing.pick(found.shapes, PANELS)
     size = np.geomspace(*_reach(columns["N"], 4), _POINTS)
     tokens = np.geomspace(*_reach(columns["tok"], 4), _POINTS)
     grid = np.meshgrid(size, tokens)
     fits = {name: value[0] for name, value in found.constants.items()}
     losses = [law.loss(fits, *grid, shape) for shape in shapes]
     levels = np.linspace(min(map(np.min, losses)), max(map(np.max, losses)), 15)
-    fig = figures.new_figure(1.2 + 3.8 * len(shapes), 4.3, "")
+    fig = drawing.new_figure(1.2 + 3.8 * len(shapes), 4.3, "")
     axes = np.atleast_1d(fig.subplots(1, len(shapes), sharex=True, sharey=True))
     image: Any = None
     for ax, shape, loss in zip(axes, shapes, losses, strict=True):
@@ -91,7 +91,7 @@ def draw_contours(found: Fitted, law: LossLaw) -> Figure:
         + " and ".join(f"{budget:.2g}" for budget in found.budgets)
         + " FLOPs",
         fontsize=8.5,
-        color=figures.MUTED,
+        color=drawing.MUTED,
     )
     return fig
 
@@ -100,9 +100,9 @@ def draw_frontiers(found: Fitted, law: LossLaw) -> Figure:
     """The lowest loss of each shape over budgets, with the runs; and the size that has it."""
     columns = found.table.columns
     budgets = np.geomspace(columns["flops"].min(), max(columns["flops"].max() * 10, *found.budgets), 24)
-    fig = figures.new_figure(11.6, 4.6, "")
+    fig = drawing.new_figure(11.6, 4.6, "")
     left, right = fig.subplots(1, 2)
-    for shape, colour in zip(found.shapes, figures.MANY, strict=False):
+    for shape, colour in zip(found.shapes, drawing.MANY, strict=False):
         best = [optimum(law, found.constants, budget, shape) for budget in budgets]
         _band(left, budgets, np.stack([one.loss for one in best], axis=1), colour, shape.words(found.parts))
         _band(right, budgets, np.stack([one.size for one in best], axis=1), colour, shape.words(found.parts))
@@ -113,7 +113,7 @@ def draw_frontiers(found: Fitted, law: LossLaw) -> Figure:
         left.plot(columns["flops"][runs], columns["loss"][runs], "o", ms=3.5, mfc="none", mec=colour, mew=0.9)
     for ax, title in ((left, "lowest loss (nats a token)"), (right, "loss-optimal N")):
         _log(ax, "training FLOPs")
-        ax.axvline(columns["flops"].max(), color=figures.MUTED, lw=1, ls="--")
+        ax.axvline(columns["flops"].max(), color=drawing.MUTED, lw=1, ls="--")
         ax.set_title(title, fontsize=10.5)
     right.set_yscale("log")
     left.legend(fontsize=8.5, frameon=False)
@@ -121,7 +121,7 @@ def draw_frontiers(found: Fitted, law: LossLaw) -> Figure:
     fig.supxlabel(
         f"bands: 95 % of the fits to resampled runs; rings: runs; right of the dashed line: beyond all runs{dotted}",
         fontsize=8.5,
-        color=figures.MUTED,
+        color=drawing.MUTED,
     )
     return fig
 
@@ -129,19 +129,19 @@ def draw_frontiers(found: Fitted, law: LossLaw) -> Figure:
 def draw_residuals(found: Fitted) -> Figure:
     """What was measured over what the law says, over training FLOPs."""
     columns = found.table.columns
-    fig = figures.new_figure(8.2, 3.6, "")
+    fig = drawing.new_figure(8.2, 3.6, "")
     ax = fig.subplots()
     error = 100 * np.expm1(-found.fit.residuals)
     groups: Mapping[str, Array] = {"runs": np.ones(len(error), dtype=bool)}
     if isinstance(found.law, LossLaw):
         groups = {shape.words(found.parts): _of_shape(found, shape) for shape in found.shapes}
-    for (label, runs), colour in zip(groups.items(), figures.MANY, strict=False):
+    for (label, runs), colour in zip(groups.items(), drawing.MANY, strict=False):
         ax.plot(columns["flops"][runs], error[runs], "o", ms=4.5, mfc="none", mec=colour, mew=1.1, label=label)
     others = ~np.any(list(groups.values()), axis=0)
     if others.any():
-        ax.plot(columns["flops"][others], error[others], ".", color=figures.MUTED, ms=4, label="other shapes")
+        ax.plot(columns["flops"][others], error[others], ".", color=drawing.MUTED, ms=4, label="other shapes")
     _log(ax, "training FLOPs", f"measured over fitted {found.law.target}, − 1 (%)")
-    ax.axhline(0, color=figures.INK, lw=1)
+    ax.axhline(0, color=drawing.INK, lw=1)
     if len(groups) > 1:
         ax.legend(fontsize=8.5, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return fig
@@ -150,13 +150,13 @@ def draw_residuals(found: Fitted) -> Figure:
 def draw_leverage(found: Fitted, law: Leverage) -> Figure:
     """Leverage over the active share, and over granularity, at the largest budget of the runs."""
     columns, budget = found.table.columns, float(found.table.columns["flops"].max())
-    fig = figures.new_figure(11.6, 4.4, "")
+    fig = drawing.new_figure(11.6, 4.4, "")
     panels = fig.subplots(1, 2, sharey=True)
     low, high = _reach(columns["leverage"], 1.5)
     ticks = [v for v in (0.2, 0.5, 1, 2, 3, 5, 7, 10, 15, 20, 30, 50) if low < v < high]
     for ax, name, other in zip(panels, ("A", "G"), ("G", "A"), strict=True):
         x = np.geomspace(*_reach(columns[name], 1.5), _POINTS)
-        for value, colour in zip(figures.pick(np.unique(columns[other]).tolist(), SHAPES), figures.MANY, strict=False):
+        for value, colour in zip(drawing.pick(np.unique(columns[other]).tolist(), SHAPES), drawing.MANY, strict=False):
             place = {name: x, other: value, "flops": budget}
             _band(ax, x, law.predict(found.constants, **place), colour, f"{other} {value:.3g}")
             ax.plot(x, law.predict(law.published, **place), color=colour, lw=1, ls=":")
@@ -164,7 +164,7 @@ def draw_leverage(found: Fitted, law: Leverage) -> Figure:
             ax.plot(columns[name][runs], columns["leverage"][runs], "o", ms=4, mfc="none", mec=colour)
         _log(ax, {"A": "active share of experts A", "G": "granularity G"}[name])
         ax.set_yscale("log")
-        ax.set_xticks(values := figures.pick(np.unique(columns[name]).tolist(), SHAPES), [f"{v:.3g}" for v in values])
+        ax.set_xticks(values := drawing.pick(np.unique(columns[name]).tolist(), SHAPES), [f"{v:.3g}" for v in values])
         ax.set_yticks(ticks, [f"{v:g}" for v in ticks])
         ax.minorticks_off()
         ax.legend(fontsize=8.5, frameon=False)
@@ -172,6 +172,6 @@ def draw_leverage(found: Fitted, law: Leverage) -> Figure:
     fig.supxlabel(
         "bands: 95 % of the fits to resampled runs; rings: runs; dotted: by the published constants",
         fontsize=8.5,
-        color=figures.MUTED,
+        color=drawing.MUTED,
     )
     return fig

@@ -7,9 +7,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from moebed import storage
 from moebed.laws.findings import Fitted
 from moebed.laws.sentences import sentences, tables
+from moebed.machine import storage
 from moebed.study.files import write_json
 from moebed.study.page import html_table
 from moebed.study.tables import print_rows
@@ -24,8 +24,8 @@ def present(out: Path, fitted: Fitted, content: Mapping[str, Any]) -> list[Path]
         What was written. ``law.json`` is first, so that a folder belongs to it from then on.
     """
     from moebed.laws.figures import draw_all
-    from probes.figures import to_png
-    from probes.report import write_report
+    from probes.figures.drawing import to_png
+    from probes.report.page import write_report
 
     said = {**content, "sentences": sentences(content)}
     written = [write_json(out / "law.json", said)]
@@ -39,7 +39,7 @@ def present(out: Path, fitted: Fitted, content: Mapping[str, Any]) -> list[Path]
 
 def section(content: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
     """A law as a piece of HTML."""
-    from probes.report import embedded
+    from probes.report.page import embedded
 
     said = "".join(f"<li>{escape(sentence)}</li>" for sentence in content["sentences"])
     parts = [f'<p class="muted">{escape(_about(content))}</p>', f'<ul class="found">{said}</ul>']

@@ -6,9 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from moebed.config import ModelConfig
 from moebed.errors import ConfigError
-from moebed.routers import ROUTERS
+from moebed.model.config import ModelConfig
+from moebed.model.routers import ROUTERS
 
 
 @dataclass

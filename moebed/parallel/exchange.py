@@ -7,7 +7,6 @@ R rows that this rank's own E / X experts receive.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +15,9 @@ from torch.distributed import ProcessGroup
 from torch.distributed._functional_collectives import all_gather_tensor_autograd, all_to_all_single_autograd
 from torch.distributed.tensor import DTensor
 
-from moebed.grouped import compute_dtype, from_slots, sort_by_expert, to_slots
-from moebed.routing import Routing
-
-if TYPE_CHECKING:
-    from moebed.experts import Experts
+from moebed.model.experts import Experts
+from moebed.model.grouped import compute_dtype, from_slots, sort_by_expert, to_slots
+from moebed.model.routing import Routing
 
 
 class TokenExchange:

@@ -13,13 +13,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moebed.attention import RMSNorm
-from moebed.config import ModelConfig
-from moebed.decoder import Block, Decoder
-from moebed.parallel.sharding import reshard, whole
-from moebed.text_pass import band_rows
-from moebed.views import LayerWeights
-from moebed.walking import ModuleWeights, computing_like
+from moebed.model.attention import RMSNorm
+from moebed.model.config import ModelConfig
+from moebed.model.decoder import Block, Decoder
+from moebed.model.spread import whole
+from moebed.parallel.sharding import reshard
+from moebed.views.layer import LayerWeights
+from moebed.views.live import ModuleWeights, computing_like
+from moebed.views.text_pass import band_rows
 
 _EMBEDDING, _HEAD, _DONE = -1, -2, -3
 

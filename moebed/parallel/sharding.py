@@ -10,16 +10,16 @@ Routed experts: first axis over X (DTensor), what is left over D by FSDP2. All o
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from moebed.decoder import Decoder, MoE
-from moebed.experts import Experts
+from moebed.model.decoder import Decoder, MoE
+from moebed.model.experts import Experts
+from moebed.model.routers import Router
 from moebed.parallel.config import ParallelConfig
 from moebed.parallel.exchange import TokenExchange
-from moebed.routers import Router
 
 
 class Layout:
@@ -127,18 +127,3 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-@torch.no_grad()
-def assign(parameter: Tensor, value: Tensor) -> None:
-    """Set a parameter, of which this rank may hold a part, to the full value that every rank has."""
-    if isinstance(parameter, DTensor):
-        value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.to_local().copy_(value.to_local())
-    else:
-        parameter.copy_(value)
-
-
-def whole(parameter: Tensor) -> Tensor:
-    """A parameter in full, gathered from the ranks that hold parts of it; all of them call this together."""
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter

@@ -17,9 +17,10 @@ from torch.optim import Optimizer
 from moebed.checkpoints import sharded
 from moebed.checkpoints.files import load_mapped
 from moebed.errors import UserError
+from moebed.machine.storage import on_first_rank, standing
+from moebed.model.spread import assign, whole
 from moebed.parallel.config import ParallelConfig
-from moebed.parallel.sharding import Layout, assign, reshard, whole
-from moebed.storage import on_first_rank, standing
+from moebed.parallel.sharding import Layout, reshard
 
 
 class MeshStrategy(ModelParallelStrategy):

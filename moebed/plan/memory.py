@@ -3,7 +3,7 @@
 P parameters' bytes on this rank, W ranks = D x X, r and c bytes of a parameter and of a product's operands.
 
 What is counted are live tensors. Left out are a CUDA context, NCCL's buffers, and freed memory that an allocator holds
-and cannot reuse: on a CPU the C library's heap keeps what is freed (see moebed.allocator), and with activation
+and cannot reuse: on a CPU the C library's heap keeps what is freed (see moebed.machine.allocator), and with activation
 checkpointing, whose large blocks come and go among what stays, that is much (see tests/plan/test_plan_memory.py).
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from operator import attrgetter
 from typing import NamedTuple
 
-from moebed.flops import Shapes, count, layer_shapes, outer_shapes
+from moebed.model.flops import Shapes, count, layer_shapes, outer_shapes
 from moebed.plan import activations
 from moebed.plan.activations import Parts
 from moebed.plan.setup import Setup

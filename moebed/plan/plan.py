@@ -6,9 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from moebed.config import ModelConfig
 from moebed.errors import ConfigError
-from moebed.flops import count_parameters, flops_per_token
+from moebed.model.config import ModelConfig
+from moebed.model.flops import count_parameters, flops_per_token
 from moebed.parallel.config import ParallelConfig
 from moebed.plan import activations, memory, traffic
 from moebed.plan.activations import Parts

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from moebed.config import ModelConfig
 from moebed.errors import ConfigError
-from moebed.grouped import alignment
+from moebed.model.config import ModelConfig
+from moebed.model.grouped import alignment
+from moebed.model.routers import ROUTERS
 from moebed.parallel.config import ParallelConfig
-from moebed.routers import ROUTERS
 
 
 class Precision(NamedTuple):

@@ -6,7 +6,7 @@ A ring over n ranks sends (n - 1) / n of a buffer once to gather it or to reduce
 
 from __future__ import annotations
 
-from moebed.flops import Shapes, count
+from moebed.model.flops import Shapes, count
 from moebed.plan.memory import all_shapes, rank_elements
 from moebed.plan.setup import Setup
 

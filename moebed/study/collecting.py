@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from moebed.errors import DivergedError
-from moebed.flops import scaling_sizes
+from moebed.model.flops import scaling_sizes
 from moebed.study.files import FORMAT, STUDY_FILE, read_json, write_json
-from moebed.study.plan import Arm, Run, StudyPlan
 from moebed.study.progress import status_path, steps_done
 from moebed.study.runner import is_finished
-from probes.run_folder import Curve, read_curves
-from probes.store import load_history
+from moebed.study.runs import Arm, Run, StudyPlan
+from probes.running.run_folder import Curve, read_curves
+from probes.running.store import load_history
 
 DOMAIN = "val/bits_per_byte/"  # then the domain's name, in a run's summary
 

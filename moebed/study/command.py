@@ -16,7 +16,7 @@ from moebed.study.files import STUDY_FILE
 from moebed.study.recipe import StudyRecipe, read_recipe
 
 if TYPE_CHECKING:
-    from moebed.study.plan import Run, StudyPlan
+    from moebed.study.runs import Run, StudyPlan
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -63,9 +63,9 @@ def run(command: str, arguments: Sequence[str]) -> None:
     out = options.out or Path("runs/studies") / recipe.name
     # Heavy imports wait until the file is known to be well formed.
     from moebed.study.collecting import collect
-    from moebed.study.plan import plan_study
     from moebed.study.precision import keep_precision
     from moebed.study.runner import Outcome, check_unchanged, run_all
+    from moebed.study.runs import plan_study
 
     plan = plan_study(recipe, out)
     for note in plan.notes:

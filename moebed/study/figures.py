@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from moebed.study.comparison import Comparison
-from probes import figures
-from probes.report_charts import small_panels
+from probes.figures import drawing
+from probes.report.charts import small_panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,10 +35,10 @@ def _styles(found: Comparison) -> dict[str, dict[str, Any]]:
     """The baseline broad and grey below the others in colours, which are dashed when those have been through once."""
     others = [name for name in found.arms if name != found.baseline]
     dashes = ("-", (0, (5, 2)), (0, (1, 1.5)))
-    styles: dict[str, dict[str, Any]] = {found.baseline: {"color": figures.MUTED, "ls": "-", "lw": 3.2, "alpha": 0.6}}
+    styles: dict[str, dict[str, Any]] = {found.baseline: {"color": drawing.MUTED, "ls": "-", "lw": 3.2, "alpha": 0.6}}
     for index, name in enumerate(others):
-        turn, colour = divmod(index, len(figures.MANY))
-        styles[name] = {"color": figures.MANY[colour], "ls": dashes[turn % len(dashes)], "lw": 1.5}
+        turn, colour = divmod(index, len(drawing.MANY))
+        styles[name] = {"color": drawing.MANY[colour], "ls": dashes[turn % len(dashes)], "lw": 1.5}
     return styles
 
 
@@ -84,7 +84,7 @@ def _legend(fig: Figure, axes: Sequence[Axes]) -> None:
 
 def draw_loss_curves(found: Comparison) -> Figure:
     """Loss on held-out text over steps, and its paired difference from the baseline, where arms lie close together."""
-    fig = figures.new_figure(11.6, 4.4, "")
+    fig = drawing.new_figure(11.6, 4.4, "")
     left, right = fig.subplots(1, 2)
     styles, base = _styles(found), _curves(found, found.baseline, "loss")
     for name in found.arms:
@@ -98,35 +98,35 @@ def draw_loss_curves(found: Comparison) -> Figure:
             if seed in base
         }
         _band(right, pairs, styles[name], name)
-    right.axhline(0, color=figures.MUTED, lw=1, ls="--", zorder=1)
+    right.axhline(0, color=drawing.MUTED, lw=1, ls="--", zorder=1)
     titles = "loss on held-out text (nats a token)", f"paired difference from {found.baseline}"
     for ax, title in zip((left, right), titles, strict=True):
-        figures.style_axes(ax)
+        drawing.style_axes(ax)
         ax.set_title(title, fontsize=10.5)
         ax.set_xlabel("step", fontsize=9)
     _legend(fig, [left])
-    fig.supxlabel("mean over seeds; bands from the least to the most", fontsize=8.5, color=figures.MUTED)
+    fig.supxlabel("mean over seeds; bands from the least to the most", fontsize=8.5, color=drawing.MUTED)
     return fig
 
 
 def draw_differences(found: Comparison) -> Figure:
     """Forest plot: the paired differences, their mean and interval, and what the study could not have seen."""
     arms = [arm for arm in found.arms.values() if arm.difference is not None]
-    fig = figures.new_figure(9.5, 1.5 + 0.5 * len(arms), "")
+    fig = drawing.new_figure(9.5, 1.5 + 0.5 * len(arms), "")
     ax = fig.subplots()
-    figures.style_axes(ax)
+    drawing.style_axes(ax)
     styles, base = _styles(found), _final(found, found.baseline)
     for row, arm in enumerate(arms):
         assert arm.difference is not None
         difference, colour = arm.difference, styles[arm.name]["color"]
         values = [value - base[seed] for seed, value in _final(found, arm.name).items() if seed in base]
         if difference.detectable is not None:
-            ax.barh(row, 2 * difference.detectable, left=-difference.detectable, height=0.62, color=figures.GRID, lw=0)
+            ax.barh(row, 2 * difference.detectable, left=-difference.detectable, height=0.62, color=drawing.GRID, lw=0)
         if difference.interval is not None:
             ax.plot(difference.interval, [row, row], color=colour, lw=2.2, solid_capstyle="butt")
         ax.plot(values, [row + 0.2] * len(values), "o", ms=3.5, mfc="none", mec=colour, mew=1, zorder=3)
         ax.plot([difference.mean], [row], "D", ms=6, color=colour, zorder=4)
-    ax.axvline(0, color=figures.INK, lw=1)
+    ax.axvline(0, color=drawing.INK, lw=1)
     ax.set_yticks(range(len(arms)), [f"{arm.name}{' *' if _called(arm.difference) else ''}" for arm in arms])
     ax.set_ylim(len(arms) - 0.4, -0.6)
     ax.tick_params(axis="y", labelsize=9.5)
@@ -137,7 +137,7 @@ def draw_differences(found: Comparison) -> Figure:
         "diamond: mean, line: 95 % interval, rings: pairs, * interval excludes 0\n"
         "grey: differences that this many pairs would miss in more than one of five studies",
         fontsize=8.5,
-        color=figures.MUTED,
+        color=drawing.MUTED,
     )
     return fig
 
@@ -158,7 +158,7 @@ def draw_headlines(found: Comparison) -> Figure:
     fig, axes = small_panels(len(names), 4)
     styles = _styles(found)
     for ax, headline in zip(axes, names, strict=True):
-        figures.style_axes(ax)
+        drawing.style_axes(ax)
         for arm in found.arms:
             runs = found.study["arms"][arm]["runs"]
             curves = {

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moebed import storage
 from moebed.errors import UserError
+from moebed.machine import storage
 
 FORMAT = 1
 STUDY_FILE = "study.json"

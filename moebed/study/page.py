@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from moebed import storage
+from moebed.machine import storage
 from moebed.study.comparison import Comparison, compare_arms, power
 from moebed.study.files import STUDY_FILE, load_study
 from moebed.study.tables import (
@@ -40,8 +40,8 @@ def present(folder: Path) -> list[Path]:
         UserError: The study.json is missing or damaged.
     """
     from moebed.study.figures import draw_all
-    from probes.figures import to_png
-    from probes.report import write_report
+    from probes.figures.drawing import to_png
+    from probes.report.page import write_report
 
     found = compare_arms(load_study(folder / STUDY_FILE))
     written, pictures = [], {}
@@ -58,7 +58,7 @@ def present(folder: Path) -> list[Path]:
 def sections(folders: Sequence[Path]) -> dict[str, str]:
     """Sections of a report, by title, one a study; pictures are drawn now."""
     from moebed.study.figures import draw_all
-    from probes.figures import to_png
+    from probes.figures.drawing import to_png
 
     content = {}
     for folder in folders:
@@ -71,7 +71,7 @@ def sections(folders: Sequence[Path]) -> dict[str, str]:
 
 def section(folder: Path, found: Comparison, pictures: dict[str, bytes]) -> str:
     """A study as a piece of HTML."""
-    from probes.report import embedded
+    from probes.report.page import embedded
 
     study = found.study
     seeds = ", ".join(map(str, study["seeds"]))

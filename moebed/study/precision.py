@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from moebed.precision import choose_precision
+from moebed.machine.precision import choose_precision
 from moebed.study.files import read_json, write_json
-from moebed.trainer import AUTO
+from moebed.training.trainer import AUTO
 
 KEY = "trainer.precision"
 

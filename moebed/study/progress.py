@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 
-from moebed.progress import Progress
+from moebed.machine.progress import Progress
 
 
 def status_path(out: Path, run: str, kind: str) -> Path:

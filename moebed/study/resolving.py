@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from moebed.config import ModelConfig
 from moebed.data.sources import SourceConfig
+from moebed.model.config import ModelConfig
 from moebed.plan.plan import takes_any_gpu, world_size
-from moebed.training import TrainingCLI, quiet
+from moebed.training.command_line import TrainingCLI, quiet
 
 
 class _ResolvedCLI(TrainingCLI):

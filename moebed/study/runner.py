@@ -34,7 +34,7 @@ class StoppedError(UserError):
 
 
 class RunLike(Protocol):
-    """What is read of a :class:`moebed.study.plan.Run`."""
+    """What is read of a :class:`moebed.study.runs.Run`."""
 
     @property
     def name(self) -> str: ...

@@ -83,7 +83,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
     from moebed.checkpoints.hub import find_checkpoint
     from moebed.checkpoints.writer import require_empty
     from moebed.checkpoints.writing_bar import WritingBar, say
-    from moebed.flops import count_parameters
+    from moebed.model.flops import count_parameters
     from moebed.upcycling.upcycle import plan_upcycling, upcycle
 
     method, out = options["method"], Path(options["out"])

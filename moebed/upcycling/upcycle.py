@@ -16,14 +16,14 @@ from torch import Tensor
 
 from moebed.checkpoints.checkpoint import Checkpoint
 from moebed.checkpoints.companions import copy_tokenizer, special_ids, write_start_recipe
+from moebed.checkpoints.families.base import Family
+from moebed.checkpoints.families.choice import choose_family
+from moebed.checkpoints.families.keys import KeyMap, Placed
+from moebed.checkpoints.families.registry import family_of
 from moebed.checkpoints.writer import FolderWriter, read_bands, stored_dtypes
-from moebed.config import ModelConfig
 from moebed.errors import ConfigError
-from moebed.families.base import Family
-from moebed.families.choice import choose_family
-from moebed.families.keys import KeyMap, Placed
-from moebed.families.registry import family_of
-from moebed.routers import untaught
+from moebed.model.config import ModelConfig
+from moebed.model.routers import untaught
 from moebed.upcycling.methods import METHODS, Copy, Settings, generator
 
 _MLP = re.compile(r"^layers\.(\d+)\.mlp\.(experts\.|router\.|shared_expert)")

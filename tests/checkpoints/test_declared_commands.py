@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from moebed.checkpoints import Checkpoint, load_decoder
 from moebed.cli import main
-from moebed.config import ModelConfig
 from moebed.errors import UserError
-from moebed.module import MoEModule
+from moebed.model.config import ModelConfig
+from moebed.training.module import MoEModule
 
 SIZES = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "intermediate_size": 24, "max_position_embeddings": 32}  # fmt: skip

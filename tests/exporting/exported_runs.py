@@ -5,9 +5,9 @@ import json
 import torch
 import yaml
 
-from moebed.config import ModelConfig
 from moebed.data.tokenizer import BytesTokenizer, train_bpe
-from moebed.module import MoEModule
+from moebed.model.config import ModelConfig
+from moebed.training.module import MoEModule
 
 TEXT = ["the cat sat on the mat.\n\nIt saw 12 rats, é and <|endoftext|> too." * 5]
 SIZES = {

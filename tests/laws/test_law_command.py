@@ -8,10 +8,10 @@ import pytest
 from planted import PLANTED, grid, runs, write_csv
 
 from moebed.cli import main
-from moebed.flops import count_parameters, scaling_sizes
 from moebed.laws.contract import Shape
 from moebed.laws.reading import read_table, select
 from moebed.laws.registry import LAWS
+from moebed.model.flops import count_parameters, scaling_sizes
 from tests.conftest import tiny_config
 
 FAST = ("--resamples", "40")
@@ -130,11 +130,11 @@ def test_twice_gives_the_same_bytes_and_nothing_else_is_mixed_in(leverage_csv, j
 
 def test_other_code_makes_a_folder_anew(leverage_csv, tmp_path, monkeypatch):
     command = ["law", str(leverage_csv), "--form", "leverage", "--out", str(tmp_path / "out"), *FAST]
-    monkeypatch.setattr("probes.report.write_report", lambda runs, out, first, kind: out)
+    monkeypatch.setattr("probes.report.page.write_report", lambda runs, out, first, kind: out)
     monkeypatch.setattr("moebed.laws.figures.draw_all", lambda fitted: {})
     assert main(command) == 0
     before = json.loads((tmp_path / "out" / "law.json").read_text(encoding="utf-8"))
-    monkeypatch.setattr("moebed.provenance.code", lambda: "another")
+    monkeypatch.setattr("moebed.machine.provenance.code", lambda: "another")
     assert main(command) == 0
     after = json.loads((tmp_path / "out" / "law.json").read_text(encoding="utf-8"))
     assert after["provenance"].pop("code") == "another"

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from planted import EXPERTS, PLANTED, YUN, top2
 
-from moebed.flops import training_flops
 from moebed.laws.choices import (
     COSTS,
     best_below_cost,
@@ -21,6 +20,7 @@ from moebed.laws.choices import (
 )
 from moebed.laws.contract import Shape, saturated
 from moebed.laws.registry import LAWS
+from moebed.model.flops import training_flops
 
 TOTAL = COSTS["total"]
 
@@ -235,7 +235,7 @@ def test_5_5_leverage():
 
 def test_flops_are_those_of_moebed():
     """6·N·tok is what the matrices of a config take, but for the products of attention."""
-    from moebed.flops import flops_per_token, scaling_sizes
+    from moebed.model.flops import flops_per_token, scaling_sizes
     from tests.conftest import tiny_config
 
     config = tiny_config()

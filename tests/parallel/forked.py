@@ -17,8 +17,8 @@ import matplotlib.figure  # noqa: F401 - what ranks need is imported before the 
 import torch
 import torch.distributed as dist
 
-import moebed.training  # noqa: F401
-import probes.report  # noqa: F401
+import moebed.training.command_line  # noqa: F401
+import probes.report.page  # noqa: F401
 
 
 @dataclass

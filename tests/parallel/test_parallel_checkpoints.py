@@ -8,12 +8,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from moebed import storage
 from moebed.checkpoints import sharded
 from moebed.checkpoints.checkpoint import Checkpoint
 from moebed.checkpoints.whole import load_decoder
-from moebed.decoder import Decoder
 from moebed.errors import UserError
+from moebed.machine import storage
+from moebed.model.decoder import Decoder
 from tests.conftest import tiny_config
 
 

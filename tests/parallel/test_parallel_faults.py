@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moebed import storage
-from moebed.not_finite import NotFinite
+from moebed.machine import storage
+from moebed.training.not_finite import NotFinite
 from tests.parallel.forked import Ranks, call, run, start
 from tests.parallel.parallel_runs import curves, fit, recipe
 
@@ -128,7 +128,7 @@ def test_what_a_killed_run_left_does_not_stop_the_next_one(tmp_path, layout, lef
 
 def _nan_on_rank_1(rank: int) -> None:
     """The fourth step's loss is NaN on rank 1."""
-    from moebed.module import MoEModule
+    from moebed.training.module import MoEModule
 
     original = MoEModule._forward_terms
 
@@ -192,13 +192,13 @@ def test_sigterm_saves_and_the_run_continues(tmp_path, layout):
 def _look_at_infinite_gradients(rank: int, world_size: int) -> None:
     """What a rank does under a loss scaler, by the losses of both."""
     precision = SimpleNamespace(scaler=object())
-    trainer = SimpleNamespace(world_size=world_size, is_global_zero=rank == 0, precision_plugin=precision)
-    module = SimpleNamespace(trainer=trainer, config=SimpleNamespace(moe_layers=[0]), global_step=3, global_rank=rank)
+    place = {"world_size": world_size, "global_rank": rank, "is_global_zero": rank == 0}
+    trainer = SimpleNamespace(**place, precision_plugin=precision, global_step=3)
     nan = float("nan")
     for losses, skips in (((1.0, 1.0), False), ((1.0, nan), True), ((nan, 1.0), True), ((1.0, 1.0), False)):
-        not_finite, loss = NotFinite("skip"), torch.tensor(losses[rank])
+        not_finite, loss = NotFinite("skip", [0]), torch.tensor(losses[rank])
         not_finite.watch(loss, [loss])
-        assert not_finite.skips(module, torch.tensor(float("inf"))) is skips, losses
+        assert not_finite.skips(trainer, torch.tensor(float("inf"))) is skips, losses
 
 
 def test_ranks_with_a_loss_scaler_agree_whose_loss_is_not_finite():

@@ -8,14 +8,15 @@ import torch.distributed as dist
 
 from moebed.checkpoints.checkpoint import Checkpoint
 from moebed.checkpoints.whole import fill, load_decoder, write_checkpoint
-from moebed.decoder import Decoder
-from moebed.optim import OptimizerConfig, build_adamw, gradient_norm, scale_gradients
+from moebed.model.decoder import Decoder
+from moebed.model.routers import ROUTERS
+from moebed.model.spread import whole
 from moebed.parallel.config import ParallelConfig
 from moebed.parallel.gathered import GatheredModel
-from moebed.parallel.sharding import Layout, reshard, whole
-from moebed.routers import ROUTERS
-from moebed.views import Need, ProbeText
-from moebed.walking import walk, walk_model
+from moebed.parallel.sharding import Layout, reshard
+from moebed.training.optim import OptimizerConfig, build_adamw, gradient_norm, scale_gradients
+from moebed.views.layer import Need, ProbeText
+from moebed.views.live import walk, walk_model
 from tests.conftest import tiny_config
 from tests.parallel.forked import call
 

@@ -28,7 +28,7 @@ def _at(batch, number, rank):
     """This rank, or all of them if it is None, gets a signal within a micro-batch."""
 
     def before(own):
-        from moebed.module import MoEModule
+        from moebed.training.module import MoEModule
 
         original, seen = MoEModule.training_step, [0]
 

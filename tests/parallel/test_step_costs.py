@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from moebed.decoder import Decoder
+from moebed.model.decoder import Decoder
 from moebed.parallel.config import ParallelConfig
 from moebed.parallel.sharding import Layout
 from tests.conftest import tiny_config

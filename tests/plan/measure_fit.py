@@ -18,10 +18,11 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback
 
-import moebed.training
-from moebed.config import ModelConfig
-from moebed.module import MoEModule
-from moebed.optim import OptimizerConfig, build_adamw
+import moebed.commands.fit
+import moebed.training.command_line
+from moebed.model.config import ModelConfig
+from moebed.training.module import MoEModule
+from moebed.training.optim import OptimizerConfig, build_adamw
 
 
 class MallInfo(ctypes.Structure):
@@ -79,7 +80,7 @@ def warm_up() -> None:
 
 if __name__ == "__main__":
     out, *arguments = sys.argv[1:]
-    instantiate = moebed.training.TrainingCLI.instantiate_classes
+    instantiate = moebed.training.command_line.TrainingCLI.instantiate_classes
     watching: list[Watch] = []
 
     def measured(cli) -> None:
@@ -89,8 +90,8 @@ if __name__ == "__main__":
         instantiate(cli)
         cli.trainer.callbacks.append(watching[0])
 
-    moebed.training.TrainingCLI.instantiate_classes = measured
-    moebed.training.TrainingCLI.after_fit = lambda cli: None  # no validation and report after the last step
-    moebed.training.run("fit", arguments)
+    moebed.training.command_line.TrainingCLI.instantiate_classes = measured
+    moebed.commands.fit.ReportingCLI.after_fit = lambda cli: None  # no validation and report after the last step
+    moebed.commands.fit.run("fit", arguments)
     sys.stderr.flush()
     os._exit(0)  # the sampling thread has no end of its own

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-import moebed.module
+import moebed.training.module
 from moebed.cli import main
-from moebed.config import ModelConfig
-from moebed.decoder import Decoder
+from moebed.model.config import ModelConfig
+from moebed.model.decoder import Decoder
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = sorted((ROOT / "recipes" / "cluster").glob("*.yaml"))
@@ -22,7 +22,7 @@ def _nothing_is_built(monkeypatch, tmp_path):
     def refuse(*args, **kwargs):
         raise AssertionError("a plan builds no model")
 
-    monkeypatch.setattr(moebed.module, "Decoder", refuse)
+    monkeypatch.setattr(moebed.training.module, "Decoder", refuse)
     monkeypatch.chdir(tmp_path)  # where a run folder would be
 
 

@@ -8,15 +8,15 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moebed.config import ModelConfig
-from moebed.decoder import Decoder
-from moebed.flops import count_parameters, flops_per_token, layer_shapes
-from moebed.module import MoEModule
-from moebed.optim import OptimizerConfig, build_adamw
+from moebed.model.config import ModelConfig
+from moebed.model.decoder import Decoder
+from moebed.model.flops import count_parameters, flops_per_token, layer_shapes
 from moebed.parallel.config import ParallelConfig
 from moebed.plan import activations, memory, traffic
 from moebed.plan.plan import make_plan
 from moebed.plan.setup import PRECISIONS, Setup
+from moebed.training.module import MoEModule
+from moebed.training.optim import OptimizerConfig, build_adamw
 
 SIZES = {
     "vocab_size": 512,

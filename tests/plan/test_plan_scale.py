@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moebed.config import ModelConfig
+from moebed.model.config import ModelConfig
 from moebed.parallel.config import ParallelConfig
 from moebed.plan.plan import Plan, make_plan
 from moebed.plan.setup import Setup, precision_of

@@ -8,9 +8,9 @@ import pytest
 import torch
 from probe_cases import make_text
 
-from moebed.config import ModelConfig
-from moebed.decoder import Decoder
-from moebed.views import ProbeText
+from moebed.model.config import ModelConfig
+from moebed.model.decoder import Decoder
+from moebed.views.layer import ProbeText
 
 
 @pytest.fixture(autouse=True)

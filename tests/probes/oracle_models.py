@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from moebed.config import ModelConfig
-from moebed.decoder import Decoder
+from moebed.model.config import ModelConfig
+from moebed.model.decoder import Decoder
 from tests.conftest import ORACLES
 
 

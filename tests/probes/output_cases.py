@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from moebed.routers import Routing
-from moebed.views import ExpertView, LayerView, ProbeText, Watch
+from moebed.model.routers import Routing
+from moebed.views.layer import ExpertView, LayerView, ProbeText, Watch
 
 
 class GivenOutputs:

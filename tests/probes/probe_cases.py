@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moebed.routers import Routing
-from moebed.views import LayerView, ProbeText
-from probes.base import ProbeResult
-from probes.driver import needs_of, run_probes
+from moebed.model.routers import Routing
+from moebed.views.layer import LayerView, ProbeText
+from probes.contract import ProbeResult
 from probes.registry import PROBES
+from probes.running.driver import needs_of, run_probes
 
 
 def make_text(lengths: list[int], width: int) -> ProbeText:

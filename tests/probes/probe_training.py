@@ -10,8 +10,8 @@ from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader
 
-from moebed.config import ModelConfig
-from moebed.module import MoEModule
+from moebed.model.config import ModelConfig
+from moebed.training.module import MoEModule
 
 LENGTH = 12
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from moebed.routers import Routing
-from moebed.views import LayerView, ProbeText
+from moebed.model.routers import Routing
+from moebed.views.layer import LayerView, ProbeText
 
 
 def text_of(sequences: list[list[int]], domain: list[int], domains: tuple[str, ...], words: tuple[str, ...] = ()):

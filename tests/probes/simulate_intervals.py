@@ -20,14 +20,14 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from moebed.config import ModelConfig
-from moebed.decoder import Decoder
-from moebed.routers import Routing
-from moebed.views import HeadView, LayerView, Need, ProbeText
-from moebed.walking import walk
-from probes.base import Probe, ProbeResult
-from probes.driver import ProbePass, needs_of
+from moebed.model.config import ModelConfig
+from moebed.model.decoder import Decoder
+from moebed.model.routers import Routing
+from moebed.views.layer import HeadView, LayerView, Need, ProbeText
+from moebed.views.live import walk
+from probes.contract import Probe, ProbeResult
 from probes.registry import BY_NAME_ONLY, PROBES, STATIC_PROBES
+from probes.running.driver import ProbePass, needs_of
 
 VOCABULARY, HIDDEN = 48, 16
 SHORTEST, LONGEST = 30, 70  # tokens of a text

@@ -6,8 +6,8 @@ import torch
 from output_cases import dense_view, output_view, plain_text
 
 from probes.activations import Activations
-from probes.driver import run_probes
-from probes.figures import to_rgb
+from probes.figures.drawing import to_rgb
+from probes.running.driver import run_probes
 
 
 def run(*views):

@@ -5,14 +5,14 @@ import pytest
 import torch
 from probe_cases import make_text, probe
 
-from moebed.routers import Routing
-from moebed.views import ExpertView, LayerView
-from moebed.walking import walk
-from probes.choices import NONE, assignments, chosen_mask, ranked
+from moebed.model.routers import Routing
+from moebed.views.layer import ExpertView, LayerView
+from moebed.views.live import walk
 from probes.coactivation import expected_pairs
-from probes.driver import needs_of, run_probes
-from probes.output_pairs import chosen_means
+from probes.measures.choices import NONE, assignments, chosen_mask, ranked
+from probes.measures.output_pairs import chosen_means
 from probes.registry import PROBES
+from probes.running.driver import needs_of, run_probes
 
 
 def ragged_view(weights, text=None, num_experts_per_tok=2):

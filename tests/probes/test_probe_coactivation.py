@@ -6,9 +6,9 @@ import torch
 from probe_cases import probe
 from routed_cases import chosen_view
 
-from moebed.views import LayerView
+from moebed.views.layer import LayerView
 from probes.coactivation import Coactivation
-from probes.figures import to_rgb
+from probes.figures.drawing import to_rgb
 
 
 def coactivation(views):

@@ -5,8 +5,8 @@ import pytest
 from probe_cases import probe
 from routed_cases import chosen_view, text_of
 
-from probes.coloured_tokens import _pieces, expert_colours
-from probes.figures import to_rgb
+from probes.figures.coloured_tokens import _pieces, expert_colours
+from probes.figures.drawing import to_rgb
 from probes.routing import RoutingMap
 
 WORDS = ("<script>", "a&b", "\n", "日本", " $x$", "\x07", "end")

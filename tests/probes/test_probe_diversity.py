@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from scipy.stats import linregress, spearmanr
 
-from moebed.views import MATRICES
-from probes.base import Probe, ProbeResult
-from probes.driver import ProbePass, run_probes
-from probes.figures import to_rgb
+from moebed.views.layer import MATRICES
+from probes.contract import Probe, ProbeResult
+from probes.figures.drawing import to_rgb
 from probes.layer_diversity import LayerDiversity, deviation, trend
+from probes.running.driver import ProbePass, run_probes
 from probes.weight_vs_output import WeightVsOutput
 
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 from output_cases import dense_view, output_view
 
-from probes.driver import run_probes
 from probes.expert_importance import NO_ABLATION, ExpertImportance
-from probes.figures import to_rgb
-from probes.resampling import LARGEST
+from probes.figures.drawing import to_rgb
+from probes.measures.resampling import LARGEST
+from probes.running.driver import run_probes
 
 
 def run(*views):

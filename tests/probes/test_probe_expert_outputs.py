@@ -10,13 +10,13 @@ from output_cases import dense_view, output_view, plain_text
 from probe_cases import all_needs, probe
 
 from moebed.errors import UserError
-from moebed.views import ProbeText
-from moebed.walking import walk
+from moebed.views.layer import ProbeText
+from moebed.views.live import walk
 from probes.chosen_vs_rest import ChosenVsRest
-from probes.driver import run_probes
 from probes.expert_outputs import ExpertOutputs
-from probes.figures import to_rgb
-from probes.output_pairs import angular_similarity, chosen_means, pair_cosines, taken_tokens, to_square
+from probes.figures.drawing import to_rgb
+from probes.measures.output_pairs import angular_similarity, chosen_means, pair_cosines, taken_tokens, to_square
+from probes.running.driver import run_probes
 from tests import oracle_shares
 from tests.conftest import ORACLES
 
@@ -121,7 +121,7 @@ def test_chosen_means_is_the_sum_over_pairs(experts, count):
 
 
 def test_pairs_of_many_blocks(monkeypatch):
-    monkeypatch.setattr("probes.output_pairs._BLOCK_ELEMENTS", 50)
+    monkeypatch.setattr("probes.measures.output_pairs._BLOCK_ELEMENTS", 50)
     generator = torch.Generator().manual_seed(0)
     outputs = [torch.randn(13, 4, generator=generator) for _ in range(3)]
     parts, cosines = zip(*pair_cosines(outputs), strict=True)

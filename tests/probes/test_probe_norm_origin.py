@@ -5,8 +5,8 @@ import pytest
 import torch
 from probe_cases import probe
 
-from moebed.views import Need
-from moebed.walking import walk
+from moebed.views.layer import Need
+from moebed.views.live import walk
 from probes.norm_origin import PARTS, NormOrigin, shares_of_log
 
 

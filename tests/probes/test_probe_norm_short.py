@@ -6,10 +6,10 @@ import torch
 from output_cases import output_view, plain_text
 from scipy.stats import rankdata
 
-from probes.driver import run_probes
-from probes.figures import to_rgb
+from probes.figures.drawing import to_rgb
+from probes.measures.ranks import ranks
 from probes.norm_vs_score import NormVsScore
-from probes.ranks import ranks
+from probes.running.driver import run_probes
 
 
 def run(*views):

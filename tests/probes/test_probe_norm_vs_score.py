@@ -6,10 +6,10 @@ import torch
 from probe_cases import probe
 from scipy.stats import spearmanr
 
-from moebed.views import Need
-from moebed.walking import walk
+from moebed.views.layer import Need
+from moebed.views.live import walk
+from probes.measures.ranks import rank_correlation
 from probes.norm_vs_score import NormVsScore
-from probes.ranks import rank_correlation
 
 
 def reference(decoder, text, layer):
@@ -57,7 +57,7 @@ def test_a_router_that_follows_the_norm(make_decoder, text):
         mlp.experts.gate_up_proj[:] = mlp.experts.gate_up_proj[0]
         mlp.experts.down_proj[:] = mlp.experts.down_proj[0] * torch.tensor([1.0, 2, 3, 4]).view(4, 1, 1)
         mlp.router.forward = lambda x, experts, ids: forward(x, experts, torch.tensor([0.0, 1, 2, 3]))
-    from moebed.routers import Routing
+    from moebed.model.routers import Routing
 
     def forward(x, experts, logits):
         logits = logits.expand(len(x), 4)

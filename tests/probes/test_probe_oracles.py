@@ -6,9 +6,9 @@ import torch
 from oracle_models import load_decoder
 from probe_cases import all_needs, probe
 
-from moebed.views import ProbeText
-from moebed.walking import walk
-from probes.base import by_layer
+from moebed.views.layer import ProbeText
+from moebed.views.live import walk
+from probes.contract import by_layer
 from probes.registry import PROBES
 from tests.conftest import ORACLES
 

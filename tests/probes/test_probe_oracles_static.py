@@ -9,8 +9,8 @@ from oracle_models import load_decoder
 from probe_cases import probe
 from safetensors.torch import load_file
 
-from moebed.views import LayerView, Need
-from moebed.walking import walk
+from moebed.views.layer import LayerView, Need
+from moebed.views.live import walk
 from probes.registry import STATIC_PROBES
 from tests.conftest import ORACLES
 

@@ -6,8 +6,8 @@ import torch
 from probe_cases import probe
 from routed_cases import chosen_view, text_of
 
-from moebed.views import LayerView
-from probes.figures import to_rgb
+from moebed.views.layer import LayerView
+from probes.figures.drawing import to_rgb
 from probes.repeats import LONGEST_RUN, Repeats
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from probe_cases import all_needs, make_text, probe, routed_view
 
-from moebed.views import LayerView
-from moebed.walking import walk
+from moebed.views.layer import LayerView
+from moebed.views.live import walk
 
 
 def logits_choosing(choices: list[list[int]], experts: int) -> torch.Tensor:

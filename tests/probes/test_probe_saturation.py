@@ -5,8 +5,8 @@ import pytest
 import torch
 from routed_cases import chosen_view, text_of
 
-from moebed.views import LayerView
-from probes.figures import to_rgb
+from moebed.views.layer import LayerView
+from probes.figures.drawing import to_rgb
 from probes.saturation import MOST_PROBINGS, Saturation, overlap
 
 TEXT = text_of([[1, 2], [3, 4]], [0, 0], ("a",))

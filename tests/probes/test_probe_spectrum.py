@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from probes import expert_geometry, spectrum
+from probes import expert_geometry
 from probes.expert_geometry import shape_of
-from probes.spectrum import TRUSTED
+from probes.measures import spectrum
+from probes.measures.spectrum import TRUSTED
 
 SIDE, LONG = 640, 900
 

@@ -8,13 +8,13 @@ from scipy.stats import kendalltau, pearsonr
 from sklearn.cluster import DBSCAN
 from sklearn.decomposition import PCA
 
-from moebed.views import LayerView, Need
-from probes import principal
+from moebed.views.layer import LayerView, Need
 from probes.expert_geometry import shape_of
 from probes.expert_projection import ExpertProjection
-from probes.figures import to_rgb
+from probes.figures.drawing import to_rgb
+from probes.measures import principal
+from probes.measures.principal import outliers, point_components, top_eigenvectors
 from probes.neuron_matching import NeuronMatching, kendall, order_of_growth
-from probes.principal import outliers, point_components, top_eigenvectors
 from probes.registry import PROBES, STATIC_PROBES
 
 SHAPES = {"up": (12, 10), "gate": (12, 10), "down": (10, 12)}
@@ -165,7 +165,7 @@ def test_gate_projection_is_pearsons_r():
 
 @pytest.mark.parametrize("band", [1 << 22, 40])
 def test_matrix_pca_is_sklearns(band, monkeypatch):
-    monkeypatch.setattr("probes.expert_matrices._BAND_ELEMENTS", band)
+    monkeypatch.setattr("probes.measures.expert_matrices._BAND_ELEMENTS", band)
     layer = view(5, reference=12)
     arrays = probe([layer], "expert_projection")["expert_projection"].arrays
     for name in SHAPES:

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from probe_cases import all_needs, probe
 
-from moebed.views import LayerView
-from moebed.walking import walk
-from probes import store
-from probes.figures import to_rgb
+from moebed.views.layer import LayerView
+from moebed.views.live import walk
+from probes.figures.drawing import to_rgb
 from probes.registry import PROBES
+from probes.running import store
 
 NAMES = ("balance", "routing", "domain_share", "repeats", "coactivation", "vocabulary", "saturation")
 

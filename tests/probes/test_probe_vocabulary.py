@@ -6,9 +6,9 @@ import torch
 from probe_cases import probe
 from routed_cases import chosen_view, text_of
 
-from moebed.views import HeadView, LayerView
-from probes.figures import to_rgb
-from probes.resampling import LARGEST
+from moebed.views.layer import HeadView, LayerView
+from probes.figures.drawing import to_rgb
+from probes.measures.resampling import LARGEST
 from probes.vocabulary import Vocabulary
 
 IDS = [7, 7, 7, 9, 9] * 6  # 18 times 7, 12 times 9

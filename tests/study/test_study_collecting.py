@@ -8,8 +8,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from moebed.study.collecting import collect
 from moebed.study.files import load_study
-from moebed.study.plan import Arm, StudyPlan
 from moebed.study.recipe import Step, StudyRecipe
+from moebed.study.runs import Arm, StudyPlan
 from tests.conftest import tiny_config
 
 STEPS = 40

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from moebed.decoder import Decoder
+from moebed.model.decoder import Decoder
 from tests.conftest import tiny_config
 
 

@@ -5,10 +5,10 @@ import json
 import pytest
 import yaml
 
-from moebed.study.plan import plan_study
 from moebed.study.precision import keep_precision
 from moebed.study.recipe import read_recipe
 from moebed.study.runner import check_unchanged
+from moebed.study.runs import plan_study
 
 BASE = {
     "trainer": {"accelerator": "cpu", "devices": 1, "max_steps": 6, "precision": "auto"},
@@ -38,7 +38,7 @@ def study(tmp_path):
 def _machine(monkeypatch, *bfloat16):
     """CPUs that are asked one after the other, as if the measurement differed from time to time."""
     rates = iter(bfloat16)
-    monkeypatch.setattr("moebed.precision.measured_rates", lambda: (100.0, next(rates)))
+    monkeypatch.setattr("moebed.machine.precision.measured_rates", lambda: (100.0, next(rates)))
 
 
 def _precisions(plan):

@@ -7,8 +7,8 @@ import yaml
 
 from moebed.cli import main
 from moebed.errors import ConfigError
-from moebed.study.plan import plan_study
 from moebed.study.recipe import read_recipe
+from moebed.study.runs import plan_study
 
 SIZES = {
     "vocab_size": 260,

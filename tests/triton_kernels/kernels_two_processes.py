@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from moebed.config import ModelConfig
-from moebed.decoder import Decoder
-from moebed.experts import Experts
+from moebed.model.config import ModelConfig
+from moebed.model.decoder import Decoder
+from moebed.model.experts import Experts
 from triton_kernels import expert_mlp
 
 CONFIG = ModelConfig(

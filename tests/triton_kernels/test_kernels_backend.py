@@ -9,10 +9,10 @@ import torch
 from kernels_interpreted import interpreter, op, shuffled  # noqa: F401
 from torch.nn.functional import cross_entropy
 
-from moebed.decoder import Decoder
 from moebed.errors import ConfigError
-from moebed.experts import BACKENDS, Experts, resolve_backend
-from moebed.routers import Routing
+from moebed.model.decoder import Decoder
+from moebed.model.experts import BACKENDS, Experts, resolve_backend
+from moebed.model.routers import Routing
 from tests.conftest import tiny_config
 
 

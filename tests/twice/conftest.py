@@ -9,8 +9,8 @@ import torch
 
 from moebed.checkpoints import write_checkpoint
 from moebed.cli import main
-from moebed.config import ModelConfig
-from moebed.decoder import Decoder
+from moebed.model.config import ModelConfig
+from moebed.model.decoder import Decoder
 from tests.small_run import probing, small_recipe, write_recipe
 
 SIZES = {
@@ -49,9 +49,9 @@ def kept_bytes(out: Path) -> dict[str, bytes]:
 @pytest.fixture
 def undrawn(monkeypatch):
     """Pictures and the report are left out: they take most of the time and are made from the arrays."""
-    monkeypatch.setattr("probes.callback.ProbeCallback._draw", lambda *arguments, **options: None)
-    monkeypatch.setattr("probes.report.write_report", lambda folders, path: path)
-    monkeypatch.setattr("probes.run_folder.read_curves", lambda folder: {})
+    monkeypatch.setattr("probes.running.callback.ProbeCallback._draw", lambda *arguments, **options: None)
+    monkeypatch.setattr("probes.report.page.write_report", lambda folders, path: path)
+    monkeypatch.setattr("probes.running.run_folder.read_curves", lambda folder: {})
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,8 @@ import yaml
 
 from moebed.data.sources import Source, SourceConfig
 from moebed.plugins import VARIABLE, load_plugins
-from moebed.study.plan import plan_study
 from moebed.study.recipe import read_recipe
+from moebed.study.runs import plan_study
 from tests.twice.test_commands_twice import _study
 
 
@@ -56,7 +56,7 @@ def test_a_study_knows_its_versions_and_plugins(study, tmp_path, monkeypatch):
         found = [first, _hashes(study, tmp_path / "out")]
         _edit(beside)
         found.append(_hashes(study, tmp_path / "out"))
-        monkeypatch.setattr("moebed.provenance.moebed_version", lambda: "another")
+        monkeypatch.setattr("moebed.machine.provenance.moebed_version", lambda: "another")
         found.append(_hashes(study, tmp_path / "out"))
     finally:
         for name in ("moebed_plugin_mine", "beside_mine"):

@@ -16,20 +16,20 @@ from safetensors.torch import load_file, save_file
 
 from moebed.checkpoints.checkpoint import Checkpoint
 from moebed.cli import main
-from moebed.mapped import checksums
-from probes import store
-from probes.base import layer_of
-from probes.checkpoint_pass import CheckpointPass, probes_for
+from moebed.machine.mapped import checksums
+from probes.contract import layer_of
 from probes.registry import PROBES
-from probes.run_folder import read_run
+from probes.running import store
+from probes.running.checkpoint_pass import CheckpointPass, probes_for
+from probes.running.run_folder import read_run
 from tests.twice.conftest import kept_bytes, write_ids, write_model
 
 ALL = ",".join(probes_for(["all", "logits"], True))
 FEW = "balance,vocabulary,prediction,gate_similarity"
 PLUGIN = """
 import numpy as np
-from moebed.views import Need
-from probes.base import Headline, Probe, ProbeResult
+from moebed.views.layer import Need
+from probes.contract import Headline, Probe, ProbeResult
 from probes.registry import PROBES, register
 
 PROBES.pop("mine", None)
@@ -166,7 +166,7 @@ def test_what_is_of_no_layer_stays_where_a_layer_is_shown_again(model, whole, tm
 @pytest.mark.slow
 def test_what_is_large_is_on_disk_once(model, tmp_path, monkeypatch, undrawn):
     """Here, whatever has more than 64 bytes: after a probing the results alone have it, and the next finds it there."""
-    monkeypatch.setattr("moebed.mapped.LARGE", 64)
+    monkeypatch.setattr("moebed.machine.mapped.LARGE", 64)
     assert probe(model, tmp_path / "whole", probes=ALL) == 0
     out, wanted = tmp_path / "out", kept_bytes(tmp_path / "whole")
     seen = shown(monkeypatch)
@@ -294,7 +294,7 @@ def test_fresh_computes_all_anew(model, tmp_path, monkeypatch, undrawn):
 
 
 def test_what_is_of_something_else_is_left_out_and_named(model, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("probes.callback.ProbeCallback._draw", lambda *arguments, **options: None)
+    monkeypatch.setattr("probes.running.callback.ProbeCallback._draw", lambda *arguments, **options: None)
     assert probe(model, tmp_path, probes="balance,vocabulary,gate_similarity") == 0
     capsys.readouterr()
     assert probe(model, tmp_path, probes="balance", ids="other") == 0

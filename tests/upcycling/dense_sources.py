@@ -4,8 +4,8 @@ import torch
 import transformers
 
 from moebed.checkpoints import Checkpoint
-from moebed.config import ModelConfig
-from moebed.module import MoEModule
+from moebed.model.config import ModelConfig
+from moebed.training.module import MoEModule
 
 SIZES = {
     "vocab_size": 64,

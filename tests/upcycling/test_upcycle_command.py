@@ -179,7 +179,7 @@ def test_a_disk_that_fills_up_leaves_no_folder(tmp_path, capsys, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("moebed.storage.os.fsync", full)
+    monkeypatch.setattr("moebed.machine.storage.os.fsync", full)
     assert upcycle(dense, tmp_path / "moe", "--method", "copy") == 2
     assert capsys.readouterr().err.endswith("(No space left on device)\n")
     assert not list(tmp_path.glob("moe*"))

@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 
+from moebed.checkpoints.families import FAMILIES, KeyMap
 from moebed.checkpoints.writer import FolderWriter
-from moebed.config import ModelConfig
-from moebed.families import FAMILIES, KeyMap
+from moebed.model.config import ModelConfig
 
 # Prints the exit code and the most memory that was resident at once, in bytes.
 MEASURE = """

@@ -1,0 +1,318 @@
+"""What a family is: names of settings and of tensors, and the few things that are not a matter of names.
+
+A config map is read both ways. Reading turns a checkpoint's ``config.json`` into a ModelConfig and refuses what the
+decoder does not compute. Writing reads its own result back, so that a model which a family cannot express is an error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, get_args, get_type_hints
+
+from moebed.checkpoints.families.declared import HARMLESS_SETTINGS, QUANTISED_SETTINGS
+from moebed.checkpoints.families.rope import ROPE_KEYS, read_rope, write_rope
+from moebed.errors import ConfigError
+from moebed.model.config import ModelConfig
+
+Settings = Mapping[str, Any]  # a Hugging Face config.json
+
+# Ours -> theirs, the same in every family.
+COMMON_FIELDS = {
+    name: name
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "rms_norm_eps",
+        "max_position_embeddings",
+        "tie_word_embeddings",
+    )
+}
+ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+_READ_ACTIVATIONS = {theirs: ours for ours, theirs in ACTIVATIONS.items()} | {"swish": "silu", "gelu_new": "gelu_tanh"}
+
+# How a model is trained or computed, not what it is: a checkpoint does not keep these.
+NOT_IN_CHECKPOINTS = frozenset(
+    {
+        "router_aux_loss_coef",
+        "router_aux_loss_scope",
+        "router_z_loss_coef",
+        "output_diversity_loss_coef",
+        "weight_diversity_loss_coef",
+        "initializer_range",
+        "experts_backend",
+        "attention_backend",
+    }
+)
+
+
+@dataclass(frozen=True)
+class ExpertNames:
+    """Names of the routed experts' matrices; ``{i}`` is the layer and ``{e}`` the expert.
+
+    Args:
+        gate: (F, H), the matrix under the activation, one tensor an expert.
+        up: (F, H).
+        down: (H, F).
+        gate_up_fused: (E, 2F, H), gate first; how recent transformers may write both for all experts.
+        down_fused: (E, H, F).
+    """
+
+    gate: str
+    up: str
+    down: str
+    gate_up_fused: str | None = None
+    down_fused: str | None = None
+
+
+class Reading(NamedTuple):
+    """What a ``config.json`` says.
+
+    Args:
+        config: The model, as far as the decoder computes it.
+        uncomputed: What it does not compute, in words: an error for whoever runs the model, not for who looks at its
+            weights.
+        notes: What was passed over, as transformers does.
+    """
+
+    config: ModelConfig
+    uncomputed: list[str]
+    notes: list[str]
+
+
+def pooled_balancing(config: ModelConfig) -> dict[str, Any]:
+    """The coefficient with which transformers' load-balancing loss pulls as hard as ours does.
+
+    Its shares of the assignments add up to K, not to 1, so that the loss is K times ours where all layers are alike.
+    """
+    return {"router_aux_loss_coef": config.router_aux_loss_coef / one_number(config, "num_experts_per_tok")}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of checkpoints.
+
+    Args:
+        model_type: What ``config.json`` calls it.
+        architecture: Name of its class in Hugging Face terms.
+        tensors: Our parameter -> their tensor; ``{i}`` is the layer. Routed experts are in ``experts``.
+        experts: Names of the routed experts' matrices; None for a dense family.
+        fields: Our config field -> their key, beside the common ones.
+        fixed: Our config fields that are the same in every model of the family.
+        defaults: Their keys that ``config.json`` may leave out, and what that means.
+        accepts: Their keys that change what the model computes -> the values for which it computes what ours does.
+        reads: Their keys that ``decode`` and ``uncomputed`` read, beside those that have a default.
+        harmless: Their keys that change nothing of what a trained model computes, beside those of every family.
+        same: Another name of a key -> the key.
+        other_names: Our parameter -> what else their tensor may be called; the one that is stored is taken.
+        in_transformers: Whether transformers has a class for it. That class passes over settings that it does not know,
+            and so does moebed, with a note; of another family they are an error for whoever runs the model.
+        uncomputed: What the decoder does not compute of their settings, in words, beside ``accepts``.
+        decode: Further fields of ours from their settings.
+        encode: Further settings of theirs from our config.
+        balancing: Their settings of the load-balancing loss, in their normalisation; not read back, as it is no part of
+            what a model computes.
+    """
+
+    model_type: str
+    architecture: str
+    tensors: Mapping[str, str]
+    experts: ExpertNames | None = None
+    fields: Mapping[str, str] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    accepts: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    reads: tuple[str, ...] = ()
+    harmless: tuple[str, ...] = ()
+    same: Mapping[str, str] = field(default_factory=dict)
+    other_names: Mapping[str, str] = field(default_factory=dict)
+    in_transformers: bool = True
+    uncomputed: Callable[[Settings], list[str]] = lambda settings: []
+    decode: Callable[[Settings], dict[str, Any]] = lambda settings: {}
+    encode: Callable[[ModelConfig], dict[str, Any]] = lambda config: {}
+    balancing: Callable[[ModelConfig], dict[str, Any]] = pooled_balancing
+
+    def read(self, settings: Settings, where: str = "config.json") -> Reading:
+        """What a ``config.json`` says.
+
+        Args:
+            settings: Its content.
+            where: What an error calls it.
+
+        Raises:
+            ConfigError: A setting is missing or wrong, or asks for weights that the decoder does not have.
+        """
+        try:
+            return self._read(settings)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from error
+        except (TypeError, ValueError, KeyError) as error:
+            raise ConfigError(f"{where}: not a {self.model_type} config ({error})") from error
+
+    def read_config(self, settings: Settings, where: str = "config.json") -> ModelConfig:
+        """The ModelConfig of a ``config.json``.
+
+        Args:
+            settings: Its content.
+            where: What an error calls it.
+
+        Raises:
+            ConfigError: A setting is missing or wrong, or asks for something that the decoder does not compute.
+        """
+        reading = self.read(settings, where)
+        if reading.uncomputed:
+            raise ConfigError(f"{where}: {reading.uncomputed[0]}")
+        return reading.config
+
+    def _read(self, settings: Settings) -> Reading:
+        settings = self._by_one_name(settings)
+        found = {**_DEFAULTS, **self.defaults, **settings}
+        for key in QUANTISED_SETTINGS:
+            if found.get(key) is not None:
+                raise ConfigError(f"{key} says that the weights are quantised; get the checkpoint without quantisation")
+        accepts = {**_ACCEPTS, **self.accepts}
+        uncomputed = []
+        for key, accepted in accepts.items():
+            if key in found and not any(type(found[key]) is type(one) and found[key] == one for one in accepted):
+                wanted = " or ".join(repr(value) for value in accepted)
+                uncomputed.append(f"{key} is {found[key]!r}; {self.model_type} is supported with {wanted} only")
+        uncomputed += self.uncomputed(found)
+        names = {**COMMON_FIELDS, **self.fields}
+        missing = [theirs for theirs in names.values() if theirs not in found]
+        if missing:
+            raise ConfigError(f"{missing[0]} is missing; a {self.model_type} config has it")
+        rope = read_rope(settings, self.defaults.get("rope_theta", 10000.0))
+        values: dict[str, Any] = {ours: found[theirs] for ours, theirs in names.items()}
+        values["head_dim"] = found.get("head_dim")
+        for ours, value in values.items():
+            _require_kind(ours, names.get(ours, ours), value)
+        values |= {"rope_theta": rope.theta, "rope_scaling": rope.scaling}
+        values["hidden_act"] = _READ_ACTIVATIONS.get(str(found["hidden_act"]))
+        if values["hidden_act"] is None:
+            known = ", ".join(_READ_ACTIVATIONS)
+            raise ConfigError(f"hidden_act is {found['hidden_act']!r}; the known ones are {known}")
+        config = ModelConfig(**{**values, **self.fixed, **self.decode(found)})
+        declared = {*names.values(), *_DEFAULTS, *self.defaults, *accepts, *self.reads, *self.harmless, *ROPE_KEYS}
+        declared |= {"head_dim", *HARMLESS_SETTINGS, *QUANTISED_SETTINGS}
+        unknown = [key for key, value in settings.items() if key not in declared and value is not None]
+        notes = list(rope.notes)
+        if unknown and self.in_transformers:
+            notes.append(f"{', '.join(unknown)}: no setting of {self.model_type}; passed over, as transformers does")
+        elif unknown:
+            uncomputed.append(
+                f"{', '.join(unknown)}: no setting of {self.model_type} that is known here; take it out of the file if "
+                "it changes nothing of what the model computes"
+            )
+        return Reading(config, rope.uncomputed + uncomputed, notes)
+
+    def _by_one_name(self, settings: Settings) -> dict[str, Any]:
+        """Settings in which each that has two names has the family's own."""
+        found = dict(settings)
+        for other, name in self.same.items():
+            if other not in found:
+                continue
+            value = found.pop(other)
+            if found.setdefault(name, value) != value:
+                raise ConfigError(
+                    f"{other} is {value!r} but {name} is {found[name]!r}, which are one setting; take one of them out"
+                )
+        return found
+
+    def write_config(self, config: ModelConfig) -> dict[str, Any]:
+        """The ``config.json`` of a model.
+
+        Raises:
+            ConfigError: The family cannot express the model.
+        """
+        settings: dict[str, Any] = {"model_type": self.model_type, "architectures": [self.architecture]}
+        settings |= {theirs: one_number(config, ours) for ours, theirs in {**COMMON_FIELDS, **self.fields}.items()}
+        settings |= {"head_dim": config.head_dim, "hidden_act": ACTIVATIONS[config.hidden_act]}
+        settings |= {**write_rope(config), **self.encode(config)}
+        back = self.read_config(settings, f"{self.model_type} config").to_dict()
+        values = config.to_dict()
+        for name in dict.fromkeys((*_PER_LAYER, *values)):
+            value = values[name]
+            if name not in NOT_IN_CHECKPOINTS and not same_setting(config, back, name):
+                raise ConfigError(
+                    f"model config: {name} is {value!r}, which a {self.model_type} checkpoint cannot express "
+                    f"(it would be read as {back[name]!r}); choose another family"
+                )
+        return settings
+
+
+_DEFAULTS = {"hidden_act": "silu", "num_key_value_heads": None, "tie_word_embeddings": False}
+# What only a forward pass needs, or what comes with tensors that have no place in the decoder.
+_ACCEPTS: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "per_layer_config": (None,),  # other sizes for single layers
+}
+_HINTS = get_type_hints(ModelConfig)
+
+
+def _require_kind(ours: str, theirs: str, value: Any) -> None:
+    """Raise ConfigError if a setting's value is not of the kind of our field; JSON's true is no number here."""
+    kinds = set(get_args(_HINTS[ours])) or {_HINTS[ours]}
+    kinds = {bool} if ours == "norm_topk_prob" else kinds
+    if value is None and type(None) in kinds:
+        return
+    if bool in kinds:
+        good, wanted = isinstance(value, bool), "true or false"
+    elif float in kinds:
+        good, wanted = isinstance(value, int | float) and not isinstance(value, bool), "a number"
+    else:
+        good = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        wanted = "a whole number above 0"
+    if not good:
+        raise ConfigError(f"{theirs} is {json.dumps(value)}; it must be {wanted}")
+
+
+def require_count(settings: Settings, key: str, least: int = 1) -> int:
+    """The whole number that a setting is.
+
+    Raises:
+        ConfigError: It is missing, none, or less than ``least``.
+    """
+    if key not in settings:
+        raise ConfigError(f"{key} is missing")
+    value = settings[key]
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{key} is {json.dumps(value)}; it must be a whole number, at least {least}")
+    return value
+
+
+def same_setting(config: ModelConfig, other: Mapping[str, Any], name: str) -> bool:
+    """Whether a field means in config what it means in the plain data of another one."""
+    return _plain(config, name, config.to_dict()[name]) == _plain(config, name, other[name])
+
+
+_PER_LAYER = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "num_shared_experts")
+
+
+def _plain(config: ModelConfig, name: str, value: Any) -> Any:
+    """A field's value in a model such as config: the same where it means the same, None where it means nothing."""
+    layers, moe = config.num_hidden_layers, config.moe_layers
+    if name == "attention_multiplier":
+        return value or (config.head_dim or 1) ** -0.5
+    if name == "intermediate_size" and len(moe) == layers:
+        return None
+    if name in ("norm_topk_prob", "router", "router_options") and not moe:
+        return None
+    if name == "shared_expert_gate" and not any(config.layer(i).num_shared_experts for i in moe):
+        return None
+    if name not in _PER_LAYER:
+        return value
+    values = value if isinstance(value, list) else [value] * layers
+    return values if name == "num_experts" else [values[i] for i in moe]
+
+
+def one_number(config: ModelConfig, name: str) -> Any:
+    """The value of a per-layer field in the layers that have experts; the first one, if they differ."""
+    value = getattr(config, name)
+    if name in _PER_LAYER and isinstance(value, list):
+        return value[config.moe_layers[0]] if config.moe_layers else 0
+    return value

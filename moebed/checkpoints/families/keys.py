@@ -1,0 +1,152 @@
+"""The key map at work: which part of which checkpoint tensor makes up which parameter of the decoder.
+
+E experts, H hidden, F expert intermediate.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Container, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from moebed.checkpoints.families.base import Family
+from moebed.errors import ConfigError
+from moebed.model.config import ModelConfig
+from moebed.model.decoder import Decoder
+from moebed.model.routers import ROUTERS
+
+_LAYER = re.compile(r"^layers\.(\d+)\.")
+
+
+class TensorPart(NamedTuple):
+    """Some rows of a checkpoint tensor, whose leading dimensions are taken as one; all of them for most tensors.
+
+    A row has ``shape[-1]`` numbers, and the rows of a part lie side by side on disk.
+    """
+
+    name: str
+    shape: tuple[int, ...]  # of the whole tensor, as the config has it
+    first: int  # row
+    rows: int
+
+    @property
+    def columns(self) -> int:
+        """Numbers in a row."""
+        return self.shape[-1]
+
+
+class Placed(NamedTuple):
+    """A part, and the region of a decoder's parameter that it fills."""
+
+    part: TensorPart
+    region: tuple[int | slice, ...]
+
+
+class KeyMap:
+    """Where a model's parameters lie in a checkpoint of a family.
+
+    Args:
+        family: The checkpoint's family.
+        config: The model.
+        present: Names in the checkpoint, which tell whether experts are fused; none for the published names. A family
+            without names for one expert's matrices has them fused always.
+    """
+
+    def __init__(self, family: Family, config: ModelConfig, present: Container[str] = ()) -> None:
+        self.family, self.config, self._present = family, config, present
+        with torch.device("meta"):
+            decoder = Decoder(config)
+        stored = decoder.stored()
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
+        self.state = frozenset(name for name, tensor in stored.items() if not isinstance(tensor, nn.Parameter))
+        always = family.experts is not None and not family.experts.gate
+        self._fused = {layer for layer in config.moe_layers if always or self._fused_name(layer) in present}
+
+    def _fused_name(self, layer: int) -> str | None:
+        experts = self.family.experts
+        return experts.gate_up_fused.format(i=layer) if experts and experts.gate_up_fused else None
+
+    def parameter(self, name: str) -> list[Placed]:
+        """The parts that make up a parameter of the decoder.
+
+        Raises:
+            ConfigError: The family has no such tensor.
+        """
+        found = _LAYER.match(name)
+        layer = int(found.group(1)) if found else -1
+        template = _LAYER.sub("layers.{i}.", name)
+        if template == "layers.{i}.mlp.experts.gate_up_proj":
+            width = self.config.layer(layer).moe_intermediate_size
+            halves = {"gate": slice(0, width), "up": slice(width, 2 * width)}
+            experts = range(self.config.layer(layer).num_experts)
+            return [Placed(self.expert(layer, m, e), (e, half)) for e in experts for m, half in halves.items()]
+        if template == "layers.{i}.mlp.experts.down_proj":
+            return [Placed(self.expert(layer, "down", e), (e,)) for e in range(self.config.layer(layer).num_experts)]
+        return [Placed(self._whole(template, layer), ())]
+
+    def _whole(self, template: str, layer: int) -> TensorPart:
+        if template not in self.family.tensors:
+            raise ConfigError(f"a {self.family.model_type} checkpoint has no tensor for the parameter {template}")
+        shape = self.shapes[template.format(i=layer)]
+        rows = math.prod(shape[:-1])
+        return TensorPart(self._name(template, layer), shape, 0, rows)
+
+    def _name(self, template: str, layer: int) -> str:
+        """What a parameter's tensor is called; of several names, the one that is there."""
+        names = [self.family.tensors[template]]
+        if template in self.family.other_names:
+            names.append(self.family.other_names[template])
+        if template == "embed_tokens.weight" and self.config.tie_word_embeddings:
+            names.append(self.family.tensors["lm_head.weight"])
+        named = [name.format(i=layer) for name in names]
+        return next((name for name in named if name in self._present), named[0])
+
+    def expert(self, layer: int, matrix: str, expert: int) -> TensorPart:
+        """One routed expert's ``gate`` or ``up`` (F, H), or ``down`` (H, F)."""
+        names, sizes = self.family.experts, self.config.layer(layer)
+        if names is None:
+            raise ConfigError(f"a {self.family.model_type} checkpoint has no experts, but layer {layer} does")
+        hidden, width = self.config.hidden_size, sizes.moe_intermediate_size
+        rows, columns = (hidden, width) if matrix == "down" else (width, hidden)
+        if layer not in self._fused:
+            name = {"gate": names.gate, "up": names.up, "down": names.down}[matrix].format(i=layer, e=expert)
+            return TensorPart(name, (rows, columns), 0, rows)
+        assert names.gate_up_fused is not None
+        assert names.down_fused is not None
+        if matrix == "down":
+            shape = (sizes.num_experts, hidden, width)
+            return TensorPart(names.down_fused.format(i=layer), shape, expert * hidden, hidden)
+        first = (2 * expert + (matrix == "up")) * width
+        shape = (sizes.num_experts, 2 * width, hidden)
+        return TensorPart(names.gate_up_fused.format(i=layer), shape, first, width)
+
+    def factors(self, layer: int, matrix: str, expert: int) -> list[TensorPart]:
+        """The parts whose product is one routed expert's matrix: itself, where the router's experts have no factors."""
+        found = []
+        for name in ROUTERS[self.config.router].experts_class.factors.get(matrix, ()):
+            whole = self._whole(f"layers.{{i}}.mlp.{name}", layer)
+            found.append(whole._replace(first=expert * whole.shape[1], rows=whole.shape[1]))
+        return found or [self.expert(layer, matrix, expert)]
+
+    def shared(self, layer: int, matrix: str) -> TensorPart | None:
+        """The shared expert's matrix; None in a layer that has none."""
+        sizes = self.config.layer(layer)
+        if not (sizes.num_experts and sizes.num_shared_experts):
+            return None
+        return self._whole(f"layers.{{i}}.mlp.shared_expert.{matrix}_proj.weight", layer)
+
+    def dense(self, layer: int, matrix: str) -> TensorPart | None:
+        """The matrix of a layer's dense FFN; None in a layer that has experts."""
+        if self.config.layer(layer).num_experts:
+            return None
+        return self._whole(f"layers.{{i}}.mlp.{matrix}_proj.weight", layer)
+
+    def everything(self) -> Iterator[TensorPart]:
+        """Every part of every parameter, each tensor's name and shape included."""
+        for name in self.shapes:
+            for placed in self.parameter(name):
+                yield placed.part

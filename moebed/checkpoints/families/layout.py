@@ -1,0 +1,39 @@
+"""Tensor names that many families share."""
+
+from __future__ import annotations
+
+from moebed.checkpoints.families.base import ExpertNames
+
+OUTSIDE = {
+    "embed_tokens.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "lm_head.weight": "lm_head.weight",
+}
+NORMS = {
+    "layers.{i}.pre_attn_norm.weight": "model.layers.{i}.input_layernorm.weight",
+    "layers.{i}.pre_ffn_norm.weight": "model.layers.{i}.post_attention_layernorm.weight",
+}
+ATTENTION = {f"layers.{{i}}.self_attn.{p}_proj.weight": f"model.layers.{{i}}.self_attn.{p}_proj.weight" for p in "qkvo"}
+ATTENTION_BIAS = {f"layers.{{i}}.self_attn.{p}_proj.bias": f"model.layers.{{i}}.self_attn.{p}_proj.bias" for p in "qkv"}
+QK_NORM = {f"layers.{{i}}.self_attn.{p}_norm.weight": f"model.layers.{{i}}.self_attn.{p}_norm.weight" for p in "qk"}
+DENSE_FFN = {
+    f"layers.{{i}}.mlp.{m}_proj.weight": f"model.layers.{{i}}.mlp.{m}_proj.weight" for m in ("gate", "up", "down")
+}
+ROUTER = {"layers.{i}.mlp.router.weight": "model.layers.{i}.mlp.gate.weight"}
+LLAMA = {**OUTSIDE, **NORMS, **ATTENTION}
+
+EXPERTS = ExpertNames(
+    gate="model.layers.{i}.mlp.experts.{e}.gate_proj.weight",
+    up="model.layers.{i}.mlp.experts.{e}.up_proj.weight",
+    down="model.layers.{i}.mlp.experts.{e}.down_proj.weight",
+    gate_up_fused="model.layers.{i}.mlp.experts.gate_up_proj",
+    down_fused="model.layers.{i}.mlp.experts.down_proj",
+)
+
+
+def shared_expert(theirs: str) -> dict[str, str]:
+    """Names of the shared expert's matrices, where a family calls it ``theirs``."""
+    return {
+        f"layers.{{i}}.mlp.shared_expert.{m}_proj.weight": f"model.layers.{{i}}.mlp.{theirs}.{m}_proj.weight"
+        for m in ("gate", "up", "down")
+    }

@@ -1,0 +1,22 @@
+"""OLMoE (2409.02060): 64 experts, queries and keys normalised over all heads together."""
+
+from moebed.checkpoints.families.base import Family
+from moebed.checkpoints.families.layout import EXPERTS, LLAMA, QK_NORM, ROUTER
+
+OLMOE = Family(
+    model_type="olmoe",
+    architecture="OlmoeForCausalLM",
+    tensors={**LLAMA, **QK_NORM, **ROUTER},
+    experts=EXPERTS,
+    fields={
+        "num_experts": "num_experts",
+        "num_experts_per_tok": "num_experts_per_tok",
+        "moe_intermediate_size": "intermediate_size",
+        "norm_topk_prob": "norm_topk_prob",
+    },
+    fixed={"qk_norm": "full"},
+    defaults={"rms_norm_eps": 1e-5, "norm_topk_prob": False},
+    same={"num_local_experts": "num_experts"},
+    # A window would be used by some of transformers' kinds of attention and passed over by others.
+    accepts={"clip_qkv": (None,), "sliding_window": (None,)},
+)

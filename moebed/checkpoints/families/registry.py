@@ -1,0 +1,33 @@
+"""The families by ``model_type``."""
+
+from __future__ import annotations
+
+from moebed.checkpoints.families.base import Family
+from moebed.checkpoints.families.deepseek import DEEPSEEK
+from moebed.checkpoints.families.grok1 import GROK1
+from moebed.checkpoints.families.llama import LLAMA_FAMILY
+from moebed.checkpoints.families.mistral import MISTRAL
+from moebed.checkpoints.families.mixtral import MIXTRAL
+from moebed.checkpoints.families.olmoe import OLMOE
+from moebed.checkpoints.families.own import MOEBED
+from moebed.checkpoints.families.qwen2 import QWEN2
+from moebed.checkpoints.families.qwen2_moe import QWEN2_MOE
+from moebed.checkpoints.families.qwen3_moe import QWEN3_MOE
+from moebed.errors import ConfigError
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (MIXTRAL, MISTRAL, LLAMA_FAMILY, QWEN2, DEEPSEEK, GROK1, OLMOE, QWEN2_MOE, QWEN3_MOE)
+}
+
+
+def family_of(model_type: object, where: str = "config.json") -> Family:
+    """The family of a ``model_type``; moebed's own layout is one more.
+
+    Raises:
+        ConfigError: No family has it.
+    """
+    known = {**FAMILIES, MOEBED.model_type: MOEBED}
+    if not isinstance(model_type, str) or model_type not in known:
+        raise ConfigError(f"{where}: unknown model_type {model_type!r}; the known ones are {', '.join(known)}")
+    return known[model_type]

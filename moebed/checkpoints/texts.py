@@ -1,0 +1,274 @@
+"""Text to look at a pretrained checkpoint with: files, presets of the paper, ids, and labelled domains.
+
+B sequences, S positions, T valid tokens.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moebed.checkpoints.run import is_run, run_folder
+from moebed.errors import ConfigError, UserError
+from moebed.model.config import ModelConfig
+from moebed.views.layer import ProbeText
+
+PAPER_SHORT = "As an open source alternative to"
+PAPER_LONG_LINES = 10
+# About 64 tokens, the length of the paper's input for the chosen experts.
+PAPER_CHOSEN = (
+    "A router scores every expert for each token of a sentence and sends the token to the few that score highest. What "
+    "the chosen experts compute is weighted, added up and passed to the next layer, where another router decides anew. "
+    "Whether the experts that were left out would have said something else is what this text is here to show."
+)
+_WIKITEXT = ("Salesforce/wikitext", "wikitext-103-raw-v1")
+PRESETS = ("paper-short", "paper-long", "paper-chosen")
+
+
+@dataclass
+class TextOptions:
+    """Which text to run.
+
+    Args:
+        text: Text files, a sequence each; or presets of the paper: paper-short, paper-chosen, and paper-long, which may
+            name a local file with the WikiText-103 test set, as paper-long=FILE.
+        input_ids: ``.npy`` files of token ids, a sequence each (S,), or several of one length (B, S).
+        domain: NAME=FILE, a domain each; the file's documents are cut to ``sequence_length`` tokens.
+        sequence_length: Tokens of a domain's sequences at most.
+        domain_tokens: Tokens of each domain at most; its documents are taken evenly over the file.
+        text_field: Column or key that holds the text of a domain whose documents are records.
+    """
+
+    text: list[str] = field(default_factory=list)
+    input_ids: list[str] = field(default_factory=list)
+    domain: list[str] = field(default_factory=list)
+    sequence_length: int = 256
+    domain_tokens: int = 8192
+    text_field: str = "text"
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for numbers that are out of range."""
+        for name in ("sequence_length", "domain_tokens"):
+            if getattr(self, name) < 2:
+                raise ConfigError(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 2")
+
+    def __bool__(self) -> bool:
+        """Whether any text was asked for."""
+        return bool(self.text or self.input_ids or self.domain)
+
+
+class CheckpointTokenizer:
+    """The tokenizer that lies beside a checkpoint; code of its own is never run.
+
+    Args:
+        checkpoint: Folder, hub snapshot, or ``.ckpt`` file of a run, whose folder holds the tokenizer.
+
+    Raises:
+        UserError: There is none, or it cannot be read.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        if is_run(checkpoint):
+            from moebed.checkpoints.companions import run_tokenizer
+            from moebed.data.tokenizer import load_tokenizer
+
+            folder = run_tokenizer(checkpoint)
+            if folder is None:
+                run = run_folder(checkpoint)
+                raise UserError(f"{checkpoint}: {run} has no tokenizer/ of the run; give --input-ids instead of text")
+            own = load_tokenizer(folder)
+            self.encode: Callable[[str], list[int]] = own.encode
+            self._decode: Callable[[list[int]], str] = own.decode
+            return
+        import transformers
+
+        transformers.logging.set_verbosity_error()  # it knows not every model_type, and need not
+        warnings.filterwarnings("ignore", module="transformers.*")
+        try:
+            loaded = transformers.AutoTokenizer.from_pretrained(
+                str(checkpoint), trust_remote_code=False, local_files_only=True
+            )
+        except Exception as error:  # whatever a missing or damaged file makes of it, it is one line for a person
+            cause = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"{checkpoint} has no tokenizer that can be read ({type(error).__name__}: {cause}); put its "
+                "tokenizer.json there, or give --input-ids instead of text"
+            ) from error
+        self.encode = lambda text: loaded(text)["input_ids"]
+        self._decode = lambda ids: str(loaded.decode(ids, skip_special_tokens=False))
+
+    def texts(self, ids: Sequence[int]) -> tuple[str, ...]:
+        """What each id says by itself."""
+        known = {number: self._decode([number]) for number in set(ids)}
+        return tuple(known[number] for number in ids)
+
+
+def read_texts(options: TextOptions, checkpoint: Path, config: ModelConfig) -> tuple[ProbeText, list[str]]:
+    """The sequences that were asked for, and notes on what was left out.
+
+    Args:
+        options: Which text.
+        checkpoint: Where the tokenizer lies.
+        config: The model, whose vocabulary and positions the text must fit.
+
+    Raises:
+        UserError: A file is missing, empty or damaged, there is no tokenizer, or the text does not fit the model.
+    """
+    reads = bool(options.text or options.domain)
+    tokenizer = CheckpointTokenizer(checkpoint) if reads else None
+    sequences: list[tuple[Tensor, str, str]] = []  # ids, domain, what an error calls it
+    notes: list[str] = []
+    for name in options.text:
+        assert tokenizer is not None
+        for number, text in enumerate(_read_text(name), 1):
+            if not text.strip():
+                raise UserError(f"--text {name}: it holds no text")
+            ids = torch.tensor(tokenizer.encode(text), dtype=torch.int64)
+            sequences.append((ids, "text", f"--text {name}" + (f", sequence {number}" if number > 1 else "")))
+    for name in options.input_ids:
+        sequences += [(ids, "text", f"--input-ids {name}") for ids in _read_ids(Path(name))]
+    for name in options.domain:
+        assert tokenizer is not None
+        label, found, note = _read_domain(name, options, tokenizer, config)
+        if label in {domain for _, domain, _ in sequences}:
+            raise ConfigError(f"--domain {name}: there are two domains called {label}; give each a name of its own")
+        sequences += [(ids, label, f"--domain {label}") for ids in found]
+        notes.append(note)
+    for ids, _, what in sequences:
+        _require_fits(ids, what, config)
+    domains = tuple(dict.fromkeys(domain for _, domain, _ in sequences))
+    longest = max(len(ids) for ids, _, _ in sequences)
+    padded = torch.zeros(len(sequences), longest, dtype=torch.int64)
+    mask = torch.zeros(len(sequences), longest, dtype=torch.bool)
+    for row, (ids, _, _) in enumerate(sequences):
+        padded[row, : len(ids)], mask[row, : len(ids)] = ids, True
+    domain = torch.tensor([domains.index(name) for _, name, _ in sequences])
+    if tokenizer is None:
+        tokenizer = _tokenizer_or_none(checkpoint)
+    said = tokenizer.texts(padded[mask].tolist()) if tokenizer is not None else ()
+    return ProbeText(padded, mask, domain, domains, said), notes
+
+
+def _require_fits(ids: Tensor, what: str, config: ModelConfig) -> None:
+    if not len(ids):
+        raise UserError(f"{what}: no token comes out of it")
+    if len(ids) > config.max_position_embeddings:
+        raise UserError(
+            f"{what} has {len(ids)} tokens but the model has {config.max_position_embeddings} positions; shorten it"
+        )
+    least, most = int(ids.min()), int(ids.max())
+    if least < 0 or most >= config.vocab_size:
+        wrong = least if least < 0 else most
+        raise UserError(
+            f"{what} has token id {wrong} but the model's embedding has {config.vocab_size} rows; the tokenizer does "
+            "not belong to this checkpoint"
+        )
+
+
+def _read_text(name: str) -> list[str]:
+    """The sequences of a file or of a preset."""
+    preset, _, file = name.partition("=")
+    if preset == "paper-long" and not (not file and Path(name).is_file()):
+        return _paper_long(Path(file) if file else None)
+    path = Path(name)
+    if path.is_file():
+        return [_decoded(path)]
+    if name == "paper-short":
+        return [PAPER_SHORT]
+    if name == "paper-chosen":
+        return [PAPER_CHOSEN]
+    raise UserError(f"--text {name}: there is no such file; give one, or one of {', '.join(PRESETS)}")
+
+
+def _decoded(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as text ({error})") from error
+
+
+def _paper_long(path: Path | None) -> list[str]:
+    """The first ten lines of the WikiText-103 test set that are neither empty nor a heading, a sequence each."""
+    if path is None:
+        lines = _wikitext_lines()
+    elif not path.is_file():
+        raise UserError(f"--text paper-long={path}: there is no such file")
+    elif path.suffix == ".csv":
+        csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+        lines = [
+            line for row in csv.reader(_decoded(path).splitlines(keepends=True)) for line in "".join(row).split("\n")
+        ]
+    else:
+        lines = _decoded(path).splitlines()
+    wanted = [line.strip() for line in lines if line.strip() and not line.strip().startswith("=")]
+    if len(wanted) < PAPER_LONG_LINES:
+        raise UserError(f"paper-long: {path or _WIKITEXT[0]} has {len(wanted)} lines of text, not {PAPER_LONG_LINES}")
+    return wanted[:PAPER_LONG_LINES]
+
+
+def _wikitext_lines() -> list[str]:
+    import datasets
+
+    try:
+        return list(datasets.load_dataset(*_WIKITEXT, split="test")["text"])
+    except Exception as error:  # network, hub, cache: one cause, said in one line
+        cause = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"--text paper-long: {_WIKITEXT[0]} cannot be loaded ({type(error).__name__}: {cause}); give a local file "
+            "with the test set as --text paper-long=FILE"
+        ) from error
+
+
+def _read_ids(path: Path) -> list[Tensor]:
+    try:
+        found = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"--input-ids {path} cannot be read ({error}); give a .npy file of integers") from error
+    if not isinstance(found, np.ndarray) or found.dtype.kind not in "iu" or found.ndim not in (1, 2) or not found.size:
+        kind = f"{found.dtype} {list(found.shape)}" if isinstance(found, np.ndarray) else "an archive"
+        raise UserError(f"--input-ids {path} holds {kind}; it must be integers, (S,) or (B, S)")
+    return list(torch.from_numpy(np.atleast_2d(found).astype(np.int64)))
+
+
+def _read_domain(
+    given: str, options: TextOptions, tokenizer: CheckpointTokenizer, config: ModelConfig
+) -> tuple[str, list[Tensor], str]:
+    """A domain's name, its sequences, and a note on how much of the file they are."""
+    from moebed.data.sources import Source, SourceConfig
+
+    label, separator, file = given.partition("=")
+    if not separator or not label or not file:
+        raise ConfigError(f"--domain {given}: write it as NAME=FILE")
+    if not re.fullmatch(r"[\w.+ -]+", label):
+        raise ConfigError(f"--domain {given}: a name has letters, digits, spaces and . + - _ only")
+    if not Path(file).is_file():
+        raise UserError(f"--domain {given}: {file} does not exist")
+    source = Source(SourceConfig(label, "files", path=file, text_field=options.text_field))
+    documents = [text for text in source.documents() if text.strip()]
+    if not documents:
+        raise UserError(f"--domain {given}: {file} holds no text")
+    length = min(options.sequence_length, config.max_position_embeddings)
+    wanted = min(len(documents), max(1, options.domain_tokens // length))
+    taken = [documents[i] for i in np.linspace(0, len(documents) - 1, wanted).round().astype(int)]
+    # Characters beyond what could be needed are not tokenized.
+    found = [torch.tensor(tokenizer.encode(text[: 16 * length])[:length], dtype=torch.int64) for text in taken]
+    found = [ids for ids in found if len(ids)]
+    tokens = sum(len(ids) for ids in found)
+    return label, found, f"domain {label}: {tokens:,} tokens, the first ones of {wanted} of {len(documents)} documents"
+
+
+def _tokenizer_or_none(checkpoint: Path) -> CheckpointTokenizer | None:
+    """Ids need no tokenizer; with one, pictures show words."""
+    try:
+        return CheckpointTokenizer(checkpoint)
+    except UserError:
+        return None

@@ -1,0 +1,1 @@
+"""Commands that no other room has: probe, report, size."""

@@ -1,0 +1,271 @@
+"""``moebed probe CHECKPOINT --out DIR``: the probes over a checkpoint, a layer at a time.
+
+No more than ``Trainer.predict`` on a PretrainedMoE with ProbeCallback, TensorBoard and a progress bar.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moebed.arguments import OneLineParser
+from moebed.errors import ConfigError, UserError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options; each can stand in a YAML file as well."""
+    parser = OneLineParser(
+        prog="moebed probe",
+        description="Run probes on a pretrained checkpoint of any size and write what they found.",
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("checkpoint", nargs="?", help="folder of a checkpoint, its hub id, or a .ckpt file")
+    parser.add_argument("--config", metavar="FILE.yaml", help="a file with these options; those given here come first")
+    parser.add_argument("--out", metavar="DIR", help="folder for results, figures, TensorBoard events and report.html")
+    parser.add_argument(
+        "--probes", metavar="A,B", help="all that the inputs allow (the default), or some of them by name"
+    )
+    text = parser.add_argument_group("text to run through it; without any, only weights are looked at")
+    text.add_argument(
+        "--text",
+        nargs="+",
+        metavar="FILE",
+        help="text files, a sequence each; or paper-short, paper-long[=FILE], paper-chosen",
+    )
+    text.add_argument("--input-ids", nargs="+", metavar="FILE.npy", help="token ids, a sequence each")
+    text.add_argument(
+        "--domain",
+        action="append",
+        metavar="NAME=FILE",
+        help="a labelled domain for the domain probes; may be repeated",
+    )
+    text.add_argument("--sequence-length", type=int, metavar="N", help="tokens of a domain's sequences; default 256")
+    text.add_argument("--domain-tokens", type=int, metavar="N", help="tokens of each domain; default 8192")
+    text.add_argument(
+        "--text-field",
+        metavar="KEY",
+        help="column or key of a domain's text, if it holds records; default text",
+    )
+    text.add_argument("--save-logits", action="store_true", help="keep the logits (T, V) in results/logits.npz")
+    parser.add_argument("--reference-dense", metavar="DENSE", help='dense checkpoint to compare with, the paper\'s "F"')
+    parser.add_argument("--layers", metavar="0,5", help="all (the default), or some of them")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "auto"),
+        help="look at the weights as rounded to this and compute in it; default as stored, and in float32; auto is "
+        "bfloat16 where this machine multiplies it faster, which changes the numbers, and else the default; a folder's "
+        "results are continued with what it was when they were begun",
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where to compute; default cpu")
+    parser.add_argument("--memory-budget", metavar="8GiB", help="memory for weights and the work on them; default 8GiB")
+    parser.add_argument(
+        "--fresh", action="store_true", help="compute all anew; if not given, what is kept in DIR of the same is used"
+    )
+    return parser
+
+
+_DEFAULTS: dict[str, Any] = {
+    "probes": "all",
+    "reference_dense": None,
+    "layers": "all",
+    "dtype": None,
+    "device": "cpu",
+    "memory_budget": "8GiB",
+    "text": [],
+    "input_ids": [],
+    "domain": [],
+    "sequence_length": 256,
+    "domain_tokens": 8192,
+    "text_field": "text",
+    "save_logits": False,
+    "fresh": False,
+}
+
+
+def run(command: str, arguments: Sequence[str]) -> None:
+    """Probe a checkpoint.
+
+    Raises:
+        UserError: Nothing could be probed, or some layers could not; the results of the others are written then.
+    """
+    options = read_options(arguments)
+    # Heavy imports wait until the options are known to be well formed.
+    import torch
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.callbacks import LambdaCallback
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    from moebed.checkpoints.pretrained import PretrainedMoE
+    from moebed.checkpoints.reading_bar import ReadingBar
+    from moebed.checkpoints.texts import TextOptions
+    from moebed.machine import storage
+    from moebed.machine.termination import ending_on_sigterm
+    from moebed.training.command_line import require_writable, say
+    from probes.report.page import left_out, write_report
+    from probes.running.callback import ProbeCallback
+    from probes.running.checkpoint_pass import probes_for
+    from probes.running.run_folder import read_run
+
+    out = Path(options["out"])
+    text = TextOptions(
+        **{name: _several(options[name]) for name in ("text", "input_ids")},
+        domain=_domains(options["domain"]),
+        sequence_length=options["sequence_length"],
+        domain_tokens=options["domain_tokens"],
+        text_field=options["text_field"],
+    )
+    chosen = _listed(options["probes"])
+    if options["save_logits"]:
+        if not text:
+            raise ConfigError("--save-logits needs text; give --text, --input-ids or --domain")
+        chosen.append("logits")
+    probes_for(chosen, bool(text))
+    if options["device"] == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device is available here; use --device cpu")
+    require_writable(out)
+    layers = _listed(options["layers"])
+    chooses = options["dtype"] == "auto"
+    if chooses:
+        options["dtype"], why = _dtype_of_run(out, options["device"], options["fresh"])
+        say(f"dtype auto: {options['dtype'] or 'as stored, and products in float32'} ({why})")
+    model = PretrainedMoE(
+        options["checkpoint"],
+        reference_dense=options["reference_dense"],
+        layers=None if "all" in layers else [_layer(text) for text in layers],
+        memory_budget=options["memory_budget"],
+        dtype=options["dtype"],
+        text=text,
+    )
+    for note in model.notes:
+        say(f"note: {note}")
+    probing = ProbeCallback(chosen, out=str(out), fresh=options["fresh"])
+    kept = json.dumps(options["dtype"]) + "\n"  # once the folder is known to be this model's
+    keeping = LambdaCallback(on_predict_start=lambda *_: storage.write_text(_kept_dtype(out), kept))
+    _quiet()
+    trainer = Trainer(
+        accelerator="cpu" if options["device"] == "cpu" else "gpu",
+        devices=1,
+        default_root_dir=out,
+        logger=TensorBoardLogger(out, name="tensorboard", version="", default_hp_metric=False),
+        callbacks=[ReadingBar(), probing, *([keeping] if chooses else [])],
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
+    try:
+        with ending_on_sigterm():
+            trainer.predict(model, return_predictions=False)
+    except (SystemExit, KeyboardInterrupt):
+        say(f"stopped; the layers that are finished are kept in {out}, and the same command goes on from there")
+        raise
+    finally:
+        model.close()
+    say(f"report: {write_report([out], out / 'report.html')}")
+    for line in left_out([read_run(out)]):
+        say(f"note: {line}")
+    if probing.missing:
+        first, why = next(iter(probing.missing.items()))
+        more = f" (and {len(probing.missing) - 1} more layers)" if len(probing.missing) > 1 else ""
+        raise UserError(f"layer {first}{more} is missing from the results in {out}, at least in part: {why}")
+
+
+def _dtype_of_run(out: Path, device: str, fresh: bool) -> tuple[str | None, str]:
+    """What ``--dtype auto`` is, and why: what it was when the folder's results were begun, else what fits the device.
+
+    The numbers depend on it: layers that another kind of machine goes on with are to be of the same kind.
+    """
+    from moebed.machine.precision import choose_precision
+
+    try:
+        kept = json.loads(_kept_dtype(out).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # nothing was begun here, or nothing that can be read
+        kept = ""
+    if not fresh and kept in (None, "bfloat16"):
+        return kept, f"as the results in {out} were begun"
+    choice = choose_precision(device)
+    return "bfloat16" if choice.precision == "bf16-mixed" else None, choice.reason
+
+
+def _kept_dtype(out: Path) -> Path:
+    from probes.running.store import results_dir
+
+    return results_dir(out) / "dtype_auto.json"
+
+
+def read_options(arguments: Sequence[str]) -> dict[str, Any]:
+    """All options: those given, then those of the YAML file, then the defaults.
+
+    Raises:
+        ConfigError: A key of the file is unknown or has no such value, or checkpoint or out is given nowhere.
+    """
+    parser = build_parser()
+    given = vars(parser.parse_args(arguments))
+    known = [action.dest for action in parser._actions if action.dest not in ("help", "config")]
+    file = given.pop("config", None)
+    content = _read_yaml(Path(file), known) if file is not None else {}
+    options = {**_DEFAULTS, **content, **given}
+    for name in ("checkpoint", "out"):
+        if not options.get(name):
+            wanted = (
+                "CHECKPOINT, a folder or a hub id" if name == "checkpoint" else "--out DIR, a folder for the results"
+            )
+            raise ConfigError(f"moebed probe needs {wanted}")
+    for action in parser._actions:
+        value = options.get(action.dest)
+        if action.choices and value is not None and value not in action.choices:
+            raise ConfigError(f"{action.dest} is {value!r}; choose one of {', '.join(action.choices)}")
+    return options
+
+
+def _read_yaml(path: Path, known: Sequence[str]) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds no options by name")
+    for key in content:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the known ones are {', '.join(known)}"
+            raise ConfigError(f"{path}: unknown key {key!r}; {hint}")
+    return content
+
+
+def _listed(value: Any) -> list[str]:
+    """Names from "a,b" or from a list of a YAML file."""
+    parts = value if isinstance(value, list) else str(value).split(",")
+    return [str(part).strip() for part in parts if str(part).strip()]
+
+
+def _several(value: Any) -> list[str]:
+    """One or several from a YAML file or the command line."""
+    return [str(one) for one in (value if isinstance(value, list) else [value])]
+
+
+def _domains(value: Any) -> list[str]:
+    """NAME=FILE, several; in a YAML file a mapping does as well."""
+    return [f"{name}={file}" for name, file in value.items()] if isinstance(value, dict) else _several(value)
+
+
+def _layer(text: str) -> int:
+    if not text.isdecimal():
+        raise ConfigError(f"layers: {text!r} is no layer; write all, or numbers such as 0,5,10")
+    return int(text)
+
+
+def _quiet() -> None:
+    """Leave out what Lightning says of devices, loaders and folders; none of it applies here."""
+    import logging
+    import warnings
+
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: record.getMessage().startswith("probes:")
+    )
+    warnings.filterwarnings("ignore", module="lightning.*")

@@ -1,0 +1,23 @@
+"""``moebed report DIR [DIR ...]``: runs, probed checkpoints and studies."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def run(command: str, arguments: Sequence[str]) -> None:
+    """Write one HTML file about one or several run folders; the studies among them come first."""
+    parser = argparse.ArgumentParser(prog=f"moebed {command}", description=__doc__)
+    parser.add_argument(
+        "folders", nargs="+", type=Path, metavar="DIR", help="folder of a run or study, such as runs/demo"
+    )
+    parser.add_argument("--out", type=Path, help="HTML file; report.html in the first folder if not given")
+    options = parser.parse_args(arguments)
+    from moebed.study.page import is_study, sections
+    from probes.report.page import write_report
+
+    studies = [folder for folder in options.folders if is_study(folder)]
+    runs = [folder for folder in options.folders if folder not in studies]
+    print(write_report(runs, options.out or options.folders[0] / "report.html", sections(studies)))

@@ -1,0 +1,1 @@
+"""What the machine beneath is and keeps: files, the terminal, types of numbers, memory, signals."""

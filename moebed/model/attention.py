@@ -1,0 +1,196 @@
+"""Self-attention with rotary embeddings, and the key-value cache of generation.
+
+B sequences, S positions, A query heads, G key-value heads, D head width, H hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moebed.model import fused
+from moebed.model.config import ModelConfig
+from moebed.model.native import attention as native
+
+_LOGITS_AT_A_TIME = 1 << 22  # numbers, where no gradient is taken: beyond that they would be most of the memory
+
+
+def _blocks(count: int, each: int) -> list[slice]:
+    """Slices of so many things, no more of them at a time than the logits allow, with so many for each thing."""
+    step = max(1, _LOGITS_AT_A_TIME // each)
+    return [slice(first, min(first + step, count)) for first in range(0, count, step)]
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight over the last dimension, computed in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x (..., size); same shape and dtype."""
+        return fused.rms_norm(x, self.weight, self.eps)
+
+
+class RotaryEmbedding(nn.Module):
+    """Cosines and sines of the rotary position embedding (RoFormer 2104.09864), in the half-rotation layout."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.head_dim is not None
+        self.head_dim, self.theta, self.scaling = config.head_dim, config.rope_theta, config.rope_scaling
+
+    def forward(self, start: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cos and sin of positions start to start + length: each (S, D), float32."""
+        exponent = torch.arange(0, self.head_dim, 2, device=device, dtype=torch.float32) / self.head_dim
+        position = torch.arange(start, start + length, device=device, dtype=torch.float32)
+        angle = torch.outer(position, self._stretched(self.theta**-exponent))
+        angle = torch.cat([angle, angle], dim=-1)
+        return angle.cos(), angle.sin()
+
+    def _stretched(self, frequency: Tensor) -> Tensor:
+        """Frequencies (D/2,) by Llama 3's rule: slow ones divided by the factor, fast ones kept, between them blended.
+
+        A dimension is slow that turns fewer than low_freq_factor times within the original positions, and fast that
+        turns more than high_freq_factor times (The Llama 3 Herd of Models 2407.21783; the released reference code).
+        """
+        if self.scaling is None:
+            return frequency
+        low, high = self.scaling["low_freq_factor"], self.scaling["high_freq_factor"]
+        turns = self.scaling["original_max_position_embeddings"] * frequency / (2 * torch.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        return kept * frequency + (1 - kept) * frequency / self.scaling["factor"]
+
+
+class KVCache:
+    """Keys and values of one layer seen so far, preallocated for max_length positions."""
+
+    def __init__(self, max_length: int) -> None:
+        self.max_length, self.length = max_length, 0
+        self.keys = self.values = torch.empty(0)
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store keys and values (B, G, S, D) of new positions; returns those of all positions."""
+        if self.length == 0:
+            batch, heads, _, width = keys.shape
+            self.keys = keys.new_empty(batch, heads, self.max_length, width)
+            self.values = values.new_empty(batch, heads, self.max_length, width)
+        stop = self.length + keys.shape[2]
+        self.keys[:, :, self.length : stop] = keys
+        self.values[:, :, self.length : stop] = values
+        self.length = stop
+        return self.keys[:, :, :stop], self.values[:, :, :stop]
+
+
+class Attention(nn.Module):
+    """Causal multi-head or grouped-query attention."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.head_dim is not None
+        assert config.num_key_value_heads is not None
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.scale = config.attention_multiplier or config.head_dim**-0.5
+        self.cap, self.window = config.attn_logit_softcapping, config.sliding_window
+        self.backend = config.attention_backend
+        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+        self.norm_heads = config.qk_norm == "head"
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
+        if config.qk_norm != "none":
+            self.q_norm = RMSNorm(self.head_dim if self.norm_heads else q_size, config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim if self.norm_heads else kv_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None = None) -> Tensor:
+        """Attend within x (B, S, H), and to what the cache holds before it: (B, S, H)."""
+        query = self._heads(self.q_proj(x), self.q_norm)  # (B, A, S, D)
+        key = self._heads(self.k_proj(x), self.k_norm)  # (B, G, S, D)
+        value = self._heads(self.v_proj(x), None)
+        query, key = fused.rotate(query, *rope), fused.rotate(key, *rope)
+        if cache is not None:
+            key, value = cache.append(key, value)
+        mixed = self._mix(query, key, value)  # (B, A, S, D)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Tensor, norm: nn.Module | None) -> Tensor:
+        """(B, S, heads·D) -> (B, heads, S, D), normalised where asked."""
+        if norm is not None and not self.norm_heads:
+            x = norm(x)
+        x = x.unflatten(-1, (-1, self.head_dim))
+        if norm is not None and self.norm_heads:
+            x = norm(x)
+        return x.transpose(1, 2)
+
+    def _mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        length, total = query.shape[2], key.shape[2]
+        if self._uses_native(query, key):
+            by_position = (heads.transpose(1, 2) for heads in (query, key, value))
+            return native.causal_attention(*by_position, self.scale).transpose(1, 2)
+        if self.num_kv_heads != self.num_heads:
+            repeat = self.num_heads // self.num_kv_heads
+            key, value = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
+        if self._uses_sdpa(query, total):
+            causal = length == total and (self.window is None or total <= self.window)
+            if causal or self._sees_all(length, total):
+                return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=self.scale)
+            found = []
+            for rows in _blocks(length, 1 if torch.is_grad_enabled() else total):
+                mask = self._mask(rows, length, total, query.device)
+                found.append(F.scaled_dot_product_attention(query[:, :, rows], key, value, mask, scale=self.scale))
+            return torch.cat(found, dim=2)
+        heads = query.shape[:2]
+        query, key, value = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)  # (B·A, ., D)
+        if torch.is_grad_enabled():  # the backward pass needs all logits anyhow
+            return self._attend(query, key, value, slice(0, length)).unflatten(0, heads)
+        mixed = [
+            torch.cat([self._attend(query[some], key[some], value[some], rows) for rows in _blocks(length, total)], 1)
+            for some in _blocks(len(query), length * total)
+        ]
+        return torch.cat(mixed).unflatten(0, heads)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, rows: slice) -> Tensor:
+        """Plain products of some queries (n, S, D) with keys and values (n, S_total, D): (n, rows, D)."""
+        length, total = query.shape[1], key.shape[1]
+        query, mask = query[:, rows], self._mask(rows, length, total, query.device)
+        hidden = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill_(~mask, float("-inf"))
+        if self.cap is None:
+            logits = torch.baddbmm(hidden, query, key.transpose(1, 2), alpha=self.scale)  # (n, rows, S_total)
+        else:
+            logits = torch.bmm(query * self.scale, key.transpose(1, 2)).float()
+            logits = self.cap * torch.tanh(logits / self.cap) + hidden
+        return logits.softmax(dim=-1).to(value.dtype) @ value
+
+    def _uses_native(self, query: Tensor, key: Tensor) -> bool:
+        """Whether the compiled attention serves: where it fits and is asked for, or was measured to be the fastest."""
+        sees_all_before = self.window is None or key.shape[2] <= self.window
+        if self.backend not in ("auto", "native") or self.cap is not None or not sees_all_before:
+            return False
+        if native.unfit(query, key) is not None:
+            return False
+        return native.is_there() if self.backend == "native" else native.is_fastest(len(key) * self.num_kv_heads)
+
+    def _uses_sdpa(self, query: Tensor, total: int) -> bool:
+        if self.cap is not None or self.backend == "math":
+            return False
+        # On a CPU the backward pass of PyTorch's flash attention is slower in bf16 than the whole of plain products, as
+        # long as their (S, S) logits are small; in float32 it is faster.
+        narrow_on_cpu = query.device.type == "cpu" and query.dtype.itemsize < 4
+        return self.backend == "sdpa" or not narrow_on_cpu or total > 1024
+
+    def _sees_all(self, length: int, total: int) -> bool:
+        return length == 1 and (self.window is None or total <= self.window)
+
+    def _mask(self, rows: slice, length: int, total: int, device: torch.device) -> Tensor:
+        """(rows, S_total) bool, True where a query may look."""
+        query = torch.arange(total - length, total, device=device)[rows].unsqueeze(1)
+        key = torch.arange(total, device=device)
+        mask = key <= query
+        return mask if self.window is None else mask & (key > query - self.window)

@@ -1,0 +1,374 @@
+"""ModelConfig: the plain data from which every decoder is built.
+
+One object describes every family of the paper. Names are those of the Hugging Face configs where they have one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import operator
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import MISSING, InitVar, dataclass, field
+from functools import cache
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from moebed.errors import ConfigError
+from moebed.model.allocation import allocate
+
+PerLayer = int | list[int]
+
+
+ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def setting(
+    sentence: str,
+    default: Any = MISSING,
+    least: float | None = None,
+    most: float | None = None,
+    advice: Callable[[ModelConfig], str] | None = None,
+) -> Any:
+    """A field of a router's Options.
+
+    Args:
+        sentence: What it says in ``--help``.
+        default: What it is if not given; if there is none, it must be given.
+        least: Of a number.
+        most: Of a number.
+        advice: What to give in a model such as this one, for the error that says that it must be given.
+    """
+    return field(default=default, metadata={"sentence": sentence, "least": least, "most": most, "advice": advice})
+
+
+@dataclass
+class RouterOptions:
+    """What one router can be told: each router's class has its own as ``Options``, made of :func:`setting`.
+
+    Raises ConfigError where a number is outside its bounds.
+    """
+
+    def __post_init__(self) -> None:
+        for one in dataclasses.fields(self):
+            value = getattr(self, one.name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            for name, holds in (("least", operator.ge), ("most", operator.le)):
+                bound = one.metadata.get(name)
+                if bound is not None and not (number and holds(value, bound)):
+                    raise ConfigError(
+                        f"model config: router_options.{one.name} is {value}; it must be at {name} {bound}"
+                    )
+
+
+@dataclass
+class ModelConfig:
+    """Shape and behaviour of a decoder. Validated at construction; raises ConfigError in one line.
+
+    Fields typed ``int | list[int]`` are one number for all layers or one number a layer.
+
+    Args:
+        vocab_size: Rows of the embedding and of the head; at least as many as the tokenizer has ids.
+        hidden_size: Width of the residual stream (H).
+        num_hidden_layers: Number of decoder layers.
+        num_attention_heads: Query heads.
+        num_key_value_heads: Key and value heads (GQA); the number of query heads if not given (MHA).
+        head_dim: Width of a head; hidden_size / num_attention_heads if not given.
+        intermediate_size: Width of a dense FFN, used in layers without experts; must be given if there are any.
+        num_experts: Routed experts (E) in each layer; 0 means a dense FFN in that layer.
+        num_experts_per_tok: Experts that a token is sent to (K); at most the number of experts of that layer.
+        moe_intermediate_size: Width (F) of one routed expert; must be given if there are any.
+        num_shared_experts: Experts that every token passes, as one FFN of num_shared_experts * moe_intermediate_size.
+        shared_expert_intermediate_size: Width of that FFN where it is another; num_shared_experts then says only in
+            which layers there is one.
+        shared_expert_gate: Scale the shared expert's output by a learned sigmoid gate (Qwen2-MoE).
+        hidden_act: Activation on the gate projection: silu (SwiGLU), gelu (GeGLU, exact) or gelu_tanh.
+        router: Name of the routing rule (moebed/README.md lists them), or of one that --plugins made known.
+        router_options: Settings of the router; those of other routers are passed over.
+        norm_topk_prob: Divide the weights of the chosen experts by their sum (Mixtral does, DeepSeek and Grok do not);
+            if not given, as in the router's paper.
+        router_aux_loss_coef: Coefficient of the load-balancing loss; 0 turns it off.
+        router_aux_loss_scope: Tokens over which the load-balancing loss counts assignments: micro (one forward pass
+            of one rank) or global (summed over data-parallel ranks and over the accumulation steps so far).
+        router_z_loss_coef: Coefficient of the router z-loss; 0 turns it off.
+        output_diversity_loss_coef: Coefficient of the mean cosine between the outputs of the experts that a token
+            passes; 0 turns it off. It takes each output by itself, which costs memory.
+        weight_diversity_loss_coef: Coefficient of the mean squared cosine between the experts' mean neurons; 0 turns
+            it off.
+        rms_norm_eps: Added to the mean square in every RMSNorm.
+        rope_theta: Base of the rotary position embedding.
+        rope_scaling: Llama 3's stretching of the rotary embedding's slow dimensions: factor, low_freq_factor,
+            high_freq_factor and original_max_position_embeddings; none if not given.
+        max_position_embeddings: Longest sequence, in tokens.
+        sliding_window: Tokens that a token may look back at, itself included; all of them if not given.
+        attention_bias: Biases on the query, key and value projections (Qwen2).
+        qk_norm: RMSNorm of queries and keys: none, head (each by itself, Qwen3) or full (all heads together, OLMoE).
+        post_norms: RMSNorm also after attention and after the FFN or MoE, before the residual is added (Grok-1).
+        attention_multiplier: Scale of the attention logits; 1 / sqrt(head_dim) if not given.
+        attn_logit_softcapping: Attention logits become cap * tanh(logits / cap), in float32 (Grok-1: 30).
+        embedding_multiplier: Scale of the embeddings (Grok-1).
+        logits_multiplier: Scale of the output logits (Grok-1).
+        tie_word_embeddings: The head uses the embedding's weights.
+        initializer_range: Standard deviation of initial weights.
+        experts_backend: How the expert products are computed: auto, grouped_mm, loop, native (compiled on first
+            use, for CPUs with AVX2 or more) or triton (see moebed.model.experts).
+        attention_backend: auto, sdpa (PyTorch's fused attention), math (plain matrix products) or native (compiled on
+            first use, for float32 on CPUs with AVX2 or more; what it does not fit is done as by auto). auto is native
+            in float32 on a CPU where that was measured to be faster; math where a soft cap asks for it and in
+            bfloat16 on a CPU up to 1024 positions, where it is faster; sdpa otherwise.
+        allocation: How the experts are spread over the layers, num_experts being their mean: uniform, ascending,
+            ascending_small_last, descending, {dense_at: LAYER}, or a list of relative sizes (see
+            moebed.model.allocation). Resolved at construction into num_experts and intermediate_size, and not kept
+            beside them.
+    """
+
+    vocab_size: int = 4096
+    hidden_size: int = 256
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    intermediate_size: int | None = None
+    num_experts: PerLayer = 8
+    num_experts_per_tok: PerLayer = 2
+    moe_intermediate_size: int | list[int] | None = None
+    num_shared_experts: PerLayer = 0
+    shared_expert_intermediate_size: int | None = None
+    shared_expert_gate: bool = False
+    hidden_act: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    router: str = "softmax_topk"
+    router_options: RouterOptions = field(default_factory=dict)  # type: ignore[assignment]
+    norm_topk_prob: bool | None = None
+    router_aux_loss_coef: float = 0.01
+    router_aux_loss_scope: Literal["micro", "global"] = "micro"
+    router_z_loss_coef: float = 0.0
+    output_diversity_loss_coef: float = 0.0
+    weight_diversity_loss_coef: float = 0.0
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, float] | None = None
+    max_position_embeddings: int = 4096
+    sliding_window: int | None = None
+    attention_bias: bool = False
+    qk_norm: Literal["none", "head", "full"] = "none"
+    post_norms: bool = False
+    attention_multiplier: float | None = None
+    attn_logit_softcapping: float | None = None
+    embedding_multiplier: float = 1.0
+    logits_multiplier: float = 1.0
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    experts_backend: Literal["auto", "grouped_mm", "loop", "native", "triton"] = "auto"
+    attention_backend: Literal["auto", "sdpa", "math", "native"] = "auto"
+    allocation: InitVar[str | dict[str, int] | list[float] | None] = None
+
+    def __post_init__(self, allocation: str | dict[str, int] | list[float] | None) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "max_position_embeddings",
+        ):
+            self._require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.head_dim is None:
+            self._require(
+                self.hidden_size % self.num_attention_heads == 0,
+                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}; "
+                "change one of them or give head_dim",
+            )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        self._require(self.head_dim % 2 == 0, f"head_dim is {self.head_dim}; rotary embeddings need an even number")
+        if self.rope_scaling is not None:
+            self._require(
+                set(self.rope_scaling) == set(ROPE_SCALING) and all(value > 0 for value in self.rope_scaling.values()),
+                f"rope_scaling is {self.rope_scaling!r}; it needs {', '.join(ROPE_SCALING)}, each above 0",
+            )
+            self._require(
+                self.rope_scaling["low_freq_factor"] < self.rope_scaling["high_freq_factor"],
+                f"rope_scaling is {self.rope_scaling!r}; low_freq_factor must be below high_freq_factor",
+            )
+        self._require(
+            self.num_key_value_heads >= 1 and self.num_attention_heads % self.num_key_value_heads == 0,
+            f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+            f"num_key_value_heads {self.num_key_value_heads}",
+        )
+        for name in ("sliding_window", "intermediate_size", "shared_expert_intermediate_size"):
+            value = getattr(self, name)
+            self._require(value is None or value >= 1, f"{name} is {value}; it must be at least 1")
+        for name in (
+            "router_aux_loss_coef",
+            "router_z_loss_coef",
+            "output_diversity_loss_coef",
+            "weight_diversity_loss_coef",
+            "initializer_range",
+        ):
+            self._require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
+        for name, choices in _choices(ModelConfig).items():
+            self._check_choice(name, choices)
+        self._check_router()
+        self._require(
+            self.attention_backend != "sdpa" or self.attn_logit_softcapping is None,
+            "attention_backend sdpa cannot apply attn_logit_softcapping; use auto or math",
+        )
+        if allocation is not None:
+            self._allocate(allocation)
+        for layer in range(self.num_hidden_layers):
+            self._check_layer(layer)
+        self._settle_shared_width()
+
+    def _check_router(self) -> None:
+        from moebed.model.experts import KERNELS_ALONE  # these import this module
+        from moebed.model.routers import ROUTERS, options_of
+
+        self._check_choice("router", tuple(ROUTERS), "; one of your own is made known by --plugins FILE.py")
+        rule = ROUTERS[self.router]
+        self.router_options = options_of(self)
+        if self.norm_topk_prob is None:
+            self.norm_topk_prob = rule.default_norm_topk_prob
+        self._require(
+            self.experts_backend not in KERNELS_ALONE or rule.experts_class.has_kernel(),
+            f"experts_backend {self.experts_backend} has no kernel for the experts of router {self.router}; use auto",
+        )
+        self._require(
+            rule.fixed_top_k or not self.output_diversity_loss_coef,
+            f"output_diversity_loss_coef compares the K experts of a token, but router {self.router} has no fixed K; "
+            "set it to 0",
+        )
+
+    def _allocate(self, allocation: str | dict[str, int] | list[float]) -> None:
+        for name in ("num_experts", "num_experts_per_tok", "num_shared_experts", "moe_intermediate_size"):
+            value = getattr(self, name)
+            self._require(
+                isinstance(value, int),
+                f"allocation {allocation!r} spreads one number over the layers, but {name} is {value}",
+            )
+        self._require(
+            self.shared_expert_intermediate_size is None,
+            f"allocation {allocation!r} counts shared experts; leave shared_expert_intermediate_size out",
+        )
+        layer = self.layer(0)
+        sizes = layer.num_experts, layer.num_experts_per_tok, layer.num_shared_experts, layer.moe_intermediate_size
+        self._require(min(sizes[0], sizes[3]) >= 1, f"allocation {allocation!r} needs experts; num_experts is 0")
+        self.num_experts, dense_width = allocate(allocation, self.num_hidden_layers, *sizes, self.intermediate_size)
+        self.intermediate_size = dense_width or self.intermediate_size
+
+    def _check_layer(self, layer: int) -> None:
+        ffn = self.layer(layer)
+        where = f"layer {layer}"
+        self._require(ffn.num_experts >= 0, f"num_experts is {ffn.num_experts} in {where}; use 0 for a dense layer")
+        if ffn.num_experts == 0:
+            self._require(
+                self.intermediate_size is not None, f"{where} has no experts: give intermediate_size for its dense FFN"
+            )
+            return
+        self._require(ffn.moe_intermediate_size >= 1, f"{where} has experts: give moe_intermediate_size, their width")
+        self._require(
+            1 <= ffn.num_experts_per_tok <= ffn.num_experts,
+            f"num_experts_per_tok is {ffn.num_experts_per_tok} but {where} has {ffn.num_experts} experts; "
+            "choose between 1 and the number of experts",
+        )
+        self._require(ffn.num_shared_experts >= 0, f"num_shared_experts is {ffn.num_shared_experts} in {where}")
+
+    def _settle_shared_width(self) -> None:
+        """A width that is a number of experts is said by that number alone, so that one model has one config."""
+        width, one = self.shared_expert_intermediate_size, self.moe_intermediate_size
+        if width is None:
+            return
+        shared = any(self.layer(i).num_shared_experts for i in self.moe_layers)
+        self._require(shared, f"shared_expert_intermediate_size is {width}, but num_shared_experts is 0")
+        if isinstance(self.num_shared_experts, int) and isinstance(one, int) and width % one == 0:
+            self.num_shared_experts, self.shared_expert_intermediate_size = width // one, None
+
+    def _check_choice(self, name: str, choices: Sequence[str], more: str = "") -> None:
+        value = getattr(self, name)
+        near = difflib.get_close_matches(str(value), choices, 1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        self._require(value in choices, f"{name} is {value!r}; choose one of {', '.join(choices)}{hint}{more}")
+
+    @staticmethod
+    def _require(condition: bool, message: str) -> None:
+        if not condition:
+            raise ConfigError(f"model config: {message}")
+
+    def layer(self, index: int) -> LayerConfig:
+        """The FFN or MoE of one layer, with per-layer lists resolved."""
+        return LayerConfig(
+            num_experts=self._at("num_experts", index),
+            num_experts_per_tok=self._at("num_experts_per_tok", index),
+            moe_intermediate_size=self._at("moe_intermediate_size", index) if self.moe_intermediate_size else 0,
+            num_shared_experts=self._at("num_shared_experts", index),
+            shared_width=self.shared_expert_intermediate_size,
+            index=index,
+        )
+
+    def _at(self, name: str, index: int) -> int:
+        value = getattr(self, name)
+        if isinstance(value, int):
+            return value
+        self._require(
+            len(value) == self.num_hidden_layers,
+            f"{name} lists {len(value)} numbers for {self.num_hidden_layers} layers; give one number a layer",
+        )
+        return value[index]
+
+    @property
+    def diversity_losses(self) -> dict[str, float]:
+        """Coefficients of the diversity losses, by name."""
+        return {
+            "output_diversity": self.output_diversity_loss_coef,
+            "weight_diversity": self.weight_diversity_loss_coef,
+        }
+
+    @property
+    def moe_layers(self) -> list[int]:
+        """Indices of the layers that have experts."""
+        return [i for i in range(self.num_hidden_layers) if self.layer(i).num_experts > 0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for YAML or JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ModelConfig:
+        """Build from plain data; an unknown key is an error that names the nearest known one."""
+        require_known(data, inspect.signature(cls).parameters)
+        return cls(**data)
+
+
+@cache
+def _choices(kind: type[Any]) -> dict[str, tuple[str, ...]]:
+    """What each field of a dataclass that is typed Literal may be."""
+    return {name: get_args(hint) for name, hint in get_type_hints(kind).items() if get_origin(hint) is Literal}
+
+
+def require_known(keys: Iterable[str], known: Collection[str], where: str = "") -> None:
+    """Raise ConfigError for a key that is none of the known ones; it names the nearest."""
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            place = f" in {where}" if where else ""
+            raise ConfigError(
+                f"model config: unknown key {key!r}{place}" + (f"; did you mean {near[0]!r}?" if near else "")
+            )
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """What one layer has after its attention: E routed experts of width F, K of them a token, and shared experts."""
+
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    num_shared_experts: int
+    shared_width: int | None = None  # where it is no number of experts
+    index: int = field(default=0, compare=False)  # of the layer
+
+    @property
+    def shared_intermediate_size(self) -> int:
+        """Width of the shared experts' one FFN; 0 where there is none."""
+        if not self.num_shared_experts:
+            return 0
+        return self.shared_width or self.num_shared_experts * self.moe_intermediate_size

@@ -1,0 +1,279 @@
+"""The one decoder: every family of the paper is a ModelConfig of it.
+
+B sequences, S positions, T = B·S tokens, E experts, K experts per token, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moebed.errors import UserError
+from moebed.machine.float32 import exact_products
+from moebed.model.attention import Attention, KVCache, RMSNorm, RotaryEmbedding
+from moebed.model.config import LayerConfig, ModelConfig
+from moebed.model.experts import weighted_sum
+from moebed.model.fused import ACTIVATIONS
+from moebed.model.losses import output_similarity, weight_similarity
+from moebed.model.routers import Router, Routing, build_router
+
+
+class DecoderOutput(NamedTuple):
+    """What a forward pass gives back."""
+
+    logits: Tensor  # (B, S, V)
+    routings: tuple[Routing, ...]  # one for each layer that has experts, in order; tokens flattened to T
+
+
+class FeedForward(nn.Module):
+    """Gated FFN: dense layers, and the shared experts of an MoE layer as one wide expert."""
+
+    def __init__(self, config: ModelConfig, width: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.activation = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., H) -> (..., H)."""
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MoE(nn.Module):
+    """Router, routed experts, and shared experts where the layer has them. Dropless."""
+
+    def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
+        super().__init__()
+        self.router = build_router(config, layer)
+        self.experts = self.router.build_experts(config, layer)
+        self.shared_expert: FeedForward | None = None
+        self.shared_expert_gate: nn.Linear | None = None
+        if layer.num_shared_experts:
+            self.shared_expert = FeedForward(config, layer.shared_intermediate_size)
+            if config.shared_expert_gate:
+                self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
+        self.diversity_losses = frozenset(name for name, coefficient in config.diversity_losses.items() if coefficient)
+
+    def forward(self, x: Tensor, token_ids: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """Tokens x (T, H) with ids (T,) -> outputs (T, H) and the router's decisions."""
+        routing = self.router(x, self.experts, token_ids)
+        outputs = self.experts.known_outputs(routing)
+        if self.training and self.diversity_losses:
+            routing, outputs = self._with_diversity(x, routing, outputs)
+        return self.combine(x, routing, outputs), routing.without_precomputed()
+
+    def _with_diversity(self, x: Tensor, routing: Routing, outputs: Tensor | None) -> tuple[Routing, Tensor | None]:
+        """The routing with the diversity losses that are on, and the outputs (T, K, H) that one of them looks at."""
+        losses = dict(routing.losses or {})
+        if "weight_diversity" in self.diversity_losses:
+            # Here, not from outside, since only here are a sharded layer's weights whole.
+            losses["weight_diversity"] = weight_similarity(list(self.experts.mean_neurons().values())).expand(len(x))
+        if "output_diversity" in self.diversity_losses:
+            if outputs is None:
+                outputs = self.experts.each(x, routing.topk_index, routing.precomputed)
+            losses["output_diversity"] = output_similarity(outputs)
+        return routing._replace(losses=losses), outputs
+
+    def combine(self, x: Tensor, routing: Routing, outputs: Tensor | None = None) -> Tensor:
+        """Outputs (T, H) for tokens x (T, H) that are routed already; from the chosen experts' (T, K, H), if given."""
+        beside = partial(self.shared_output, x) if self.shared_expert is not None else None
+        if outputs is None:
+            return self.experts(x, routing, beside)
+        # What is left needs none of the experts' weights: no rank gathers them once more.
+        total = weighted_sum(routing.topk_weight, outputs)
+        return total if beside is None else total + beside()
+
+    def shared_output(self, x: Tensor) -> Tensor:
+        """What the shared experts add for tokens x (T, H): (T, H)."""
+        assert self.shared_expert is not None
+        shared = self.shared_expert(x)
+        if self.shared_expert_gate is not None:
+            shared = self.shared_expert_gate(x).sigmoid() * shared
+        return shared
+
+
+class Block(nn.Module):
+    """One decoder layer. The three steps are apart so that a walk over layers can look between them."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        layer = config.layer(index)
+
+        def norm() -> nn.Module:
+            return RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+        self.pre_attn_norm, self.pre_ffn_norm = norm(), norm()
+        self.post_attn_norm = norm() if config.post_norms else nn.Identity()
+        self.post_ffn_norm = norm() if config.post_norms else nn.Identity()
+        self.self_attn = Attention(config)
+        self.mlp: MoE | FeedForward
+        if layer.num_experts:
+            self.mlp = MoE(config, layer)
+        else:
+            assert config.intermediate_size is not None
+            self.mlp = FeedForward(config, config.intermediate_size)
+
+    def attend(self, hidden: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None = None) -> Tensor:
+        """Residual stream after attention, (B, S, H)."""
+        return hidden + self.post_attn_norm(self.self_attn(self.pre_attn_norm(hidden), rope, cache))
+
+    def feed_forward(self, x: Tensor, token_ids: Tensor | None = None) -> tuple[Tensor, Routing | None]:
+        """Output of the FFN or MoE on its normalised input x (B, S, H), and the routing of an MoE."""
+        if isinstance(self.mlp, MoE):
+            out, routing = self.mlp(x.flatten(0, 1), None if token_ids is None else token_ids.flatten())
+            return out.view_as(x), routing
+        return self.mlp(x), None
+
+    def forward(
+        self,
+        hidden: Tensor,
+        rope: tuple[Tensor, Tensor],
+        cache: KVCache | None = None,
+        token_ids: Tensor | None = None,
+    ) -> tuple[Tensor, Routing | None]:
+        """hidden (B, S, H) of tokens token_ids (B, S) -> (B, S, H) and the routing of an MoE layer."""
+        hidden = self.attend(hidden, rope, cache)
+        out, routing = self.feed_forward(self.pre_ffn_norm(hidden), token_ids)
+        return hidden + self.post_ffn_norm(out), routing
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks, norm and head, as ModelConfig says.
+
+    Args:
+        config: Shape and behaviour.
+        activation_checkpointing: Recompute each block in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(self, config: ModelConfig, activation_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = activation_checkpointing
+        self.seed = int(torch.randint(2**62, (), device="cpu"))  # before any part draws numbers of its own
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.rotary = RotaryEmbedding(config)
+        self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Matrices from N(0, initializer_range), biases 0, norm scales 1, routers' state at its start.
+
+        Each parameter is drawn by its name from one seed of torch's generator: two models under one seed share every
+        parameter of equal name and shape, and a rank can draw its parts of a model without the rest. What a router
+        has filled itself stays as it is.
+        """
+        for name, parameter in self.named_parameters():
+            if not parameter.is_meta and self._own_router(name, parameter) is None:
+                parameter.copy_(self.initial(name, parameter))
+        for router in self.routers:
+            router.reset_state()
+
+    def initial(self, name: str, parameter: Tensor) -> Tensor:
+        """What a parameter begins with: a tensor of its full shape, on the CPU.
+
+        Args:
+            name: Of the parameter, within the decoder.
+            parameter: It, or one like it without memory. Of what a router makes and fills itself, only one without:
+                in memory it stays as it is.
+
+        Raises:
+            ConfigError: It is such a parameter, and the router does not say how it begins.
+        """
+        router = self._own_router(name, parameter)
+        if router is not None:
+            return router.initial(name.rpartition(".router.")[2], parameter)
+        value = torch.zeros(parameter.shape, dtype=parameter.dtype, device="cpu")
+        if name.endswith("bias"):
+            return value
+        if parameter.ndim == 1:
+            return value.fill_(1.0)
+        digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        return value.normal_(0.0, self.config.initializer_range, generator=generator)
+
+    def _own_router(self, name: str, parameter: Tensor) -> Router | None:
+        """The router that decides by itself how a parameter begins."""
+        owner, found, _ = name.rpartition(".router.")
+        return self.get_submodule(f"{owner}.router") if found and not hasattr(parameter, "is_drawn") else None  # type: ignore[return-value]
+
+    @property
+    def routers(self) -> list[Router]:
+        """Those of the layers that have experts, in order."""
+        return [block.mlp.router for block in self.blocks if isinstance(block.mlp, MoE)]
+
+    def stored(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of it, by name: every parameter, tied ones once, and the state of routers."""
+        kept = self.state_dict(keep_vars=True).keys()
+        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        return {name: tensor for name, tensor in tensors.items() if name in kept}
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The layers, in order."""
+        return cast(list[Block], list(self.layers))
+
+    def embed(self, input_ids: Tensor, start: int = 0) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Residual stream (B, S, H) that enters the first layer, and the rotary cos and sin of its positions."""
+        stop = start + input_ids.shape[1]
+        if stop > self.config.max_position_embeddings:
+            raise UserError(
+                f"a sequence of {stop} tokens is longer than the model's max_position_embeddings "
+                f"{self.config.max_position_embeddings}; shorten the text or raise it"
+            )
+        rope = self.rotary(start, input_ids.shape[1], input_ids.device)
+        return _scaled(self.embed_tokens(input_ids), self.config.embedding_multiplier), rope
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits (B, S, V) from the residual stream that leaves the last layer."""
+        return _scaled(self.lm_head(self.norm(hidden)), self.config.logits_multiplier)
+
+    def forward(self, input_ids: Tensor, caches: list[KVCache] | None = None) -> DecoderOutput:
+        """Logits for every position of input_ids (B, S).
+
+        Args:
+            input_ids: (B, S) int64.
+            caches: One for each layer; then input_ids are the positions that follow those already cached.
+        """
+        hidden, rope = self.embed(input_ids, start=caches[0].length if caches else 0)
+        recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
+        routings = []
+        for index, block in enumerate(self.blocks):
+            if recompute:
+                hidden, routing = checkpoint(block, hidden, rope, None, input_ids, use_reentrant=False)
+            else:
+                hidden, routing = block(hidden, rope, caches[index] if caches else None, input_ids)
+            if routing is not None:
+                routings.append(routing)
+        return DecoderOutput(self.head(hidden), tuple(routings))
+
+
+def _scaled(x: Tensor, factor: float) -> Tensor:
+    """x * factor, without a pass over memory where the factor is 1."""
+    return x if factor == 1 else x * factor
+
+
+@contextmanager
+def evaluating(decoder: Decoder) -> Iterator[None]:
+    """Evaluation mode without autocast and with exact products in float32, undone at the end."""
+    modes = [(module, module.training) for module in decoder.modules()]  # a part may be frozen in evaluation mode
+    device = decoder.embed_tokens.weight.device.type
+    decoder.eval()
+    try:
+        with torch.autocast(device, enabled=False), exact_products():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training

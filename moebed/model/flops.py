@@ -1,0 +1,142 @@
+"""Parameters and floating-point operations of a config, counted without building the model.
+
+H hidden, F expert intermediate, E experts, K experts per token, V vocabulary, S sequence length.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from moebed.model.config import ModelConfig
+from moebed.model.routers import ROUTERS, build_router
+
+Shapes = dict[str, list[tuple[int, ...]]]  # of parameters, by part
+
+
+def outer_shapes(config: ModelConfig) -> Shapes:
+    """Shapes of the parameters outside the layers."""
+    matrix = (config.vocab_size, config.hidden_size)
+    return {
+        "embedding": [matrix],
+        "norms": [(config.hidden_size,)],
+        "head": [] if config.tie_word_embeddings else [matrix],
+    }
+
+
+def layer_shapes(config: ModelConfig, index: int) -> Shapes:
+    """Shapes of the parameters of one layer; those of "experts" have E as their first axis."""
+    hidden, layer = config.hidden_size, config.layer(index)
+    assert config.head_dim is not None
+    assert config.num_key_value_heads is not None
+    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    attention: list[tuple[int, ...]] = [(queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries)]
+    if config.attention_bias:
+        attention += [(queries,), (keys,), (keys,)]
+    norms: list[tuple[int, ...]] = [(hidden,)] * (4 if config.post_norms else 2)
+    if config.qk_norm != "none":
+        norms += [(config.head_dim,)] * 2 if config.qk_norm == "head" else [(queries,), (keys,)]
+    shapes: Shapes = {"attention": attention, "norms": norms}
+    if layer.num_experts == 0:
+        assert config.intermediate_size is not None
+        return shapes | {"dense FFN": _gated_ffn(hidden, config.intermediate_size)}
+    with torch.device("meta"):
+        shapes["router"] = [tuple(parameter.shape) for parameter in build_router(config, layer).parameters()]
+    shapes["experts"] = list(ROUTERS[config.router].experts_class.shapes(config, layer).values())
+    if layer.num_shared_experts:
+        shapes["shared experts"] = _gated_ffn(hidden, layer.shared_intermediate_size)
+        if config.shared_expert_gate:
+            shapes["shared experts"].append((1, hidden))
+    return shapes
+
+
+def _gated_ffn(hidden: int, width: int) -> list[tuple[int, ...]]:
+    return [(width, hidden), (width, hidden), (hidden, width)]
+
+
+def count(shapes: list[tuple[int, ...]]) -> int:
+    """Elements of tensors of these shapes."""
+    return sum(math.prod(shape) for shape in shapes)
+
+
+def count_parameters(config: ModelConfig, training: bool = False) -> tuple[int, int]:
+    """Parameters in total, and those active for one token (embedding and head included).
+
+    Active are the K experts that a token is sent to, and where the router runs more, those; in expectation where chance
+    decides (competesmoe in training), or where K is an average (relu). A router is active as a whole.
+    """
+    total = active = sum(map(count, outer_shapes(config).values()))
+    for index in range(config.num_hidden_layers):
+        shapes, layer = layer_shapes(config, index), config.layer(index)
+        experts = count(shapes.pop("experts", []))
+        common = sum(map(count, shapes.values()))
+        total += common + experts
+        active += common
+        if experts:
+            run = ROUTERS[config.router].experts_run(config, layer, training)
+            active += round(experts / layer.num_experts * run)
+    return total, active
+
+
+def flops_per_token(config: ModelConfig, sequence_length: int, training: bool = False) -> int:
+    """Forward FLOPs of one token, a multiply-add as two: matrices of the active path, head, and causal attention.
+
+    Attention products count S / 2 keys a token on average (or the sliding window). Backward takes twice as many.
+    In training a router may run more experts than in evaluation.
+    """
+    assert config.head_dim is not None
+    hidden = config.hidden_size
+    _, active = count_parameters(config, training)
+    norms = hidden * (1 + config.num_hidden_layers * (4 if config.post_norms else 2))
+    matrices = active - norms - (0 if config.tie_word_embeddings else config.vocab_size * hidden)
+    keys = sequence_length / 2 if config.sliding_window is None else min(sequence_length / 2, config.sliding_window)
+    attention = 4 * keys * config.num_attention_heads * config.head_dim * config.num_hidden_layers
+    return int(2 * matrices + attention)
+
+
+def training_flops(active_parameters: Any, tokens: Any) -> Any:
+    """6·N·tok, the estimate that scaling laws are stated in: forward two a parameter and token, backward twice as many.
+
+    Products of attention are left out; ``flops_per_token`` has them. Numbers or arrays.
+    """
+    return 6 * active_parameters * tokens
+
+
+def scaling_sizes(config: ModelConfig) -> dict[str, float] | None:
+    """What scaling laws call a model's size, each another count, and the shape of its experts.
+
+    Returns:
+        ``dense_parameters`` of the model with one expert in place of each layer's experts and without router and
+        embeddings; ``active_parameters`` and ``total_parameters``, embeddings included;
+        ``total_nonembedding_parameters``, without routers too; ``E`` experts and ``K`` of a token, 1 and 1 in a dense
+        model; ``G``, the parameters of a dense FFN of 8H² over those of an expert; ``expansion_rate``, E / G. None
+        where layers with experts differ in these.
+    """
+    total, active = count_parameters(config)
+    layers = [config.layer(index) for index in config.moe_layers or range(1)]
+    kinds = {(layer.num_experts or 1, layer.num_experts_per_tok, layer.moe_intermediate_size) for layer in layers}
+    if len(kinds) != 1:
+        return None
+    experts, chosen, width = kinds.pop()
+    if not config.moe_layers:
+        assert config.intermediate_size is not None
+        chosen, width = 1, config.intermediate_size
+    outer = sum(map(count, outer_shapes(config).values()))
+    dense = routers = 0
+    for index in range(config.num_hidden_layers):
+        shapes = layer_shapes(config, index)
+        routers += count(shapes.pop("router", []))
+        dense += count(shapes.pop("experts", [])) // experts + sum(map(count, shapes.values()))
+    granularity = 8 * config.hidden_size / (3 * width)
+    return {
+        "dense_parameters": dense,
+        "active_parameters": active,
+        "total_parameters": total,
+        "total_nonembedding_parameters": total - outer - routers,
+        "E": experts,
+        "K": chosen,
+        "G": granularity,
+        "expansion_rate": experts / granularity,
+    }

@@ -1,0 +1,155 @@
+"""Parts of a step whose backward pass is written by hand: fewer passes over memory than autograd takes, and less kept.
+
+``torch.compile`` fuses the plain formulas by itself and is given those. A second derivative is refused, not wrong.
+On a CPU the norm and the rotation of large tensors are ``moebed.model.native.rowwise``'s, where these can be had.
+
+B sequences, S positions, A heads, D head width, R rows, F expert intermediate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moebed.model.native import rowwise
+
+Activation = Callable[[Tensor], Tensor]
+
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+_ELEMENTS_IN_CACHE = 2**19
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) · weight over the last dimension; the division is in float32, the rest in x's own type."""
+    if torch.compiler.is_compiling():
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        return weight * wide.to(x.dtype)
+    return _RMSNorm.apply(x, weight, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps its input and one number a row."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.native = x.dtype == torch.float32 and rowwise.fits(x, 16, weight)
+        if ctx.native:
+            out, scale = rowwise.rms_norm(x, weight, eps)
+            ctx.save_for_backward(x, weight, scale)
+            return out
+        wide = x.float()
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)  # one pass, where a mean of squares takes two
+        scale = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return weight * (wide * scale).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, weight, scale = ctx.saved_tensors
+        if ctx.native:
+            return *rowwise.rms_norm_backward(x, weight, scale, grad), None
+        unit, grad = x.float() * scale, grad.float()
+        product = grad * unit
+        with torch.autocast(x.device.type, enabled=False):
+            mean = (product @ weight.float()).div_(x.shape[-1]).unsqueeze(-1)  # of the gradient of unit times unit
+        grad_x = (grad * weight).addcmul_(unit, mean, value=-1).mul_(scale).to(x.dtype)
+        return grad_x, product.flatten(0, -2).sum(dim=0).to(weight.dtype), None
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair of x (B, A, S, D) by its angle, in x's own type; cos and sin (S, D) hold every angle twice."""
+    if torch.compiler.is_compiling():
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        low, high = x.chunk(2, dim=-1)
+        return x * cos + torch.cat([-high, low], dim=-1) * sin
+    return _Rotate.apply(x, cos, sin)
+
+
+class _Rotate(torch.autograd.Function):
+    """Its backward turns the other way."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        cos, sin = ctx.saved_tensors
+        return _turned(grad, cos, sin, -1), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    if x.dtype in (torch.float32, torch.bfloat16) and rowwise.fits(x, 32, cos, sin):
+        return rowwise.rotate(x, cos, sin, sign)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    low, high = x.chunk(2, dim=-1)
+    out = x * cos
+    first, second = out.chunk(2, dim=-1)
+    first.addcmul_(high, sin.chunk(2, dim=-1)[0], value=-sign)
+    second.addcmul_(low, sin.chunk(2, dim=-1)[1], value=sign)
+    return out
+
+
+def gated(gate_up: Tensor, weight: Tensor, activation: str) -> Tensor:
+    """act(gate) ⊙ up, each row times its weight: gate_up (R, 2F), gate first, and weight (R,) of one type -> (R, F)."""
+    if torch.compiler.is_compiling():
+        gate, up = gate_up.chunk(2, dim=-1)
+        return ACTIVATIONS[activation](gate) * up * weight.unsqueeze(-1)
+    return _Gated.apply(gate_up, weight, activation)
+
+
+class _Gated(torch.autograd.Function):
+    """Keeps its inputs; a few rows at a time, so that what lies between stays in a CPU's cache."""
+
+    @staticmethod
+    def forward(ctx, gate_up: Tensor, weight: Tensor, activation: str) -> Tensor:
+        ctx.save_for_backward(gate_up, weight)
+        ctx.activation = activation
+        out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
+        for target, rows, row_weight in _parts(out, gate_up, weight.unsqueeze(-1)):
+            gate, up = rows.chunk(2, dim=-1)
+            torch.mul(ACTIVATIONS[activation](gate).mul_(up), row_weight, out=target)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        gate_up, weight = ctx.saved_tensors
+        out, grad_weight = torch.empty_like(gate_up), torch.empty_like(weight)
+        parts = _parts(out, grad_weight, grad, gate_up, weight.unsqueeze(-1))
+        for target, target_weight, given, rows, row_weight in parts:
+            gate, up = rows.chunk(2, dim=-1)
+            grad_gate, grad_up = target.chunk(2, dim=-1)
+            activated = ACTIVATIONS[ctx.activation](gate)
+            scaled = given * row_weight
+            torch.mul(scaled, activated, out=grad_up)
+            torch.sum(activated.mul_(up).mul_(given), dim=-1, out=target_weight)
+            _activation_backward(scaled.mul_(up), gate, ctx.activation, grad_gate)
+        return out, grad_weight, None
+
+
+def _activation_backward(grad: Tensor, x: Tensor, activation: str, out: Tensor) -> None:
+    if activation == "silu":
+        torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=out)
+    else:
+        approximate = "tanh" if activation == "gelu_tanh" else "none"
+        torch.ops.aten.gelu_backward.grad_input(grad, x, approximate=approximate, grad_input=out)
+
+
+def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of R rows cut alike: into parts that fit a CPU's cache, or not at all on another device."""
+    widest = max(tensor[:1].numel() for tensor in tensors if len(tensor)) if len(tensors[0]) else 1
+    rows = max(1, _ELEMENTS_IN_CACHE // widest) if tensors[0].device.type == "cpu" else max(1, len(tensors[0]))
+    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)

@@ -1,0 +1,143 @@
+"""The language-model loss, the balancing losses on router decisions and the diversity losses on the experts.
+
+Each is without its coefficient.
+
+B sequences, S positions, V vocabulary, T = B·S tokens, E experts, K experts per token, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moebed.machine.float32 import float32_linear
+from moebed.model.native import rowwise
+from moebed.model.routers import Routing
+
+IGNORE_INDEX = -100
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy of every next token in nats, (B, S) float32; 0 where labels (B, S) are -100. logits (B, S, V)."""
+    flat = logits.flatten(0, 1)
+    if torch.compiler.is_compiling():  # the compiler fuses this one by itself
+        nats = F.cross_entropy(flat.float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
+    else:
+        nats = _CrossEntropy.apply(flat, labels.flatten())
+    return nats.view(labels.shape)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Cross entropy of logits (T, V) a few rows at a time, so that no float32 copy of all of them is ever made."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, labels: Tensor) -> Tensor:
+        ctx.native = logits.dtype in (torch.float32, torch.bfloat16) and rowwise.fits(logits, 16)
+        if ctx.native:
+            log_sums = rowwise.log_sums(logits)  # (T,)
+        else:
+            log_sums = torch.cat([rows.float().logsumexp(dim=-1) for rows in logits.split(_rows_at_once(logits))])
+        ctx.save_for_backward(logits, labels, log_sums)
+        chosen = logits.gather(1, labels.clamp(min=0).unsqueeze(1)).squeeze(1).float()
+        return (log_sums - chosen).masked_fill(labels == IGNORE_INDEX, 0.0)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        logits, labels, log_sums = ctx.saved_tensors
+        grad = grad.masked_fill(labels == IGNORE_INDEX, 0.0)
+        if ctx.native:
+            return rowwise.cross_entropy_backward(logits, log_sums, labels, grad), None
+        out = torch.empty_like(logits)
+        size = _rows_at_once(logits)
+        parts = (tensor.split(size) for tensor in (out, logits, labels, log_sums, grad))
+        for target, rows, label, log_sum, scale in zip(*parts, strict=True):
+            probs = rows.float().sub_(log_sum.unsqueeze(1)).exp_()
+            probs.scatter_add_(1, label.clamp(min=0).unsqueeze(1), probs.new_full((len(label), 1), -1.0))
+            torch.mul(probs, scale.unsqueeze(1), out=probs)
+            target.copy_(probs)
+        return out, None
+
+
+def _rows_at_once(logits: Tensor) -> int:
+    """Rows whose float32 copy stays in a core's cache on a CPU, or within 256 MiB on a GPU."""
+    budget = 2**18 if logits.device.type == "cpu" else 2**26
+    return max(1, budget // logits.shape[1])
+
+
+class RouterStats(NamedTuple):
+    """One layer's routing, summed up for the balancing losses."""
+
+    counts: Tensor  # (E,) float32 assignments to each expert; no gradient
+    mean_probs: Tensor  # (E,) mean router probability
+    z_loss: Tensor  # () mean of logsumexp(logits)²  (ST-MoE 2202.08906, eq. 5)
+    losses: dict[str, Tensor]  # () means of the layer's own losses, by name
+
+
+def router_stats(routing: Routing, token_mask: Tensor) -> RouterStats:
+    """Counts, mean probabilities and z-loss of one layer over the tokens of token_mask (T,) bool."""
+    weight = token_mask.to(torch.float32)  # (T,)
+    num_tokens = weight.sum().clamp(min=1)
+    counts = torch.zeros(routing.router_probs.shape[-1], dtype=torch.float32, device=weight.device)
+    counted = (weight.unsqueeze(1) * routing.assigned).flatten()  # (T·K,)
+    counts = counts.scatter_add(0, routing.topk_index.flatten(), counted)
+    # Not a matrix product, which autocast and TF32 would round.
+    mean_probs = (weight.unsqueeze(1) * routing.router_probs).sum(dim=0) / num_tokens
+    z_loss = (weight * routing.router_logits.logsumexp(dim=-1).square()).sum() / num_tokens
+    losses = {name: (weight * values).sum() / num_tokens for name, values in (routing.losses or {}).items()}
+    return RouterStats(counts.detach(), mean_probs, z_loss, losses)
+
+
+def load_balancing_loss(mean_probs: Tensor, counts: Tensor) -> Tensor:
+    """E · Σ_i f_i P_i (Switch Transformer 2101.03961, eq. 4); float32 scalar, and 0 where nothing is assigned.
+
+    1 where the work is shared evenly, f_i = 1/E, and wherever the P_i are all equal; with ``relu`` times the share of
+    tokens that have an expert at all.
+
+    Args:
+        mean_probs: (E,) P_i, the mean probability of each expert, through which the gradient is to flow alone.
+        counts: (E,) assignments to each expert, of the same tokens or of a wider scope, without a gradient; f_i is
+            their share of all assignments, 1/K of Switch's share of tokens.
+    """
+    return len(counts) * (counts / counts.sum().clamp(min=1) * mean_probs).sum()
+
+
+def output_similarity(outputs: Tensor) -> Tensor:
+    """Mean cosine between the outputs of a token's experts, over its K·(K − 1) ordered pairs; 0 for K = 1.
+
+    The diversity loss of CompeteSMoE 2 (2505.13380). An output of length 0 has cosine 0 with every other.
+
+    Args:
+        outputs: (T, K, H), not weighted.
+
+    Returns:
+        (T,) float32.
+    """
+    top_k = outputs.shape[1]
+    unit = F.normalize(outputs.float(), dim=-1)
+    # Σ_{j≠k} u_j·u_k = |Σ_k u_k|² − Σ_k |u_k|², which needs no (K, K) table for each token.
+    pairs = unit.sum(dim=1).square().sum(dim=-1) - unit.square().sum(dim=(1, 2))
+    return pairs / max(top_k * (top_k - 1), 1)
+
+
+def weight_similarity(mean_neurons: Sequence[Tensor]) -> Tensor:
+    """Mean squared cosine between the mean neurons of two experts, over pairs of experts and over matrices.
+
+    As the probe ``neuron_similarity`` has it (2406.18219, section 4.1), squared; 0 for one expert.
+
+    Args:
+        mean_neurons: (E, H) of each matrix.
+
+    Returns:
+        () float32.
+    """
+    found = []
+    for vectors in mean_neurons:
+        unit = F.normalize(vectors.float(), dim=-1)
+        cosine = float32_linear(unit, unit)  # (E, E)
+        found.append(cosine.square().sum() - cosine.diagonal().square().sum())
+    num_experts = len(mean_neurons[0])
+    return torch.stack(found).mean() / max(num_experts * (num_experts - 1), 1)

@@ -1,0 +1,143 @@
+"""The contract of every router: hidden states in, a decision out.
+
+T tokens, E experts, K experts per token, H hidden.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from moebed.errors import ConfigError
+from moebed.machine.float32 import Float32Buffers
+from moebed.model.config import LayerConfig, ModelConfig, RouterOptions
+from moebed.model.experts import Experts
+from moebed.model.routing import Routing
+
+
+class ExpertOutputs(Protocol):
+    """What a router may ask of a layer's experts; live ones and those of a streamed checkpoint answer alike."""
+
+    def each(self, x: Tensor, topk_index: Tensor) -> Tensor:
+        """Outputs (T, K, H) of the experts topk_index (T, K) for tokens x (T, H), not weighted."""
+        ...
+
+
+class Load(NamedTuple):
+    """Assignments of one optimizer step, over all ranks and accumulation steps."""
+
+    counts: Tensor  # (E,) float32, to each expert of a layer
+    density: Tensor  # () assignments of all MoE layers together, over the T·K that are meant
+
+
+def drawn(*shape: int) -> nn.Parameter:
+    """A parameter that begins as the decoder's of its kind do.
+
+    From N(0, initializer_range) in two dimensions or more; of one dimension it is 1, and 0 where its name ends in
+    ``bias``. It stays as it is where a router fills it before it is built into a model.
+    """
+    parameter = nn.Parameter(torch.empty(shape))
+    parameter.is_drawn = True  # type: ignore[attr-defined]
+    return parameter
+
+
+class Router(Float32Buffers):
+    """Contract of every router.
+
+    A rule that chooses by what the experts compute is handed the layer's experts as well. State that is not learned
+    by gradient (a selection bias, an adaptive coefficient) is a persistent float32 buffer: checkpoints keep it, no
+    optimizer sees it, it stays float32 where the model is cast, and training changes it in :meth:`end_step` alone, once
+    an optimizer step that is taken. What only the log needs is no state: it need not be persistent. Nor is what follows
+    from the number of the step (:meth:`begin_step`).
+    """
+
+    Options: type[RouterOptions] = RouterOptions  # its settings, a dataclass of moebed.model.config.setting
+    options: RouterOptions  # what they are in this model
+    default_norm_topk_prob = True  # where a config does not say
+    fixed_top_k = True  # whether every token has K experts
+    has_plan_formula = False  # whether it keeps a gate's logits for the backward pass, and no more (see moebed.plan)
+    compiles = True  # whether its forward pass is one graph for torch.compile
+    adaptive = False  # whether it has state that end_step changes; where no router of a model has, none is called
+    runs_experts = False  # whether it asks for experts' outputs when it routes in evaluation
+    experts_class: type[Experts] = Experts  # of its layers
+    # Whether its parameters learn from more than the weights on the experts' outputs, or there are none to learn.
+    other_teacher = False
+
+    def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
+        super().__init__()
+        self.num_experts = layer.num_experts
+        self.num_experts_per_tok = layer.num_experts_per_tok
+        self.norm_topk_prob = config.norm_topk_prob
+        self.options = config.router_options
+
+    def forward(self, hidden_states: Tensor, experts: ExpertOutputs, token_ids: Tensor | None = None) -> Routing:
+        """Route hidden_states (T, H) of tokens token_ids (T,)."""
+        raise TypeError(f"{type(self).__name__} does not define forward")
+
+    def choose(self, logits: Tensor) -> Routing:
+        """The decision that follows from logits (T, E).
+
+        An expert whose logit is -inf has weight 0, and is not chosen while K others have a probability that float32
+        tells from 0. Here p = softmax(logits), the K largest, weight p, or p / Σ_topK p with norm_topk_prob.
+        """
+        probs = logits.softmax(dim=-1)  # (T, E)
+        weight, index = probs.topk(self.num_experts_per_tok, dim=-1, sorted=True)  # (T, K)
+        if self.norm_topk_prob:
+            weight = weight / weight.sum(dim=-1, keepdim=True)
+        return Routing(logits, probs, index, weight)
+
+    def initial(self, name: str, parameter: Tensor) -> Tensor:
+        """What a parameter that is not :func:`drawn` begins with: a tensor of its shape, on the CPU.
+
+        In memory it begins as ``__init__`` left it, and nobody asks. A model that is laid out over ranks is built
+        without memory for its parameters, so there a router with parameters of that kind has to say it here.
+
+        Raises:
+            ConfigError: The router does not say.
+        """
+        raise ConfigError(
+            f"router {type(self).__name__} does not say how its parameter {name} begins, which a model laid out over "
+            "ranks has to know: define initial(self, name, parameter), or make the parameter with "
+            "moebed.model.routers.drawn"
+        )
+
+    # What else the model may know of it -----------------------------------------------------------------------------
+
+    def gate(self) -> Tensor | None:
+        """Gate embeddings W_g (E, H), where the logits are x W_gᵀ; None otherwise."""
+        return None
+
+    def build_experts(self, config: ModelConfig, layer: LayerConfig) -> Experts:
+        """The experts of its layer."""
+        return self.experts_class(config, layer)
+
+    @classmethod
+    def experts_run(cls, config: ModelConfig, layer: LayerConfig, training: bool = False) -> float:
+        """Routed experts that compute for one token, expected."""
+        return layer.num_experts if cls.runs_experts else layer.num_experts_per_tok
+
+    @classmethod
+    def width_of_equal_flops(cls, config: ModelConfig) -> int:
+        """Width of experts with which a layer takes the FLOPs of a softmax gate and experts as wide as the config's."""
+        return config.layer(0).moe_intermediate_size
+
+    # Training ------------------------------------------------------------------------------------------------------
+
+    def loss_coefficients(self) -> dict[str, float | Tensor]:
+        """What each of ``Routing.losses`` is multiplied with in the training loss."""
+        return {}
+
+    def reset_state(self) -> None:
+        """Set the state that is not learned by gradient to its initial value."""
+
+    def begin_step(self, step: int) -> None:
+        """An optimizer step begins, or goes on with its next micro-batch; the same number on every rank."""
+
+    def end_step(self, load: Load) -> None:
+        """An optimizer step ends that is taken; called where a router of the model is adaptive."""
+
+    def numbers(self) -> dict[str, Tensor]:
+        """Scalars of the state, by name, for the log; read after :meth:`end_step`."""
+        return {}

@@ -1,0 +1,64 @@
+"""Sigmoid scores, balanced by a bias on the choice instead of a loss.
+
+T tokens, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moebed.model.config import LayerConfig, ModelConfig, RouterOptions, setting
+from moebed.model.routers.contract import Load
+from moebed.model.routers.softmax import GatedRouter
+from moebed.model.routing import Routing
+
+
+class SigmoidTopK(GatedRouter):
+    """s = sigmoid(x W_gᵀ); the K largest s + b; weight s, or s / Σ_topK s with norm_topk_prob.
+
+    The bias decides who is chosen and never weighs an output. After each optimizer step b_i += u · sign(mean(c) − c_i)
+    for the assignments c of all ranks (loss-free balancing, 2408.15664, algorithm 1). Balancing losses and probes see
+    the scores divided by their sum.
+    """
+
+    @dataclass
+    class Options(RouterOptions):
+        """Settings of the balancing."""
+
+        bias_update_rate: float = setting("What the selection bias changes by in each optimizer step.", 1e-3, least=0)
+
+    options: Options
+    has_plan_formula = True
+    adaptive = True
+    expert_bias: Tensor
+
+    def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
+        super().__init__(config, layer)
+        self.register_buffer("expert_bias", torch.zeros(layer.num_experts, dtype=torch.float32))  # (E,)
+
+    def choose(self, logits: Tensor) -> Routing:
+        """The decision that follows from logits (T, E)."""
+        scores = logits.sigmoid()  # (T, E)
+        preferred = (scores + self.expert_bias).masked_fill(logits.isneginf(), -torch.inf)
+        index = preferred.topk(self.num_experts_per_tok, dim=-1).indices  # (T, K) in the order of s + b, not of s
+        weight, order = scores.gather(1, index).sort(dim=-1, descending=True, stable=True)
+        if self.norm_topk_prob:
+            weight = weight / weight.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
+        probs = scores / scores.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+        return Routing(logits, probs, index.gather(1, order), weight)
+
+    def reset_state(self) -> None:
+        """No expert is preferred."""
+        self.expert_bias.zero_()
+
+    @torch.no_grad()
+    def end_step(self, load: Load) -> None:
+        """Raise the bias of every expert with less than its share, lower that of the others."""
+        self.expert_bias += self.options.bias_update_rate * torch.sign(load.counts.mean() - load.counts)
+
+    def numbers(self) -> dict[str, Tensor]:
+        """How far the biases lie apart."""
+        return {"expert_bias_range": self.expert_bias.max() - self.expert_bias.min()}

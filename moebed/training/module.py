@@ -1,0 +1,398 @@
+"""The LightningModule that trains a decoder.
+
+B sequences, S positions, T = B·S tokens, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from moebed.checkpoints.checkpoint import Checkpoint
+from moebed.checkpoints.families.base import NOT_IN_CHECKPOINTS, same_setting
+from moebed.checkpoints.whole import fill
+from moebed.errors import ConfigError, UserError
+from moebed.machine.progress import say
+from moebed.model.config import ModelConfig
+from moebed.model.decoder import Decoder, MoE, evaluating
+from moebed.model.losses import IGNORE_INDEX, load_balancing_loss, router_stats, token_losses
+from moebed.model.routers import RouterSteps, untaught
+from moebed.parallel.gathered import GatheredModel
+from moebed.parallel.strategy import MeshStrategy
+from moebed.training.metrics import TextLoss, bits_per_byte
+from moebed.training.not_finite import NotFinite
+from moebed.training.optim import OptimizerConfig, build_adamw, gradient_norm, scale_gradients
+from moebed.training.schedule import SchedulePlan
+from moebed.training.step_log import StepLog, is_logged
+from moebed.views.layer import HeadView, LayerView, Need, ProbeText
+from moebed.views.live import walk, walk_model
+
+Batch = dict[str, Tensor]
+
+
+class StepTerms(NamedTuple):
+    """What one forward pass gives to the losses; lists have an entry for each MoE layer."""
+
+    nats: Tensor  # (B,) summed cross entropy of each sequence, in nats
+    counts: list[Tensor]  # (E,) assignments to each expert
+    mean_probs: list[Tensor]  # (E,) mean router probability
+    z_losses: list[Tensor]  # ()
+    router_losses: list[dict[str, Tensor]]  # () by name, what a layer asks for beside
+
+
+class MoEModule(LightningModule):
+    """Trains a decoder on next-token prediction, with all other losses logged apart from the language-model loss.
+
+    Args:
+        config: Shape and behaviour of the decoder.
+        optimizer: AdamW and its schedule.
+        activation_checkpointing: Recompute each block in the backward pass instead of keeping its activations.
+        compile: Compile the forward pass and the loss with torch.compile, with static shapes and without graph breaks;
+            more recompilations than its limit are an error, not a silent fall back to eager. The first step takes
+            from ten seconds to a minute longer. Of a model that ranks share, attention and the FFNs that every token
+            passes are compiled.
+        on_nan: What happens when the loss or the gradient of a step is not finite, on any rank: stop with an error that
+            names step, rank and layer, or skip the step (ten in a row stop the run).
+        init_from: Folder or ``.ckpt`` file of a checkpoint of this very config, such as `moebed upcycle` writes, whose
+            weights training starts from; random weights if not given. A run that is continued reads its own checkpoint
+            instead.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        optimizer: OptimizerConfig | None = None,
+        activation_checkpointing: bool = False,
+        compile: bool = False,
+        on_nan: Literal["stop", "skip"] = "stop",
+        init_from: str | None = None,
+    ) -> None:
+        super().__init__()
+        if (said := untaught(config)) is not None:
+            rank_zero_warn(f"model.config: {said}")
+        self.config = config
+        self.optimizer_config = optimizer or OptimizerConfig()
+        self.not_finite = NotFinite(on_nan, config.moe_layers)
+        self.init_from = init_from
+        self.decoder = Decoder(config, activation_checkpointing)
+        if compile and not all(router.compiles for router in self.decoder.routers):
+            raise ConfigError(
+                f"model.compile is on, but router {config.router} decides anew in each step which graph it is; "
+                "turn compile off"
+            )
+        self._router_steps = RouterSteps(self.decoder.routers)
+        self._terms = torch.compile(self._forward_terms, fullgraph=True, dynamic=False) if compile else None
+        self._laid_out = False
+        self._window_counts: list[Tensor] = []
+        self._step_log = StepLog()
+        self._begins_step = True
+        self._plan: SchedulePlan | None = None
+        self._former_plan: dict[str, Any] = {}
+        self._rng: dict[str, Any] | None = None
+        self._val_loss: TextLoss | None = None
+        self.last_validated_step: int | None = None
+
+    # What other parts of moebed read ------------------------------------------------------------------------------
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know who reads the probes' numbers."""
+        dtype = self.decoder.embed_tokens.weight.dtype
+        if dtype == torch.float32:
+            return []
+        return [f"the parameters are {str(dtype).removeprefix('torch.')}, and what the probes show was computed in it"]
+
+    def views(self, text: ProbeText | None, needs: frozenset[Need]) -> Iterator[LayerView | HeadView]:
+        """Layer views of the model as it is now, for the probes; rank 0's, where ranks share the model."""
+        if not self._laid_out:
+            yield from walk(self.decoder, text, needs)
+            return
+        model = GatheredModel(self.decoder)
+        with model.leading(), evaluating(self.decoder):
+            yield from walk_model(model, text, needs)
+
+    def assist_views(self) -> None:
+        """What the other ranks do while rank 0 looks at views of a model that they share."""
+        if self._laid_out:
+            GatheredModel(self.decoder).follow()
+
+    def configure_model(self) -> None:
+        """Lay the decoder out over ranks, where the strategy has a layout."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, MeshStrategy) and not self._laid_out:
+            strategy.layout.apply(self.decoder, strategy.root_device)
+            self._laid_out = True
+            if self._terms is not None:
+                self._compile_parts()
+
+    def _compile_parts(self) -> None:
+        """Compile what lies between the points where ranks meet: attention, and FFNs that every token passes."""
+        self._terms = None
+        for block in self.decoder.blocks:
+            ffn = block.mlp.shared_expert if isinstance(block.mlp, MoE) else block.mlp
+            for part in (block.self_attn, ffn):
+                if part is not None:
+                    part.compile(fullgraph=True, dynamic=False)
+
+    # Training ------------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Check the data against the model."""
+        data = getattr(self.trainer, "datamodule", None)
+        if data is None:
+            raise UserError("MoEModule needs a data module with labels and bytes; pass datamodule=TextDataModule(...)")
+        self.check_data(data)
+        self._val_loss = TextLoss(len(data.domains)).to(self.device)
+
+    def check_data(self, data: Any) -> None:
+        """Raise ConfigError if the model cannot take what the data module gives."""
+        data.check_vocabulary(self.config.vocab_size)
+        if data.sequence_length > self.config.max_position_embeddings:
+            raise ConfigError(
+                f"data.sequence_length is {data.sequence_length} but the model's max_position_embeddings is "
+                f"{self.config.max_position_embeddings}; lower the one or raise the other"
+            )
+
+    def on_fit_start(self) -> None:
+        """Take the weights of ``init_from``, unless the run continues from a checkpoint of its own."""
+        # Lightning says which checkpoint it restores only once it has, so not in setup.
+        if self.init_from is not None and self.trainer.ckpt_path is None:
+            fill(self.decoder, self.initial_checkpoint())
+
+    def initial_checkpoint(self) -> Checkpoint:
+        """The checkpoint that training starts from; raises UserError if it is missing or of another model."""
+        assert self.init_from is not None
+        checkpoint = Checkpoint.open(self.init_from)
+        ours, theirs = self.config.to_dict(), checkpoint.config.to_dict()
+        other = [key for key in ours if key not in NOT_IN_CHECKPOINTS and not same_setting(self.config, theirs, key)]
+        if other:
+            raise ConfigError(
+                f"model.init_from: {self.init_from} has {other[0]} {theirs[other[0]]!r} but model.config has "
+                f"{ours[other[0]]!r}; `moebed upcycle` writes a start.yaml with the config that fits"
+            )
+        return checkpoint
+
+    def configure_optimizers(self) -> Any:
+        """Fused AdamW and its schedule, stepped once an optimizer step."""
+        optimizer = build_adamw(self.decoder, self.optimizer_config)
+        self._plan = SchedulePlan.of(self.optimizer_config, self.trainer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._plan.build(optimizer), "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """The accumulation window ends: routers adapt to its load, and the gradient is clipped; or the step is skipped.
+
+        Lightning's own clipping refuses fused optimizers under mixed precision, although bf16 has no loss scaling.
+        The norm before clipping is logged.
+        """
+        self._window_counts = []
+        parameters = list(self.decoder.parameters())
+        norm = gradient_norm(parameters)
+        self._note("grad_norm", norm)
+        if self.not_finite.skips(self.trainer, norm):
+            optimizer.zero_grad(set_to_none=True)  # AdamW leaves a parameter without a gradient as it is
+            self._router_steps.forget()
+            self._log_step()
+            return
+        for name, value in self._router_steps.end().items():
+            self._note(name, value)
+        self._log_step()
+        if gradient_clip_val and gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val, foreach=False)
+        elif gradient_clip_val:
+            scale_gradients(parameters, (gradient_clip_val / (norm + 1e-6)).clamp(max=1.0))
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Routers learn which optimizer step this is part of; the log of the one before is closed."""
+        self._router_steps.begin(self.global_step)
+        if self._begins_step:
+            self._begins_step = False
+            self._step_log.clear()
+            for item in self.trainer.fit_loop.epoch_loop._results.values():
+                if not item.meta.on_epoch:  # otherwise logged once more where a run stops, under another step's number
+                    item.reset()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Language-model loss plus the weighted balancing losses of one micro-batch."""
+        input_ids, labels = batch["input_ids"], batch["labels"]
+        terms = (self._terms or self._forward_terms)(input_ids, labels)
+        tokens = (labels != IGNORE_INDEX).sum()
+        nats = terms.nats.sum()
+        loss = nats / tokens
+        self._note("loss", loss)
+        self._note("bits_per_byte", bits_per_byte(nats, batch["label_bytes"].sum()))
+        self._note("learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
+        total = loss + self._balancing_losses(terms) + self._router_losses(terms)
+        self._router_steps.add(terms.counts, tokens)
+        self.not_finite.watch(total, terms.z_losses)
+        return total
+
+    def _forward_terms(self, input_ids: Tensor, labels: Tensor) -> StepTerms:
+        logits, routings = self.decoder(input_ids)
+        mask = (labels != IGNORE_INDEX).flatten()
+        stats = [router_stats(routing, mask) for routing in routings]
+        return StepTerms(
+            token_losses(logits, labels).sum(dim=1),
+            [layer.counts for layer in stats],
+            [layer.mean_probs for layer in stats],
+            [layer.z_loss for layer in stats],
+            [layer.losses for layer in stats],
+        )
+
+    def _balancing_losses(self, terms: StepTerms) -> Tensor:
+        """Weighted sum of the balancing losses, each a mean over the MoE layers; logs them unweighted."""
+        zero = terms.nats.new_zeros(())
+        if not terms.counts:
+            return zero
+        counts = self._global_counts(terms.counts) if self.config.router_aux_loss_scope == "global" else terms.counts
+        pairs = zip(terms.mean_probs, counts, strict=True)
+        balance = torch.stack([load_balancing_loss(probs, count) for probs, count in pairs]).mean()
+        z_loss = torch.stack(terms.z_losses).mean()
+        self._note("load_balancing_loss", balance)
+        self._note("router_z_loss", z_loss)
+        violation = torch.stack([count.max() / count.mean() - 1 for count in terms.counts]).mean()
+        self._note("max_violation", violation)
+        for coefficient, value in (
+            (self.config.router_aux_loss_coef, balance),
+            (self.config.router_z_loss_coef, z_loss),
+        ):
+            if coefficient:
+                zero = zero + coefficient * value
+        return zero
+
+    def _router_losses(self, terms: StepTerms) -> Tensor:
+        """Weighted sum of what the layers ask for beside, a mean over the MoE layers; logs each, unweighted.
+
+        A loss that some layers alone have in this step is logged as the mean of those.
+        """
+        total = terms.nats.new_zeros(())
+        found: dict[str, list[Tensor]] = {}
+        for router, losses in zip(self.decoder.routers, terms.router_losses, strict=True):
+            coefficients = {**router.loss_coefficients(), **self.config.diversity_losses}
+            for name, value in losses.items():
+                total = total + coefficients[name] * value / len(terms.router_losses)
+                found.setdefault(name, []).append(value)
+        for name, values in found.items():
+            self._note(f"{name}_loss", torch.stack(values).mean())
+        return total
+
+    def _note(self, name: str, value: Tensor | float) -> None:
+        """Keep a number of this step for the log."""
+        self._step_log.note(f"train/{name}", value)
+
+    def _log_step(self) -> None:
+        """The step has ended: log it, means over its micro-batches and over ranks, if it is one that is logged."""
+        self._begins_step = True
+        if is_logged(self.trainer, self.global_step + 1):
+            for name, value in self.step_metrics().items():
+                shown = name in ("train/loss", "train/bits_per_byte")
+                self.log(name, torch.tensor(value), prog_bar=shown)  # in main memory: nobody waits to show it
+
+    def step_metrics(self) -> dict[str, float]:
+        """Numbers of the last step, whether it was logged or not; all ranks call this together."""
+        return self._step_log.read(self.trainer.world_size)
+
+    def _global_counts(self, counts: list[Tensor]) -> list[Tensor]:
+        """Counts summed over ranks, and over this window's accumulation steps so far."""
+        joined = torch.cat(counts)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(joined)
+        summed = list(joined.split([len(count) for count in counts]))
+        if self._window_counts:
+            summed = [new + old for new, old in zip(summed, self._window_counts, strict=True)]
+        self._window_counts = summed
+        return summed
+
+    # Validation ----------------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Sum up the text loss of every domain."""
+        assert self._val_loss is not None
+        nats = self._forward_terms(batch["input_ids"], batch["labels"]).nats
+        tokens = (batch["labels"] != IGNORE_INDEX).sum(dim=1)
+        self._val_loss.update(nats, tokens, batch["label_bytes"].sum(dim=1), batch["domain"])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log loss, perplexity and bits per byte, over all text and by domain."""
+        self._log_text_loss("val")
+        self.last_validated_step = self.global_step
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """The same as validation, on the test text."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Log loss, perplexity and bits per byte, over all text and by domain."""
+        self._log_text_loss("test")
+
+    def _log_text_loss(self, stage: str) -> None:
+        assert self._val_loss is not None
+        found = {name: value.cpu() for name, value in self._val_loss.compute().items()}
+        self._val_loss.reset()
+        domains = self.trainer.datamodule.domains  # type: ignore[attr-defined]
+        for name in ("loss", "perplexity", "bits_per_byte"):  # sums over ranks already
+            self.log(f"{stage}/{name}", found[name], prog_bar=name == "bits_per_byte")
+        if len(domains) > 1:
+            for index, domain in enumerate(domains):
+                if found["loss_by_domain"][index].isfinite():
+                    self.log(f"{stage}/loss/{domain}", found["loss_by_domain"][index])
+                    self.log(f"{stage}/bits_per_byte/{domain}", found["bits_per_byte_by_domain"][index])
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
+        """``nats (B, S)`` of every next token, 0 where nothing is predicted; its ``labels`` and ``domain (B,)``."""
+        nats = token_losses(self.decoder(batch["input_ids"]).logits, batch["labels"])
+        return {"nats": nats, "labels": batch["labels"], "domain": batch["domain"]}
+
+    # Checkpoints ---------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the model's config, the learning rates' plan, and the random states, so that a resumed run draws what it
+        would have drawn: those of the CPU, and of the device that the first rank computes on."""
+        checkpoint["model_config"] = self.config.to_dict()
+        if self._plan is not None:
+            checkpoint["schedule"] = self._plan.to_dict()
+        checkpoint["rng"] = {"torch": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            checkpoint["rng"]["cuda"] = torch.cuda.get_rng_state(self.device)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint is of this model; the rest is taken up when training starts."""
+        saved = checkpoint.get("model_config")
+        if saved is not None:
+            self._compare(ModelConfig.from_dict(saved).to_dict())  # an older one lacks the settings that are new
+        self._former_plan = checkpoint.get("schedule", {})
+        self._rng = checkpoint.get("rng")
+
+    def _compare(self, saved: dict[str, Any]) -> None:
+        """Raise ConfigError if a checkpoint is of another model; say what changes only how this one is computed."""
+        ours = self.config.to_dict()
+        changed = [key for key, value in ours.items() if saved.get(key) != value]
+        other = [key for key in changed if key not in NOT_IN_CHECKPOINTS]
+        if other:
+            raise ConfigError(
+                f"the checkpoint's model differs from the config in {', '.join(other)}; "
+                "use the run's own config.yaml or another run folder"
+            )
+        for key in changed:
+            say(f"{key} was {saved[key]!r} in the checkpoint and is {ours[key]!r} now")
+
+    def on_train_start(self) -> None:
+        """Restore the random states of a resumed run; its config says what the optimizer does, not its checkpoint."""
+        if self._plan is not None:
+            for change in self._plan.changes(self._former_plan):
+                say(f"{change} from step {self.global_step} on")
+            self._plan.hold(self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler)
+        rng, self._rng = self._rng, None
+        if rng is None:
+            return
+        torch.set_rng_state(rng["torch"].cpu())
+        if self.device.type == "cuda" and "cuda" in rng:
+            states = rng["cuda"]  # older checkpoints have those of all devices
+            own = states if isinstance(states, Tensor) else states[min(self.device.index or 0, len(states) - 1)]
+            torch.cuda.set_rng_state(own.cpu(), self.device)

@@ -1,0 +1,118 @@
+"""AdamW with decay groups, and learning-rate schedules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from moebed.errors import ConfigError
+from moebed.model.experts import Experts
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its schedule.
+
+    Args:
+        learning_rate: Peak learning rate.
+        weight_decay: Decoupled weight decay of matrices; norm scales and biases are not decayed.
+        beta1: Decay of the first moment.
+        beta2: Decay of the second moment.
+        eps: Added to the denominator of the update.
+        warmup_steps: Optimizer steps of linear warm-up from 0.
+        schedule: After the warm-up: cosine, wsd (stable, then a linear decay over the last decay_fraction of the
+            steps) or constant.
+        decay_fraction: Share of all steps over which wsd decays.
+        min_lr_ratio: Last learning rate as a share of the peak.
+    """
+
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    warmup_steps: int = 50
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    decay_fraction: float = 0.2
+    min_lr_ratio: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "weight_decay", "warmup_steps"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"optimizer: {name} is {getattr(self, name)}; it must not be negative")
+
+
+def build_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """Fused AdamW; parameters of two or more dimensions decay, the others do not.
+
+    Routed experts have a group of their own: they may lie on another mesh of ranks than the rest. Groups and their
+    order are the same whatever the layout, so that a checkpoint fits any.
+    """
+    experts = {id(p) for module in model.modules() if isinstance(module, Experts) for p in module.parameters()}
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in parameters if p.ndim >= 2]
+    groups = [
+        {"params": [p for p in matrices if id(p) not in experts], "weight_decay": config.weight_decay},
+        {"params": [p for p in matrices if id(p) in experts], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    betas = (config.beta1, config.beta2)
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.eps, fused=True)
+
+
+@torch.no_grad()
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """Norm of all gradients together, float32 whatever they are; every rank has it, over all meshes they lie on."""
+    total = torch.zeros(())
+    for grads in _gradients_by_mesh(parameters):
+        # Not get_total_norm, which sums and answers in the gradients' type: 8 bits of a bf16-true run's.
+        norms = torch._foreach_norm(_local(grads), 2, dtype=torch.float32)
+        squares = torch.linalg.vector_norm(torch.stack(norms)).square()
+        if isinstance(grads[0], DTensor):
+            for dimension, placement in enumerate(grads[0].placements):
+                if placement.is_shard():
+                    torch.distributed.all_reduce(squares, group=grads[0].device_mesh.get_group(dimension))
+        total = total.to(squares) + squares
+    return total.sqrt()
+
+
+@torch.no_grad()
+def scale_gradients(parameters: Iterable[Tensor], factor: Tensor) -> None:
+    """Multiply all gradients by one number."""
+    for grads in _gradients_by_mesh(parameters):
+        torch._foreach_mul_(_local(grads), factor)
+
+
+def _local(grads: list[Tensor]) -> list[Tensor]:
+    """What this rank holds of them."""
+    return [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+
+
+def _gradients_by_mesh(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
+    found: dict[object, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            mesh = parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None
+            found.setdefault(mesh, []).append(parameter.grad)
+    return list(found.values())
+
+
+def learning_rate_factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
+    """Learning rate of an optimizer step, as a share of the peak."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    if config.schedule == "cosine":
+        progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+        return config.min_lr_ratio + (1 - config.min_lr_ratio) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+    decay_steps = max(1, round(config.decay_fraction * total_steps))
+    progress = (step - (total_steps - decay_steps)) / decay_steps
+    return 1.0 - (1 - config.min_lr_ratio) * min(1.0, max(0.0, progress))

@@ -1,0 +1,188 @@
+"""The walk over the layers of a live model, which is a forward pass: each layer's input is what the real model made.
+
+E experts, K experts per token, H hidden, F expert intermediate, T valid tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moebed.errors import UserError
+from moebed.model.config import ModelConfig
+from moebed.model.decoder import Block, Decoder, FeedForward, MoE, evaluating
+from moebed.model.routers import Routing
+from moebed.views.layer import ExpertView, HeadView, LayerView, LayerWeights, Need, ProbeText, Watch
+from moebed.views.text_pass import TextModel, TextPass, band_rows
+
+
+@dataclass(frozen=True)
+class ModuleWeights:
+    """The weights of a live layer."""
+
+    mlp: MoE | FeedForward
+
+    def expert_matrix(self, name: str, index: int, rows: slice) -> Tensor:
+        """Rows of one routed expert's matrix; shares memory with the model, unless it is a product."""
+        assert isinstance(self.mlp, MoE)
+        return self.mlp.experts.expert_matrix(name, index).detach()[rows]
+
+    def expert_shape(self, name: str) -> tuple[int, int]:
+        """Rows and columns of one routed expert's matrix."""
+        assert isinstance(self.mlp, MoE)
+        _, hidden, width = self.mlp.experts.down_proj.shape
+        return (hidden, width) if name == "down" else (width, hidden)
+
+    def shared_matrix(self, name: str) -> Tensor | None:
+        """The shared expert's matrix; shares memory with the model."""
+        if not isinstance(self.mlp, MoE) or self.mlp.shared_expert is None:
+            return None
+        return getattr(self.mlp.shared_expert, f"{name}_proj").weight.detach()
+
+    def reference_matrix(self, name: str) -> Tensor | None:
+        """A live model has no reference."""
+        return None
+
+    def run_experts(self, x: Tensor, watch: Watch | None = None) -> Iterator[ExpertView]:
+        """Run the modules."""
+        assert isinstance(self.mlp, MoE)
+        routed, shared = self.mlp.experts, self.mlp.shared_expert
+        x, every = x.to(routed.down_proj.dtype), slice(0, len(x))
+        for index in range(routed.num_experts):
+            activated = routed.activate(index, x)
+            if watch is not None:
+                watch(index, every, activated.float())
+            yield ExpertView(index, routed.finish(index, x, activated).float())
+        if shared is not None:
+            if watch is not None:
+                watch(routed.num_experts, every, shared.activation(shared.gate_proj(x)).float())
+            yield ExpertView(routed.num_experts, self.mlp.shared_output(x).float(), "SE")
+
+    def each(self, x: Tensor, topk_index: Tensor) -> Tensor:
+        """Run the modules."""
+        assert isinstance(self.mlp, MoE)
+        return self.mlp.experts.each(x.to(self.mlp.experts.down_proj.dtype), topk_index)
+
+    def combine(self, x: Tensor, routing: Routing | None) -> Tensor:
+        """Run the modules on the chosen experts alone."""
+        if not isinstance(self.mlp, MoE):
+            return self.mlp(x.to(self.mlp.down_proj.weight.dtype))
+        assert routing is not None
+        experts = self.mlp.experts
+        return self.mlp.combine(x.to(experts.down_proj.dtype), routing, experts.known_outputs(routing))
+
+
+@torch.no_grad()
+def walk(decoder: Decoder, text: ProbeText | None, needs: frozenset[Need]) -> Iterator[LayerView | HeadView]:
+    """Views of a live decoder's layers, from the first to the last, in float32 and in evaluation mode.
+
+    The model's parameters, its training flag and every random state are as before when the walk ends.
+
+    Args:
+        decoder: The model.
+        text: Sequences to run; None for weights alone.
+        needs: What the probes ask for; without routing, outputs or activations no text is run.
+
+    Yields:
+        A view a layer, layers without experts included; then, where predictions are asked for, a HeadView.
+    """
+    with evaluating(decoder):
+        yield from walk_model(LiveModel(decoder), text, needs)
+
+
+@torch.no_grad()
+def walk_model(model: TextModel, text: ProbeText | None, needs: frozenset[Need]) -> Iterator[LayerView | HeadView]:
+    """The same of any model that hands out its layers in order."""
+    views = _views(model, 0)
+    if text is None or not needs - {Need.WEIGHTS}:
+        yield from views
+        return
+    run = TextPass(model, text)
+    yield from run.layers(views, ablation=partial(_ablation, model, run))
+    head = run.head(Need.LOGITS in needs) if needs & {Need.PREDICTIONS, Need.LOGITS} else None
+    if head is not None:
+        yield head
+
+
+def _ablation(model: TextModel, run: TextPass, index: int, x: Tensor, routing: Routing) -> Callable[[int], Tensor]:
+    """Loss (T,) of each token with one expert masked out of the choice at a layer, -1 for none."""
+    mlp = model.block(index).mlp
+    assert isinstance(mlp, MoE)
+
+    def loss(expert: int) -> Tensor:
+        chosen = routing
+        if expert >= 0:
+            masked = routing.router_logits.index_fill(1, torch.tensor(expert, device=x.device), -torch.inf)
+            chosen = mlp.router.choose(masked)
+        rest = run.continued(ModuleWeights(mlp).combine(x, chosen).float())
+        for _ in rest.layers(_views(model, index + 1)):
+            pass
+        head = rest.head()
+        if head is None:
+            raise rest.stopped or UserError("the text did not come to the head")
+        return head.loss
+
+    return loss
+
+
+@dataclass(frozen=True)
+class LiveModel:
+    """A decoder in memory, as a TextPass asks for it."""
+
+    decoder: Decoder
+
+    @property
+    def config(self) -> ModelConfig:
+        """The decoder's."""
+        return self.decoder.config
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Residual stream (N, H) of ids (N,)."""
+        table = self.decoder.embed_tokens
+        return table(ids.to(table.weight.device)) * self.config.embedding_multiplier
+
+    def block(self, index: int) -> Block:
+        """The layer."""
+        return self.decoder.blocks[index]
+
+    def layer_weights(self, index: int) -> LayerWeights:
+        """The layer's FFN or experts."""
+        return ModuleWeights(self.decoder.blocks[index].mlp)
+
+    def head(self, hidden: Tensor) -> Iterator[Tensor]:
+        """Logits (N, v), band after band of the vocabulary."""
+        x = self.decoder.norm(hidden)
+        for band in self.decoder.lm_head.weight.split(band_rows(len(x))):
+            yield F.linear(x, band) * self.config.logits_multiplier
+
+    def computing(self) -> AbstractContextManager[object]:
+        """In float32, or in what the parameters are in."""
+        return computing_like(self.decoder.embed_tokens.weight)
+
+
+def computing_like(weight: Tensor) -> AbstractContextManager[object]:
+    """Products in float32, or in the dtype of the weights."""
+    if weight.dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(weight.device.type, dtype=weight.dtype)
+
+
+def _views(model: TextModel, start: int) -> Iterator[LayerView]:
+    """Views of the layers from one on, each made when it is asked for."""
+    for index in range(start, model.config.num_hidden_layers):
+        layer, mlp = model.config.layer(index), model.block(index).mlp
+        gate = mlp.router.gate() if isinstance(mlp, MoE) else None
+        yield LayerView(
+            index=index,
+            num_hidden_layers=model.config.num_hidden_layers,
+            num_experts=layer.num_experts,
+            num_experts_per_tok=layer.num_experts_per_tok if layer.num_experts else 0,
+            gate=None if gate is None else gate.detach().float(),
+            weights=model.layer_weights(index),
+        )

@@ -1,0 +1,307 @@
+"""A pass of text through a model, a layer at a time: the same code for a live decoder and for weights read as it goes.
+
+The text's valid tokens lie side by side, sequence after sequence; padding exists within attention alone.
+
+T valid tokens, B sequences, S positions, E experts, K experts per token, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moebed.errors import UserError
+from moebed.machine.mapped import new_array
+from moebed.model.attention import RotaryEmbedding
+from moebed.model.config import ModelConfig
+from moebed.model.decoder import Block, MoE
+from moebed.model.routers import Routing
+from moebed.views.layer import HeadView, LayerView, LayerWeights, ProbeText
+
+_ATTENDED_TOKENS = 8192  # at a time, padding included
+_PADDED_SHARE = 1.25  # sequences attend together where that makes them no longer than this, on average
+_BAND_LOGITS = 1 << 25  # at a time
+
+
+class TextModel(Protocol):
+    """What a pass asks of a model; weights are valid until those of the next layer are asked for."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's."""
+        ...
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Residual stream (N, H) float32 that ids (N,) enter the first layer with."""
+        ...
+
+    def block(self, index: int) -> Block:
+        """A layer whose attention, norms and router have their weights."""
+        ...
+
+    def layer_weights(self, index: int) -> LayerWeights:
+        """The layer's FFN or experts."""
+        ...
+
+    def head(self, hidden: Tensor) -> Iterator[Tensor]:
+        """Logits (N, v) of one band of the vocabulary after another; see ``band_rows``."""
+        ...
+
+    def computing(self) -> AbstractContextManager[object]:
+        """The precision of products."""
+        ...
+
+
+# Makes, of a layer's index, its input (T, H) and its routing, what LayerView.ablate is.
+Ablation = Callable[[int, Tensor, Routing], Callable[[int], Tensor]]
+
+
+@dataclass
+class Stream:
+    """Residual stream of the valid tokens on their way through a model.
+
+    Args:
+        layer: The layer that they enter next.
+        hidden: (T, H) float32.
+    """
+
+    layer: int
+    hidden: Tensor
+
+
+class TextPass:
+    """Text on its way through a model, and through the dense reference beside it.
+
+    Where it cannot go on, because weights cannot be read or a value is NaN, ``stopped`` says why, the layer's view has
+    the error, and later views have no text.
+
+    Args:
+        model: The model.
+        text: Its sequences.
+        reference: A dense model that sees the same text; its FFN's outputs are offered beside the experts'.
+        stream: Where an earlier pass was stopped; from the start if not given.
+        reference_stream: The same of the reference.
+
+    Raises:
+        UserError: The text does not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: TextModel,
+        text: ProbeText,
+        reference: TextModel | None = None,
+        stream: Stream | None = None,
+        reference_stream: Stream | None = None,
+    ) -> None:
+        self.text = text
+        self.scratch: Path | None = None  # folder where large logits are kept; in memory if not given
+        self.stopped: UserError | None = None
+        self._main = _Way(model, text, stream)
+        self._reference = _Way(reference, text, reference_stream) if reference is not None else None
+
+    @property
+    def streams(self) -> tuple[Stream, Stream | None]:
+        """Where the text is, in the model and in the reference."""
+        return self._main.stream, self._reference.stream if self._reference is not None else None
+
+    def layers(
+        self,
+        views: Iterable[LayerView],
+        shown: frozenset[int] | None = None,
+        every_expert: frozenset[int] = frozenset(),
+        ablation: Ablation | None = None,
+    ) -> Iterator[LayerView]:
+        """Each layer with what happened there, and on to the next when it was looked at.
+
+        Args:
+            views: All layers in order, from that which the streams enter, as their weights are.
+            shown: Layers to yield; all of them if not given.
+            every_expert: Layers that are gone through by running every expert, whether or not who looks asks for it.
+            ablation: Makes ``LayerView.ablate``, where the model is at hand as a whole.
+        """
+        for weights_view in views:
+            view = self._enter(weights_view, ablation)
+            if shown is None or view.index in shown:
+                yield view
+            if view.index in every_expert and view.num_experts and view.text is not None and view.moe_output is None:
+                with suppress(UserError):  # as where the layer is shown: it is gone through by the chosen ones then
+                    for _ in view.experts():
+                        pass
+            self._leave(view)
+
+    def continued(self, output: Tensor) -> TextPass:
+        """A pass of its own from here on, as if the layer that the text is in had made this output (T, H) of it."""
+        return TextPass(self._main.model, self.text, stream=self._main.after(output))
+
+    def head(self, with_logits: bool = False) -> HeadView | None:
+        """What the model predicts after the last layer; None where the text did not come that far."""
+        if self.stopped is not None:
+            return None
+        try:
+            return self._main.head(self.text, with_logits, self.scratch)
+        except UserError as error:
+            self.stopped = error
+            return None
+
+    def _enter(self, view: LayerView, ablation: Ablation | None) -> LayerView:
+        """The view of a layer with what text did there, or why it did not come there."""
+        if self.stopped is not None:
+            return replace(view, text_error=self.stopped)
+        try:
+            x, routing = self._main.enter(view.weights)
+            reference = self._reference_output(view.index)
+        except UserError as error:
+            self.stopped = error
+            return replace(view, error=error, text_error=error)
+        ablate = ablation(view.index, x, routing) if ablation and routing is not None and view.num_experts > 1 else None
+        return replace(view, text=self.text, routing=routing, moe_input=x, reference_output=reference, ablate=ablate)
+
+    def _reference_output(self, layer: int) -> Tensor | None:
+        """What the dense reference's FFN makes of its own hidden states (T, H); None where it has no such layer."""
+        if self._reference is None or layer >= self._reference.model.config.num_hidden_layers:
+            return None
+        x, _ = self._reference.enter(None)
+        with self._reference.model.computing():
+            output = self._reference.model.layer_weights(layer).combine(x, None).float()
+        require_finite(output, f"the reference's FFN output at layer {layer}")
+        return output
+
+    def _leave(self, view: LayerView) -> None:
+        if self.stopped is not None:
+            return
+        try:
+            self._main.leave(view.moe_output if view.moe_output is not None else self._main.combine(view))
+            if self._reference is not None and view.reference_output is not None:
+                self._reference.leave(view.reference_output)
+        except UserError as error:
+            self.stopped = error
+
+
+class _Way:
+    """The text's way through one model."""
+
+    def __init__(self, model: TextModel, text: ProbeText, stream: Stream | None) -> None:
+        lengths = text.token_mask.sum(dim=1)
+        longest = int(lengths.max())
+        if longest > model.config.max_position_embeddings:
+            raise UserError(
+                f"a sequence of {longest} tokens is longer than the model's max_position_embeddings "
+                f"{model.config.max_position_embeddings}; shorten the text or raise it"
+            )
+        self.model, self._token_ids = model, text.token_ids
+        if stream is None:
+            with model.computing():
+                stream = Stream(0, model.embed(text.token_ids).float())
+        self.stream = stream
+        device = stream.hidden.device
+        self._rope = RotaryEmbedding(model.config)(0, longest, device)
+        self._groups = [group.to(device) for group in attention_groups(lengths)]
+        self._block: Block | None = None
+        self._attended = stream.hidden  # (T, H) residual stream between attention and FFN
+
+    def enter(self, weights: LayerWeights | None) -> tuple[Tensor, Routing | None]:
+        """Through attention: the FFN's or MoE's normalised input (T, H), and the routing of an MoE."""
+        self._block = block = self.model.block(self.stream.layer)
+        hidden = self.stream.hidden
+        with self.model.computing():
+            self._attended = torch.empty_like(hidden)
+            for group in self._groups:
+                valid = group >= 0
+                rope = (self._rope[0][: group.shape[1]], self._rope[1][: group.shape[1]])
+                self._attended[group[valid]] = block.attend(hidden[group.clamp(min=0)], rope)[valid].float()
+            x = block.pre_ffn_norm(self._attended)
+            require_finite(x, f"the hidden states at layer {self.stream.layer}")
+            if not isinstance(block.mlp, MoE):
+                return x, None
+            assert weights is not None
+            return x, block.mlp.router(x, weights, self._token_ids.to(x.device))
+
+    def combine(self, view: LayerView) -> Tensor:
+        """The layer's output (T, H), by the chosen experts alone."""
+        assert view.moe_input is not None
+        with self.model.computing():
+            return self.model.layer_weights(view.index).combine(view.moe_input, view.routing).float()
+
+    def leave(self, output: Tensor) -> None:
+        """On to the next layer with the FFN's or MoE's output (T, H)."""
+        self.stream = self.after(output)
+        require_finite(self.stream.hidden, f"the hidden states after layer {self.stream.layer - 1}")
+        self._block = None
+
+    def after(self, output: Tensor) -> Stream:
+        """What enters the next layer if this one makes this output (T, H)."""
+        assert self._block is not None
+        with self.model.computing():
+            return Stream(self.stream.layer + 1, self._attended + self._block.post_ffn_norm(output))
+
+    def head(self, text: ProbeText, with_logits: bool, scratch: Path | None) -> HeadView:
+        """Predictions and losses, over the vocabulary a band at a time."""
+        hidden = self.stream.hidden
+        targets = text.targets.to(hidden.device)
+        best = hidden.new_full((len(hidden),), -torch.inf)
+        predicted = torch.zeros_like(targets)
+        total, wanted = best.clone(), torch.full_like(best, torch.nan)
+        shape, start = (len(hidden), self.model.config.vocab_size), 0
+        kept = torch.from_numpy(new_array(shape, np.dtype(np.float32), scratch)) if with_logits else None
+        with self.model.computing():
+            for band in self.model.head(hidden):
+                logits = band.float()  # (T, v)
+                most, at = logits.max(dim=1)
+                predicted = torch.where(most > best, at + start, predicted)
+                best, total = torch.maximum(most, best), torch.logaddexp(total, logits.logsumexp(dim=1))
+                inside = (targets >= start) & (targets < start + logits.shape[1])
+                found = logits.gather(1, (targets - start).clamp(0, logits.shape[1] - 1).unsqueeze(1)).squeeze(1)
+                wanted = torch.where(inside, found, wanted)
+                if kept is not None:
+                    kept[:, start : start + logits.shape[1]].copy_(logits)
+                start += logits.shape[1]
+        require_finite(total, "the logits")
+        return HeadView(text, predicted, total - wanted, kept)
+
+
+def band_rows(num_tokens: int) -> int:
+    """Rows of the vocabulary whose logits for so many tokens are made at a time."""
+    return max(256, _BAND_LOGITS // max(1, num_tokens))
+
+
+def attention_groups(lengths: Tensor) -> list[Tensor]:
+    """Which sequences attend together: of similar length, so that little padding is computed.
+
+    Args:
+        lengths: (B,) valid tokens of each sequence.
+
+    Returns:
+        (b, s) int64 each: index among the T valid tokens, -1 where a shorter sequence has ended.
+    """
+    starts = (lengths.cumsum(0) - lengths).tolist()
+    sizes = lengths.tolist()
+    groups: list[list[int]] = []
+    for row in sorted((row for row, size in enumerate(sizes) if size), key=lambda row: -sizes[row]):
+        if groups:
+            group, longest = groups[-1], sizes[groups[-1][0]]
+            tokens = (len(group) + 1) * longest
+            if tokens <= _ATTENDED_TOKENS and tokens <= _PADDED_SHARE * (sum(sizes[r] for r in group) + sizes[row]):
+                group.append(row)
+                continue
+        groups.append([row])
+    found = []
+    for group in groups:
+        position = torch.arange(sizes[group[0]])
+        rows = [torch.where(position < sizes[row], position + starts[row], -1) for row in sorted(group)]
+        found.append(torch.stack(rows))
+    return found
+
+
+def require_finite(values: Tensor, what: str) -> None:
+    """Raise UserError if NaN or Inf is among the values; a sum shows it many times faster than a look at each."""
+    if not bool(values.sum().isfinite()) and not bool(values.isfinite().all()):
+        kind = "NaN" if bool(values.isnan().any()) else "Inf"
+        raise UserError(f"{what} hold {kind}: what follows would be meaningless, and is left out")

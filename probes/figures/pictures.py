@@ -1,0 +1,47 @@
+"""Whole pictures that several weight probes share, built from ``probes.figures.drawing``, which is imported only to
+draw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Matrices = Mapping[str, Mapping[int, np.ndarray]]
+
+
+def draw_heat_maps(
+    matrices: Matrices, labels: Mapping[int, Sequence[str]], title: str, quantity: str = "cosine"
+) -> dict[str, Callable[[], Figure]]:
+    """Heat maps by matrix and layer, once with a colour scale over all layers and once with one for each layer."""
+    return {
+        "heat_maps": partial(_draw_heat_maps, matrices, labels, title, quantity, False),
+        "heat_maps_scaled_by_layer": partial(_draw_heat_maps, matrices, labels, title, quantity, True),
+    }
+
+
+def _draw_heat_maps(
+    matrices: Matrices, labels: Mapping[int, Sequence[str]], title: str, quantity: str, scale_by_layer: bool
+) -> Figure:
+    from probes.figures import drawing
+
+    return drawing.similarity_grid(matrices, title, labels, quantity, scale_by_layer)
+
+
+def draw_depth(values: Mapping[str, Mapping[int, float]], title: str, quantity: str) -> Figure:
+    """A quantity over layers, a line a matrix."""
+    from probes.figures import drawing
+
+    fig = drawing.new_figure(6.5, 3.4, title)
+    ax = fig.subplots()
+    for (name, by_layer), colour in zip(values.items(), drawing.SERIES, strict=False):
+        drawing.depth_line(ax, by_layer, colour, name)
+    ax.axhline(0, color=drawing.MUTED, lw=1, ls="--")
+    ax.set_ylabel(quantity, fontsize=9)
+    ax.legend(fontsize=8, frameon=False)
+    return fig

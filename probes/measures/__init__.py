@@ -1,0 +1,1 @@
+"""What analyses measure with: cosines, matching, components, ranks, choices, intervals."""

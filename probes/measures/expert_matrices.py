@@ -1,0 +1,120 @@
+"""What is laid side by side when experts are compared: routed experts, then the shared one, then a dense FFN.
+
+E routed experts, E' all that are compared, F expert intermediate, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moebed.machine.float64 import double
+from moebed.views.layer import MATRICES, LayerView
+from probes.contract import Arrays, by_layer
+from probes.measures.bands import one_core_each
+from probes.measures.similarity import off_diagonal
+
+_BAND_ELEMENTS = 1 << 22
+_ROWS_SUMMED = 512
+SHARED, REFERENCE = "SE", "F"  # as the paper's figures name them
+
+
+def neurons(name: str, matrix: Tensor) -> Tensor:
+    """A matrix with its neurons as rows, (F, H): rows of up and gate, columns of down (2406.18219, section 4.2)."""
+    return matrix.T if name == "down" else matrix
+
+
+def others(view: LayerView, name: str) -> dict[str, Tensor]:
+    """Matrices to compare the routed experts with, by label, whatever their width: ``SE``, ``F``, those there are."""
+    found = {SHARED: view.shared_matrix(name), REFERENCE: view.reference_matrix(name)}
+    return {label: matrix for label, matrix in found.items() if matrix is not None}
+
+
+def fitting(view: LayerView, name: str) -> dict[str, Tensor]:
+    """Of ``others``, those of a routed expert's shape."""
+    shape = view.expert_shape(name)
+    return {label: matrix for label, matrix in others(view, name).items() if tuple(matrix.shape) == shape}
+
+
+def compared(view: LayerView, name: str, labels: Mapping[str, Tensor]) -> Callable[[int], Tensor]:
+    """Gives the neurons of row 0 to E' − 1: routed experts, then these others."""
+    rest = list(labels.values())
+
+    def fetch(index: int) -> Tensor:
+        routed = index < view.num_experts
+        return neurons(name, view.expert_matrix(name, index) if routed else rest[index - view.num_experts])
+
+    return fetch
+
+
+def row_bands(view: LayerView, name: str, labels: Mapping[str, Tensor]) -> Iterator[list[Tensor]]:
+    """Rows (r, C) of routed experts, then these others, as stored: E' blocks at a time, a band of rows each."""
+    rows, columns = view.expert_shape(name)
+    step = max(1, _BAND_ELEMENTS // (columns * (view.num_experts + len(labels))))
+    for start in range(0, rows, step):
+        part = slice(start, min(start + step, rows))
+        routed = [view.expert_matrix(name, index, part) for index in range(view.num_experts)]
+        yield routed + [matrix[part] for matrix in labels.values()]
+
+
+def mean_neurons(view: LayerView, name: str) -> tuple[Tensor, list[str]]:
+    """The average neuron of each expert (E', H) in float64, and the labels of those after the routed ones."""
+    if ("mean_neurons", name) not in view.kept:
+        rest = others(view, name)
+        fetch = compared(view, name, rest)
+        matrices = (fetch(index) for index in range(view.num_experts + len(rest)))
+        with one_core_each("means") as each:
+            means = torch.stack(list(each(_mean_of_rows, matrices)))
+        view.kept["mean_neurons", name] = means, list(rest)
+    return view.kept["mean_neurons", name]
+
+
+def _mean_of_rows(matrix: Tensor) -> Tensor:
+    """(N, H) to (H,) float64: bands are summed in float32 where the numbers are shorter, and their sums in float64."""
+    half = matrix.dtype in (torch.bfloat16, torch.float16)
+    total = torch.zeros(matrix.shape[1], dtype=torch.float64)
+    for band in matrix.split(_ROWS_SUMMED):
+        total += (band.float() if half else double(band)).sum(dim=0).cpu()
+    return total / len(matrix)
+
+
+def num_experts(arrays: Arrays) -> dict[int, int]:
+    """Routed experts by layer, as stored under ``num_experts/<layer>``."""
+    return {layer: int(value) for layer, value in by_layer(arrays, "num_experts").items()}
+
+
+def by_matrix(arrays: Arrays, key: str) -> dict[str, dict[int, np.ndarray]]:
+    """The arrays ``<key>/<layer>/<matrix>`` by matrix and layer."""
+    found: dict[str, dict[int, np.ndarray]] = {}
+    for name in MATRICES:
+        layers = {
+            int(k.split("/")[1]): v for k, v in arrays.items() if k.split("/")[0] == key and k.endswith(f"/{name}")
+        }
+        if layers:
+            found[name] = dict(sorted(layers.items()))
+    return found
+
+
+def pair_means(arrays: Arrays, key: str) -> dict[str, dict[int, float]]:
+    """Mean over pairs of routed experts of ``<key>/<layer>/<matrix> (E', E')``; layers with one expert are left out."""
+    experts = num_experts(arrays)
+    return {
+        name: {
+            layer: float(off_diagonal(values[: experts[layer], : experts[layer]]).mean(dtype=np.float64))
+            for layer, values in layers.items()
+            if experts[layer] > 1
+        }
+        for name, layers in by_matrix(arrays, key).items()
+    }
+
+
+def labels_of(arrays: Arrays) -> dict[int, list[str]]:
+    """What each row is, by layer: expert numbers, then what ``others/<layer>/<matrix>`` names."""
+    rest = by_layer(arrays, "others")
+    return {
+        layer: [*map(str, range(count)), *(str(label) for label in rest.get(layer, ()))]
+        for layer, count in num_experts(arrays).items()
+    }

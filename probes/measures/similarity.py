@@ -1,0 +1,81 @@
+"""Cosines between experts' weights, and what is said of a square similarity matrix.
+
+E experts, E' experts and what else is compared with them, R rows and C columns of one expert's matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moebed.machine.float64 import double
+from moebed.views.layer import LayerView
+from probes.measures.bands import sum_over_bands
+
+_BAND_ELEMENTS = 1 << 23  # copied at a time, over all experts
+_SUMMED = 4096  # products in one float32 sum
+
+
+def expert_gram(view: LayerView, name: str) -> tuple[Tensor, list[str]]:
+    """Scalar products of the flattened matrices of a layer's experts; in memory is a band of rows at a time.
+
+    The shared expert ("SE") and then the dense reference ("F") are included where they exist and have the shape of a
+    routed expert.
+
+    Args:
+        view: A layer with experts.
+        name: ``up``, ``gate`` or ``down``.
+
+    Returns:
+        (E', E') float64, and the names of the rows after the routed experts'.
+    """
+    count, (rows, columns) = view.num_experts, view.expert_shape(name)
+    shared, reference = view.shared_matrix(name), view.reference_matrix(name)
+    others = {
+        label: matrix
+        for label, matrix in (("SE", shared), ("F", reference))
+        if matrix is not None and tuple(matrix.shape) == (rows, columns)
+    }
+    total = count + len(others)
+
+    def bands() -> Iterator[list[Tensor]]:
+        band = max(1, _BAND_ELEMENTS // (total * columns))
+        for start in range(0, rows, band):
+            part = slice(start, min(start + band, rows))
+            experts = [view.expert_matrix(name, index, part) for index in range(count)]
+            yield experts + [matrix[part] for matrix in others.values()]
+
+    return sum_over_bands(bands(), _scalar_products), list(others)
+
+
+def _scalar_products(piece: Tensor) -> Tensor:
+    """Scalar products (E', E') float64 of rows (E', n).
+
+    Two bf16 or fp16 numbers have an exact product in float32, and sums of a few thousand of those keep five digits;
+    sums of sums are in float64. float32 numbers come as float64, because PyTorch may be set to round their products.
+    """
+    whole = piece.shape[1] // _SUMMED * _SUMMED
+    parts = piece[:, :whole].unflatten(1, (-1, _SUMMED)).transpose(0, 1)  # (·, E', _SUMMED)
+    rest = piece[:, whole:]
+    return double(torch.bmm(parts, parts.transpose(1, 2))).sum(dim=0) + double(rest @ rest.T)
+
+
+def cosines(gram: Tensor) -> np.ndarray:
+    """Cosines (E', E') float32 from scalar products (E', E'). What is zero has cosine 0 with everything."""
+    norm = gram.diagonal().sqrt()
+    scale = torch.where(norm > 0, 1 / norm, 0.0)
+    return (gram * scale * scale.unsqueeze(1)).float().cpu().numpy()
+
+
+def cosine_matrix(matrices: Tensor) -> np.ndarray:
+    """Cosine of flattened matrices (E, R, C), in float64: (E, E) float32. A zero matrix has cosine 0 with all."""
+    flat = double(matrices.flatten(1))
+    return cosines(flat @ flat.T)
+
+
+def off_diagonal(matrix: np.ndarray) -> np.ndarray:
+    """The entries above the diagonal of a symmetric matrix (E, E): (E·(E − 1)/2,)."""
+    return matrix[np.triu_indices(len(matrix), k=1)]

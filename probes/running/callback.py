@@ -1,0 +1,308 @@
+"""ProbeCallback: drives the probes from a Lightning Trainer, in training and over a pretrained checkpoint.
+
+Probing never changes training: it draws no random number that training would have drawn, leaves parameters, gradients
+and modes alone, and runs the plain decoder where training runs a compiled one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from moebed.checkpoints.pretrained import PretrainedMoE
+from moebed.errors import ConfigError, UserError
+from moebed.machine import provenance, storage
+from moebed.model.config import ModelConfig
+from moebed.parallel.strategy import MeshStrategy
+from moebed.views.layer import ProbeText
+from probes.contract import ProbeResult
+from probes.registry import PROBES, TRAINING_ONLY, resolve_probes
+from probes.running import store
+from probes.running.checkpoint_pass import CheckpointPass, probes_for
+from probes.running.driver import Timing, needs_of, run_probes
+from probes.running.provenance import Provenance, note_of
+
+IGNORE_INDEX = -100
+
+
+class ProbeCallback(Callback):
+    """Probe the model while it trains, or a :class:`moebed.checkpoints.pretrained.PretrainedMoE` in
+    ``Trainer.predict``.
+
+    The module offers ``views(text, needs)``, and ``notes`` where a person should know something of it; the datamodule
+    ``probe_batch(num_sequences)`` and ``domains``. Scalars go to every TensorBoard logger as
+    ``probes/<probe>/<quantity>/layer_07``, pictures as ``probes/<probe>/<figure>``, and what probing costs as
+    ``probes_cost/``. Arrays, history and summary go to ``out``. The model is probed on rank 0; of one that ranks share,
+    the others hand it a layer at a time.
+
+    A checkpoint's layers are probed as ``Trainer.predict`` comes to them, by all probes that need weights alone if none
+    are named. What is finished is kept, and a second run continues there. ``missing`` has the layers that cannot be
+    read.
+
+    Args:
+        probes: Names of the probes to run; the default ones if not given; ``all`` for every one there is.
+        every_n_steps: Probe whenever this many optimizer steps are done; 0 for never.
+        at_start: Probe before the first step of a new run.
+        at_end: Probe when training ends.
+        num_sequences: Sequences of text to probe on, from the datamodule's held-out text.
+        figures_every_n_steps: Draw pictures where the step probed is a multiple of this, the start included; at the end
+            they are drawn in any case. If not given, at the end only: pictures cost more than the numbers in them.
+        out: Folder for the results; the trainer's default_root_dir if not given.
+        fresh: Of a checkpoint, compute anew what is kept of an earlier probing.
+
+    Raises:
+        ConfigError: A probe's name is unknown or a number is out of range.
+    """
+
+    def __init__(
+        self,
+        probes: list[str] | None = None,
+        every_n_steps: int = 100,
+        at_start: bool = True,
+        at_end: bool = True,
+        num_sequences: int = 12,
+        figures_every_n_steps: int | None = None,
+        out: str | None = None,
+        fresh: bool = False,
+    ) -> None:
+        self.probes, self._asked = resolve_probes(probes), probes
+        if every_n_steps < 0:
+            raise ConfigError(f"probes: every_n_steps is {every_n_steps}; it must not be negative (0 is never)")
+        if num_sequences < 1:
+            raise ConfigError(f"probes: num_sequences is {num_sequences}; it must be at least 1")
+        if figures_every_n_steps is not None and figures_every_n_steps < 1:
+            raise ConfigError(f"probes: figures_every_n_steps is {figures_every_n_steps}; it must be at least 1")
+        self.every_n_steps, self.at_start, self.at_end = every_n_steps, at_start, at_end
+        self.num_sequences, self.figures_every_n_steps = num_sequences, figures_every_n_steps
+        self.out, self.fresh = Path(out) if out is not None else None, fresh
+        self.last_step: int | None = None
+        self.missing: dict[int, str] = {}
+        self._checkpoint: CheckpointPass | None = None
+        self._text: ProbeText | None = None
+        self._started = self._seconds = 0.0
+        self._probe_seconds: dict[str, float] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step last probed, so that a resumed run probes nothing twice."""
+        return {"last_step": self.last_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up where a checkpoint was written."""
+        self.last_step = state_dict["last_step"]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what would end in a hang: a sharded model whose other ranks have no part in a walk over it."""
+        sharded = isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy)) and trainer.world_size > 1
+        if sharded and not (hasattr(pl_module, "assist_views") and isinstance(trainer.strategy, MeshStrategy)):
+            raise UserError("the probes cannot look into a module that is sharded by itself; use moebed's `parallel`")
+        if stage == "predict" and isinstance(pl_module, PretrainedMoE):
+            if trainer.world_size > 1:
+                raise UserError("a checkpoint is probed by one process; use trainer.devices 1")
+            if self.out is None:
+                self.out = Path(trainer.default_root_dir)
+            self.probes = probes_for(self._asked, pl_module.text is not None)
+            device = trainer.strategy.root_device.type
+            self._checkpoint = CheckpointPass(pl_module, self.probes, self.out, device, self.fresh)
+            self._started = time.perf_counter()
+            if self._checkpoint.continued:
+                rank_zero_info(f"probes: {self._checkpoint.continued} layers are finished already")
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Probe a layer of a checkpoint."""
+        if self._checkpoint is not None and outputs is not None:
+            self._checkpoint.show(outputs)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write what was found in a checkpoint."""
+        if self._checkpoint is None:
+            return
+        assert self.out is not None
+        results, timing, self.missing = self._checkpoint.results(), self._checkpoint.timing, self._checkpoint.missing
+        self._save(pl_module, results, self._checkpoint.provenance, 0, self._checkpoint.identity)
+        self._checkpoint.finish()
+        self._draw(trainer, results, step=0)
+        self._seconds = timing.total
+        self._log(trainer, results, timing, step=0)
+        self._checkpoint = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget history that a resumed run will write anew; probe the untrained model."""
+        self._started, self._seconds, self._probe_seconds = time.perf_counter(), 0.0, {}
+        if self.out is None:
+            self.out = Path(trainer.default_root_dir)
+        resumed = trainer.global_step > 0 or self.last_step is not None
+        if trainer.is_global_zero:
+            store.truncate_history(self.out, trainer.global_step if resumed else -1)
+            for name in TRAINING_ONLY if not resumed else ():
+                (store.results_dir(self.out) / f"{name}.npz").unlink(missing_ok=True)
+        if self.at_start and not resumed:
+            self._probe(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Probe once when the optimizer has stepped to a multiple of every_n_steps.
+
+        With gradient accumulation several batches end at one step; ``last_step`` tells the first from the rest.
+        """
+        step = trainer.global_step
+        if self.every_n_steps and step and step % self.every_n_steps == 0 and step != self.last_step:
+            self._probe(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Probe the trained model, draw the pictures, and say what probing cost."""
+        if self.at_end:
+            self._probe(trainer, pl_module, draw=True)
+        if self._seconds:
+            elapsed = time.perf_counter() - self._started
+            rank_zero_info(f"probes: {self._seconds:.1f} s, {self._seconds / elapsed:.1%} of the time since the start")
+
+    def _probe(self, trainer: Trainer, pl_module: LightningModule, draw: bool = False) -> None:
+        """Run the probes at the current step, unless that is done; draw the pictures where they are due."""
+        step = trainer.global_step
+        if self.figures_every_n_steps is not None and step % self.figures_every_n_steps == 0:
+            draw = True
+        done, self.last_step = self.last_step == step, step
+        if not trainer.is_global_zero:
+            assist = getattr(pl_module, "assist_views", None)
+            if assist is not None and not done:
+                assist()
+            return
+        if done and not draw:
+            return
+        start = time.perf_counter()
+        assert self.out is not None
+        if done:
+            results = {name: PROBES[name].describe(store.load_arrays(self.out, name)) for name in self.probes}
+            self._draw(trainer, results, step)
+            self._seconds += time.perf_counter() - start
+            return
+        timing = Timing()
+        with isolate_rng():
+            results = self._run(trainer, pl_module, timing)
+            store.append_history(self.out, store.history_line(step, results))
+            self._save(pl_module, results, self._made_from(pl_module, step), step)
+            if draw:
+                self._draw(trainer, results, step)
+        self._seconds += time.perf_counter() - start
+        self._log(trainer, results, timing, step)
+
+    def _save(
+        self,
+        pl_module: LightningModule,
+        results: Mapping[str, ProbeResult],
+        made_from: Provenance,
+        step: int,
+        model: Mapping[str, Any] | None = None,
+    ) -> None:
+        assert self.out is not None
+        for name, result in results.items():
+            store.save_arrays(self.out, name, result.arrays, note_of(made_from, name, result.notes))
+        notes: Any = getattr(pl_module, "notes", ())
+        store.save_summary(self.out, step, results, model, notes, made_from.record)
+
+    def _made_from(self, pl_module: LightningModule, step: int) -> Provenance:
+        """A model at a step of its training, and the text."""
+        config = getattr(pl_module, "config", None)
+        record = {
+            "moebed": provenance.moebed_version(),
+            "code": provenance.code(),
+            "config": config.to_dict() if isinstance(config, ModelConfig) else None,
+            "step": step,
+            "text": self._text.fingerprint() if self._text is not None else None,
+        }
+        return Provenance(record)
+
+    def _run(self, trainer: Trainer, pl_module: LightningModule, timing: Timing) -> dict[str, ProbeResult]:
+        probes = [PROBES[name]() for name in self.probes]
+        assert self.out is not None
+        for probe in probes:
+            if probe.name in TRAINING_ONLY:
+                earlier = store.results_dir(self.out) / f"{probe.name}.npz"
+                probe.begin(trainer.global_step, store.load_arrays(self.out, probe.name) if earlier.exists() else {})
+        if self._text is None:
+            self._text = probe_text(trainer, self.num_sequences)
+        views = getattr(pl_module, "views", None)
+        if views is None:
+            raise UserError(f"{type(pl_module).__name__} has no views(text, needs): the probes cannot look into it")
+        return run_probes(views(self._text, needs_of(probes)), probes, timing)
+
+    def _log(self, trainer: Trainer, results: Mapping[str, ProbeResult], timing: Timing, step: int) -> None:
+        elapsed = time.perf_counter() - self._started
+        for name in results:
+            self._probe_seconds[name] = self._probe_seconds.get(name, 0.0) + timing.probe[name]
+        for writer in _writers(trainer):
+            for name, result in results.items():
+                for key, value in result.scalars.items():
+                    writer.add_scalar(f"probes/{name}/{key}", value, step)
+                for key, headline in result.headlines.items():
+                    writer.add_text(f"probes/{name}/{key}", headline.sentence, step)
+                writer.add_scalar(f"probes_cost/{name}_seconds", timing.probe[name], step)
+                writer.add_scalar(f"probes_cost/{name}_share", self._probe_seconds[name] / elapsed, step)
+            writer.add_scalar("probes_cost/forward_seconds", timing.forward, step)
+            writer.add_scalar("probes_cost/share_of_wall_time", self._seconds / elapsed, step)
+
+    def _draw(self, trainer: Trainer, results: Mapping[str, ProbeResult], step: int) -> None:
+        from probes.figures.drawing import to_png
+
+        assert self.out is not None
+        for name, result in results.items():
+            for key, build in result.figures.items():
+                picture = to_png(build())
+                storage.write_bytes(store.picture_path(self.out, name, key), picture)
+                for writer in _writers(trainer):
+                    _add_png(writer, f"probes/{name}/{key}", picture, step)
+
+
+def _add_png(writer: Any, tag: str, picture: bytes, step: int) -> None:
+    """Log a picture as it is; ``add_image`` would take its pixels and encode them once more."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    width, height = (int.from_bytes(picture[at : at + 4], "big") for at in (16, 20))  # PNG's header
+    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=picture)
+    writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+
+
+def _writers(trainer: Trainer) -> Iterator[Any]:
+    """The event writer of every TensorBoard logger."""
+    return (logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger))
+
+
+def probe_text(trainer: Trainer, num_sequences: int) -> ProbeText:
+    """The datamodule's held-out sequences; positions without a label are padding.
+
+    Raises:
+        UserError: The datamodule offers no text, or none that is not padding.
+    """
+    datamodule: Any = getattr(trainer, "datamodule", None)
+    if not hasattr(datamodule, "probe_batch"):
+        raise UserError("the probes need text: give the trainer a datamodule that has probe_batch(num_sequences)")
+    batch = datamodule.probe_batch(num_sequences)
+    mask = batch["labels"] != IGNORE_INDEX
+    if not bool(torch.any(mask)):
+        raise UserError("the probes' text holds no tokens; raise the callback's num_sequences or give more text")
+    text = ProbeText(batch["input_ids"], mask, batch["domain"], tuple(datamodule.domains))
+    tokenizer = getattr(datamodule, "tokenizer", None)
+    if tokenizer is None:
+        return text
+    ids = text.token_ids.tolist()
+    said = {number: tokenizer.decode([number]) for number in set(ids)}
+    return replace(text, token_text=tuple(said[number] for number in ids))

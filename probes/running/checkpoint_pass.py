@@ -1,0 +1,137 @@
+"""One pass over a checkpoint that is read layer by layer: kept as it goes, continued where it stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from moebed.checkpoints.pretrained import PretrainedMoE
+from moebed.errors import ConfigError, UserError
+from moebed.machine.allocator import release_freed_memory
+from moebed.views.layer import HeadView, LayerView, Need
+from probes.contract import ProbeResult
+from probes.registry import BY_NAME_ONLY, PROBES, TRAINING_ONLY, resolve_probes, with_sources
+from probes.running import store
+from probes.running.driver import PER_EXPERT, ProbePass, Timing, needs_of
+from probes.running.partial import HEAD, KeptLayers, way_to
+from probes.running.provenance import Provenance
+
+HEAD_NEEDS = frozenset({Need.PREDICTIONS, Need.LOGITS})
+
+
+def probes_for(names: Sequence[str] | None, with_text: bool) -> tuple[str, ...]:
+    """Names of the probes to run on a checkpoint: the ones named, or all that the inputs allow.
+
+    Args:
+        names: Names, ``all`` for all that the inputs allow; the same if not given.
+        with_text: Whether there is text.
+
+    Raises:
+        ConfigError: A name is unknown, or its probe cannot run here.
+    """
+    possible = [name for name, probe in PROBES.items() if with_text or probe.needs <= {Need.WEIGHTS}]
+    allowed = [name for name in possible if set(with_sources(name)) <= set(possible) and name not in TRAINING_ONLY]
+    if names is None or "all" in names:
+        named = [name for name in resolve_probes(names or []) if name in BY_NAME_ONLY and name in allowed]
+        return tuple(name for name in allowed if name not in BY_NAME_ONLY or name in named)
+    chosen = resolve_probes(names)
+    for name in chosen:
+        if name in TRAINING_ONLY:
+            raise ConfigError(f"probes: {name} follows a model while it trains; a checkpoint does not have it")
+        if name not in allowed:
+            raise ConfigError(
+                f"probes: {name} needs text; give --text, --input-ids or --domain, or choose from {', '.join(allowed)}"
+            )
+    return chosen
+
+
+class CheckpointPass:
+    """The probes' pass over a checkpoint.
+
+    A layer is kept once it is finished; a layer whose weights cannot be read is left out and the pass goes on. What is
+    kept of the same checkpoint, text, types and code is not computed again: a probe of which everything is kept is not
+    shown anything, and the others are shown the layers that one of them lacks.
+
+    Args:
+        model: The checkpoint.
+        names: The probes.
+        out: Folder of the results.
+        device: Where it is computed.
+        fresh: Forget what is kept.
+
+    Raises:
+        UserError: The folder holds the results of another model.
+    """
+
+    def __init__(
+        self, model: PretrainedMoE, names: Sequence[str], out: Path, device: str = "cpu", fresh: bool = False
+    ) -> None:
+        self.model, self.timing = model, Timing()
+        model.scratch = store.results_dir(out)
+        self.identity = model.identity
+        earlier = store.load_summary(out)
+        if earlier and earlier.get("model") != self.identity:
+            other = earlier.get("model", {}).get("name", "a training run")
+            raise UserError(f"{out} holds the results of {other}; choose another folder for those of {model.name}")
+        probes = [PROBES[name]() for name in names]
+        self.provenance = Provenance({**model.record(), "device": device, "layers": model.layers})
+        self._kept = KeptLayers(out, {name: self.provenance.inputs(name) for name in names}, self.provenance.streams)
+        if fresh:
+            self._kept.forget()
+        layers, end = model.layers, model.config.num_hidden_layers
+        self._every_expert = model.text is not None and bool(needs_of(probes) & PER_EXPERT)
+        kept = {probe.name: self._kept.load(probe, [*layers, HEAD], self._way) for probe in probes}
+        with_head = {probe.name for probe in probes if probe.needs & HEAD_NEEDS}
+        whole = {name for name in names if set(kept[name]) >= {*layers, *([HEAD] if name in with_head else [])}}
+        shown = [probe for probe in probes if probe.name not in whole]
+        done: list[int] = [
+            place
+            for place in [*layers, HEAD]
+            if all(place in kept[p.name] for p in shown if place != HEAD or p.name in with_head)
+        ]
+        for probe in probes:
+            for place, arrays in kept[probe.name].items():
+                if probe.name in whole or place in done:
+                    probe.arrays.update(arrays)
+        self.continued = len(done) - (HEAD in done)
+        self._pass = ProbePass(probes, self.timing, shown)
+        self._with_head = [probe for probe in shown if probe.name in with_head]
+        skipped = [end if place == HEAD else place for place in done]
+        model.prepare(skipped, needs_of(shown), self._kept.load_streams(self._way), self._every_expert)
+
+    def _way(self, place: int) -> str:
+        """How the text comes to a layer, or to the head."""
+        return way_to(self.model.layers, place, self._every_expert)
+
+    @property
+    def missing(self) -> dict[int, str]:
+        """Layers that could not be read or that the text did not pass, and why."""
+        stopped = self.model.text_pass.stopped if self.model.text_pass is not None else None
+        known = self._pass.missing
+        return known if stopped is None or known else {self.model.layers[-1]: str(stopped)}
+
+    def show(self, view: LayerView | HeadView) -> None:
+        """Show a layer, or what the model predicts after the last one, to the probes; keep what they stored of it."""
+        if isinstance(view, HeadView):
+            before = {probe.name: dict(probe.arrays) for probe in self._with_head}
+            self._pass.show(view)
+            self._kept.save_head(self._way(HEAD), self._with_head, before)
+        else:
+            if view.text is not None and self.model.text_pass is not None:
+                self._kept.save_streams(self._way(view.index), self.model.text_pass.streams)
+            if self._pass.show(view):
+                self._kept.save(view.index, self._way(view.index), self._pass.shown)
+        release_freed_memory()  # or the holes of one layer's work add up to those of the next
+
+    def results(self) -> dict[str, ProbeResult]:
+        """Each probe's result over the layers that could be read, with a note on each that could not."""
+        self.model.close()  # the weights give room to the pictures
+        results = self._pass.results()
+        if not self.missing:
+            self._kept.drop_streams()
+        self._kept.drop_others()
+        return results
+
+    def finish(self) -> None:
+        """After the results are written: nothing is kept twice."""
+        self._kept.hand_over()

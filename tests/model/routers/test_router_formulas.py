@@ -1,0 +1,236 @@
+"""Each router against its formula, on cases worked out by hand or written out plainly."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moebed.model.routers import Load
+from moebed.model.routers.autonomy import matched_width
+from moebed.model.routers.competition import coin, mean_cosine
+from tests.model.routers.router_cases import GivenOutputs, config_of, router_of
+
+LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0], [-3.0, 0.5, 0.25, 0.0]])
+
+
+def test_sigmoid_weighs_by_the_score_and_chooses_by_score_and_bias():
+    router = router_of("sigmoid_topk")
+    router.expert_bias.copy_(torch.tensor([0.0, 0.0, 0.0, 0.9]))
+    routing = router.choose(LOGITS)
+    scores = LOGITS.sigmoid()
+    # Expert 3 is the first choice by s + b in both rows, and the last by weight.
+    assert routing.topk_index.tolist() == [[0, 3], [1, 3]]
+    expected = torch.stack([scores[0, [0, 3]], scores[1, [1, 3]]])
+    torch.testing.assert_close(routing.topk_weight, expected / expected.sum(-1, keepdim=True))
+    torch.testing.assert_close(routing.router_probs, scores / scores.sum(-1, keepdim=True))
+    assert bool((routing.topk_weight.diff(dim=1) <= 0).all())
+    raw = router_of("sigmoid_topk", norm_topk_prob=False).choose(LOGITS)
+    torch.testing.assert_close(raw.topk_weight, scores.topk(2).values)
+
+
+def test_sigmoid_never_chooses_a_masked_expert_whatever_its_bias():
+    router = router_of("sigmoid_topk")
+    router.expert_bias[1] = 100.0
+    assert 1 not in router.choose(LOGITS.index_fill(1, torch.tensor(1), -torch.inf)).topk_index
+
+
+def test_sigmoid_bias_moves_by_the_sign_of_what_is_missing():
+    router = router_of("sigmoid_topk", router_options={"bias_update_rate": 0.5})
+    router.end_step(Load(torch.tensor([10.0, 2.0, 4.0, 0.0]), torch.tensor(1.0)))
+    assert router.expert_bias.tolist() == [-0.5, 0.5, 0.0, 0.5]
+    router.end_step(Load(torch.tensor([10.0, 0.0, 10.0, 0.0]), torch.tensor(1.0)))
+    assert router.expert_bias.tolist() == [-1.0, 1.0, -0.5, 1.0]
+
+
+def _outputs(tokens=6, experts=4, hidden=5):
+    return torch.randn(tokens, experts, hidden, requires_grad=True)
+
+
+def test_expert_norm_is_a_softmax_over_the_chosen_norms():
+    outputs = _outputs()
+    routing = router_of("expert_norm")(torch.randn(6, 32), GivenOutputs(outputs))
+    norms = outputs.norm(dim=-1)
+    value, index = norms.topk(2)
+    assert torch.equal(routing.topk_index, index)
+    torch.testing.assert_close(routing.topk_weight, value.softmax(-1))
+    torch.testing.assert_close(routing.router_probs, norms.softmax(-1))
+    for token in range(6):
+        assert torch.equal(routing.precomputed[token], outputs[token, index[token]])
+
+
+@pytest.mark.parametrize("name", ["competesmoe", "competesmoe_v2"])
+def test_competition_teaches_the_gate_and_leaves_the_experts_to_the_task(name):
+    router, x, outputs = router_of(name), torch.randn(6, 32), _outputs()
+    routing = router(x, GivenOutputs(outputs))
+    gate = F.linear(x, router.weight).softmax(-1)
+    response = outputs.norm(dim=-1) if name == "competesmoe" else F.softplus(outputs).mean(-1)
+    value, index = response.topk(2)
+    assert torch.equal(routing.topk_index, index)
+    weight = value.softmax(-1) if name == "competesmoe" else value / value.sum(-1, keepdim=True)
+    torch.testing.assert_close(routing.topk_weight, weight)
+    taught = response.softmax(-1)
+    torch.testing.assert_close(routing.losses["router_competition"], (gate - taught).square().mean(-1))
+    lesson = routing.losses["router_competition"].sum() + sum(
+        value.sum() for key, value in routing.losses.items() if key == "router_winners"
+    )
+    of_gate, of_experts = torch.autograd.grad(lesson, [router.weight, outputs], allow_unused=True, retain_graph=True)
+    assert of_gate.abs().sum() > 0
+    assert of_experts is None
+    assert torch.autograd.grad(routing.topk_weight[:, 0].sum(), outputs)[0].abs().sum() > 0
+
+
+def test_version_two_counts_winners_again_and_keeps_them_apart():
+    router, x, outputs = (
+        router_of("competesmoe_v2", router_options={"winners_weight": 0.2}),
+        torch.randn(6, 32),
+        _outputs(),
+    )
+    routing = router(x, GivenOutputs(outputs))
+    gate, taught = F.linear(x, router.weight).softmax(-1), F.softplus(outputs).mean(-1).softmax(-1)
+    for token in range(6):
+        a, b = routing.topk_index[token].tolist()
+        winners = ((gate - taught)[token, [a, b]] ** 2).mean()
+        torch.testing.assert_close(routing.losses["router_winners"][token], winners)
+        cosine = F.cosine_similarity(outputs[token, a], outputs[token, b], dim=0)
+        torch.testing.assert_close(routing.losses["winner_similarity"][token], cosine)
+    coefficients = router.loss_coefficients()
+    assert coefficients["router_winners"] == pytest.approx(0.2 * coefficients["router_competition"])
+
+
+def test_mean_cosine_leaves_out_the_diagonal():
+    vectors = torch.randn(3, 4, 7)
+    cosines = F.cosine_similarity(vectors.unsqueeze(1), vectors.unsqueeze(2), dim=-1)
+    expected = (cosines.sum((1, 2)) - 4) / 12
+    torch.testing.assert_close(mean_cosine(vectors), expected)
+    assert mean_cosine(vectors[:, :1]).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("name", ["competesmoe", "competesmoe_v2"])
+def test_weights_and_experts_of_a_competition_are_in_the_same_order(name):
+    """Weight k belongs to expert k: with one expert's output known by its size, the sum shows it."""
+    outputs = torch.eye(4).expand(1, 4, 4) * torch.tensor([1.0, 4.0, 2.0, 3.0]).view(1, 4, 1)
+    routing = router_of(name)(torch.randn(1, 32), GivenOutputs(outputs))
+    assert routing.topk_index.tolist() == [[1, 3]]
+    assert routing.topk_weight[0, 0] > routing.topk_weight[0, 1]
+    assert routing.precomputed[0].argmax(-1).tolist() == [1, 3]
+
+
+def test_evaluation_and_other_steps_run_no_experts():
+    router, x = router_of("competesmoe"), torch.randn(5, 32)
+    router.eval()
+    expected = F.linear(x, router.weight).softmax(-1).topk(2).indices
+    assert torch.equal(router(x, None).topk_index, expected)
+    router.train()
+    router.competes = False
+    assert router(x, None).losses is None
+
+
+def test_the_coin_is_a_function_of_seed_step_and_layer():
+    drawn = [[coin(0, step, layer, 0.07) for step in range(4000)] for layer in range(2)]
+    assert drawn[0] != drawn[1]
+    assert drawn[0] != [coin(1, step, 0, 0.07) for step in range(4000)]
+    for flips in drawn:  # within four standard deviations of r
+        assert abs(sum(flips) / 4000 - 0.07) < 4 * math.sqrt(0.07 * 0.93 / 4000)
+    assert not any(coin(0, step, 0, 0.0) for step in range(50))
+    assert all(coin(0, step, 0, 1.0) for step in range(50))
+
+
+def test_autonomy_chooses_by_the_norms_of_the_experts_own_projections():
+    router, x = router_of("autonomy"), torch.randn(6, 32)
+    routing = router(x, None)
+    low = torch.stack([x @ router.low_proj[e].T for e in range(4)], dim=1)  # (T, E, C)
+    probs = low.norm(dim=-1).softmax(-1)
+    value, index = probs.topk(2)
+    assert torch.equal(routing.topk_index, index)
+    torch.testing.assert_close(routing.topk_weight, value)  # not renormalised
+    for token in range(6):
+        torch.testing.assert_close(routing.precomputed[token], low[token, index[token]])
+
+
+def test_autonomy_computes_the_papers_expert():
+    from moebed.model.decoder import MoE
+
+    config = config_of("autonomy")
+    moe = MoE(config, config.layer(0))
+    for parameter in moe.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(7, 32)
+    out, routing = moe(x)
+    gate, up, down = (moe.experts.matrix(name) for name in ("gate", "up", "down"))
+    expected = torch.zeros_like(x)
+    for token in range(7):
+        for weight, e in zip(routing.topk_weight[token], routing.topk_index[token], strict=True):
+            c = moe.router.low_proj[e] @ x[token]
+            expected[token] += weight * (down[e] @ (F.silu(gate[e] @ c) * (up[e] @ x[token])))
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(moe.experts.expert_matrix("gate", 2), gate[2] @ moe.router.low_proj[2])
+    assert routing.precomputed is None  # what is kept of a forward pass holds no memory of their size
+    torch.testing.assert_close(moe.combine(x, routing), out)  # and what it lacks is computed once more
+
+
+def test_matched_width_keeps_the_parameters():
+    hidden, width, low = 96, 128, 32
+    wide = matched_width(hidden, width, low)
+    plain, factorised = 3 * hidden * width, low * hidden + wide * (low + 2 * hidden)
+    assert abs(factorised - plain) <= low + 2 * hidden
+
+
+def test_relu_weighs_by_the_positive_logits_and_takes_as_many():
+    router = router_of("relu")
+    routing = router.choose(LOGITS)
+    assert routing.topk_weight.tolist() == [[2.0, 1.0], [0.5, 0.25]]  # the third column is empty
+    assert routing.topk_index.tolist() == [[0, 1], [1, 2]]
+    assert routing.losses["relu_l1"].tolist() == [3.0, 0.75]
+    torch.testing.assert_close(routing.router_probs[0], torch.tensor([2 / 3, 1 / 3, 0, 0]))
+    none = router.choose(torch.full((2, 4), -1.0))
+    assert none.topk_weight.tolist() == [[0.0], [0.0]]
+    assert not none.assigned.any()
+    assert bool(none.router_probs.isfinite().all())
+    assert router.eval().choose(LOGITS).topk_weight.tolist() == [[2.0, 1.0, 0, 0], [0.5, 0.25, 0, 0]]
+
+
+def test_relu_coefficient_follows_the_sparsity():
+    router = router_of("relu", router_options={"l1_coef": 1e-8})
+    for density, expected in ((2.0, 1.2e-8), (1.5, 1.44e-8), (0.5, 1.2e-8), (1.0, 1.2e-8)):
+        router.end_step(Load(torch.zeros(4), torch.tensor(density)))
+        assert router.loss_coefficients()["relu_l1"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_factorised_gate_is_its_product():
+    router, x = router_of("factorised_gate"), torch.randn(6, 32)
+    assert router.low_proj.numel() == router_of("autonomy").low_proj.numel()
+    torch.testing.assert_close(router(x, None).router_logits, x @ router.gate().T, rtol=1e-4, atol=1e-4)
+
+
+def test_hash_depends_on_the_id_and_the_layer_alone():
+    config = config_of("hash", num_experts=8)
+    first, second = (type(router_of("hash"))(config, config.layer(layer)) for layer in range(2))
+    ids = torch.arange(3000)
+    routing = first(torch.randn(3000, 32), None, ids)
+    assert torch.equal(routing.topk_index, first(torch.randn(3000, 32), None, ids).topk_index)
+    assert not torch.equal(routing.topk_index, second(torch.randn(3000, 32), None, ids).topk_index)
+    other = type(first)(config_of("hash", num_experts=8, router_options={"seed": 1}), config.layer(0))
+    assert not torch.equal(routing.topk_index, other(torch.randn(3000, 32), None, ids).topk_index)
+    assert bool((routing.topk_index[:, 0] != routing.topk_index[:, 1]).all())
+    assert bool((routing.topk_weight == 0.5).all())
+    # Every expert and every pair of experts is about as frequent: χ² below its .9999 quantile of 27 and of 7 degrees.
+    counts = torch.bincount(routing.topk_index.flatten(), minlength=8).double()
+    assert ((counts - 750) ** 2 / 750).sum() < 29.9
+    pairs = routing.topk_index.sort(-1).values
+    counts = torch.bincount(pairs[:, 0] * 8 + pairs[:, 1]).double()
+    counts = counts[counts > 0]
+    assert len(counts) == 28
+    assert ((counts - 3000 / 28) ** 2 / (3000 / 28)).sum() < 64
+
+
+def test_balanced_gives_every_expert_the_same():
+    routing = router_of("balanced", num_experts=6)(torch.randn(9, 32), None)
+    assert torch.bincount(routing.topk_index.flatten(), minlength=6).tolist() == [3] * 6
+    assert routing.topk_index[:3].tolist() == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_random_is_a_gate_that_does_not_learn():
+    router, x = router_of("random"), torch.randn(6, 32)
+    assert not router.weight.requires_grad
+    assert torch.equal(router(x, None).topk_index, F.linear(x, router.weight).topk(2).indices)

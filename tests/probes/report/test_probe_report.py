@@ -1,0 +1,180 @@
+"""The report: one file with all inside, from whatever a folder holds."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from probe_cases import all_needs, probe
+from torch.utils.tensorboard import SummaryWriter
+
+from moebed.errors import UserError
+from moebed.views.live import walk
+from probes.contract import layer_tag
+from probes.registry import PROBES
+from probes.report.charts import layer_series
+from probes.report.page import write_report
+from probes.running import store
+from probes.running.run_folder import read_curves
+
+# Drawing all there are would take minutes; the driver's tests do it once.
+SOME = ("balance", "routing", "matrix_similarity", "gate_projection")
+
+
+class Balanced(HTMLParser):
+    """Counts elements, and fails where one is closed that is not open."""
+
+    VOID = ("img", "br", "meta")
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.count = [], {}
+
+    def handle_starttag(self, tag, attrs):
+        self.count[tag] = self.count.get(tag, 0) + 1
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def parse(path):
+    page = Balanced()
+    page.feed(path.read_text())
+    assert page.open == []
+    return page.count
+
+
+def log(folder, tag, values, first=0):
+    with SummaryWriter(str(folder)) as writer:
+        for step, value in enumerate(values, start=first):
+            writer.add_scalar(tag, value, step)
+
+
+@pytest.fixture
+def run(tmp_path, make_decoder, text):
+    """A run folder with everything: two probings, events, config, final numbers."""
+    folder = tmp_path / "a <run>"
+    for step in (0, 10):
+        torch.manual_seed(step)
+        results = probe(walk(make_decoder(), text, all_needs()), *SOME)
+        for name, result in results.items():
+            store.save_arrays(folder, name, result.arrays)
+        store.append_history(folder, store.history_line(step, results))
+        store.save_summary(folder, step, results)
+    log(folder / "tensorboard", "train/loss", np.linspace(4, 2, 100))
+    log(folder / "tensorboard", "val/bits_per_byte", [3.0, 2.0])
+    log(folder / "tensorboard", "speed/tokens_per_second", [10.0, 20.0, 30.0])
+    (folder / "config.yaml").write_text("model: <tiny>\n")
+    (folder / "run_summary.json").write_text(json.dumps({"gzip_bits_per_byte": 2.5, "parameters": 12345}))
+    return folder
+
+
+def test_one_run(run):
+    path = write_report([run], run)
+    assert path == run / "report.html"
+    page = path.read_text()
+    count = parse(path)
+    pictures = sum(len(PROBES[name].describe(store.load_arrays(run, name)).figures) for name in SOME)
+    assert count["img"] == pictures + 4  # losses, other curves, headlines and probes over steps
+    pages = sum(len(PROBES[name].describe(store.load_arrays(run, name)).pages) for name in SOME)
+    assert pages > 0
+    assert page.count('<details class="section" open>') == 6  # all but the papers' questions and the papers' numbers
+    for name in SOME:
+        for headline in PROBES[name].describe(store.load_arrays(run, name)).headlines.values():
+            assert headline.sentence.replace("'", "&#x27;") in page
+    assert "a &lt;run&gt;" in page
+    assert "model: &lt;tiny&gt;" in page
+    assert "12,345" in page
+    assert "gzip_bits_per_byte" in page
+
+
+def test_nothing_is_fetched(run):
+    page = write_report([run], run).read_text()
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert "http" not in re.sub(r"base64,[A-Za-z0-9+/=]+", "", page)
+    assert "<script" not in page
+
+
+def test_runs_side_by_side(run, tmp_path):
+    other = tmp_path / "other"
+    log(other, "train/loss", [3.0, 1.0])
+    path = write_report([run, other], tmp_path / "both.html")
+    assert path == tmp_path / "both.html"
+    page = path.read_text()
+    parse(path)
+    assert "repeat(2," in page
+    assert page.count("Not probed.") == len(SOME)
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    for parent in ("x", "y"):
+        log(tmp_path / parent / "run", "train/loss", [3.0, 1.0])
+    page = write_report([tmp_path / "x" / "run", tmp_path / "y" / "run"], tmp_path).read_text()
+    assert "<h1>x/run · y/run</h1>" in page
+
+
+def test_events_alone_are_enough(tmp_path):
+    log(tmp_path, "train/loss", [3.0, float("nan"), 1.0])
+    assert parse(write_report([tmp_path], tmp_path))["img"] == 1
+
+
+def test_probing_alone_is_enough(tmp_path, make_decoder, text):
+    for name, result in probe(walk(make_decoder(), text, all_needs()), *SOME).items():
+        store.save_arrays(tmp_path, name, result.arrays)
+    assert "Training" not in write_report([tmp_path], tmp_path).read_text()
+
+
+def test_of_a_step_written_twice_the_last_counts(tmp_path):
+    log(tmp_path / "v0", "train/loss", [5, 4, 3, 2])
+    log(tmp_path / "v1", "train/loss", [30, 20], first=2)
+    assert read_curves(tmp_path) == {"train/loss": ([0, 1, 2, 3], [5, 4, 30, 20])}
+
+
+def test_layers_of_a_quantity_become_curves():
+    history = [
+        {"step": step, "scalars": {f"balance/cv/{layer_tag(1)}": step + 0.5, "balance/cv": 9.0}} for step in (0, 5)
+    ]
+    assert layer_series(history) == {"balance/cv": {1: ([0, 5], [0.5, 5.5])}}
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_nothing_to_report_is_one_line(tmp_path, made):
+    folder = tmp_path / "empty"
+    if made:
+        folder.mkdir()
+    with pytest.raises(UserError, match="empty") as error:
+        write_report([folder], tmp_path)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_damaged_result_is_named_and_the_earlier_report_stays(run):
+    path = write_report([run], run)
+    before = path.read_bytes()
+    (run / "results" / "balance.npz").write_bytes(b"PK\x03\x04nonsense")
+    with pytest.raises(UserError, match=r"balance\.npz"):
+        write_report([run], run)
+    assert path.read_bytes() == before
+
+
+def test_the_papers_questions_come_first_with_numbers_and_what_was_published(tmp_path, make_decoder, text):
+    results = probe(walk(make_decoder(num_hidden_layers=3), text, all_needs()), "norm_vs_score", "domain_share",
+                    "matrix_similarity", "neuron_similarity", "expert_outputs", "layer_diversity")  # fmt: skip
+    for name in ("norm_vs_score", "domain_share", "layer_diversity"):
+        store.save_arrays(tmp_path / "one", name, results[name].arrays)
+    log(tmp_path / "two", "train/loss", [3.0, 1.0])
+    path = write_report([tmp_path / "one", tmp_path / "two"], tmp_path / "report.html")
+    parse(path)
+    page = path.read_text()
+    found = page.split("Every probe in a sentence", 1)[0]
+    assert results["norm_vs_score"].headlines["spearman"].sentence in found
+    low, _ = results["norm_vs_score"].headlines["spearman"].interval
+    assert f"[{low:.4g}, " in found
+    assert "cannot be told whether diversity" in found  # three layers are too few
+    assert found.count("Published: ") == 4
+    assert "weights stand for what they do" not in found  # not probed
+    assert "2401.04088" in found
