@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
 import inspect
 import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -220,16 +221,15 @@ class ModelConfig:
         self._settle_shared_width()
 
     def _check_router(self) -> None:
-        from moebed.model.experts import KERNELS_ALONE  # these import this module
-        from moebed.model.routers import ROUTERS, options_of
-
-        self._check_choice("router", tuple(ROUTERS), "; one of your own is made known by --plugins FILE.py")
-        rule = ROUTERS[self.router]
-        self.router_options = options_of(self)
+        # By its name: routers are built of configs, and are looked up when the first config is made.
+        routers = importlib.import_module("moebed.model.routers")
+        self._check_choice("router", tuple(routers.ROUTERS), "; one of your own is made known by --plugins FILE.py")
+        rule = routers.ROUTERS[self.router]
+        self.router_options = routers.options_of(self)
         if self.norm_topk_prob is None:
             self.norm_topk_prob = rule.default_norm_topk_prob
         self._require(
-            self.experts_backend not in KERNELS_ALONE or rule.experts_class.has_kernel(),
+            self.experts_backend not in rule.experts_class.kernels_alone or rule.experts_class.has_kernel(),
             f"experts_backend {self.experts_backend} has no kernel for the experts of router {self.router}; use auto",
         )
         self._require(

@@ -64,6 +64,7 @@ class Experts(nn.Module):
 
     # Matrices that are no part of one parameter: the layer's parameters (E, ·, ·) whose product each is, of one expert.
     factors: Mapping[str, tuple[str, ...]] = {}
+    kernels_alone = ("triton",)  # backends that have nothing else for experts without a kernel
     gate_up_proj: Tensor
     down_proj: Tensor
 
@@ -248,7 +249,6 @@ def _triton(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
 
 
 Backend = Callable[[Experts, Tensor, Routing], Tensor]
-KERNELS_ALONE = ("triton",)  # backends that have nothing else for experts without a kernel
 
 BACKENDS: dict[str, Backend] = {
     "grouped_mm": _grouped_mm,
