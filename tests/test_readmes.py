@@ -189,6 +189,12 @@ def test_every_file_is_in_the_table_of_its_package(package):
     assert not [name for name in sorted(named) if f"`{name}`" not in text]
 
 
+def test_the_example_in_python_runs(capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", "\n".join(lines_of("moebed/commands/README.md")), re.DOTALL)
+    exec(example, {})
+    assert "rank correlation" in capsys.readouterr().out
+
+
 def test_the_glossary_is_short():
     rows = [line for line in section(Path("moebed/README.md"), "Glossary") if line.startswith("|")]
     assert 10 <= len(rows) - 2 <= 20
