@@ -86,16 +86,6 @@ def domain_keys(names: Sequence[str]) -> list[str]:
     return keys
 
 
-def by_part(arrays: Arrays, key: str) -> dict[str, dict[int, np.ndarray]]:
-    """The arrays ``<key>/<layer>/<part>`` by part (a domain, say) and layer, both in order."""
-    found: dict[str, dict[int, np.ndarray]] = {}
-    for name, value in arrays.items():
-        pieces = name.split("/", 2)
-        if pieces[0] == key and len(pieces) == 3:
-            found.setdefault(pieces[2], {})[int(pieces[1])] = value
-    return {part: dict(sorted(layers.items())) for part, layers in found.items()}
-
-
 def names_by_key(arrays: Arrays) -> dict[str, str]:
     """What each domain of the arrays is called, by its key."""
     names = [str(name) for name in arrays.get("domain_names", ())]

@@ -23,9 +23,10 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from moebed.views.layer import ProbeText
-from probes.contract import Arrays, Headline, by_layer
+from probes.contract import Arrays, Headline, Probe, by_layer
 
 DRAWS = 1000
 SEED = 20240618
@@ -151,11 +152,10 @@ def _compared(values: np.ndarray, stratum: np.ndarray) -> list[np.ndarray]:
     return [mine for mine in groups if len(mine) > 1]
 
 
-def keep(arrays: dict[str, np.ndarray], key: str, value: float | np.ndarray, values_without: np.ndarray) -> None:
+def keep(probe: Probe, key: str, layer: int, value: Tensor | np.ndarray | float, values_without: np.ndarray) -> None:
     """Store a statistic, ``<key>/<layer>``, with its values without each unit, ``<key>_without/<layer> (U, ...)``."""
-    name, slash, rest = key.partition("/")
-    arrays[key] = np.asarray(value, np.float32)
-    arrays[f"{name}{WITHOUT}{slash}{rest}"] = np.asarray(values_without, np.float32)
+    probe.put(key, layer, value)
+    probe.put(key + WITHOUT, layer, values_without)
 
 
 def interval_of(

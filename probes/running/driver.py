@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from graphlib import TopologicalSorter
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch import Tensor
 from moebed.errors import UserError
 from moebed.machine.float32 import exact_products
 from moebed.views.layer import MATRICES, HeadView, LayerView, Need
-from probes.contract import Probe, ProbeResult, layer_of
+from probes.contract import ArrayName, Probe, ProbeResult, in_order
 
 PER_EXPERT = frozenset({Need.OUTPUTS, Need.ACTIVATIONS})
 
@@ -62,6 +61,8 @@ class ProbePass:
         self.probes, self.missing = probes, dict[int, str]()
         self.shown = probes if shown is None else shown
         self.timing = Timing() if timing is None else timing
+        by_name = {probe.name: probe for probe in probes}
+        self._in_order = [by_name[name] for name in in_order(by_name, by_name)]
         for probe in probes:
             self.timing.probe[probe.name] = 0.0
         self._per_expert = [probe for probe in self.shown if probe.needs & PER_EXPERT]
@@ -87,6 +88,8 @@ class ProbePass:
         try:
             if view.error is not None:
                 raise view.error
+            for probe in self.shown:
+                probe.begin_layer(view)
             for name in MATRICES if view.num_experts else ():
                 for probe in self._per_matrix:
                     with self._clock(probe):
@@ -113,10 +116,7 @@ class ProbePass:
         results: dict[str, ProbeResult] = {}
         for probe in self.probes:  # layer after layer, whichever of them were kept from an earlier pass
             probe.arrays = dict(sorted(probe.arrays.items(), key=lambda item: _place(item[0])))
-        by_name = {probe.name: probe for probe in self.probes}
-        sources = {name: (*probe.sources, *probe.optional_sources) for name, probe in by_name.items()}
-        order = TopologicalSorter({name: [one for one in of if one in by_name] for name, of in sources.items()})
-        for probe in (by_name[name] for name in order.static_order()):
+        for probe in self._in_order:
             with self._clock(probe):
                 if probe.sources:
                     named = (*probe.sources, *(name for name in probe.optional_sources if name in results))
@@ -187,7 +187,7 @@ def _show_experts(view: LayerView, probes: Sequence[Probe], timing: Timing) -> N
 
 def _place(key: str) -> tuple[int, str]:
     """Sorts arrays by layer, those of none first and by name: which layer stored them depends on what was kept."""
-    layer = layer_of(key)
+    layer = ArrayName.of(key).layer
     return (-1, key) if layer is None else (layer, "")
 
 

@@ -1,0 +1,200 @@
+"""Pictures of short texts, token by token: what the experts of some layers make of each.
+
+T tokens, E routed experts, E' with the shared expert and the dense reference, C columns of a picture.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from probes.contract import Arrays, by_layer, numbers
+from probes.measures.choices import NONE
+from probes.measures.expert_matrices import labels_of
+from probes.measures.output_pairs import angular_similarity
+from probes.measures.short_texts import token_names
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PICTURED_LAYERS = 3
+BESIDE_UP_TO = 16  # experts whose norm and score are drawn as bars side by side
+
+
+class Panel(NamedTuple):
+    """The panel of a token at a layer."""
+
+    ax: Axes
+    layer: int
+    token: int
+    name: str
+    first: bool  # in its row
+    last: bool
+
+
+class TokenPanels:
+    """A figure with a panel for each token, so many in a row, and that once for each layer.
+
+    Args:
+        arrays: A probe's arrays, for what the tokens are called.
+        layers: The layers to draw.
+        tokens: T.
+        across: The most panels in a row.
+        least: Inches that the figure is wide at least.
+        size: Width and height of a panel, in inches.
+        margin: What is beside the panels and above them.
+        title: What is shown.
+    """
+
+    def __init__(
+        self,
+        arrays: Arrays,
+        layers: Sequence[int],
+        tokens: int,
+        across: int,
+        least: float,
+        size: tuple[float, float],
+        margin: tuple[float, float],
+        title: str,
+    ) -> None:
+        from probes.figures import drawing
+
+        self.layers, self.names = layers, token_names(arrays, tokens)
+        self.rows = math.ceil(len(self.names) / across)
+        self.columns = math.ceil(len(self.names) / self.rows)
+        height = self.rows * len(layers)
+        self.fig = drawing.new_figure(
+            max(least, margin[0] + size[0] * self.columns), margin[1] + size[1] * height, title
+        )
+        self.axes = self.fig.subplots(height, self.columns, squeeze=False)
+
+    def __iter__(self) -> Iterator[Panel]:
+        for ax in self.axes.ravel():
+            ax.set_visible(False)
+        for place, layer in enumerate(self.layers):
+            for token, name in enumerate(self.names):
+                row, column = divmod(token, self.columns)
+                ax = self.axes[place * self.rows + row, column]
+                ax.set_visible(True)
+                last = column == self.columns - 1 or token == len(self.names) - 1
+                yield Panel(ax, layer, token, name, column == 0, last)
+
+
+def _of_all(layers: Sequence[int], every: dict[int, np.ndarray]) -> str:
+    return f"; {len(layers)} of {len(every)} layers" if len(layers) < len(every) else ""
+
+
+def draw_similarities(arrays: Arrays) -> Figure:
+    """Angular similarity (E', E') of the experts' outputs at each token, as ``expert_outputs`` stores it."""
+    from probes.figures import drawing
+
+    every, labels, chosen = by_layer(arrays, "output_cos"), labels_of(arrays), by_layer(arrays, "chosen")
+    layers = drawing.pick(list(every), PICTURED_LAYERS)
+    angular = {n: angular_similarity(torch.from_numpy(every[n]).double()).numpy() for n in layers}
+    for values in angular.values():
+        values[:, np.arange(values.shape[1]), np.arange(values.shape[1])] = np.nan
+    flat = np.concatenate([values[np.isfinite(values)] for values in angular.values()])
+    lowest, highest = (float(flat.min()), float(flat.max())) if flat.size else (0.0, 1.0)
+    title = (
+        f"Angular similarity of the experts' outputs at each token (diagonal in grey){_of_all(layers, every)}\n"
+        "Above each panel: the token, and the experts chosen for it"
+    )
+    panels = TokenPanels(arrays, layers, len(angular[layers[0]]), 6, 7.5, (2.0, 2.35), (1.2, 1.0), title)
+    for ax, layer, token, name, first, _ in panels:
+        image = drawing.heat_map(ax, angular[layer][token], "viridis", vmin=lowest, vmax=highest)
+        for axis in (ax.xaxis, ax.yaxis):
+            drawing.row_ticks(axis, labels[layer])
+        ax.tick_params(labelsize=6.5)
+        here = chosen[layer][token]
+        ax.set_title(f"{name}\n{' '.join(map(str, here[here != NONE]))}", fontsize=8)
+        if first:
+            ax.set_ylabel(f"layer {layer}\nexpert", fontsize=8.5)
+    drawing.colour_bar(panels.fig, image, panels.axes, "angular similarity")
+    return panels.fig
+
+
+def draw_norms(arrays: Arrays) -> Figure:
+    """Norm and score (E,) of each expert at each token, as ``norm_vs_score`` stores them; the paper's Figure 3."""
+    from probes.figures import drawing
+
+    scores, norms = by_layer(arrays, "score"), by_layer(arrays, "output_norm")
+    dense = by_layer(arrays, "dense_ffn_output_norm")
+    layers = drawing.pick(list(scores), PICTURED_LAYERS)
+    line = "; dotted: norm of the dense model's FFN output" if dense else ""
+    title = (
+        f"Each expert's output norm (left, blue) and score (right, red) at each token{_of_all(layers, scores)}\n"
+        f"Experts in order of their number{line}"
+    )
+    panels = TokenPanels(arrays, layers, len(scores[layers[0]]), 4, 7.0, (3.0, 1.75), (1.0, 1.1), title)
+    for ax, layer, token, name, first, last in panels:
+        experts = np.arange(scores[layer].shape[1])
+        both = [norms[layer], dense[layer][:, None]] if layer in dense else [norms[layer]]
+        highest = max(float(np.nan_to_num(values).max()) for values in both) or 1.0
+        drawing.style_axes(ax)
+        other = ax.twinx()
+        # Many experts have no room for two bars each: the score's stands in front of the norm's.
+        few = len(experts) <= BESIDE_UP_TO
+        norm_bar, score_bar = ((-0.2, 0.4, 1.0), (0.2, 0.4, 1.0)) if few else ((0.0, 0.9, 0.4), (0.0, 0.5, 1.0))
+        for panel, (shift, width, alpha), values, colour in (
+            (ax, norm_bar, norms[layer][token], drawing.SERIES[0]),
+            (other, score_bar, scores[layer][token], drawing.SERIES[1]),
+        ):
+            panel.bar(experts + shift, values, width=width, alpha=alpha, color=colour, lw=0)
+        if layer in dense:
+            ax.axhline(dense[layer][token], color=drawing.INK, lw=1, ls=":")
+        ax.set_ylim(0, 1.08 * highest)
+        other.set_ylim(0, 1.08 * (float(np.nan_to_num(scores[layer]).max()) or 1.0))
+        other.tick_params(labelsize=8, length=2, color=drawing.MUTED)
+        for side in ("top", "left", "bottom"):
+            other.spines[side].set_visible(False)
+        other.spines["right"].set_color(drawing.MUTED)
+        drawing.index_ticks(ax.xaxis, experts.tolist())
+        ax.set_title(name, fontsize=9)
+        ax.grid(visible=False, axis="x")
+        if first:
+            ax.set_ylabel(f"layer {layer}\nnorm", fontsize=8.5, color=drawing.SERIES[0])
+        else:
+            ax.set_yticklabels([])
+        if last:
+            other.set_ylabel("score", fontsize=8.5, color=drawing.SERIES[1])
+        else:
+            other.set_yticklabels([])
+    return panels.fig
+
+
+def draw_neurons(arrays: Arrays) -> Figure:
+    """Activations (E, C) at each token, as ``activations`` stores them: a row a token, a column a layer."""
+    from probes.figures import drawing
+
+    every, width = by_layer(arrays, "act_gate_map"), numbers(arrays, "num_neurons")
+    layers = drawing.pick(list(every), PICTURED_LAYERS)
+    names = token_names(arrays, len(every[layers[0]]))
+    grouped = any(every[n].shape[2] < width[n] for n in layers)
+    kind = "Mean |activation| of groups of neurons beside each other" if grouped else "|activation| of each neuron"
+    title = f"{kind}, by expert and token{_of_all(layers, every)}"
+    height = min(2.6, max(1.15, 0.045 * max(every[layer].shape[1] for layer in layers)))
+    fig = drawing.new_figure(1.6 + 4.0 * len(layers), 0.9 + height * len(names), title)
+    axes = fig.subplots(len(names), len(layers), squeeze=False)
+    for column, layer in enumerate(layers):
+        values = every[layer]
+        highest = float(np.nan_to_num(np.quantile(values, 0.995))) or 1.0
+        for row, name in enumerate(names):
+            ax = axes[row, column]
+            extent = (0, width[layer], values.shape[1] - 0.5, -0.5)
+            image = drawing.heat_map(ax, values[row], "viridis", vmin=0, vmax=highest, aspect="auto", extent=extent)
+            drawing.index_ticks(ax.yaxis, range(values.shape[1]))
+            if row == 0:
+                ax.set_title(f"layer {layer}", fontsize=10)
+            if row == len(names) - 1:
+                ax.set_xlabel("neuron", fontsize=9)
+            else:
+                ax.set_xticklabels([])
+            if column == 0:
+                ax.set_ylabel(f"{name}\nexpert", fontsize=9)
+        drawing.colour_bar(fig, image, list(axes[:, column]), "", extend="max", location="bottom")
+    return fig
