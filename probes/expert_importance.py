@@ -51,10 +51,9 @@ class ExpertImportance(Probe):
         """Weigh one layer's experts."""
         if view.routing is None or not self._norms:
             return
-        assert view.decision is not None
-        index, weight = view.decision.topk_index, view.decision.topk_weight.float()
+        index, weight = view.routing.topk_index, view.routing.topk_weight.float()
         added = weight * torch.stack(self._norms, dim=1).gather(1, index)  # (T, K)
-        stands = view.decision.assigned
+        stands = view.routing.assigned
         cell, wide = index[stands], double(added[stands])
         count = torch.bincount(cell, minlength=view.num_experts).cpu().numpy()  # (E,)
         total = torch.bincount(cell.to(wide.device), wide, minlength=view.num_experts).cpu().numpy()

@@ -49,7 +49,7 @@ class RoutingMap(Probe):
             } | domain_arrays(view.text)
             if len(view.text.token_text):
                 self.arrays["token_text"] = np.array(view.text.token_text, dtype=np.str_)
-        index, weight = ranked(view.routing)  # (T, K)
+        index, weight = ranked(view.routing, view.num_experts_per_tok)  # (T, K)
         probs = view.routing.router_probs.float().cpu().numpy()
         mass = (np.take_along_axis(probs, index, axis=1) * (index != NONE)).sum(axis=1, dtype=np.float64)
         units = units_of(view.text, len(index))

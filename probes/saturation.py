@@ -74,7 +74,7 @@ class Saturation(Probe):
             before = self._earlier.get("steps", np.zeros(0, np.int64))
             self.arrays |= {"token_ids": ids, "steps": np.append(before, self._step).astype(np.int64)}
         now = np.sort(assignments(view), axis=1).astype(np.int16)  # (T, K)
-        if view.applied is not None:  # the busiest token has more experts at one probing than at another
+        if view.routing.ragged:  # the busiest token has more experts at one probing than at another
             now = np.pad(now, ((0, 0), (view.num_experts - now.shape[1], 0)), constant_values=NONE)
         past = self._past.get(view.index) if self._earlier else None
         if past is None or past.shape[1:] != now.shape:

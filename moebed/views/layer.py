@@ -116,7 +116,9 @@ class ExpertView:
 class LayerView:
     """One MoE layer, or the dense FFN of a layer without experts (num_experts 0).
 
-    Tensors are float32 and read-only by agreement: they may share memory with the model.
+    Whoever hands out a model's layers makes it with what its weights say; where text runs, TextPass makes another one
+    of it, with what the text did there. Tensors are float32 and read-only by agreement: they may share memory with the
+    model.
     """
 
     index: int
@@ -124,25 +126,23 @@ class LayerView:
     num_experts: int
     num_experts_per_tok: int
     gate: Tensor | None  # (E, H) router's gate embeddings W_g, where it has them
-    routing: Routing | None = None  # of the T valid tokens; the K largest weights, where tokens have more experts
-    applied: Routing | None = field(default=None, repr=False)  # what the layer applies, where it is not the same
-    moe_input: Tensor | None = None  # (T, H) normalised input of router and experts
-    text: ProbeText | None = None
     weights: LayerWeights | None = field(default=None, repr=False)
     kept: dict[Any, Any] = field(default_factory=dict, repr=False)  # what one probe made of the weights for others too
     work_bytes: int | None = None  # memory that a probe's work on the weights should stay within, if there is a limit
     error: UserError | None = None  # why this layer cannot be looked at, found before a probe asked for anything
+
+    # What text did there: set by TextPass alone, all at once.
+    text: ProbeText | None = None
     text_error: UserError | None = None  # why the text did not come to this layer, whose weights can be looked at
+    routing: Routing | None = None  # of the T valid tokens, as the layer applies it
+    moe_input: Tensor | None = None  # (T, H) normalised input of router and experts
     reference_output: Tensor | None = None  # (T, H) what the dense reference's FFN made of its own hidden states
-    moe_output: Tensor | None = None  # (T, H) what the layer makes of its input, known once all experts have run
     # Loss (T,) of each token, NaN after the last of a sequence, with one expert masked out of the choice at this layer;
     # of expert -1, that of the model as it is. None where the model is not at hand as a whole.
     ablate: Callable[[int], Tensor] | None = field(default=None, repr=False)
 
-    @property
-    def decision(self) -> Routing | None:
-        """The routing that the layer applies."""
-        return self.applied if self.applied is not None else self.routing
+    # (T, H) what the layer makes of its input: set by the view itself, once all experts have run.
+    moe_output: Tensor | None = field(default=None, init=False)
 
     def matrix(self, name: str) -> Tensor:
         """All routed experts' ``up`` or ``gate`` (E, F, H), or ``down`` (E, H, F), float32; for small models."""
@@ -186,7 +186,7 @@ class LayerView:
         """
         assert self.weights is not None
         assert self.moe_input is not None
-        routing = self.decision
+        routing = self.routing
         total = torch.zeros_like(self.moe_input) if routing is not None else None  # (T, H)
         others = 0
         for expert in self.weights.run_experts(self.moe_input, watch):

@@ -20,22 +20,23 @@ NONE = -1  # stands for an expert where a token has no further one
 ALL = "all"  # stands for the whole text where a domain's name may stand
 
 
-def ranked(routing: Routing) -> tuple[np.ndarray, np.ndarray]:
+def ranked(routing: Routing, top_k: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Chosen experts (T, K) int64 and their weights (T, K), the largest weight first; -1 where a token has no more.
 
     A checkpoint's own routing may come unsorted, so the first column of ``topk_index`` need not be the first choice.
-    Where the number of experts differs from token to token, K is that of the busiest one.
+    Where the number of experts differs from token to token, K is that of the busiest one, or top_k if that is less.
     """
     weight, order = routing.topk_weight.float().sort(dim=-1, descending=True, stable=True)
     index = routing.topk_index.gather(1, order).masked_fill(~routing.assigned.gather(1, order), NONE)
     used = max(1, int((index != NONE).any(dim=0).sum()))
+    used = used if top_k is None else min(used, top_k)
     return index[:, :used].cpu().numpy(), weight[:, :used].cpu().numpy()
 
 
 def assignments(view: LayerView) -> np.ndarray:
-    """The experts (T, K) that each token of a layer goes to, all that the layer applies; see :func:`ranked`."""
-    assert view.decision is not None
-    return ranked(view.decision)[0]
+    """The experts (T, K) that each token of a layer goes to, all of them; see :func:`ranked`."""
+    assert view.routing is not None
+    return ranked(view.routing)[0]
 
 
 def domain_arrays(text: ProbeText) -> dict[str, np.ndarray]:
