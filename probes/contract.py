@@ -6,6 +6,7 @@ a file as a training run does from memory.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
@@ -94,14 +95,7 @@ class Probe:
         self.arrays: dict[str, np.ndarray] = {}
 
     def put(self, key: str, layer: int | None, value: Tensor | np.ndarray | float, part: str = "") -> None:
-        """Store an array or a number of a layer, or of none; float64 is stored as float32.
-
-        Args:
-            key: What it is.
-            layer: The layer, or None.
-            value: Of any shape and device.
-            part: Of what in the layer: a matrix, say, or a domain.
-        """
+        """Store an array or a number of a layer, or of none, and of a part of it; float64 is stored as float32."""
         array = value.cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
         self.arrays[str(ArrayName(key, layer, part))] = array.astype(np.float32) if array.dtype == np.float64 else array
 
@@ -206,6 +200,11 @@ def numbers(arrays: Arrays, key: str, part: str = "") -> dict[int, float]:
     return {layer: float(value) for layer, value in by_layer(arrays, key, part).items()}
 
 
+def finite(values: Mapping[int, float]) -> dict[int, float]:
+    """Those that are numbers."""
+    return {layer: value for layer, value in values.items() if math.isfinite(value)}
+
+
 def per_layer(quantity: str, values: Mapping[int, float]) -> dict[str, float]:
     """Scalars ``<quantity>/layer_07`` of each layer, and their mean over layers as ``<quantity>``; none from none."""
     scalars = {f"{quantity}/{layer_tag(layer)}": float(value) for layer, value in values.items()}
@@ -215,14 +214,10 @@ def per_layer(quantity: str, values: Mapping[int, float]) -> dict[str, float]:
 
 
 def in_order(names: Iterable[str], known: Mapping[str, Probe | type[Probe]]) -> tuple[str, ...]:
-    """Probes and all that they take their numbers from, each once and after those.
-
-    Args:
-        names: The probes.
-        known: Every probe there is, by name. Optional sources are not added, but come first where they are there.
+    """Probes with all that they take their numbers from, each after those; optional sources come first, if they come.
 
     Raises:
-        ConfigError: A source is unknown, or probes take their numbers from one another.
+        ConfigError: A source is not among the known ones, or probes take their numbers from one another.
     """
     waiting, wanted = list(names), dict[str, tuple[str, ...]]()
     for name in waiting:  # grows

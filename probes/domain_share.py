@@ -22,7 +22,6 @@ from probes.measures.choices import (
     first_middle_last,
     names_by_key,
     sequence_of,
-    tagged,
 )
 from probes.measures.resampling import (
     SHARE,
@@ -127,9 +126,9 @@ class DomainShare(Probe):
                 filled = counts.any(axis=1)
                 for number in np.unique(domain[filled]):
                     mine = counts[filled & (domain == number)]  # (B of the domain, E)
-                    unit, stratum = sequence_units(np.zeros(len(mine)))
-                    rest = shares_of_counts(without(_unit_sums(mine, unit), stratum))
-                    ends = jackknife(shares_of_counts(mine.sum(axis=0)), rest, stratum, SHARE)
+                    units = sequence_units(np.zeros(len(mine)))
+                    rest = shares_of_counts(without(units.sums(mine), units.stratum))
+                    ends = jackknife(shares_of_counts(mine.sum(axis=0)), rest, units.stratum, SHARE)
                     self.put(f"share_{place}_interval", layer, ends, keys[number])
 
     def _compare(self, counts: dict[int, np.ndarray], domain: np.ndarray) -> None:
@@ -166,7 +165,7 @@ class DomainShare(Probe):
             return ProbeResult(arrays, figures=pictures, notes=["the text has one domain: nothing to compare it with"])
         measured, p = numbers(arrays, "divergence"), numbers(arrays, "divergence_p")
         null = {layer: float(value[0]) for layer, value in by_layer(arrays, "divergence_null").items()}
-        scalars = per_layer("divergence", measured) | per_layer("divergence_null", null) | tagged("p", p)
+        scalars = per_layer("divergence", measured) | per_layer("divergence_null", null) | per_layer("p", p)
         value, overall = float(arrays["mean_divergence"]), float(arrays["mean_divergence_p"])
         by_chance, high = (float(number) for number in arrays["mean_divergence_null"])
         sentence = (
@@ -180,18 +179,11 @@ class DomainShare(Probe):
         headlines = {"divergence": Headline(value, sentence, no_interval=RAISED)}
         return ProbeResult(
             arrays,
-            scalars | {"p": overall},
+            scalars | {"p": overall},  # of the mean, which is no mean of p
             headlines,
             pictures | {"divergence": partial(_draw_divergence, arrays)},
             ([few] if smallest > 0.01 else []) + unit_notes(arrays, headlines),
         )
-
-
-def _unit_sums(counts: np.ndarray, unit: np.ndarray) -> np.ndarray:
-    """Counts (B, E) of the sequences of each unit: (U, E)."""
-    sums = np.zeros((int(unit.max()) + 1, counts.shape[1]), np.float64)
-    np.add.at(sums, unit, counts)
-    return sums
 
 
 def _draw_shares(arrays: Arrays, place: str) -> Figure:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moebed.machine.float64 import double
 from moebed.views.layer import ExpertKind, ExpertView, LayerView, Need
-from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
+from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, finite, per_layer
 from probes.figures import importance
 from probes.measures.ranks import correlation, rankable, ranks
 from probes.measures.resampling import LARGEST, unit_notes
@@ -108,8 +108,7 @@ class ExpertImportance(Probe):
             return ProbeResult(arrays, scalars, headlines, pictures, [*notes, why, *unit_notes(arrays, headlines)])
         scalars |= per_layer("ablation_loss_max", {layer: float(rise.max()) for layer, rise in rises.items()})
         scalars |= per_layer("ablation_loss_mean", {n: float(v.mean(dtype=np.float64)) for n, v in rises.items()})
-        agreement = {n: _agreement(reap[n] * counts[n], rise) for n, rise in rises.items()}
-        agreement = {n: value for n, value in agreement.items() if np.isfinite(value)}
+        agreement = finite({n: _agreement(reap[n] * counts[n], rise) for n, rise in rises.items()})
         scalars |= per_layer("reap_vs_ablation", agreement)
         worst = max(rises, key=lambda layer: float(rises[layer].max()))
         most, mean = float(rises[worst].max()), scalars["ablation_loss_mean"]

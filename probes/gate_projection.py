@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from moebed.views.layer import MATRICES, LayerView, Need
-from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, by_part, numbers, per_layer
+from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, by_part, finite, numbers, per_layer
 from probes.figures.pictures import draw_depth
 from probes.measures.expert_matrices import mean_neurons
 from probes.measures.similarity import cosine_matrix, off_diagonal
@@ -65,8 +65,7 @@ class GateProjection(Probe):
         headlines = {}
         r_by_depth = {}
         for name in MATRICES:
-            r = numbers(arrays, "gate_vs_proj_r", name)
-            r_by_depth[name] = r = {layer: value for layer, value in r.items() if np.isfinite(value)}
+            r_by_depth[name] = r = finite(numbers(arrays, "gate_vs_proj_r", name))
             if not r:
                 continue
             scalars |= per_layer(f"r_{name}", r)

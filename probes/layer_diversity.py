@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from moebed.views.layer import MATRICES, Need
-from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, by_part, find, numbers, per_layer
+from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, by_part, find, finite, numbers, per_layer
 from probes.measures.expert_matrices import num_experts
 from probes.measures.resampling import SHARE, WITHOUT, interval_of, unit_notes
 from probes.measures.similarity import off_diagonal
@@ -73,8 +73,7 @@ class LayerDiversity(Probe):
     @classmethod
     def describe(cls, arrays: Arrays) -> ProbeResult:
         """Whether diversity rises, whether the last layer stands out, and the curves over depth."""
-        every = {kind: numbers(arrays, "diversity", kind) for kind in by_part(arrays, "diversity")}
-        every = {kind: {n: v for n, v in rows.items() if math.isfinite(v)} for kind, rows in every.items()}
+        every = {kind: finite(numbers(arrays, "diversity", kind)) for kind in by_part(arrays, "diversity")}
         every = {kind: rows for kind, rows in every.items() if rows}
         if not every:
             return ProbeResult(arrays, notes=["no layer with two routed experts or more has seen text"])

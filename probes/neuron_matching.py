@@ -15,7 +15,7 @@ import numpy as np
 from scipy.stats import kendalltau
 
 from moebed.views.layer import LayerView, Need
-from probes.contract import Arrays, Headline, Probe, ProbeResult, by_part, per_layer
+from probes.contract import Arrays, Headline, Probe, ProbeResult, by_part, finite, per_layer
 from probes.figures.pictures import draw_depth, draw_heat_maps
 from probes.measures.expert_matrices import compared, fitting, keep_rows, labels_of, num_experts, pair_means
 from probes.measures.matching import match_pairs
@@ -89,10 +89,8 @@ class NeuronMatching(Probe):
                 scalars |= per_layer(f"mean_{key}_{name}", values)
             scalars[f"mean_{key}"] = float(np.mean([scalars[f"mean_{key}_{name}"] for name in matrices]))
         for name, values in means["gain"].items():
-            orders = {layer: order_of_growth(value) for layer, value in values.items()}
-            scalars |= per_layer(
-                f"gain_order_{name}", {n: order for n, order in orders.items() if math.isfinite(order)}
-            )
+            orders = finite({layer: order_of_growth(value) for layer, value in values.items()})
+            scalars |= per_layer(f"gain_order_{name}", orders)
         pictures["over_depth"] = partial(draw_depth, means["cos"], "Mean cosine after reordering over depth", "cosine")
         pictures["gain_over_depth"] = partial(
             draw_depth, means["gain"], "Cosine gained by reordering over depth", "gain in cosine"

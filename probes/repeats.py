@@ -110,18 +110,17 @@ class Repeats(Probe):
                     for number, key in parts.items():
                         if layer in repeat[key]:
                             members = ((domain == number) | (number < 0)) & known
-                            unit, stratum = sequence_units(domain[members])
-                            sums = np.zeros((len(stratum), 2))
-                            np.add.at(sums, unit, both[members])
-                            rest = without(sums, stratum)
+                            units = sequence_units(domain[members])
+                            rest = without(units.sums(both[members]), units.stratum)
                             share = rest[:, 0] / np.maximum(rest[:, 1], 1e-12)  # (U,)
-                            ends = jackknife(repeat[key][layer], share, stratum, SHARE)
+                            ends = jackknife(repeat[key][layer], share, units.stratum, SHARE)
                             self.put(f"repeat_{kind}_interval", layer, ends, key)
                     if layer in repeat[ALL]:
                         whole.append(share)  # of the whole text, which comes last
                 if whole:
                     mean = float(np.mean([repeat[ALL][layer] for layer in pairs]))
-                    self.put(f"mean_{kind}_interval", None, jackknife(mean, np.mean(whole, axis=0), stratum, SHARE))
+                    ends = jackknife(mean, np.mean(whole, axis=0), units.stratum, SHARE)
+                    self.put(f"mean_{kind}_interval", None, ends)
         return self.describe(self.arrays)
 
     @classmethod
@@ -159,5 +158,5 @@ class Repeats(Probe):
                 )
         pictures = {"over_depth": partial(draw_over_depth, arrays, KINDS), "run_lengths": partial(draw_runs, arrays)}
         paired = arrays["domain"][next(iter(by_layer(arrays, "pairs").values())) > 0]
-        notes = few_texts(sequence_units(paired)[1])
+        notes = few_texts(sequence_units(paired).stratum)
         return ProbeResult(arrays, scalars, headlines, pictures, notes)

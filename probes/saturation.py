@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moebed.views.layer import LayerView, Need
-from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, numbers, per_layer
+from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, finite, numbers, per_layer
 from probes.measures.choices import NONE, assignments
 from probes.measures.resampling import SHARE, WITHOUT, interval_of, unit_notes, units_of
 
@@ -102,9 +102,8 @@ class Saturation(Probe):
         if len(steps) < 2:
             return ProbeResult(arrays, notes=["probed once: choices can be compared from the second probing on"])
         blind = float(np.mean(list(numbers(arrays, "saturation_random").values())))
-        first = {layer: float(v[0]) for layer, v in saturation.items() if np.isfinite(v[0])}
-        previous = {layer: float(v[-1]) for layer, v in by_layer(arrays, "saturation_previous").items()}
-        previous = {layer: value for layer, value in previous.items() if np.isfinite(value)}
+        first = finite({layer: float(v[0]) for layer, v in saturation.items()})
+        previous = finite({layer: float(v[-1]) for layer, v in by_layer(arrays, "saturation_previous").items()})
         scalars = per_layer("first_to_now", first) | per_layer("previous_to_now", previous)
         headlines = {}
         known = np.stack(list(saturation.values()))  # (layers, C): no width of a layer is in it

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moebed.views.layer import MATRICES, Need
-from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, by_part, find, numbers, per_layer
+from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, by_part, find, finite, numbers, per_layer
 from probes.figures.pictures import draw_depth
 from probes.gate_projection import pearson
 from probes.measures.expert_matrices import num_experts
@@ -94,8 +94,8 @@ class WeightVsOutput(Probe):
             }
             pictures[f"scatter{ending}"] = partial(_draw_scatter, points, what)
             r_by_depth = {}
-            for name, layers in by_part(arrays, f"weight_output_r{ending}").items():
-                r = {layer: float(value) for layer, value in layers.items() if np.isfinite(value)}
+            for name in weights:
+                r = finite(numbers(arrays, f"weight_output_r{ending}", name))
                 if not r:
                     continue
                 r_by_depth[name] = r

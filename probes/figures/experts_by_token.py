@@ -6,8 +6,8 @@ T tokens, E routed experts, E' with the shared expert and the dense reference, C
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,63 +26,36 @@ PICTURED_LAYERS = 3
 BESIDE_UP_TO = 16  # experts whose norm and score are drawn as bars side by side
 
 
-class Panel(NamedTuple):
-    """The panel of a token at a layer."""
-
-    ax: Axes
-    layer: int
-    token: int
-    name: str
-    first: bool  # in its row
-    last: bool
+# The panel of a token: its axes, the layer, the token and its name, whether it is the first or the last of its row.
+Panel = tuple["Axes", int, int, str, bool, bool]
 
 
-class TokenPanels:
-    """A figure with a panel for each token, so many in a row, and that once for each layer.
+def _panels(
+    names: Sequence[str],
+    layers: Sequence[int],
+    across: int,
+    size: tuple[float, float],
+    least: float,
+    margin: tuple[float, float],
+    title: str,
+) -> tuple[Figure, np.ndarray, list[Panel]]:
+    """A figure with a panel for each token, at most so many in a row, once for each layer; lengths in inches."""
+    from probes.figures import drawing
 
-    Args:
-        arrays: A probe's arrays, for what the tokens are called.
-        layers: The layers to draw.
-        tokens: T.
-        across: The most panels in a row.
-        least: Inches that the figure is wide at least.
-        size: Width and height of a panel, in inches.
-        margin: What is beside the panels and above them.
-        title: What is shown.
-    """
-
-    def __init__(
-        self,
-        arrays: Arrays,
-        layers: Sequence[int],
-        tokens: int,
-        across: int,
-        least: float,
-        size: tuple[float, float],
-        margin: tuple[float, float],
-        title: str,
-    ) -> None:
-        from probes.figures import drawing
-
-        self.layers, self.names = layers, token_names(arrays, tokens)
-        self.rows = math.ceil(len(self.names) / across)
-        self.columns = math.ceil(len(self.names) / self.rows)
-        height = self.rows * len(layers)
-        self.fig = drawing.new_figure(
-            max(least, margin[0] + size[0] * self.columns), margin[1] + size[1] * height, title
-        )
-        self.axes = self.fig.subplots(height, self.columns, squeeze=False)
-
-    def __iter__(self) -> Iterator[Panel]:
-        for ax in self.axes.ravel():
+    rows = math.ceil(len(names) / across)
+    columns = math.ceil(len(names) / rows)
+    width, height = size[0] * columns, size[1] * rows * len(layers)
+    fig = drawing.new_figure(max(least, margin[0] + width), margin[1] + height, title)
+    axes = fig.subplots(rows * len(layers), columns, squeeze=False)
+    panels: list[Panel] = []
+    for place, layer in enumerate(layers):
+        own = axes[place * rows : (place + 1) * rows].ravel()
+        for token, (ax, name) in enumerate(zip(own, names, strict=False)):
+            last = (token + 1) % columns == 0 or token == len(names) - 1
+            panels.append((ax, layer, token, name, token % columns == 0, last))
+        for ax in own[len(names) :]:
             ax.set_visible(False)
-        for place, layer in enumerate(self.layers):
-            for token, name in enumerate(self.names):
-                row, column = divmod(token, self.columns)
-                ax = self.axes[place * self.rows + row, column]
-                ax.set_visible(True)
-                last = column == self.columns - 1 or token == len(self.names) - 1
-                yield Panel(ax, layer, token, name, column == 0, last)
+    return fig, axes, panels
 
 
 def _of_all(layers: Sequence[int], every: dict[int, np.ndarray]) -> str:
@@ -104,7 +77,8 @@ def draw_similarities(arrays: Arrays) -> Figure:
         f"Angular similarity of the experts' outputs at each token (diagonal in grey){_of_all(layers, every)}\n"
         "Above each panel: the token, and the experts chosen for it"
     )
-    panels = TokenPanels(arrays, layers, len(angular[layers[0]]), 6, 7.5, (2.0, 2.35), (1.2, 1.0), title)
+    names = token_names(arrays, len(angular[layers[0]]))
+    fig, axes, panels = _panels(names, layers, 6, (2.0, 2.35), 7.5, (1.2, 1.0), title)
     for ax, layer, token, name, first, _ in panels:
         image = drawing.heat_map(ax, angular[layer][token], "viridis", vmin=lowest, vmax=highest)
         for axis in (ax.xaxis, ax.yaxis):
@@ -114,8 +88,8 @@ def draw_similarities(arrays: Arrays) -> Figure:
         ax.set_title(f"{name}\n{' '.join(map(str, here[here != NONE]))}", fontsize=8)
         if first:
             ax.set_ylabel(f"layer {layer}\nexpert", fontsize=8.5)
-    drawing.colour_bar(panels.fig, image, panels.axes, "angular similarity")
-    return panels.fig
+    drawing.colour_bar(fig, image, axes, "angular similarity")
+    return fig
 
 
 def draw_norms(arrays: Arrays) -> Figure:
@@ -130,7 +104,8 @@ def draw_norms(arrays: Arrays) -> Figure:
         f"Each expert's output norm (left, blue) and score (right, red) at each token{_of_all(layers, scores)}\n"
         f"Experts in order of their number{line}"
     )
-    panels = TokenPanels(arrays, layers, len(scores[layers[0]]), 4, 7.0, (3.0, 1.75), (1.0, 1.1), title)
+    names = token_names(arrays, len(scores[layers[0]]))
+    fig, _, panels = _panels(names, layers, 4, (3.0, 1.75), 7.0, (1.0, 1.1), title)
     for ax, layer, token, name, first, last in panels:
         experts = np.arange(scores[layer].shape[1])
         both = [norms[layer], dense[layer][:, None]] if layer in dense else [norms[layer]]
@@ -164,7 +139,7 @@ def draw_norms(arrays: Arrays) -> Figure:
             other.set_ylabel("score", fontsize=8.5, color=drawing.SERIES[1])
         else:
             other.set_yticklabels([])
-    return panels.fig
+    return fig
 
 
 def draw_neurons(arrays: Arrays) -> Figure:

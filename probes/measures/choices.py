@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from moebed.model.routers import Routing
 from moebed.views.layer import LayerView, ProbeText
-from probes.contract import Arrays, layer_tag
+from probes.contract import Arrays
 
 NONE = -1  # stands for an expert where a token has no further one
 ALL = "all"  # stands for the whole text where a domain's name may stand
@@ -99,8 +99,3 @@ def first_middle_last(layers: Sequence[int]) -> list[int]:
     """Three layers, or as many as there are: of 0 to 31, they are 0, 15 and 31 as in the Mixtral paper."""
     layers = list(layers)
     return sorted({layers[0], layers[(len(layers) - 1) // 2], layers[-1]}) if layers else []
-
-
-def tagged(quantity: str, values: Mapping[int, float]) -> dict[str, float]:
-    """Scalars ``<quantity>/layer_07``, where a mean over layers would say nothing."""
-    return {f"{quantity}/{layer_tag(layer)}": float(value) for layer, value in values.items()}

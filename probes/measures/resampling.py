@@ -76,12 +76,12 @@ def units_of(text: ProbeText | None, tokens: int) -> Units:
     if text is None:
         return Units(np.zeros(tokens, np.int64), np.zeros(1, np.int64))
     present, of_token = np.unique(text.sequence.cpu().numpy(), return_inverse=True)
-    unit, stratum = sequence_units(text.domain.cpu().numpy()[present])
-    return Units(unit[of_token], stratum)
+    units = sequence_units(text.domain.cpu().numpy()[present])
+    return Units(units.of_token[of_token], units.stratum)
 
 
-def sequence_units(domain: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Units of sequences of these domains (B,): each one's unit (B,), and the units' strata (U,), their domains."""
+def sequence_units(domain: np.ndarray) -> Units:
+    """Units of sequences of these domains (B,), which stand where the tokens do: ``of_token`` is (B,)."""
     _, group, size = np.unique(domain, return_inverse=True, return_counts=True)
     unit, strata, start = np.zeros(len(domain), np.int64), [], 0
     for number, count in enumerate(size):
@@ -89,7 +89,7 @@ def sequence_units(domain: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         unit[np.flatnonzero(group == number)] = start + np.arange(count) * units // count
         strata += [number] * units
         start += units
-    return unit, np.array(strata, np.int64)
+    return Units(unit, np.array(strata, np.int64))
 
 
 def without(sums: np.ndarray, stratum: np.ndarray) -> np.ndarray:

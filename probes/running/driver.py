@@ -69,6 +69,7 @@ class ProbePass:
         self._per_matrix = [probe for probe in self.shown if Need.WEIGHTS in probe.needs]
 
     @torch.no_grad()
+    @exact_products()
     def show(self, view: LayerView | HeadView) -> bool:
         """Show a layer to every probe, running its experts once for all probes that look at them.
 
@@ -76,10 +77,6 @@ class ProbePass:
             Whether all was seen. Of a layer that cannot be read, or where the text ends in NaN, the probes then know
             nothing, and ``missing`` says why; where the text ended earlier, they know the layer's weights.
         """
-        with exact_products():
-            return self._show(view)
-
-    def _show(self, view: LayerView | HeadView) -> bool:
         if isinstance(view, HeadView):
             for probe in self.shown:
                 with self._clock(probe):
@@ -107,12 +104,9 @@ class ProbePass:
         return view.text_error is None
 
     @torch.no_grad()
+    @exact_products()
     def results(self) -> dict[str, ProbeResult]:
         """Each probe's result over the layers shown, by name, with a note on each layer that is missing."""
-        with exact_products():
-            return self._results()
-
-    def _results(self) -> dict[str, ProbeResult]:
         results: dict[str, ProbeResult] = {}
         for probe in self.probes:  # layer after layer, whichever of them were kept from an earlier pass
             probe.arrays = dict(sorted(probe.arrays.items(), key=lambda item: _place(item[0])))
