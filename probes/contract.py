@@ -74,10 +74,10 @@ class Probe:
 
     What is kept is ``arrays``, and nothing else:
 
-    - Arrays of a layer, as ``put`` names them. They are written when the layer is finished. A pass that was stopped
-      goes on from them: it does not show the layer again, and other attributes are as ``__init__`` leaves them.
-    - Common arrays, of no layer. They must be the same whichever layers the probe was shown, since a pass that goes on
-      shows it only some of them.
+    - Arrays of a layer, as ``put`` names them, are written when it is finished, and those of ``update_head`` after it.
+      A pass that was stopped goes on from them: it shows none of these again, other attributes are as ``__init__``
+      leaves them, and ``derive`` and ``compute`` run anew.
+    - Common arrays, of no layer, must be the same whichever layers the probe was shown: a pass that goes on shows some.
     - Of a layer that cannot be read to its end nothing stays: ``forget`` drops its arrays. The layer after it begins
       with ``begin_layer``, which is where to set up what serves one layer alone.
 

@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 
 from moebed.views.layer import ExpertKind, LayerView, Need
-from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, by_part, per_layer
+from probes.contract import Arrays, Headline, Probe, ProbeResult, by_part, per_layer
 from probes.figures.pictures import draw_depth, draw_heat_maps
 from probes.measures.expert_matrices import expert_gram, labels_of, num_experts, pair_means
 from probes.measures.similarity import cosines
@@ -49,16 +49,16 @@ class MatrixSimilarity(Probe):
             return ProbeResult(arrays, figures=pictures, notes=["every layer has one expert: no pairs to compare"])
         scalars: dict[str, float] = {}
         headlines = {}
-        for name, values in _reference_means(arrays).items():
-            scalars |= per_layer(f"reference_cos_{name}", values)
-            value = scalars[f"reference_cos_{name}"]
-            sentence = f"An expert's {name} matrix and the dense model's have cosine {value:.2g} on average."
-            headlines[f"reference_cos_{name}"] = Headline(value, sentence)
-        for name, values in mean.items():
-            scalars |= per_layer(f"mean_cos_{name}", values)
-            value = scalars[f"mean_cos_{name}"]
-            sentence = f"Two experts' {name} matrices have cosine {value:.2g} on average (0 unrelated, 1 the same)."
-            headlines[f"mean_cos_{name}"] = Headline(value, sentence)
+        found = {
+            "reference_cos": ("An expert's {} matrix and the dense model's", "", _reference_means(arrays)),
+            "mean_cos": ("Two experts' {} matrices", " (0 unrelated, 1 the same)", mean),
+        }
+        for key, (subject, scale, means) in found.items():
+            for name, values in means.items():
+                scalars |= per_layer(f"{key}_{name}", values)
+                value = scalars[f"{key}_{name}"]
+                sentence = f"{subject.format(name)} have cosine {value:.2g} on average{scale}."
+                headlines[f"{key}_{name}"] = Headline(value, sentence)
         title = "Mean cosine of two experts' matrices over depth"
         pictures["over_depth"] = partial(draw_depth, mean, title, "cosine")
         return ProbeResult(arrays, scalars, headlines, pictures)
@@ -67,11 +67,10 @@ class MatrixSimilarity(Probe):
 def _reference_means(arrays: Arrays) -> dict[str, dict[int, float]]:
     """Mean cosine of a layer's routed experts with the dense reference, by matrix and layer, where there is one."""
     found: dict[str, dict[int, float]] = {}
-    for name, layers in by_part(arrays, "others").items():
-        for layer, others in layers.items():
-            if ExpertKind.REFERENCE.value in others.tolist():
-                count = num_experts(arrays)[layer]
-                row = count + others.tolist().index(ExpertKind.REFERENCE.value)
-                value = by_layer(arrays, "matrix_cos", name)[layer][row, :count].mean(dtype=np.float64)
-                found.setdefault(name, {})[layer] = float(value)
+    labels, experts = labels_of(arrays), num_experts(arrays)
+    for name, layers in by_part(arrays, "matrix_cos").items():
+        for layer, values in layers.items():
+            if ExpertKind.REFERENCE.value in labels[layer]:
+                row = values[labels[layer].index(ExpertKind.REFERENCE.value), : experts[layer]]
+                found.setdefault(name, {})[layer] = float(row.mean(dtype=np.float64))
     return found

@@ -98,12 +98,6 @@ class NormOrigin(Probe):
         return ProbeResult(arrays, scalars, headlines, pictures, unit_notes(arrays, headlines))
 
 
-def shares_of_log(values: np.ndarray, seen: np.ndarray) -> np.ndarray | None:
-    """The first row of :func:`shares_by_unit`: the shares (4,) of the whole text."""
-    found = shares_by_unit(values, seen, Units(np.zeros(len(values), np.int64), np.zeros(1, np.int64)))
-    return None if found is None else found[0]
-
-
 def shares_by_unit(values: np.ndarray, seen: np.ndarray, units: Units) -> np.ndarray | None:
     """Split the variance of log values over tokens and experts.
 

@@ -102,7 +102,7 @@ class ExpertView:
     The dense reference model's FFN comes as one more expert; it has seen that model's own hidden states.
     """
 
-    index: int  # 0 to E - 1, routed; from E on the shared expert and the reference, where there are any
+    index: int  # 0 to E - 1, routed; E, the shared expert; E + 1, the reference
     output: Tensor  # (T, H) float32, not weighted
     kind: ExpertKind = ExpertKind.ROUTED
 
@@ -188,17 +188,15 @@ class LayerView:
         assert self.moe_input is not None
         routing = self.routing
         total = torch.zeros_like(self.moe_input) if routing is not None else None  # (T, H)
-        others = 0
         for expert in self.weights.run_experts(self.moe_input, watch):
             if not bool(expert.output.sum().isfinite()) and not bool(expert.output.isfinite().all()):
                 raise UserError(f"an output of expert {expert.label} at layer {self.index} is NaN or Inf on this text")
             if total is not None and routing is not None:
                 _add_chosen(total, expert, routing)
-            others += expert.kind is not ExpertKind.ROUTED
             yield expert
         self.moe_output = total
         if self.reference_output is not None:
-            yield ExpertView(self.num_experts + others, self.reference_output, ExpertKind.REFERENCE)
+            yield ExpertView(self.num_experts + 1, self.reference_output, ExpertKind.REFERENCE)
 
 
 def _add_chosen(total: Tensor, expert: ExpertView, routing: Routing) -> None:

@@ -63,14 +63,9 @@ def row_bands(
 
 
 def expert_gram(view: LayerView, name: str) -> tuple[Tensor, list[str]]:
-    """Scalar products of the flattened matrices of a layer's experts; in memory is a band of rows at a time.
+    """Scalar products (E', E') float64 of the experts' flattened matrices, and the labels of the rows after the routed.
 
-    Args:
-        view: A layer with experts.
-        name: ``up``, ``gate`` or ``down``.
-
-    Returns:
-        (E', E') float64, and the labels of the rows after the routed experts', those of ``fitting``.
+    The others are those that fit. In memory is a band of rows at a time.
     """
     rest = fitting(view, name)
     return sum_over_bands(row_bands(view, name, rest, _GRAM_BAND_ELEMENTS), scalar_products), list(rest)
