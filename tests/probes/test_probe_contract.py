@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from moebed.errors import ConfigError, UserError
-from moebed.views.layer import ExpertKind, Need
+from moebed.views.layer import Need
 from probes.contract import ArrayName, Probe, by_layer, by_part, find, in_order, numbers
-from probes.running.driver import run_probes
+from probes.registry import PROBES
+from probes.running.driver import PER_EXPERT, run_probes
 from tests.probes.output_cases import GivenOutputs, output_view
 
 
@@ -49,19 +50,22 @@ def test_what_is_put_is_found():
     assert sorted(probe.arrays) == ["cos/10/up", "share/10", "steps"]
 
 
+OUTPUTS = torch.randn(3, 4, 2, generator=torch.Generator().manual_seed(0))
+
+
 class Seen(Probe):
-    """Notes what each expert of a layer is, in what serves that layer alone."""
+    """Notes what each expert of a layer is called, in what serves that layer alone."""
 
     name, question, needs = "seen", "?", frozenset({Need.OUTPUTS})
 
     def begin_layer(self, view):
-        self.kinds = []
+        self.labels = []
 
     def update_expert(self, view, expert):
-        self.kinds.append((expert.kind, expert.label))
+        self.labels.append(expert.label)
 
     def update(self, view):
-        self.arrays[f"labels/{view.index}"] = np.array([label for _, label in self.kinds])
+        self.arrays[f"labels/{view.index}"] = np.array(self.labels)
 
 
 def test_a_layer_begins_anew_after_one_that_failed_halfway():
@@ -70,14 +74,21 @@ def test_a_layer_begins_anew_after_one_that_failed_halfway():
             yield from list(super().run_experts(x, watch))[:2]
             raise UserError("unreadable")
 
-    views = [output_view(torch.ones(3, 4, 2), [[0]] * 4, index, {"SE": torch.ones(4, 2)}) for index in range(2)]
-    views[0].weights = Broken(views[0].weights.outputs)
-    views[1].reference_output = torch.ones(4, 2)
-    probe = Seen()
-    result = run_probes(iter(views), [probe])["seen"]
-    assert result.arrays["labels/1"].tolist() == ["0", "1", "2", "SE", "F"]
-    assert [kind for kind, _ in probe.kinds] == [ExpertKind.ROUTED] * 3 + [ExpertKind.SHARED, ExpertKind.REFERENCE]
-    assert list(result.arrays) == ["labels/1"]
+    def run(*layers):
+        views = [output_view(OUTPUTS, [[0]] * 4, layer, {"SE": torch.ones(4, 2)}) for layer in layers]
+        views[-1].reference_output = torch.ones(4, 2)
+        for view in views[:-1]:
+            view.weights = Broken(OUTPUTS)
+        looking = [kind for kind in PROBES.values() if kind.needs & PER_EXPERT]
+        return run_probes(views, [kind() for kind in (Seen, *looking)])
+
+    both, alone = run(0, 1), run(1)
+    assert alone["seen"].arrays["labels/1"].tolist() == ["0", "1", "2", "SE", "F"]
+    assert len(alone) > 4
+    for name, result in alone.items():
+        assert both[name].arrays.keys() == result.arrays.keys() != set(), name
+        for key, value in result.arrays.items():
+            np.testing.assert_array_equal(both[name].arrays[key], value, err_msg=f"{name} {key}")
 
 
 def made(name, sources=(), optional=()):
