@@ -46,8 +46,8 @@ def _forget():
 @pytest.fixture
 def plugin(tmp_path, monkeypatch):
     """The READMEs' router and probe in one file; forgotten afterwards."""
-    router = re.search(r"```python\n(.*?)```", (ROOT / "moebed/README.md").read_text(), flags=re.DOTALL).group(1)
-    probe = re.search(r"```python\n(.*?)```", (ROOT / "probes/README.md").read_text(), flags=re.DOTALL).group(1)
+    shown = [ROOT / "moebed/model/routers/README.md", ROOT / "probes/README.md"]
+    router, probe = (re.search(r"```python\n(.*?)```", p.read_text(encoding="utf-8"), re.DOTALL)[1] for p in shown)
     path = tmp_path / "mine.py"
     probe = probe.replace("class Confidence", "@register_probe\nclass Confidence")
     path.write_text(f"{router}\n\nfrom probes import register as register_probe\n{probe}")

@@ -16,9 +16,3 @@ def test_the_example_probe(make_decoder, text):
     assert list(result.arrays) == ["top_prob/0", "top_prob/2"]
     assert result.arrays["top_prob/0"].shape == ()
     assert result.headlines["top_prob"].value == pytest.approx(result.scalars["top_prob"])
-
-
-def test_every_file_is_in_the_table():
-    text = README.read_text()
-    for path in README.parent.glob("*.py"):
-        assert path.name == "__init__.py" or f"`{path.name}`" in text, path.name
