@@ -77,7 +77,9 @@ def anchor(heading):
 
 
 def test_there_are_readmes():
-    assert {"README.md", "LIMITS.md", "moebed/README.md", "probes/README.md"} <= {path.as_posix() for path in READMES}
+    assert {"README.md", "moebed/LIMITS.md", "moebed/README.md", "probes/README.md"} <= {
+        path.as_posix() for path in READMES
+    }
 
 
 def test_the_first_readme_is_short():

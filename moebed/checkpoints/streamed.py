@@ -24,7 +24,7 @@ from moebed.model.config import ModelConfig
 from moebed.model.decoder import Block, MoE
 from moebed.model.fused import ACTIVATIONS
 from moebed.model.routers import Routing, build_router
-from moebed.views.layer import MATRICES, ExpertView, Watch
+from moebed.views.layer import MATRICES, ExpertKind, ExpertView, Watch
 from moebed.views.text_pass import band_rows
 
 _ACTIVATIONS_AT_A_TIME = 1 << 25  # numbers
@@ -210,8 +210,7 @@ class StreamedWeights:
         for index in range(count):
             yield ExpertView(index, self._run(index, x, None if watch is None else partial(watch, index)))
         if self._config.num_shared_experts:
-            output = self._run("shared", x, None if watch is None else partial(watch, count))
-            yield ExpertView(count, output * self._shared_gate(x), "SE")
+            yield ExpertView(count, self._run("shared", x) * self._shared_gate(x), ExpertKind.SHARED)
 
     def each(self, x: Tensor, topk_index: Tensor) -> Tensor:
         """What the experts topk_index (T, K) make of tokens x (T, H): (T, K, H) float32."""

@@ -22,7 +22,7 @@ from moebed.model.routers import Routing
 
 MATRICES = ("up", "gate", "down")
 EVERY_ROW = slice(None)
-# Is shown the activations act(x W_gateᵀ) (t, F) float32 of an expert, by its index, for some of the tokens.
+# Is shown the activations act(x W_gateᵀ) (t, F) float32 of a routed expert, by its index, for some of the tokens.
 Watch = Callable[[int, slice, Tensor], None]
 
 
@@ -87,6 +87,14 @@ class ProbeText:
         return targets
 
 
+class ExpertKind(Enum):
+    """What an expert is; the value is its label, as in the paper's figures. A routed one's label is its number."""
+
+    ROUTED = ""
+    SHARED = "SE"
+    REFERENCE = "F"
+
+
 @dataclass
 class ExpertView:
     """What one expert made of every token, whether it was chosen or not.
@@ -94,9 +102,14 @@ class ExpertView:
     The dense reference model's FFN comes as one more expert; it has seen that model's own hidden states.
     """
 
-    index: int  # 0 to E - 1, routed; from E on the shared expert and the reference, where there are any
+    index: int  # 0 to E - 1, routed; E, the shared expert; E + 1, the reference
     output: Tensor  # (T, H) float32, not weighted
-    name: str = ""  # "SE" for the shared expert, "F" for the reference, empty for a routed one
+    kind: ExpertKind = ExpertKind.ROUTED
+
+    @property
+    def label(self) -> str:
+        """What figures and stored rows call it."""
+        return self.kind.value or str(self.index)
 
 
 @dataclass
@@ -166,7 +179,7 @@ class LayerView:
         The real model's output is summed up on the way, so that it costs nothing more.
 
         Args:
-            watch: Is shown the activations of the routed experts and of the shared one, a block of tokens at a time.
+            watch: Is shown the activations of the routed experts, a block of tokens at a time.
 
         Raises:
             UserError: An expert's output has NaN or Inf.
@@ -175,22 +188,20 @@ class LayerView:
         assert self.moe_input is not None
         routing = self.routing
         total = torch.zeros_like(self.moe_input) if routing is not None else None  # (T, H)
-        others = 0
         for expert in self.weights.run_experts(self.moe_input, watch):
             if not bool(expert.output.sum().isfinite()) and not bool(expert.output.isfinite().all()):
-                raise UserError(f"an output of expert {expert.index} at layer {self.index} is NaN or Inf on this text")
+                raise UserError(f"an output of expert {expert.label} at layer {self.index} is NaN or Inf on this text")
             if total is not None and routing is not None:
-                _add_chosen(total, expert, self.num_experts, routing)
-            others += expert.index >= self.num_experts
+                _add_chosen(total, expert, routing)
             yield expert
         self.moe_output = total
         if self.reference_output is not None:
-            yield ExpertView(self.num_experts + others, self.reference_output, "F")
+            yield ExpertView(self.num_experts + 1, self.reference_output, ExpertKind.REFERENCE)
 
 
-def _add_chosen(total: Tensor, expert: ExpertView, num_experts: int, routing: Routing) -> None:
+def _add_chosen(total: Tensor, expert: ExpertView, routing: Routing) -> None:
     """Add an expert's output to the sum (T, H) of the tokens that chose it; the shared expert's to all."""
-    if expert.index >= num_experts:
+    if expert.kind is ExpertKind.SHARED:
         total += expert.output
         return
     token, choice = torch.where((routing.topk_index == expert.index) & routing.assigned)

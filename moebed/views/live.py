@@ -18,7 +18,7 @@ from moebed.errors import UserError
 from moebed.model.config import ModelConfig
 from moebed.model.decoder import Block, Decoder, FeedForward, MoE, evaluating
 from moebed.model.routers import Routing
-from moebed.views.layer import ExpertView, HeadView, LayerView, LayerWeights, Need, ProbeText, Watch
+from moebed.views.layer import ExpertKind, ExpertView, HeadView, LayerView, LayerWeights, Need, ProbeText, Watch
 from moebed.views.text_pass import TextModel, TextPass, band_rows
 
 
@@ -60,9 +60,7 @@ class ModuleWeights:
                 watch(index, every, activated.float())
             yield ExpertView(index, routed.finish(index, x, activated).float())
         if shared is not None:
-            if watch is not None:
-                watch(routed.num_experts, every, shared.activation(shared.gate_proj(x)).float())
-            yield ExpertView(routed.num_experts, self.mlp.shared_output(x).float(), "SE")
+            yield ExpertView(routed.num_experts, self.mlp.shared_output(x).float(), ExpertKind.SHARED)
 
     def each(self, x: Tensor, topk_index: Tensor) -> Tensor:
         """Run the modules."""

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from moebed.model.routers import Routing
 from moebed.views.layer import LayerView, ProbeText
-from probes.contract import Arrays, layer_tag
+from probes.contract import Arrays
 
 NONE = -1  # stands for an expert where a token has no further one
 ALL = "all"  # stands for the whole text where a domain's name may stand
@@ -87,16 +87,6 @@ def domain_keys(names: Sequence[str]) -> list[str]:
     return keys
 
 
-def by_part(arrays: Arrays, key: str) -> dict[str, dict[int, np.ndarray]]:
-    """The arrays ``<key>/<layer>/<part>`` by part (a domain, say) and layer, both in order."""
-    found: dict[str, dict[int, np.ndarray]] = {}
-    for name, value in arrays.items():
-        pieces = name.split("/", 2)
-        if pieces[0] == key and len(pieces) == 3:
-            found.setdefault(pieces[2], {})[int(pieces[1])] = value
-    return {part: dict(sorted(layers.items())) for part, layers in found.items()}
-
-
 def names_by_key(arrays: Arrays) -> dict[str, str]:
     """What each domain of the arrays is called, by its key."""
     names = [str(name) for name in arrays.get("domain_names", ())]
@@ -109,8 +99,3 @@ def first_middle_last(layers: Sequence[int]) -> list[int]:
     """Three layers, or as many as there are: of 0 to 31, they are 0, 15 and 31 as in the Mixtral paper."""
     layers = list(layers)
     return sorted({layers[0], layers[(len(layers) - 1) // 2], layers[-1]}) if layers else []
-
-
-def tagged(quantity: str, values: Mapping[int, float]) -> dict[str, float]:
-    """Scalars ``<quantity>/layer_07``, where a mean over layers would say nothing."""
-    return {f"{quantity}/{layer_tag(layer)}": float(value) for layer, value in values.items()}
