@@ -1,5 +1,8 @@
 """moebed: train and probe Mixture-of-Experts language models.
 
+The modules beside the rooms are what every command needs; they may import one another and no room. The one exception is
+``moebed.cli``, which imports a command by its name when it is called.
+
 Importing the package is cheap: the heavy names below are loaded on first use.
 """
 

@@ -1,4 +1,6 @@
-"""Probes: what do the experts and the router of an MoE do?
+"""Probes: what do the experts and the router of an MoE do? One file an analysis, and the registry of them.
+
+May import ``probes.figures`` and what lies below.
 
 Importing the package is cheap: the names below are loaded on first use.
 """

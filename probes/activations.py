@@ -14,8 +14,9 @@ from torch import Tensor
 
 from moebed.views.layer import LayerView, Need
 from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
-from probes.measures.resampling import SHARE, WITHOUT, interval_of, unit_notes, units_of
-from probes.measures.short_texts import keep_tokens, token_names
+from probes.figures.experts_by_token import draw_neurons
+from probes.measures.resampling import SHARE, interval_of, keep, unit_notes, units_of
+from probes.measures.short_texts import keep_tokens
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 ABOVE = 1e-3
 SHORT_TEXT = 8  # tokens up to which the activations themselves are stored
 COLUMNS = 128
-PICTURED_LAYERS = 3
 _BLOCK_ELEMENTS = 1 << 19  # activations looked at at a time
 _QUANTITIES = {
     "act_gate_frac_above_1e-3": "share of neurons with |activation| > 0.001",
@@ -45,42 +45,32 @@ class Activations(Probe):
     question = "How many neurons of an expert does a token wake?"
     needs = frozenset({Need.ROUTING, Need.ACTIVATIONS})
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._found: list[list[Tensor]] = []
-        self._maps: list[list[Tensor]] = []
-        self._neurons = 0
+    def begin_layer(self, view: LayerView) -> None:
+        """What is measured of each expert of this layer, block of tokens after block."""
+        self._found: list[list[Tensor]] = [[] for _ in range(view.num_experts)]
+        self._maps: list[list[Tensor]] = [[] for _ in range(view.num_experts)]
 
     def update_activations(self, view: LayerView, expert: int, tokens: slice, activations: Tensor) -> None:
         """Measure some tokens' activations of one routed expert."""
-        if expert == 0 and tokens.start == 0:  # also where the layer before failed halfway
-            self._found, self._maps = [], []
-        if expert >= view.num_experts:
-            return
-        if tokens.start == 0:
-            self._found.append([])
-            self._maps.append([])
-        self._found[-1].append(_measured(activations))
+        self._found[expert].append(_measured(activations))
         self._neurons = activations.shape[1]
         if view.moe_input is not None and len(view.moe_input) <= SHORT_TEXT:
-            self._maps[-1].append(_grouped(activations.abs()))
+            self._maps[expert].append(_grouped(activations.abs()))
 
     def update(self, view: LayerView) -> None:
         """Store what was measured of one layer."""
-        found, maps = [torch.cat(blocks, dim=1) for blocks in self._found], self._maps
-        self._found, self._maps = [], []
-        if view.routing is None or not found:
+        if view.routing is None or not any(self._found):
             return
+        found = [torch.cat(blocks, dim=1) for blocks in self._found]
         units = units_of(view.text, found[0].shape[1])
         self.arrays |= units.arrays()
         for key, values in zip(_QUANTITIES, torch.stack(found, dim=2).cpu().numpy(), strict=True):
-            self.arrays[f"{key}/{view.index}"] = np.ascontiguousarray(values)
-            self.arrays[f"{key}{WITHOUT}/{view.index}"] = units.means_without(values.mean(axis=1, dtype=np.float64))
-        self.arrays[f"num_neurons/{view.index}"] = np.asarray(self._neurons, np.int64)
+            rest = units.means_without(values.mean(axis=1, dtype=np.float64))
+            keep(self, key, view.index, np.ascontiguousarray(values), rest)
+        self.put("num_neurons", view.index, self._neurons)
         if keep_tokens(self.arrays, view, SHORT_TEXT):
-            self.arrays[f"act_gate_map/{view.index}"] = (
-                torch.stack([torch.cat(blocks) for blocks in maps], dim=1).cpu().numpy()
-            )
+            maps = torch.stack([torch.cat(blocks) for blocks in self._maps], dim=1)
+            self.put("act_gate_map", view.index, maps)
 
     @classmethod
     def describe(cls, arrays: Arrays) -> ProbeResult:
@@ -107,7 +97,7 @@ class Activations(Probe):
         }
         pictures = {"over_depth": partial(_draw_over_depth, arrays)}
         if by_layer(arrays, "act_gate_map"):
-            pictures["neurons"] = partial(_draw_neurons, arrays)
+            pictures["neurons"] = partial(draw_neurons, arrays)
         return ProbeResult(arrays, scalars, headlines, pictures, unit_notes(arrays, headlines))
 
 
@@ -154,37 +144,4 @@ def _draw_over_depth(arrays: Arrays) -> Figure:
         drawing.depth_band(ax, quartiles, colour)
         ax.set_title(title, fontsize=10)
         ax.set_ylim(0, 1.03 if "frac" in key else None)
-    return fig
-
-
-def _draw_neurons(arrays: Arrays) -> Figure:
-    from probes.figures import drawing
-
-    every = by_layer(arrays, "act_gate_map")
-    layers = drawing.pick(list(every), PICTURED_LAYERS)
-    names = token_names(arrays, len(every[layers[0]]))
-    grouped = any(every[n].shape[2] < int(arrays[f"num_neurons/{n}"]) for n in layers)
-    some = f"; {len(layers)} of {len(every)} layers" if len(layers) < len(every) else ""
-    kind = "Mean |activation| of groups of neurons beside each other" if grouped else "|activation| of each neuron"
-    height = min(2.6, max(1.15, 0.045 * max(every[layer].shape[1] for layer in layers)))
-    fig = drawing.new_figure(1.6 + 4.0 * len(layers), 0.9 + height * len(names), f"{kind}, by expert and token{some}")
-    axes = fig.subplots(len(names), len(layers), squeeze=False)
-    for column, layer in enumerate(layers):
-        values = every[layer]
-        highest = float(np.nan_to_num(np.quantile(values, 0.995))) or 1.0
-        neurons = int(arrays[f"num_neurons/{layer}"])
-        for row, name in enumerate(names):
-            ax = axes[row, column]
-            extent = (0, neurons, values.shape[1] - 0.5, -0.5)
-            image = drawing.heat_map(ax, values[row], "viridis", vmin=0, vmax=highest, aspect="auto", extent=extent)
-            drawing.index_ticks(ax.yaxis, range(values.shape[1]))
-            if row == 0:
-                ax.set_title(f"layer {layer}", fontsize=10)
-            if row == len(names) - 1:
-                ax.set_xlabel("neuron", fontsize=9)
-            else:
-                ax.set_xticklabels([])
-            if column == 0:
-                ax.set_ylabel(f"{name}\nexpert", fontsize=9)
-        drawing.colour_bar(fig, image, list(axes[:, column]), "", extend="max", location="bottom")
     return fig

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from moebed.views.layer import LayerView, Need
-from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
+from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, numbers, per_layer
 from probes.measures.choices import assignments, counts_by_sequence, sequence_of
 from probes.measures.resampling import LARGEST, unit_notes
 
@@ -67,17 +67,12 @@ class Balance(Probe):
         sequence = sequence_of(view.text) if view.text is not None else np.zeros(len(index), np.int64)
         counts = counts_by_sequence(index, sequence, int(sequence.max(initial=0)) + 1, view.num_experts)  # (B, E)
         whole = unevenness(counts.sum(axis=0).astype(np.float64))
-        self.arrays |= {
-            f"load/{view.index}": whole.load.astype(np.float32),
-            f"max_violation/{view.index}": np.asarray(whole.max_violation, np.float32),
-            f"cv/{view.index}": np.asarray(whole.cv, np.float32),
-            f"entropy/{view.index}": np.asarray(whole.entropy, np.float32),
-            f"dead/{view.index}": np.asarray(whole.dead, np.int64),
-        }
+        for key, value in whole._asdict().items():
+            self.put(key, view.index, value)
         if view.text is not None:
             counts = counts[counts.any(axis=1)]
             most = counts.max(axis=1) / counts.mean(axis=1) - 1
-            self.arrays[f"max_violation_batch/{view.index}"] = np.asarray(most.mean(), np.float32)
+            self.put("max_violation_batch", view.index, most.mean())
 
     @classmethod
     def describe(cls, arrays: Arrays) -> ProbeResult:
@@ -85,11 +80,10 @@ class Balance(Probe):
         load = by_layer(arrays, "load")
         if not load:
             return ProbeResult(arrays, notes=["no layer has experts: nothing to balance"])
-        violation = {layer: float(value) for layer, value in by_layer(arrays, "max_violation").items()}
-        dead = {layer: float(value) for layer, value in by_layer(arrays, "dead").items()}
+        violation, dead = numbers(arrays, "max_violation"), numbers(arrays, "dead")
         scalars: dict[str, float] = {}
         for quantity in ("max_violation", "max_violation_batch", "cv", "entropy", "dead"):
-            scalars |= per_layer(quantity, {layer: float(v) for layer, v in by_layer(arrays, quantity).items()})
+            scalars |= per_layer(quantity, numbers(arrays, quantity))
         worst = max(violation, key=lambda layer: violation[layer])
         experts = sum(len(value) for value in load.values())
         headlines = {

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moebed.views.layer import Need
-from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
+from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, find, numbers, per_layer
 from probes.measures.resampling import as_interval, interval_of, jackknife, keep, unit_notes, without
 
 if TYPE_CHECKING:
@@ -38,38 +38,38 @@ class ChosenVsRest(Probe):
     def derive(self, found: Mapping[str, Arrays]) -> None:
         """Average what was found at each token."""
         arrays = found["expert_outputs"]
-        for layer in by_layer(arrays, "tokens_taken"):
+        for layer, unit in by_layer(arrays, "unit").items():
             means = {
-                key: arrays[f"token_cos_{kind}/{layer}"].astype(np.float64)
+                key: cosines.astype(np.float64)
                 for key, kind in KINDS.items()
-                if f"token_cos_{kind}/{layer}" in arrays
+                if (cosines := find(arrays, f"token_cos_{kind}", layer)) is not None
             }
             for key, values in means.items():
                 if np.isfinite(values).any():
-                    self.arrays[f"{key}/{layer}"] = np.asarray(np.nanmean(values), np.float32)
+                    self.put(key, layer, float(np.nanmean(values)))
             if "cos_chosen_pairs" in means and "cos_other_pairs" in means:
                 difference = means["cos_chosen_pairs"] - means["cos_other_pairs"]
                 known = np.isfinite(difference)
                 if not known.any():
                     continue
                 self.arrays["unit_stratum"] = arrays["unit_stratum"]
-                unit, stratum = arrays[f"unit/{layer}"][known], arrays["unit_stratum"]
+                unit, stratum = unit[known], arrays["unit_stratum"]
                 total = without(np.bincount(unit, difference[known], len(stratum)), stratum)
                 count = without(np.bincount(unit, minlength=len(stratum)).astype(np.float64), stratum)
                 rest = np.divide(total, count, out=np.full(len(stratum), np.nan), where=count > 0)
-                keep(self.arrays, f"difference/{layer}", difference[known].mean(), rest)
+                keep(self, "difference", layer, difference[known].mean(), rest)
 
     @classmethod
     def describe(cls, arrays: Arrays) -> ProbeResult:
         """Means over layers, and whether the chosen are more alike."""
-        means = {key: {layer: float(v) for layer, v in by_layer(arrays, key).items()} for key in KINDS}
+        means = {key: numbers(arrays, key) for key in KINDS}
         if not any(means.values()):
             return ProbeResult(arrays, notes=["no layer with two routed experts or more has seen text"])
         scalars: dict[str, float] = {}
         for key, values in means.items():
             scalars |= per_layer(key, values)
         pictures = {"over_depth": partial(_draw_over_depth, arrays)}
-        found = {layer: float(value) for layer, value in by_layer(arrays, "difference").items()}
+        found = numbers(arrays, "difference")
         if not found:
             why = "no layer has two chosen experts and two others: there is nothing to hold the one against the other"
             return ProbeResult(arrays, scalars, {}, pictures, [why])
@@ -99,12 +99,12 @@ def _draw_over_depth(arrays: Arrays) -> Figure:
     left, right = fig.subplots(1, 2)
     names = {"cos_chosen_pairs": "both chosen", "cos_chosen_other": "one chosen", "cos_other_pairs": "none chosen"}
     for (key, name), colour in zip(names.items(), drawing.SERIES, strict=False):
-        values = {layer: float(value) for layer, value in by_layer(arrays, key).items()}
+        values = numbers(arrays, key)
         if values:
             drawing.depth_line(left, values, colour, name)
     left.set_title("mean cosine over pairs and tokens", fontsize=10)
     left.legend(fontsize=8, frameon=False)
-    middle = {layer: float(value) for layer, value in by_layer(arrays, "difference").items()}
+    middle = numbers(arrays, "difference")
     if not middle:
         right.remove()
         return fig

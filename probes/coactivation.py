@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moebed.views.layer import LayerView, Need
-from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
+from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, numbers, per_layer
 from probes.measures.choices import assignments, chosen_mask, first_middle_last
+from probes.measures.expert_matrices import num_experts
 from probes.measures.resampling import LARGEST, unit_notes
 
 if TYPE_CHECKING:
@@ -47,8 +48,8 @@ class Coactivation(Probe):
             return
         index = assignments(view)
         # Kept until compute, so that a layer can be forgotten, or be taken from a pass that was stopped.
-        self.arrays[f"choice/{view.index}"] = index.astype(np.int16)
-        self.arrays[f"num_experts/{view.index}"] = np.asarray(view.num_experts, np.int64)
+        self.put("choice", view.index, index.astype(np.int16))
+        self.put("num_experts", view.index, view.num_experts)
         if index.shape[1] == 1:
             return
         mask = chosen_mask(index, view.num_experts).astype(np.float32)
@@ -62,32 +63,27 @@ class Coactivation(Probe):
         share = _per_row(together, count)
         np.fill_diagonal(share, np.where(count > 0, 1.0, np.nan))
         np.fill_diagonal(expected, 1.0)
-        self.arrays |= {
-            f"coactivation/{view.index}": share.astype(np.float32),
-            f"coactivation_expected/{view.index}": expected.astype(np.float32),
-        }
+        self.put("coactivation", view.index, share)
+        self.put("coactivation_expected", view.index, expected)
 
     def compute(self) -> ProbeResult:
         """The result, with each layer's choices joined to those of the next one."""
-        choices, experts = by_layer(self.arrays, "choice"), by_layer(self.arrays, "num_experts")
+        choices, experts = by_layer(self.arrays, "choice"), num_experts(self.arrays)
         layers = list(choices)
         masks: dict[int, np.ndarray] = {}
         for layer, following in pairwise(layers):
             for one in (layer, following):
                 if one not in masks:
-                    masks[one] = chosen_mask(choices[one].astype(np.int64), int(experts[one])).astype(np.float32)
+                    masks[one] = chosen_mask(choices[one].astype(np.int64), experts[one]).astype(np.float32)
             mask, after = masks.pop(layer), masks[following]
             both = (mask.T @ after).astype(np.float64)  # (E, E of the next)
             count, share = mask.sum(axis=0, dtype=np.float64), after.mean(axis=0, dtype=np.float64)
             expected = np.repeat(share[None, :], len(count), axis=0)
             self._store(layer, "next_partner", both, count, _drawn(count, expected))
-            self.arrays |= {
-                f"coactivation_next/{layer}": _per_row(both, count).astype(np.float32),
-                f"coactivation_next_expected/{layer}": expected.astype(np.float32),
-                f"next_layer/{layer}": np.asarray(following, np.int64),
-            }
-        for layer in layers:
-            del self.arrays[f"choice/{layer}"]
+            self.put("coactivation_next", layer, _per_row(both, count))
+            self.put("coactivation_next_expected", layer, expected)
+            self.put("next_layer", layer, following)
+        self.drop("choice")
         return self.describe(self.arrays)
 
     def _store(self, layer: int, key: str, together: np.ndarray, count: np.ndarray, drawn: np.ndarray) -> None:
@@ -96,17 +92,16 @@ class Coactivation(Probe):
         used = count > 0
         for name, counts in ((key, together), (f"{key}_chance", drawn)):
             largest = counts.max(axis=-1)[..., used] / count[used]
-            self.arrays[f"{name}/{layer}"] = np.asarray(largest.mean() if used.any() else 0.0, np.float32)
+            self.put(name, layer, largest.mean() if used.any() else 0.0)
 
     @classmethod
     def describe(cls, arrays: Arrays) -> ProbeResult:
         """How firm the closest partnerships are, beside chance, and the matrices in pictures."""
-        experts = by_layer(arrays, "num_experts")
-        if not experts:
+        if not num_experts(arrays):
             return ProbeResult(arrays, notes=["no layer has experts and text: nothing is chosen together"])
         scalars: dict[str, float] = {}
         for key in ("partner", "partner_chance", "next_partner", "next_partner_chance"):
-            scalars |= per_layer(key, {layer: float(value) for layer, value in by_layer(arrays, key).items()})
+            scalars |= per_layer(key, numbers(arrays, key))
         headlines, notes = {}, []
         pictures = {}
         if "partner" in scalars:
@@ -173,7 +168,7 @@ def _draw(arrays: Arrays, key: str) -> Figure:
     from probes.figures import drawing
 
     values, expected = by_layer(arrays, key), by_layer(arrays, f"{key}_expected")
-    layers = first_middle_last(list(values))
+    layers, following = first_middle_last(list(values)), by_layer(arrays, "next_layer")
     if key == "coactivation":
         title = "Of the tokens that chose one expert (row), what share chose another one (column) as well?"
     else:
@@ -196,7 +191,7 @@ def _draw(arrays: Arrays, key: str) -> Figure:
         ratio = drawing.heat_map(bottom, ratios[layer], cmap="RdBu_r", norm=norm)
         if max(shares[layer].shape) <= 10:
             drawing.write_values(bottom, ratios[layer], norm)
-        onward = f" to {int(arrays[f'next_layer/{layer}'])}" if key == "coactivation_next" else ""
+        onward = f" to {int(following[layer])}" if key == "coactivation_next" else ""
         top.set_title(f"layer {layer}{onward}", fontsize=10)
         for ax in (top, bottom):
             drawing.index_ticks(ax.xaxis, range(shares[layer].shape[1]))

@@ -6,13 +6,16 @@ a file as a training run does from memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from graphlib import CycleError, TopologicalSorter
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
+from moebed.errors import ConfigError
 from moebed.views.layer import ExpertView, HeadView, LayerView, Need
 
 if TYPE_CHECKING:
@@ -64,14 +67,19 @@ class ProbeResult:
 class Probe:
     """One analysis. It sees layer views in order, no Trainer, no path, no logger.
 
-    A driver calls, for each layer that has experts, ``update_matrix`` for each of the three matrices (only where the
-    probe needs weights), ``update_activations`` and ``update_expert`` for each expert (only where it needs them); then,
-    for every layer, ``update``; after the last one ``update_head`` (only where it needs predictions); at the end
-    ``compute`` once. One object serves one pass.
+    A driver calls, for each layer, ``begin_layer``; where the layer has experts, ``update_matrix`` for each of the
+    three matrices (only where the probe needs weights), ``update_activations`` and ``update_expert`` for each expert
+    (only where it needs them); then ``update``. After the last layer comes ``update_head`` (only where the probe needs
+    predictions), and at the end ``compute``, once. One object serves one pass.
 
-    Between two layers a probe's state is its ``arrays``: ``<key>/<layer>[/<part>]``, and of no layer what is the same
-    whichever layers it was shown. Nothing else is kept when a pass over a checkpoint is stopped, and layers that were
-    finished then are not shown again.
+    What is kept is ``arrays``, and nothing else:
+
+    - Arrays of a layer, as ``put`` names them, are written when it is finished, and those of ``update_head`` after it.
+      A pass that was stopped goes on from them: it shows none of these again, other attributes are as ``__init__``
+      leaves them, and ``derive`` and ``compute`` run anew.
+    - Common arrays, of no layer, must be the same whichever layers the probe was shown: a pass that goes on shows some.
+    - Of a layer that cannot be read to its end nothing stays: ``forget`` drops its arrays. The layer after it begins
+      with ``begin_layer``, which is where to set up what serves one layer alone.
 
     A probe that compares what other probes found names them in ``sources``; it is given their arrays before ``compute``
     and runs after them. Those of ``optional_sources`` it is given only where they run as well.
@@ -86,12 +94,24 @@ class Probe:
     def __init__(self) -> None:
         self.arrays: dict[str, np.ndarray] = {}
 
+    def put(self, key: str, layer: int | None, value: Tensor | np.ndarray | float, part: str = "") -> None:
+        """Store an array or a number of a layer, or of none, and of a part of it; float64 is stored as float32."""
+        array = value.cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+        self.arrays[str(ArrayName(key, layer, part))] = array.astype(np.float32) if array.dtype == np.float64 else array
+
+    def drop(self, key: str) -> None:
+        """Drop the arrays of a key, of all layers: what was kept for ``compute`` alone."""
+        self.arrays = {name: array for name, array in self.arrays.items() if ArrayName.of(name).key != key}
+
     def begin(self, step: int, earlier: Arrays) -> None:
         """Before a pass in training: the optimizer step, and the arrays that this probe stored at the probing before.
 
         A probe that follows something over training takes over what it needs of the steps before ``step``; a run that
         was resumed may have left later ones.
         """
+
+    def begin_layer(self, view: LayerView) -> None:
+        """Set up what serves this layer alone, whatever the layer before has left; nothing of it was looked at yet."""
 
     def update_matrix(self, view: LayerView, name: str) -> None:
         """See one of the three matrices (``up``, ``gate``, ``down``) of a layer's experts, and of no other for now.
@@ -100,7 +120,7 @@ class Probe:
         """
 
     def update_activations(self, view: LayerView, expert: int, tokens: slice, activations: Tensor) -> None:
-        """See the activations (t, F) of one expert for some tokens, before its ``update_expert``.
+        """See the activations (t, F) of one routed expert for some tokens, before its ``update_expert``.
 
         Of a long text they are too many to be held at a time.
         """
@@ -119,8 +139,7 @@ class Probe:
 
     def forget(self, layer: int) -> None:
         """Drop what is stored of a layer, some of whose weights turned out to be unreadable."""
-        for key in [key for key in self.arrays if layer_of(key) == layer]:
-            del self.arrays[key]
+        self.arrays = {name: array for name, array in self.arrays.items() if ArrayName.of(name).layer != layer}
 
     def compute(self) -> ProbeResult:
         """The result over all layers seen."""
@@ -137,17 +156,53 @@ def layer_tag(layer: int) -> str:
     return f"layer_{layer:02d}"
 
 
-def layer_of(key: str) -> int | None:
-    """The layer that an array ``<key>/<layer>[/<part>]`` is of; None for those of no layer."""
-    _, _, rest = key.partition("/")
-    layer = rest.partition("/")[0]
-    return int(layer) if layer.isdecimal() else None
+class ArrayName(NamedTuple):
+    """``<key>[/<layer>[/<part>]]``: the name under which an array is stored; ``str`` writes it, ``of`` reads it."""
+
+    key: str
+    layer: int | None = None
+    part: str = ""
+
+    def __str__(self) -> str:
+        layer = "" if self.layer is None else str(self.layer)
+        return "/".join(piece for piece in (self.key, layer, self.part) if piece)
+
+    @classmethod
+    def of(cls, name: str) -> ArrayName:
+        """A stored name, taken apart."""
+        key, _, rest = name.partition("/")
+        layer, _, part = rest.partition("/")
+        return cls(key, int(layer), part) if layer.isdecimal() else cls(key, None, rest)
 
 
-def by_layer(arrays: Arrays, key: str) -> dict[int, np.ndarray]:
-    """The arrays ``<key>/<layer>`` by layer, in order."""
-    found = {int(name.split("/")[1]): value for name, value in arrays.items() if name.split("/")[0] == key}
-    return dict(sorted(found.items()))
+def by_part(arrays: Arrays, key: str) -> dict[str, dict[int, np.ndarray]]:
+    """The arrays ``<key>/<layer>/<part>`` by part (a matrix, say, or a domain) and layer, the layers in order."""
+    found: dict[str, dict[int, np.ndarray]] = {}
+    for name, value in arrays.items():
+        at = ArrayName.of(name)
+        if at.key == key and at.layer is not None:
+            found.setdefault(at.part, {})[at.layer] = value
+    return {part: dict(sorted(layers.items())) for part, layers in found.items()}
+
+
+def by_layer(arrays: Arrays, key: str, part: str = "") -> dict[int, np.ndarray]:
+    """The arrays ``<key>/<layer>[/<part>]`` by layer, in order."""
+    return by_part(arrays, key).get(part, {})
+
+
+def find(arrays: Arrays, key: str, layer: int, part: str = "") -> np.ndarray | None:
+    """The array ``<key>/<layer>[/<part>]``; None if there is none."""
+    return arrays.get(str(ArrayName(key, layer, part)))
+
+
+def numbers(arrays: Arrays, key: str, part: str = "") -> dict[int, float]:
+    """The numbers ``<key>/<layer>[/<part>]`` by layer, in order."""
+    return {layer: float(value) for layer, value in by_layer(arrays, key, part).items()}
+
+
+def finite(values: Mapping[int, float]) -> dict[int, float]:
+    """Those that are numbers."""
+    return {layer: value for layer, value in values.items() if math.isfinite(value)}
 
 
 def per_layer(quantity: str, values: Mapping[int, float]) -> dict[str, float]:
@@ -156,3 +211,29 @@ def per_layer(quantity: str, values: Mapping[int, float]) -> dict[str, float]:
     if scalars:
         scalars[quantity] = sum(scalars.values()) / len(scalars)
     return scalars
+
+
+def in_order(names: Iterable[str], known: Mapping[str, Probe | type[Probe]]) -> tuple[str, ...]:
+    """Probes with all that they take their numbers from, each after those; optional sources come first, if they come.
+
+    Raises:
+        ConfigError: A source is not among the known ones, or probes take their numbers from one another.
+    """
+    waiting, wanted = list(names), dict[str, tuple[str, ...]]()
+    for name in waiting:  # grows
+        if name in wanted:
+            continue
+        wanted[name] = known[name].sources
+        for source in wanted[name]:
+            if source not in known:
+                raise ConfigError(f"probes: {name} takes its numbers from {source!r}, which is no probe here")
+        waiting.extend(wanted[name])
+    graph = {
+        name: [*sources, *(one for one in known[name].optional_sources if one in wanted)]
+        for name, sources in wanted.items()
+    }
+    try:
+        return tuple(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        circle = " and ".join(dict.fromkeys(error.args[1]))
+        raise ConfigError(f"probes: {circle} take their numbers from one another") from None

@@ -13,17 +13,15 @@ import numpy as np
 from scipy.special import entr
 
 from moebed.views.layer import LayerView, Need
-from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
+from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, by_part, numbers, per_layer
 from probes.measures.choices import (
     assignments,
-    by_part,
     counts_by_sequence,
     domain_arrays,
     domain_keys,
     first_middle_last,
     names_by_key,
     sequence_of,
-    tagged,
 )
 from probes.measures.resampling import (
     SHARE,
@@ -102,14 +100,13 @@ class DomainShare(Probe):
             if choices.shape[1] == 0:
                 continue
             counts = counts_by_sequence(choices, sequence, len(domain), view.num_experts)
-            self.arrays[f"count_{place}/{view.index}"] = counts
+            self.put(f"count_{place}", view.index, counts)
             for number in np.unique(domain[counts.any(axis=1)]):
                 total = counts[domain == number].sum(axis=0)
-                part = f"{view.index}/{keys[number]}"
-                self.arrays[f"share_{place}/{part}"] = shares_of_counts(total).astype(np.float32)
+                self.put(f"share_{place}", view.index, shares_of_counts(total), keys[number])
                 if place == "any":
                     of_domain = tokens[domain == number].sum()
-                    self.arrays[f"share_tokens_any/{part}"] = shares_of_counts(total, of_domain).astype(np.float32)
+                    self.put("share_tokens_any", view.index, shares_of_counts(total, of_domain), keys[number])
 
     def compute(self) -> ProbeResult:
         """The result, with what leaving out sequences, or shuffling their labels, tells of its certainty."""
@@ -129,11 +126,10 @@ class DomainShare(Probe):
                 filled = counts.any(axis=1)
                 for number in np.unique(domain[filled]):
                     mine = counts[filled & (domain == number)]  # (B of the domain, E)
-                    unit, stratum = sequence_units(np.zeros(len(mine)))
-                    rest = shares_of_counts(without(_unit_sums(mine, unit), stratum))
-                    ends = jackknife(shares_of_counts(mine.sum(axis=0)), rest, stratum, SHARE)
-                    key = f"share_{place}_interval/{layer}/{keys[number]}"
-                    self.arrays[key] = ends.astype(np.float32)
+                    units = sequence_units(np.zeros(len(mine)))
+                    rest = shares_of_counts(without(units.sums(mine), units.stratum))
+                    ends = jackknife(shares_of_counts(mine.sum(axis=0)), rest, units.stratum, SHARE)
+                    self.put(f"share_{place}_interval", layer, ends, keys[number])
 
     def _compare(self, counts: dict[int, np.ndarray], domain: np.ndarray) -> None:
         """Divergence between the domains of each layer, and under shuffled labels."""
@@ -147,15 +143,13 @@ class DomainShare(Probe):
             null.append(
                 divergence(shares_of_counts(np.stack([(labels == n).astype(np.float32) @ count for n in numbers])))
             )
-            self._store("divergence", f"/{layer}", measured[-1], null[-1])
-        self._store("mean_divergence", "", np.mean(measured, axis=0), np.mean(null, axis=0))
+            self._store("divergence", layer, measured[-1], null[-1])
+        self._store("mean_divergence", None, np.mean(measured, axis=0), np.mean(null, axis=0))
 
-    def _store(self, key: str, layer: str, measured: np.ndarray, null: np.ndarray) -> None:
-        self.arrays |= {
-            f"{key}{layer}": np.asarray(measured, np.float32),
-            f"{key}_null{layer}": np.array([null.mean(), np.quantile(null, 0.95)], np.float32),
-            f"{key}_p{layer}": np.asarray(p_value(measured, null), np.float32),
-        }
+    def _store(self, key: str, layer: int | None, measured: np.ndarray, null: np.ndarray) -> None:
+        self.put(key, layer, measured)
+        self.put(f"{key}_null", layer, np.array([null.mean(), np.quantile(null, 0.95)], np.float32))
+        self.put(f"{key}_p", layer, p_value(measured, null))
 
     @classmethod
     def describe(cls, arrays: Arrays) -> ProbeResult:
@@ -169,10 +163,9 @@ class DomainShare(Probe):
         }
         if "mean_divergence" not in arrays:
             return ProbeResult(arrays, figures=pictures, notes=["the text has one domain: nothing to compare it with"])
-        measured = {layer: float(value) for layer, value in by_layer(arrays, "divergence").items()}
+        measured, p = numbers(arrays, "divergence"), numbers(arrays, "divergence_p")
         null = {layer: float(value[0]) for layer, value in by_layer(arrays, "divergence_null").items()}
-        p = {layer: float(value) for layer, value in by_layer(arrays, "divergence_p").items()}
-        scalars = per_layer("divergence", measured) | per_layer("divergence_null", null) | tagged("p", p)
+        scalars = per_layer("divergence", measured) | per_layer("divergence_null", null) | per_layer("p", p)
         value, overall = float(arrays["mean_divergence"]), float(arrays["mean_divergence_p"])
         by_chance, high = (float(number) for number in arrays["mean_divergence_null"])
         sentence = (
@@ -186,18 +179,11 @@ class DomainShare(Probe):
         headlines = {"divergence": Headline(value, sentence, no_interval=RAISED)}
         return ProbeResult(
             arrays,
-            scalars | {"p": overall},
+            scalars | {"p": overall},  # of the mean, which is no mean of p
             headlines,
             pictures | {"divergence": partial(_draw_divergence, arrays)},
             ([few] if smallest > 0.01 else []) + unit_notes(arrays, headlines),
         )
-
-
-def _unit_sums(counts: np.ndarray, unit: np.ndarray) -> np.ndarray:
-    """Counts (B, E) of the sequences of each unit: (U, E)."""
-    sums = np.zeros((int(unit.max()) + 1, counts.shape[1]), np.float64)
-    np.add.at(sums, unit, counts)
-    return sums
 
 
 def _draw_shares(arrays: Arrays, place: str) -> Figure:
@@ -217,10 +203,10 @@ def _draw_shares(arrays: Arrays, place: str) -> Figure:
 def _draw_divergence(arrays: Arrays) -> Figure:
     from probes.figures import drawing
 
-    measured, null = (by_layer(arrays, key) for key in ("divergence", "divergence_null"))
+    measured, null = numbers(arrays, "divergence"), by_layer(arrays, "divergence_null")
     fig = drawing.new_figure(6.5, 3.4, "How far apart are the domains' shares of experts? Over depth")
     ax = fig.subplots()
-    drawing.depth_line(ax, {layer: float(v) for layer, v in measured.items()}, drawing.SERIES[0], "measured")
+    drawing.depth_line(ax, measured, drawing.SERIES[0], "measured")
     for position, label in ((0, "labels shuffled: mean"), (1, "labels shuffled: 95th percentile")):
         line = {layer: float(value[position]) for layer, value in null.items()}
         drawing.depth_line(ax, line, (drawing.MUTED, drawing.SERIES[1])[position], label, dashed=True)

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from moebed.machine.precision import multiplies_bf16_faster
 from moebed.views.layer import LayerView, Need
-from probes.contract import Arrays, Headline, Probe, ProbeResult, per_layer
+from probes.contract import Arrays, Headline, Probe, ProbeResult, by_part, per_layer
 from probes.figures.pictures import draw_depth, draw_heat_maps
 from probes.measures.bands import one_core_each
-from probes.measures.expert_matrices import by_matrix, compared, fitting, labels_of, num_experts, pair_means
+from probes.measures.expert_matrices import compared, fitting, keep_rows, labels_of, num_experts, pair_means
 from probes.measures.matching import exact_products
 from probes.measures.spectrum import (
     EXACT_BELOW,
@@ -143,7 +143,7 @@ class ExpertGeometry(Probe):
 
     def update_matrix(self, view: LayerView, name: str) -> None:
         """Measure one matrix of the experts of one layer."""
-        rest, at = fitting(view, name), f"{view.index}/{name}"
+        rest = fitting(view, name)
         fetch = compared(view, name, rest)
         count, rank = view.num_experts + len(rest), max(1, min(_RANK, min(fetch(0).shape) // 4))
         said, shapes = time.perf_counter(), []
@@ -153,15 +153,14 @@ class ExpertGeometry(Probe):
                 said = time.perf_counter()
                 self.say(f"{self.name}: layer {view.index}, {name}: {index + 1} of {count} experts")
         for key, values in zip(_STORED, zip(*shapes, strict=True), strict=False):
-            self.arrays[f"{key}/{at}"] = np.array(values, np.float32)
+            self.put(key, view.index, np.array(values, np.float32), name)
         bases = np.stack([shape.basis for shape in shapes])
         overlap = np.square(np.einsum("ihr,jhs->ijrs", bases, bases, optimize=True)).sum(axis=(2, 3))
         distance = np.sqrt(np.maximum(rank - overlap, 0))
         np.fill_diagonal(distance, 0)
-        self.arrays[f"subspace_distance/{at}"] = distance.astype(np.float32)
-        self.arrays[f"subspace_rank/{at}"] = np.asarray(rank, np.int64)
-        self.arrays[f"num_experts/{view.index}"] = np.asarray(view.num_experts, np.int64)
-        self.arrays[f"others/{view.index}/{name}"] = np.array(list(rest), dtype="<U2")
+        self.put("subspace_distance", view.index, distance, name)
+        self.put("subspace_rank", view.index, rank, name)
+        keep_rows(self, view, rest, name)
 
     @classmethod
     def describe(cls, arrays: Arrays) -> ProbeResult:
@@ -178,12 +177,12 @@ class ExpertGeometry(Probe):
         }.items():
             means = {
                 name: {layer: float(value[: experts[layer]].mean()) for layer, value in layers.items()}
-                for name, layers in by_matrix(arrays, key).items()
+                for name, layers in by_part(arrays, key).items()
             }
             for name, values in means.items():
                 scalars |= per_layer(f"{key}_{name}", values)
             pictures[f"{key}_over_depth"] = partial(draw_depth, means, title, key.replace("_", " "))
-        ranks = by_matrix(arrays, "subspace_rank")
+        ranks = by_part(arrays, "subspace_rank")
         distance = {
             name: {layer: value / np.sqrt(float(ranks[name][layer])) for layer, value in layers.items()}
             for name, layers in pair_means(arrays, "subspace_distance").items()
@@ -192,7 +191,7 @@ class ExpertGeometry(Probe):
             for name, values in distance.items():
                 scalars |= per_layer(f"subspace_distance_{name}", values)
             title = "Distance of the subspaces that two experts' matrices use most"
-            pictures |= draw_heat_maps(by_matrix(arrays, "subspace_distance"), labels_of(arrays), title, "distance")
+            pictures |= draw_heat_maps(by_part(arrays, "subspace_distance"), labels_of(arrays), title, "distance")
             pictures["distance_over_depth"] = partial(draw_depth, distance, f"{title}, over depth", "distance / √R")
         return ProbeResult(arrays, scalars, _headlines(scalars), pictures)
 

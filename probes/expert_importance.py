@@ -6,25 +6,20 @@ T tokens, E routed experts, K experts per token.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from moebed.machine.float64 import double
-from moebed.views.layer import ExpertView, LayerView, Need
-from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
+from moebed.views.layer import ExpertKind, ExpertView, LayerView, Need
+from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, finite, per_layer
+from probes.figures import importance
 from probes.measures.ranks import correlation, rankable, ranks
 from probes.measures.resampling import LARGEST, unit_notes
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 NO_TARGET = "no token is followed by another, so there is no loss that could rise: no expert was masked out"
 NO_ABLATION = "no expert was masked out: that needs a whole model in memory and an expert to take the place of another"
-
 
 NAMED_UP_TO = 8  # experts without tokens
 
@@ -43,36 +38,32 @@ class ExpertImportance(Probe):
     question = "Which experts does the model need?"
     needs = frozenset({Need.ROUTING, Need.OUTPUTS})
 
-    def __init__(self) -> None:
-        super().__init__()
+    def begin_layer(self, view: LayerView) -> None:
+        """Norms (T,) of the outputs of this layer's routed experts."""
         self._norms: list[Tensor] = []
 
     def update_expert(self, view: LayerView, expert: ExpertView) -> None:
         """Keep the norm of one expert's outputs."""
-        if expert.index == 0:  # also where the layer before failed halfway
-            self._norms.clear()
-        if expert.index < view.num_experts:
+        if expert.kind is ExpertKind.ROUTED:
             self._norms.append(torch.linalg.vector_norm(expert.output.float(), dim=-1))  # (T,)
 
     def update(self, view: LayerView) -> None:
         """Weigh one layer's experts."""
-        norms, self._norms = self._norms, []
-        if view.routing is None or not norms:
+        if view.routing is None or not self._norms:
             return
-        assert view.decision is not None
-        index, weight = view.decision.topk_index, view.decision.topk_weight.float()
-        added = weight * torch.stack(norms, dim=1).gather(1, index)  # (T, K)
-        stands = view.decision.assigned
+        index, weight = view.routing.topk_index, view.routing.topk_weight.float()
+        added = weight * torch.stack(self._norms, dim=1).gather(1, index)  # (T, K)
+        stands = view.routing.assigned
         cell, wide = index[stands], double(added[stands])
         count = torch.bincount(cell, minlength=view.num_experts).cpu().numpy()  # (E,)
         total = torch.bincount(cell.to(wide.device), wide, minlength=view.num_experts).cpu().numpy()
-        self.arrays[f"reap/{view.index}"] = (total / np.maximum(count, 1)).astype(np.float32)
-        self.arrays[f"count/{view.index}"] = count
+        self.put("reap", view.index, total / np.maximum(count, 1))
+        self.put("count", view.index, count)
         if view.ablate is None or view.num_experts <= view.num_experts_per_tok:
             return
         whole = double(view.ablate(-1))
         if bool(whole.isnan().all()):
-            self.arrays[f"no_target/{view.index}"] = np.asarray(1, np.int64)
+            self.put("no_target", view.index, 1)
             return
         rise, error = [], []
         for expert in range(view.num_experts):
@@ -80,8 +71,8 @@ class ExpertImportance(Probe):
             change = change[~change.isnan()]  # the last token of a sequence has nothing to predict
             rise.append(float(change.mean()))
             error.append(float(change.std() / len(change) ** 0.5) if len(change) > 1 else 0.0)
-        self.arrays[f"ablation_loss/{view.index}"] = np.asarray(rise, np.float32)
-        self.arrays[f"ablation_error/{view.index}"] = np.asarray(error, np.float32)
+        self.put("ablation_loss", view.index, np.array(rise))
+        self.put("ablation_error", view.index, np.array(error))
 
     @classmethod
     def describe(cls, arrays: Arrays) -> ProbeResult:
@@ -110,15 +101,14 @@ class ExpertImportance(Probe):
             for layer, count in counts.items()
             if len(idle := np.flatnonzero(count == 0))
         ]
-        pictures = {"reap": partial(_draw_reap, relative, counts)}
+        pictures = {"reap": partial(importance.draw_reap, relative, counts)}
         rises = by_layer(arrays, "ablation_loss")
         if not rises:
             why = NO_TARGET if by_layer(arrays, "no_target") else NO_ABLATION
             return ProbeResult(arrays, scalars, headlines, pictures, [*notes, why, *unit_notes(arrays, headlines)])
         scalars |= per_layer("ablation_loss_max", {layer: float(rise.max()) for layer, rise in rises.items()})
         scalars |= per_layer("ablation_loss_mean", {n: float(v.mean(dtype=np.float64)) for n, v in rises.items()})
-        agreement = {n: _agreement(reap[n] * counts[n], rise) for n, rise in rises.items()}
-        agreement = {n: value for n, value in agreement.items() if np.isfinite(value)}
+        agreement = finite({n: _agreement(reap[n] * counts[n], rise) for n, rise in rises.items()})
         scalars |= per_layer("reap_vs_ablation", agreement)
         worst = max(rises, key=lambda layer: float(rises[layer].max()))
         most, mean = float(rises[worst].max()), scalars["ablation_loss_mean"]
@@ -140,8 +130,8 @@ class ExpertImportance(Probe):
             )
         else:
             notes.append("the experts add equally much, or the loss rises equally: there is nothing to rank")
-        pictures["ablation"] = partial(_draw_ablation, rises)
-        pictures["reap_vs_ablation"] = partial(_draw_agreement, arrays)
+        pictures["ablation"] = partial(importance.draw_ablation, rises)
+        pictures["reap_vs_ablation"] = partial(importance.draw_agreement, arrays)
         return ProbeResult(arrays, scalars, headlines, pictures, notes + unit_notes(arrays, headlines))
 
 
@@ -158,76 +148,3 @@ def _agreement(added: np.ndarray, rise: np.ndarray) -> float:
     if not np.isfinite(other).all() or not (rankable(one) & rankable(other))[0]:
         return float("nan")
     return float(correlation(ranks(one), ranks(other))[0])
-
-
-def _strip(ax: Axes, rows: dict[int, np.ndarray], title: str, **image: Any) -> Any:
-    """A row a layer, a column an expert; grey where a layer has fewer experts than the widest."""
-    from probes.figures import drawing
-
-    widest = max(map(len, rows.values()))
-    values = np.full((len(rows), widest), np.nan)
-    for row, found in enumerate(rows.values()):
-        values[row, : len(found)] = found
-    drawn = drawing.heat_map(ax, values, aspect="auto", **image)
-    drawing.index_ticks(ax.xaxis, range(widest))
-    drawing.index_ticks(ax.yaxis, list(rows))
-    ax.set_xlabel(title, fontsize=9)
-    ax.set_ylabel("layer", fontsize=9)
-    return drawn
-
-
-def _size(rows: dict[int, np.ndarray]) -> tuple[float, float]:
-    widest = max(map(len, rows.values()))
-    return min(13.0, max(9.0, 2.2 + 0.16 * widest)), min(9.0, max(2.9, 1.5 + 0.2 * len(rows)))
-
-
-def _draw_reap(relative: dict[int, np.ndarray], counts: dict[int, np.ndarray]) -> Figure:
-    from probes.figures import drawing
-
-    fig = drawing.new_figure(
-        *_size(relative),
-        "What an expert adds to its own tokens: mean of weight × output norm (REAP), over its layer's mean\n"
-        "(grey with a cross: no token went there; grey: no such expert)",
-    )
-    ax = fig.subplots()
-    norm = drawing.ratio_norm(list(relative.values()), share=0.995)
-    image = _strip(ax, relative, "expert", cmap="RdBu_r", norm=norm)
-    idle = [(row, e) for row, count in enumerate(counts.values()) for e in np.flatnonzero(count == 0)]
-    if idle:
-        row, column = np.array(idle).T
-        ax.scatter(column, row, marker="x", s=12, color="white", linewidth=0.9)
-    drawing.colour_bar(fig, image, ax, "over the layer's mean", extend="max")
-    return fig
-
-
-def _draw_ablation(rises: dict[int, np.ndarray]) -> Figure:
-    from probes.figures import drawing
-
-    fig = drawing.new_figure(
-        *_size(rises), "By how much the loss rises with one expert masked out of the choice (nats per token)"
-    )
-    most = max(float(np.abs(values).max()) for values in rises.values()) or 1.0
-    ax = fig.subplots()
-    image = _strip(ax, rises, "expert masked out", cmap="RdBu_r", vmin=-most, vmax=most)
-    drawing.colour_bar(fig, image, ax, "rise of the loss")
-    return fig
-
-
-def _draw_agreement(arrays: Arrays) -> Figure:
-    from probes.figures import drawing
-
-    reap, counts, rises = (by_layer(arrays, key) for key in ("reap", "count", "ablation_loss"))
-    errors = by_layer(arrays, "ablation_error")
-    layers = drawing.pick(list(rises), 8)
-    fig, axes = drawing.panel_grid(
-        len(layers), "What an expert adds, summed over its tokens, and the loss without it (± standard error)"
-    )
-    for ax, layer in zip(axes, layers, strict=True):
-        drawing.style_axes(ax)
-        ax.errorbar(reap[layer] * counts[layer], rises[layer], yerr=errors[layer], fmt="o", ms=3.5,
-                    color=drawing.SERIES[0], elinewidth=0.7)  # fmt: skip
-        ax.axhline(0, color=drawing.MUTED, lw=1, ls="--")
-        ax.set_title(f"layer {layer}", fontsize=10)
-        ax.set_xlabel("sum of weight × norm", fontsize=8)
-        ax.set_ylabel("rise of the loss (nats)", fontsize=8)
-    return fig

@@ -16,22 +16,22 @@ import torch
 from torch import Tensor
 
 from moebed.machine.float64 import double
-from moebed.views.layer import ExpertView, LayerView, Need
+from moebed.views.layer import ExpertKind, ExpertView, LayerView, Need
 from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
+from probes.figures.experts_by_token import draw_similarities
 from probes.figures.pictures import draw_heat_maps
-from probes.measures.choices import NONE, assignments
-from probes.measures.expert_matrices import REFERENCE, SHARED, labels_of, num_experts
+from probes.measures.choices import assignments
+from probes.measures.expert_matrices import keep_rows, labels_of, num_experts
 from probes.measures.output_pairs import angular_similarity, chosen_means, pair_cosines, taken_tokens, to_square
 from probes.measures.resampling import SHARE, WITHOUT, as_interval, jackknife, unit_notes, units_of, without
-from probes.measures.short_texts import PICTURED_TOKENS, keep_tokens, token_names
+from probes.measures.short_texts import PICTURED_TOKENS, keep_tokens
 from probes.measures.similarity import off_diagonal
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHORT_TEXT = 64  # tokens up to which the cosines of each one are stored
-PICTURED_LAYERS = 3
-ACROSS = 6  # tokens in a row of panels
+SHARED, REFERENCE = ExpertKind.SHARED.value, ExpertKind.REFERENCE.value
 
 
 class ExpertOutputs(Probe):
@@ -55,28 +55,24 @@ class ExpertOutputs(Probe):
     needs = frozenset({Need.ROUTING, Need.OUTPUTS})
     output_bytes = 512 << 20
 
-    def __init__(self) -> None:
-        super().__init__()
+    def begin_layer(self, view: LayerView) -> None:
+        """The experts' outputs by label, and the tokens that they are taken at."""
         self._outputs: dict[str, Tensor] = {}
-        self._taken = torch.empty(0, dtype=torch.int64)
+        if view.moe_input is not None:
+            most = view.num_experts + 2  # a shared expert and a reference may follow
+            self._taken = taken_tokens(len(view.moe_input), most, view.moe_input.shape[1], self.output_bytes)
 
     def update_expert(self, view: LayerView, expert: ExpertView) -> None:
         """Keep one expert's output at the tokens taken."""
-        if expert.index == 0:  # also where the layer before failed halfway
-            self._outputs.clear()
-            tokens, hidden = expert.output.shape
-            most = view.num_experts + 2  # a shared expert and a reference may follow
-            self._taken = taken_tokens(tokens, most, hidden, self.output_bytes)
-        label = str(expert.index) if expert.index < view.num_experts else expert.name or SHARED
         every = len(self._taken) == len(expert.output)
-        self._outputs[label] = expert.output if every else expert.output[self._taken.to(expert.output.device)]
+        self._outputs[expert.label] = expert.output if every else expert.output[self._taken.to(expert.output.device)]
 
     def update(self, view: LayerView) -> None:
         """Compare the outputs of one layer's experts."""
-        outputs, taken = dict(self._outputs), self._taken
-        self._outputs.clear()
+        outputs, self._outputs = self._outputs, {}  # they are large
         if view.routing is None or not outputs:
             return
+        taken = self._taken
         device = next(iter(outputs.values())).device
         chosen = torch.from_numpy(assignments(view)).to(device)
         short = keep_tokens(self.arrays, view, SHORT_TEXT) and len(taken) == len(chosen)
@@ -98,20 +94,19 @@ class ExpertOutputs(Probe):
         angular, taken_of = by_unit.sum(dim=0), np.bincount(units.of_token[taken.numpy()], minlength=len(units.stratum))
         counted = without(taken_of.astype(np.float64), units.stratum)
         rest = without(by_unit.cpu().numpy(), units.stratum) / np.maximum(counted, 1e-12)[:, None]
-        self.arrays |= units.arrays() | {f"pairs{WITHOUT}/{view.index}": rest.astype(np.float32)}
+        self.arrays |= units.arrays()
         found = {
+            f"pairs{WITHOUT}": torch.from_numpy(rest),
             "output_angular_mean": to_square((angular / len(taken)).float(), len(outputs)),
             "tokens_taken": taken,
             "unit": unit[where],
         } | {f"token_cos_{kind}": torch.cat(means) for kind, means in by_token.items() if means}
         if short:
             found |= {"output_cos": to_square(torch.cat(cosines), len(outputs)), "chosen": chosen}
-        self.arrays |= {f"{key}/{view.index}": value.cpu().numpy() for key, value in found.items()}
-        self.arrays |= {
-            f"num_experts/{view.index}": np.asarray(view.num_experts, np.int64),
-            f"num_tokens/{view.index}": np.asarray(len(chosen), np.int64),
-            f"others/{view.index}": np.array(list(outputs)[view.num_experts :], dtype="<U2"),
-        }
+        found["num_tokens"] = torch.tensor(len(chosen))
+        for key, value in found.items():
+            self.put(key, view.index, value)
+        keep_rows(self, view, list(outputs)[view.num_experts :])
 
     @classmethod
     def describe(cls, arrays: Arrays) -> ProbeResult:
@@ -125,12 +120,12 @@ class ExpertOutputs(Probe):
         pictures = draw_heat_maps({"output": angular}, labels_of(arrays), title, "angular similarity")
         notes = [
             f"layer {layer}: {len(taken)} of {total} tokens, evenly spread, are compared, to bound memory"
-            for layer, taken in by_layer(arrays, "tokens_taken").items()
-            if len(taken) < (total := int(arrays[f"num_tokens/{layer}"]))
+            for layer, total in by_layer(arrays, "num_tokens").items()
+            if len(taken := by_layer(arrays, "tokens_taken")[layer]) < total
         ]
         cosines = by_layer(arrays, "output_cos")
         if cosines and len(next(iter(cosines.values()))) <= PICTURED_TOKENS:
-            pictures["tokens"] = partial(_draw_tokens, arrays)
+            pictures["tokens"] = partial(draw_similarities, arrays)
         scalars: dict[str, float] = {}
         headlines = {}
         subjects = {
@@ -170,10 +165,10 @@ def _mean_similarities(
 
 def _pairs_of(arrays: Arrays, kind: str, layer: int) -> np.ndarray:
     """Columns of ``pairs_without`` of the pairs of routed experts, or of those with a row by its label."""
-    count, rest = int(arrays[f"num_experts/{layer}"]), arrays[f"pairs{WITHOUT}/{layer}"]
+    count, rest = num_experts(arrays)[layer], by_layer(arrays, f"pairs{WITHOUT}")[layer]
     if kind == "experts":
         return rest[:, : count * (count - 1) // 2]
-    row = count + arrays[f"others/{layer}"].tolist().index(kind)
+    row = labels_of(arrays)[layer].index(kind)
     return rest[:, row * (row - 1) // 2 :][:, :count]
 
 
@@ -189,44 +184,4 @@ def _draw_over_depth(means: Mapping[str, Mapping[int, float]]) -> Figure:
     ax.axhline(0.5, color=drawing.MUTED, lw=1, ls="--", label="unrelated")
     ax.set_ylabel("angular similarity", fontsize=9)
     ax.legend(fontsize=8, frameon=False)
-    return fig
-
-
-def _draw_tokens(arrays: Arrays) -> Figure:
-    from probes.figures import drawing
-
-    every, labels = by_layer(arrays, "output_cos"), labels_of(arrays)
-    layers = drawing.pick(list(every), PICTURED_LAYERS)
-    angular = {n: angular_similarity(torch.from_numpy(every[n]).double()).numpy() for n in layers}
-    for values in angular.values():
-        values[:, np.arange(values.shape[1]), np.arange(values.shape[1])] = np.nan
-    flat = np.concatenate([values[np.isfinite(values)] for values in angular.values()])
-    lowest, highest = (float(flat.min()), float(flat.max())) if flat.size else (0.0, 1.0)
-    names = token_names(arrays, len(next(iter(angular.values()))))
-    rows = math.ceil(len(names) / ACROSS)
-    columns = math.ceil(len(names) / rows)
-    some = f"; {len(layers)} of {len(every)} layers" if len(layers) < len(every) else ""
-    fig = drawing.new_figure(
-        max(7.5, 1.2 + 2.0 * columns),
-        1.0 + 2.35 * rows * len(layers),
-        f"Angular similarity of the experts' outputs at each token (diagonal in grey){some}\n"
-        "Above each panel: the token, and the experts chosen for it",
-    )
-    axes = fig.subplots(rows * len(layers), columns, squeeze=False)
-    for ax in axes.ravel():
-        ax.set_visible(False)
-    for place, layer in enumerate(layers):
-        for token, name in enumerate(names):
-            row, column = place * rows + token // columns, token % columns
-            ax = axes[row, column]
-            ax.set_visible(True)
-            image = drawing.heat_map(ax, angular[layer][token], "viridis", vmin=lowest, vmax=highest)
-            for axis in (ax.xaxis, ax.yaxis):
-                drawing.row_ticks(axis, labels[layer])
-            ax.tick_params(labelsize=6.5)
-            chosen = arrays[f"chosen/{layer}"][token]
-            ax.set_title(f"{name}\n{' '.join(map(str, chosen[chosen != NONE]))}", fontsize=8)
-            if column == 0:
-                ax.set_ylabel(f"layer {layer}\nexpert", fontsize=8.5)
-    drawing.colour_bar(fig, image, axes, "angular similarity")
     return fig

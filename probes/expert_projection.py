@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from moebed.views.layer import LayerView, Need
-from probes.contract import Arrays, Headline, Probe, ProbeResult, per_layer
+from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, by_part, numbers, per_layer
 from probes.figures.pictures import draw_depth
-from probes.measures.expert_matrices import by_matrix, compared, fitting, labels_of, num_experts, row_bands
+from probes.measures.expert_matrices import compared, fitting, keep_rows, labels_of, num_experts, row_bands
 from probes.measures.principal import matrix_components, outliers, point_components
 
 if TYPE_CHECKING:
@@ -55,26 +55,26 @@ class ExpertProjection(Probe):
 
     def update_matrix(self, view: LayerView, name: str) -> None:
         """Project one matrix of the experts of one layer."""
-        rest, count, at = fitting(view, name), view.num_experts, f"{view.index}/{name}"
-        fetch = compared(view, name, rest)
+        rest, count = fitting(view, name), view.num_experts
+        fetch, found = compared(view, name, rest), dict[str, np.ndarray]()
         if count > 1:
             points, share = matrix_components(row_bands(view, name, rest), count, _DIMS)
-            self.arrays[f"matrix_pca/{at}"], self.arrays[f"matrix_pca_3d/{at}"] = points[:, :2], points
-            self.arrays[f"matrix_pca_var/{at}"], self.arrays[f"matrix_pca_3d_var/{at}"] = share[:2], share
+            found |= {"matrix_pca": points[:, :2], "matrix_pca_3d": points}
+            found |= {"matrix_pca_var": share[:2], "matrix_pca_3d_var": share}
         width = len(fetch(0))
         taken = np.linspace(0, width - 1, min(width, max(1, _MOST_NEURONS // count))).round().astype(np.int64)
         neurons = torch.cat([fetch(index)[torch.from_numpy(taken)].float() for index in range(count)])
         points, share = point_components(neurons, _DIMS)
-        self.arrays[f"neuron_pca/{at}"], self.arrays[f"neuron_pca_3d/{at}"] = points[:, :2], points
-        self.arrays[f"neuron_pca_var/{at}"] = share
+        found |= {"neuron_pca": points[:, :2], "neuron_pca_3d": points, "neuron_pca_var": share}
         if self.drop_outliers and np.isfinite(points).all():
             scaled = points[:, :2] / np.maximum(points[:, :2].std(axis=0), 1e-30)
-            self.arrays[f"neuron_outlier/{at}"] = outliers(scaled, self.eps, self.min_samples)
-        self.arrays[f"neuron_pca_expert/{view.index}"] = np.repeat(np.arange(count), len(taken)).astype(np.int16)
-        self.arrays[f"neuron_pca_index/{view.index}"] = np.tile(taken, count)
-        self.arrays[f"neuron_count/{view.index}"] = np.asarray(width, np.int64)
-        self.arrays[f"num_experts/{view.index}"] = np.asarray(count, np.int64)
-        self.arrays[f"others/{view.index}/{name}"] = np.array(list(rest), dtype="<U2")
+            found["neuron_outlier"] = outliers(scaled, self.eps, self.min_samples)
+        for key, values in found.items():
+            self.put(key, view.index, values, name)
+        self.put("neuron_pca_expert", view.index, np.repeat(np.arange(count), len(taken)).astype(np.int16))
+        self.put("neuron_pca_index", view.index, np.tile(taken, count))
+        self.put("neuron_count", view.index, width)
+        keep_rows(self, view, rest, name)
 
     @classmethod
     def describe(cls, arrays: Arrays) -> ProbeResult:
@@ -84,7 +84,7 @@ class ExpertProjection(Probe):
             return ProbeResult(arrays, notes=["no layer has routed experts"])
         notes = _notes(arrays)
         pictures = {f"neurons_{dims}d": partial(_draw_neurons, arrays, dims) for dims in (2, 3)}
-        shares = by_matrix(arrays, "matrix_pca_var")
+        shares = by_part(arrays, "matrix_pca_var")
         if not shares:
             notes.append("every layer has one expert: no components of whole matrices")
             return ProbeResult(arrays, figures=pictures, notes=notes)
@@ -104,12 +104,12 @@ class ExpertProjection(Probe):
 
 
 def _notes(arrays: Arrays) -> list[str]:
-    notes = []
-    for layer, count in num_experts(arrays).items():
-        taken, width = len(arrays[f"neuron_pca_expert/{layer}"]) // count, int(arrays[f"neuron_count/{layer}"])
+    notes, points = [], by_layer(arrays, "neuron_pca_expert")
+    for layer, width in numbers(arrays, "neuron_count").items():
+        taken = len(points[layer]) // num_experts(arrays)[layer]
         if taken < width:
-            notes.append(f"neurons: {taken} of each expert's {width} are taken, evenly spread")
-    dropped = [value for layers in by_matrix(arrays, "neuron_outlier").values() for value in layers.values()]
+            notes.append(f"neurons: {taken} of each expert's {width:.0f} are taken, evenly spread")
+    dropped = [value for layers in by_part(arrays, "neuron_outlier").values() for value in layers.values()]
     if dropped:
         share = np.concatenate(dropped).mean()
         notes.append(f"neurons: the pictures leave out {share:.2%}, which DBSCAN calls outliers")
@@ -119,7 +119,7 @@ def _notes(arrays: Arrays) -> list[str]:
 def _draw_matrices(arrays: Arrays, dims: int) -> Figure:
     from probes.figures import clouds
 
-    points, share = (by_matrix(arrays, f"matrix_pca_3d{end}") for end in ("", "_var"))
+    points, share = (by_part(arrays, f"matrix_pca_3d{end}") for end in ("", "_var"))
     title = "The experts' matrices on their principal components"
     return clouds.labelled_clouds(points, share, labels_of(arrays), num_experts(arrays), dims, title)
 
@@ -127,7 +127,7 @@ def _draw_matrices(arrays: Arrays, dims: int) -> Figure:
 def _draw_neurons(arrays: Arrays, dims: int) -> Figure:
     from probes.figures import clouds
 
-    points, share = by_matrix(arrays, "neuron_pca_3d"), by_matrix(arrays, "neuron_pca_var")
-    experts = {layer: arrays[f"neuron_pca_expert/{layer}"] for layer in num_experts(arrays)}
+    points, share = by_part(arrays, "neuron_pca_3d"), by_part(arrays, "neuron_pca_var")
+    experts = by_layer(arrays, "neuron_pca_expert")
     title = "The experts' neurons on their principal components, coloured by expert"
-    return clouds.coloured_clouds(points, share, experts, by_matrix(arrays, "neuron_outlier"), dims, title)
+    return clouds.coloured_clouds(points, share, experts, by_part(arrays, "neuron_outlier"), dims, title)

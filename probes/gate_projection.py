@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from moebed.views.layer import MATRICES, LayerView, Need
-from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
+from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, by_part, finite, numbers, per_layer
 from probes.figures.pictures import draw_depth
-from probes.measures.expert_matrices import by_matrix, mean_neurons
+from probes.measures.expert_matrices import mean_neurons
 from probes.measures.similarity import cosine_matrix, off_diagonal
 
 if TYPE_CHECKING:
@@ -46,15 +46,15 @@ class GateProjection(Probe):
         gate = cosine_matrix(view.gate.unsqueeze(1))
         mean = cosine_matrix(mean_neurons(view, name)[0][: view.num_experts].unsqueeze(1))
         r = pearson(off_diagonal(gate), off_diagonal(mean))
-        self.arrays[f"gate_cos/{view.index}"] = gate
-        self.arrays[f"neuron_mean_cos/{view.index}/{name}"] = mean
-        self.arrays[f"gate_vs_proj_r/{view.index}/{name}"] = np.asarray(r, np.float32)
-        self.arrays[f"gate_vs_proj_r2/{view.index}/{name}"] = np.asarray(r * r, np.float32)
+        self.put("gate_cos", view.index, gate)
+        self.put("neuron_mean_cos", view.index, mean, name)
+        self.put("gate_vs_proj_r", view.index, r, name)
+        self.put("gate_vs_proj_r2", view.index, r * r, name)
 
     @classmethod
     def describe(cls, arrays: Arrays) -> ProbeResult:
         """Table 3's averages, unrounded and with the paper's rounding; scatter and curves over depth."""
-        gates, means = by_layer(arrays, "gate_cos"), by_matrix(arrays, "neuron_mean_cos")
+        gates, means = by_layer(arrays, "gate_cos"), by_part(arrays, "neuron_mean_cos")
         if not gates:
             return ProbeResult(arrays, notes=["skipped: no layer has gate embeddings and three experts or more"])
         points: Points = {
@@ -65,8 +65,7 @@ class GateProjection(Probe):
         headlines = {}
         r_by_depth = {}
         for name in MATRICES:
-            r = {layer: float(value) for layer, value in by_matrix(arrays, "gate_vs_proj_r")[name].items()}
-            r_by_depth[name] = r = {layer: value for layer, value in r.items() if np.isfinite(value)}
+            r_by_depth[name] = r = finite(numbers(arrays, "gate_vs_proj_r", name))
             if not r:
                 continue
             scalars |= per_layer(f"r_{name}", r)

@@ -28,7 +28,7 @@ class GateSimilarity(Probe):
     def update(self, view: LayerView) -> None:
         """Compare the gate embeddings of one layer."""
         if view.gate is not None:
-            self.arrays[f"gate_cos/{view.index}"] = cosine_matrix(view.gate.unsqueeze(1))
+            self.put("gate_cos", view.index, cosine_matrix(view.gate.unsqueeze(1)))
 
     @classmethod
     def describe(cls, arrays: Arrays) -> ProbeResult:

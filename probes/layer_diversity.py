@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from moebed.views.layer import MATRICES, Need
-from probes.contract import Arrays, Headline, Probe, ProbeResult, per_layer
-from probes.measures.choices import by_part
+from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, by_part, find, finite, numbers, per_layer
 from probes.measures.expert_matrices import num_experts
 from probes.measures.resampling import SHARE, WITHOUT, interval_of, unit_notes
 from probes.measures.similarity import off_diagonal
@@ -52,29 +51,29 @@ class LayerDiversity(Probe):
     def derive(self, found: Mapping[str, Arrays]) -> None:
         """Average the similarities that the sources found."""
         outputs = found["expert_outputs"]
+        angular, without = by_layer(outputs, "output_angular_mean"), by_layer(outputs, f"pairs{WITHOUT}")
         for layer, count in num_experts(outputs).items():
             if count < 2:
                 continue
-            similar = {"outputs": outputs[f"output_angular_mean/{layer}"]}
+            similar = {"outputs": angular[layer]}
             for ending, probe, key in (
                 ("matrix", "matrix_similarity", "matrix_cos"),
                 ("neuron", "neuron_similarity", "neuron_mean_cos"),
             ):
                 for name in MATRICES:
-                    if f"{key}/{layer}/{name}" in found[probe]:
-                        similar[f"{ending}_{name}"] = found[probe][f"{key}/{layer}/{name}"]
+                    if (cosines := find(found[probe], key, layer, name)) is not None:
+                        similar[f"{ending}_{name}"] = cosines
             self.arrays["unit_stratum"] = outputs["unit_stratum"]
-            rest = outputs[f"pairs{WITHOUT}/{layer}"][:, : count * (count - 1) // 2]
-            self.arrays[f"outputs{WITHOUT}/{layer}"] = (1 - rest.mean(axis=1, dtype=np.float64)).astype(np.float32)
+            rest = without[layer][:, : count * (count - 1) // 2]
+            self.put(f"outputs{WITHOUT}", layer, 1 - rest.mean(axis=1, dtype=np.float64))
             for kind, values in similar.items():
                 mean = off_diagonal(values[:count, :count]).mean(dtype=np.float64)
-                self.arrays[f"diversity/{layer}/{kind}"] = np.asarray(1 - mean, np.float32)
+                self.put("diversity", layer, 1 - mean, kind)
 
     @classmethod
     def describe(cls, arrays: Arrays) -> ProbeResult:
         """Whether diversity rises, whether the last layer stands out, and the curves over depth."""
-        every = {kind: {n: float(v) for n, v in rows.items()} for kind, rows in by_part(arrays, "diversity").items()}
-        every = {kind: {n: v for n, v in rows.items() if math.isfinite(v)} for kind, rows in every.items()}
+        every = {kind: finite(numbers(arrays, "diversity", kind)) for kind in by_part(arrays, "diversity")}
         every = {kind: rows for kind, rows in every.items() if rows}
         if not every:
             return ProbeResult(arrays, notes=["no layer with two routed experts or more has seen text"])

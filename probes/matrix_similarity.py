@@ -5,16 +5,15 @@ E experts, F expert intermediate, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 
 import numpy as np
 
-from moebed.views.layer import MATRICES, LayerView, Need
-from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
+from moebed.views.layer import ExpertKind, LayerView, Need
+from probes.contract import Arrays, Headline, Probe, ProbeResult, by_part, per_layer
 from probes.figures.pictures import draw_depth, draw_heat_maps
-from probes.measures.expert_matrices import labels_of
-from probes.measures.similarity import cosines, expert_gram, off_diagonal
+from probes.measures.expert_matrices import expert_gram, labels_of, num_experts, pair_means
+from probes.measures.similarity import cosines
 
 
 class MatrixSimilarity(Probe):
@@ -33,52 +32,45 @@ class MatrixSimilarity(Probe):
     def update_matrix(self, view: LayerView, name: str) -> None:
         """Compare one matrix of the experts of one layer."""
         gram, others = expert_gram(view, name)
-        self.arrays[f"matrix_cos/{view.index}/{name}"] = cosines(gram)
-        self.arrays[f"num_experts/{view.index}"] = np.asarray(view.num_experts, np.int64)
+        self.put("matrix_cos", view.index, cosines(gram), name)
+        self.put("num_experts", view.index, view.num_experts)
         if others:
-            self.arrays[f"others/{view.index}/{name}"] = np.asarray(others)
+            self.put("others", view.index, np.asarray(others), name)
 
     @classmethod
     def describe(cls, arrays: Arrays) -> ProbeResult:
         """Mean similarity over pairs of experts, and the heat maps."""
-        experts = {layer: int(value) for layer, value in by_layer(arrays, "num_experts").items()}
-        if not experts:
+        if not num_experts(arrays):
             return ProbeResult(arrays, notes=["no layer has routed experts"])
-        matrices = {name: {layer: arrays[f"matrix_cos/{layer}/{name}"] for layer in experts} for name in MATRICES}
-        routed = {name: {n: m[: experts[n], : experts[n]] for n, m in rows.items()} for name, rows in matrices.items()}
-        mean = {
-            name: {n: float(off_diagonal(m).mean(dtype=np.float64)) for n, m in rows.items() if len(m) > 1}
-            for name, rows in routed.items()
-        }
+        matrices, mean = by_part(arrays, "matrix_cos"), pair_means(arrays, "matrix_cos")
         title = "Cosine of the experts' weight matrices (diagonal in grey)"
         pictures = draw_heat_maps(matrices, labels_of(arrays), title)
         if not mean["up"]:
             return ProbeResult(arrays, figures=pictures, notes=["every layer has one expert: no pairs to compare"])
         scalars: dict[str, float] = {}
         headlines = {}
-        for name, values in _reference_means(arrays, experts).items():
-            scalars |= per_layer(f"reference_cos_{name}", values)
-            value = scalars[f"reference_cos_{name}"]
-            sentence = f"An expert's {name} matrix and the dense model's have cosine {value:.2g} on average."
-            headlines[f"reference_cos_{name}"] = Headline(value, sentence)
-        for name, values in mean.items():
-            scalars |= per_layer(f"mean_cos_{name}", values)
-            value = scalars[f"mean_cos_{name}"]
-            sentence = f"Two experts' {name} matrices have cosine {value:.2g} on average (0 unrelated, 1 the same)."
-            headlines[f"mean_cos_{name}"] = Headline(value, sentence)
+        found = {
+            "reference_cos": ("An expert's {} matrix and the dense model's", "", _reference_means(arrays)),
+            "mean_cos": ("Two experts' {} matrices", " (0 unrelated, 1 the same)", mean),
+        }
+        for key, (subject, scale, means) in found.items():
+            for name, values in means.items():
+                scalars |= per_layer(f"{key}_{name}", values)
+                value = scalars[f"{key}_{name}"]
+                sentence = f"{subject.format(name)} have cosine {value:.2g} on average{scale}."
+                headlines[f"{key}_{name}"] = Headline(value, sentence)
         title = "Mean cosine of two experts' matrices over depth"
         pictures["over_depth"] = partial(draw_depth, mean, title, "cosine")
         return ProbeResult(arrays, scalars, headlines, pictures)
 
 
-def _reference_means(arrays: Arrays, experts: Mapping[int, int]) -> dict[str, dict[int, float]]:
+def _reference_means(arrays: Arrays) -> dict[str, dict[int, float]]:
     """Mean cosine of a layer's routed experts with the dense reference, by matrix and layer, where there is one."""
     found: dict[str, dict[int, float]] = {}
-    for name in MATRICES:
-        for layer, count in experts.items():
-            others = arrays.get(f"others/{layer}/{name}")
-            if others is not None and "F" in others.tolist():
-                row = count + others.tolist().index("F")
-                value = arrays[f"matrix_cos/{layer}/{name}"][row, :count].mean(dtype=np.float64)
-                found.setdefault(name, {})[layer] = float(value)
+    labels, experts = labels_of(arrays), num_experts(arrays)
+    for name, layers in by_part(arrays, "matrix_cos").items():
+        for layer, values in layers.items():
+            if ExpertKind.REFERENCE.value in labels[layer]:
+                row = values[labels[layer].index(ExpertKind.REFERENCE.value), : experts[layer]]
+                found.setdefault(name, {})[layer] = float(row.mean(dtype=np.float64))
     return found

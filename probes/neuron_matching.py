@@ -15,9 +15,9 @@ import numpy as np
 from scipy.stats import kendalltau
 
 from moebed.views.layer import LayerView, Need
-from probes.contract import Arrays, Headline, Probe, ProbeResult, per_layer
+from probes.contract import Arrays, Headline, Probe, ProbeResult, by_part, finite, per_layer
 from probes.figures.pictures import draw_depth, draw_heat_maps
-from probes.measures.expert_matrices import by_matrix, compared, fitting, labels_of, num_experts, pair_means
+from probes.measures.expert_matrices import compared, fitting, keep_rows, labels_of, num_experts, pair_means
 from probes.measures.matching import match_pairs
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -66,19 +66,18 @@ class NeuronMatching(Probe):
                 said, left = now, (now - start) / done * (len(pairs) - done)
                 self.say(f"{self.name}: layer {view.index}, {name}: {done} of {len(pairs)} pairs, {left:.0f} s left")
         for key, values in (("reorder_cos", cosine), ("reorder_kendall", tau), ("reorder_gain", gain)):
-            self.arrays[f"{key}/{view.index}/{name}"] = values.astype(np.float32)
-        self.arrays[f"num_experts/{view.index}"] = np.asarray(view.num_experts, np.int64)
-        self.arrays[f"others/{view.index}/{name}"] = np.array(list(rest), dtype="<U2")
+            self.put(key, view.index, values, name)
+        keep_rows(self, view, rest, name)
 
     @classmethod
     def describe(cls, arrays: Arrays) -> ProbeResult:
         """Table 2's figures (mean gain, its order of growth, mean tau), heat maps, and curves over depth."""
         if not num_experts(arrays):
             return ProbeResult(arrays, notes=["no layer has routed experts"])
-        labels, cosines = labels_of(arrays), by_matrix(arrays, "reorder_cos")
+        labels, cosines = labels_of(arrays), by_part(arrays, "reorder_cos")
         pictures = draw_heat_maps(cosines, labels, "Cosine of the experts' matrices, neurons reordered to fit")
         taus = draw_heat_maps(
-            by_matrix(arrays, "reorder_kendall"), labels, "Kendall's tau of the reordering (1 none)", "tau"
+            by_part(arrays, "reorder_kendall"), labels, "Kendall's tau of the reordering (1 none)", "tau"
         )
         pictures["kendall"] = taus["heat_maps"]
         means = {key: pair_means(arrays, f"reorder_{key}") for key in ("cos", "gain", "kendall")}
@@ -90,10 +89,8 @@ class NeuronMatching(Probe):
                 scalars |= per_layer(f"mean_{key}_{name}", values)
             scalars[f"mean_{key}"] = float(np.mean([scalars[f"mean_{key}_{name}"] for name in matrices]))
         for name, values in means["gain"].items():
-            orders = {layer: order_of_growth(value) for layer, value in values.items()}
-            scalars |= per_layer(
-                f"gain_order_{name}", {n: order for n, order in orders.items() if math.isfinite(order)}
-            )
+            orders = finite({layer: order_of_growth(value) for layer, value in values.items()})
+            scalars |= per_layer(f"gain_order_{name}", orders)
         pictures["over_depth"] = partial(draw_depth, means["cos"], "Mean cosine after reordering over depth", "cosine")
         pictures["gain_over_depth"] = partial(
             draw_depth, means["gain"], "Cosine gained by reordering over depth", "gain in cosine"

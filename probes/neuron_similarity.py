@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from functools import partial
 
-import numpy as np
-
 from moebed.views.layer import LayerView, Need
-from probes.contract import Arrays, Headline, Probe, ProbeResult, per_layer
+from probes.contract import Arrays, Headline, Probe, ProbeResult, by_part, per_layer
 from probes.figures.pictures import draw_depth, draw_heat_maps
-from probes.measures.expert_matrices import by_matrix, labels_of, mean_neurons, num_experts, pair_means
+from probes.measures.expert_matrices import keep_rows, labels_of, mean_neurons, num_experts, pair_means
 from probes.measures.similarity import cosine_matrix
 
 
@@ -33,16 +31,15 @@ class NeuronSimilarity(Probe):
     def update_matrix(self, view: LayerView, name: str) -> None:
         """Average the neurons of one matrix of each expert, and compare."""
         means, rest = mean_neurons(view, name)
-        self.arrays[f"neuron_mean_cos/{view.index}/{name}"] = cosine_matrix(means.unsqueeze(1))
-        self.arrays[f"num_experts/{view.index}"] = np.asarray(view.num_experts, np.int64)
-        self.arrays[f"others/{view.index}/{name}"] = np.array(rest, dtype="<U2")
+        self.put("neuron_mean_cos", view.index, cosine_matrix(means.unsqueeze(1)), name)
+        keep_rows(self, view, rest, name)
 
     @classmethod
     def describe(cls, arrays: Arrays) -> ProbeResult:
         """Mean similarity over pairs of experts, and the heat maps."""
         if not num_experts(arrays):
             return ProbeResult(arrays, notes=["no layer has routed experts"])
-        matrices, mean = by_matrix(arrays, "neuron_mean_cos"), pair_means(arrays, "neuron_mean_cos")
+        matrices, mean = by_part(arrays, "neuron_mean_cos"), pair_means(arrays, "neuron_mean_cos")
         title = "Cosine of the experts' average neurons (diagonal in grey)"
         pictures = draw_heat_maps(matrices, labels_of(arrays), title)
         if not mean["up"]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from moebed.views.layer import LayerView, Need
-from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
+from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, find, per_layer
 from probes.measures.resampling import SHARE, WITHOUT, Units, interval_of, unit_notes, units_of, without
 
 if TYPE_CHECKING:
@@ -53,9 +53,10 @@ class NormOrigin(Probe):
         if view.routing is None or view.moe_input is None:
             return
         seen = torch.linalg.vector_norm(view.moe_input.float(), dim=-1).cpu().numpy()
-        self.arrays[f"input_norm/{view.index}"] = seen
+        self.put("input_norm", view.index, seen)
         units = units_of(view.text, len(seen))
-        self.arrays |= units.arrays() | {f"unit/{view.index}": units.of_token.astype(np.int16)}
+        self.arrays |= units.arrays()
+        self.put("unit", view.index, units.of_token.astype(np.int16))
         scores = view.routing.router_logits.float().cpu().numpy()
         if (scores > 0).all():
             self._keep("score", view.index, scores, seen)
@@ -63,15 +64,15 @@ class NormOrigin(Probe):
     def derive(self, found: Mapping[str, Arrays]) -> None:
         """Split the norms of the outputs."""
         for layer, norms in by_layer(found["norm_vs_score"], "output_norm").items():
-            if f"input_norm/{layer}" in self.arrays:
-                self._keep("norm", layer, norms, self.arrays[f"input_norm/{layer}"])
+            if (seen := find(self.arrays, "input_norm", layer)) is not None:
+                self._keep("norm", layer, norms, seen)
 
     def _keep(self, kind: str, layer: int, values: np.ndarray, seen: np.ndarray) -> None:
-        units = Units(self.arrays[f"unit/{layer}"].astype(np.int64), self.arrays["unit_stratum"])
+        units = Units(by_layer(self.arrays, "unit")[layer].astype(np.int64), self.arrays["unit_stratum"])
         shares = shares_by_unit(values, seen, units)
         if shares is not None:
-            self.arrays[f"{kind}_share/{layer}"] = shares[0]
-            self.arrays[f"{kind}_choice{WITHOUT}/{layer}"] = shares[1:, -1]
+            self.put(f"{kind}_share", layer, shares[0])
+            self.put(f"{kind}_choice{WITHOUT}", layer, shares[1:, -1])
 
     @classmethod
     def describe(cls, arrays: Arrays) -> ProbeResult:
@@ -95,12 +96,6 @@ class NormOrigin(Probe):
             return ProbeResult(arrays, notes=["no layer has seen text with experts whose norms differ"])
         pictures = {"over_depth": partial(_draw_over_depth, arrays)}
         return ProbeResult(arrays, scalars, headlines, pictures, unit_notes(arrays, headlines))
-
-
-def shares_of_log(values: np.ndarray, seen: np.ndarray) -> np.ndarray | None:
-    """The first row of :func:`shares_by_unit`: the shares (4,) of the whole text."""
-    found = shares_by_unit(values, seen, Units(np.zeros(len(values), np.int64), np.zeros(1, np.int64)))
-    return None if found is None else found[0]
 
 
 def shares_by_unit(values: np.ndarray, seen: np.ndarray, units: Units) -> np.ndarray | None:

@@ -5,7 +5,6 @@ T tokens, E experts, K experts per token, H hidden.
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -13,20 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moebed.views.layer import ExpertView, LayerView, Need
-from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
-from probes.measures.expert_matrices import REFERENCE
+from moebed.views.layer import ExpertKind, ExpertView, LayerView, Need
+from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, numbers, per_layer
+from probes.figures.experts_by_token import draw_norms
 from probes.measures.ranks import correlation, rankable, ranks
 from probes.measures.resampling import SHARE, interval_of, keep, unit_notes, units_of
-from probes.measures.short_texts import keep_tokens, token_names
+from probes.measures.short_texts import keep_tokens
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PICTURED_LAYERS = 11
-PICTURED_WITH_TOKENS = 3
-ACROSS = 4  # tokens in a row of panels
-BESIDE_UP_TO = 16  # experts whose norm and score are drawn as bars side by side
 READABLE_COUNT = 50  # a cell of 50 tokens is within 14 % of chance by chance
 
 
@@ -48,40 +44,29 @@ class NormVsScore(Probe):
     question = "Does the router choose the experts whose outputs are large?"
     needs = frozenset({Need.ROUTING, Need.OUTPUTS})
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._norms: list[Tensor] = []
-        self._dense: Tensor | None = None
+    def begin_layer(self, view: LayerView) -> None:
+        """Norms (T,) of the outputs of this layer's experts, by what they are."""
+        self._norms: dict[ExpertKind, list[Tensor]] = {kind: [] for kind in ExpertKind}
 
     def update_expert(self, view: LayerView, expert: ExpertView) -> None:
-        """Keep the norm of one expert's outputs; the shared expert has no score."""
-        if expert.index == 0:  # also where the layer before failed halfway
-            self._norms, self._dense = [], None
-        if expert.index >= view.num_experts and expert.name != REFERENCE:
-            return
-        norm = torch.linalg.vector_norm(expert.output.float(), dim=-1)  # (T,)
-        if expert.name == REFERENCE:
-            self._dense = norm
-        else:
-            self._norms.append(norm)
+        """Keep the norm of one expert's outputs."""
+        self._norms[expert.kind].append(torch.linalg.vector_norm(expert.output.float(), dim=-1))
 
     def update(self, view: LayerView) -> None:
         """Compare norms with scores of one layer."""
         if view.routing is None:
             return
-        norm = torch.stack(self._norms, dim=1).cpu().numpy()  # (T, E)
+        norm = torch.stack(self._norms[ExpertKind.ROUTED], dim=1).cpu().numpy()  # (T, E)
         score = view.routing.router_probs.float().cpu().numpy()
         experts, chosen = view.num_experts, view.num_experts_per_tok
         by_score, by_norm = ranks(score), ranks(norm)
         told = rankable(score) & rankable(norm) if experts > 1 else np.ones(len(norm), bool)  # (T,)
-        self.arrays |= {
-            f"output_norm/{view.index}": norm,
-            f"ranked/{view.index}": np.asarray(told.mean() if len(told) else 0.0, np.float32),
-        }
-        if self._dense is not None:
-            self.arrays[f"dense_ffn_output_norm/{view.index}"] = self._dense.cpu().numpy()
+        self.put("output_norm", view.index, norm)
+        self.put("ranked", view.index, told.mean() if len(told) else 0.0)
+        for dense in self._norms[ExpertKind.REFERENCE]:
+            self.put("dense_ffn_output_norm", view.index, dense)
         if keep_tokens(self.arrays, view):
-            self.arrays[f"score/{view.index}"] = score.copy()
+            self.put("score", view.index, score.copy())
         if not told.any():
             return
         units = units_of(view.text, len(norm))
@@ -89,28 +74,25 @@ class NormVsScore(Probe):
         top = experts - chosen
         overlap = ((by_score.whole >= top) & (by_norm.whole >= top)).sum(axis=1) / chosen
         overlap = np.where(told, overlap, np.nan)
-        keep(self.arrays, f"spearman/{view.index}", float(np.nanmean(rho)), units.means_without(rho))
-        keep(self.arrays, f"topk_overlap/{view.index}", float(np.nanmean(overlap)), units.means_without(overlap))
+        keep(self, "spearman", view.index, float(np.nanmean(rho)), units.means_without(rho))
+        keep(self, "topk_overlap", view.index, float(np.nanmean(overlap)), units.means_without(overlap))
         self.arrays |= units.arrays()
         cell = torch.from_numpy((by_score.whole * experts + by_norm.whole)[told])
         count = torch.bincount(cell.flatten(), minlength=experts**2).view(experts, experts).numpy()
-        self.arrays |= {
-            f"rank_count_score_by_norm/{view.index}": count,
-            f"topk_overlap_random/{view.index}": np.asarray(chosen / experts, np.float32),
-        }
+        self.put("rank_count_score_by_norm", view.index, count)
+        self.put("topk_overlap_random", view.index, chosen / experts)
 
     def compute(self) -> ProbeResult:
         """The result, with the counts of equally wide layers summed."""
         for count in by_layer(self.arrays, "rank_count_score_by_norm").values():
-            key = f"rank_count_all_layers/{len(count)}"
-            self.arrays[key] = self.arrays.get(key, 0) + count
+            before = by_layer(self.arrays, "rank_count_all_layers").get(len(count), 0)  # by the number of experts
+            self.put("rank_count_all_layers", len(count), before + count)
         return super().compute()
 
     @classmethod
     def describe(cls, arrays: Arrays) -> ProbeResult:
         """Rank correlations and overlaps, and the rank pictures."""
-        rho = {layer: float(value) for layer, value in by_layer(arrays, "spearman").items()}
-        told = {layer: float(value) for layer, value in by_layer(arrays, "ranked").items()}
+        rho, told = numbers(arrays, "spearman"), numbers(arrays, "ranked")
         notes = [
             f"layer {layer}: at {1 - share:.0%} of the tokens all experts have the same norm or the same score: there "
             "is nothing to rank, and they are left out"
@@ -118,10 +100,9 @@ class NormVsScore(Probe):
             if share < 1
         ]
         if not rho:
-            drawn = {"tokens": partial(_draw_tokens, arrays)} if by_layer(arrays, "score") else {}
+            drawn = {"tokens": partial(draw_norms, arrays)} if by_layer(arrays, "score") else {}
             return ProbeResult(arrays, figures=drawn, notes=notes or ["no layer has routed experts"])
-        overlap = {layer: float(value) for layer, value in by_layer(arrays, "topk_overlap").items()}
-        random = {layer: float(value) for layer, value in by_layer(arrays, "topk_overlap_random").items()}
+        overlap, random = numbers(arrays, "topk_overlap"), numbers(arrays, "topk_overlap_random")
         scalars = per_layer("spearman", rho) | per_layer("topk_overlap", overlap)
         blind = sum(random.values()) / len(random)
         mean_rho = scalars["spearman"]
@@ -145,7 +126,7 @@ class NormVsScore(Probe):
             "over_depth": partial(_draw_over_depth, rho, overlap, random),
         }
         if by_layer(arrays, "score"):
-            pictures["tokens"] = partial(_draw_tokens, arrays)
+            pictures["tokens"] = partial(draw_norms, arrays)
         return ProbeResult(arrays, scalars, headlines, pictures, notes + unit_notes(arrays, headlines))
 
 
@@ -204,66 +185,4 @@ def _draw_over_depth(rho: dict[int, float], overlap: dict[int, float], random: d
     right.set_ylim(0, 1.05)
     right.set_title("overlap of top K by score and top K by norm", fontsize=10)
     right.legend(fontsize=8, frameon=False)
-    return fig
-
-
-def _draw_tokens(arrays: Arrays) -> Figure:
-    """The paper's Figure 3."""
-    from probes.figures import drawing
-
-    scores, norms = by_layer(arrays, "score"), by_layer(arrays, "output_norm")
-    dense = by_layer(arrays, "dense_ffn_output_norm")
-    layers = drawing.pick(list(scores), PICTURED_WITH_TOKENS)
-    names = token_names(arrays, len(scores[layers[0]]))
-    rows = math.ceil(len(names) / ACROSS)
-    columns = math.ceil(len(names) / rows)
-    some = f"; {len(layers)} of {len(scores)} layers" if len(layers) < len(scores) else ""
-    line = "; dotted: norm of the dense model's FFN output" if dense else ""
-    fig = drawing.new_figure(
-        max(7.0, 1.0 + 3.0 * columns),
-        1.1 + 1.75 * rows * len(layers),
-        f"Each expert's output norm (left, blue) and score (right, red) at each token{some}\n"
-        f"Experts in order of their number{line}",
-    )
-    axes = fig.subplots(rows * len(layers), columns, squeeze=False)
-    for ax in axes.ravel():
-        ax.set_visible(False)
-    for place, layer in enumerate(layers):
-        experts = np.arange(scores[layer].shape[1])
-        both = [norms[layer], dense[layer][:, None]] if layer in dense else [norms[layer]]
-        highest = max(float(np.nan_to_num(values).max()) for values in both) or 1.0
-        best = float(np.nan_to_num(scores[layer]).max()) or 1.0
-        for token, name in enumerate(names):
-            row, column = place * rows + token // columns, token % columns
-            ax = axes[row, column]
-            ax.set_visible(True)
-            drawing.style_axes(ax)
-            other = ax.twinx()
-            # Many experts have no room for two bars each: the score's stands in front of the norm's.
-            few = len(experts) <= BESIDE_UP_TO
-            norm_bar, score_bar = ((-0.2, 0.4, 1.0), (0.2, 0.4, 1.0)) if few else ((0.0, 0.9, 0.4), (0.0, 0.5, 1.0))
-            for panel, (shift, width, alpha), values, colour in (
-                (ax, norm_bar, norms[layer][token], drawing.SERIES[0]),
-                (other, score_bar, scores[layer][token], drawing.SERIES[1]),
-            ):
-                panel.bar(experts + shift, values, width=width, alpha=alpha, color=colour, lw=0)
-            if layer in dense:
-                ax.axhline(dense[layer][token], color=drawing.INK, lw=1, ls=":")
-            ax.set_ylim(0, 1.08 * highest)
-            other.set_ylim(0, 1.08 * best)
-            other.tick_params(labelsize=8, length=2, color=drawing.MUTED)
-            for side in ("top", "left", "bottom"):
-                other.spines[side].set_visible(False)
-            other.spines["right"].set_color(drawing.MUTED)
-            drawing.index_ticks(ax.xaxis, experts.tolist())
-            ax.set_title(name, fontsize=9)
-            ax.grid(visible=False, axis="x")
-            if column == 0:
-                ax.set_ylabel(f"layer {layer}\nnorm", fontsize=8.5, color=drawing.SERIES[0])
-            else:
-                ax.set_yticklabels([])
-            if column == columns - 1 or token == len(names) - 1:
-                other.set_ylabel("score", fontsize=8.5, color=drawing.SERIES[1])
-            else:
-                other.set_yticklabels([])
     return fig

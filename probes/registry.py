@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TypeVar
 
 from moebed.errors import ConfigError
@@ -11,7 +11,7 @@ from probes.activations import Activations
 from probes.balance import Balance
 from probes.chosen_vs_rest import ChosenVsRest
 from probes.coactivation import Coactivation
-from probes.contract import Probe
+from probes.contract import Probe, in_order
 from probes.domain_share import DomainShare
 from probes.expert_geometry import ExpertGeometry
 from probes.expert_importance import ExpertImportance
@@ -103,7 +103,7 @@ def resolve_probes(names: Sequence[str] | None) -> tuple[str, ...]:
     from comes with it.
 
     Raises:
-        ConfigError: A name is unknown; the message offers the nearest one.
+        ConfigError: A name is unknown (the message offers the nearest one), or what ``in_order`` refuses.
     """
     if names is None:
         return DEFAULT_PROBES
@@ -114,23 +114,4 @@ def resolve_probes(names: Sequence[str] | None) -> tuple[str, ...]:
             raise ConfigError(f"probes: unknown probe {name!r}; {hint}")
     if "all" in names:
         return tuple(name for name in PROBES if name in names or name not in BY_NAME_ONLY)
-    return tuple(dict.fromkeys(one for name in names for one in with_sources(name)))
-
-
-def with_sources(name: str, askers: tuple[str, ...] = ()) -> Iterator[str]:
-    """A probe after all that it takes its numbers from, those of its sources included.
-
-    Args:
-        name: Of the probe.
-        askers: Probes that take their numbers from it.
-
-    Raises:
-        ConfigError: A source is unknown, or probes take their numbers from one another.
-    """
-    if name in askers:
-        raise ConfigError(f"probes: {' and '.join(askers)} take their numbers from one another")
-    if name not in PROBES:
-        raise ConfigError(f"probes: {askers[-1]} takes its numbers from {name!r}, which is no probe")
-    for source in PROBES[name].sources:
-        yield from with_sources(source, (*askers, name))
-    yield name
+    return in_order(names, PROBES)

@@ -6,29 +6,24 @@ T tokens, E experts, K experts per token, B sequences, D domains, R draws.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moebed.views.layer import LayerView, Need
-from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
+from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, numbers, per_layer
+from probes.figures.repeats import draw_over_depth, draw_runs
 from probes.measures.choices import (
     ALL,
     NONE,
     assignments,
-    by_part,
     chosen_mask,
     domain_arrays,
     domain_keys,
     first_middle_last,
-    names_by_key,
     overlap_by_chance,
     sequence_of,
 )
 from probes.measures.resampling import SHARE, as_interval, few_texts, jackknife, sequence_units, without
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 LONGEST_RUN = 32
 DEEP = 8  # layers with experts from which the first, the middle and the last are named beside the mean
@@ -67,20 +62,18 @@ class Repeats(Probe):
         inside = sequence[1:] == sequence[:-1]  # (T - 1,)
         same = {"first": (first[1:] == first[:-1]) & (first[1:] != NONE), "any": (mask[1:] & mask[:-1]).any(axis=1)}
         pairs = np.bincount(sequence[1:][inside], minlength=len(domain))  # (B,)
-        self.arrays |= {
-            f"random_first/{view.index}": np.asarray(1 / experts, np.float32),
-            f"random_any/{view.index}": np.asarray(overlap_by_chance(experts, chosen), np.float32),
-            f"pairs/{view.index}": pairs,
-        }
+        self.put("random_first", view.index, 1 / experts)
+        self.put("random_any", view.index, overlap_by_chance(experts, chosen))
+        self.put("pairs", view.index, pairs)
         parts = dict(enumerate(domain_keys(view.text.domains))) | {-1: ALL}
         for kind, equal in same.items():
             counts = np.bincount(sequence[1:][inside & equal], minlength=len(domain))
-            self.arrays[f"same_{kind}/{view.index}"] = counts
+            self.put(f"same_{kind}", view.index, counts)
             for number, key in parts.items():
                 members = (domain == number) | (number < 0)
                 if pairs[members].sum():
                     value = counts[members].sum() / pairs[members].sum()
-                    self.arrays[f"repeat_{kind}/{view.index}/{key}"] = np.asarray(value, np.float32)
+                    self.put(f"repeat_{kind}", view.index, value, key)
         sent = first != NONE
         cell = (domain[sequence] * experts + first)[sent]
         by_domain = np.bincount(cell, minlength=len(view.text.domains) * experts).reshape(-1, experts)
@@ -88,20 +81,19 @@ class Repeats(Probe):
             load = by_domain[number] if number >= 0 else by_domain.sum(axis=0)
             if load.any():
                 expected = np.square(load / load.sum()).sum()
-                self.arrays[f"repeat_first_expected/{view.index}/{key}"] = np.asarray(expected, np.float32)
+                self.put("repeat_first_expected", view.index, expected, key)
         self._measure_runs(view.index, inside & same["first"], len(first), int(inside.sum()))
 
     def _measure_runs(self, layer: int, joined: np.ndarray, tokens: int, pairs: int) -> None:
         """Lengths of the runs, which end where a token is not joined (T - 1,) to the next."""
         ends = np.append(np.flatnonzero(~joined), tokens - 1) if tokens else np.zeros(0, int)
         lengths = np.diff(ends, prepend=-1)
-        repeat = float(self.arrays.get(f"repeat_first_expected/{layer}/{ALL}", 0.0))
+        repeat = numbers(self.arrays, "repeat_first_expected", ALL).get(layer, 0.0)
         runs = max(tokens - pairs * repeat, 1.0)  # each pair that does not repeat begins a run, as each sequence does
-        self.arrays |= {
-            f"run_length/{layer}": np.bincount(np.minimum(lengths, LONGEST_RUN), minlength=LONGEST_RUN + 1)[1:],
-            f"mean_run/{layer}": np.asarray(tokens / max(len(lengths), 1), np.float32),
-            f"mean_run_expected/{layer}": np.asarray(tokens / runs, np.float32),
-        }
+        counts = np.bincount(np.minimum(lengths, LONGEST_RUN), minlength=LONGEST_RUN + 1)
+        self.put("run_length", layer, counts[1:])
+        self.put("mean_run", layer, tokens / max(len(lengths), 1))
+        self.put("mean_run_expected", layer, tokens / runs)
 
     def compute(self) -> ProbeResult:
         """The result, with intervals."""
@@ -112,40 +104,39 @@ class Repeats(Probe):
             known = next(iter(pairs.values())) > 0  # sequences of two tokens or more
             for kind in KINDS:
                 whole: list[np.ndarray] = []
+                repeat = {key: numbers(self.arrays, f"repeat_{kind}", key) for key in parts.values()}
                 for layer, same in by_layer(self.arrays, f"same_{kind}").items():
                     both = np.stack([same, pairs[layer]], axis=1)  # (B, 2)
                     for number, key in parts.items():
-                        if f"repeat_{kind}/{layer}/{key}" in self.arrays:
+                        if layer in repeat[key]:
                             members = ((domain == number) | (number < 0)) & known
-                            unit, stratum = sequence_units(domain[members])
-                            sums = np.zeros((len(stratum), 2))
-                            np.add.at(sums, unit, both[members])
-                            rest = without(sums, stratum)
+                            units = sequence_units(domain[members])
+                            rest = without(units.sums(both[members]), units.stratum)
                             share = rest[:, 0] / np.maximum(rest[:, 1], 1e-12)  # (U,)
-                            value = float(self.arrays[f"repeat_{kind}/{layer}/{key}"])
-                            ends = jackknife(value, share, stratum, SHARE)
-                            self.arrays[f"repeat_{kind}_interval/{layer}/{key}"] = ends.astype(np.float32)
-                    if f"repeat_{kind}/{layer}/{ALL}" in self.arrays:
+                            ends = jackknife(repeat[key][layer], share, units.stratum, SHARE)
+                            self.put(f"repeat_{kind}_interval", layer, ends, key)
+                    if layer in repeat[ALL]:
                         whole.append(share)  # of the whole text, which comes last
                 if whole:
-                    layers = [float(self.arrays[f"repeat_{kind}/{layer}/{ALL}"]) for layer in pairs]
-                    ends = jackknife(float(np.mean(layers)), np.mean(whole, axis=0), stratum, SHARE)
-                    self.arrays[f"mean_{kind}_interval"] = ends.astype(np.float32)
+                    mean = float(np.mean([repeat[ALL][layer] for layer in pairs]))
+                    ends = jackknife(mean, np.mean(whole, axis=0), units.stratum, SHARE)
+                    self.put(f"mean_{kind}_interval", None, ends)
         return self.describe(self.arrays)
 
     @classmethod
     def describe(cls, arrays: Arrays) -> ProbeResult:
         """Repeats beside chance: means over layers, and in a deep model of the first, the middle and the last layer."""
-        repeat = {kind: by_part(arrays, f"repeat_{kind}").get(ALL, {}) for kind in KINDS}
+        repeat = {kind: numbers(arrays, f"repeat_{kind}", ALL) for kind in KINDS}
         if not repeat["first"]:
             return ProbeResult(arrays, notes=["no layer has experts and a text of two tokens: nothing can repeat"])
-        chance = {kind: by_layer(arrays, f"random_{kind}") for kind in KINDS}
-        load = by_part(arrays, "repeat_first_expected")[ALL]
-        runs, runs_expected = by_layer(arrays, "mean_run"), by_layer(arrays, "mean_run_expected")
-        scalars = per_layer("mean_run", _floats(runs)) | per_layer("mean_run_expected", _floats(runs_expected))
+        chance = {kind: numbers(arrays, f"random_{kind}") for kind in KINDS}
+        load = numbers(arrays, "repeat_first_expected", ALL)
+        scalars: dict[str, float] = {}
+        for key in ("mean_run", "mean_run_expected"):
+            scalars |= per_layer(key, numbers(arrays, key))
         headlines = {}
         for kind, label in KINDS.items():
-            value = per_layer(f"repeat_{kind}", _floats(repeat[kind]))
+            value = per_layer(f"repeat_{kind}", repeat[kind])
             scalars |= value
             blind = float(np.mean([chance[kind][layer] for layer in repeat[kind]]))
             mean = value[f"repeat_{kind}"]
@@ -159,76 +150,13 @@ class Repeats(Probe):
             )
         for layer in first_middle_last(list(repeat["first"])) if len(repeat["first"]) >= DEEP else []:
             for kind, label in KINDS.items():
-                value_here, blind = float(repeat[kind][layer]), float(chance[kind][layer])
+                value_here, blind = repeat[kind][layer], chance[kind][layer]
                 sentence = f"In layer {layer} {value_here:.1%} of consecutive tokens have {label}"
-                ends = arrays[f"repeat_{kind}_interval/{layer}/{ALL}"]
+                ends = by_layer(arrays, f"repeat_{kind}_interval", ALL)[layer]
                 headlines[f"repeat_{kind}_layer_{layer}"] = Headline(
                     value_here, f"{sentence}; {blind:.1%} by chance.", as_interval(ends)
                 )
-        pictures = {"over_depth": partial(_draw_over_depth, arrays), "run_lengths": partial(_draw_runs, arrays)}
+        pictures = {"over_depth": partial(draw_over_depth, arrays, KINDS), "run_lengths": partial(draw_runs, arrays)}
         paired = arrays["domain"][next(iter(by_layer(arrays, "pairs").values())) > 0]
-        notes = few_texts(sequence_units(paired)[1])
+        notes = few_texts(sequence_units(paired).stratum)
         return ProbeResult(arrays, scalars, headlines, pictures, notes)
-
-
-def _floats(values: dict[int, np.ndarray]) -> dict[int, float]:
-    return {layer: float(value) for layer, value in values.items()}
-
-
-def _draw_over_depth(arrays: Arrays) -> Figure:
-    from probes.figures import domains, drawing
-
-    names = names_by_key(arrays)
-    fig = drawing.new_figure(11.0, 4.0, "How often does a token go where the one before it went? By domain, over depth")
-    axes = fig.subplots(1, len(KINDS))
-    for ax, (kind, label) in zip(axes, KINDS.items(), strict=True):
-        values = by_part(arrays, f"repeat_{kind}")
-        if len(values) > 1 and len(values) <= 2:
-            values.pop(ALL)  # one domain is all there is
-        spread = by_part(arrays, f"repeat_{kind}_interval")
-        domains.domain_lines(
-            ax,
-            {names.get(key, key): _floats(layers) for key, layers in values.items() if key != ALL or len(values) == 1},
-            {names.get(key, key): layers for key, layers in spread.items()},
-        )
-        chance = _floats(by_layer(arrays, f"random_{kind}"))
-        drawing.depth_line(ax, chance, drawing.MUTED, "chance, all experts alike", dashed=True)
-        if kind == "first":
-            expected = _floats(by_part(arrays, "repeat_first_expected")[ALL])
-            drawing.depth_line(ax, expected, drawing.INK, "chance, with the loads measured", dashed=True)
-            handles = ax.get_legend_handles_labels()
-        ax.set_ylim(0, min(1.05, 1.2 * max(ax.get_ylim()[1], max(chance.values()))))
-        ax.set_title(f"share of consecutive tokens with {label}", fontsize=10)
-    fig.legend(*handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-    return fig
-
-
-def _draw_runs(arrays: Arrays) -> Figure:
-    from matplotlib.ticker import MaxNLocator
-
-    from probes.figures import drawing
-
-    lengths = by_layer(arrays, "run_length")
-    expected = by_part(arrays, "repeat_first_expected")[ALL]
-    layers = first_middle_last(list(lengths))
-    fig = drawing.new_figure(4.0 * max(len(layers), 2), 3.5, "How many tokens in a row have the same first choice?")
-    axes = fig.subplots(1, len(layers), squeeze=False, sharey=True)[0]
-    x = np.arange(1, LONGEST_RUN + 1)
-    longest = max(int(np.flatnonzero(value)[-1]) + 1 for value in lengths.values() if value.any())
-    for ax, layer in zip(axes, layers, strict=True):
-        share = lengths[layer] / max(lengths[layer].sum(), 1)
-        again = float(expected[layer])
-        ax.bar(x, share, color=drawing.SERIES[0], label="measured")
-        blind = (1 - again) * again ** (x - 1)
-        ax.plot(x, blind, color=drawing.MUTED, ls="--", lw=1.2, label="in random order, loads as measured")
-        drawing.style_axes(ax)
-        ax.set_yscale("log")
-        ax.set_ylim(max(0.5 / max(lengths[layer].sum(), 1), 1e-6), 1.3)
-        ax.set_xlim(0.4, max(longest, 6) + 0.6)
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        ax.set_title(f"layer {layer}", fontsize=10)
-        more = f" ({LONGEST_RUN}: or more)" if longest == LONGEST_RUN else ""
-        ax.set_xlabel(f"tokens in a row{more}", fontsize=9)
-    axes[0].set_ylabel("share of runs", fontsize=9)
-    axes[0].legend(fontsize=8, frameon=False)
-    return fig

@@ -15,7 +15,8 @@ import torch
 from moebed.views.layer import LayerView, Need
 from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
 from probes.measures.choices import assignments, chosen_mask
-from probes.measures.resampling import WITHOUT, interval_of, unit_notes, units_of
+from probes.measures.expert_matrices import num_experts
+from probes.measures.resampling import interval_of, keep, unit_notes, units_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,14 +54,13 @@ class RouterState(Probe):
         units = units_of(view.text, len(probs))
         self.arrays |= units.arrays()
         for key, value in measured.items():
-            self.arrays[f"{key}/{view.index}"] = value.cpu().numpy()
-            self.arrays[f"{key}{WITHOUT}/{view.index}"] = units.means_without(value.cpu().numpy())
-        self.arrays[f"num_experts/{view.index}"] = np.asarray(view.num_experts, np.int64)
+            keep(self, key, view.index, value, units.means_without(value.cpu().numpy()))
+        self.put("num_experts", view.index, view.num_experts)
 
     @classmethod
     def describe(cls, arrays: Arrays) -> ProbeResult:
         """Means over tokens, headlines and curves over depth."""
-        experts = {layer: int(value) for layer, value in by_layer(arrays, "num_experts").items()}
+        experts = num_experts(arrays)
         if not experts:
             return ProbeResult(arrays, notes=["no layer has a router"])
         scalars: dict[str, float] = {}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moebed.views.layer import LayerView, Need
-from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
+from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, numbers, per_layer
 from probes.figures.coloured_tokens import draw_coloured, write_coloured
 from probes.measures.choices import NONE, domain_arrays, ranked
 from probes.measures.resampling import SHARE, interval_of, keep, unit_notes, units_of
@@ -49,16 +49,15 @@ class RoutingMap(Probe):
             } | domain_arrays(view.text)
             if len(view.text.token_text):
                 self.arrays["token_text"] = np.array(view.text.token_text, dtype=np.str_)
-        index, weight = ranked(view.routing)  # (T, K)
+        index, weight = ranked(view.routing, view.num_experts_per_tok)  # (T, K)
         probs = view.routing.router_probs.float().cpu().numpy()
         mass = (np.take_along_axis(probs, index, axis=1) * (index != NONE)).sum(axis=1, dtype=np.float64)
         units = units_of(view.text, len(index))
-        keep(self.arrays, f"topk_mass/{view.index}", mass.mean(), units.means_without(mass))
-        self.arrays |= units.arrays() | {
-            f"router_probs/{view.index}": probs,
-            f"topk_index/{view.index}": index.astype(np.int32),
-            f"topk_weight/{view.index}": weight,
-        }
+        keep(self, "topk_mass", view.index, mass.mean(), units.means_without(mass))
+        self.arrays |= units.arrays()
+        self.put("router_probs", view.index, probs)
+        self.put("topk_index", view.index, index.astype(np.int32))
+        self.put("topk_weight", view.index, weight)
 
     @classmethod
     def describe(cls, arrays: Arrays) -> ProbeResult:
@@ -66,7 +65,7 @@ class RoutingMap(Probe):
         probs, index = by_layer(arrays, "router_probs"), by_layer(arrays, "topk_index")
         if not probs:
             return ProbeResult(arrays, notes=["no layer has a router"])
-        mass = {n: float(value) for n, value in by_layer(arrays, "topk_mass").items()}
+        mass = numbers(arrays, "topk_mass")
         weight = {n: value[:, 0].mean(dtype=np.float64) for n, value in by_layer(arrays, "topk_weight").items()}
         blind = float(np.mean([(index[n] != NONE).sum(axis=1).mean() / probs[n].shape[1] for n in probs]))
         scalars = per_layer("topk_mass", mass) | per_layer("first_weight", weight)

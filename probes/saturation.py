@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moebed.views.layer import LayerView, Need
-from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
+from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, finite, numbers, per_layer
 from probes.measures.choices import NONE, assignments
 from probes.measures.resampling import SHARE, WITHOUT, interval_of, unit_notes, units_of
 
@@ -46,6 +46,7 @@ class Saturation(Probe):
         super().__init__()
         self._step = 0
         self._earlier: dict[str, np.ndarray] = {}
+        self._past: dict[int, np.ndarray] = {}  # choices by layer
 
     def begin(self, step: int, earlier: Arrays) -> None:
         """Take over the choices of the probings before ``step``, thinned where they are many."""
@@ -59,8 +60,8 @@ class Saturation(Probe):
         while len(kept) + 1 > limit:
             gap = steps[kept][2:] - steps[kept][:-2]  # that the removal of one would leave; the two ends stay
             kept = np.delete(kept, 1 + int(np.argmin(gap)))
-        self._earlier = {f"topk_index/{layer}": value[kept] for layer, value in choices.items() if len(value)}
-        self._earlier |= {"steps": steps[kept], "token_ids": earlier["token_ids"]}
+        self._earlier = {"steps": steps[kept], "token_ids": earlier["token_ids"]}
+        self._past = {layer: value[kept] for layer, value in choices.items() if len(value)}
 
     def update(self, view: LayerView) -> None:
         """Compare a layer's choices with those of the probings before."""
@@ -73,27 +74,23 @@ class Saturation(Probe):
             before = self._earlier.get("steps", np.zeros(0, np.int64))
             self.arrays |= {"token_ids": ids, "steps": np.append(before, self._step).astype(np.int64)}
         now = np.sort(assignments(view), axis=1).astype(np.int16)  # (T, K)
-        if view.applied is not None:  # the busiest token has more experts at one probing than at another
+        if view.routing.ragged:  # the busiest token has more experts at one probing than at another
             now = np.pad(now, ((0, 0), (view.num_experts - now.shape[1], 0)), constant_values=NONE)
-        key = f"topk_index/{view.index}"
-        past = self._earlier.get(key)
+        past = self._past.get(view.index) if self._earlier else None
         if past is None or past.shape[1:] != now.shape:
             past = np.full((len(self.arrays["steps"]) - 1, *now.shape), UNKNOWN, np.int16)
         every = np.concatenate([past, now[None]])  # (C, T, K)
-        self.arrays |= {
-            key: every,
-            f"saturation/{view.index}": overlap(every, now).astype(np.float32),
-            f"saturation_previous/{view.index}": np.append(np.nan, overlap(every[:-1], every[1:])).astype(np.float32),
-            f"saturation_random/{view.index}": np.asarray(
-                (now != NONE).mean(axis=0).sum() / view.num_experts, np.float32
-            ),
-        }
+        self.put("topk_index", view.index, every)
+        self.put("saturation", view.index, overlap(every, now))
+        self.put("saturation_previous", view.index, np.append(np.nan, overlap(every[:-1], every[1:])))
+        self.put("saturation_random", view.index, (now != NONE).mean(axis=0).sum() / view.num_experts)
         if len(every) > 1:
             units = units_of(view.text, len(now))
             same, had = common(every[-2], now).astype(np.float64), (now != NONE).sum(axis=1).astype(np.float64)
             rest = units.means_without(same) / np.maximum(units.means_without(had), 1e-12)
             rest = np.where((every[-2] == UNKNOWN).any(), np.nan, rest)
-            self.arrays |= units.arrays() | {f"previous{WITHOUT}/{view.index}": rest.astype(np.float32)}
+            self.arrays |= units.arrays()
+            self.put(f"previous{WITHOUT}", view.index, rest)
 
     @classmethod
     def describe(cls, arrays: Arrays) -> ProbeResult:
@@ -104,10 +101,9 @@ class Saturation(Probe):
         steps = arrays["steps"]
         if len(steps) < 2:
             return ProbeResult(arrays, notes=["probed once: choices can be compared from the second probing on"])
-        blind = float(np.mean([float(value) for value in by_layer(arrays, "saturation_random").values()]))
-        first = {layer: float(v[0]) for layer, v in saturation.items() if np.isfinite(v[0])}
-        previous = {layer: float(v[-1]) for layer, v in by_layer(arrays, "saturation_previous").items()}
-        previous = {layer: value for layer, value in previous.items() if np.isfinite(value)}
+        blind = float(np.mean(list(numbers(arrays, "saturation_random").values())))
+        first = finite({layer: float(v[0]) for layer, v in saturation.items()})
+        previous = finite({layer: float(v[-1]) for layer, v in by_layer(arrays, "saturation_previous").items()})
         scalars = per_layer("first_to_now", first) | per_layer("previous_to_now", previous)
         headlines = {}
         known = np.stack(list(saturation.values()))  # (layers, C): no width of a layer is in it

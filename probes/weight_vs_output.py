@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moebed.views.layer import MATRICES, Need
-from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
+from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, by_part, find, finite, numbers, per_layer
 from probes.figures.pictures import draw_depth
 from probes.gate_projection import pearson
-from probes.measures.expert_matrices import by_matrix, num_experts
+from probes.measures.expert_matrices import num_experts
 from probes.measures.resampling import WITHOUT, added_by_few, interval_of, unit_notes
 from probes.measures.similarity import off_diagonal
 
@@ -51,28 +51,28 @@ class WeightVsOutput(Probe):
     def derive(self, found: Mapping[str, Arrays]) -> None:
         """Correlate what the sources found, layer by layer."""
         outputs = found["expert_outputs"]
+        angular, without = by_layer(outputs, "output_angular_mean"), by_layer(outputs, f"pairs{WITHOUT}")
         for layer, count in num_experts(outputs).items():
             if count < 3:
                 continue
-            alike = off_diagonal(outputs[f"output_angular_mean/{layer}"][:count, :count])
+            alike = off_diagonal(angular[layer][:count, :count])
             # Its pairs (i, j) come by i > j; those above a diagonal by j.
             first, second = np.triu_indices(count, k=1)
-            rest = outputs[f"pairs{WITHOUT}/{layer}"][:, second * (second - 1) // 2 + first]  # (U, P)
+            rest = without[layer][:, second * (second - 1) // 2 + first]  # (U, P)
             stratum = self.arrays["unit_stratum"] = outputs["unit_stratum"]
             lowered = _lowered(alike, rest, stratum)
-            self.arrays[f"lowered/{layer}"] = np.asarray(lowered, np.float32)
+            self.put("lowered", layer, lowered)
             for ending, (probe, key, _) in _KINDS.items():
                 for name in MATRICES:
-                    values = found.get(probe, {}).get(f"{key}/{layer}/{name}")
+                    values = find(found.get(probe, {}), key, layer, name)
                     if values is None:
                         continue
                     weights = off_diagonal(values[:count, :count])
-                    self.arrays[f"pairs_output/{layer}"] = alike
-                    self.arrays[f"pairs_weight{ending}/{layer}/{name}"] = weights
-                    r = np.asarray(pearson(weights, alike), np.float32)
-                    self.arrays[f"weight_output_r{ending}/{layer}/{name}"] = r
+                    self.put("pairs_output", layer, alike)
+                    self.put(f"pairs_weight{ending}", layer, weights, name)
+                    self.put(f"weight_output_r{ending}", layer, pearson(weights, alike), name)
                     left = lowered * np.array([pearson(weights, values) for values in rest])
-                    self.arrays[f"r{ending}_{name}{WITHOUT}/{layer}"] = left.astype(np.float32)
+                    self.put(f"r{ending}_{name}{WITHOUT}", layer, left)
 
     @classmethod
     def describe(cls, arrays: Arrays) -> ProbeResult:
@@ -80,12 +80,12 @@ class WeightVsOutput(Probe):
         outputs = by_layer(arrays, "pairs_output")
         if not outputs:
             return ProbeResult(arrays, notes=["no layer with three routed experts or more has seen text"])
-        lowered = {layer: float(value) for layer, value in by_layer(arrays, "lowered").items()}
+        lowered = numbers(arrays, "lowered")
         scalars: dict[str, float] = {}
         headlines = {}
         pictures = {}
         for ending, (_, _, what) in _KINDS.items():
-            weights = by_matrix(arrays, f"pairs_weight{ending}")
+            weights = by_part(arrays, f"pairs_weight{ending}")
             if not weights:
                 continue
             points = {
@@ -94,8 +94,8 @@ class WeightVsOutput(Probe):
             }
             pictures[f"scatter{ending}"] = partial(_draw_scatter, points, what)
             r_by_depth = {}
-            for name, layers in by_matrix(arrays, f"weight_output_r{ending}").items():
-                r = {layer: float(value) for layer, value in layers.items() if np.isfinite(value)}
+            for name in weights:
+                r = finite(numbers(arrays, f"weight_output_r{ending}", name))
                 if not r:
                     continue
                 r_by_depth[name] = r

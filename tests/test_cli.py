@@ -263,10 +263,10 @@ def test_fit_help_has_a_sentence_for_every_model_knob(capsys):
     text = " ".join(capsys.readouterr().out.split())
     import dataclasses
 
-    from moebed.model.config import RouterOptions
+    from moebed.model.routers import all_options
 
     names = [field.name for field in dataclasses.fields(ModelConfig) if field.name != "router_options"]
-    names += [f"router_options.{field.name}" for field in dataclasses.fields(RouterOptions)]
+    names += [f"router_options.{field.name}" for field in dataclasses.fields(all_options())]
     options = text[text.index("options:") :]
     for name in names:
         values = (f"--model.config.{name} {{", f"--model.config.{name} {name.rpartition('.')[2].upper()}")

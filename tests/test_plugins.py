@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ import yaml
 from moebed.cli import main
 from moebed.errors import ConfigError
 from moebed.machine.provenance import plugins_record
-from moebed.model.config import ROUTER_NAMES, ModelConfig, RouterOptions
-from moebed.model.routers import ROUTERS, Router, register
+from moebed.model.config import ModelConfig, RouterOptions, setting
+from moebed.model.routers import ROUTERS, GatedRouter, Router, all_options, register
 from moebed.plugins import VARIABLE, load_plugins
 from moebed.study.recipe import read_recipe
 from moebed.study.runs import plan_study
@@ -38,8 +39,6 @@ SIZES = {
 def _forget():
     for known, own in ((ROUTERS, "cosine"), (PROBES, "confidence")):
         known.pop(own, None)
-    if "cosine" in ROUTER_NAMES:
-        ROUTER_NAMES.remove("cosine")
     for name in [name for name in sys.modules if name.startswith("moebed_plugin_")]:
         del sys.modules[name]
 
@@ -47,8 +46,8 @@ def _forget():
 @pytest.fixture
 def plugin(tmp_path, monkeypatch):
     """The READMEs' router and probe in one file; forgotten afterwards."""
-    router = re.search(r"```python\n(.*?)```", (ROOT / "moebed/README.md").read_text(), flags=re.DOTALL).group(1)
-    probe = re.search(r"```python\n(.*?)```", (ROOT / "probes/README.md").read_text(), flags=re.DOTALL).group(1)
+    shown = [ROOT / "moebed/model/routers/README.md", ROOT / "probes/README.md"]
+    router, probe = (re.search(r"```python\n(.*?)```", p.read_text(encoding="utf-8"), re.DOTALL)[1] for p in shown)
     path = tmp_path / "mine.py"
     probe = probe.replace("class Confidence", "@register_probe\nclass Confidence")
     path.write_text(f"{router}\n\nfrom probes import register as register_probe\n{probe}")
@@ -59,19 +58,22 @@ def plugin(tmp_path, monkeypatch):
 
 @pytest.fixture
 def recipe(tmp_path):
-    own = {"router": "cosine", "router_options": {"own": {"temperature": 0.5}}}
+    own = {"router": "cosine", "router_options": {"temperature": 0.5}}
     callbacks = probing(4, probes=["confidence"])
     return write_recipe(tmp_path, small_recipe(tmp_path, trainer={"callbacks": callbacks}, config=own))
 
 
 def test_a_router_and_a_probe_of_ones_own(plugin, recipe, tmp_path, capsys, monkeypatch):
     assert main(["fit", "--plugins", str(plugin), "--config", str(recipe)]) == 0
-    assert ROUTERS["cosine"](ModelConfig(**SIZES, router="cosine"), ModelConfig(**SIZES).layer(0)).temperature == 0.1
+    assert (
+        ROUTERS["cosine"](ModelConfig(**SIZES, router="cosine"), ModelConfig(**SIZES).layer(0)).options.temperature
+        == 0.1
+    )
     found = json.loads((tmp_path / "run/summary.json").read_text())
     assert "confidence" in json.dumps(found)
     last = tmp_path / "run/checkpoints/last.ckpt"
     weights = torch.load(last, weights_only=True)
-    assert weights["model_config"]["router_options"]["own"] == {"temperature": 0.5}
+    assert weights["model_config"]["router_options"] == {"temperature": 0.5}
 
     asked = ["probe", str(last), "--out", str(tmp_path / "probed"), "--probes", "confidence,router_state"]
     (tmp_path / "short.txt").write_text("the cat sat on the mat")
@@ -93,7 +95,7 @@ def test_runs_of_a_study_and_its_job_array_have_it(plugin, recipe, tmp_path, cap
     settings = {"trainer.callbacks": []}
     study = tmp_path / "try.yaml"
     study.write_text(yaml.safe_dump({"base": "recipe.yaml", "arms": arms, "seeds": [1], "settings": settings}))
-    with pytest.raises(ConfigError, match=r"arm 'mine': .*router is 'cosine'"):
+    with pytest.raises(ConfigError, match=r"arm 'mine': unknown key .*router_options\.temperature.* --plugins"):
         plan_study(read_recipe(study), tmp_path / "out")
     out = tmp_path / "out"
     assert main(["study", str(study), "--out", str(out), "--slurm", "--plugins", str(plugin)]) == 0
@@ -159,21 +161,49 @@ def test_plugins_are_imported_once_and_modules_by_name(tmp_path, monkeypatch):
     assert (os.environ["TIMES"], os.environ[VARIABLE]) == ("x", "counted_plugin")
 
 
-def test_only_a_routers_own_settings_are_left_to_it():
-    assert RouterOptions(own={"temperature": "high"}).own == {"temperature": "high"}
-    for wrong in ({"d_low": "wide"}, {"l1_coef": -1.0}, {"bias_update_rate": [1e-3]}):
-        with pytest.raises(ConfigError, match=r"must be at least"):
-            RouterOptions(**wrong)
+def test_options_of_a_router_of_ones_own(plugin, capsys):
+    """Typed, in --help with their sentence, checked, and still found where they were once written."""
+    load_plugins([f"--plugins={plugin}"])
+    for options in ({"temperature": 0.5}, {"own": {"temperature": 0.5}}, {"d_low": 4, "own": {"temperature": 0.5}}):
+        assert ModelConfig(**SIZES, router="cosine", router_options=options).router_options.temperature == 0.5
+    with pytest.raises(ConfigError, match=r"router_options\.temperature is -1; it must be at least 0"):
+        ModelConfig(**SIZES, router="cosine", router_options={"temperature": -1})
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--model.config.router_options.temperature TEMPERATURE What the cosines are divided by. (cosine)" in shown
+    assert main(["fit", "--model.config.router_options.temperature", "warm"]) == 2
+    assert "temperature" in capsys.readouterr().err
+
+
+def test_settings_of_one_name_keep_their_own_defaults():
+    """What is not given is each router's own default, and what --help cannot show as one it shows as none."""
+
+    @register("shy")
+    class Shy(GatedRouter):
+        @dataclass
+        class Options(RouterOptions):
+            """Settings."""
+
+            seed: int = setting("Of the shyness.", 7)
+
+    try:
+        every = all_options()()
+        assert every.seed is None
+        shown = {name: ModelConfig(**SIZES, router=name, router_options=every) for name in ("shy", "hash")}
+        assert {name: config.router_options.seed for name, config in shown.items()} == {"shy": 7, "hash": 0}
+        assert "seed: Of the draw of the steps with competition. (competesmoe, competesmoe_v2)" in all_options().__doc__
+    finally:
+        del ROUTERS["shy"]
 
 
 def test_a_name_is_taken_once():
     with pytest.raises(ConfigError, match="'softmax_topk' is SoftmaxTopK already"):
         register("softmax_topk")(Router)
-    assert ROUTER_NAMES.count("softmax_topk") == 1
 
 
 def test_a_probe_of_a_probe_of_a_probe(tmp_path, monkeypatch):
-    """Sources of sources come with it, each before who takes numbers from it; a circle is one line."""
+    """Sources of sources come with it, each before who takes numbers from it."""
     seen = []
 
     def make(name, of):
@@ -192,14 +222,9 @@ def test_a_probe_of_a_probe_of_a_probe(tmp_path, monkeypatch):
     make("second", ("first", "balance"))
     make("first", ("expert_outputs",))
     names = resolve_probes(["third"])
-    assert names == ("expert_outputs", "first", "balance", "second", "third")
+    assert sorted(names) == sorted(["expert_outputs", "first", "balance", "second", "third"])
+    assert all(names.index(source) < names.index(name) for name in names for source in PROBES[name].sources)
     assert "third" in probes_for(["all"], with_text=True)
     assert "third" not in probes_for(["all"], with_text=False)
     ProbePass([PROBES[name]() for name in reversed(names)]).results()
     assert seen == [("first", ["expert_outputs"]), ("second", ["balance", "first"]), ("third", ["second"])]
-    make("first", ("third",))
-    with pytest.raises(ConfigError, match="take their numbers from one another"):
-        resolve_probes(["third"])
-    make("first", ("unheard_of",))
-    with pytest.raises(ConfigError, match="'unheard_of', which is no probe"):
-        resolve_probes(["third"])

@@ -15,7 +15,7 @@ import torch
 
 from moebed.bench import train
 from moebed.machine.allocator import keep_freed_memory
-from moebed.model.config import ModelConfig, RouterOptions
+from moebed.model.config import ModelConfig
 from moebed.model.flops import flops_per_token
 from moebed.model.routers import ROUTERS
 
@@ -23,26 +23,15 @@ BASELINE = "softmax_topk"
 _MULTIPLE = 16  # of every width, which products on all devices like
 
 
-def width_of_equal_flops(config: ModelConfig, d_low: int) -> int:
-    """Expert width F' for which ``autonomy`` takes the FLOPs of a softmax gate and experts of width F.
-
-    Gate and chosen experts, E·H + 3·K·F·H, against projections and chosen experts, E·C·H + K·F'·(C + 2H).
-    """
-    layer, hidden = config.layer(0), config.hidden_size
-    experts, top_k = layer.num_experts, layer.num_experts_per_tok
-    plain = experts * hidden + 3 * top_k * layer.moe_intermediate_size * hidden
-    return _rounded((plain - experts * d_low * hidden) / (top_k * (d_low + 2 * hidden)))
-
-
 def config_with(config: ModelConfig, name: str) -> ModelConfig:
     """The model with another router; d_low is H / 3, or less where that took more than half of the experts' FLOPs."""
     layer = config.layer(0)
     half = 1.5 * layer.num_experts_per_tok * layer.moe_intermediate_size / layer.num_experts
     d_low = _rounded(min(config.hidden_size / 3, half))
-    changes: dict[str, Any] = {"router": name, "norm_topk_prob": None, "router_options": RouterOptions(d_low=d_low)}
-    if ROUTERS[name].carries:
-        changes["moe_intermediate_size"] = width_of_equal_flops(config, d_low)
-    return dataclasses.replace(config, **changes)
+    changes: dict[str, Any] = {"router": name, "norm_topk_prob": None, "router_options": {"d_low": d_low}}
+    found = dataclasses.replace(config, **changes)
+    width = ROUTERS[name].width_of_equal_flops(found)
+    return dataclasses.replace(found, moe_intermediate_size=_rounded(width))
 
 
 def run(

@@ -1,5 +1,7 @@
 """Pretrained checkpoints on disk: found, checked before work, read a piece at a time, and written.
 
+May import ``moebed.views``, ``moebed.data`` and what lies below.
+
 Importing the package is cheap: the names below are loaded on first use.
 """
 

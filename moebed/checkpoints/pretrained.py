@@ -6,7 +6,7 @@ E experts, H hidden, F expert intermediate.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -251,28 +251,32 @@ class PretrainedMoE(LightningModule):
             plan.add(layer, {"block": list(block_pieces(self.checkpoint, layer).values())})
             if self.reference is not None and layer < self.reference.config.num_hidden_layers:
                 reference = {f"{_REFERENCE}block": list(block_pieces(self.reference, layer).values())}
-                reference[f"{_REFERENCE}ffn"] = list(ffn_pieces(self.reference, layer, "ffn").values())
+                reference[f"{_REFERENCE}ffn"] = _flat(ffn_pieces(self.reference, layer, "ffn"))
             steps: list[int | str] = [*range(sizes.num_experts)] or ["ffn"]
             steps += ["shared"] if sizes.num_experts and sizes.num_shared_experts else []
-            run = {step: list(ffn_pieces(self.checkpoint, layer, step).values()) for step in steps}
+            run = {step: _flat(ffn_pieces(self.checkpoint, layer, step)) for step in steps}
             if ROUTERS[self.config.router].runs_experts:
                 experts = range(sizes.num_experts)
-                routing = {routing_step(e): list(ffn_pieces(self.checkpoint, layer, e).values()) for e in experts}
+                routing = {routing_step(e): _flat(ffn_pieces(self.checkpoint, layer, e)) for e in experts}
         plan.add(layer, routing, reference, matrices, run)  # in the order in which they are asked for
 
     def _view(self, model: StreamedModel, reference: StreamedModel | None, layer: int) -> LayerView:
-        sizes = self.config.layer(layer)
-        view = LayerView(layer, self.config.num_hidden_layers, sizes.num_experts, sizes.num_experts_per_tok, None)
-        view.weights = StreamedWeights(model, layer, reference)
-        view.work_bytes = self.memory_budget - model.pool.most
-        if not sizes.num_experts:
-            view.num_experts_per_tok = 0
-            return view
-        try:
-            view.gate = model.gate(layer)
-        except UserError as error:
-            view.error = error
-        return view
+        sizes, gate, error = self.config.layer(layer), None, None
+        if sizes.num_experts:
+            try:
+                gate = model.gate(layer)
+            except UserError as found:
+                error = found
+        return LayerView(
+            index=layer,
+            num_hidden_layers=self.config.num_hidden_layers,
+            num_experts=sizes.num_experts,
+            num_experts_per_tok=sizes.num_experts_per_tok if sizes.num_experts else 0,
+            gate=gate,
+            weights=StreamedWeights(model, layer, reference),
+            work_bytes=self.memory_budget - model.pool.most,
+            error=error,
+        )
 
     # Lightning -----------------------------------------------------------------------------------------------------
 
@@ -298,6 +302,10 @@ class PretrainedMoE(LightningModule):
     def on_predict_end(self) -> None:
         """End the walk."""
         self.close()
+
+
+def _flat(pieces: Mapping[str, list[Piece]]) -> list[Piece]:
+    return [piece for factors in pieces.values() for piece in factors]
 
 
 def parse_bytes(text: str | int) -> int:

@@ -24,7 +24,7 @@ from moebed.model.config import ModelConfig
 from moebed.model.decoder import Block, MoE
 from moebed.model.fused import ACTIVATIONS
 from moebed.model.routers import Routing, build_router
-from moebed.views.layer import MATRICES, ExpertView, Watch
+from moebed.views.layer import MATRICES, ExpertKind, ExpertView, Watch
 from moebed.views.text_pass import band_rows
 
 _ACTIVATIONS_AT_A_TIME = 1 << 25  # numbers
@@ -183,17 +183,16 @@ class StreamedWeights:
 
     def expert_matrix(self, name: str, index: int, rows: slice) -> Tensor:
         """Rows of one routed expert's matrix, as stored or rounded."""
-        checkpoint = self._model.checkpoint
-        found = self._seen(name, Piece(checkpoint, checkpoint.keys.expert(self._layer, name, index)), rows)
-        basis = checkpoint.keys.basis(self._layer, index) if name == "gate" else None
-        if basis is None:
-            return found
-        return found.float() @ self._seen(name, Piece(checkpoint, basis)).float()
+        first, *rest = factor_pieces(self._model.checkpoint, self._layer, name, index)
+        found = self._seen(name, first, rows)
+        for factor in rest:
+            found = found.float() @ self._seen(name, factor).float()
+        return found
 
     def expert_shape(self, name: str) -> tuple[int, int]:
         """Rows and columns of one routed expert's matrix."""
-        part = self._model.checkpoint.keys.expert(self._layer, "up" if name == "gate" else name, 0)  # alike
-        return part.rows, part.columns
+        parts = self._model.checkpoint.keys.factors(self._layer, name, 0)
+        return parts[0].rows, parts[-1].columns
 
     def shared_matrix(self, name: str) -> Tensor | None:
         """The shared expert's matrix."""
@@ -211,8 +210,7 @@ class StreamedWeights:
         for index in range(count):
             yield ExpertView(index, self._run(index, x, None if watch is None else partial(watch, index)))
         if self._config.num_shared_experts:
-            output = self._run("shared", x, None if watch is None else partial(watch, count))
-            yield ExpertView(count, output * self._shared_gate(x), "SE")
+            yield ExpertView(count, self._run("shared", x) * self._shared_gate(x), ExpertKind.SHARED)
 
     def each(self, x: Tensor, topk_index: Tensor) -> Tensor:
         """What the experts topk_index (T, K) make of tokens x (T, H): (T, K, H) float32."""
@@ -251,24 +249,26 @@ class StreamedWeights:
         """
         model, weights = self._model, ffn_pieces(self._model.checkpoint, self._layer, ffn)
         model.pool.enter(model.plan.group(self._layer, ffn if step is None else step))
-        matrices = {name: model.pool.get(piece) for name, piece in weights.items()}
-        blocks = torch.arange(len(x)).split(tokens_at_a_time(len(matrices["gate"])))
+        matrices = {name: [model.pool.get(piece) for piece in pieces] for name, pieces in weights.items()}
+        blocks = torch.arange(len(x)).split(tokens_at_a_time(len(matrices["gate"][0])))
+        used = model.precision.used
         # All are moved and cast once; for one block, each when it is needed, in the same memory.
-        ready = {n: model.precision.used(matrix, n) for n, matrix in matrices.items()} if len(blocks) > 1 else {}
+        ready = {n: [used(f, f"{n}{i}") for i, f in enumerate(fs)] for n, fs in matrices.items() if len(blocks) > 1}
 
-        def use(name: str) -> Tensor:
-            return ready[name] if ready else model.precision.used(matrices[name])
+        def through(name: str, x: Tensor) -> Tensor:
+            """x (N, ·) times the transpose of a matrix, which is the product of its factors."""
+            for factor in reversed(ready.get(name, matrices[name])):
+                x = F.linear(x, factor if ready else used(factor))
+            return x
 
         output = torch.empty_like(x)
         with model.computing():
             for rows in blocks:
                 part = slice(int(rows[0]), int(rows[-1]) + 1)
-                seen = F.linear(x[part], use("basis")) if "basis" in matrices else x[part]
-                activated = self._activation(F.linear(seen, use("gate")))
+                activated = self._activation(through("gate", x[part]))
                 if watch is not None:
                     watch(part, activated.float())
-                inner = activated * F.linear(x[part], use("up"))
-                output[part] = F.linear(inner, use("down")).float()
+                output[part] = through("down", activated * through("up", x[part])).float()
         return output
 
     def _shared_gate(self, x: Tensor) -> Tensor | float:
@@ -302,30 +302,30 @@ def routing_step(expert: int) -> Hashable:
     return "routing", expert
 
 
-def ffn_pieces(checkpoint: Checkpoint, layer: int, step: int | str) -> dict[str, Piece]:
+def ffn_pieces(checkpoint: Checkpoint, layer: int, step: int | str) -> dict[str, list[Piece]]:
     """The three matrices of a routed expert, given by its index, of the shared expert, or of a dense layer's FFN.
 
-    Where an expert's gate is factorised, its first factor is there as ``basis``.
+    Each is the product of its pieces, which is one piece for most.
     """
-    keys, found = checkpoint.keys, {}
+    if isinstance(step, int):
+        return {name: factor_pieces(checkpoint, layer, name, step) for name in MATRICES}
+    found = {}
     for name in MATRICES:
-        if isinstance(step, int):
-            part = keys.expert(layer, name, step)
-        else:
-            given = keys.shared(layer, name) if step == "shared" else keys.dense(layer, name)
-            assert given is not None
-            part = given
-        found[name] = Piece(checkpoint, part)
-    basis = keys.basis(layer, step) if isinstance(step, int) else None
-    return found if basis is None else {**found, "basis": Piece(checkpoint, basis)}
+        part = checkpoint.keys.shared(layer, name) if step == "shared" else checkpoint.keys.dense(layer, name)
+        assert part is not None
+        found[name] = [Piece(checkpoint, part)]
+    return found
+
+
+def factor_pieces(checkpoint: Checkpoint, layer: int, name: str, expert: int) -> list[Piece]:
+    """The pieces whose product is one matrix of a routed expert."""
+    return [Piece(checkpoint, part) for part in checkpoint.keys.factors(layer, name, expert)]
 
 
 def matrix_pieces(checkpoint: Checkpoint, reference: Checkpoint | None, layer: int, name: str) -> list[Piece]:
     """One matrix of all experts of a layer, of the shared expert, and of the dense reference's FFN."""
     keys, experts = checkpoint.keys, range(checkpoint.config.layer(layer).num_experts)
-    pieces = [Piece(checkpoint, keys.expert(layer, name, e)) for e in experts]
-    bases = [keys.basis(layer, e) for e in experts] if name == "gate" else []
-    pieces += [Piece(checkpoint, basis) for basis in bases if basis is not None]
+    pieces = [piece for expert in experts for piece in factor_pieces(checkpoint, layer, name, expert)]
     shared, dense = keys.shared(layer, name), dense_piece(reference, layer, name)
     pieces += [Piece(checkpoint, shared)] if shared is not None else []
     return pieces + ([dense] if dense is not None else [])

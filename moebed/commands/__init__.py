@@ -1,1 +1,4 @@
-"""Commands that no other room has: probe, report, size."""
+"""Commands that no other room has: fit and its like, probe, report, size.
+
+The top: nothing imports it. May import ``moebed.laws`` and what lies below.
+"""

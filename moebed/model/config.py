@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
 import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import InitVar, dataclass, field
-from typing import Any, Literal
+import operator
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import MISSING, InitVar, dataclass, field
+from functools import cache
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from moebed.errors import ConfigError
 from moebed.model.allocation import allocate
@@ -18,63 +21,45 @@ from moebed.model.allocation import allocate
 PerLayer = int | list[int]
 
 
-# Those of moebed.model.routers; one's own are added by moebed.model.routers.register.
-ROUTER_NAMES = [
-    "softmax_topk",
-    "sigmoid_topk",
-    "expert_norm",
-    "competesmoe",
-    "competesmoe_v2",
-    "autonomy",
-    "relu",
-    "random",
-    "hash",
-    "factorised_gate",
-    "balanced",
-]
 ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def setting(
+    sentence: str,
+    default: Any = MISSING,
+    least: float | None = None,
+    most: float | None = None,
+    advice: Callable[[ModelConfig], str] | None = None,
+) -> Any:
+    """A field of a router's Options.
+
+    Args:
+        sentence: What it says in ``--help``.
+        default: What it is if not given; if there is none, it must be given.
+        least: Of a number.
+        most: Of a number.
+        advice: What to give in a model such as this one, for the error that says that it must be given.
+    """
+    return field(default=default, metadata={"sentence": sentence, "least": least, "most": most, "advice": advice})
 
 
 @dataclass
 class RouterOptions:
-    """Settings that single routers have; the others pass them by.
+    """What one router can be told: each router's class has its own as ``Options``, made of :func:`setting`.
 
-    Args:
-        seed: Of what is drawn apart from the weights: the steps with competition, and the table of hash.
-        d_low: Width of each expert's first projection (autonomy), and of the gate made as large (factorised_gate);
-            about a third of hidden_size was best.
-        bias_update_rate: What the selection bias changes by in each optimizer step (sigmoid_topk).
-        competition_rate: Probability, per step and layer, that all experts compete (competesmoe, competesmoe_v2).
-        competition_loss_coef: Coefficient of the gate's loss in steps with competition.
-        winners_weight: What the winners count for once more in that loss (competesmoe_v2).
-        winner_similarity_coef: Coefficient of the mean cosine between the winners' outputs (competesmoe_v2).
-        l1_coef: Coefficient of the penalty on router weights at the start (relu).
-        l1_factor: What the coefficient is multiplied with, or divided by, after each optimizer step (relu).
-        own: Settings of a router of one's own, as it names them.
+    Raises ConfigError where a number is outside its bounds.
     """
 
-    seed: int = 0
-    d_low: int | None = None
-    bias_update_rate: float = 1e-3
-    competition_rate: float = 0.07
-    competition_loss_coef: float = 1e-3
-    winners_weight: float = 0.2
-    winner_similarity_coef: float = 1e-3
-    l1_coef: float = 1e-8
-    l1_factor: float = 1.2
-    own: dict[str, Any] = field(default_factory=dict)
-
     def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
-            if name == "own" or value is None:
-                continue
-            least = 1 if name in ("d_low", "l1_factor") else 0
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
-                raise ConfigError(f"model config: router_options.{name} is {value}; it must be at least {least}")
-        if self.competition_rate > 1:
-            raise ConfigError(
-                f"model config: router_options.competition_rate is {self.competition_rate}; it must be at most 1"
-            )
+        for one in dataclasses.fields(self):
+            value = getattr(self, one.name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            for name, holds in (("least", operator.ge), ("most", operator.le)):
+                bound = one.metadata.get(name)
+                if bound is not None and not (number and holds(value, bound)):
+                    raise ConfigError(
+                        f"model config: router_options.{one.name} is {value}; it must be at {name} {bound}"
+                    )
 
 
 @dataclass
@@ -99,11 +84,10 @@ class ModelConfig:
             which layers there is one.
         shared_expert_gate: Scale the shared expert's output by a learned sigmoid gate (Qwen2-MoE).
         hidden_act: Activation on the gate projection: silu (SwiGLU), gelu (GeGLU, exact) or gelu_tanh.
-        router: Name of the routing rule: softmax_topk, sigmoid_topk, expert_norm, competesmoe, competesmoe_v2,
-            autonomy, relu, random, hash, factorised_gate, balanced, or one that --plugins made known.
-        router_options: Settings that single routers have.
+        router: Name of the routing rule (moebed/README.md lists them), or of one that --plugins made known.
+        router_options: Settings of the router; those of other routers are passed over.
         norm_topk_prob: Divide the weights of the chosen experts by their sum (Mixtral does, DeepSeek and Grok do not);
-            if not given, as in the router's paper: autonomy does not, the others do.
+            if not given, as in the router's paper.
         router_aux_loss_coef: Coefficient of the load-balancing loss; 0 turns it off.
         router_aux_loss_scope: Tokens over which the load-balancing loss counts assignments: micro (one forward pass
             of one rank) or global (summed over data-parallel ranks and over the accumulation steps so far).
@@ -154,7 +138,7 @@ class ModelConfig:
     shared_expert_gate: bool = False
     hidden_act: Literal["silu", "gelu", "gelu_tanh"] = "silu"
     router: str = "softmax_topk"
-    router_options: RouterOptions = field(default_factory=RouterOptions)
+    router_options: RouterOptions = field(default_factory=dict)  # type: ignore[assignment]
     norm_topk_prob: bool | None = None
     router_aux_loss_coef: float = 0.01
     router_aux_loss_scope: Literal["micro", "global"] = "micro"
@@ -223,19 +207,12 @@ class ModelConfig:
             "initializer_range",
         ):
             self._require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
-        self._check_choice("hidden_act", ("silu", "gelu", "gelu_tanh"))
+        for name, choices in _choices(ModelConfig).items():
+            self._check_choice(name, choices)
         self._check_router()
-        self._check_choice("router_aux_loss_scope", ("micro", "global"))
-        self._check_choice("qk_norm", ("none", "head", "full"))
-        self._check_choice("experts_backend", ("auto", "grouped_mm", "loop", "native", "triton"))
-        self._check_choice("attention_backend", ("auto", "sdpa", "math", "native"))
         self._require(
             self.attention_backend != "sdpa" or self.attn_logit_softcapping is None,
             "attention_backend sdpa cannot apply attn_logit_softcapping; use auto or math",
-        )
-        self._require(
-            self.router != "relu" or not self.output_diversity_loss_coef,
-            "output_diversity_loss_coef compares the K experts of a token, but router relu has no fixed K; set it to 0",
         )
         if allocation is not None:
             self._allocate(allocation)
@@ -244,19 +221,21 @@ class ModelConfig:
         self._settle_shared_width()
 
     def _check_router(self) -> None:
-        self._check_choice("router", ROUTER_NAMES, "; one of your own is made known by --plugins FILE.py")
-        if isinstance(self.router_options, Mapping):
-            self.router_options = _from_dict(RouterOptions, self.router_options, "router_options")
+        # By its name: routers are built of configs, and are looked up when the first config is made.
+        routers = importlib.import_module("moebed.model.routers")
+        self._check_choice("router", tuple(routers.ROUTERS), "; one of your own is made known by --plugins FILE.py")
+        rule = routers.ROUTERS[self.router]
+        self.router_options = routers.options_of(self)
         if self.norm_topk_prob is None:
-            self.norm_topk_prob = self.router != "autonomy"
+            self.norm_topk_prob = rule.default_norm_topk_prob
         self._require(
-            self.router not in ("autonomy", "factorised_gate") or self.router_options.d_low is not None,
-            f"router {self.router} needs router_options.d_low, the width of each expert's first projection; about "
-            f"hidden_size / 3 was best, {max(1, round(self.hidden_size / 24)) * 8} here, to a multiple of 8",
+            self.experts_backend not in rule.experts_class.kernels_alone or rule.experts_class.has_kernel(),
+            f"experts_backend {self.experts_backend} has no kernel for the experts of router {self.router}; use auto",
         )
         self._require(
-            self.router != "autonomy" or self.experts_backend != "triton",
-            "experts_backend triton has no kernel for the factorised gates of router autonomy; use auto",
+            rule.fixed_top_k or not self.output_diversity_loss_coef,
+            f"output_diversity_loss_coef compares the K experts of a token, but router {self.router} has no fixed K; "
+            "set it to 0",
         )
 
     def _allocate(self, allocation: str | dict[str, int] | list[float]) -> None:
@@ -355,20 +334,25 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ModelConfig:
         """Build from plain data; an unknown key is an error that names the nearest known one."""
-        return _from_dict(cls, data)
+        require_known(data, inspect.signature(cls).parameters)
+        return cls(**data)
 
 
-def _from_dict(kind: type[Any], data: Mapping[str, Any], where: str = "") -> Any:
-    """A dataclass from plain data; an unknown key is an error that names the nearest known one."""
-    known = list(inspect.signature(kind).parameters)
-    for key in data:
+@cache
+def _choices(kind: type[Any]) -> dict[str, tuple[str, ...]]:
+    """What each field of a dataclass that is typed Literal may be."""
+    return {name: get_args(hint) for name, hint in get_type_hints(kind).items() if get_origin(hint) is Literal}
+
+
+def require_known(keys: Iterable[str], known: Collection[str], where: str = "") -> None:
+    """Raise ConfigError for a key that is none of the known ones; it names the nearest."""
+    for key in keys:
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
             place = f" in {where}" if where else ""
             raise ConfigError(
                 f"model config: unknown key {key!r}{place}" + (f"; did you mean {near[0]!r}?" if near else "")
             )
-    return kind(**data)
 
 
 @dataclass(frozen=True)

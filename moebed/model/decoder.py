@@ -12,7 +12,6 @@ from functools import partial
 from typing import NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -20,7 +19,7 @@ from moebed.errors import UserError
 from moebed.machine.float32 import exact_products
 from moebed.model.attention import Attention, KVCache, RMSNorm, RotaryEmbedding
 from moebed.model.config import LayerConfig, ModelConfig
-from moebed.model.experts import build_experts
+from moebed.model.experts import weighted_sum
 from moebed.model.fused import ACTIVATIONS
 from moebed.model.losses import output_similarity, weight_similarity
 from moebed.model.routers import Router, Routing, build_router
@@ -54,7 +53,7 @@ class MoE(nn.Module):
     def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
         super().__init__()
         self.router = build_router(config, layer)
-        self.experts = build_experts(config, layer)
+        self.experts = self.router.build_experts(config, layer)
         self.shared_expert: FeedForward | None = None
         self.shared_expert_gate: nn.Linear | None = None
         if layer.num_shared_experts:
@@ -66,49 +65,31 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, token_ids: Tensor | None = None) -> tuple[Tensor, Routing]:
         """Tokens x (T, H) with ids (T,) -> outputs (T, H) and the router's decisions."""
         routing = self.router(x, self.experts, token_ids)
+        outputs = self.experts.known_outputs(routing)
         if self.training and self.diversity_losses:
-            routing = self._with_diversity(x, routing)
-        return self.combine(x, routing), routing.decision()
+            routing, outputs = self._with_diversity(x, routing, outputs)
+        return self.combine(x, routing, outputs), routing.without_precomputed()
 
-    def _with_diversity(self, x: Tensor, routing: Routing) -> Routing:
-        """The routing with the diversity losses that are on, and with the outputs that one of them looks at."""
+    def _with_diversity(self, x: Tensor, routing: Routing, outputs: Tensor | None) -> tuple[Routing, Tensor | None]:
+        """The routing with the diversity losses that are on, and the outputs (T, K, H) that one of them looks at."""
         losses = dict(routing.losses or {})
         if "weight_diversity" in self.diversity_losses:
             # Here, not from outside, since only here are a sharded layer's weights whole.
-            losses["weight_diversity"] = weight_similarity(self.mean_neurons()).expand(len(x))
+            losses["weight_diversity"] = weight_similarity(list(self.experts.mean_neurons().values())).expand(len(x))
         if "output_diversity" in self.diversity_losses:
-            outputs = routing.outputs
             if outputs is None:
-                outputs = self.experts.each(x, routing.topk_index, routing.carried)
+                outputs = self.experts.each(x, routing.topk_index, routing.precomputed)
             losses["output_diversity"] = output_similarity(outputs)
-            routing = routing._replace(outputs=outputs)
-        return routing._replace(losses=losses)
+        return routing._replace(losses=losses), outputs
 
-    def mean_neurons(self) -> list[Tensor]:
-        """Each expert's mean neuron (E, H): the mean of its rows of gate and of up, and of its columns of down."""
-        means, basis = self.experts.mean_neurons(), self.router.basis()
-        if basis is not None:
-            # Not a matrix product, which autocast and TF32 would round.
-            means["gate"] = (means["gate"].unsqueeze(-1) * basis.float()).sum(dim=1)
-        return list(means.values())
-
-    def combine(self, x: Tensor, routing: Routing) -> Tensor:
-        """Outputs (T, H) for tokens x (T, H) that are routed already."""
+    def combine(self, x: Tensor, routing: Routing, outputs: Tensor | None = None) -> Tensor:
+        """Outputs (T, H) for tokens x (T, H) that are routed already; from the chosen experts' (T, K, H), if given."""
         beside = partial(self.shared_output, x) if self.shared_expert is not None else None
-        routing = self.router.carry(x, routing)
-        # Where the router ran the experts, what is left needs none of their weights: no rank gathers them once more.
-        weighted = self.experts if routing.outputs is None else self.experts.forward
-        return weighted(x, routing, beside)
-
-    def expert_matrix(self, name: str, expert: int) -> Tensor:
-        """One routed expert's ``gate`` or ``up`` (F, H), or ``down`` (H, F)."""
-        matrix, basis = self.experts.matrix(name)[expert], self.router.basis()
-        return matrix @ basis[expert] if name == "gate" and basis is not None else matrix
-
-    def activate(self, expert: int, x: Tensor) -> Tensor:
-        """act(x W_gateᵀ) of one routed expert on tokens x (T, H): (T, F)."""
-        basis = self.router.basis()
-        return self.experts.activate(expert, x if basis is None else F.linear(x, basis[expert]))
+        if outputs is None:
+            return self.experts(x, routing, beside)
+        # What is left needs none of the experts' weights: no rank gathers them once more.
+        total = weighted_sum(routing.topk_weight, outputs)
+        return total if beside is None else total + beside()
 
     def shared_output(self, x: Tensor) -> Tensor:
         """What the shared experts add for tokens x (T, H): (T, H)."""

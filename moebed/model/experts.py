@@ -6,7 +6,7 @@ T tokens, E experts, K experts per token, H hidden, F expert intermediate, R slo
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Protocol
 
@@ -20,14 +20,13 @@ from moebed.model.config import LayerConfig, ModelConfig
 from moebed.model.fused import ACTIVATIONS, Activation, gated
 from moebed.model.grouped import (
     alignment,
-    carried_to_slots,
     compute_dtype,
     from_slots,
     grouped_mm,
     sort_by_expert,
     to_slots,
 )
-from moebed.model.routers import ROUTERS, Routing
+from moebed.model.routing import Routing
 
 # Rows in segments, and matrices (E, B, A) of all experts -> each row's product with its own expert's.
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -42,8 +41,8 @@ class Exchange(Protocol):
 
     size: int
 
-    def owned(self, matrix: Tensor) -> Tensor:
-        """This rank's part (E/X, ...) of a matrix (E, ...); differentiable."""
+    def local(self, parameter: Tensor) -> Tensor:
+        """This rank's part (E/X, ...) of a parameter (E, ...); differentiable."""
 
     def of_all(self, rows: Tensor) -> Tensor:
         """Rows (E/X, ·) of this rank's experts with those of all others in their order, (E, ·); differentiable."""
@@ -58,21 +57,38 @@ class Experts(nn.Module):
     The matrices are stored fused as in Hugging Face's recent MoE classes: ``gate_up_proj (E, 2F, H)``, gate first,
     and ``down_proj (E, H, F)``. Where they are spread over ranks (see moebed.parallel) both are DTensors, split on
     their first axis, and ``exchange`` takes tokens to their experts and back.
+
+    A router may have experts of its own (``Router.experts_class``), which go on from what it computed:
+    ``Routing.precomputed`` is (T, K, ·) of what they say; of these, their outputs, not weighted.
     """
+
+    # Matrices that are no part of one parameter: the layer's parameters (E, ·, ·) whose product each is, of one expert.
+    factors: Mapping[str, tuple[str, ...]] = {}
+    kernels_alone = ("triton",)  # backends that have nothing else for experts without a kernel
+    gate_up_proj: Tensor
+    down_proj: Tensor
 
     def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
         super().__init__()
-        self.num_experts, width = layer.num_experts, layer.moe_intermediate_size
-        self.add_gate_and_up(config, width)
-        self.down_proj = nn.Parameter(torch.empty(self.num_experts, config.hidden_size, width))
+        self.num_experts = layer.num_experts
+        for name, shape in self.shapes(config, layer).items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
         self.hidden_act: str = config.hidden_act
         self.activation: Activation = ACTIVATIONS[config.hidden_act]
         self.backend = resolve_backend(config.experts_backend)
+        self.are_plain = self.has_kernel()
         self.exchange: Exchange | None = None
 
-    def add_gate_and_up(self, config: ModelConfig, width: int) -> None:
-        """Add the parameters of the two projections into the experts' width F."""
-        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * width, config.hidden_size))
+    @classmethod
+    def has_kernel(cls) -> bool:
+        """Whether compiled kernels compute these experts: they know the plain ones."""
+        return cls.gate_and_up is Experts.gate_and_up
+
+    @classmethod
+    def shapes(cls, config: ModelConfig, layer: LayerConfig) -> dict[str, tuple[int, ...]]:
+        """Of the parameters, by name; the first axis is the experts'."""
+        experts, width, hidden = layer.num_experts, layer.moe_intermediate_size, config.hidden_size
+        return {"gate_up_proj": (experts, 2 * width, hidden), "down_proj": (experts, hidden, width)}
 
     def forward(self, x: Tensor, routing: Routing, beside: Callable[[], Tensor] | None = None) -> Tensor:
         """Weighted sum of the chosen experts' outputs for tokens x (T, H): (T, H).
@@ -82,40 +98,46 @@ class Experts(nn.Module):
             routing: The router's decisions on them.
             beside: Something to compute while tokens travel, where experts are on other ranks; it is added, (T, H).
         """
-        finish: Callable[[], Tensor] = partial(self.backend, self, x, routing)
-        if routing.outputs is not None:  # the router ran them
-            finish = partial(_weighted_sum, routing.topk_weight, routing.outputs)
-        elif self.exchange is not None:
-            finish = self.exchange.begin(self, x, routing)
+        finish = self.begin(x, routing)
         if beside is None:
             return finish()
         other = beside()
         return finish() + other
 
-    def own(self, matrix: Tensor) -> Tensor:
-        """A parameter's part of this process's own experts: of all E, unless they are spread over ranks."""
-        return matrix if self.exchange is None else self.exchange.owned(matrix)
+    def begin(self, x: Tensor, routing: Routing) -> Callable[[], Tensor]:
+        """Start computing the layer's outputs (T, H) for tokens x (T, H); what it returns gives them."""
+        if self.exchange is not None:
+            return self.exchange.begin(self, x, routing)
+        return partial(self.backend, self, x, routing)
+
+    def known_outputs(self, routing: Routing) -> Tensor | None:
+        """Outputs (T, K, H) of the chosen experts, not weighted, where the router ran them."""
+        return routing.precomputed
+
+    def local(self, parameter: Tensor) -> Tensor:
+        """A parameter's part of the experts that this process has: of all E, unless they are spread over ranks."""
+        return parameter if self.exchange is None else self.exchange.local(parameter)
 
     @property
-    def num_own(self) -> int:
+    def num_local_experts(self) -> int:
         """How many experts this process has."""
         return self.num_experts if self.exchange is None else self.num_experts // self.exchange.size
 
-    def each(self, x: Tensor, topk_index: Tensor, carried: Tensor | None = None) -> Tensor:
+    def each(self, x: Tensor, topk_index: Tensor, precomputed: Tensor | None = None) -> Tensor:
         """Outputs (T, K, H) of the experts topk_index (T, K) for tokens x (T, H), not weighted; differentiable.
 
         Args:
             x: (T, H).
             topk_index: (T, K).
-            carried: (T, K, C) where the experts go on from what their router carries.
+            precomputed: (T, K, ·) of them, where they go on from what their router computed.
         """
         num_tokens, top_k = topk_index.shape
         rows = x.unsqueeze(1).expand(-1, top_k, -1).flatten(0, 1)  # (T·K, H) each choice a token of its own
         index = topk_index.flatten().unsqueeze(1)
         ones = torch.ones(index.shape, dtype=torch.float32, device=x.device)
-        if carried is not None:
-            carried = carried.flatten(0, 1).unsqueeze(1)  # (T·K, 1, C)
-        return self(rows, Routing(ones, ones, index, ones, carried)).unflatten(0, (num_tokens, top_k))
+        if precomputed is not None:
+            precomputed = precomputed.flatten(0, 1).unsqueeze(1)  # (T·K, 1, ·)
+        return self(rows, Routing(ones, ones, index, ones, precomputed)).unflatten(0, (num_tokens, top_k))
 
     def mean_neurons(self) -> dict[str, Tensor]:
         """Means (E, ·) of each expert's rows of ``gate`` and of ``up``, and of its columns of ``down``; float32."""
@@ -126,18 +148,22 @@ class Experts(nn.Module):
         return {name: self.exchange.of_all(mean) for name, mean in means.items()}
 
     def matrix(self, name: str) -> Tensor:
-        """One matrix of all own experts: ``gate`` and ``up`` (E, F, H), ``down`` (E, H, F); a view, not a copy."""
+        """One matrix of all experts here: ``gate`` and ``up`` (E, F, H), ``down`` (E, H, F); a view, not a copy."""
         if name == "down":
-            return self.own(self.down_proj)
-        gate, up = self.own(self.gate_up_proj).chunk(2, dim=1)
+            return self.local(self.down_proj)
+        gate, up = self.local(self.gate_up_proj).chunk(2, dim=1)
         return gate if name == "gate" else up
 
-    def gate_and_up(self, rows: Tensor, carried: Tensor | None, product: Product) -> Tensor:
+    def expert_matrix(self, name: str, expert: int) -> Tensor:
+        """One expert's ``gate`` or ``up`` (F, H), or ``down`` (H, F)."""
+        return self.matrix(name)[expert]
+
+    def gate_and_up(self, rows: Tensor, product: Product) -> Tensor:
         """Both projections (R, 2F) of rows (R, H), gate first, by a product of rows and matrices."""
-        return product(rows, self.own(self.gate_up_proj))
+        return product(rows, self.local(self.gate_up_proj))
 
     def activate(self, expert: int, x: Tensor) -> Tensor:
-        """act(x W_gateᵀ) of one expert on what its gate takes, tokens x (T, H): (T, F)."""
+        """act(x W_gateᵀ) of one expert on tokens x (T, H): (T, F)."""
         return self.activation(F.linear(x, self.matrix("gate")[expert]))
 
     def finish(self, expert: int, x: Tensor, activated: Tensor) -> Tensor:
@@ -145,91 +171,66 @@ class Experts(nn.Module):
         return F.linear(activated * F.linear(x, self.matrix("up")[expert]), self.matrix("down")[expert])
 
 
-class FactorisedExperts(Experts):
-    """Experts whose gates see c (T, C) alone, what the router carries to them: act(c W_gateᵀ) ⊙ x W_upᵀ, then down.
-
-    ``gate_proj (E, F, C)``, ``up_proj (E, F, H)`` and ``down_proj (E, H, F)``.
-    """
-
-    def add_gate_and_up(self, config: ModelConfig, width: int) -> None:
-        """Add the parameters of the two projections into the experts' width F."""
-        carried = ROUTERS[config.router].gate_width(config)
-        self.gate_proj = nn.Parameter(torch.empty(self.num_experts, width, carried))
-        self.up_proj = nn.Parameter(torch.empty(self.num_experts, width, config.hidden_size))
-
-    def matrix(self, name: str) -> Tensor:
-        """One matrix of all experts: ``gate`` is (E, F, C), ``up`` (E, F, H), ``down`` (E, H, F)."""
-        return self.own({"gate": self.gate_proj, "up": self.up_proj, "down": self.down_proj}[name])
-
-    def gate_and_up(self, rows: Tensor, carried: Tensor | None, product: Product) -> Tensor:
-        """Both projections (R, 2F), the gate's of carried (R, C)."""
-        assert carried is not None
-        return torch.cat([product(carried, self.own(self.gate_proj)), product(rows, self.own(self.up_proj))], dim=-1)
-
-
-def build_experts(config: ModelConfig, layer: LayerConfig) -> Experts:
-    """The experts of a layer, in the form that its router goes with."""
-    return FactorisedExperts(config, layer) if ROUTERS[config.router].carries else Experts(config, layer)
-
-
-def _weighted_sum(weight: Tensor, outputs: Tensor) -> Tensor:
+def weighted_sum(weight: Tensor, outputs: Tensor) -> Tensor:
     """Of outputs (T, K, H) by weights (T, K): (T, H)."""
     return torch.einsum("tk,tkh->th", weight.to(outputs.dtype), outputs)
 
 
 def _loop(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
     """One expert after another on its own tokens: the plain reference that the other backends are held to."""
-    out = torch.zeros_like(x)
-    for expert in range(experts.num_own):
+    out = x.new_zeros(len(x), experts.down_proj.shape[1])
+    for expert in range(experts.num_local_experts):
         token, choice = torch.where((routing.topk_index == expert) & routing.assigned)
-        rows = x[token]
-        seen = rows if routing.carried is None else routing.carried[token, choice]
-        result = experts.finish(expert, rows, experts.activate(expert, seen))
+        gate, up = experts.gate_and_up(x[token], partial(_linear, expert)).chunk(2, dim=-1)
+        result = F.linear(experts.activation(gate) * up, experts.local(experts.down_proj)[expert])
         weighted = result * routing.topk_weight[token, choice, None].to(result.dtype)
         out = out.index_add(0, token, weighted.to(out.dtype))
     return out
+
+
+def _linear(expert: int, rows: Tensor, matrices: Tensor) -> Tensor:
+    return F.linear(rows, matrices[expert])
 
 
 def _grouped_mm(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
     """All experts in two grouped products over tokens sorted by expert (see moebed.model.grouped)."""
     dtype = compute_dtype(x)
     align = alignment(x.device.type, dtype.itemsize)
-    dispatch = sort_by_expert(routing.topk_index, routing.topk_weight, experts.num_own, align, routing.ragged)
+    dispatch = sort_by_expert(routing.topk_index, routing.topk_weight, experts.num_local_experts, align, routing.ragged)
 
     def product(rows: Tensor, matrices: Tensor) -> Tensor:
         return grouped_mm(rows, matrices.to(dtype), dispatch.offsets, routing.ragged)
 
     rows = to_slots(x.to(dtype), dispatch)  # (R, H)
-    carried = None if routing.carried is None else carried_to_slots(routing.carried.to(dtype), dispatch)  # (R, C)
-    gate_up = experts.gate_and_up(rows, carried, product)  # (R, 2F)
+    gate_up = experts.gate_and_up(rows, product)  # (R, 2F)
     hidden = gated(gate_up, dispatch.slot_weight.to(dtype), experts.hidden_act)  # (R, F)
-    return from_slots(product(hidden, experts.own(experts.down_proj)), dispatch)
+    return from_slots(product(hidden, experts.local(experts.down_proj)), dispatch)
 
 
 def _native(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
     """The compiled MLP of ``moebed.model.native``; what it is not made for takes ``grouped_mm``."""
-    reason = _native_unfit(experts, x, routing)
+    reason = _native_unfit(experts, x)
     if reason is not None:
         say_once(f"experts_backend native does not fit ({reason}); grouped_mm serves instead")
         return _grouped_mm(experts, x, routing)
-    matrices = experts.own(experts.gate_up_proj), experts.own(experts.down_proj)
+    matrices = experts.local(experts.gate_up_proj), experts.local(experts.down_proj)
     weight = routing.topk_weight.float()
     rows = x.to(compute_dtype(x))
     return native.expert_mlp(rows, *matrices, routing.topk_index, weight, experts.hidden_act, routing.ragged)
 
 
-def _native_unfit(experts: Experts, x: Tensor, routing: Routing) -> str | None:
+def _native_unfit(experts: Experts, x: Tensor) -> str | None:
     """Why the compiled MLP is not made for these experts and tokens; None if it is."""
-    if routing.carried is not None:
-        return "its gates see the tokens, these experts' gates what the router carries"
-    matrices = experts.own(experts.gate_up_proj), experts.own(experts.down_proj)
+    if not experts.are_plain:
+        return "these experts have a gate of their own"
+    matrices = experts.local(experts.gate_up_proj), experts.local(experts.down_proj)
     return native.unfit(x, compute_dtype(x), *matrices)
 
 
 def _auto(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
     """``native`` where it is the fastest measured one for machine and type and fits the call, else ``grouped_mm``."""
-    enough = routing.topk_index.numel() >= native.LEAST_ROWS * experts.num_own
-    if x.device.type != "cpu" or not enough or _native_unfit(experts, x, routing) is not None:
+    enough = routing.topk_index.numel() >= native.LEAST_ROWS * experts.num_local_experts
+    if x.device.type != "cpu" or not enough or _native_unfit(experts, x) is not None:
         return _grouped_mm(experts, x, routing)
     return (_native if native.is_fastest(compute_dtype(x)) else _grouped_mm)(experts, x, routing)
 
@@ -243,7 +244,7 @@ def _triton(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
         raise ConfigError(
             "experts_backend triton runs on a GPU; on a CPU set TRITON_INTERPRET=1 (slow, for tests), or choose auto"
         )
-    matrices = experts.own(experts.gate_up_proj), experts.own(experts.down_proj)
+    matrices = experts.local(experts.gate_up_proj), experts.local(experts.down_proj)
     return expert_mlp(x, *matrices, routing.topk_index, routing.topk_weight, experts.hidden_act, ragged=routing.ragged)
 
 

@@ -42,17 +42,9 @@ def layer_shapes(config: ModelConfig, index: int) -> Shapes:
     if layer.num_experts == 0:
         assert config.intermediate_size is not None
         return shapes | {"dense FFN": _gated_ffn(hidden, config.intermediate_size)}
-    width = layer.moe_intermediate_size
     with torch.device("meta"):
         shapes["router"] = [tuple(parameter.shape) for parameter in build_router(config, layer).parameters()]
-    rule, experts = ROUTERS[config.router], layer.num_experts
-    shapes["experts"] = [(experts, 2 * width, hidden), (experts, hidden, width)]
-    if rule.carries:  # the gates see what the router carries to them
-        shapes["experts"] = [
-            (experts, width, rule.gate_width(config)),
-            (experts, width, hidden),
-            (experts, hidden, width),
-        ]
+    shapes["experts"] = list(ROUTERS[config.router].experts_class.shapes(config, layer).values())
     if layer.num_shared_experts:
         shapes["shared experts"] = _gated_ffn(hidden, layer.shared_intermediate_size)
         if config.shared_expert_gate:

@@ -116,12 +116,6 @@ def from_slots(y: Tensor, dispatch: Dispatch) -> Tensor:
     return _FromSlots.apply(y, dispatch.slot_token, dispatch.token_slot)
 
 
-def carried_to_slots(carried: Tensor, dispatch: Dispatch) -> Tensor:
-    """Place what each assignment carries (T, K, C) into its slot (R, C); 0 in padding."""
-    out = carried.new_zeros(len(dispatch.slot_token), carried.shape[-1])
-    return out.index_copy(0, dispatch.token_slot.flatten(), carried.flatten(0, 1))
-
-
 def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, ragged: bool = False) -> Tensor:
     """Each segment of rows times the transpose of its expert's matrix; differentiable in x and weight.
 

@@ -1,1 +1,4 @@
-"""Many processes: sharded parameters, experts spread over ranks, checkpoints of both, and their probes."""
+"""Many processes: sharded parameters, experts spread over ranks, checkpoints of both, and their probes.
+
+May import ``moebed.checkpoints`` and what lies below.
+"""

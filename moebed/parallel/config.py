@@ -80,12 +80,10 @@ class ParallelConfig:
                     f"parallel.expert is {self.expert} but layer {index} has {layer.num_experts} experts; choose a "
                     "number that divides the experts of every layer"
                 )
-            # The second axes of the experts' matrices; where a router carries the gate's input, gate and up are apart.
-            width, parts = layer.moe_intermediate_size, 1 if ROUTERS[config.router].carries else 2
-            what = "moe_intermediate_size" if parts == 1 else "2 × moe_intermediate_size"
-            for name, size in {what: parts * width, "hidden_size": config.hidden_size}.items():
-                if self.shard and size % data:
+            for name, (_, rows, *_) in ROUTERS[config.router].experts_class.shapes(config, layer).items():
+                if self.shard and rows % data:
                     raise ConfigError(
-                        f"parallel.shard: {name} is {size} in layer {index}, which {data} data ranks do not divide; "
+                        f"parallel.shard: the experts' {name} has {rows} rows in layer {index} (moe_intermediate_size "
+                        f"of gate and of up, hidden_size of down), which {data} data ranks do not divide; "
                         "set parallel.shard false, or another parallel.data"
                     )

@@ -16,8 +16,8 @@ from torch.distributed._functional_collectives import all_gather_tensor_autograd
 from torch.distributed.tensor import DTensor
 
 from moebed.model.experts import Experts
-from moebed.model.grouped import carried_to_slots, compute_dtype, from_slots, sort_by_expert, to_slots
-from moebed.model.routers import Routing
+from moebed.model.grouped import compute_dtype, from_slots, sort_by_expert, to_slots
+from moebed.model.routing import Routing
 
 
 class TokenExchange:
@@ -33,14 +33,14 @@ class TokenExchange:
     def __init__(self, group: ProcessGroup) -> None:
         self.group, self.size = group, group.size()
 
-    def owned(self, matrix: Tensor) -> Tensor:
-        """This rank's part of a matrix (E, ...) that is spread over the group: (E/X, ...).
+    def local(self, parameter: Tensor) -> Tensor:
+        """This rank's part of a parameter (E, ...) that is spread over the group: (E/X, ...).
 
         Its gradient is a sum over what all X ranks sent, each of which takes the mean over its own tokens, so it is
         divided by X; what holds the same experts elsewhere is averaged by FSDP2.
         """
-        assert isinstance(matrix, DTensor)
-        return _GradientOver.apply(matrix.to_local(), self.size)
+        assert isinstance(parameter, DTensor)
+        return _GradientOver.apply(parameter.to_local(), self.size)
 
     def of_all(self, rows: Tensor) -> Tensor:
         """Rows (E/X, ·) of this rank's experts, with those of all others in their order: (E, ·); differentiable."""
@@ -64,22 +64,17 @@ class TokenExchange:
             splits = (outward, inward) if back else (inward, outward)
             return all_to_all_single_autograd(rows.contiguous(), *splits, self.group)
 
-        dtype, carried = compute_dtype(x), routing.carried
-        rows = send(to_slots(x.to(dtype), dispatch)[:sent])  # (R, H)
+        rows = send(to_slots(x.to(compute_dtype(x)), dispatch)[:sent])  # (R, H)
         weight = send(dispatch.slot_weight.unsqueeze(1)[:sent])  # (R, 1)
-        if carried is not None:
-            carried = send(carried_to_slots(carried.to(dtype), dispatch)[:sent])  # (R, C)
 
         def finish() -> Tensor:
-            own_experts = torch.arange(experts.num_own, device=x.device).repeat(self.size)
-            index = own_experts.repeat_interleave(received, output_size=sum(inward))
+            local_experts = torch.arange(experts.num_local_experts, device=x.device).repeat(self.size)
+            index = local_experts.repeat_interleave(received, output_size=sum(inward))
             # Where nothing came, a row of weight 0: the experts then have a gradient here as on other ranks.
             absent = (0, 0, 0, 0 if len(index) else 1)
             blank = weight.new_empty(0)
-            own = Routing(blank, blank, F.pad(index.unsqueeze(1), absent), F.pad(weight, absent))
-            if carried is not None:
-                own = own._replace(carried=F.pad(carried, absent).unsqueeze(1))
-            done = send(experts.backend(experts, F.pad(rows, absent), own)[: len(index)], back=True)
+            here = Routing(blank, blank, F.pad(index.unsqueeze(1), absent), F.pad(weight, absent))
+            done = send(experts.backend(experts, F.pad(rows, absent), here)[: len(index)], back=True)
             unsent = len(dispatch.slot_token) - sent
             return from_slots(F.pad(done, (0, 0, 0, unsent)) if unsent else done, dispatch)
 

@@ -1,1 +1,4 @@
-"""What a run will need, by arithmetic alone: parameters, memory of a rank, tokens, bytes sent (``--print_plan``)."""
+"""What a run will need, by arithmetic alone: parameters, memory of a rank, tokens, bytes sent (``--print_plan``).
+
+May import ``moebed.parallel`` and what lies below.
+"""

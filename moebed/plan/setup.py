@@ -41,10 +41,6 @@ def precision_of(name: str | int | None) -> Precision:
     return PRECISIONS[name]
 
 
-# Routers that keep a gate's logits, and no more; relu's K is an average, and its busiest token decides.
-PLANNED = ("softmax_topk", "sigmoid_topk", "random", "hash", "balanced")
-
-
 @dataclass(frozen=True)
 class Setup:
     """A run as the formulas see it.
@@ -137,10 +133,9 @@ class Setup:
                     f"a plan has no formula for router {config.router}, which runs {ran:g} experts a token in training "
                     f"to choose {layer.num_experts_per_tok}, and keeps their activations; choose another, or measure"
                 )
-        if config.router not in PLANNED:
-            raise ConfigError(
-                f"a plan has no formula for router {config.router}; the ones it knows are {', '.join(PLANNED)}"
-            )
+        if not ROUTERS[config.router].has_plan_formula:
+            known = ", ".join(name for name, rule in ROUTERS.items() if rule.has_plan_formula)
+            raise ConfigError(f"a plan has no formula for router {config.router}; the ones it knows are {known}")
 
     def expert_rows(self, index: int, max_violation: float = 0.0) -> int:
         """Rows (R) that the experts of one rank compute in a micro-batch, padding included.

@@ -26,7 +26,9 @@ from moebed.former_names import with_present_names
 from moebed.machine import storage
 from moebed.machine.precision import COMPUTED_IN, computed_in
 from moebed.machine.progress import say, waiting
+from moebed.model.config import ModelConfig
 from moebed.model.flops import count_parameters, flops_per_token
+from moebed.model.routers import all_options
 from moebed.parallel.config import ParallelConfig
 from moebed.parallel.strategy import MeshStrategy
 from moebed.plan.plan import make_plan, setup_of
@@ -73,6 +75,8 @@ class _Parser(LightningArgumentParser):
         parser = next(iter(self._subcommands_action._name_parser_map.values())) if self._subcommands_action else self
         near = difflib.get_close_matches(key, [action.dest for action in parser._actions], 1)
         hint = f"did you mean {near[0]!r}?" if near else "`moebed fit --help` lists the known ones"
+        if ".router_options." in key:
+            hint += "; those of a router of your own are made known by --plugins FILE.py"
         raise ConfigError(f"unknown key {key!r} in the config; {hint}") from ex
 
 
@@ -126,6 +130,7 @@ class TrainingCLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser whose errors are one line."""
         parser = _Parser(allow_abbrev=False, **kwargs)  # half a key must not set another
+        ModelConfig.__annotations__["router_options"] = all_options()  # those of --plugins as well
         parser.add_argument("-c", "--config", action=ActionConfigFile, help="a recipe, or a run's config.yaml")
         return parser
 

@@ -22,7 +22,7 @@ from moebed.model.routers import Routing
 
 MATRICES = ("up", "gate", "down")
 EVERY_ROW = slice(None)
-# Is shown the activations act(x W_gateᵀ) (t, F) float32 of an expert, by its index, for some of the tokens.
+# Is shown the activations act(x W_gateᵀ) (t, F) float32 of a routed expert, by its index, for some of the tokens.
 Watch = Callable[[int, slice, Tensor], None]
 
 
@@ -87,6 +87,14 @@ class ProbeText:
         return targets
 
 
+class ExpertKind(Enum):
+    """What an expert is; the value is its label, as in the paper's figures. A routed one's label is its number."""
+
+    ROUTED = ""
+    SHARED = "SE"
+    REFERENCE = "F"
+
+
 @dataclass
 class ExpertView:
     """What one expert made of every token, whether it was chosen or not.
@@ -94,16 +102,23 @@ class ExpertView:
     The dense reference model's FFN comes as one more expert; it has seen that model's own hidden states.
     """
 
-    index: int  # 0 to E - 1, routed; from E on the shared expert and the reference, where there are any
+    index: int  # 0 to E - 1, routed; E, the shared expert; E + 1, the reference
     output: Tensor  # (T, H) float32, not weighted
-    name: str = ""  # "SE" for the shared expert, "F" for the reference, empty for a routed one
+    kind: ExpertKind = ExpertKind.ROUTED
+
+    @property
+    def label(self) -> str:
+        """What figures and stored rows call it."""
+        return self.kind.value or str(self.index)
 
 
 @dataclass
 class LayerView:
     """One MoE layer, or the dense FFN of a layer without experts (num_experts 0).
 
-    Tensors are float32 and read-only by agreement: they may share memory with the model.
+    Whoever hands out a model's layers makes it with what its weights say; where text runs, TextPass makes another one
+    of it, with what the text did there. Tensors are float32 and read-only by agreement: they may share memory with the
+    model.
     """
 
     index: int
@@ -111,25 +126,23 @@ class LayerView:
     num_experts: int
     num_experts_per_tok: int
     gate: Tensor | None  # (E, H) router's gate embeddings W_g, where it has them
-    routing: Routing | None = None  # of the T valid tokens; the K largest weights, where tokens have more experts
-    applied: Routing | None = field(default=None, repr=False)  # what the layer applies, where it is not the same
-    moe_input: Tensor | None = None  # (T, H) normalised input of router and experts
-    text: ProbeText | None = None
     weights: LayerWeights | None = field(default=None, repr=False)
     kept: dict[Any, Any] = field(default_factory=dict, repr=False)  # what one probe made of the weights for others too
     work_bytes: int | None = None  # memory that a probe's work on the weights should stay within, if there is a limit
     error: UserError | None = None  # why this layer cannot be looked at, found before a probe asked for anything
+
+    # What text did there: set by TextPass alone, all at once.
+    text: ProbeText | None = None
     text_error: UserError | None = None  # why the text did not come to this layer, whose weights can be looked at
+    routing: Routing | None = None  # of the T valid tokens, as the layer applies it
+    moe_input: Tensor | None = None  # (T, H) normalised input of router and experts
     reference_output: Tensor | None = None  # (T, H) what the dense reference's FFN made of its own hidden states
-    moe_output: Tensor | None = None  # (T, H) what the layer makes of its input, known once all experts have run
     # Loss (T,) of each token, NaN after the last of a sequence, with one expert masked out of the choice at this layer;
     # of expert -1, that of the model as it is. None where the model is not at hand as a whole.
     ablate: Callable[[int], Tensor] | None = field(default=None, repr=False)
 
-    @property
-    def decision(self) -> Routing | None:
-        """The routing that the layer applies."""
-        return self.applied if self.applied is not None else self.routing
+    # (T, H) what the layer makes of its input: set by the view itself, once all experts have run.
+    moe_output: Tensor | None = field(default=None, init=False)
 
     def matrix(self, name: str) -> Tensor:
         """All routed experts' ``up`` or ``gate`` (E, F, H), or ``down`` (E, H, F), float32; for small models."""
@@ -166,31 +179,29 @@ class LayerView:
         The real model's output is summed up on the way, so that it costs nothing more.
 
         Args:
-            watch: Is shown the activations of the routed experts and of the shared one, a block of tokens at a time.
+            watch: Is shown the activations of the routed experts, a block of tokens at a time.
 
         Raises:
             UserError: An expert's output has NaN or Inf.
         """
         assert self.weights is not None
         assert self.moe_input is not None
-        routing = self.decision
+        routing = self.routing
         total = torch.zeros_like(self.moe_input) if routing is not None else None  # (T, H)
-        others = 0
         for expert in self.weights.run_experts(self.moe_input, watch):
             if not bool(expert.output.sum().isfinite()) and not bool(expert.output.isfinite().all()):
-                raise UserError(f"an output of expert {expert.index} at layer {self.index} is NaN or Inf on this text")
+                raise UserError(f"an output of expert {expert.label} at layer {self.index} is NaN or Inf on this text")
             if total is not None and routing is not None:
-                _add_chosen(total, expert, self.num_experts, routing)
-            others += expert.index >= self.num_experts
+                _add_chosen(total, expert, routing)
             yield expert
         self.moe_output = total
         if self.reference_output is not None:
-            yield ExpertView(self.num_experts + others, self.reference_output, "F")
+            yield ExpertView(self.num_experts + 1, self.reference_output, ExpertKind.REFERENCE)
 
 
-def _add_chosen(total: Tensor, expert: ExpertView, num_experts: int, routing: Routing) -> None:
+def _add_chosen(total: Tensor, expert: ExpertView, routing: Routing) -> None:
     """Add an expert's output to the sum (T, H) of the tokens that chose it; the shared expert's to all."""
-    if expert.index >= num_experts:
+    if expert.kind is ExpertKind.SHARED:
         total += expert.output
         return
     token, choice = torch.where((routing.topk_index == expert.index) & routing.assigned)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from moebed.errors import UserError
 from moebed.model.config import ModelConfig
 from moebed.model.decoder import Block, Decoder, FeedForward, MoE, evaluating
 from moebed.model.routers import Routing
-from moebed.views.layer import ExpertView, HeadView, LayerView, LayerWeights, Need, ProbeText, Watch
+from moebed.views.layer import ExpertKind, ExpertView, HeadView, LayerView, LayerWeights, Need, ProbeText, Watch
 from moebed.views.text_pass import TextModel, TextPass, band_rows
 
 
@@ -30,13 +31,13 @@ class ModuleWeights:
     def expert_matrix(self, name: str, index: int, rows: slice) -> Tensor:
         """Rows of one routed expert's matrix; shares memory with the model, unless it is a product."""
         assert isinstance(self.mlp, MoE)
-        return self.mlp.expert_matrix(name, index).detach()[rows]
+        return self.mlp.experts.expert_matrix(name, index).detach()[rows]
 
     def expert_shape(self, name: str) -> tuple[int, int]:
         """Rows and columns of one routed expert's matrix."""
         assert isinstance(self.mlp, MoE)
-        _, rows, columns = self.mlp.experts.matrix("up" if name == "gate" else name).shape  # which a gate is like
-        return rows, columns
+        _, hidden, width = self.mlp.experts.down_proj.shape
+        return (hidden, width) if name == "down" else (width, hidden)
 
     def shared_matrix(self, name: str) -> Tensor | None:
         """The shared expert's matrix; shares memory with the model."""
@@ -54,14 +55,12 @@ class ModuleWeights:
         routed, shared = self.mlp.experts, self.mlp.shared_expert
         x, every = x.to(routed.down_proj.dtype), slice(0, len(x))
         for index in range(routed.num_experts):
-            activated = self.mlp.activate(index, x)
+            activated = routed.activate(index, x)
             if watch is not None:
                 watch(index, every, activated.float())
             yield ExpertView(index, routed.finish(index, x, activated).float())
         if shared is not None:
-            if watch is not None:
-                watch(routed.num_experts, every, shared.activation(shared.gate_proj(x)).float())
-            yield ExpertView(routed.num_experts, self.mlp.shared_output(x).float(), "SE")
+            yield ExpertView(routed.num_experts, self.mlp.shared_output(x).float(), ExpertKind.SHARED)
 
     def each(self, x: Tensor, topk_index: Tensor) -> Tensor:
         """Run the modules."""
@@ -73,7 +72,8 @@ class ModuleWeights:
         if not isinstance(self.mlp, MoE):
             return self.mlp(x.to(self.mlp.down_proj.weight.dtype))
         assert routing is not None
-        return self.mlp.combine(x.to(self.mlp.experts.down_proj.dtype), routing)
+        experts = self.mlp.experts
+        return self.mlp.combine(x.to(experts.down_proj.dtype), routing, experts.known_outputs(routing))
 
 
 @torch.no_grad()
@@ -102,30 +102,24 @@ def walk_model(model: TextModel, text: ProbeText | None, needs: frozenset[Need])
         yield from views
         return
     run = TextPass(model, text)
-    for view in run.layers(views):
-        view.ablate = _ablation(model, run, view)
-        yield view
+    yield from run.layers(views, ablation=partial(_ablation, model, run))
     head = run.head(Need.LOGITS in needs) if needs & {Need.PREDICTIONS, Need.LOGITS} else None
     if head is not None:
         yield head
 
 
-def _ablation(model: TextModel, run: TextPass, view: LayerView) -> Callable[[int], Tensor] | None:
+def _ablation(model: TextModel, run: TextPass, index: int, x: Tensor, routing: Routing) -> Callable[[int], Tensor]:
     """Loss (T,) of each token with one expert masked out of the choice at a layer, -1 for none."""
-    mlp = model.block(view.index).mlp
-    if not isinstance(mlp, MoE):
-        return None
-    router, routing, x = mlp.router, view.decision, view.moe_input
-    if view.num_experts == 1 or x is None or routing is None:
-        return None
+    mlp = model.block(index).mlp
+    assert isinstance(mlp, MoE)
 
     def loss(expert: int) -> Tensor:
         chosen = routing
         if expert >= 0:
             masked = routing.router_logits.index_fill(1, torch.tensor(expert, device=x.device), -torch.inf)
-            chosen = router.choose(masked)
+            chosen = mlp.router.choose(masked)
         rest = run.continued(ModuleWeights(mlp).combine(x, chosen).float())
-        for _ in rest.layers(_views(model, view.index + 1)):
+        for _ in rest.layers(_views(model, index + 1)):
             pass
         head = rest.head()
         if head is None:

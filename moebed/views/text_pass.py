@@ -7,9 +7,9 @@ T valid tokens, B sequences, S positions, E experts, K experts per token, H hidd
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -57,6 +57,10 @@ class TextModel(Protocol):
     def computing(self) -> AbstractContextManager[object]:
         """The precision of products."""
         ...
+
+
+# Makes, of a layer's index, its input (T, H) and its routing, what LayerView.ablate is.
+Ablation = Callable[[int, Tensor, Routing], Callable[[int], Tensor]]
 
 
 @dataclass
@@ -113,16 +117,18 @@ class TextPass:
         views: Iterable[LayerView],
         shown: frozenset[int] | None = None,
         every_expert: frozenset[int] = frozenset(),
+        ablation: Ablation | None = None,
     ) -> Iterator[LayerView]:
-        """Fill in what happened in each layer, and go on to the next when a view was looked at.
+        """Each layer with what happened there, and on to the next when it was looked at.
 
         Args:
-            views: All layers in order, from that which the streams enter.
+            views: All layers in order, from that which the streams enter, as their weights are.
             shown: Layers to yield; all of them if not given.
             every_expert: Layers that are gone through by running every expert, whether or not who looks asks for it.
+            ablation: Makes ``LayerView.ablate``, where the model is at hand as a whole.
         """
-        for view in views:
-            self._enter(view)
+        for weights_view in views:
+            view = self._enter(weights_view, ablation)
             if shown is None or view.index in shown:
                 yield view
             if view.index in every_expert and view.num_experts and view.text is not None and view.moe_output is None:
@@ -145,25 +151,28 @@ class TextPass:
             self.stopped = error
             return None
 
-    def _enter(self, view: LayerView) -> None:
+    def _enter(self, view: LayerView, ablation: Ablation | None) -> LayerView:
+        """The view of a layer with what text did there, or why it did not come there."""
         if self.stopped is not None:
-            view.text_error = self.stopped
-            return
+            return replace(view, text_error=self.stopped)
         try:
-            view.moe_input, routing = self._main.enter(view.weights)
-            if routing is not None:
-                view.routing = routing.strongest(view.num_experts_per_tok)
-                view.applied = routing if routing.ragged else None
-            if self._reference is not None and view.index < self._reference.model.config.num_hidden_layers:
-                x, _ = self._reference.enter(None)
-                weights = self._reference.model.layer_weights(view.index)
-                with self._reference.model.computing():
-                    view.reference_output = weights.combine(x, None).float()
-                require_finite(view.reference_output, f"the reference's FFN output at layer {view.index}")
+            x, routing = self._main.enter(view.weights)
+            reference = self._reference_output(view.index)
         except UserError as error:
-            view.error = view.text_error = self.stopped = error
-            return
-        view.text = self.text
+            self.stopped = error
+            return replace(view, error=error, text_error=error)
+        ablate = ablation(view.index, x, routing) if ablation and routing is not None and view.num_experts > 1 else None
+        return replace(view, text=self.text, routing=routing, moe_input=x, reference_output=reference, ablate=ablate)
+
+    def _reference_output(self, layer: int) -> Tensor | None:
+        """What the dense reference's FFN makes of its own hidden states (T, H); None where it has no such layer."""
+        if self._reference is None or layer >= self._reference.model.config.num_hidden_layers:
+            return None
+        x, _ = self._reference.enter(None)
+        with self._reference.model.computing():
+            output = self._reference.model.layer_weights(layer).combine(x, None).float()
+        require_finite(output, f"the reference's FFN output at layer {layer}")
+        return output
 
     def _leave(self, view: LayerView) -> None:
         if self.stopped is not None:
@@ -219,7 +228,7 @@ class _Way:
         """The layer's output (T, H), by the chosen experts alone."""
         assert view.moe_input is not None
         with self.model.computing():
-            return self.model.layer_weights(view.index).combine(view.moe_input, view.decision).float()
+            return self.model.layer_weights(view.index).combine(view.moe_input, view.routing).float()
 
     def leave(self, output: Tensor) -> None:
         """On to the next layer with the FFN's or MoE's output (T, H)."""

@@ -1,1 +1,4 @@
-"""What figures are drawn with; imported to draw."""
+"""What figures are drawn with; imported to draw.
+
+May import ``probes.measures`` and what lies below.
+"""

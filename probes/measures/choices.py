@@ -7,35 +7,36 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from moebed.model.routers import Routing
 from moebed.views.layer import LayerView, ProbeText
-from probes.contract import Arrays, layer_tag
+from probes.contract import Arrays
 
 NONE = -1  # stands for an expert where a token has no further one
 ALL = "all"  # stands for the whole text where a domain's name may stand
 
 
-def ranked(routing: Routing) -> tuple[np.ndarray, np.ndarray]:
+def ranked(routing: Routing, top_k: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Chosen experts (T, K) int64 and their weights (T, K), the largest weight first; -1 where a token has no more.
 
     A checkpoint's own routing may come unsorted, so the first column of ``topk_index`` need not be the first choice.
-    Where the number of experts differs from token to token, K is that of the busiest one.
+    Where the number of experts differs from token to token, K is that of the busiest one, or top_k if that is less.
     """
     weight, order = routing.topk_weight.float().sort(dim=-1, descending=True, stable=True)
     index = routing.topk_index.gather(1, order).masked_fill(~routing.assigned.gather(1, order), NONE)
     used = max(1, int((index != NONE).any(dim=0).sum()))
+    used = used if top_k is None else min(used, top_k)
     return index[:, :used].cpu().numpy(), weight[:, :used].cpu().numpy()
 
 
 def assignments(view: LayerView) -> np.ndarray:
-    """The experts (T, K) that each token of a layer goes to, all that the layer applies; see :func:`ranked`."""
-    assert view.decision is not None
-    return ranked(view.decision)[0]
+    """The experts (T, K) that each token of a layer goes to, all of them; see :func:`ranked`."""
+    assert view.routing is not None
+    return ranked(view.routing)[0]
 
 
 def domain_arrays(text: ProbeText) -> dict[str, np.ndarray]:
@@ -86,16 +87,6 @@ def domain_keys(names: Sequence[str]) -> list[str]:
     return keys
 
 
-def by_part(arrays: Arrays, key: str) -> dict[str, dict[int, np.ndarray]]:
-    """The arrays ``<key>/<layer>/<part>`` by part (a domain, say) and layer, both in order."""
-    found: dict[str, dict[int, np.ndarray]] = {}
-    for name, value in arrays.items():
-        pieces = name.split("/", 2)
-        if pieces[0] == key and len(pieces) == 3:
-            found.setdefault(pieces[2], {})[int(pieces[1])] = value
-    return {part: dict(sorted(layers.items())) for part, layers in found.items()}
-
-
 def names_by_key(arrays: Arrays) -> dict[str, str]:
     """What each domain of the arrays is called, by its key."""
     names = [str(name) for name in arrays.get("domain_names", ())]
@@ -108,8 +99,3 @@ def first_middle_last(layers: Sequence[int]) -> list[int]:
     """Three layers, or as many as there are: of 0 to 31, they are 0, 15 and 31 as in the Mixtral paper."""
     layers = list(layers)
     return sorted({layers[0], layers[(len(layers) - 1) // 2], layers[-1]}) if layers else []
-
-
-def tagged(quantity: str, values: Mapping[int, float]) -> dict[str, float]:
-    """Scalars ``<quantity>/layer_07``, where a mean over layers would say nothing."""
-    return {f"{quantity}/{layer_tag(layer)}": float(value) for layer, value in values.items()}

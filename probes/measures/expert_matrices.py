@@ -5,21 +5,21 @@ E routed experts, E' all that are compared, F expert intermediate, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from moebed.machine.float64 import double
-from moebed.views.layer import MATRICES, LayerView
-from probes.contract import Arrays, by_layer
-from probes.measures.bands import one_core_each
-from probes.measures.similarity import off_diagonal
+from moebed.views.layer import ExpertKind, LayerView
+from probes.contract import Arrays, Probe, by_layer, by_part
+from probes.measures.bands import one_core_each, sum_over_bands
+from probes.measures.similarity import off_diagonal, scalar_products
 
 _BAND_ELEMENTS = 1 << 22
+_GRAM_BAND_ELEMENTS = 1 << 23
 _ROWS_SUMMED = 512
-SHARED, REFERENCE = "SE", "F"  # as the paper's figures name them
 
 
 def neurons(name: str, matrix: Tensor) -> Tensor:
@@ -29,8 +29,8 @@ def neurons(name: str, matrix: Tensor) -> Tensor:
 
 def others(view: LayerView, name: str) -> dict[str, Tensor]:
     """Matrices to compare the routed experts with, by label, whatever their width: ``SE``, ``F``, those there are."""
-    found = {SHARED: view.shared_matrix(name), REFERENCE: view.reference_matrix(name)}
-    return {label: matrix for label, matrix in found.items() if matrix is not None}
+    found = {ExpertKind.SHARED: view.shared_matrix(name), ExpertKind.REFERENCE: view.reference_matrix(name)}
+    return {kind.value: matrix for kind, matrix in found.items() if matrix is not None}
 
 
 def fitting(view: LayerView, name: str) -> dict[str, Tensor]:
@@ -50,14 +50,25 @@ def compared(view: LayerView, name: str, labels: Mapping[str, Tensor]) -> Callab
     return fetch
 
 
-def row_bands(view: LayerView, name: str, labels: Mapping[str, Tensor]) -> Iterator[list[Tensor]]:
+def row_bands(
+    view: LayerView, name: str, labels: Mapping[str, Tensor], elements: int = _BAND_ELEMENTS
+) -> Iterator[list[Tensor]]:
     """Rows (r, C) of routed experts, then these others, as stored: E' blocks at a time, a band of rows each."""
     rows, columns = view.expert_shape(name)
-    step = max(1, _BAND_ELEMENTS // (columns * (view.num_experts + len(labels))))
+    step = max(1, elements // (columns * (view.num_experts + len(labels))))
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
         routed = [view.expert_matrix(name, index, part) for index in range(view.num_experts)]
         yield routed + [matrix[part] for matrix in labels.values()]
+
+
+def expert_gram(view: LayerView, name: str) -> tuple[Tensor, list[str]]:
+    """Scalar products (E', E') float64 of the experts' flattened matrices, and the labels of the rows after the routed.
+
+    The others are those that fit. In memory is a band of rows at a time.
+    """
+    rest = fitting(view, name)
+    return sum_over_bands(row_bands(view, name, rest, _GRAM_BAND_ELEMENTS), scalar_products), list(rest)
 
 
 def mean_neurons(view: LayerView, name: str) -> tuple[Tensor, list[str]]:
@@ -81,21 +92,15 @@ def _mean_of_rows(matrix: Tensor) -> Tensor:
     return total / len(matrix)
 
 
+def keep_rows(probe: Probe, view: LayerView, labels: Iterable[str], name: str = "") -> None:
+    """Store what the rows of an array (E', ...) are: ``num_experts/<layer>`` and ``others/<layer>[/<matrix>]``."""
+    probe.put("num_experts", view.index, view.num_experts)
+    probe.put("others", view.index, np.array(list(labels), dtype="<U2"), name)
+
+
 def num_experts(arrays: Arrays) -> dict[int, int]:
     """Routed experts by layer, as stored under ``num_experts/<layer>``."""
     return {layer: int(value) for layer, value in by_layer(arrays, "num_experts").items()}
-
-
-def by_matrix(arrays: Arrays, key: str) -> dict[str, dict[int, np.ndarray]]:
-    """The arrays ``<key>/<layer>/<matrix>`` by matrix and layer."""
-    found: dict[str, dict[int, np.ndarray]] = {}
-    for name in MATRICES:
-        layers = {
-            int(k.split("/")[1]): v for k, v in arrays.items() if k.split("/")[0] == key and k.endswith(f"/{name}")
-        }
-        if layers:
-            found[name] = dict(sorted(layers.items()))
-    return found
 
 
 def pair_means(arrays: Arrays, key: str) -> dict[str, dict[int, float]]:
@@ -107,13 +112,13 @@ def pair_means(arrays: Arrays, key: str) -> dict[str, dict[int, float]]:
             for layer, values in layers.items()
             if experts[layer] > 1
         }
-        for name, layers in by_matrix(arrays, key).items()
+        for name, layers in by_part(arrays, key).items()
     }
 
 
 def labels_of(arrays: Arrays) -> dict[int, list[str]]:
-    """What each row is, by layer: expert numbers, then what ``others/<layer>/<matrix>`` names."""
-    rest = by_layer(arrays, "others")
+    """What each row is, by layer: expert numbers, then what ``others/<layer>[/<matrix>]`` names."""
+    rest = {layer: found for layers in by_part(arrays, "others").values() for layer, found in layers.items()}
     return {
         layer: [*map(str, range(count)), *(str(label) for label in rest.get(layer, ()))]
         for layer, count in num_experts(arrays).items()

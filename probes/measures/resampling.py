@@ -23,9 +23,10 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from moebed.views.layer import ProbeText
-from probes.contract import Arrays, Headline, by_layer
+from probes.contract import Arrays, Headline, Probe, by_layer
 
 DRAWS = 1000
 SEED = 20240618
@@ -75,12 +76,12 @@ def units_of(text: ProbeText | None, tokens: int) -> Units:
     if text is None:
         return Units(np.zeros(tokens, np.int64), np.zeros(1, np.int64))
     present, of_token = np.unique(text.sequence.cpu().numpy(), return_inverse=True)
-    unit, stratum = sequence_units(text.domain.cpu().numpy()[present])
-    return Units(unit[of_token], stratum)
+    units = sequence_units(text.domain.cpu().numpy()[present])
+    return Units(units.of_token[of_token], units.stratum)
 
 
-def sequence_units(domain: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Units of sequences of these domains (B,): each one's unit (B,), and the units' strata (U,), their domains."""
+def sequence_units(domain: np.ndarray) -> Units:
+    """Units of sequences of these domains (B,), which stand where the tokens do: ``of_token`` is (B,)."""
     _, group, size = np.unique(domain, return_inverse=True, return_counts=True)
     unit, strata, start = np.zeros(len(domain), np.int64), [], 0
     for number, count in enumerate(size):
@@ -88,7 +89,7 @@ def sequence_units(domain: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         unit[np.flatnonzero(group == number)] = start + np.arange(count) * units // count
         strata += [number] * units
         start += units
-    return unit, np.array(strata, np.int64)
+    return Units(unit, np.array(strata, np.int64))
 
 
 def without(sums: np.ndarray, stratum: np.ndarray) -> np.ndarray:
@@ -151,11 +152,10 @@ def _compared(values: np.ndarray, stratum: np.ndarray) -> list[np.ndarray]:
     return [mine for mine in groups if len(mine) > 1]
 
 
-def keep(arrays: dict[str, np.ndarray], key: str, value: float | np.ndarray, values_without: np.ndarray) -> None:
+def keep(probe: Probe, key: str, layer: int, value: Tensor | np.ndarray | float, values_without: np.ndarray) -> None:
     """Store a statistic, ``<key>/<layer>``, with its values without each unit, ``<key>_without/<layer> (U, ...)``."""
-    name, slash, rest = key.partition("/")
-    arrays[key] = np.asarray(value, np.float32)
-    arrays[f"{name}{WITHOUT}{slash}{rest}"] = np.asarray(values_without, np.float32)
+    probe.put(key, layer, value)
+    probe.put(key + WITHOUT, layer, values_without)
 
 
 def interval_of(

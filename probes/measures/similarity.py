@@ -5,53 +5,16 @@ E experts, E' experts and what else is compared with them, R rows and C columns 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from moebed.machine.float64 import double
-from moebed.views.layer import LayerView
-from probes.measures.bands import sum_over_bands
 
-_BAND_ELEMENTS = 1 << 23  # copied at a time, over all experts
 _SUMMED = 4096  # products in one float32 sum
 
 
-def expert_gram(view: LayerView, name: str) -> tuple[Tensor, list[str]]:
-    """Scalar products of the flattened matrices of a layer's experts; in memory is a band of rows at a time.
-
-    The shared expert ("SE") and then the dense reference ("F") are included where they exist and have the shape of a
-    routed expert.
-
-    Args:
-        view: A layer with experts.
-        name: ``up``, ``gate`` or ``down``.
-
-    Returns:
-        (E', E') float64, and the names of the rows after the routed experts'.
-    """
-    count, (rows, columns) = view.num_experts, view.expert_shape(name)
-    shared, reference = view.shared_matrix(name), view.reference_matrix(name)
-    others = {
-        label: matrix
-        for label, matrix in (("SE", shared), ("F", reference))
-        if matrix is not None and tuple(matrix.shape) == (rows, columns)
-    }
-    total = count + len(others)
-
-    def bands() -> Iterator[list[Tensor]]:
-        band = max(1, _BAND_ELEMENTS // (total * columns))
-        for start in range(0, rows, band):
-            part = slice(start, min(start + band, rows))
-            experts = [view.expert_matrix(name, index, part) for index in range(count)]
-            yield experts + [matrix[part] for matrix in others.values()]
-
-    return sum_over_bands(bands(), _scalar_products), list(others)
-
-
-def _scalar_products(piece: Tensor) -> Tensor:
+def scalar_products(piece: Tensor) -> Tensor:
     """Scalar products (E', E') float64 of rows (E', n).
 
     Two bf16 or fp16 numbers have an exact product in float32, and sums of a few thousand of those keep five digits;

@@ -73,10 +73,9 @@ class Gram(NamedTuple):
     trace: float
     noise: float
 
-    @property
-    def work(self) -> torch.dtype:
-        """In what small matrices that come of it are decomposed: far below its rounding."""
-        return torch.float32 if self.product.dtype == torch.bfloat16 else torch.float64
+    def widened(self, small: Tensor) -> Tensor:
+        """A small matrix that comes of it, in what it is decomposed in: far below the product's rounding."""
+        return small.float() if self.product.dtype == torch.bfloat16 else double(small)
 
     def times(self, block: Tensor) -> Tensor:
         """The product with a block (N, B)."""
@@ -183,15 +182,15 @@ def spectrum(given: Gram, start: Tensor, signs: int, count: int) -> Spectrum:
     if side < EXACT_BELOW:
         values, vectors = torch.linalg.eigh(double(given.product))
         values, vectors = values.flip(0), vectors.flip(1)
-        found = Directions(values, vectors, torch.zeros(side, dtype=torch.float64))
+        found = Directions(values, vectors, torch.zeros_like(values))
         error = _sums(values, given.noise).hidden(side, given.noise)
         return _result(found, _sums(values, given.noise).entropy, error, given.noise, count)
     space = KrylovSpace(given.times, start, _BLOCKS[-1])
     for blocks in _BLOCKS:
         space.grow(blocks)
-        small = space.projected().to(given.work)
+        small = given.widened(space.projected())
         values, turn = torch.linalg.eigh(small)
-        values, turn = values.double().flip(0), turn.double().flip(1)
+        values, turn = double(values).flip(0), double(turn).flip(1)
         kept = 2 * space.block
         found = space.directions(values[:kept].clamp(min=0), turn[:, :kept])
         entropy, error, hidden = _entropy(given, space, small, values, turn, found, signs)
@@ -236,7 +235,7 @@ def _entropy(
     before = len(small) - space.block
     earlier = torch.linalg.eigh(small[:before, :before])
     entropies = []
-    for nodes, rows in ((earlier[0].double().flip(0), earlier[1].double().flip(1)), (values, turn)):
+    for nodes, rows in ((double(earlier[0]).flip(0), double(earlier[1]).flip(1)), (values, turn)):
         weights = (corner.T @ rows[: space.block, taken:]).square()  # (V, L − D)
         each = _quadrature(nodes[taken:], weights, noise, side - taken, rest)  # (V, 3)
         sums = _Sums(*(known + float(more) for known, more in zip(done, each.mean(dim=0), strict=True)))
@@ -254,11 +253,11 @@ def _quadrature(nodes: Tensor, weights: Tensor, noise: float, count: int, trace:
     """
     nodes = torch.where(nodes > noise, nodes, 0.0)
     scale = float(nodes.max()) or 1.0
-    known = torch.tensor([count, trace / scale], dtype=torch.float64)
+    known = nodes.new_tensor([count, trace / scale])
     line = torch.stack([torch.ones_like(nodes), nodes / scale], dim=1)  # (L, 2)
     sigma = nodes.sqrt()
     wanted = torch.stack([sigma, torch.special.xlogy(sigma, sigma)], dim=1)  # (L, 2)
-    counted = count * (weights @ (nodes > 0).double()) / weights.sum(dim=1)  # (V,)
+    counted = count * (weights @ double(nodes > 0)) / weights.sum(dim=1)  # (V,)
     root = weights.sum(dim=0).sqrt().unsqueeze(1)
     fit = torch.linalg.lstsq(line * root, wanted * root, driver="gelsd").solution
     return torch.cat([known @ fit + weights @ (wanted - line @ fit), counted.unsqueeze(1)], dim=1)

@@ -1,1 +1,4 @@
-"""The report: one page about one run or several."""
+"""The report: one page about one run or several, from what they left in their folders.
+
+May import ``probes.running`` and what lies below.
+"""

@@ -9,8 +9,8 @@ from moebed.checkpoints.pretrained import PretrainedMoE
 from moebed.errors import ConfigError, UserError
 from moebed.machine.allocator import release_freed_memory
 from moebed.views.layer import HeadView, LayerView, Need
-from probes.contract import ProbeResult
-from probes.registry import BY_NAME_ONLY, PROBES, TRAINING_ONLY, resolve_probes, with_sources
+from probes.contract import ProbeResult, in_order
+from probes.registry import BY_NAME_ONLY, PROBES, TRAINING_ONLY, resolve_probes
 from probes.running import store
 from probes.running.driver import PER_EXPERT, ProbePass, Timing, needs_of
 from probes.running.partial import HEAD, KeptLayers, way_to
@@ -30,7 +30,7 @@ def probes_for(names: Sequence[str] | None, with_text: bool) -> tuple[str, ...]:
         ConfigError: A name is unknown, or its probe cannot run here.
     """
     possible = [name for name, probe in PROBES.items() if with_text or probe.needs <= {Need.WEIGHTS}]
-    allowed = [name for name in possible if set(with_sources(name)) <= set(possible) and name not in TRAINING_ONLY]
+    allowed = [name for name in possible if name not in TRAINING_ONLY and set(in_order([name], PROBES)) <= {*possible}]
     if names is None or "all" in names:
         named = [name for name in resolve_probes(names or []) if name in BY_NAME_ONLY and name in allowed]
         return tuple(name for name in allowed if name not in BY_NAME_ONLY or name in named)

@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from graphlib import TopologicalSorter
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch import Tensor
 from moebed.errors import UserError
 from moebed.machine.float32 import exact_products
 from moebed.views.layer import MATRICES, HeadView, LayerView, Need
-from probes.contract import Probe, ProbeResult, layer_of
+from probes.contract import ArrayName, Probe, ProbeResult, in_order
 
 PER_EXPERT = frozenset({Need.OUTPUTS, Need.ACTIVATIONS})
 
@@ -62,12 +61,15 @@ class ProbePass:
         self.probes, self.missing = probes, dict[int, str]()
         self.shown = probes if shown is None else shown
         self.timing = Timing() if timing is None else timing
+        by_name = {probe.name: probe for probe in probes}
+        self._in_order = [by_name[name] for name in in_order(by_name, by_name)]
         for probe in probes:
             self.timing.probe[probe.name] = 0.0
         self._per_expert = [probe for probe in self.shown if probe.needs & PER_EXPERT]
         self._per_matrix = [probe for probe in self.shown if Need.WEIGHTS in probe.needs]
 
     @torch.no_grad()
+    @exact_products()
     def show(self, view: LayerView | HeadView) -> bool:
         """Show a layer to every probe, running its experts once for all probes that look at them.
 
@@ -75,10 +77,6 @@ class ProbePass:
             Whether all was seen. Of a layer that cannot be read, or where the text ends in NaN, the probes then know
             nothing, and ``missing`` says why; where the text ended earlier, they know the layer's weights.
         """
-        with exact_products():
-            return self._show(view)
-
-    def _show(self, view: LayerView | HeadView) -> bool:
         if isinstance(view, HeadView):
             for probe in self.shown:
                 with self._clock(probe):
@@ -87,6 +85,8 @@ class ProbePass:
         try:
             if view.error is not None:
                 raise view.error
+            for probe in self.shown:
+                probe.begin_layer(view)
             for name in MATRICES if view.num_experts else ():
                 for probe in self._per_matrix:
                     with self._clock(probe):
@@ -104,19 +104,13 @@ class ProbePass:
         return view.text_error is None
 
     @torch.no_grad()
+    @exact_products()
     def results(self) -> dict[str, ProbeResult]:
         """Each probe's result over the layers shown, by name, with a note on each layer that is missing."""
-        with exact_products():
-            return self._results()
-
-    def _results(self) -> dict[str, ProbeResult]:
         results: dict[str, ProbeResult] = {}
         for probe in self.probes:  # layer after layer, whichever of them were kept from an earlier pass
             probe.arrays = dict(sorted(probe.arrays.items(), key=lambda item: _place(item[0])))
-        by_name = {probe.name: probe for probe in self.probes}
-        sources = {name: (*probe.sources, *probe.optional_sources) for name, probe in by_name.items()}
-        order = TopologicalSorter({name: [one for one in of if one in by_name] for name, of in sources.items()})
-        for probe in (by_name[name] for name in order.static_order()):
+        for probe in self._in_order:
             with self._clock(probe):
                 if probe.sources:
                     named = (*probe.sources, *(name for name in probe.optional_sources if name in results))
@@ -187,7 +181,7 @@ def _show_experts(view: LayerView, probes: Sequence[Probe], timing: Timing) -> N
 
 def _place(key: str) -> tuple[int, str]:
     """Sorts arrays by layer, those of none first and by name: which layer stored them depends on what was kept."""
-    layer = layer_of(key)
+    layer = ArrayName.of(key).layer
     return (-1, key) if layer is None else (layer, "")
 
 

@@ -26,7 +26,7 @@ import torch
 from moebed.machine import storage
 from moebed.machine.mapped import checksums, mapped_arrays
 from moebed.views.text_pass import Stream
-from probes.contract import Arrays, Probe, layer_of, layer_tag
+from probes.contract import ArrayName, Arrays, Probe, layer_tag
 from probes.running import store
 
 _STREAMS = ("model", "reference")
@@ -76,12 +76,12 @@ class KeptLayers:
                     arrays = {
                         key: large[key] if key in large else file[key]
                         for key in names
-                        if wanted or (layer_of(key) is None and key not in elsewhere)
+                        if wanted or (ArrayName.of(key).layer is None and key not in elsewhere)
                     }
             except _DAMAGED:
                 continue
-            common = {key: value for key, value in arrays.items() if layer_of(key) is None}
-            own = {key: value for key, value in arrays.items() if layer_of(key) is not None}
+            common = {key: value for key, value in arrays.items() if ArrayName.of(key).layer is None}
+            own = {key: value for key, value in arrays.items() if ArrayName.of(key).layer is not None}
             if layer == HEAD:
                 own, common = own | (common if wanted else {}), {}
             self._common.setdefault(probe.name, {}).update(common)
@@ -114,9 +114,9 @@ class KeptLayers:
             common = {
                 key: value
                 for key, value in probe.arrays.items()
-                if layer_of(key) is None and (kept.get(key) is not value or holder[key] == layer)
+                if ArrayName.of(key).layer is None and (kept.get(key) is not value or holder[key] == layer)
             }
-            own = {key: value for key, value in probe.arrays.items() if layer_of(key) == layer}
+            own = {key: value for key, value in probe.arrays.items() if ArrayName.of(key).layer == layer}
             path = self._folder(probe.name) / f"{layer_tag(layer)}.npz"
             storage.write_arrays(path, common | own, note=way, compressed=False)
             kept.update(common)
@@ -191,7 +191,7 @@ def _leave_out(path: Path, there: Mapping[str, int]) -> None:
     both = {
         name: checksum
         for name, checksum in checksums(path).items()
-        if there.get(name) == checksum and (is_head or layer_of(name) is not None)
+        if there.get(name) == checksum and (is_head or ArrayName.of(name).layer is not None)
     }
     if not both:
         return

@@ -68,7 +68,7 @@ def test_weight_similarity_by_hand():
         experts.matrix("gate").copy_(angles.unsqueeze(1) + spread)
         experts.matrix("up").copy_(torch.eye(4)[:2].unsqueeze(1) * 3 + spread)
         experts.matrix("down").copy_((torch.tensor([[1.0], [-2.0]]) * torch.eye(4)[2]).unsqueeze(2) + spread.mT)
-    found = weight_similarity(mlp.mean_neurons())
+    found = weight_similarity(list(mlp.experts.mean_neurons().values()))
     assert found.item() == pytest.approx((0.25 + 0 + 1) / 3, abs=1e-5)
 
 
@@ -80,7 +80,9 @@ def test_weight_similarity_is_what_the_probe_measures():
     for name, neurons in (("gate", 1), ("up", 1), ("down", 2)):
         cosine = torch.as_tensor(cosine_matrix(mlp.experts.matrix(name).detach().mean(dim=neurons)))
         squares.append(cosine[off_diagonal].square().mean())
-    torch.testing.assert_close(weight_similarity(mlp.mean_neurons()).detach(), torch.stack(squares).mean().float())
+    torch.testing.assert_close(
+        weight_similarity(list(mlp.experts.mean_neurons().values())).detach(), torch.stack(squares).mean().float()
+    )
 
 
 @pytest.mark.parametrize("backend", ["grouped_mm", "loop"])

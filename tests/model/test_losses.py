@@ -88,7 +88,7 @@ def _deepseek(probs, index):
     ("formula", "chosen"), [(_switch, 1), (_megatron, 1), (_megatron, 3), (_megablocks, 3), (_deepseek, 3)]
 )
 def test_whose_formula_is_ours(formula, chosen):
-    """The table of moebed/README.md: these four have our normalisation, whatever K is."""
+    """The table of moebed/model/routers/README.md: these four have our normalisation, whatever K is."""
     routing = _routing(torch.randn(60, 8), chosen)
     stats = router_stats(routing, _all(60))
     ours = load_balancing_loss(stats.mean_probs, stats.counts)

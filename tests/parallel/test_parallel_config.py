@@ -15,7 +15,7 @@ from tests.conftest import tiny_config
         ({"expert": 2}, 3, "a multiple of 2 processes but the trainer starts 3"),
         ({"expert": 4}, 2, "a multiple of 4 processes but the trainer starts 2"),
         ({"expert": 3}, 3, "parallel.expert is 3 but layer 0 has 4 experts"),
-        ({"data": 5}, 5, "2 × moe_intermediate_size is 96 in layer 0, which 5 data ranks do not divide"),
+        ({"data": 5}, 5, "the experts' gate_up_proj has 96 rows in layer 0 .*, which 5 data ranks do not divide"),
     ],
 )
 def test_a_layout_that_does_not_fit_is_refused(parallel, world_size, said):
@@ -26,7 +26,7 @@ def test_a_layout_that_does_not_fit_is_refused(parallel, world_size, said):
 def test_gate_and_up_that_are_apart_are_each_divided():
     """An odd width: the two together are even, which is enough only where they are one matrix."""
     parallel, apart = ParallelConfig(data=2), {"router": "autonomy", "router_options": {"d_low": 8}}
-    with pytest.raises(ConfigError, match=": moe_intermediate_size is 49 in layer 0, which 2 data ranks do not divide"):
+    with pytest.raises(ConfigError, match=r"gate_proj has 49 rows in layer 0 .*, which 2 data ranks do not divide"):
         parallel.check(2, tiny_config(moe_intermediate_size=49, **apart))
     parallel.check(2, tiny_config(moe_intermediate_size=49))
     parallel.check(2, tiny_config(**apart))

@@ -1,4 +1,4 @@
-"""The tables of moebed/README.md's section on scale are what the plan's formulas give."""
+"""The tables of moebed/plan/README.md are what the plan's formulas give."""
 
 from pathlib import Path
 
@@ -74,7 +74,7 @@ def _markdown(rows: dict[str, list[str]]) -> list[str]:
 
 @pytest.mark.parametrize("table", [ranks_table, doubling_table])
 def test_readme_shows_what_the_formulas_give(table):
-    lines = (ROOT / "moebed" / "README.md").read_text().splitlines()
+    lines = (ROOT / "moebed" / "plan" / "README.md").read_text(encoding="utf-8").splitlines()
     expected = table()
     assert expected[0] in lines, f"the table of {table.__name__} has another head"
     start = lines.index(expected[0])

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from moebed.model.routers import Routing
-from moebed.views.layer import ExpertView, LayerView, ProbeText, Watch
+from moebed.views.layer import ExpertKind, ExpertView, LayerView, ProbeText, Watch
 
 
 class GivenOutputs:
-    """Stands for a layer's weights: hands out what its experts made of the text; shared one and reference by name."""
+    """Stands for a layer's weights: hands out what its experts made of the text; shared one and reference by label."""
 
     def __init__(self, outputs: Tensor, others: dict[str, Tensor] | None = None, acts: Tensor | None = None) -> None:
         self.outputs, self.others, self.acts = outputs, others or {}, acts
@@ -23,10 +23,8 @@ class GivenOutputs:
                 acts = self.acts[index] if self.acts is not None else torch.ones(len(x), 4)
                 watch(index, slice(start, start + 2), acts[start : start + 2])
             yield ExpertView(index, output)
-        for shift, (name, output) in enumerate(self.others.items()):
-            if watch is not None:
-                watch(len(self.outputs) + shift, slice(0, len(x)), torch.ones(len(x), 7))
-            yield ExpertView(len(self.outputs) + shift, output, name)
+        for shift, (label, output) in enumerate(self.others.items()):
+            yield ExpertView(len(self.outputs) + shift, output, ExpertKind(label))
 
 
 def plain_text(lengths: list[int], words: tuple[str, ...] = ()) -> ProbeText:

@@ -34,4 +34,4 @@ def routed_view(logits: Tensor, chosen: int, index: int = 0, text: ProbeText | N
     probs = logits.softmax(dim=-1)
     weight, choice = probs.topk(chosen)
     routing = Routing(logits, probs, choice, weight / weight.sum(dim=-1, keepdim=True))
-    return LayerView(index, 1, logits.shape[1], chosen, None, routing, text=text)
+    return LayerView(index, 1, logits.shape[1], chosen, None, routing=routing, text=text)

@@ -27,4 +27,6 @@ def chosen_view(choices, experts: int, text: ProbeText | None = None, index: int
     probs = probs / probs.sum(dim=1, keepdim=True)
     if unsorted:
         choice, weight = choice.flip(1), weight.flip(1)
-    return LayerView(index, 9, experts, choice.shape[1], None, Routing(probs.log(), probs, choice, weight), text=text)
+    return LayerView(
+        index, 9, experts, choice.shape[1], None, routing=Routing(probs.log(), probs, choice, weight), text=text
+    )

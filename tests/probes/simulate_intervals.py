@@ -100,11 +100,9 @@ def _part(view: LayerView, tokens: torch.Tensor, text: ProbeText) -> LayerView:
     return replace(
         view,
         routing=part(view.routing),
-        applied=part(view.applied),
         moe_input=x,
         text=text,
         reference_output=reference,
-        moe_output=None,
         ablate=None,
     )
 

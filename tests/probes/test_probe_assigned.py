@@ -20,10 +20,8 @@ def ragged_view(weights, text=None, num_experts_per_tok=2):
     weights = torch.tensor(weights, dtype=torch.float32)
     weight, index = weights.sort(dim=-1, descending=True, stable=True)
     probs = weights / weights.sum(dim=-1, keepdim=True).clamp_min(1e-9)
-    applied = Routing(weights, probs, index, weight, ragged=True)
-    shown = applied.strongest(num_experts_per_tok)
-    experts = weights.shape[1]
-    return LayerView(0, 1, experts, num_experts_per_tok, None, shown, applied, text=text)
+    routing = Routing(weights, probs, index, weight, ragged=True)
+    return LayerView(0, 1, weights.shape[1], num_experts_per_tok, None, routing=routing, text=text)
 
 
 # Of four experts: the first is idle, the second has every token, one token has three experts, and one has none.
@@ -35,7 +33,7 @@ def test_assignments_are_those_of_a_weight():
     found = assignments(ragged_view(WEIGHTS))
     assert found.tolist() == [[1, 2, 3], [1, NONE, NONE], [1, NONE, NONE], [NONE] * 3, [3, 1, NONE]]
     assert chosen_mask(found, 4).sum(axis=0).tolist() == COUNT
-    index, weight = ranked(ragged_view(WEIGHTS).routing)
+    index, weight = ranked(ragged_view(WEIGHTS).routing, 2)
     assert index.tolist() == [[1, 2], [1, NONE], [1, NONE], [NONE, NONE], [3, 1]]
     assert (weight[index == NONE] == 0).all()
 
@@ -114,17 +112,17 @@ def test_a_margin_is_that_of_the_choice_and_not_of_the_order():
     """A bias chose the third expert over the second: the margin is negative."""
     probs = torch.tensor([[0.5, 0.26, 0.24], [0.6, 0.3, 0.1]])
     routing = Routing(probs.log(), probs, torch.tensor([[0, 2], [0, 1]]), torch.tensor([[0.7, 0.3], [0.7, 0.3]]))
-    found = probe([LayerView(0, 1, 3, 2, None, routing)], "router_state")["router_state"]
+    found = probe([LayerView(0, 1, 3, 2, None, routing=routing)], "router_state")["router_state"]
     assert found.arrays["margin/0"] == pytest.approx([-0.02, 0.2])
     every = Routing(probs.log(), probs, torch.tensor([[0, 1, 2]] * 2), probs)
-    found = probe([LayerView(0, 1, 3, 3, None, every)], "router_state")["router_state"]
+    found = probe([LayerView(0, 1, 3, 3, None, routing=every)], "router_state")["router_state"]
     assert found.arrays["margin/0"] == pytest.approx([0.24, 0.1])
 
 
 def test_ties_of_the_choice_are_told():
     logits = torch.zeros(6, 4)
     routing = Routing(logits, logits.softmax(-1), torch.tensor([[0, 1]] * 6), torch.full((6, 2), 0.5))
-    found = probe([LayerView(0, 1, 4, 2, None, routing)], "router_state")["router_state"]
+    found = probe([LayerView(0, 1, 4, 2, None, routing=routing)], "router_state")["router_state"]
     assert "at 100% of the tokens the last expert chosen and the first one left out score the same" in found.notes[0]
 
 
@@ -181,7 +179,7 @@ def test_where_nothing_can_be_ranked_it_says_so(tied):
     logits = torch.randn(9, 4) if tied == "norms" else torch.zeros(9, 4)
     probs = logits.softmax(-1)
     weight, index = probs.topk(2)
-    view = LayerView(0, 1, 4, 2, None, Routing(logits, probs, index, weight))
+    view = LayerView(0, 1, 4, 2, None, routing=Routing(logits, probs, index, weight))
     view.weights, view.moe_input = Weights(), torch.randn(9, 8)
     found = probe([view], "norm_vs_score", "norm_origin")["norm_vs_score"]
     assert not found.headlines

@@ -11,9 +11,10 @@ from routed_cases import chosen_view, text_of
 
 from moebed.views.layer import LayerView
 from probes.balance import unevenness
+from probes.contract import by_part
 from probes.domain_share import RAISED, DomainShare, divergence, shares_of_counts
 from probes.figures.drawing import to_rgb
-from probes.measures.choices import by_part, domain_keys, first_middle_last, overlap_by_chance
+from probes.measures.choices import domain_keys, first_middle_last, overlap_by_chance
 from probes.measures.resampling import p_value, shuffle_labels, smallest_p
 from tests.conftest import SHARED
 

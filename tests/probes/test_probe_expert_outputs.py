@@ -9,7 +9,6 @@ from oracle_models import load_decoder
 from output_cases import dense_view, output_view, plain_text
 from probe_cases import all_needs, probe
 
-from moebed.errors import UserError
 from moebed.views.layer import ProbeText
 from moebed.views.live import walk
 from probes.chosen_vs_rest import ChosenVsRest
@@ -202,22 +201,6 @@ def test_one_expert_everywhere_has_no_pairs():
     results = run(output_view(torch.randn(1, 4, 3), [[0]] * 4))
     assert "no pairs" in results["expert_outputs"].notes[0]
     assert not results["chosen_vs_rest"].figures
-
-
-def test_nothing_is_kept_of_a_layer_that_failed_halfway():
-    class Broken:
-        def run_experts(self, x, needs):
-            yield from list(output_view(torch.ones(3, 4, 2), [[0]] * 4).weights.run_experts(x, needs))[:2]
-            raise UserError("unreadable")
-
-    broken = output_view(torch.ones(3, 4, 2), [[0]] * 4, 0)
-    broken.weights = Broken()
-    good = output_view(torch.randn(3, 4, 2), [[0]] * 4, 1)
-    both, alone = run(broken, good), run(good)
-    assert set(both["expert_outputs"].arrays) == set(alone["expert_outputs"].arrays)
-    np.testing.assert_array_equal(
-        both["expert_outputs"].arrays["output_cos/1"], alone["expert_outputs"].arrays["output_cos/1"]
-    )
 
 
 def test_a_difference_that_is_there_has_an_interval_above_zero_and_one_that_is_not_has_not():

@@ -7,7 +7,8 @@ from probe_cases import probe
 
 from moebed.views.layer import Need
 from moebed.views.live import walk
-from probes.norm_origin import PARTS, NormOrigin, shares_of_log
+from probes.measures.resampling import Units
+from probes.norm_origin import PARTS, NormOrigin, shares_by_unit
 
 
 def by_least_squares(values, seen):
@@ -25,6 +26,12 @@ def by_least_squares(values, seen):
 
     steps = [left(), left(size), left(token), left(token, expert), 0.0]
     return -np.diff(steps) / steps[0]
+
+
+def shares_of_log(values, seen):
+    """The shares of a text that is one unit."""
+    found = shares_by_unit(values, seen, Units(np.zeros(len(values), np.int64), np.zeros(1, np.int64)))
+    return None if found is None else found[0]
 
 
 def test_the_parts_are_those_of_least_squares():

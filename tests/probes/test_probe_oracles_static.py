@@ -37,7 +37,7 @@ def views(name):
 
     def referenced():
         for view in walked:
-            fields = {field.name: getattr(view, field.name) for field in dataclasses.fields(view)}
+            fields = {field.name: getattr(view, field.name) for field in dataclasses.fields(view) if field.init}
             yield ReferencedView(**fields, dense=dense)
 
     return referenced()

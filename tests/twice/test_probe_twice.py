@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from moebed.checkpoints.checkpoint import Checkpoint
 from moebed.cli import main
 from moebed.machine.mapped import checksums
-from probes.contract import layer_of
+from probes.contract import ArrayName
 from probes.registry import PROBES
 from probes.running import store
 from probes.running.checkpoint_pass import CheckpointPass, probes_for
@@ -177,7 +177,7 @@ def test_what_is_large_is_on_disk_once(model, tmp_path, monkeypatch, undrawn):
         for name in ALL.split(","):
             results = checksums(out / "results" / f"{name}.npz")
             for path in out.glob(f"results/.partial/*/{name}-*/*.npz"):
-                own = {key for key in checksums(path) if path.stem == "head" or layer_of(key) is not None}
+                own = {key for key in checksums(path) if path.stem == "head" or ArrayName.of(key).layer is not None}
                 assert not [key for key in own if results.get(key) == checksums(path)[key]], (name, path)
                 with np.load(path) as file:
                     moved += "in_results" in file.files

@@ -6,7 +6,6 @@ decoder does not compute. Writing reads its own result back, so that a model whi
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -288,11 +287,7 @@ def require_count(settings: Settings, key: str, least: int = 1) -> int:
 
 def same_setting(config: ModelConfig, other: Mapping[str, Any], name: str) -> bool:
     """Whether a field means in config what it means in the plain data of another one."""
-    return _plain(config, name, getattr(config, name)) == _plain(config, name, other[name])
-
-
-def _as_dict(value: Any) -> Any:
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+    return _plain(config, name, config.to_dict()[name]) == _plain(config, name, other[name])
 
 
 _PER_LAYER = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "num_shared_experts")
@@ -305,10 +300,8 @@ def _plain(config: ModelConfig, name: str, value: Any) -> Any:
         return value or (config.head_dim or 1) ** -0.5
     if name == "intermediate_size" and len(moe) == layers:
         return None
-    if name in ("norm_topk_prob", "router") and not moe:
+    if name in ("norm_topk_prob", "router", "router_options") and not moe:
         return None
-    if name == "router_options":  # the plain rule has none
-        return None if config.router == "softmax_topk" or not moe else _as_dict(value)
     if name == "shared_expert_gate" and not any(config.layer(i).num_shared_experts for i in moe):
         return None
     if name not in _PER_LAYER:

@@ -17,6 +17,7 @@ from moebed.checkpoints.families.base import Family
 from moebed.errors import ConfigError
 from moebed.model.config import ModelConfig
 from moebed.model.decoder import Decoder
+from moebed.model.routers import ROUTERS
 
 _LAYER = re.compile(r"^layers\.(\d+)\.")
 
@@ -105,14 +106,11 @@ class KeyMap:
         return next((name for name in named if name in self._present), named[0])
 
     def expert(self, layer: int, matrix: str, expert: int) -> TensorPart:
-        """One routed expert's ``gate`` or ``up`` (F, H), or ``down`` (H, F); a factorised gate is (F, C)."""
+        """One routed expert's ``gate`` or ``up`` (F, H), or ``down`` (H, F)."""
         names, sizes = self.family.experts, self.config.layer(layer)
         if names is None:
             raise ConfigError(f"a {self.family.model_type} checkpoint has no experts, but layer {layer} does")
         hidden, width = self.config.hidden_size, sizes.moe_intermediate_size
-        if matrix != "down" and f"layers.{layer}.mlp.experts.{matrix}_proj" in self.shapes:  # a factorised gate's
-            whole = self._whole(f"layers.{{i}}.mlp.experts.{matrix}_proj", layer)
-            return whole._replace(first=expert * width, rows=width)
         rows, columns = (hidden, width) if matrix == "down" else (width, hidden)
         if layer not in self._fused:
             name = {"gate": names.gate, "up": names.up, "down": names.down}[matrix].format(i=layer, e=expert)
@@ -126,13 +124,13 @@ class KeyMap:
         shape = (sizes.num_experts, 2 * width, hidden)
         return TensorPart(names.gate_up_fused.format(i=layer), shape, first, width)
 
-    def basis(self, layer: int, expert: int) -> TensorPart | None:
-        """One expert's projection (C, H) that its gate goes on from; None where gates are not factorised."""
-        if f"layers.{layer}.mlp.experts.gate_proj" not in self.shapes:
-            return None
-        whole = self._whole("layers.{i}.mlp.router.low_proj", layer)
-        rows = whole.shape[1]
-        return whole._replace(first=expert * rows, rows=rows)
+    def factors(self, layer: int, matrix: str, expert: int) -> list[TensorPart]:
+        """The parts whose product is one routed expert's matrix: itself, where the router's experts have no factors."""
+        found = []
+        for name in ROUTERS[self.config.router].experts_class.factors.get(matrix, ()):
+            whole = self._whole(f"layers.{{i}}.mlp.{name}", layer)
+            found.append(whole._replace(first=expert * whole.shape[1], rows=whole.shape[1]))
+        return found or [self.expert(layer, matrix, expert)]
 
     def shared(self, layer: int, matrix: str) -> TensorPart | None:
         """The shared expert's matrix; None in a layer that has none."""

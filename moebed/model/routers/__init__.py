@@ -1,9 +1,10 @@
 """Routers: which experts a token goes to, and with what weight. Each rule is one small class behind one contract."""
 
-from moebed.model.routers.contract import ExpertOutputs, Load, Router, Routing, drawn
-from moebed.model.routers.registry import ROUTERS, build_router, register, untaught
+from moebed.model.routers.contract import ExpertOutputs, Load, Router, drawn
+from moebed.model.routers.registry import ROUTERS, all_options, build_router, options_of, register, untaught
 from moebed.model.routers.softmax import GatedRouter, SoftmaxTopK
 from moebed.model.routers.steps import RouterSteps
+from moebed.model.routing import Routing
 
 __all__ = [
     "ROUTERS",
@@ -14,8 +15,10 @@ __all__ = [
     "RouterSteps",
     "Routing",
     "SoftmaxTopK",
+    "all_options",
     "build_router",
     "drawn",
+    "options_of",
     "register",
     "untaught",
 ]

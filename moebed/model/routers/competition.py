@@ -5,15 +5,18 @@ T tokens, E experts, K experts per token, H hidden.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moebed.model.config import LayerConfig, ModelConfig
-from moebed.model.routers.contract import ExpertOutputs, Router, Routing
+from moebed.model.config import LayerConfig, ModelConfig, RouterOptions, setting
+from moebed.model.routers.contract import ExpertOutputs, Router
 from moebed.model.routers.norms import norms, of_chosen
 from moebed.model.routers.softmax import GatedRouter
+from moebed.model.routing import Routing
 
 
 def _all_outputs(experts: ExpertOutputs, hidden_states: Tensor, num_experts: int) -> Tensor:
@@ -36,12 +39,7 @@ class ExpertNorm(Router):
         outputs = _all_outputs(experts, hidden_states, self.num_experts)
         with torch.autocast(hidden_states.device.type, enabled=False):
             routing = self.choose(norms(outputs))
-        return routing._replace(outputs=of_chosen(outputs, routing.topk_index))
-
-    @classmethod
-    def experts_run(cls, config: ModelConfig, layer: LayerConfig, training: bool = False) -> float:
-        """All of them."""
-        return layer.num_experts
+        return routing._replace(precomputed=of_chosen(outputs, routing.topk_index))
 
 
 class CompeteSMoE(GatedRouter):
@@ -57,9 +55,19 @@ class CompeteSMoE(GatedRouter):
     compiles = False  # steps with competition and without are different graphs
     LOSS = "router_competition"
 
+    @dataclass
+    class Options(RouterOptions):
+        """Settings of the competitions."""
+
+        seed: int = setting("Of the draw of the steps with competition.", 0, least=0)
+        competition_rate: float = setting("Probability, per step and layer, that all experts compete.", 0.07, 0, 1)
+        competition_loss_coef: float = setting("Of the gate's loss in steps with competition.", 1e-3, least=0)
+
+    options: Options
+
     def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
         super().__init__(config, layer)
-        self.options, self.layer = config.router_options, layer.index
+        self.layer = layer.index
         self.competes = False
 
     def begin_step(self, step: int) -> None:
@@ -75,7 +83,7 @@ class CompeteSMoE(GatedRouter):
         with torch.autocast(hidden_states.device.type, enabled=False):
             won = self.compete(outputs)
             winners = of_chosen(outputs, won.topk_index)  # (T, K, H)
-            return won._replace(outputs=winners, losses=self.lessons(gated, won, winners))
+            return won._replace(precomputed=winners, losses=self.lessons(gated, won, winners))
 
     def compete(self, outputs: Tensor) -> Routing:
         """The decision of a competition between outputs (T, E, H)."""
@@ -92,6 +100,7 @@ class CompeteSMoE(GatedRouter):
     @classmethod
     def experts_run(cls, config: ModelConfig, layer: LayerConfig, training: bool = False) -> float:
         """K; in training all of them with probability r."""
+        assert isinstance(config.router_options, cls.Options)
         rate = config.router_options.competition_rate if training else 0.0
         return rate * layer.num_experts + (1 - rate) * layer.num_experts_per_tok
 
@@ -103,6 +112,14 @@ class CompeteSMoEv2(CompeteSMoE):
     cosine. Both in steps with competition alone.
     """
 
+    @dataclass
+    class Options(CompeteSMoE.Options):
+        """Settings of the competitions, and of the winners' part in the losses."""
+
+        winners_weight: float = setting("What the winners count for once more in the gate's loss.", 0.2, least=0)
+        winner_similarity_coef: float = setting("Of the mean cosine between the winners' outputs.", 1e-3, least=0)
+
+    options: Options
     WINNERS, DIVERSITY = "router_winners", "winner_similarity"
 
     def compete(self, outputs: Tensor) -> Routing:

@@ -1,6 +1,6 @@
 """The contract of every router: hidden states in, a decision out.
 
-T tokens, E experts, K experts per token, H hidden, C what a router carries over to one expert.
+T tokens, E experts, K experts per token, H hidden.
 """
 
 from __future__ import annotations
@@ -12,36 +12,9 @@ from torch import Tensor, nn
 
 from moebed.errors import ConfigError
 from moebed.machine.float32 import Float32Buffers
-from moebed.model.config import LayerConfig, ModelConfig
-
-
-class Routing(NamedTuple):
-    """A router's decision for T tokens; logits, probabilities and weights are float32.
-
-    A named tuple because it then passes through ``torch.compile``, activation checkpointing and hooks as it is.
-    """
-
-    router_logits: Tensor  # (T, E)
-    router_probs: Tensor  # (T, E) the distribution that balancing losses and probes see
-    topk_index: Tensor  # (T, K) int64, in descending weight
-    topk_weight: Tensor  # (T, K) as applied to the experts' outputs
-    carried: Tensor | None = None  # (T, K, C) what the router computed for each choice and its expert goes on from
-    outputs: Tensor | None = None  # (T, K, H) outputs of the chosen experts, not weighted, where the router ran them
-    losses: dict[str, Tensor] | None = None  # by name, (T,): what the router asks of each token, without coefficient
-    ragged: bool = False  # an assignment of weight 0 is none: the number of experts differs from token to token
-
-    @property
-    def assigned(self) -> Tensor:
-        """Which of the T·K assignments stand: (T, K) bool."""
-        return self.topk_weight != 0 if self.ragged else torch.ones_like(self.topk_index, dtype=torch.bool)
-
-    def strongest(self, top_k: int) -> Routing:
-        """The decision with no more than the top_k largest weights of each token, where it has more columns."""
-        return self._replace(topk_index=self.topk_index[:, :top_k], topk_weight=self.topk_weight[:, :top_k])
-
-    def decision(self) -> Routing:
-        """The decision without what the experts alone need, so that keeping it holds no memory of their size."""
-        return self._replace(carried=None, outputs=None)
+from moebed.model.config import LayerConfig, ModelConfig, RouterOptions
+from moebed.model.experts import Experts
+from moebed.model.routing import Routing
 
 
 class ExpertOutputs(Protocol):
@@ -80,10 +53,15 @@ class Router(Float32Buffers):
     from the number of the step (:meth:`begin_step`).
     """
 
+    Options: type[RouterOptions] = RouterOptions  # its settings, a dataclass of moebed.model.config.setting
+    options: RouterOptions  # what they are in this model
+    default_norm_topk_prob = True  # where a config does not say
+    fixed_top_k = True  # whether every token has K experts
+    has_plan_formula = False  # whether it keeps a gate's logits for the backward pass, and no more (see moebed.plan)
     compiles = True  # whether its forward pass is one graph for torch.compile
     adaptive = False  # whether it has state that end_step changes; where no router of a model has, none is called
     runs_experts = False  # whether it asks for experts' outputs when it routes in evaluation
-    carries = False  # whether the experts' gates see what it carries to them, and nothing else
+    experts_class: type[Experts] = Experts  # of its layers
     # Whether its parameters learn from more than the weights on the experts' outputs, or there are none to learn.
     other_teacher = False
 
@@ -92,6 +70,7 @@ class Router(Float32Buffers):
         self.num_experts = layer.num_experts
         self.num_experts_per_tok = layer.num_experts_per_tok
         self.norm_topk_prob = config.norm_topk_prob
+        self.options = config.router_options
 
     def forward(self, hidden_states: Tensor, experts: ExpertOutputs, token_ids: Tensor | None = None) -> Routing:
         """Route hidden_states (T, H) of tokens token_ids (T,)."""
@@ -130,23 +109,19 @@ class Router(Float32Buffers):
         """Gate embeddings W_g (E, H), where the logits are x W_gᵀ; None otherwise."""
         return None
 
-    def basis(self) -> Tensor | None:
-        """Projections (E, C, H) whose results are carried to the experts and are all that their gates see, or None."""
-        return None
-
-    def carry(self, hidden_states: Tensor, routing: Routing) -> Routing:
-        """The routing with what its experts go on from, where a decision was made without it."""
-        return routing
-
-    @classmethod
-    def gate_width(cls, config: ModelConfig) -> int:
-        """Width of what the experts' gate projections take: H, or C where the router carries it to them."""
-        return config.hidden_size
+    def build_experts(self, config: ModelConfig, layer: LayerConfig) -> Experts:
+        """The experts of its layer."""
+        return self.experts_class(config, layer)
 
     @classmethod
     def experts_run(cls, config: ModelConfig, layer: LayerConfig, training: bool = False) -> float:
         """Routed experts that compute for one token, expected."""
-        return layer.num_experts_per_tok
+        return layer.num_experts if cls.runs_experts else layer.num_experts_per_tok
+
+    @classmethod
+    def width_of_equal_flops(cls, config: ModelConfig) -> int:
+        """Width of experts with which a layer takes the FLOPs of a softmax gate and experts as wide as the config's."""
+        return config.layer(0).moe_intermediate_size
 
     # Training ------------------------------------------------------------------------------------------------------
 

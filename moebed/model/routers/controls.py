@@ -5,15 +5,18 @@ T tokens, E experts, K experts per token, H hidden, C = d_low.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from moebed.machine.float32 import float32_linear
-from moebed.model.config import LayerConfig, ModelConfig
-from moebed.model.routers.contract import ExpertOutputs, Router, Routing, drawn
+from moebed.model.config import LayerConfig, ModelConfig, RouterOptions, setting
+from moebed.model.routers.autonomy import Autonomy
+from moebed.model.routers.contract import ExpertOutputs, Router, drawn
 from moebed.model.routers.softmax import GatedRouter
+from moebed.model.routing import Routing
 
 _BITS = 31
 Number = TypeVar("Number", int, Tensor)
@@ -22,6 +25,7 @@ Number = TypeVar("Number", int, Tensor)
 class FrozenGate(GatedRouter):
     """``softmax_topk`` with a random gate that is never trained: does it matter that the router learns?"""
 
+    has_plan_formula = True
     other_teacher = True  # nothing is taught
 
     def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
@@ -32,10 +36,12 @@ class FrozenGate(GatedRouter):
 class FactorisedGate(Router):
     """``softmax_topk`` on x W_a W_b, where W_a is as large as the projections of ``autonomy``: is it the size?"""
 
+    Options = Autonomy.Options
+    options: Autonomy.Options
+
     def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
         super().__init__(config, layer)
-        assert config.router_options.d_low is not None
-        inner = layer.num_experts * config.router_options.d_low
+        inner = layer.num_experts * self.options.d_low
         self.low_proj = drawn(inner, config.hidden_size)  # W_a (E·C, H)
         self.high_proj = drawn(layer.num_experts, inner)  # W_b (E, E·C)
 
@@ -53,6 +59,7 @@ class FactorisedGate(Router):
 class EvenWeights(Router):
     """A rule that ranks the experts and weighs the first K alike, 1/K each."""
 
+    has_plan_formula = True
     other_teacher = True  # no parameters
 
     def choose(self, logits: Tensor) -> Routing:
@@ -65,9 +72,17 @@ class EvenWeights(Router):
 class Hash(EvenWeights):
     """The experts of a token follow from its id alone, at random for each id and layer (Roller 2106.04426)."""
 
+    @dataclass
+    class Options(RouterOptions):
+        """Settings of the table."""
+
+        seed: int = setting("Of the table of token ids and experts.", 0, least=0)
+
+    options: Options
+
     def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
         super().__init__(config, layer)
-        self.salt = mixed(mixed(config.router_options.seed) ^ layer.index)
+        self.salt = mixed(mixed(self.options.seed) ^ layer.index)
 
     def forward(self, hidden_states: Tensor, experts: ExpertOutputs, token_ids: Tensor | None = None) -> Routing:
         """Route tokens token_ids (T,); each pair of id and expert has a random number as its logit."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, Union, get_type_hints
 
 from moebed.errors import ConfigError
-from moebed.model.config import ROUTER_NAMES, LayerConfig, ModelConfig
+from moebed.model.config import LayerConfig, ModelConfig, RouterOptions, require_known
 from moebed.model.routers.autonomy import Autonomy
 from moebed.model.routers.competition import CompeteSMoE, CompeteSMoEv2, ExpertNorm
 from moebed.model.routers.contract import Router
@@ -40,6 +41,60 @@ def build_router(config: ModelConfig, layer: LayerConfig) -> Router:
     return router
 
 
+def options_of(config: ModelConfig) -> RouterOptions:
+    """The Options of a config's router, of settings among which there may be other routers', which are passed over.
+
+    Raises:
+        ConfigError: A setting is unknown to every router, or out of bounds, or one that has no default is not given.
+    """
+    given: RouterOptions | Mapping[str, Any] = config.router_options
+    if isinstance(given, RouterOptions):
+        given = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
+    found = {**given, **(given.get("own") or {})}  # as settings of a router of one's own were once written
+    found.pop("own", None)
+    require_known(found, _settings(), "router_options")
+    kind = ROUTERS[config.router].Options
+    wanted = {field.name: found.get(field.name) for field in dataclasses.fields(kind)}
+    wanted = {key: value for key, value in wanted.items() if value is not None}
+    for field in dataclasses.fields(kind):
+        if field.name not in wanted and field.default is field.default_factory is dataclasses.MISSING:
+            advice = field.metadata.get("advice") or (lambda _: f"{config.router} has no default for it")
+            raise ConfigError(
+                f"model config: router {config.router} needs router_options.{field.name}; {advice(config)}"
+            )
+    return kind(**wanted)
+
+
+def all_options() -> type[RouterOptions]:
+    """A dataclass of every known router's settings, each with its sentence: what ``--help`` shows."""
+    fields: list[tuple[str, Any, Any]] = []
+    lines = []
+    for key, users in _settings().items():
+        defaults = [field.default for field, _ in users.values()]
+        same = all(default == defaults[0] for default in defaults) and defaults[0] is not dataclasses.MISSING
+        kind: Any = Union[tuple(hint for _, hint in users.values())]  # noqa: UP007
+        fields.append((key, kind, defaults[0]) if same else (key, kind | None, None))
+        said: dict[str, list[str]] = {}
+        for name, (field, _) in users.items():
+            said.setdefault(field.metadata.get("sentence", "Not described"), []).append(name)
+        lines.append(" ".join(f"{words} ({', '.join(names)})" for words, names in said.items()))
+    fields.append(("own", dict[str, Any] | None, None))
+    lines.append("How settings of a router of one's own were once written.")
+    doc = "".join(f"\n    {field[0]}: {line}" for field, line in zip(fields, lines, strict=True))
+    doc = f"Settings of the router.\n\nArgs:{doc}\n"
+    return dataclasses.make_dataclass("AllOptions", fields, bases=(RouterOptions,), namespace={"__doc__": doc})
+
+
+def _settings() -> dict[str, dict[str, tuple[dataclasses.Field[Any], Any]]]:
+    """Fields and types of every router's settings: by the setting's name, then by the router's."""
+    found: dict[str, dict[str, tuple[dataclasses.Field[Any], Any]]] = {}
+    for name, rule in ROUTERS.items():
+        hints = get_type_hints(rule.Options)
+        for field in dataclasses.fields(rule.Options):
+            found.setdefault(field.name, {})[name] = field, hints[field.name]
+    return found
+
+
 def untaught(config: ModelConfig) -> str | None:
     """Why the language-model loss teaches a model's router nothing, if so: its one weight is divided by itself."""
     alone = [i for i in config.moe_layers if config.layer(i).num_experts_per_tok == 1 < config.layer(i).num_experts]
@@ -68,7 +123,6 @@ def register(name: str) -> Callable[[Rule], Rule]:
         if name in ROUTERS:
             raise ConfigError(f"router {name!r} is {ROUTERS[name].__qualname__} already; choose another name")
         ROUTERS[name] = rule
-        ROUTER_NAMES.append(name)
         return rule
 
     return add

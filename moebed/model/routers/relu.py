@@ -5,12 +5,15 @@ T tokens, E experts, K experts per token, meant on average.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from moebed.model.config import LayerConfig, ModelConfig
-from moebed.model.routers.contract import Load, Routing
+from moebed.model.config import LayerConfig, ModelConfig, RouterOptions, setting
+from moebed.model.routers.contract import Load
 from moebed.model.routers.softmax import GatedRouter
+from moebed.model.routing import Routing
 
 
 class ReLU(GatedRouter):
@@ -22,6 +25,15 @@ class ReLU(GatedRouter):
     evaluation and under ``torch.compile``, whose shapes are static. Balancing losses see w / Σ w.
     """
 
+    @dataclass
+    class Options(RouterOptions):
+        """Settings of the penalty."""
+
+        l1_coef: float = setting("Of the penalty on router weights at the start.", 1e-8, least=0)
+        l1_factor: float = setting("What that is multiplied with, or divided by, after each step.", 1.2, least=1)
+
+    options: Options
+    fixed_top_k = False
     adaptive = True
     other_teacher = True  # its weights are never divided by their sum
     LOSS = "relu_l1"
@@ -30,8 +42,7 @@ class ReLU(GatedRouter):
 
     def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
         super().__init__(config, layer)
-        self.start, self.factor = config.router_options.l1_coef, config.router_options.l1_factor
-        self.register_buffer("l1_coefficient", torch.full((1,), self.start, dtype=torch.float32))
+        self.register_buffer("l1_coefficient", torch.full((1,), self.options.l1_coef, dtype=torch.float32))
         # In the last step, for the log.
         self.register_buffer("experts_per_token", torch.zeros((), dtype=torch.float32), persistent=False)
 
@@ -53,12 +64,12 @@ class ReLU(GatedRouter):
 
     def reset_state(self) -> None:
         """λ as at the start."""
-        self.l1_coefficient.fill_(self.start)
+        self.l1_coefficient.fill_(self.options.l1_coef)
 
     @torch.no_grad()
     def end_step(self, load: Load) -> None:
         """Penalise more where more experts than meant were active, less where fewer were."""
-        self.l1_coefficient *= self.factor ** torch.sign(load.density - 1)
+        self.l1_coefficient *= self.options.l1_factor ** torch.sign(load.density - 1)
         self.experts_per_token.copy_(load.density * self.num_experts_per_tok)
 
     def numbers(self) -> dict[str, Tensor]:

@@ -5,12 +5,15 @@ T tokens, E experts, K experts per token.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from moebed.model.config import LayerConfig, ModelConfig
-from moebed.model.routers.contract import Load, Routing
+from moebed.model.config import LayerConfig, ModelConfig, RouterOptions, setting
+from moebed.model.routers.contract import Load
 from moebed.model.routers.softmax import GatedRouter
+from moebed.model.routing import Routing
 
 
 class SigmoidTopK(GatedRouter):
@@ -21,12 +24,19 @@ class SigmoidTopK(GatedRouter):
     the scores divided by their sum.
     """
 
+    @dataclass
+    class Options(RouterOptions):
+        """Settings of the balancing."""
+
+        bias_update_rate: float = setting("What the selection bias changes by in each optimizer step.", 1e-3, least=0)
+
+    options: Options
+    has_plan_formula = True
     adaptive = True
     expert_bias: Tensor
 
     def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
         super().__init__(config, layer)
-        self.rate = config.router_options.bias_update_rate
         self.register_buffer("expert_bias", torch.zeros(layer.num_experts, dtype=torch.float32))  # (E,)
 
     def choose(self, logits: Tensor) -> Routing:
@@ -47,7 +57,7 @@ class SigmoidTopK(GatedRouter):
     @torch.no_grad()
     def end_step(self, load: Load) -> None:
         """Raise the bias of every expert with less than its share, lower that of the others."""
-        self.expert_bias += self.rate * torch.sign(load.counts.mean() - load.counts)
+        self.expert_bias += self.options.bias_update_rate * torch.sign(load.counts.mean() - load.counts)
 
     def numbers(self) -> dict[str, Tensor]:
         """How far the biases lie apart."""

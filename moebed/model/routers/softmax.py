@@ -10,7 +10,8 @@ from torch import Tensor
 
 from moebed.machine.float32 import float32_linear
 from moebed.model.config import LayerConfig, ModelConfig
-from moebed.model.routers.contract import ExpertOutputs, Router, Routing, drawn
+from moebed.model.routers.contract import ExpertOutputs, Router, drawn
+from moebed.model.routing import Routing
 
 
 class GatedRouter(Router):
@@ -36,3 +37,5 @@ class GatedRouter(Router):
 
 class SoftmaxTopK(GatedRouter):
     """p = softmax(x W_gᵀ); the K largest; weight p, or p / Σ_topK p with norm_topk_prob (Shazeer 2017; Jiang 2024)."""
+
+    has_plan_formula = True

@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from moebed.errors import ConfigError
-from moebed.model.config import ROUTER_NAMES
 from moebed.model.decoder import Decoder
 from moebed.model.routers import ROUTERS, GatedRouter, register, untaught
 from moebed.training.module import MoEModule
@@ -40,8 +39,6 @@ def own():
     yield lambda rule: register(rule.__name__)(rule)
     for name in ("Tempered", "Orthogonal"):
         ROUTERS.pop(name, None)
-        if name in ROUTER_NAMES:
-            ROUTER_NAMES.remove(name)
 
 
 def test_what_a_router_of_ones_own_begins_with_stays(own):

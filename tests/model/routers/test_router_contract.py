@@ -7,12 +7,13 @@ import torch
 
 from moebed.errors import ConfigError
 from moebed.model.attention import KVCache
-from moebed.model.config import ROUTER_NAMES, ModelConfig
+from moebed.model.config import ModelConfig
 from moebed.model.decoder import Decoder
+from moebed.model.experts import Experts, _native_unfit
 from moebed.model.flops import count_parameters, flops_per_token
 from moebed.model.generate import generate
 from moebed.model.losses import load_balancing_loss, router_stats
-from moebed.model.routers import ROUTERS
+from moebed.model.routers import ROUTERS, SoftmaxTopK, register
 from tests.model.routers.router_cases import ALL, COMPILED, config_of
 
 CARELESS = ("balanced", "hash", "random")  # learn nothing in the router
@@ -33,10 +34,6 @@ def _loss(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:
 
 
 IDS = torch.randint(0, 96, (2, 21), generator=torch.Generator().manual_seed(3))
-
-
-def test_the_config_knows_every_router():
-    assert set(ROUTER_NAMES) == set(ROUTERS)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -239,12 +236,16 @@ def test_experts_run_once_where_the_router_ran_them():
         ({"router": "factorised_gate"}, "about hidden_size / 3 was best, 8 here, to a multiple of 8"),
         ({"router": "autonomy", "hidden_size": 256}, "about hidden_size / 3 was best, 88 here"),
         ({"router_options": {"d_lo": 3}}, "unknown key 'd_lo' in router_options; did you mean 'd_low'?"),
-        ({"router_options": {"competition_rate": 1.5}}, "router_options.competition_rate is 1.5; it must be at most 1"),
-        ({"router_options": {"d_low": 0}}, "router_options.d_low is 0; it must be at least 1"),
+        (
+            {"router": "competesmoe", "router_options": {"competition_rate": 1.5}},
+            "router_options.competition_rate is 1.5; it must be at most 1",
+        ),
+        ({"router": "autonomy", "router_options": {"d_low": 0}}, "router_options.d_low is 0; it must be at least 1"),
+        ({"router": "hash", "router_options": {"seed": "high"}}, "router_options.seed is high; it must be at least 0"),
         ({"router": "relu", "num_experts_per_tok": 5}, "num_experts_per_tok is 5 but layer 0 has 4 experts"),
         (
             {"router": "autonomy", "router_options": {"d_low": 4}, "experts_backend": "triton"},
-            "experts_backend triton has no kernel for the factorised gates of router autonomy",
+            "experts_backend triton has no kernel for the experts of router autonomy",
         ),
     ],
 )
@@ -261,8 +262,48 @@ def test_refuses_in_one_line(changes, words):
 def test_the_config_survives_plain_data(name):
     config = config_of(name)
     assert ModelConfig.from_dict(config.to_dict()) == config
-    assert dataclasses.asdict(config)["router_options"]["d_low"] == 8
+    assert set(config.to_dict()["router_options"]) == {
+        field.name for field in dataclasses.fields(ROUTERS[name].Options)
+    }
     assert config.norm_topk_prob == (name != "autonomy")
+
+
+class Biased(Experts):
+    """Experts with a bias before the activation."""
+
+    @classmethod
+    def shapes(cls, config, layer):
+        width = 2 * layer.moe_intermediate_size
+        return {**super().shapes(config, layer), "bias": (layer.num_experts, width, 1)}
+
+    def gate_and_up(self, rows, product):
+        ones = rows.new_ones(len(rows), 1)
+        return super().gate_and_up(rows, product) + product(ones, self.local(self.bias))
+
+
+def test_a_router_may_build_its_layers_experts():
+    """They are built, trained by every backend that they go with, and counted."""
+
+    @register("biased")
+    class WithBiasedExperts(SoftmaxTopK):
+        experts_class = Biased
+
+    try:
+        found = []
+        for backend in ("loop", "grouped_mm"):
+            decoder = _decoder("biased", experts_backend=backend)
+            assert count_parameters(decoder.config)[0] == sum(p.numel() for p in decoder.parameters())
+            loss = _loss(decoder, IDS)
+            loss.backward()
+            found.append([loss.detach(), *(block.mlp.experts.bias.grad for block in decoder.blocks)])
+            assert all(grad.abs().sum() > 0 for grad in found[-1][1:])
+        torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+        experts = decoder.blocks[0].mlp.experts
+        assert _native_unfit(experts, torch.randn(64, 32)) == "these experts have a gate of their own"
+        with pytest.raises(ConfigError, match="triton has no kernel for the experts of router biased"):
+            config_of("biased", experts_backend="triton")
+    finally:
+        del ROUTERS["biased"]
 
 
 def test_compilation_is_refused_where_steps_differ():

@@ -56,7 +56,7 @@ def test_expert_norm_is_a_softmax_over_the_chosen_norms():
     torch.testing.assert_close(routing.topk_weight, value.softmax(-1))
     torch.testing.assert_close(routing.router_probs, norms.softmax(-1))
     for token in range(6):
-        assert torch.equal(routing.outputs[token], outputs[token, index[token]])
+        assert torch.equal(routing.precomputed[token], outputs[token, index[token]])
 
 
 @pytest.mark.parametrize("name", ["competesmoe", "competesmoe_v2"])
@@ -113,7 +113,7 @@ def test_weights_and_experts_of_a_competition_are_in_the_same_order(name):
     routing = router_of(name)(torch.randn(1, 32), GivenOutputs(outputs))
     assert routing.topk_index.tolist() == [[1, 3]]
     assert routing.topk_weight[0, 0] > routing.topk_weight[0, 1]
-    assert routing.outputs[0].argmax(-1).tolist() == [1, 3]
+    assert routing.precomputed[0].argmax(-1).tolist() == [1, 3]
 
 
 def test_evaluation_and_other_steps_run_no_experts():
@@ -145,9 +145,7 @@ def test_autonomy_chooses_by_the_norms_of_the_experts_own_projections():
     assert torch.equal(routing.topk_index, index)
     torch.testing.assert_close(routing.topk_weight, value)  # not renormalised
     for token in range(6):
-        torch.testing.assert_close(routing.carried[token], low[token, index[token]])
-    again = router.carry(x, routing._replace(carried=None))
-    torch.testing.assert_close(again.carried, routing.carried)
+        torch.testing.assert_close(routing.precomputed[token], low[token, index[token]])
 
 
 def test_autonomy_computes_the_papers_expert():
@@ -166,8 +164,9 @@ def test_autonomy_computes_the_papers_expert():
             c = moe.router.low_proj[e] @ x[token]
             expected[token] += weight * (down[e] @ (F.silu(gate[e] @ c) * (up[e] @ x[token])))
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(moe.expert_matrix("gate", 2), gate[2] @ moe.router.low_proj[2])
-    assert routing.carried is None  # what is kept of a forward pass is the decision alone
+    torch.testing.assert_close(moe.experts.expert_matrix("gate", 2), gate[2] @ moe.router.low_proj[2])
+    assert routing.precomputed is None  # what is kept of a forward pass holds no memory of their size
+    torch.testing.assert_close(moe.combine(x, routing), out)  # and what it lacks is computed once more
 
 
 def test_matched_width_keeps_the_parameters():

@@ -17,7 +17,8 @@ from moebed.training.callbacks import AtomicCheckpointIO
 from moebed.training.module import MoEModule
 from moebed.training.optim import OptimizerConfig, build_adamw
 from moebed.views.layer import HeadView, LayerView, Need, ProbeText
-from moebed.views.live import walk
+from moebed.views.live import LiveModel, walk, walk_model
+from moebed.views.text_pass import TextPass
 from tests.model.routers.router_cases import ALL, config_of
 
 SEQUENCE = 16
@@ -242,7 +243,7 @@ def _seen(views):
         outputs = torch.stack([expert.output.clone() for expert in view.experts()])
         matrices = {name: view.matrix(name).clone() for name in ("up", "gate", "down")}
         shown = {"x": view.moe_input, "out": view.moe_output, "W_g": view.gate, "outputs": outputs}
-        shown |= matrices | view.routing.decision()._asdict() | {"ragged": None}
+        shown |= matrices | view.routing.without_precomputed()._asdict() | {"ragged": None}
         found |= {f"{view.index} {key}": value for key, value in shown.items() if value is not None}
     return found
 
@@ -282,6 +283,18 @@ def test_what_a_walk_shows_is_what_the_model_computes(name):
             expected = torch.nn.functional.cross_entropy(logits, TEXT.input_ids[row, 1:length], reduction="none")
             start = int(TEXT.sequence_start[row])
             torch.testing.assert_close(views[-1].loss[start : start + length - 1], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_pass_makes_views_of_its_own():
+    """What text did in a layer is in the view that is shown, all of it, and not in the one that was made without."""
+    model = LiveModel(_decoder("relu").eval())
+    bare = list(walk_model(model, None, NEEDS))
+    with torch.no_grad():
+        shown = list(TextPass(model, TEXT).layers(bare))
+    assert [(view.text, view.routing, view.moe_input) for view in bare] == [(None, None, None)] * len(bare)
+    for view, made in zip(shown, bare, strict=True):
+        assert (view.index, view.weights, view.text) == (made.index, made.weights, TEXT)
+        assert view.routing.topk_index.shape[1] == view.num_experts > view.num_experts_per_tok  # as it is applied
 
 
 @pytest.mark.parametrize("name", ALL)

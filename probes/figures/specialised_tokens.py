@@ -1,0 +1,83 @@
+"""The token ids of which an expert takes most, from what ``vocabulary`` stores: as an image, and as HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from html import escape
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from probes.contract import Arrays, by_layer, by_part
+from probes.measures.choices import first_middle_last
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+DRAWN_EXPERTS, DRAWN_IDS, DRAWN_LETTERS = 16, 5, 8  # in the image, which is smaller than the page
+SHOWN_EXPERTS = 64
+_PAGE_STYLE = """.own { display: inline-block; margin: 1px 12px 1px 0; color: #6b7785; }
+.own code { background: #f5f7fa; color: #1f2933; padding: 0 3px; white-space: pre; }"""
+
+
+def draw_tokens(arrays: Arrays, kind: str, kinds: Mapping[str, str]) -> Figure:
+    """The page's first table of each layer as an image: a line an expert, a column a layer."""
+    from probes.figures import drawing
+
+    words = _words_of(arrays)
+    ids, shares = by_layer(arrays, "top_ids", kind), by_layer(arrays, "top_shares", kind)
+    layers = first_middle_last(list(ids))
+    rows = min(DRAWN_EXPERTS, max(len(ids[layer]) for layer in layers))
+    title = f"Ids of whose routings an expert takes most, sorted by {kinds[kind]}, with the share it takes"
+    fig = drawing.new_figure(max(7.5, 5.2 * len(layers)), 0.9 + 0.24 * rows, title)
+    for ax, layer in zip(fig.subplots(1, len(layers), squeeze=False)[0], layers, strict=True):
+        for row, expert in enumerate(drawing.pick(range(len(ids[layer])), DRAWN_EXPERTS)):
+            own = zip(ids[layer][expert], shares[layer][expert], strict=True)
+            said = [f"{_word(words, int(one))[:DRAWN_LETTERS]} {value:.0%}" for one, value in own if one >= 0]
+            line = "   ".join(said[:DRAWN_IDS]) or "–"
+            for place, text in ((0.0, str(expert)), (0.06, line)):
+                ax.text(place, row, text, fontsize=7.5, family="monospace", va="center", color=drawing.INK,
+                        parse_math=False, in_layout=False)  # fmt: skip
+        ax.set_title(f"layer {layer}: expert, ids", fontsize=9, loc="left")
+        ax.set_xlim(0, 1)
+        ax.set_ylim(rows - 0.5, -0.5)
+        ax.axis("off")
+    return fig
+
+
+def _words_of(arrays: Arrays) -> dict[int, str]:
+    """What is known of the text of ids."""
+    return dict(zip(arrays.get("text_ids", np.zeros(0)).tolist(), arrays.get("text_of_ids", ()), strict=True))
+
+
+def write_tokens(arrays: Arrays, kinds: Mapping[str, str]) -> str:
+    """Tables: a row an expert, the tokens of which it takes most."""
+    words = _words_of(arrays)
+    ids, shares = by_part(arrays, "top_ids"), by_part(arrays, "top_shares")
+    parts = [f"<style>{_PAGE_STYLE}</style>"]
+    for kind in ids:
+        for layer in first_middle_last(list(ids[kind])):
+            rows = []
+            for expert, (own, share) in enumerate(zip(ids[kind][layer], shares[kind][layer], strict=True)):
+                if expert == SHOWN_EXPERTS:
+                    rows.append(f'<tr><td colspan="2">… {len(ids[kind][layer]) - expert} more experts</td></tr>')
+                    break
+                cells = [
+                    f'<span class="own" title="id {int(one)}"><code>{escape(_word(words, int(one)))}</code> '
+                    f"{value:.0%}</span>"
+                    for one, value in zip(own, share, strict=True)
+                    if one >= 0
+                ]
+                rows.append(f"<tr><td>{expert}</td><td>{''.join(cells) or '–'}</td></tr>")
+            head = "<tr><th>expert</th><th>ids of whose routings it takes most, with the share</th></tr>"
+            opened = "" if len(parts) > 1 else " open"
+            parts.append(
+                f"<details{opened}><summary>layer {layer} <span>by {kinds[kind]}</span></summary>"
+                f"<table>{head}{''.join(rows)}</table></details>"
+            )
+    return "".join(parts)
+
+
+def _word(words: dict[int, str], one: int) -> str:
+    text = str(words.get(one, ""))
+    return text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣") if text else f"#{one}"
