@@ -6,14 +6,13 @@ No more than ``Trainer.predict`` on a PretrainedMoE with ProbeCallback, TensorBo
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from moebed.arguments import OneLineParser
-from moebed.errors import ConfigError, UserError
+from moebed.errors import ConfigError, UserError, did_you_mean
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -232,8 +231,7 @@ def _read_yaml(path: Path, known: Sequence[str]) -> dict[str, Any]:
         raise ConfigError(f"{path} holds no options by name")
     for key in content:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"the known ones are {', '.join(known)}"
+            hint = did_you_mean(key, known, f"the known ones are {', '.join(known)}")
             raise ConfigError(f"{path}: unknown key {key!r}; {hint}")
     return content
 
