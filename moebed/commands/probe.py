@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moebed.arguments import OneLineParser
+from moebed.arguments import OneLineParser, read_yaml
 from moebed.errors import ConfigError, UserError, did_you_mean
 
 
@@ -221,12 +221,7 @@ def read_options(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def _read_yaml(path: Path, known: Sequence[str]) -> dict[str, Any]:
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read ({' '.join(str(error).split())})") from error
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds no options by name")
     for key in content:

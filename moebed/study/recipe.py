@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
+from moebed.arguments import read_yaml
 from moebed.errors import ConfigError, did_you_mean
 
 MATCHES = ("total_parameters", "active_flops")
@@ -74,10 +73,7 @@ def read_recipe(path: Path) -> StudyRecipe:
     Raises:
         ConfigError: The file cannot be read, or something in it is unknown, missing or contradictory.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"study {path} cannot be read ({' '.join(str(error).split())})") from error
+    content = read_yaml(path, "study")
     if not isinstance(content, dict):
         raise ConfigError(f"study {path} holds no keys; it needs base, arms and seeds")
     where = f"study {path.name}"
