@@ -6,8 +6,7 @@ The modules beside the rooms are what every command needs; they may import one a
 Importing the package is cheap: the heavy names below are loaded on first use.
 """
 
-from importlib import import_module
-from typing import Any
+from moebed.lazy import loaded_on_use
 
 _LAZY = {
     "ModelConfig": "moebed.model.config",
@@ -19,9 +18,4 @@ _LAZY = {
 }
 __all__ = sorted(_LAZY)
 __version__ = "0.1.0"
-
-
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
-    raise AttributeError(f"module 'moebed' has no attribute {name!r}")
+__getattr__ = loaded_on_use(__name__, _LAZY)

@@ -1,5 +1,10 @@
 """Errors that a person can cause: one clear line, and an exit code."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """Something the user asked for cannot be done.
@@ -32,3 +37,9 @@ class DivergedError(SharedError):
     """The loss of a run is no longer finite. Its own exit code tells who started the run that it is no use to retry."""
 
     exit_code = 3
+
+
+def did_you_mean(word: object, known: Iterable[str], otherwise: str = "") -> str:
+    """``did you mean 'softmax'?`` where a known name is near to what was written, else ``otherwise``."""
+    near = difflib.get_close_matches(str(word), list(known), 1)
+    return f"did you mean {near[0]!r}?" if near else otherwise

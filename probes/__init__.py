@@ -5,8 +5,7 @@ May import ``probes.figures`` and what lies below.
 Importing the package is cheap: the names below are loaded on first use.
 """
 
-from importlib import import_module
-from typing import Any
+from moebed.lazy import loaded_on_use
 
 _LAZY = {
     "PROBES": "probes.registry",
@@ -20,9 +19,4 @@ _LAZY = {
     "write_report": "probes.report.page",
 }
 __all__ = sorted(_LAZY)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
-    raise AttributeError(f"module 'probes' has no attribute {name!r}")
+__getattr__ = loaded_on_use(__name__, _LAZY)

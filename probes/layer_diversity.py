@@ -108,7 +108,10 @@ class Finding(NamedTuple):
 
 
 def trend(values: np.ndarray) -> Finding:
-    """Spearman's rho of values (L,) with their order; p from all orders of up to 7 values, else from Student's t."""
+    """Spearman's rho of values (L,) with their order; p from all orders of up to 7 values, else from Student's t.
+
+    ``scipy.stats.spearmanr`` has Student's p at any length, and of a perfect order p = 0.
+    """
     from scipy.stats import rankdata
     from scipy.stats import t as student
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from typing import TypeVar
 
-from moebed.errors import ConfigError
+from moebed.errors import ConfigError, did_you_mean
 from probes.activations import Activations
 from probes.balance import Balance
 from probes.chosen_vs_rest import ChosenVsRest
@@ -109,8 +108,7 @@ def resolve_probes(names: Sequence[str] | None) -> tuple[str, ...]:
         return DEFAULT_PROBES
     for name in names:
         if name not in PROBES and name != "all":
-            near = difflib.get_close_matches(name, PROBES, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"choose all or some of {', '.join(PROBES)}"
+            hint = did_you_mean(name, PROBES, f"choose all or some of {', '.join(PROBES)}")
             raise ConfigError(f"probes: unknown probe {name!r}; {hint}")
     if "all" in names:
         return tuple(name for name in PROBES if name in names or name not in BY_NAME_ONLY)

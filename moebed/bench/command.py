@@ -14,6 +14,7 @@ from typing import Any
 
 from moebed.errors import UserError
 from moebed.machine import storage
+from moebed.machine.progress import say
 
 PACKAGES = ("torch", "transformers", "triton", "lightning", "numpy", "scipy")
 
@@ -154,7 +155,7 @@ def _probe(options: argparse.Namespace) -> dict[str, Any]:
     _check_choices("--only", options.only or [], probe.KINDS)
     _check_choices("--size", options.size or [], weights.SIZES)
     kinds, sizes = options.only or probe.KINDS, options.size or tuple(weights.SIZES)
-    found = probe.run(options.rounds, options.full, _say, kinds, sizes, options.experts)
+    found = probe.run(options.rounds, options.full, say, kinds, sizes, options.experts)
     table = Table(title=f"weight probes, median \\[least, most] of {found['rounds']} rounds")
     for heading in ("ratio of times", "found", "goal", ""):
         table.add_column(heading, justify="left" if heading == "ratio of times" else "right")
@@ -180,7 +181,7 @@ def _kernels(options: argparse.Namespace) -> Any:
     _check_choices("--dtype", options.dtype or [], [*kernels.DTYPES, "all"])
     archs = kernels.ARCHS if "all" in (options.arch or []) else options.arch or ["sm_90"]
     dtypes = kernels.DTYPES if "all" in (options.dtype or []) else options.dtype or ["bf16"]
-    found = kernels.static(archs, dtypes, options.only, options.first, _say)
+    found = kernels.static(archs, dtypes, options.only, options.first, say)
     tables.gates(found)
     tables.roofline(found)
     return found
@@ -203,10 +204,6 @@ def _experts(options: argparse.Namespace) -> list[dict[str, Any]]:
             tables.experts(found)
             results.append(found)
     return results
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _paper_shapes() -> list[str]:
@@ -244,7 +241,7 @@ def _precision(options: argparse.Namespace) -> str:
     if options.precision != "auto":
         return options.precision
     choice = choose_precision(options.device.split(":")[0])
-    _say(str(choice))
+    say(str(choice))
     return choice.precision
 
 

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import itertools
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from moebed.machine.allocator import keep_freed_memory
+from moebed.machine.progress import say
 from moebed.model import native
 from moebed.model.config import ModelConfig
 from moebed.model.decoder import Decoder
@@ -218,17 +218,13 @@ class Measured:
         return self.tokens / statistics.median(self.seconds[name])
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def measure(
     contestants: dict[str, Step],
     size: Size,
     device: torch.device,
     rounds: int,
     steps: int,
-    progress: Callable = _say,
+    progress: Callable = say,
     feed: Feed | None = None,
 ) -> Measured:
     """Time all contestants in alternation, after a warm-up of each; without a feed they take batches of tokens."""

@@ -5,8 +5,7 @@ May import ``moebed.views``, ``moebed.data`` and what lies below.
 Importing the package is cheap: the names below are loaded on first use.
 """
 
-from importlib import import_module
-from typing import Any
+from moebed.lazy import loaded_on_use
 
 _LAZY = {
     "Checkpoint": "moebed.checkpoints.checkpoint",
@@ -16,9 +15,4 @@ _LAZY = {
     "find_checkpoint": "moebed.checkpoints.hub",
 }
 __all__ = sorted(_LAZY)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
-    raise AttributeError(f"module 'moebed.checkpoints' has no attribute {name!r}")
+__getattr__ = loaded_on_use(__name__, _LAZY)

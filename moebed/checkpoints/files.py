@@ -2,6 +2,9 @@
 
 Nothing here runs code from a file. A safetensors file is a header in JSON and raw numbers; a ``.bin`` file is opened
 with ``torch.load(weights_only=True, mmap=True)``, which admits tensors and refuses every other pickled object.
+
+safetensors' own reader makes new tensors, or maps the file into the process; ours reads rows into memory that is given
+and used again, which is how a checkpoint goes through a budget that it does not fit in.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from types import TracebackType
 
 from moebed.machine.progress import Progress
@@ -31,8 +30,3 @@ class WritingBar:
     ) -> None:
         if self._progress is not None:
             self._progress.close()
-
-
-def say(text: str) -> None:
-    """A line for the person at the terminal, on standard error as the bar is."""
-    print(text, file=sys.stderr, flush=True)

@@ -6,14 +6,13 @@ No more than ``Trainer.predict`` on a PretrainedMoE with ProbeCallback, TensorBo
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moebed.arguments import OneLineParser
-from moebed.errors import ConfigError, UserError
+from moebed.arguments import OneLineParser, read_yaml
+from moebed.errors import ConfigError, UserError, did_you_mean
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -222,18 +221,12 @@ def read_options(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def _read_yaml(path: Path, known: Sequence[str]) -> dict[str, Any]:
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read ({' '.join(str(error).split())})") from error
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds no options by name")
     for key in content:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"the known ones are {', '.join(known)}"
+            hint = did_you_mean(key, known, f"the known ones are {', '.join(known)}")
             raise ConfigError(f"{path}: unknown key {key!r}; {hint}")
     return content
 

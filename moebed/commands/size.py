@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from moebed.arguments import OneLineParser
+from moebed.arguments import OneLineParser, read_yaml
 from moebed.errors import ConfigError
 from moebed.model.config import ModelConfig
 from moebed.model.flops import count_parameters, flops_per_token
@@ -87,10 +87,7 @@ def read_model(recipe: Path, overrides: Sequence[str] = ()) -> tuple[ModelConfig
     Raises:
         ConfigError: The file cannot be read, has no model, or the config is wrong.
     """
-    try:
-        content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"recipe {recipe} cannot be read ({' '.join(str(error).split())})") from error
+    content = read_yaml(recipe, "recipe")
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict) or not isinstance(model.get("config"), dict):
         raise ConfigError(f"recipe {recipe} has no model.config; give a recipe of `moebed fit`")

@@ -41,8 +41,9 @@ def run(command: str, arguments: Sequence[str]) -> None:
     from moebed.checkpoints.checkpoint import Checkpoint
     from moebed.checkpoints.hub import find_checkpoint
     from moebed.checkpoints.writer import require_empty
-    from moebed.checkpoints.writing_bar import WritingBar, say
+    from moebed.checkpoints.writing_bar import WritingBar
     from moebed.exporting.export import export, plan_export
+    from moebed.machine.progress import say
 
     out = Path(options.out)
     require_empty(out)

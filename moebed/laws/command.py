@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from moebed.arguments import OneLineParser
 from moebed.errors import UserError
 from moebed.machine import provenance
+from moebed.machine.progress import say
 
 if TYPE_CHECKING:
     from moebed.laws.contract import Law
@@ -101,7 +101,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
     record = {"identity": identity, "version": provenance.moebed_version(), "code": provenance.code()}
     content = {"format": FORMAT, **describe(fitted), "provenance": record}
     for path in present(options.out, fitted, content):
-        print(path, file=sys.stderr, flush=True)
+        say(str(path))
 
 
 def _read_fixed(given: Sequence[str], law: Law) -> dict[str, float]:

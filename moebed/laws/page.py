@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moebed.laws.findings import Fitted
 from moebed.laws.sentences import sentences, tables
 from moebed.machine import storage
+from moebed.machine.templates import render
 from moebed.study.files import write_json
-from moebed.study.page import html_table
 from moebed.study.tables import print_rows
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 PAGE = "law.html"
 
@@ -37,19 +39,16 @@ def present(out: Path, fitted: Fitted, content: Mapping[str, Any]) -> list[Path]
     return written
 
 
-def section(content: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
+def section(content: Mapping[str, Any], pictures: Mapping[str, bytes]) -> Markup:
     """A law as a piece of HTML."""
-    from probes.report.page import embedded
-
-    said = "".join(f"<li>{escape(sentence)}</li>" for sentence in content["sentences"])
-    parts = [f'<p class="muted">{escape(_about(content))}</p>', f'<ul class="found">{said}</ul>']
-    notes = "".join(f"<li>{escape(note)}</li>" for note in content["table"]["notes"])
-    parts += [f"<ul>{notes}</ul>"] if notes else []
-    parts += [embedded(png, name) for name, png in pictures.items()]
-    for table in tables(content):
-        parts.append(f"<h3>{escape(table.title)}</h3>{html_table(table.columns, table.rows)}")
-        parts += [f'<p class="muted">{escape(table.note)}</p>'] if table.note else []
-    return "".join(parts)
+    return render(
+        "moebed.laws/section.html",
+        about=_about(content),
+        sentences=content["sentences"],
+        notes=content["table"]["notes"],
+        pictures=pictures,
+        tables=tables(content),
+    )
 
 
 def print_law(content: Mapping[str, Any]) -> None:

@@ -16,7 +16,9 @@ SECONDS = 10.0  # between lines
 
 def say(text: str) -> None:
     """A line for the person who started a command, on standard error as the progress bar is; of several ranks one."""
-    from lightning.fabric.utilities.rank_zero import rank_zero_only
+    from lightning_utilities.core.rank_zero import (
+        rank_zero_only,  # Lightning sets its rank, where it is imported at all
+    )
 
     if getattr(rank_zero_only, "rank", 0) in (None, 0):
         print(text, file=sys.stderr, flush=True)

@@ -6,7 +6,6 @@ One object describes every family of the paper. Names are those of the Hugging F
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import inspect
 import operator
@@ -15,7 +14,7 @@ from dataclasses import MISSING, InitVar, dataclass, field
 from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from moebed.errors import ConfigError
+from moebed.errors import ConfigError, did_you_mean
 from moebed.model.allocation import allocate
 
 PerLayer = int | list[int]
@@ -284,8 +283,8 @@ class ModelConfig:
 
     def _check_choice(self, name: str, choices: Sequence[str], more: str = "") -> None:
         value = getattr(self, name)
-        near = difflib.get_close_matches(str(value), choices, 1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        near = did_you_mean(value, choices)
+        hint = f" ({near})" if near else ""
         self._require(value in choices, f"{name} is {value!r}; choose one of {', '.join(choices)}{hint}{more}")
 
     @staticmethod
@@ -348,11 +347,9 @@ def require_known(keys: Iterable[str], known: Collection[str], where: str = "") 
     """Raise ConfigError for a key that is none of the known ones; it names the nearest."""
     for key in keys:
         if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
+            near = did_you_mean(key, known)
             place = f" in {where}" if where else ""
-            raise ConfigError(
-                f"model config: unknown key {key!r}{place}" + (f"; did you mean {near[0]!r}?" if near else "")
-            )
+            raise ConfigError(f"model config: unknown key {key!r}{place}" + (f"; {near}" if near else ""))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The language-model loss, the balancing losses on router decisions and the diversity losses on the experts.
 
-Each is without its coefficient.
+Each is without its coefficient. The cross entropy is written out, forward and backward: torch's takes a float32 copy
+of all logits, and of their gradient, the largest tensors of a small model's step.
 
 B sequences, S positions, V vocabulary, T = B·S tokens, E experts, K experts per token, H hidden.
 """

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moebed.arguments import OneLineParser
 from moebed.errors import UserError
+from moebed.machine.progress import say
 from moebed.plugins import OPTION as PLUGINS
 from moebed.plugins import named_plugins
 from moebed.study.files import STUDY_FILE
@@ -69,7 +69,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
 
     plan = plan_study(recipe, out)
     for note in plan.notes:
-        _say(f"note: {note}")
+        say(f"note: {note}")
     if options.slurm:
         from moebed.study.slurm import job_array
 
@@ -81,18 +81,18 @@ def run(command: str, arguments: Sequence[str]) -> None:
     if plan.precision is not None and not options.collect and keep_precision(out, plan.precision) != plan.precision:
         plan = plan_study(recipe, out)  # another call began the study meanwhile, and chose otherwise
     if plan.precision_said:
-        _say(plan.precision_said)
+        say(plan.precision_said)
     check_unchanged(list(plan.runs.values()), out)  # all, since all that are finished are compared
     runs, outcome = _choose(plan, arms, options.run, out), Outcome()
     if not options.collect:
         trained = sum(run.name in plan.final.values() for run in runs)
-        _say(f"study {recipe.name}: {trained} runs of {len(recipe.arms)} arms and {len(recipe.seeds)} seeds in {out}")
+        say(f"study {recipe.name}: {trained} runs of {len(recipe.arms)} arms and {len(recipe.seeds)} seeds in {out}")
         outcome = run_all(runs, out, options.jobs)
     if options.run is None:
         collect(plan, out)
         _present(out)
     for name, said in outcome.diverged.items():
-        _say(f"diverged: {name}: {said}")
+        say(f"diverged: {name}: {said}")
     if outcome.failed:
         failed = "; ".join(f"{name} ({said})" for name, said in outcome.failed.items())
         raise UserError(f"{len(outcome.failed)} of {len(runs)} runs failed: {failed}; logs are in {out / 'status'}")
@@ -127,8 +127,4 @@ def _present(folder: Path) -> None:
     from moebed.study.page import present
 
     for path in present(folder):
-        _say(str(path))
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+        say(str(path))

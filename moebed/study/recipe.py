@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from moebed.errors import ConfigError
+from moebed.arguments import read_yaml
+from moebed.errors import ConfigError, did_you_mean
 
 MATCHES = ("total_parameters", "active_flops")
 # What the study itself sets in every run; an arm that set it would break the pairing or lose the run's folder.
@@ -75,10 +73,7 @@ def read_recipe(path: Path) -> StudyRecipe:
     Raises:
         ConfigError: The file cannot be read, or something in it is unknown, missing or contradictory.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"study {path} cannot be read ({' '.join(str(error).split())})") from error
+    content = read_yaml(path, "study")
     if not isinstance(content, dict):
         raise ConfigError(f"study {path} holds no keys; it needs base, arms and seeds")
     where = f"study {path.name}"
@@ -92,7 +87,7 @@ def read_recipe(path: Path) -> StudyRecipe:
     if len(arms) < 2:
         raise ConfigError(f"{where} has one arm; a study compares at least two")
     if baseline not in arms:
-        raise ConfigError(f"{where}: baseline {baseline!r} is no arm; {_nearest(baseline, arms)}")
+        raise ConfigError(f"{where}: baseline {baseline!r} is no arm; {did_you_mean(baseline, arms, _known(arms))}")
     base = path.parent / str(content["base"])
     if not base.is_file():
         raise ConfigError(f"{where}: base recipe {base} does not exist; its path is seen from the study's file")
@@ -186,9 +181,8 @@ def _mapping(where: str, content: Mapping[str, Any], key: str) -> Iterable[tuple
 def _check_keys(where: str, content: Mapping[str, Any], known: Sequence[str]) -> None:
     for key in content:
         if key not in known:
-            raise ConfigError(f"{where}: unknown key {key!r}; {_nearest(str(key), known)}")
+            raise ConfigError(f"{where}: unknown key {key!r}; {did_you_mean(key, known, _known(known))}")
 
 
-def _nearest(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), 1)
-    return f"did you mean {near[0]!r}?" if near else f"the known ones are {', '.join(known)}"
+def _known(names: Iterable[str]) -> str:
+    return f"the known ones are {', '.join(names)}"

@@ -13,6 +13,7 @@ from moebed.data.sources import SourceConfig
 from moebed.model.config import ModelConfig
 from moebed.plan.plan import takes_any_gpu, world_size
 from moebed.training.command_line import TrainingCLI, quiet
+from moebed.training.jsonargparse_private import subcommand_parser
 
 
 class _ResolvedCLI(TrainingCLI):
@@ -68,7 +69,7 @@ def resolve(arguments: Sequence[str]) -> Resolved:
     quiet()
     cli = _ResolvedCLI(["fit", *arguments])
     recipe = cli.config.fit
-    content = json.loads(cli._parser("fit").dump(recipe, skip_none=False, format="json"))
+    content = json.loads(subcommand_parser(cli, "fit").dump(recipe, skip_none=False, format="json"))
     # What a recipe leaves open is one GPU in a study: each run is given one, whatever else the machine has.
     processes = world_size(recipe, min(1, torch.cuda.device_count()))
     micro_batches = processes * recipe.trainer.accumulate_grad_batches

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import re
@@ -21,8 +20,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from moebed.data.datamodule import TextDataModule
-from moebed.errors import ConfigError, UserError
-from moebed.former_names import with_present_names
+from moebed.errors import ConfigError, UserError, did_you_mean
 from moebed.machine import storage
 from moebed.machine.precision import COMPUTED_IN, computed_in
 from moebed.machine.progress import say, waiting
@@ -34,6 +32,7 @@ from moebed.parallel.strategy import MeshStrategy
 from moebed.plan.plan import make_plan, setup_of
 from moebed.plan.table import print_plan
 from moebed.training.callbacks import AtomicCheckpointIO, SampleText, TrainingRate, UnbrokenLog
+from moebed.training.jsonargparse_private import PresentNames, option_names
 from moebed.training.module import MoEModule
 from moebed.training.progress import ProgressBar, ProgressLines
 from moebed.training.saving import RunCheckpoint, require_whole_steps
@@ -52,11 +51,8 @@ LIGHTNING_ADVICE = (
 )
 
 
-class _Parser(LightningArgumentParser):
-    """Errors become a UserError of one line instead of a usage text; a config may have names of former versions."""
-
-    def _load_config_parser_mode(self, content: str, *arguments: Any, **options: Any) -> Any:
-        return super()._load_config_parser_mode(with_present_names(content), *arguments, **options)
+class _Parser(PresentNames):
+    """Errors become a UserError of one line instead of a usage text."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         text = " ".join(message.split())
@@ -64,17 +60,15 @@ class _Parser(LightningArgumentParser):
         if choice is not None:
             key, given = choice.group(1), choice.group(3)
             known = [name.strip("'") for name in choice.group(2).split(", ")]
-            near = difflib.get_close_matches(given, known, 1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            near = did_you_mean(given, known)
+            hint = f" ({near})" if near else ""
             raise ConfigError(f"{key} is {given!r}; choose one of {', '.join(known)}{hint}") from ex
         # In a file, and on the command line.
         unknown = re.search(r"does not accept option '([\w.]+)'|unrecognized arguments: --([\w.]+)", text)
         if unknown is None:
             raise ConfigError(text) from ex
         key = unknown.group(1) or unknown.group(2)
-        parser = next(iter(self._subcommands_action._name_parser_map.values())) if self._subcommands_action else self
-        near = difflib.get_close_matches(key, [action.dest for action in parser._actions], 1)
-        hint = f"did you mean {near[0]!r}?" if near else "`moebed fit --help` lists the known ones"
+        hint = did_you_mean(key, option_names(self), "`moebed fit --help` lists the known ones")
         if ".router_options." in key:
             hint += "; those of a router of your own are made known by --plugins FILE.py"
         raise ConfigError(f"unknown key {key!r} in the config; {hint}") from ex

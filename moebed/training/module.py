@@ -24,6 +24,7 @@ from moebed.model.losses import IGNORE_INDEX, load_balancing_loss, router_stats,
 from moebed.model.routers import RouterSteps, untaught
 from moebed.parallel.gathered import GatheredModel
 from moebed.parallel.strategy import MeshStrategy
+from moebed.training.lightning_private import forget_step_values
 from moebed.training.metrics import TextLoss, bits_per_byte
 from moebed.training.not_finite import NotFinite
 from moebed.training.optim import OptimizerConfig, build_adamw, gradient_norm, scale_gradients
@@ -214,9 +215,7 @@ class MoEModule(LightningModule):
         if self._begins_step:
             self._begins_step = False
             self._step_log.clear()
-            for item in self.trainer.fit_loop.epoch_loop._results.values():
-                if not item.meta.on_epoch:  # otherwise logged once more where a run stops, under another step's number
-                    item.reset()
+            forget_step_values(self.trainer)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Language-model loss plus the weighted balancing losses of one micro-batch."""

@@ -16,6 +16,13 @@ from torch import Tensor
 from moebed.errors import ConfigError, UserError
 from moebed.machine import storage
 from moebed.machine.progress import say
+from moebed.training.lightning_private import (
+    check_validation,
+    consider_saved,
+    saves_by_clock,
+    validates_by_clock,
+    validation_follows,
+)
 from moebed.training.save_requests import END, REQUEUE, SAVE, Requests, requeue
 
 FOLDER = "checkpoints"  # in the run's folder
@@ -54,9 +61,9 @@ class RunCheckpoint(ModelCheckpoint):
         self._step = trainer.global_step
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint):
-                callback._last_global_step_saved = trainer.global_step  # not again amid the step to come
+                consider_saved(callback, trainer.global_step)  # not again amid the step to come
         self._requests.take_over(trainer)
-        self._have_validation_wait(trainer)
+        check_validation(trainer, self._validates_now)
         if self._accumulated not in (None, trainer.accumulate_grad_batches):
             self._realign(trainer)
 
@@ -78,18 +85,10 @@ class RunCheckpoint(ModelCheckpoint):
         elif is_last_step and self.save_last:
             self._save_last(trainer)
 
-    def _have_validation_wait(self, trainer: Trainer) -> None:
+    def _validates_now(self, is_due: bool, is_amid_step: bool) -> bool:
         """Validation that falls due between micro-batches comes at the end of their step."""
-        loop = trainer.fit_loop.epoch_loop
-        is_due = loop._should_check_val_fx
-
-        def is_due_here(data_fetcher: Any) -> bool:
-            if not loop._should_accumulate():
-                return is_due(data_fetcher) or self._validation_is_due
-            self._validation_is_due |= is_due(data_fetcher)
-            return False
-
-        setattr(loop, "_should_check_val_fx", is_due_here)  # noqa: B010
+        self._validation_is_due |= is_due and is_amid_step
+        return not is_amid_step and (is_due or self._validation_is_due)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What was due comes now."""
@@ -139,7 +138,7 @@ class RunCheckpoint(ModelCheckpoint):
             return
         if self.save_top_k != 0 and self._needs_validation and trainer.enable_validation:
             self._ranked_is_due = True
-            if _validation_follows(trainer):
+            if validation_follows(trainer):
                 return
         elif self.save_top_k != 0:
             self._save_ranked(trainer)
@@ -273,7 +272,7 @@ def require_whole_steps(trainer: Trainer) -> None:
     Raises:
         ConfigError: One would, or clocks decide.
     """
-    if trainer.world_size > 1 and getattr(trainer, "_val_check_time_interval", None) is not None:
+    if trainer.world_size > 1 and validates_by_clock(trainer):
         raise ConfigError(
             "trainer.val_check_interval is a time, but the clocks of several processes differ: some would validate "
             "while others train, and wait for each other; give a number of steps"
@@ -288,7 +287,7 @@ def require_whole_steps(trainer: Trainer) -> None:
                 f"{where}.save_on_exception would save in the middle of a step, which cannot be continued; leave it "
                 "out: the last checkpoint before the error is whole"
             )
-        if callback._train_time_interval is not None and trainer.accumulate_grad_batches > 1 and not is_runs:
+        if saves_by_clock(callback) and trainer.accumulate_grad_batches > 1 and not is_runs:
             raise ConfigError(
                 f"{where}.train_time_interval would save in the middle of a step, which cannot be continued; set "
                 "checkpoint.train_time_interval, which waits for the step's end, or every_n_train_steps"
@@ -299,9 +298,3 @@ def _saves(trainer: Trainer) -> bool:
     """Whether the run is one that leaves anything."""
     trying = bool(trainer.fast_dev_run) or trainer.sanity_checking  # type: ignore[attr-defined]
     return not trying and trainer.state.fn == TrainerFn.FITTING
-
-
-def _validation_follows(trainer: Trainer) -> bool:
-    """Whether the step that has just been done is validated next."""
-    fetcher = trainer.fit_loop._data_fetcher
-    return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)

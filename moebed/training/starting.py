@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.utilities.rank_zero import _get_rank
-
 from moebed.checkpoints.run import is_run, read_run
 from moebed.errors import UserError
 from moebed.machine import storage
+from moebed.training.lightning_private import rank_before_processes
 from moebed.training.saving import FOLDER
 
 LAST = "last"
@@ -125,7 +124,7 @@ def _advice(folder: Path, recipe: Any) -> str:
 
 def _recover(checkpoints: Path) -> None:
     """Give a checkpoint its name again whose replacement was stopped half-way: only who trains on does."""
-    if (_get_rank() or 0) == 0:
+    if rank_before_processes() == 0:
         storage.recover(checkpoints)
     else:
         storage.wait_for_recovery(checkpoints)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from lightning.fabric.connector import _PRECISION_INPUT
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import MixedPrecision, Precision
@@ -15,6 +14,7 @@ from lightning.pytorch.plugins import MixedPrecision, Precision
 from moebed.checkpoints.run import is_run, read_run
 from moebed.machine import storage
 from moebed.machine.precision import choose_precision
+from moebed.training.lightning_private import PrecisionName
 
 AUTO = "auto"
 UNSET = "32-true"  # what Lightning takes where nothing is said
@@ -35,7 +35,7 @@ class AutoTrainer(Trainer):
         self,
         *,
         accelerator: str | Accelerator = "auto",
-        precision: Literal["auto"] | _PRECISION_INPUT | None = "auto",
+        precision: Literal["auto"] | PrecisionName | None = "auto",
         val_check_interval: int | float | str | timedelta | dict | None = None,
         accumulate_grad_batches: int = 1,
         **kwargs: Any,

@@ -82,7 +82,8 @@ def run(command: str, arguments: Sequence[str]) -> None:
     from moebed.checkpoints.checkpoint import Checkpoint
     from moebed.checkpoints.hub import find_checkpoint
     from moebed.checkpoints.writer import require_empty
-    from moebed.checkpoints.writing_bar import WritingBar, say
+    from moebed.checkpoints.writing_bar import WritingBar
+    from moebed.machine.progress import say
     from moebed.model.flops import count_parameters
     from moebed.upcycling.upcycle import plan_upcycling, upcycle
 

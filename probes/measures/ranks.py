@@ -1,5 +1,8 @@
 """Ranks within rows, and their correlation.
 
+``scipy.stats.rankdata`` gives the ranks that ties share, bit for bit, but whole ones only of a second sort, and sorting
+is what the probes of routing spend their time on; so both come of one here.
+
 T rows (tokens, say), E entries of each (experts, say).
 """
 

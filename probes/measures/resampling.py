@@ -8,7 +8,8 @@ hold 30 to 95 %, not 95, as ``tests/probes/simulate_intervals.py`` finds).
 
 A statistic is computed anew without each unit in turn (the jackknife). The spread of these values is a standard error,
 and with Student's t it makes an interval that holds what it says from two units on, for whatever is smooth in the
-units' sums and is raised or lowered by few texts by less than it varies. Nothing is drawn at random.
+units' sums and is raised or lowered by few texts by less than it varies. Nothing is drawn at random, as
+``scipy.stats.bootstrap`` would, which knows no strata and resamples too few texts to hold 95 %.
 
 The largest of several is not smooth, and few texts raise it by more than it varies. No interval is given for such a
 number: of those tried none holds it, whatever the model (``tests/probes/simulate_maxima.py`` has the table).

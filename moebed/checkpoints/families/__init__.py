@@ -3,8 +3,7 @@
 Importing the package is cheap: the names below are loaded on first use.
 """
 
-from importlib import import_module
-from typing import Any
+from moebed.lazy import loaded_on_use
 
 _LAZY = {
     "FAMILIES": "moebed.checkpoints.families.registry",
@@ -14,9 +13,4 @@ _LAZY = {
     "TensorPart": "moebed.checkpoints.families.keys",
 }
 __all__ = sorted(_LAZY)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
-    raise AttributeError(f"module 'moebed.checkpoints.families' has no attribute {name!r}")
+__getattr__ = loaded_on_use(__name__, _LAZY)

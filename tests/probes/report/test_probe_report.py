@@ -2,12 +2,15 @@
 
 import json
 import re
+from html import escape
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
+from markupsafe import Markup
 from probe_cases import all_needs, probe
+from routed_cases import chosen_view, text_of
 from torch.utils.tensorboard import SummaryWriter
 
 from moebed.errors import UserError
@@ -76,7 +79,7 @@ def run(tmp_path, make_decoder, text):
 def test_one_run(run):
     path = write_report([run], run)
     assert path == run / "report.html"
-    page = path.read_text()
+    page = path.read_text().replace("&#34;", "&quot;").replace("&#39;", "&#x27;")  # as html.escape has them
     count = parse(path)
     pictures = sum(len(PROBES[name].describe(store.load_arrays(run, name)).figures) for name in SOME)
     assert count["img"] == pictures + 4  # losses, other curves, headlines and probes over steps
@@ -85,11 +88,35 @@ def test_one_run(run):
     assert page.count('<details class="section" open>') == 6  # all but the papers' questions and the papers' numbers
     for name in SOME:
         for headline in PROBES[name].describe(store.load_arrays(run, name)).headlines.values():
-            assert headline.sentence.replace("'", "&#x27;") in page
+            assert escape(headline.sentence) in page
     assert "a &lt;run&gt;" in page
     assert "model: &lt;tiny&gt;" in page
     assert "12,345" in page
     assert "gzip_bits_per_byte" in page
+
+
+HOSTILE = "<script>alert('&\"')</script>"
+
+
+def test_what_came_from_outside_is_text(tmp_path, make_decoder):
+    """Names of domains and runs, tokens, notes, tags, numbers, a config and an own first section's title."""
+    text = text_of([[1, 2, 3], [3, 2, 1]], [0, 1], (HOSTILE, "b"), (HOSTILE, *"abcde"))
+    results = probe([chosen_view([[0, 1], [0, 2], [1, 2], [0, 1], [0, 2], [1, 2]], 4, text)], "routing", "repeats")
+    folders = [tmp_path / f"{number} <script>" for number in (1, 2)]
+    for folder in folders:
+        for name, result in results.items():
+            store.save_arrays(folder, name, result.arrays)
+        store.save_summary(folder, 0, results, {"name": HOSTILE, "model_type": HOSTILE}, [HOSTILE])
+        log(folder, f"train/{HOSTILE}", [3.0, 1.0])
+        (folder / "config.yaml").write_text(HOSTILE)
+        (folder / "run_summary.json").write_text(json.dumps({HOSTILE: HOSTILE}))
+    path = write_report(folders, tmp_path / "report.html", {HOSTILE: Markup("<p>ours</p>")})
+    count = parse(path)
+    assert "script" not in count
+    page = path.read_text()
+    assert "<p>ours</p>" in page
+    # Two titles, the numbers' one key; and of each run name and family, note, number, domain, token, config.
+    assert page.count("&lt;script&gt;alert(") == 3 + 2 * 7
 
 
 def test_nothing_is_fetched(run):

@@ -1,0 +1,31 @@
+"""All that has no public name in jsonargparse, argparse beneath it and LightningCLI: it is reached here alone."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser as PlainParser
+from typing import Any
+
+from jsonargparse import ArgumentParser
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from moebed.former_names import with_present_names
+
+
+class PresentNames(LightningArgumentParser):
+    """A config may have names of former versions: they are replaced in the text before it is parsed."""
+
+    def _load_config_parser_mode(self, content: str, *arguments: Any, **options: Any) -> Any:
+        return super()._load_config_parser_mode(with_present_names(content), *arguments, **options)
+
+
+def option_names(parser: PlainParser) -> list[str]:
+    """The keys that a parser knows; of one with subcommands those of the first, which is the one that is called."""
+    subcommands = getattr(parser, "_subcommands_action", None)
+    if subcommands is not None:
+        parser = next(iter(subcommands._name_parser_map.values()))
+    return [action.dest for action in parser._actions]
+
+
+def subcommand_parser(cli: LightningCLI, name: str) -> ArgumentParser:
+    """The parser of one subcommand."""
+    return cli._parser(name)

@@ -1,0 +1,67 @@
+"""All of Lightning that has no public name and is reached from outside its classes: it is reached here alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning.fabric.connector import _PRECISION_INPUT as PrecisionName
+from lightning.fabric.utilities.rank_zero import _get_rank
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+__all__ = [
+    "PrecisionName",
+    "check_validation",
+    "consider_saved",
+    "forget_step_values",
+    "rank_before_processes",
+    "saves_by_clock",
+    "validates_by_clock",
+    "validation_follows",
+]
+
+
+def rank_before_processes() -> int:
+    """This process's rank by the environment, before a Trainer has said it; 0 where that says nothing."""
+    return _get_rank() or 0
+
+
+def forget_step_values(trainer: Trainer) -> None:
+    """Reset what was logged of single steps: else it is logged once more where a run stops, under another's number."""
+    for item in trainer.fit_loop.epoch_loop._results.values():
+        if not item.meta.on_epoch:
+            item.reset()
+
+
+def consider_saved(callback: ModelCheckpoint, step: int) -> None:
+    """Have a callback take a step for one that it has saved."""
+    callback._last_global_step_saved = step
+
+
+def saves_by_clock(callback: ModelCheckpoint) -> bool:
+    """Whether it has a ``train_time_interval``."""
+    return callback._train_time_interval is not None
+
+
+def validates_by_clock(trainer: Trainer) -> bool:
+    """Whether ``val_check_interval`` is a time."""
+    return getattr(trainer, "_val_check_time_interval", None) is not None
+
+
+def validation_follows(trainer: Trainer) -> bool:
+    """Whether the step that has just been done is validated next."""
+    fetcher = trainer.fit_loop._data_fetcher
+    return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+
+
+def check_validation(trainer: Trainer, check: Callable[[bool, bool], bool]) -> None:
+    """Have ``check(is due, is amid a step's micro-batches)`` decide whether validation comes now."""
+    loop = trainer.fit_loop.epoch_loop
+    is_due = loop._should_check_val_fx
+
+    def is_due_here(data_fetcher: Any) -> bool:
+        is_amid = loop._should_accumulate()
+        return check(is_due(data_fetcher), is_amid)
+
+    setattr(loop, "_should_check_val_fx", is_due_here)  # noqa: B010
