@@ -201,10 +201,11 @@ def _settings_now():
     return torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision
 
 
-def _odd_integers(rows, columns, largest, seed):
-    """Odd numbers of either sign: up to 255 bfloat16 holds them all, above 256 none; 64 products sum up below 2**24."""
+def _odd_integers(rows, columns, least, seed):
+    """Odd numbers of either sign from ``least`` on, 128 of them: from 1 bfloat16 holds them all, from 257 none."""
     generator = torch.Generator().manual_seed(seed)
-    return (2 * torch.randint(-(largest // 2), largest // 2, (rows, columns), generator=generator) + 1).float()
+    size, sign = (torch.randint(most, (rows, columns), generator=generator) for most in (128, 2))
+    return ((least + 2 * size) * (2 * sign - 1)).float()
 
 
 @pytest.mark.parametrize("allowed", ["highest", "high", "medium"])
@@ -217,12 +218,10 @@ def test_exact_products_lose_nothing(allowed, has_units, is_bf16, monkeypatch):
     """
     monkeypatch.setattr(float32, "multiplies_bf16_faster", lambda: has_units)
     torch.set_float32_matmul_precision(allowed)
-    largest = 255 if is_bf16 else 511
+    least = 1 if is_bf16 else 257
     for size in (1, 4, 33, 256):
-        a, b = _odd_integers(size, 64, largest, 0), _odd_integers(64, size, largest, 1)
-        if not is_bf16:
-            a, b = a + 256 * a.sign() * (a.abs() < 256), b + 256 * b.sign() * (b.abs() < 256)
-        assert bool((a == a.bfloat16()).any()) == is_bf16
+        a, b = _odd_integers(size, 64, least, 0), _odd_integers(64, size, least, 1)  # 64 · 511² is below 2**24
+        assert (a == a.bfloat16()).tolist() == [[is_bf16] * 64] * size
         with exact_products(is_bf16=is_bf16):
             assert _settings_now() == ("bf16" if is_bf16 and has_units else "ieee", "tf32" if is_bf16 else "ieee")
             found = a @ b
