@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from torch import Tensor
 
+from moebed.model.config import ModelConfig
 from moebed.views.layer import ExpertView, HeadView, LayerView, Need
 
 if TYPE_CHECKING:
@@ -85,6 +86,14 @@ class Probe:
 
     def __init__(self) -> None:
         self.arrays: dict[str, np.ndarray] = {}
+
+    @classmethod
+    def token_bytes(cls, config: ModelConfig, layer: int | None) -> int:
+        """About how many bytes it stores of each token at a layer with experts, or of what is predicted for it (None).
+
+        Of what grows with the experts or the vocabulary alone: that is what fills disks, and is known before any work.
+        """
+        return 0
 
     def begin(self, step: int, earlier: Arrays) -> None:
         """Before a pass in training: the optimizer step, and the arrays that this probe stored at the probing before.

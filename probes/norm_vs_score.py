@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moebed.model.config import ModelConfig
 from moebed.views.layer import ExpertView, LayerView, Need
 from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
 from probes.measures.expert_matrices import REFERENCE
@@ -52,6 +53,11 @@ class NormVsScore(Probe):
         super().__init__()
         self._norms: list[Tensor] = []
         self._dense: Tensor | None = None
+
+    @classmethod
+    def token_bytes(cls, config: ModelConfig, layer: int | None) -> int:
+        """Its norms."""
+        return 0 if layer is None else 4 * config.layer(layer).num_experts
 
     def update_expert(self, view: LayerView, expert: ExpertView) -> None:
         """Keep the norm of one expert's outputs; the shared expert has no score."""
