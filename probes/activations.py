@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moebed.model.config import ModelConfig
 from moebed.views.layer import LayerView, Need
 from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, per_layer
 from probes.figures.experts_by_token import draw_neurons
@@ -49,6 +50,11 @@ class Activations(Probe):
         """What is measured of each expert of this layer, block of tokens after block."""
         self._found: list[list[Tensor]] = [[] for _ in range(view.num_experts)]
         self._maps: list[list[Tensor]] = [[] for _ in range(view.num_experts)]
+
+    @classmethod
+    def token_bytes(cls, config: ModelConfig, layer: int | None) -> int:
+        """Its quantities; the map of a short text is none of them."""
+        return 0 if layer is None else 4 * len(_QUANTITIES) * config.layer(layer).num_experts
 
     def update_activations(self, view: LayerView, expert: int, tokens: slice, activations: Tensor) -> None:
         """Measure some tokens' activations of one routed expert."""

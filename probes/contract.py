@@ -16,6 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from moebed.errors import ConfigError
+from moebed.model.config import ModelConfig
 from moebed.views.layer import ExpertView, HeadView, LayerView, Need
 
 if TYPE_CHECKING:
@@ -102,6 +103,14 @@ class Probe:
     def drop(self, key: str) -> None:
         """Drop the arrays of a key, of all layers: what was kept for ``compute`` alone."""
         self.arrays = {name: array for name, array in self.arrays.items() if ArrayName.of(name).key != key}
+
+    @classmethod
+    def token_bytes(cls, config: ModelConfig, layer: int | None) -> int:
+        """About how many bytes it stores of each token at a layer with experts, or of what is predicted for it (None).
+
+        Of what grows with the experts or the vocabulary alone: that is what fills disks, and is known before any work.
+        """
+        return 0
 
     def begin(self, step: int, earlier: Arrays) -> None:
         """Before a pass in training: the optimizer step, and the arrays that this probe stored at the probing before.

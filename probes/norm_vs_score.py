@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moebed.model.config import ModelConfig
 from moebed.views.layer import ExpertKind, ExpertView, LayerView, Need
 from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, numbers, per_layer
 from probes.figures.experts_by_token import draw_norms
@@ -47,6 +48,11 @@ class NormVsScore(Probe):
     def begin_layer(self, view: LayerView) -> None:
         """Norms (T,) of the outputs of this layer's experts, by what they are."""
         self._norms: dict[ExpertKind, list[Tensor]] = {kind: [] for kind in ExpertKind}
+
+    @classmethod
+    def token_bytes(cls, config: ModelConfig, layer: int | None) -> int:
+        """Its norms."""
+        return 0 if layer is None else 4 * config.layer(layer).num_experts
 
     def update_expert(self, view: LayerView, expert: ExpertView) -> None:
         """Keep the norm of one expert's outputs."""

@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 
+from moebed.model.config import ModelConfig
 from moebed.views.layer import HeadView, Need
 from probes.contract import Arrays, Headline, Probe, ProbeResult
 from probes.measures.resampling import WITHOUT, interval_of, unit_notes, units_of
@@ -66,6 +67,11 @@ class Logits(Probe):
     name = "logits"
     question = "What does the model predict, in numbers?"
     needs = frozenset({Need.LOGITS})
+
+    @classmethod
+    def token_bytes(cls, config: ModelConfig, layer: int | None) -> int:
+        """Its logits in float32."""
+        return 4 * config.vocab_size if layer is None else 0
 
     def update_head(self, head: HeadView) -> None:
         """Keep the logits."""

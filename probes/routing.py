@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moebed.model.config import ModelConfig
 from moebed.views.layer import LayerView, Need
 from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, numbers, per_layer
 from probes.figures.coloured_tokens import draw_coloured, write_coloured
@@ -37,6 +38,11 @@ class RoutingMap(Probe):
     name = "routing"
     question = "Which experts does each token go to?"
     needs = frozenset({Need.ROUTING})
+
+    @classmethod
+    def token_bytes(cls, config: ModelConfig, layer: int | None) -> int:
+        """All probabilities, and the chosen experts with their weights."""
+        return 0 if layer is None else 4 * config.layer(layer).num_experts + 8 * config.layer(layer).num_experts_per_tok
 
     def update(self, view: LayerView) -> None:
         """Keep one layer's routing."""

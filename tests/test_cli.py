@@ -1,6 +1,7 @@
 """The command line as a person meets it: what it writes, and one line with exit code 2 when it cannot."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from moebed.cli import main
+from moebed.cli import SPINCOUNT, main
 from moebed.machine.precision import computed_in
 from moebed.model.config import ModelConfig
 from tests.small_run import probing, small_recipe, write_recipe
@@ -245,6 +246,20 @@ def test_missing_recipe_and_missing_checkpoint(recipe, tmp_path, capsys):
     _fails(capsys, ["validate", "--config", recipe()], "needs a checkpoint")
     _fails(capsys, ["validate", "--config", recipe(), "--ckpt_path", tmp_path / "none.ckpt"], "none.ckpt")
     _fails(capsys, ["report", tmp_path / "norun"], "norun")
+
+
+@pytest.mark.skipif(not torch.backends.openmp.is_available() or sys.platform != "linux", reason="GNU's OpenMP")
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [({}, f"'{SPINCOUNT}'"), ({"GOMP_SPINCOUNT": "7"}, "'7'"), ({"OMP_WAIT_POLICY": "passive"}, "'0'")],
+)
+def test_threads_spin_as_long_as_they_are_told(given, wanted, tmp_path):
+    """What GNU's OpenMP says when PyTorch brings it along; what a person has set stays."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    command = [sys.executable, "-m", "moebed.cli", "probe", str(tmp_path / "none"), "--out", str(tmp_path / "out")]
+    told = {**environment, "OMP_DISPLAY_ENV": "verbose", **given}
+    done = subprocess.run(command, capture_output=True, text=True, env=told, cwd=ROOT)
+    assert f"GOMP_SPINCOUNT = {wanted}" in done.stderr, done.stderr
 
 
 def test_help_is_quick_and_complete():

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -179,14 +178,8 @@ def new_folder(folder: Path, num_bytes: int = 0) -> Iterator[Path]:
     """
     folder = folder.resolve()
     require_empty(folder)
-    existing = next(path for path in folder.parents if path.exists())
     storage.remove_leftovers(folder)  # they count as free
-    free = shutil.disk_usage(existing).free
-    if free < num_bytes:
-        raise UserError(
-            f"{existing} has {free / 1e9:.1f} GB free but the checkpoint takes {num_bytes / 1e9:.1f} GB; "
-            "make room or choose another folder"
-        )
+    storage.require_room(folder, num_bytes, "the checkpoint takes")
     try:
         with storage.new_folder(folder) as partial:
             yield partial

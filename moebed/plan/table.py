@@ -8,17 +8,8 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from moebed.machine.units import human
 from moebed.plan.plan import MAX_VIOLATION, Plan, to_dict
-
-_UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
-
-
-def human(value: float, unit: str = "") -> str:
-    """Three digits and a decimal prefix: 3.62 G, 81.3 GB."""
-    for size, prefix in _UNITS:
-        if value >= size:
-            return f"{value / size:.3g} {prefix}{unit}"
-    return f"{value:.3g} {unit}".rstrip()
 
 
 def print_plan(plan: Plan, as_json: bool) -> None:

@@ -114,6 +114,8 @@ class ProbeCallback(Callback):
             device = trainer.strategy.root_device.type
             self._checkpoint = CheckpointPass(pl_module, self.probes, self.out, device, self.fresh)
             self._started = time.perf_counter()
+            if self._checkpoint.room:
+                rank_zero_info(f"probes: {self._checkpoint.room}")
             if self._checkpoint.continued:
                 rank_zero_info(f"probes: {self._checkpoint.continued} layers are finished already")
 

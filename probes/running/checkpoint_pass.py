@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from moebed.checkpoints.pretrained import PretrainedMoE
 from moebed.errors import ConfigError, UserError
+from moebed.machine import storage
 from moebed.machine.allocator import release_freed_memory
+from moebed.machine.units import human
 from moebed.views.layer import HeadView, LayerView, Need
-from probes.contract import ProbeResult, in_order
+from probes.contract import Probe, ProbeResult, in_order
 from probes.registry import BY_NAME_ONLY, PROBES, TRAINING_ONLY, resolve_probes
 from probes.running import store
 from probes.running.driver import PER_EXPERT, ProbePass, Timing, needs_of
@@ -60,7 +62,7 @@ class CheckpointPass:
         fresh: Forget what is kept.
 
     Raises:
-        UserError: The folder holds the results of another model.
+        UserError: The folder holds the results of another model, or its disk has no room for these.
     """
 
     def __init__(
@@ -94,10 +96,41 @@ class CheckpointPass:
                 if probe.name in whole or place in done:
                     probe.arrays.update(arrays)
         self.continued = len(done) - (HEAD in done)
+        self._require_room(out, shown, done)
         self._pass = ProbePass(probes, self.timing, shown)
         self._with_head = [probe for probe in shown if probe.name in with_head]
         skipped = [end if place == HEAD else place for place in done]
         model.prepare(skipped, needs_of(shown), self._kept.load_streams(self._way), self._every_expert)
+
+    def _require_room(self, out: Path, shown: Sequence[Probe], done: Collection[int]) -> None:
+        """Set ``room``: what the probes will keep, where sizes tell; refuse a disk that has no room for it.
+
+        What is kept as the pass goes on is written once more with the results, and only then let go.
+        """
+        text, config = self.model.text, self.model.config
+        tokens = int(text.token_mask.sum()) if text is not None else 0
+        places = [layer for layer in self.model.layers if layer in config.moe_layers] + [HEAD]
+
+        def stored(probe: Probe, left: Collection[int]) -> int:
+            return tokens * sum(probe.token_bytes(config, None if p == HEAD else p) for p in places if p not in left)
+
+        whole = {probe.name: stored(probe, ()) for probe in shown}
+        more = sum(stored(probe, done) for probe in shown)
+        self.room = ""
+        if more:
+            largest = max(whole, key=lambda name: whole[name])
+            needed = more + sum(whole.values())
+            free = storage.require_room(
+                out,
+                needed,
+                "the probes need, until their results are written,",
+                f"of {human(sum(whole.values()), 'B')} that they keep {human(whole[largest], 'B')} are of {largest}: "
+                "leave it out, give less text, make room or choose another folder",
+            )
+            self.room = (
+                f"{human(sum(whole.values()), 'B')} will be kept, mapped from files in {store.results_dir(out)}, and "
+                f"{human(needed, 'B')} are needed until the results are written; {human(free, 'B')} are free"
+            )
 
     def _way(self, place: int) -> str:
         """How the text comes to a layer, or to the head."""

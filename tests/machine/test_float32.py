@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moebed.machine import float32
 from moebed.machine.float32 import exact_products, float32_linear
 from moebed.model.decoder import Decoder
 from moebed.model.losses import load_balancing_loss, output_similarity, router_stats, token_losses, weight_similarity
@@ -50,10 +51,9 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         operands = [value for value in args if isinstance(value, torch.Tensor)]
-        if func.overloadpacket in PRODUCTS and operands[-1].dtype == torch.float32:
-            allowed = (torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
-            if not all(bool((value == value.bfloat16()).all()) for value in operands):
-                self.seen.append(allowed)
+        is_product = func.overloadpacket in PRODUCTS and operands[-1].dtype == torch.float32
+        if is_product and not all(bool((value == value.bfloat16()).all()) for value in operands):
+            self.seen.append(_settings_now())
         return func(*args, **(kwargs or {}))
 
 
@@ -197,12 +197,54 @@ def test_no_probe_lets_products_be_rounded():
     assert torch.get_float32_matmul_precision() == "medium"
 
 
-def test_exact_products_leave_the_settings_as_they_were():
-    torch.set_float32_matmul_precision("high")
-    with pytest.raises(KeyError), exact_products():
+def _settings_now():
+    return torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+
+
+def _odd_integers(rows, columns, least, seed):
+    """Odd numbers of either sign from ``least`` on, 128 of them: from 1 bfloat16 holds them all, from 257 none."""
+    generator = torch.Generator().manual_seed(seed)
+    size, sign = (torch.randint(most, (rows, columns), generator=generator) for most in (128, 2))
+    return ((least + 2 * size) * (2 * sign - 1)).float()
+
+
+@pytest.mark.parametrize("allowed", ["highest", "high", "medium"])
+@pytest.mark.parametrize("has_units", [True, False])
+@pytest.mark.parametrize("is_bf16", [True, False])
+def test_exact_products_lose_nothing(allowed, has_units, is_bf16, monkeypatch):
+    """To the last bit: every sum of these products is a whole number that float32 holds, in whatever order it is made.
+
+    So it is with what bfloat16 holds where that is used, and with all else where it is not.
+    """
+    monkeypatch.setattr(float32, "multiplies_bf16_faster", lambda: has_units)
+    torch.set_float32_matmul_precision(allowed)
+    least = 1 if is_bf16 else 257
+    for size in (1, 4, 33, 256):
+        a, b = _odd_integers(size, 64, least, 0), _odd_integers(64, size, least, 1)  # 64 · 511² is below 2**24
+        assert (a == a.bfloat16()).tolist() == [[is_bf16] * 64] * size
+        with exact_products(is_bf16=is_bf16):
+            assert _settings_now() == ("bf16" if is_bf16 and has_units else "ieee", "tf32" if is_bf16 else "ieee")
+            found = a @ b
+        assert torch.equal(found.double(), a.double() @ b.double())
+
+
+@pytest.mark.parametrize("allowed", [None, "highest", "high", "medium"])
+@pytest.mark.parametrize("is_bf16", [True, False])
+def test_exact_products_leave_the_settings_as_they_were(allowed, is_bf16):
+    if allowed is not None:
+        torch.set_float32_matmul_precision(allowed)
+    before = _settings_now()
+    with exact_products(is_bf16=is_bf16):
+        inside = _settings_now()
+        with exact_products(is_bf16=not is_bf16):
+            pass
+        assert _settings_now() == inside
+    assert _settings_now() == before
+    with pytest.raises(KeyError), exact_products(is_bf16=is_bf16):
         raise KeyError
-    assert torch.backends.mkldnn.matmul.fp32_precision == "tf32"
-    assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    assert _settings_now() == before
+    if allowed == "high":
+        assert before == ("tf32", "tf32")
 
 
 def test_the_kernels_read_a_switch_that_never_raises():

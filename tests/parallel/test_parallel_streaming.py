@@ -123,7 +123,7 @@ def test_a_streaming_run_is_the_same_in_every_layout_and_continued(tmp_path, fir
     run(*fit(path, tmp_path / "whole", "1 process"), tmp_path / "logs" / "whole")
     arguments, ranks = fit(path, tmp_path / "parts", first, "--trainer.max_steps", "10")
     run(arguments, ranks, tmp_path / "logs" / "first")
-    arguments, ranks = fit(path, tmp_path / "parts", second, "--ckpt_path", "last", "--parallel.checkpoint", "file")
+    arguments, ranks = fit(path, tmp_path / "parts", second, "--ckpt_path", "last")
     assert "continuing the run" in run(arguments, ranks, tmp_path / "logs" / "second")
     found, wanted = curves(tmp_path / "parts"), curves(tmp_path / "whole")
     for tag in ("train/loss", "val/bits_per_byte"):

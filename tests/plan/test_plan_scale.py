@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from moebed.machine.units import human
 from moebed.model.config import ModelConfig
 from moebed.parallel.config import ParallelConfig
 from moebed.plan.plan import Plan, make_plan
 from moebed.plan.setup import Setup, precision_of
-from moebed.plan.table import human
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "cluster" / "moe_64gpu.yaml"

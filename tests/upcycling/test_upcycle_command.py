@@ -167,9 +167,9 @@ def test_a_nan_half_way_leaves_no_folder(tmp_path, capsys):
 def test_a_disk_without_room_is_known_before_anything_is_written(tmp_path, capsys, monkeypatch):
     dense = write_dense(tmp_path)
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr("moebed.checkpoints.writer.shutil.disk_usage", lambda folder: usage)
+    monkeypatch.setattr("moebed.machine.storage.shutil.disk_usage", lambda folder: usage)
     assert upcycle(dense, tmp_path / "moe", "--method", "copy") == 2
-    assert "0.0 GB free but the checkpoint takes" in capsys.readouterr().err
+    assert "1 kB free but the checkpoint takes" in capsys.readouterr().err
     assert not list(tmp_path.glob("moe*"))
 
 

@@ -1,0 +1,76 @@
+"""Callbacks that stop a run or watch it save, and what it left; ``conftest.py`` has the runs themselves."""
+
+import os
+import signal
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback
+
+from moebed.cli import main
+
+ACCUMULATE = ["--trainer.accumulate_grad_batches", 4]
+
+
+class Signal(Callback):
+    """Sends this process a signal after a micro-batch."""
+
+    def __init__(self, batch: int):
+        self.batch = batch
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == self.batch:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Stop(Callback):
+    """Ends the run early, after a step that nothing else saves at."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.should_stop = trainer.global_step >= self.step
+
+
+class Saves(Callback):
+    """Writes after how many micro-batches each checkpoint is taken."""
+
+    def __init__(self, path: str):
+        self.path = Path(path)
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        with self.path.open("a") as file:
+            file.write(f"{trainer.fit_loop.epoch_loop.batch_progress.current.ready}\n")
+
+
+def call(recipe, folder, *options, command="fit"):
+    place = [] if folder is None else ["--trainer.default_root_dir", str(folder)]
+    try:
+        return main([command, "--config", str(recipe), *place, *map(str, options)])
+    except SystemExit as stop:
+        return stop.code
+
+
+def last(folder, name="last.ckpt"):
+    return torch.load(folder / "checkpoints" / name, weights_only=True)
+
+
+def require_same_model(one, other):
+    assert one["global_step"] == other["global_step"]
+    for name, value in other["state_dict"].items():
+        assert torch.equal(value, one["state_dict"][name]), name
+    for number, state in other["optimizer_states"][0]["state"].items():
+        for key, value in state.items():
+            assert torch.equal(value, one["optimizer_states"][0]["state"][number][key]), (number, key)
+
+
+def scalars(folder, tag):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"), purge_orphaned_data=False).Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def callback(kind, **arguments):
+    return [{"class_path": f"tests.training.saving_runs.{kind}", "init_args": arguments}]
