@@ -14,6 +14,8 @@ from typing import Any
 from moebed.arguments import OneLineParser, read_yaml
 from moebed.errors import ConfigError, UserError, did_you_mean
 
+_CHOICES = {"dtype": ("float32", "bfloat16", "auto"), "device": ("cpu", "cuda")}
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The options; each can stand in a YAML file as well."""
@@ -54,12 +56,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--layers", metavar="0,5", help="all (the default), or some of them")
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "auto"),
+        choices=_CHOICES["dtype"],
         help="look at the weights as rounded to this and compute in it; default as stored, and in float32; auto is "
         "bfloat16 where this machine multiplies it faster, which changes the numbers, and else the default; a folder's "
         "results are continued with what it was when they were begun",
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="where to compute; default cpu")
+    parser.add_argument("--device", choices=_CHOICES["device"], help="where to compute; default cpu")
     parser.add_argument("--memory-budget", metavar="8GiB", help="memory for weights and the work on them; default 8GiB")
     parser.add_argument(
         "--fresh", action="store_true", help="compute all anew; if not given, what is kept in DIR of the same is used"
@@ -201,11 +203,9 @@ def read_options(arguments: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: A key of the file is unknown or has no such value, or checkpoint or out is given nowhere.
     """
-    parser = build_parser()
-    given = vars(parser.parse_args(arguments))
-    known = [action.dest for action in parser._actions if action.dest not in ("help", "config")]
+    given = vars(build_parser().parse_args(arguments))
     file = given.pop("config", None)
-    content = _read_yaml(Path(file), known) if file is not None else {}
+    content = _read_yaml(Path(file), ["checkpoint", "out", *_DEFAULTS]) if file is not None else {}
     options = {**_DEFAULTS, **content, **given}
     for name in ("checkpoint", "out"):
         if not options.get(name):
@@ -213,10 +213,9 @@ def read_options(arguments: Sequence[str]) -> dict[str, Any]:
                 "CHECKPOINT, a folder or a hub id" if name == "checkpoint" else "--out DIR, a folder for the results"
             )
             raise ConfigError(f"moebed probe needs {wanted}")
-    for action in parser._actions:
-        value = options.get(action.dest)
-        if action.choices and value is not None and value not in action.choices:
-            raise ConfigError(f"{action.dest} is {value!r}; choose one of {', '.join(action.choices)}")
+    for name, choices in _CHOICES.items():
+        if options[name] is not None and options[name] not in choices:
+            raise ConfigError(f"{name} is {options[name]!r}; choose one of {', '.join(choices)}")
     return options
 
 
