@@ -122,6 +122,7 @@ def test_float64_is_reached_through_one_place():
     in_main_memory = re.compile(
         r"(\.cpu\(\)|torch\.tensor\(\w+\)|from_numpy\([\w\[\]]+\))\.double\(\)"
         r"|torch\.(zeros|full|tensor)\((?!.*device).*dtype=torch\.float64"
+        r"|^ *torch\.float64: "  # what is known of a type, in a table by type, makes no tensor of it
     )
     found = {
         path.relative_to(ROOT).as_posix()
