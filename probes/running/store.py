@@ -21,6 +21,7 @@ import numpy as np
 
 from moebed.errors import UserError
 from moebed.machine import storage
+from moebed.machine.mapped import mapped_arrays
 from probes.contract import Arrays, Headline, ProbeResult
 from probes.running.published import paper_model, published
 
@@ -46,15 +47,16 @@ def save_arrays(out: Path, name: str, arrays: Arrays, note: str = "") -> Path:
 
 
 def load_arrays(out: Path, name: str) -> dict[str, np.ndarray]:
-    """Read ``results/<name>.npz``; nothing pickled is ever loaded.
+    """Read ``results/<name>.npz``, large arrays when they are used; nothing pickled is ever loaded.
 
     Raises:
         UserError: The file is missing or damaged.
     """
     path = arrays_path(out, name)
     try:
+        large = mapped_arrays(path)
         with np.load(path, allow_pickle=False) as file:
-            return {key: file[key] for key in file.files}
+            return {key: large[key] if key in large else file[key] for key in file.files}
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; probe first") from None
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:

@@ -14,15 +14,19 @@ MEASURE = Path(__file__).with_name("measure_memory.py")
 PROBES = "matrix_similarity,gate_similarity,neuron_similarity,gate_projection,expert_projection"
 
 
-def peak(folder, layers, budget, probes):
-    size = write_large(folder / "model", layers, width=3584, hidden=1024)
-    options = ["--out", str(folder / "out"), "--memory-budget", budget, "--probes", probes]
-    done = subprocess.run(
-        [sys.executable, MEASURE, folder / "model", *options], capture_output=True, text=True, check=True
-    )
-    shutil.rmtree(folder)
+def measure(folder, out, budget, probes, *options):
+    """What `moebed probe` of the model in a folder took, in a process of its own."""
+    command = [sys.executable, MEASURE, folder / "model", "--out", out, "--memory-budget", budget, "--probes", probes]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["exit"] == 0
+    return found
+
+
+def peak(folder, layers, budget, probes):
+    size = write_large(folder / "model", layers, width=3584, hidden=1024)
+    found = measure(folder, folder / "out", budget, probes)
+    shutil.rmtree(folder)
     return size, found["walk"]
 
 
@@ -49,14 +53,8 @@ def test_a_budget_of_2_gib_stays_under_2_and_a_half_gb(tmp_path):
         pytest.skip("needs 40 GB of disk")
     folder = tmp_path / "large"
     assert write_large(folder / "model", 5) > 12e9
-    done = subprocess.run(
-        [sys.executable, MEASURE, folder / "model", "--out", folder / "out", "--memory-budget", "2GiB", "--probes",
-         PROBES],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    found = measure(folder, folder / "out", "2GiB", PROBES)
     shutil.rmtree(folder)
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["exit"] == 0
     print(found)
     assert found["peak_resident"] < 2.5e9
 
@@ -68,14 +66,9 @@ def test_text_of_1100_tokens_stays_under_2_and_a_half_gb(tmp_path):
     folder = tmp_path / "large"
     assert write_large(folder / "model", 2) > 5e9
     np.save(folder / "ids.npy", np.arange(1100) % 64)
-    done = subprocess.run(
-        [sys.executable, MEASURE, folder / "model", "--out", folder / "out", "--memory-budget", "2GiB", "--probes",
-         "routing,norm_vs_score,activations,prediction", "--input-ids", folder / "ids.npy"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    probes = "routing,norm_vs_score,activations,prediction"
+    found = measure(folder, folder / "out", "2GiB", probes, "--input-ids", folder / "ids.npy")
     shutil.rmtree(folder)
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["exit"] == 0
     print(found)
     assert found["peak_resident"] < 2.5e9
 
@@ -87,13 +80,7 @@ def test_what_probes_keep_is_not_in_memory(tmp_path):
     np.save(tmp_path / "ids.npy", np.arange(2000) % 50_000)
     found = {}
     for probes in ("prediction", "prediction,logits"):
-        done = subprocess.run(
-            [sys.executable, MEASURE, tmp_path / "model", "--out", tmp_path / probes, "--memory-budget", "256MiB",
-             "--probes", probes, "--input-ids", tmp_path / "ids.npy"],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        found[probes] = json.loads(done.stdout.splitlines()[-1])
-        assert found[probes]["exit"] == 0
+        found[probes] = measure(tmp_path, tmp_path / probes, "256MiB", probes, "--input-ids", tmp_path / "ids.npy")
     logits = np.load(tmp_path / "prediction,logits" / "results" / "logits.npz")["logits"]
     assert logits.shape == (2000, 50_000)
     assert np.isfinite(logits).all()
