@@ -20,16 +20,14 @@ Shapes = dict[str, list[tuple[int, ...]]]  # of parameters, by part
 def outer_shapes(config: ModelConfig) -> Shapes:
     """Shapes of the parameters outside the layers."""
     matrix = (config.vocab_size, config.hidden_size)
-    return {
+    shapes: Shapes = {
         "embedding": [matrix],
         "norms": [(config.hidden_size,)],
         "head": [] if config.tie_word_embeddings else [matrix],
-        **(
-            {"adapter generator": config.hyper_experts.generator_shapes(config.hidden_size)}
-            if config.hyper_experts
-            else {}
-        ),
     }
+    if config.hyper_experts is not None:
+        shapes["adapter generator"] = config.hyper_experts.generator_shapes(config.hidden_size)
+    return shapes
 
 
 def layer_shapes(config: ModelConfig, index: int) -> Shapes:
@@ -56,7 +54,8 @@ def layer_shapes(config: ModelConfig, index: int) -> Shapes:
         if config.shared_expert_gate:
             shapes["shared experts"].append((1, hidden))
     if config.hyper_experts is not None:
-        shapes["adapters"] = config.hyper_experts.layer_shapes(hidden, layer.num_experts)
+        part = "adapter embeddings" if config.hyper_experts.is_generated else "adapters"
+        shapes[part] = config.hyper_experts.layer_shapes(hidden, layer.num_experts)
     return shapes
 
 
@@ -81,12 +80,13 @@ def count_parameters(config: ModelConfig, training: bool = False) -> tuple[int, 
     total = sum(map(count, outer.values()))
     active = total - count(outer.get("adapter generator", []))
     hyper = config.hyper_experts
+    adapter = 0 if hyper is None else hyper.adapter_parameters(config.hidden_size)
     for index in range(config.num_hidden_layers):
         shapes, layer = layer_shapes(config, index), config.layer(index)
-        experts, adapters = count(shapes.pop("experts", [])), count(shapes.pop("adapters", []))
+        experts, adapters = count(shapes.pop("experts", [])), count(_pop_adapters(shapes))
         common = sum(map(count, shapes.values()))
         total += common + experts + adapters
-        active += common + (hyper.adapter_parameters(config.hidden_size) if hyper is not None and adapters else 0)
+        active += common + (adapter if adapters else 0)
         if experts:
             run = ROUTERS[config.router].experts_run(config, layer, training)
             active += round(experts / layer.num_experts * run)
@@ -119,9 +119,14 @@ def generator_flops(config: ModelConfig, num_tokens: int) -> int:
     shared, total = _weights(config.hyper_experts.generator_shapes(config.hidden_size)), 0
     for index in config.moe_layers:
         layer = config.layer(index)
-        own = _weights(layer_shapes(config, index)["adapters"])
+        own = _weights(_pop_adapters(layer_shapes(config, index)))
         total += 2 * min(num_tokens, num_sets(config, layer)) * (shared + own)
     return total
+
+
+def _pop_adapters(shapes: Shapes) -> list[tuple[int, ...]]:
+    """Take out what a layer's adapters have of their own."""
+    return shapes.pop("adapters", []) + shapes.pop("adapter embeddings", [])
 
 
 def _weights(shapes: list[tuple[int, ...]]) -> int:
@@ -160,7 +165,7 @@ def scaling_sizes(config: ModelConfig) -> dict[str, float] | None:
     for index in range(config.num_hidden_layers):
         shapes = layer_shapes(config, index)
         routers += count(shapes.pop("router", []))
-        shapes.pop("adapters", None)
+        _pop_adapters(shapes)
         dense += count(shapes.pop("experts", [])) // experts + sum(map(count, shapes.values()))
     granularity = 8 * config.hidden_size / (3 * width)
     return {
