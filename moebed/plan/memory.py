@@ -19,7 +19,12 @@ from moebed.plan import activations
 from moebed.plan.activations import Parts
 from moebed.plan.setup import Setup
 
-NOT_CAST = ("embedding", "norms", "router", "adapter embeddings")  # used in float32, or looked up, whatever the precision
+NOT_CAST = (
+    "embedding",
+    "norms",
+    "router",
+    "adapter embeddings",
+)  # used in float32, or looked up, whatever the precision
 
 
 class Moment(NamedTuple):
