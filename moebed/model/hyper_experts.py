@@ -10,6 +10,7 @@ SET_BYTES, they are made some sets at a time, and made again in the backward pas
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
@@ -105,16 +106,7 @@ class HyperAdapters(nn.Module):
         """What is added to the layer's output for tokens x (T, H): (T, H)."""
         chosen, set_of_token = self._sets(routing)
         z = self.condition(chosen)  # (S, ·)
-        sets, rows_type = len(z), compute_dtype(x)
-        align = alignment(x.device.type, rows_type.itemsize)
-        align = align if sets * align <= len(x) else 1
-        ones = torch.ones(len(x), 1, dtype=rows_type, device=x.device)
-        dispatch = sort_by_expert(set_of_token.unsqueeze(1), ones, sets, align)
-        rows = to_slots(x.to(rows_type), dispatch)  # (R, H)
-        out = self._in_parts(rows, z, dispatch.offsets)
-        if align > 1:  # rows that pad have no gradient
-            out = out * dispatch.slot_weight.unsqueeze(1)
-        return from_slots(out, dispatch)
+        return sorted_by(set_of_token, len(z), x, lambda rows, offsets: self._in_parts(rows, z, offsets))
 
     def _sets(self, routing: Routing) -> tuple[Tensor, Tensor]:
         """Which experts each set has, (S, E) bool, and each token's set, (T,)."""
@@ -178,14 +170,11 @@ class FreeAdapters(nn.Module):
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """What is added to the layer's output for tokens x (T, H): (T, H)."""
         dtype = compute_dtype(x)
-        ones = torch.ones(len(x), 1, dtype=dtype, device=x.device)
-        align = alignment(x.device.type, dtype.itemsize)
-        dispatch = sort_by_expert(routing.topk_index[:, :1], ones, self.num_experts, align)
         parts = {name: getattr(self, name).to(dtype).view(-1, *shape) for name, shape in self.shapes.items()}
-        out = adapt(to_slots(x.to(dtype), dispatch), Adapters(**parts), dispatch.offsets)
-        if align > 1:
-            out = out * dispatch.slot_weight.unsqueeze(1)
-        return from_slots(out, dispatch)
+        adapters = Adapters(**parts)
+        return sorted_by(
+            routing.topk_index[:, 0], self.num_experts, x, lambda rows, offsets: adapt(rows, adapters, offsets)
+        )
 
 
 Beside = HyperAdapters | FreeAdapters
@@ -220,6 +209,31 @@ def num_sets(config: ModelConfig, layer: LayerConfig) -> int:
 def sets_at_once(set_bytes: int) -> int:
     """Sets whose generated weights, of so many bytes each, are in memory at a time."""
     return max(1, SET_BYTES // set_bytes)
+
+
+def padding(num_tokens: int, sets: int, device_type: str, itemsize: int) -> int:
+    """Rows that the segments of so many sets are padded to a multiple of: as the experts', unless that doubles them."""
+    align = alignment(device_type, itemsize)
+    return align if sets * align <= num_tokens else 1
+
+
+def sorted_by(which: Tensor, sets: int, x: Tensor, run: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """What ``run`` makes of tokens x (T, H) that lie in a segment (R, H) for each set: (T, H) in their own order.
+
+    Args:
+        which: (T,) set of each token.
+        sets: How many there are (S).
+        x: (T, H).
+        run: Of rows (R, H) and the bounds (S + 1,) of their segments, outputs (R, H).
+    """
+    dtype = compute_dtype(x)
+    align = padding(len(x), sets, x.device.type, dtype.itemsize)
+    ones = torch.ones(len(x), 1, dtype=dtype, device=x.device)
+    dispatch = sort_by_expert(which.unsqueeze(1), ones, sets, align)
+    out = run(to_slots(x.to(dtype), dispatch), dispatch.offsets)
+    if align > 1:  # so that what pads has no gradient
+        out = out * dispatch.slot_weight.unsqueeze(1)
+    return from_slots(out, dispatch)
 
 
 def adapt(rows: Tensor, adapters: Adapters, offsets: Tensor) -> Tensor:

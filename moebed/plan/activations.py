@@ -7,8 +7,7 @@ operands. Every formula is for eager execution; a compiled step keeps at most as
 
 from __future__ import annotations
 
-from moebed.model.grouped import alignment
-from moebed.model.hyper_experts import num_sets, sets_at_once
+from moebed.model.hyper_experts import num_sets, padding, sets_at_once
 from moebed.plan.setup import Setup
 
 Parts = dict[str, int]  # bytes by part
@@ -115,8 +114,8 @@ def adapters(setup: Setup, index: int) -> int:
     hyper, hidden = config.hyper_experts, config.hidden_size
     if hyper is None:
         return 0
-    sets, align = adapter_sets(setup, index), alignment(setup.device, c)
-    align = 1 if hyper.is_generated and sets * align > setup.tokens else align
+    sets = adapter_sets(setup, index)
+    align = padding(setup.tokens, sets, setup.device, c)
     rows = -(-(setup.tokens + sets * (align - 1)) // align) * align
     order = 8 * rows + 8 * setup.tokens + (c * rows if align > 1 else 0)
     if hyper.is_generated and sets > sets_at_once(c * hyper.adapter_parameters(hidden)):
