@@ -283,5 +283,5 @@ def _drawn(values: Tensor, std: float) -> nn.Parameter:
     return parameter
 
 
-def _set_draw(parameter: nn.Parameter, draw: partial[Tensor]) -> None:
+def _set_draw(parameter: Tensor, draw: partial[Tensor]) -> None:
     parameter.draw = draw  # type: ignore[attr-defined]  # which Decoder.initial calls
