@@ -86,6 +86,11 @@ class MoEModule(LightningModule):
                 f"model.compile is on, but router {config.router} decides anew in each step which graph it is; "
                 "turn compile off"
             )
+        if compile and not self.decoder.adapters_compile:
+            raise ConfigError(
+                "model.compile is on, but there can be more sets of experts than hyper_experts makes adapters of at a "
+                "time; turn compile off"
+            )
         self._router_steps = RouterSteps(self.decoder.routers)
         self._terms = torch.compile(self._forward_terms, fullgraph=True, dynamic=False) if compile else None
         self._laid_out = False

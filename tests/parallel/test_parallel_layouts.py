@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from moebed.checkpoints.checkpoint import Checkpoint
 from moebed.checkpoints.whole import fill, load_decoder, write_checkpoint
+from moebed.model import hyper_experts
 from moebed.model.decoder import Decoder
 from moebed.model.routers import ROUTERS
 from moebed.model.spread import whole
@@ -19,6 +20,17 @@ from moebed.views.layer import Need, ProbeText
 from moebed.views.live import walk, walk_model
 from tests.conftest import tiny_config
 from tests.parallel.forked import call
+
+SIZES = {"adapter_size": 8, "expert_embedding_size": 6, "layer_embedding_size": 4, "generator_size": 10}
+ONE = {"num_experts_per_tok": 1, "norm_topk_prob": False}
+HYPER = {
+    "unchosen": {"hyper_experts": SIZES},
+    "some at a time": {"hyper_experts": dict(SIZES)},
+    "constant": {"hyper_experts": {**SIZES, "adapters": "constant"}},
+    "free": {"hyper_experts": {**SIZES, "adapters": "free"}, **ONE},
+    "shared_equal_flops": {"hyper_experts": {**SIZES, "adapters": "shared_equal_flops"}},
+    "shared_equal_parameters": {"hyper_experts": {**SIZES, "adapters": "shared_equal_parameters"}},
+}
 
 
 def _steps(decoder: Decoder, ids: torch.Tensor, rank: int, world_size: int) -> list[float]:
@@ -90,6 +102,15 @@ def test_two_ranks_train_as_one(options, changes, meta):
     call(_work, 2, options, changes, meta)
 
 
+@pytest.mark.parametrize("options", [{}, {"shard": False}, {"expert": 2}, {"expert": 2, "shard": False}])
+@pytest.mark.parametrize("changes", HYPER.values(), ids=HYPER)
+def test_two_ranks_train_hyper_experts_as_one(options, changes, monkeypatch):
+    """The root shares the generator out; all layers, and all ranks, add to its gradient."""
+    if changes is HYPER["some at a time"]:
+        monkeypatch.setattr(hyper_experts, "SET_BYTES", 2 * 4 * (2 * 8 * 32 + 8 + 32))  # two sets of six
+    call(_work, 2, options, changes, True)
+
+
 def _uneven(rank: int, world_size: int) -> None:
     """All tokens of all ranks go to experts of one rank; the other's have a gradient of zeros."""
     config = tiny_config(num_experts_per_tok=1)
@@ -127,9 +148,9 @@ def test_weights_of_a_checkpoint(tmp_path):
     call(_filled, 2, tmp_path / "source")
 
 
-def _gathered(rank: int, world_size: int) -> None:
+def _gathered(rank: int, world_size: int, changes: dict) -> None:
     """A walk over a model that ranks share gives what a walk over the whole gives; nobody is left waiting."""
-    config = tiny_config(num_shared_experts=1, tie_word_embeddings=True)
+    config = tiny_config(num_shared_experts=1, tie_word_embeddings=True, **changes)
     torch.manual_seed(5)
     alone = Decoder(config)
     torch.manual_seed(5)
@@ -151,5 +172,6 @@ def _gathered(rank: int, world_size: int) -> None:
     dist.barrier()
 
 
-def test_probes_see_the_whole_of_a_shared_model():
-    call(_gathered, 2)
+@pytest.mark.parametrize("changes", [{}, HYPER["unchosen"], HYPER["free"]], ids=["plain", "unchosen", "free"])
+def test_probes_see_the_whole_of_a_shared_model(changes):
+    call(_gathered, 2, changes)
