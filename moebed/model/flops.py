@@ -65,7 +65,8 @@ def count_parameters(config: ModelConfig, training: bool = False) -> tuple[int, 
     """Parameters in total, and those active for one token (embedding and head included).
 
     Active are the K experts that a token is sent to, and where the router runs more, those; in expectation where chance
-    decides (competesmoe in training), or where K is an average (relu). A router is active as a whole.
+    decides (competesmoe in training), or where K is an average (relu). A router is active as a whole, but for what it
+    has for training alone (noisy_topk).
     """
     total = active = sum(map(count, outer_shapes(config).values()))
     for index in range(config.num_hidden_layers):
@@ -77,6 +78,7 @@ def count_parameters(config: ModelConfig, training: bool = False) -> tuple[int, 
         if experts:
             run = ROUTERS[config.router].experts_run(config, layer, training)
             active += round(experts / layer.num_experts * run)
+            active -= 0 if training else ROUTERS[config.router].idle_parameters(config, layer)
     return total, active
 
 
