@@ -163,7 +163,11 @@ def _resolve_steps(recipe: StudyRecipe, steps: Sequence[Step], plan: StudyPlan, 
         if step.kind == "upcycle":
             dense = found[-1].config
             assert dense is not None
-            arguments = [f"--{key.replace('_', '-')}={value}" for key, value in step.settings.items()]
+            arguments = [
+                f"--{key.replace('_', '-')}={value}"
+                for key, given in step.settings.items()
+                for value in (given if isinstance(given, list) else [given])
+            ]
             options = read_options(["DENSE", "--out=OUT", *arguments])
             shared, layers = options.get("shared_experts", 0), read_layers(options)
             settings = read_settings(options)

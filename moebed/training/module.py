@@ -287,7 +287,7 @@ class MoEModule(LightningModule):
         return total
 
     def _batch_losses(self, terms: StepTerms) -> Tensor:
-        """Weighted sum over the layers of the routers' losses of a batch; logs each, unweighted, as a mean over them."""
+        """Weighted sum over the layers of the routers' losses of a batch; logs each, unweighted, as a mean."""
         total = terms.nats.new_zeros(())
         sums = terms.router_sums
         if self.config.router_aux_loss_scope == "global" and any(sums):

@@ -120,7 +120,7 @@ def test_importance_is_the_sum_of_the_weights():
 
 
 def test_1_8_5_load_is_the_chance_of_being_chosen_if_the_own_noise_were_drawn_anew():
-    """Against 20,000 draws for each expert, the other experts' noise left as it is; not the noise alone, as v1 has it."""
+    """Against 20,000 draws for each expert, the others' noise left as it is; not of the noise alone, as v1 has it."""
     router, x = _router(num_experts=5), torch.randn(6, 32)
     routing = router(x, None)
     clean = router.logits(x)
