@@ -25,7 +25,7 @@ from moebed.study.progress import status_path
 from moebed.study.recipe import Overrides, Step, StudyRecipe
 from moebed.study.resolving import Resolved, as_arguments, flatten, resolve
 from moebed.training.trainer import AUTO
-from moebed.upcycling.command import read_layers, read_options, read_settings
+from moebed.upcycling.command import read_layers, read_options, read_settings, text_files
 from moebed.upcycling.upcycle import upcycled_config
 
 # Where things lie and what is shown while they are made: no part of what a run is.
@@ -177,7 +177,9 @@ def _resolve_steps(recipe: StudyRecipe, steps: Sequence[Step], plan: StudyPlan, 
                 for key, value in config.to_dict().items()
                 if key not in NOT_IN_CHECKPOINTS and value != getattr(dense, key)
             }
-            found.append(_CheckedStep("upcycle", arguments, {**options, **after, **code}, None))
+            texts = provenance.files_record(text_files(options))
+            identity = {**options, **after, **code, **({"texts": texts} if texts else {})}
+            found.append(_CheckedStep("upcycle", arguments, identity, None))
             continue
         last = index == len(steps) - 1
         overrides = {**recipe.settings, **upcycled, **step.settings}

@@ -182,10 +182,10 @@ def _priced(costs: Tensor, low: int, high: int) -> Tensor:
         before = prices.clone()
         for group in range(groups):
             others = (costs + prices).index_fill(1, torch.tensor(group), torch.inf)
-            # Up to which price each row stays in the group.
+            # Up to which price each row stays in the group; a price between two of these keeps so many rows.
             stays = (others.min(dim=1).values - costs[:, group]).sort(descending=True).values
-            least = stays[high] if high < len(stays) else torch.tensor(-torch.inf)
-            most = stays[max(low - 1, 0)]
+            least = (stays[high - 1] + stays[high]) / 2 if high < len(stays) else torch.tensor(-torch.inf)
+            most = (stays[low - 1] + stays[low]) / 2 if low else torch.tensor(torch.inf)
             prices[group] = torch.minimum(torch.maximum(torch.tensor(0.0), least), most)
         if torch.equal(before, prices):
             break

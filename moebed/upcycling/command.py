@@ -29,7 +29,8 @@ METHOD_LINES = {
     "partition": "the neurons dealt out as --by says, an expert each (LLaMA-MoE, 2406.16554)",
     "scratch": "random experts beside the dense model's attention and embeddings",
 }
-_TEXT = ("text", "input_ids", "domain", "sequence_length", "domain_tokens")  # which text
+_FILES = ("text", "input_ids", "domain")
+_TEXT = (*_FILES, "sequence_length", "domain_tokens")  # which text
 # Settings that not every method reads.
 _PARTS = (
     "fraction",
@@ -258,7 +259,16 @@ def read_settings(options: Mapping[str, Any]) -> Settings:
                 f"--{name.replace('_', '-')} does nothing with by {settings.by} and router {settings.router}; "
                 "leave it out"
             )
+    if (why := METHODS[method].asks_text(settings)) and not any(name in options for name in _FILES):
+        raise ConfigError(f"method {method} needs text: {why}; give --text FILE or --domain NAME=FILE")
     return settings
+
+
+def text_files(options: Mapping[str, Any]) -> dict[str, Path]:
+    """Files that hold the text, by what the options call them."""
+    named = [*options.get("text", []), *options.get("input_ids", [])]
+    named += [one.partition("=")[2] for one in options.get("domain", [])]
+    return {name: Path(name) for name in named if Path(name).is_file()}
 
 
 def read_layers(options: Mapping[str, Any]) -> list[int]:
