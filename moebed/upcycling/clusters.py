@@ -66,14 +66,14 @@ def _lloyd(rows: Tensor, centroids: Tensor) -> tuple[Tensor, float]:
     costs = _costs(rows, centroids)
     assigned = optimal_assignment(costs, _deal(costs))
     for _ in range(_MOST_ITERATIONS):
-        before, costs = assigned, _costs(rows, _means(rows, assigned, len(centroids)))
+        before, costs = assigned, _costs(rows, means(rows, assigned, len(centroids)))
         assigned = optimal_assignment(costs, before)
         if torch.equal(before, assigned):
             break
     return assigned, float(costs.gather(1, assigned.unsqueeze(1)).sum(dtype=torch.float32))
 
 
-def _means(rows: Tensor, assigned: Tensor, groups: int) -> Tensor:
+def means(rows: Tensor, assigned: Tensor, groups: int) -> Tensor:
     """Means of the groups (E, H); 0 where one is empty."""
     sums = torch.zeros(groups, rows.shape[1]).index_add_(0, assigned, rows)
     return sums / torch.bincount(assigned, minlength=groups).clamp(min=1).unsqueeze(1)
@@ -156,10 +156,13 @@ class _Moves:
             self._look(one)
 
 
-def token_clusters(rows: Tensor, groups: int, generator: torch.Generator, slack: float = 0.4) -> Tensor:
-    """Centroids (E, H) of clusters of rows (T, H) whose sizes are within ``slack`` of equal (LLaMA-MoE-v2 2411.15708).
+def token_clusters(rows: Tensor, groups: int, generator: torch.Generator, slack: float = 0.4) -> tuple[Tensor, Tensor]:
+    """Clusters of rows (T, H) whose sizes are within ``slack`` of equal (LLaMA-MoE-v2 2411.15708).
 
     Prices on the groups keep the sizes in their bounds; rows and bounds are too many to ask for the optimum.
+
+    Returns:
+        The cluster of each row (T,), and the centroids (E, H).
     """
     low, high = int((1 - slack) * len(rows) / groups), -int(-(1 + slack) * len(rows) // groups)
     centroids = _first_centroids(rows, groups, generator)
@@ -168,8 +171,8 @@ def token_clusters(rows: Tensor, groups: int, generator: torch.Generator, slack:
         before, assigned = assigned, _priced(_costs(rows, centroids), low, high)
         if torch.equal(before, assigned):
             break
-        centroids = _means(rows, assigned, groups)
-    return centroids
+        centroids = means(rows, assigned, groups)
+    return assigned, centroids
 
 
 def _priced(costs: Tensor, low: int, high: int) -> Tensor:

@@ -229,7 +229,10 @@ def _ask_text(
         found = ask_text(source, plan, method, settings, text, budget, scratch, dtype, on_layer)
     finally:
         progress.close()
-    first = found[1]
+    facts, first = found
+    for fact in facts.values():
+        if fact.note:
+            say(f"note: {fact.note}")
     losses = ", ".join(f"{name} {loss:.4f}" for name, loss in first.moe.items())
     say(f"first loss on {first.tokens:,} tokens, nats: dense {first.dense:.4f}; {losses}")
     return found

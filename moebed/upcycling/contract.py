@@ -112,6 +112,7 @@ class TextFacts(NamedTuple):
 
     importance: Tensor | None = None  # (E, D) of each neuron, for the texts of each expert
     centroids: Tensor | None = None  # (E, H) of the FFN's inputs, for the texts of each expert
+    note: str = ""  # what a person should know of it
     scale: Tensor | None = None  # (H,) with which the routed experts' output has the deviation of the dense one's
 
 

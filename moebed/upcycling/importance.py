@@ -18,9 +18,13 @@ from torch import Tensor
 
 from moebed.errors import ConfigError, UserError
 from moebed.machine.mapped import new_array
-from moebed.upcycling.clusters import token_clusters
+from moebed.upcycling.clusters import means, token_clusters
 from moebed.upcycling.contract import TextFacts, generator
 from moebed.upcycling.text import TextWalk
+
+_NOTE = (
+    "layer {layer}: by products with the centroids some text cluster had no token, so tokens are told apart by distance"
+)
 
 
 @torch.no_grad()
@@ -37,7 +41,9 @@ def importance_of(
 
     Tokens are told apart by their text's domain; or in each layer by themselves, as LLaMA-MoE-v2 does (2411.15708):
     k-means on the FFN's inputs with sizes within 40 % of equal, and a token is of the cluster whose centroid has the
-    largest product with it. The last token of a sequence predicts nothing and is left out, as padding is.
+    largest product with it. Where that leaves a cluster empty, as a centroid much longer than the others does, tokens
+    stay where the k-means has them, and the layer's note says so. The last token of a sequence predicts nothing and is
+    left out, as padding is.
 
     Args:
         walk: The text.
@@ -50,7 +56,7 @@ def importance_of(
 
     Raises:
         ConfigError: There are not E domains.
-        UserError: A cluster has no token.
+        UserError: A cluster has no token that predicts one.
     """
     if by_domain and len(walk.text.domains) != clusters:
         raise ConfigError(
@@ -62,6 +68,7 @@ def importance_of(
     entering = torch.from_numpy(new_array(shape, np.dtype(np.float32), scratch))
     cluster: dict[int, Tensor] = {}
     centroids: dict[int, Tensor] = {}
+    note = dict.fromkeys(layers, "")
     domain = walk.text.domain[walk.text.sequence]
     hidden = walk.embed()
     for layer in range(depth):
@@ -71,8 +78,13 @@ def importance_of(
         if layer in layers:
             x = block.pre_ffn_norm(attended)
             draws = generator(seed, layer, "text clusters")
-            found = _by_domain(x, domain, clusters) if by_domain else _by_token(x, clusters, draws)
-            cluster[layer], centroids[layer] = found
+            if by_domain:
+                cluster[layer], centroids[layer] = domain, means(x, domain, clusters)
+            else:
+                nearest, centroids[layer] = token_clusters(x, clusters, draws)
+                cluster[layer] = (x @ centroids[layer].T).argmax(dim=1)
+                if _empty(cluster[layer][counted], clusters):
+                    cluster[layer], note[layer] = nearest, _NOTE.format(layer=layer)
             _require_tokens(cluster[layer][counted], clusters, layer)
         hidden = walk.feed_forward(block, attended)
         on_layer()
@@ -82,7 +94,7 @@ def importance_of(
         watch = _Sums(cluster.get(layer), counted, clusters, walk.config.intermediate_size or 0)
         grad = walk.back(walk.block(layer), entering[layer], grad, watch)
         if layer in layers:
-            facts[layer] = TextFacts(watch.means(), centroids[layer])
+            facts[layer] = TextFacts(watch.means(), centroids[layer], note[layer])
         on_layer()
     return facts
 
@@ -106,19 +118,12 @@ class _Sums:
         return self._sums / self._tokens.unsqueeze(1)
 
 
-def _by_domain(x: Tensor, domain: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
-    sums = torch.zeros(clusters, x.shape[1]).index_add_(0, domain, x)
-    return domain, sums / torch.bincount(domain, minlength=clusters).clamp(min=1).unsqueeze(1)
-
-
-def _by_token(x: Tensor, clusters: int, draws: torch.Generator) -> tuple[Tensor, Tensor]:
-    centroids = token_clusters(x, clusters, draws)
-    return (x @ centroids.T).argmax(dim=1), centroids
+def _empty(cluster: Tensor, clusters: int) -> list[int]:
+    return (torch.bincount(cluster, minlength=clusters) == 0).nonzero()[:, 0].tolist()
 
 
 def _require_tokens(cluster: Tensor, clusters: int, layer: int) -> None:
-    empty = (torch.bincount(cluster, minlength=clusters) == 0).nonzero()[:, 0].tolist()
-    if empty:
+    if empty := _empty(cluster, clusters):
         raise UserError(
             f"no token of the text belongs to text cluster {empty[0]} at layer {layer}, so that expert {empty[0]} "
             "could choose no neurons; give more text, or fewer experts"

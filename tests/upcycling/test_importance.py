@@ -137,3 +137,16 @@ def test_what_enters_the_layers_may_lie_in_a_file(tmp_path, monkeypatch):
     assert all(torch.equal(found[layer].importance, wanted[layer].importance) for layer in (0, 1))
     assert not list((tmp_path / "scratch").iterdir())
     assert np.isfinite(wanted[0].importance.numpy()).all()
+
+
+def test_a_cluster_that_no_product_chooses_keeps_its_tokens(tmp_path, monkeypatch):
+    """Of equal centroids the first one has every token."""
+    from moebed.upcycling import importance
+
+    source, text = Checkpoint.open(write_dense(tmp_path)), _text((30,) * 8)
+    nearest = torch.arange(240) % 2
+    monkeypatch.setattr(importance, "token_clusters", lambda x, groups, draws: (nearest, x[:1].repeat(2, 1)))
+    found = importance_of(TextWalk(source, text), (0,), 2, by_domain=False, seed=0)
+    assert found[0].note.startswith("layer 0: by products with the centroids some text cluster had no token")
+    assert (found[0].importance.sum(dim=1) > 0).all()
+    assert not torch.equal(*found[0].importance)

@@ -338,6 +338,6 @@ def test_what_text_cannot_tell_is_one_line(tmp_path, dense, ids, capsys):
 
 
 def test_facts_of_a_layer_are_asked_for_by_name():
-    assert TextFacts() == (None, None, None)
+    assert TextFacts() == (None, None, "", None)
     assert Partition.asks_text(Settings(by="inter"))
     assert not Partition.asks_text(Settings())

@@ -58,7 +58,7 @@ def upcycle(folder, method, *options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["copy", "noise", "drop", "split", "cluster", "scratch"])
+@pytest.mark.parametrize("method", ["copy", "noise", "drop", "split", "cluster", "partition", "scratch"])
 def test_memory_does_not_grow_with_layers_or_experts(tmp_path, method):
     """A layer has 3 matrices of 7.3 MB; the largest model written has 2.3 GB."""
     peaks = []
