@@ -302,7 +302,7 @@ WRONG = {
     "residual of no inter": (["--by", "inner", "--residual-experts", "1"], "--residual-experts does nothing"),
     "neither true nor false": (["--by", "cluster", "--normalise", "perhaps"], "neither true nor false"),
     "centroids of down": (["--by", "cluster", "--rows", "down", "--router", "centroid"], "router centroid: columns"),
-    "no text of an expert": (["--router", "hidden_centroid"], "no text belongs to an expert"),
+    "an expert without text": (["--router", "hidden_centroid"], "no text belongs to an expert"),
     "no text": (["--by", "inner", "--num-experts", "4"], "needs text: by inner takes the importance of neurons"),
     "no text to calibrate": (["--output-scale", "calibrate"], "needs text: output-scale calibrate is found on it"),
     "residual twice": (["--by", "inter", "--shared-experts", "1"], "shared-experts is 1, but by inter makes 1"),
@@ -313,8 +313,9 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_errors_are_one_line_and_leave_nothing(tmp_path, dense, capsys, name):
+def test_errors_are_one_line_and_leave_nothing(tmp_path, dense, ids, capsys, name):
     options, said = WRONG[name]
+    options = options if name.startswith("no text") else [*options, *ids]
     capsys.readouterr()
     before = sorted(tmp_path.rglob("*"))
     assert main(["upcycle", str(dense), "--out", str(tmp_path / "moe"), "--method", "partition", *options]) == 2
