@@ -72,9 +72,9 @@ def count_parameters(config: ModelConfig, training: bool = False) -> tuple[int, 
     """Parameters in total, and those active for one token (embedding and head included).
 
     Active are the K experts that a token is sent to, and where the router runs more, those; in expectation where chance
-    decides (competesmoe in training), or where K is an average (relu). A router is active as a whole. Of HyperMoE the
-    weights of one adapter a layer are, and not what generates them, which runs once for a set of experts and not for a
-    token (:func:`generator_flops`).
+    decides (competesmoe in training), or where K is an average (relu). A router is active as a whole, but for what it
+    has for training alone (noisy_topk). Of HyperMoE the weights of one adapter a layer are, and not what generates
+    them, which runs once for a set of experts and not for a token (:func:`generator_flops`).
     """
     outer = outer_shapes(config)
     total = sum(map(count, outer.values()))
@@ -90,6 +90,7 @@ def count_parameters(config: ModelConfig, training: bool = False) -> tuple[int, 
         if experts:
             run = ROUTERS[config.router].experts_run(config, layer, training)
             active += round(experts / layer.num_experts * run)
+            active -= 0 if training else ROUTERS[config.router].idle_parameters(config, layer)
     return total, active
 
 

@@ -24,6 +24,7 @@ from moebed.model.losses import IGNORE_INDEX, load_balancing_loss, router_stats,
 from moebed.model.routers import RouterSteps, untaught
 from moebed.parallel.gathered import GatheredModel
 from moebed.parallel.strategy import MeshStrategy
+from moebed.training.batch_sums import BatchSums
 from moebed.training.lightning_private import forget_step_values
 from moebed.training.metrics import TextLoss, bits_per_byte
 from moebed.training.not_finite import NotFinite
@@ -44,6 +45,7 @@ class StepTerms(NamedTuple):
     mean_probs: list[Tensor]  # (E,) mean router probability
     z_losses: list[Tensor]  # ()
     router_losses: list[dict[str, Tensor]]  # () by name, what a layer asks for beside
+    router_sums: list[dict[str, Tensor]]  # (E,) by name, what a layer's losses of the batch are made of
 
 
 class MoEModule(LightningModule):
@@ -95,6 +97,7 @@ class MoEModule(LightningModule):
         self._terms = torch.compile(self._forward_terms, fullgraph=True, dynamic=False) if compile else None
         self._laid_out = False
         self._window_counts: list[Tensor] = []
+        self._batch_sums = BatchSums()
         self._step_log = StepLog()
         self._begins_step = True
         self._plan: SchedulePlan | None = None
@@ -198,6 +201,7 @@ class MoEModule(LightningModule):
         The norm before clipping is logged.
         """
         self._window_counts = []
+        self._batch_sums.forget()
         parameters = list(self.decoder.parameters())
         norm = gradient_norm(parameters)
         self._note("grad_norm", norm)
@@ -216,7 +220,7 @@ class MoEModule(LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Routers learn which optimizer step this is part of; the log of the one before is closed."""
-        self._router_steps.begin(self.global_step)
+        self._router_steps.begin(self.global_step, self.global_rank)
         if self._begins_step:
             self._begins_step = False
             self._step_log.clear()
@@ -232,7 +236,7 @@ class MoEModule(LightningModule):
         self._note("loss", loss)
         self._note("bits_per_byte", bits_per_byte(nats, batch["label_bytes"].sum()))
         self._note("learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
-        total = loss + self._balancing_losses(terms) + self._router_losses(terms)
+        total = loss + self._balancing_losses(terms) + self._router_losses(terms) + self._batch_losses(terms)
         self._router_steps.add(terms.counts, tokens)
         self.not_finite.watch(total, terms.z_losses)
         return total
@@ -247,6 +251,7 @@ class MoEModule(LightningModule):
             [layer.mean_probs for layer in stats],
             [layer.z_loss for layer in stats],
             [layer.losses for layer in stats],
+            [layer.sums for layer in stats],
         )
 
     def _balancing_losses(self, terms: StepTerms) -> Tensor:
@@ -281,6 +286,21 @@ class MoEModule(LightningModule):
             coefficients = {**router.loss_coefficients(), **self.config.diversity_losses}
             for name, value in losses.items():
                 total = total + coefficients[name] * value / len(terms.router_losses)
+                found.setdefault(name, []).append(value)
+        for name, values in found.items():
+            self._note(f"{name}_loss", torch.stack(values).mean())
+        return total
+
+    def _batch_losses(self, terms: StepTerms) -> Tensor:
+        """Weighted sum over the layers of the routers' losses of a batch; logs each, unweighted, as a mean."""
+        total = terms.nats.new_zeros(())
+        sums = terms.router_sums
+        if self.config.router_aux_loss_scope == "global" and any(sums):
+            sums = self._batch_sums.of_all(sums)
+        found: dict[str, list[Tensor]] = {}
+        for router, layer in zip(self.decoder.routers, sums, strict=True):
+            for name, value in router.batch_losses(layer).items():
+                total = total + router.loss_coefficients()[name] * value
                 found.setdefault(name, []).append(value)
         for name, values in found.items():
             self._note(f"{name}_loss", torch.stack(values).mean())

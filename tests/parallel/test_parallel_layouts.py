@@ -10,11 +10,13 @@ from moebed.checkpoints.checkpoint import Checkpoint
 from moebed.checkpoints.whole import fill, load_decoder, write_checkpoint
 from moebed.model import hyper_experts
 from moebed.model.decoder import Decoder
-from moebed.model.routers import ROUTERS
+from moebed.model.losses import router_stats
+from moebed.model.routers import ROUTERS, RouterSteps
 from moebed.model.spread import whole
 from moebed.parallel.config import ParallelConfig
 from moebed.parallel.gathered import GatheredModel
 from moebed.parallel.sharding import Layout, reshard
+from moebed.training.batch_sums import BatchSums
 from moebed.training.optim import OptimizerConfig, build_adamw, gradient_norm, scale_gradients
 from moebed.views.layer import Need, ProbeText
 from moebed.views.live import walk, walk_model
@@ -36,16 +38,20 @@ HYPER = {
 def _steps(decoder: Decoder, ids: torch.Tensor, rank: int, world_size: int) -> list[float]:
     """Two optimizer steps with clipping on this rank's share of the sequences: loss and norm of each, then weights."""
     optimizer = build_adamw(decoder, OptimizerConfig(learning_rate=0.05))
-    found = []
+    routers, found = RouterSteps(decoder.routers), []
     for step in range(2):
         share = ids.chunk(world_size)[rank]
-        for router in decoder.routers:
-            router.begin_step(step)
+        routers.begin(step, rank)
         logits, routings = decoder(share)
         loss = logits.float().logsumexp(-1).mean()
         for routing in routings:
             loss = loss + routing.router_probs.square().mean()
             loss = loss + sum(asked.mean() for asked in (routing.losses or {}).values())
+        sums = [router_stats(routing, torch.ones(share.numel(), dtype=torch.bool)).sums for routing in routings]
+        if world_size > 1 and any(sums):
+            sums = BatchSums().of_all(sums)
+        for router, layer in zip(decoder.routers, sums, strict=True):
+            loss = loss + sum(router.batch_losses(layer).values())
         loss.backward()
         norm = gradient_norm(decoder.parameters())
         scale_gradients(decoder.parameters(), (0.5 / norm).clamp(max=1.0))

@@ -64,6 +64,10 @@ class Router(Float32Buffers):
     experts_class: type[Experts] = Experts  # of its layers
     # Whether its parameters learn from more than the weights on the experts' outputs, or there are none to learn.
     other_teacher = False
+    # Whose tokens these are, set before begin_step: the number of the micro-batch within the optimizer step, and of the
+    # rank, whose tokens follow those of the ranks before it.
+    micro_batch = 0
+    rank = 0
 
     def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
         super().__init__()
@@ -119,14 +123,26 @@ class Router(Float32Buffers):
         return layer.num_experts if cls.runs_experts else layer.num_experts_per_tok
 
     @classmethod
+    def idle_parameters(cls, config: ModelConfig, layer: LayerConfig) -> int:
+        """Its parameters that no token passes in evaluation."""
+        return 0
+
+    @classmethod
     def width_of_equal_flops(cls, config: ModelConfig) -> int:
         """Width of experts with which a layer takes the FLOPs of a softmax gate and experts as wide as the config's."""
         return config.layer(0).moe_intermediate_size
 
     # Training ------------------------------------------------------------------------------------------------------
 
+    def batch_losses(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Losses () by name that are no mean over tokens, from ``Routing.sums`` (E,) summed over a batch's tokens.
+
+        The batch is that of the load-balancing loss (``router_aux_loss_scope``). They are added up over the layers.
+        """
+        return {}
+
     def loss_coefficients(self) -> dict[str, float | Tensor]:
-        """What each of ``Routing.losses`` is multiplied with in the training loss."""
+        """What each of ``Routing.losses`` and of ``batch_losses`` is multiplied with in the training loss."""
         return {}
 
     def reset_state(self) -> None:

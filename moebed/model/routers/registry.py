@@ -12,6 +12,7 @@ from moebed.model.routers.autonomy import Autonomy
 from moebed.model.routers.competition import CompeteSMoE, CompeteSMoEv2, ExpertNorm
 from moebed.model.routers.contract import Router
 from moebed.model.routers.controls import Balanced, FactorisedGate, FrozenGate, Hash
+from moebed.model.routers.noisy import NoisyTopK
 from moebed.model.routers.relu import ReLU
 from moebed.model.routers.sigmoid import SigmoidTopK
 from moebed.model.routers.softmax import SoftmaxTopK
@@ -24,6 +25,7 @@ ROUTERS: dict[str, type[Router]] = {
     "competesmoe_v2": CompeteSMoEv2,
     "autonomy": Autonomy,
     "relu": ReLU,
+    "noisy_topk": NoisyTopK,
     "random": FrozenGate,
     "hash": Hash,
     "factorised_gate": FactorisedGate,
