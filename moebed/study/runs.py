@@ -18,7 +18,7 @@ from moebed.errors import ConfigError, UserError
 from moebed.machine import provenance
 from moebed.model.config import ModelConfig
 from moebed.model.flops import count_parameters, flops_per_token
-from moebed.model.routers import untaught
+from moebed.model.routers import cautions
 from moebed.study.precision import KEY as PRECISION
 from moebed.study.precision import study_precision
 from moebed.study.progress import status_path
@@ -135,7 +135,7 @@ def plan_study(recipe: StudyRecipe, out: Path) -> StudyPlan:
     for seed in recipe.seeds:
         for name in recipe.arms:
             _add_runs(plan, name, resolved[name], seed, out)
-    plan.notes += [f"arm {name!r}: {said}" for name, arm in plan.arms.items() if (said := untaught(arm.config))]
+    plan.notes += [f"arm {name!r}: {said}" for name, arm in plan.arms.items() for said in cautions(arm.config)]
     plan.notes += _notes(recipe, {name: steps[-1].identity for name, steps in resolved.items()})
     return plan
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from moebed.checkpoints.checkpoint import Checkpoint
 from moebed.checkpoints.whole import fill, load_decoder, write_checkpoint
 from moebed.model.decoder import Decoder
+from moebed.model.locality import locality_loss
 from moebed.model.routers import ROUTERS
 from moebed.model.spread import whole
 from moebed.parallel.config import ParallelConfig
@@ -19,6 +20,8 @@ from moebed.views.layer import Need, ProbeText
 from moebed.views.live import walk, walk_model
 from tests.conftest import tiny_config
 from tests.parallel.forked import call
+
+OPTIONS = {"d_low": 8, "competition_rate": 1.0, "jitter": 0.1}
 
 
 def _steps(decoder: Decoder, ids: torch.Tensor, rank: int, world_size: int) -> list[float]:
@@ -34,6 +37,9 @@ def _steps(decoder: Decoder, ids: torch.Tensor, rank: int, world_size: int) -> l
         for routing in routings:
             loss = loss + routing.router_probs.square().mean()
             loss = loss + sum(asked.mean() for asked in (routing.losses or {}).values())
+            mask = torch.ones(share.numel(), dtype=torch.bool)
+            coefficient = decoder.config.locality_loss_coef
+            loss = loss + coefficient * locality_loss(routing.router_probs, mask, decoder.placement, 0.1)
         loss.backward()
         norm = gradient_norm(decoder.parameters())
         scale_gradients(decoder.parameters(), (0.5 / norm).clamp(max=1.0))
@@ -58,6 +64,7 @@ def _work(rank: int, world_size: int, options: dict, changes: dict, meta: bool) 
     parallel = ParallelConfig(**options)
     parallel.check(world_size, config)
     Layout(parallel, world_size, "cpu").apply(spread, torch.device("cpu"))
+    spread.stand_for(rank, world_size)
     found = _steps(spread, ids, rank, world_size)
     assert found == pytest.approx(expected, rel=1e-5)
     reshard(spread)
@@ -80,9 +87,13 @@ def _work(rank: int, world_size: int, options: dict, changes: dict, meta: bool) 
         ({}, {"weight_diversity_loss_coef": 1.0, "output_diversity_loss_coef": 1.0}, True),
         ({"expert": 2}, {"weight_diversity_loss_coef": 1.0, "output_diversity_loss_coef": 1.0}, True),
         *(
-            (layout, {"router": router, "router_options": {"d_low": 8, "competition_rate": 1.0}}, True)
+            (
+                layout,
+                {"router": router, "router_options": OPTIONS, "expert_ranks": 2, "locality_loss_coef": local},
+                True,
+            )
             for layout in ({}, {"expert": 2})
-            for router in ROUTERS
+            for router, local in (*((name, 0.0) for name in ROUTERS), ("softmax_topk", 1.0), ("grap", 1.0))
         ),
     ],
 )
