@@ -299,7 +299,7 @@ class ModelConfig:
             self._require(
                 experts >= ranks // on_node,
                 f"layer {index} has {experts} experts for {ranks // on_node} nodes (expert_ranks {ranks}, "
-                f"ranks_per_node {on_node}): a node without one has nowhere to keep its tokens; give at least one a node",
+                f"ranks_per_node {on_node}): a node without one has nowhere to keep its tokens; give one a node",
             )
             self._require(
                 experts % ranks == 0, f"expert_ranks is {ranks}; it must divide the {experts} experts of layer {index}"

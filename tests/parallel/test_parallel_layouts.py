@@ -21,7 +21,8 @@ from moebed.views.live import walk, walk_model
 from tests.conftest import tiny_config
 from tests.parallel.forked import call
 
-OPTIONS = {"d_low": 8, "competition_rate": 1.0, "jitter": 0.1}
+# Where the two ranks are told apart: experts on either, and what routers draw.
+RANKS = {"expert_ranks": 2, "router_options": {"d_low": 8, "competition_rate": 1.0, "jitter": 0.1}}
 
 
 def _steps(decoder: Decoder, ids: torch.Tensor, rank: int, world_size: int) -> list[float]:
@@ -87,11 +88,7 @@ def _work(rank: int, world_size: int, options: dict, changes: dict, meta: bool) 
         ({}, {"weight_diversity_loss_coef": 1.0, "output_diversity_loss_coef": 1.0}, True),
         ({"expert": 2}, {"weight_diversity_loss_coef": 1.0, "output_diversity_loss_coef": 1.0}, True),
         *(
-            (
-                layout,
-                {"router": router, "router_options": OPTIONS, "expert_ranks": 2, "locality_loss_coef": local},
-                True,
-            )
+            (layout, {**RANKS, "router": router, "locality_loss_coef": local}, True)
             for layout in ({}, {"expert": 2})
             for router, local in (*((name, 0.0) for name in ROUTERS), ("softmax_topk", 1.0), ("grap", 1.0))
         ),
