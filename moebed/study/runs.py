@@ -38,6 +38,7 @@ _NOT_IDENTITY = (
     "model.init_from",
 )
 _SEEDS = ("seed_everything", "data.seed")
+_SAME_TEXT = ("data.batch_size", "data.rows_by_domain")  # in other batches, or other rows of a batch
 
 
 @dataclass(frozen=True)
@@ -245,7 +246,7 @@ def _check_comparable(
     for name, arm in arms.items():
         for key, value in identities[name].items():
             wanted = identities[recipe.baseline].get(key)
-            if key.startswith("data.") and key != "data.batch_size" and value != wanted:
+            if key.startswith("data.") and key not in _SAME_TEXT and value != wanted:
                 raise ConfigError(
                     f"arm {name!r} has {key} {value!r} but baseline {recipe.baseline!r} has {wanted!r}; arms are "
                     "compared on the same text, so change it for all, in the study's settings"
