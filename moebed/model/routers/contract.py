@@ -58,6 +58,7 @@ class Router(Float32Buffers):
     default_norm_topk_prob = True  # where a config does not say
     fixed_top_k = True  # whether every token has K experts
     has_plan_formula = False  # whether it keeps a gate's logits for the backward pass, and no more (see moebed.plan)
+    keeps_input = True  # whether the backward pass needs its input, as a product's does
     compiles = True  # whether its forward pass is one graph for torch.compile
     sees_batch = False  # whether a token's experts depend on the other tokens of a batch while `chooses_tokens`
     chooses_tokens = False  # of such a router: route as in training, in evaluation too

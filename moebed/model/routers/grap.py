@@ -45,6 +45,7 @@ class GrAP(Router):
     default_norm_topk_prob = False
     other_teacher = True  # no parameters
     has_plan_formula = True
+    keeps_input = False  # a mean's backward pass knows its input's shape alone
     step: Tensor
 
     def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:

@@ -78,10 +78,10 @@ class LocMoEPlus(GrAP):
         routing = super().forward(hidden_states, experts, token_ids)
         if not (self.training or self.chooses_tokens):
             return routing
-        length = hidden_states.float().norm(dim=-1, keepdim=True)
+        length = hidden_states.detach().float().norm(dim=-1, keepdim=True)
         scale = math.sqrt(self.num_experts / self.hidden_size)  # ‖ω_i‖
         affinity = routing.router_logits.detach() / (scale * length).clamp_min(torch.finfo(length.dtype).tiny)
-        return self.keep_nearest(routing, affinity.detach())
+        return self.keep_nearest(routing, affinity)
 
     def keep_nearest(self, routing: Routing, affinity: Tensor) -> Routing:
         """The routing with each expert's own choice among the tokens that chose it, by their affinity δ (T, E)."""
