@@ -52,8 +52,8 @@ class GrAP(Router):
         super().__init__(config, layer)
         self.hidden_size = config.hidden_size
         self.salt = mixed(mixed(self.options.seed) ^ layer.index)
-        # A tensor, so that a compiled graph holds for every step.
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64), persistent=False)
+        # A tensor, so that a compiled graph holds for every step; float32 has whole numbers to 16 million.
+        self.register_buffer("step", torch.zeros((), dtype=torch.float32), persistent=False)
 
     @classmethod
     def check(cls, config: ModelConfig) -> None:
@@ -99,7 +99,7 @@ class GrAP(Router):
         if token_ids is None:
             raise TypeError("the jitter of router grap needs token_ids: pass them to the block or MoE that is called")
         expert = torch.arange(self.num_experts, device=token_ids.device)
-        number = mixed(mixed(token_ids.unsqueeze(1) ^ mixed(self.step ^ self.salt)) ^ expert)  # (T, E)
+        number = mixed(mixed(token_ids.unsqueeze(1) ^ mixed(self.step.long() ^ self.salt)) ^ expert)  # (T, E)
         return means + self.options.jitter * (number.to(torch.float32) * _UNIT - 1)
 
     def choose(self, logits: Tensor) -> Routing:
