@@ -118,6 +118,8 @@ def make_probes(names: Sequence[str], options: Settings | None = None) -> list[P
     for name in names:
         probe, given = PROBES[name](), options.get(name, {})
         known = [one.name for one in fields(probe.Options)]
+        if not isinstance(given, Mapping):
+            raise ConfigError(f"probes: the options of {name} are {given!r}; give them by name, such as {{ranks: 8}}")
         for key in given:
             if key not in known:
                 hint = did_you_mean(key, known, f"it has {', '.join(known) or 'none'}")
