@@ -98,7 +98,8 @@ class LocMoEPlus(GrAP):
         kept = torch.zeros_like(is_kept).scatter(1, order, is_kept).view(tokens, -1)  # (T, E)
         weight = routing.topk_weight.masked_fill(~kept.gather(1, routing.topk_index), 0.0)
         weight, place = weight.sort(dim=-1, descending=True, stable=True)
-        return routing._replace(topk_index=routing.topk_index.gather(1, place), topk_weight=weight, ragged=True)
+        index = routing.topk_index.gather(1, place)
+        return Routing(routing.router_logits, routing.router_probs, index, weight, ragged=True)
 
     def _is_kept(self, nearest: Tensor) -> Tensor:
         """Whether an expert keeps its first, second, ... token; of their affinities in descending order (P, t, E)."""
