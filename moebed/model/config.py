@@ -97,6 +97,13 @@ class ModelConfig:
             passes; 0 turns it off. It takes each output by itself, which costs memory.
         weight_diversity_loss_coef: Coefficient of the mean squared cosine between the experts' mean neurons; 0 turns
             it off.
+        locality_loss_coef: Coefficient of the locality loss, which keeps the tokens of a rank on the experts of its
+            node; 0 turns it off (see moebed.model.locality).
+        locality_epsilon: Share of a rank's tokens that the locality loss leaves to other nodes; above 0 and below 1.
+        expert_ranks: Ranks over which the experts are thought to be spread, in order, by the locality loss and by
+            routers that choose among the tokens of a rank. A process stands for as many of them as its number leaves,
+            and cuts its batch into so many parts; where parallel.expert is above 1 it must be the same.
+        ranks_per_node: Of these ranks; must divide them.
         rms_norm_eps: Added to the mean square in every RMSNorm.
         rope_theta: Base of the rotary position embedding.
         rope_scaling: Llama 3's stretching of the rotary embedding's slow dimensions: factor, low_freq_factor,
@@ -147,6 +154,10 @@ class ModelConfig:
     router_z_loss_coef: float = 0.0
     output_diversity_loss_coef: float = 0.0
     weight_diversity_loss_coef: float = 0.0
+    locality_loss_coef: float = 0.0
+    locality_epsilon: float = 0.1
+    expert_ranks: int = 1
+    ranks_per_node: int = 1
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: dict[str, float] | None = None
@@ -206,6 +217,7 @@ class ModelConfig:
             "router_z_loss_coef",
             "output_diversity_loss_coef",
             "weight_diversity_loss_coef",
+            "locality_loss_coef",
             "initializer_range",
         ):
             self._require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
@@ -222,6 +234,8 @@ class ModelConfig:
         for layer in range(self.num_hidden_layers):
             self._check_layer(layer)
         self._settle_shared_width()
+        self._check_ranks()
+        _routers().ROUTERS[self.router].check(self)
 
     def _check_router(self) -> None:
         routers = _routers()
@@ -305,6 +319,27 @@ class ModelConfig:
         self.num_shared_experts, self.shared_expert_intermediate_size = max(1, count), width
         self.hyper_experts = None
 
+    def _check_ranks(self) -> None:
+        ranks, on_node = self.expert_ranks, self.ranks_per_node
+        self._require(ranks >= 1, f"expert_ranks is {ranks}; it must be at least 1")
+        self._require(
+            on_node >= 1 and ranks % on_node == 0, f"ranks_per_node is {on_node}; it must divide expert_ranks {ranks}"
+        )
+        self._require(
+            0 < self.locality_epsilon < 1,
+            f"locality_epsilon is {self.locality_epsilon}; it must be above 0, where the loss is infinite, and below 1",
+        )
+        for index in self.moe_layers if ranks > 1 else ():
+            experts = self.layer(index).num_experts
+            self._require(
+                experts >= ranks // on_node,
+                f"layer {index} has {experts} experts for {ranks // on_node} nodes (expert_ranks {ranks}, "
+                f"ranks_per_node {on_node}): a node without one has nowhere to keep its tokens; give one a node",
+            )
+            self._require(
+                experts % ranks == 0, f"expert_ranks is {ranks}; it must divide the {experts} experts of layer {index}"
+            )
+
     def _settle_shared_width(self) -> None:
         """A width that is a number of experts is said by that number alone, so that one model has one config."""
         width, one = self.shared_expert_intermediate_size, self.moe_intermediate_size
@@ -356,6 +391,11 @@ class ModelConfig:
         }
 
     @property
+    def layer_losses(self) -> dict[str, float]:
+        """Coefficients of what a config asks of a layer beside balancing, by name."""
+        return {**self.diversity_losses, "locality": self.locality_loss_coef}
+
+    @property
     def moe_layers(self) -> list[int]:
         """Indices of the layers that have experts."""
         return [i for i in range(self.num_hidden_layers) if self.layer(i).num_experts > 0]
@@ -372,7 +412,7 @@ class ModelConfig:
 
 
 def _routers() -> Any:
-    """By its name: routers are built of configs, and are looked up when the first config is made."""
+    """The package, by its name: routers are built of configs, and are looked up when the first config is made."""
     return importlib.import_module("moebed.model.routers")
 
 

@@ -22,6 +22,7 @@ from moebed.model.config import LayerConfig, ModelConfig
 from moebed.model.experts import weighted_sum
 from moebed.model.fused import ACTIVATIONS
 from moebed.model.hyper_experts import AdapterGenerator, build_adapters, build_generator
+from moebed.model.locality import Placement
 from moebed.model.losses import output_similarity, weight_similarity
 from moebed.model.routers import Router, Routing, build_router
 
@@ -173,6 +174,7 @@ class Decoder(nn.Module):
         self.config = config
         self.activation_checkpointing = activation_checkpointing
         self.seed = int(torch.randint(2**62, (), device="cpu"))  # before any part draws numbers of its own
+        self.placement = Placement.of(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.rotary = RotaryEmbedding(config)
         generator = build_generator(config)
@@ -227,6 +229,16 @@ class Decoder(nn.Module):
         """The router that decides by itself how a parameter begins."""
         owner, found, _ = name.rpartition(".router.")
         return self.get_submodule(f"{owner}.router") if found and not hasattr(parameter, "is_drawn") else None  # type: ignore[return-value]
+
+    def stand_for(self, process: int, processes: int) -> None:
+        """Say which of several processes this is: which of the ranks that share the experts its tokens are of.
+
+        Raises:
+            ConfigError: The ranks cannot be spread over so many processes.
+        """
+        self.placement = Placement.of(self.config, process, processes)
+        for router in self.routers:
+            router.token_parts = self.placement.count
 
     @property
     def routers(self) -> list[Router]:

@@ -66,11 +66,18 @@ def attention(setup: Setup) -> int:
 def router(setup: Setup, index: int) -> int:
     """Norm, its output in float32, logits, probabilities, their sums, choices (int64) and weights before and after.
 
-    4·T·H + 8·T·E + 4·T + (8 + 4 + 4)·T·K, and 4·T for the sum by which the weights are divided.
+    4·T·H + 8·T·E + 4·T + (8 + 4 + 4)·T·K, and 4·T for the sum by which the weights are divided; without 4·T·H of a
+    router that has no product.
     """
     layer, tokens = setup.config.layer(index), setup.tokens
     weights = 8 * layer.num_experts_per_tok + 4 if setup.config.norm_topk_prob else 4 * layer.num_experts_per_tok
-    kept = 4 * setup.config.hidden_size + 8 * layer.num_experts + 4 + 8 * layer.num_experts_per_tok + weights
+    kept = (
+        4 * setup.config.hidden_size * setup.router_keeps_input
+        + 8 * layer.num_experts
+        + 4
+        + 8 * layer.num_experts_per_tok
+        + weights
+    )
     return _stream_norm(setup) + kept * tokens
 
 
@@ -101,7 +108,7 @@ def shared_experts(setup: Setup, index: int) -> int:
     total = _gated_ffn(setup, layer.shared_intermediate_size)
     if setup.stream.autocast:
         total += _matrix_inputs(setup, 3 if gated else 2)
-    elif setup.stream.parameter < 4:  # in float32 the router keeps this very tensor
+    elif setup.stream.parameter < 4 or not setup.router_keeps_input:  # in float32 a gate keeps this very tensor
         total += residual(setup)
     return total + (c * setup.tokens * (config.hidden_size + 1) if gated else 0)
 

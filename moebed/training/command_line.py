@@ -238,7 +238,7 @@ class TrainingCLI(LightningCLI):
         with waiting("preparing text") if shown else nullcontext():
             self.datamodule.prepare_data()
             self.datamodule.setup("fit")
-        self.model.check_data(self.datamodule)
+        self.model.check_data(self.datamodule, self.trainer.world_size)
         require_whole_steps(self.trainer)
         SchedulePlan.of(self.model.optimizer_config, self.trainer)
         config: Any = self.model.config

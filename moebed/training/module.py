@@ -20,8 +20,10 @@ from moebed.errors import ConfigError, UserError
 from moebed.machine.progress import say
 from moebed.model.config import ModelConfig
 from moebed.model.decoder import Decoder, MoE, evaluating
+from moebed.model.locality import Placement, locality_loss
 from moebed.model.losses import IGNORE_INDEX, load_balancing_loss, router_stats, token_losses
-from moebed.model.routers import RouterSteps, untaught
+from moebed.model.routers import RouterSteps, cautions
+from moebed.model.routers.locmoe_plus import choosing_tokens
 from moebed.parallel.gathered import GatheredModel
 from moebed.parallel.strategy import MeshStrategy
 from moebed.training.batch_sums import BatchSums
@@ -76,7 +78,7 @@ class MoEModule(LightningModule):
         init_from: str | None = None,
     ) -> None:
         super().__init__()
-        if (said := untaught(config)) is not None:
+        for said in cautions(config):
             rank_zero_warn(f"model.config: {said}")
         self.config = config
         self.optimizer_config = optimizer or OptimizerConfig()
@@ -104,6 +106,7 @@ class MoEModule(LightningModule):
         self._former_plan: dict[str, Any] = {}
         self._rng: dict[str, Any] | None = None
         self._val_loss: TextLoss | None = None
+        self._expert_choice_loss: TextLoss | None = None  # of routers that see a batch, as they route in training
         self.last_validated_step: int | None = None
 
     # What other parts of moebed read ------------------------------------------------------------------------------
@@ -155,12 +158,16 @@ class MoEModule(LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         if data is None:
             raise UserError("MoEModule needs a data module with labels and bytes; pass datamodule=TextDataModule(...)")
-        self.check_data(data)
+        self.check_data(data, self.trainer.world_size)
+        self.decoder.stand_for(self.trainer.global_rank, self.trainer.world_size)
         self._val_loss = TextLoss(len(data.domains)).to(self.device)
+        if any(router.sees_batch for router in self.decoder.routers):
+            self._expert_choice_loss = TextLoss(len(data.domains)).to(self.device)
 
-    def check_data(self, data: Any) -> None:
-        """Raise ConfigError if the model cannot take what the data module gives."""
+    def check_data(self, data: Any, processes: int = 1) -> None:
+        """Raise ConfigError if the model cannot take what the data module gives to each of so many processes."""
         data.check_vocabulary(self.config.vocab_size)
+        Placement.of(self.config, 0, processes).check_batch(data.batch_size)
         if data.sequence_length > self.config.max_position_embeddings:
             raise ConfigError(
                 f"data.sequence_length is {data.sequence_length} but the model's max_position_embeddings is "
@@ -245,6 +252,10 @@ class MoEModule(LightningModule):
         logits, routings = self.decoder(input_ids)
         mask = (labels != IGNORE_INDEX).flatten()
         stats = [router_stats(routing, mask) for routing in routings]
+        if self.training and self.config.locality_loss_coef:
+            where = self.decoder.placement, self.config.locality_epsilon
+            for routing, layer in zip(routings, stats, strict=True):
+                layer.losses["locality"] = locality_loss(routing.router_probs, mask, *where)
         return StepTerms(
             token_losses(logits, labels).sum(dim=1),
             [layer.counts for layer in stats],
@@ -283,7 +294,7 @@ class MoEModule(LightningModule):
         total = terms.nats.new_zeros(())
         found: dict[str, list[Tensor]] = {}
         for router, losses in zip(self.decoder.routers, terms.router_losses, strict=True):
-            coefficients = {**router.loss_coefficients(), **self.config.diversity_losses}
+            coefficients = {**router.loss_coefficients(), **self.config.layer_losses}
             for name, value in losses.items():
                 total = total + coefficients[name] * value / len(terms.router_losses)
                 found.setdefault(name, []).append(value)
@@ -338,9 +349,15 @@ class MoEModule(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Sum up the text loss of every domain."""
         assert self._val_loss is not None
+        self._add_text_loss(self._val_loss, batch)
+        if self._expert_choice_loss is not None:
+            with choosing_tokens(self.decoder.routers):
+                self._add_text_loss(self._expert_choice_loss, batch)
+
+    def _add_text_loss(self, total: TextLoss, batch: Batch) -> None:
         nats = self._forward_terms(batch["input_ids"], batch["labels"]).nats
         tokens = (batch["labels"] != IGNORE_INDEX).sum(dim=1)
-        self._val_loss.update(nats, tokens, batch["label_bytes"].sum(dim=1), batch["domain"])
+        total.update(nats, tokens, batch["label_bytes"].sum(dim=1), batch["domain"])
 
     def on_validation_epoch_end(self) -> None:
         """Log loss, perplexity and bits per byte, over all text and by domain."""
@@ -359,6 +376,9 @@ class MoEModule(LightningModule):
         assert self._val_loss is not None
         found = {name: value.cpu() for name, value in self._val_loss.compute().items()}
         self._val_loss.reset()
+        if self._expert_choice_loss is not None:
+            self.log(f"{stage}/loss_by_expert_choice", self._expert_choice_loss.compute()["loss"].cpu())
+            self._expert_choice_loss.reset()
         domains = self.trainer.datamodule.domains  # type: ignore[attr-defined]
         for name in ("loss", "perplexity", "bits_per_byte"):  # sums over ranks already
             self.log(f"{stage}/{name}", found[name], prog_bar=name == "bits_per_byte")

@@ -10,6 +10,7 @@ from moebed.checkpoints.checkpoint import Checkpoint
 from moebed.checkpoints.whole import fill, load_decoder, write_checkpoint
 from moebed.model import hyper_experts
 from moebed.model.decoder import Decoder
+from moebed.model.locality import locality_loss
 from moebed.model.losses import router_stats
 from moebed.model.routers import ROUTERS, RouterSteps
 from moebed.model.spread import whole
@@ -33,6 +34,8 @@ HYPER = {
     "shared_equal_flops": {"hyper_experts": {**SIZES, "adapters": "shared_equal_flops"}},
     "shared_equal_parameters": {"hyper_experts": {**SIZES, "adapters": "shared_equal_parameters"}},
 }
+# Where the two ranks are told apart: experts on either, and what routers draw.
+RANKS = {"expert_ranks": 2, "router_options": {"d_low": 8, "competition_rate": 1.0, "jitter": 0.1}}
 
 
 def _steps(decoder: Decoder, ids: torch.Tensor, rank: int, world_size: int) -> list[float]:
@@ -43,11 +46,14 @@ def _steps(decoder: Decoder, ids: torch.Tensor, rank: int, world_size: int) -> l
         share = ids.chunk(world_size)[rank]
         routers.begin(step, rank)
         logits, routings = decoder(share)
+        mask = torch.ones(share.numel(), dtype=torch.bool)
         loss = logits.float().logsumexp(-1).mean()
         for routing in routings:
             loss = loss + routing.router_probs.square().mean()
             loss = loss + sum(asked.mean() for asked in (routing.losses or {}).values())
-        sums = [router_stats(routing, torch.ones(share.numel(), dtype=torch.bool)).sums for routing in routings]
+            coefficient = decoder.config.locality_loss_coef
+            loss = loss + coefficient * locality_loss(routing.router_probs, mask, decoder.placement, 0.1)
+        sums = [router_stats(routing, mask).sums for routing in routings]
         if world_size > 1 and any(sums):
             sums = BatchSums().of_all(sums)
         for router, layer in zip(decoder.routers, sums, strict=True):
@@ -76,6 +82,7 @@ def _work(rank: int, world_size: int, options: dict, changes: dict, meta: bool) 
     parallel = ParallelConfig(**options)
     parallel.check(world_size, config)
     Layout(parallel, world_size, "cpu").apply(spread, torch.device("cpu"))
+    spread.stand_for(rank, world_size)
     found = _steps(spread, ids, rank, world_size)
     assert found == pytest.approx(expected, rel=1e-5)
     reshard(spread)
@@ -98,9 +105,9 @@ def _work(rank: int, world_size: int, options: dict, changes: dict, meta: bool) 
         ({}, {"weight_diversity_loss_coef": 1.0, "output_diversity_loss_coef": 1.0}, True),
         ({"expert": 2}, {"weight_diversity_loss_coef": 1.0, "output_diversity_loss_coef": 1.0}, True),
         *(
-            (layout, {"router": router, "router_options": {"d_low": 8, "competition_rate": 1.0}}, True)
+            (layout, {**RANKS, "router": router, "locality_loss_coef": local}, True)
             for layout in ({}, {"expert": 2})
-            for router in ROUTERS
+            for router, local in (*((name, 0.0) for name in ROUTERS), ("softmax_topk", 1.0), ("grap", 1.0))
         ),
     ],
 )

@@ -121,6 +121,17 @@ def test_activations_are_what_autograd_saves(kind, precision):
     assert expected == pytest.approx(saved_bytes(config, setup, precision, casts=False), rel=0.02)
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("router", ["grap", "locmoe_plus", "hash", "balanced"])
+@pytest.mark.parametrize("shared", [0, 1])
+def test_routers_without_a_product_keep_no_input(router, precision, shared):
+    config = config_of("mixtral", router=router, num_shared_experts=shared)
+    setup = Setup(config, 3, 160, PRECISIONS[precision], device="cpu")
+    kept = [activations.block(setup, index) for index in range(2)]
+    expected = sum(sum(parts.values()) for parts in kept) + activations.logits(setup)
+    assert expected == pytest.approx(saved_bytes(config, setup, precision, casts=False), rel=0.02)
+
+
 @pytest.mark.parametrize("kind", ["mixtral", "deepseek", "grok"])
 def test_cast_weights_are_counted(kind):
     config = config_of(kind)

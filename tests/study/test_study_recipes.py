@@ -14,13 +14,13 @@ from moebed.commands.size import overridden
 from moebed.model.config import ModelConfig
 from moebed.model.decoder import Decoder, MoE
 from moebed.model.flops import count_parameters, flops_per_token
-from moebed.model.routers import untaught
+from moebed.model.routers import cautions, untaught
 from moebed.upcycling.methods import METHODS, Settings
 
 EXPERIMENTS = ("routing", "allocation", "scheme", "measurement", "granularity")
 FOLDER = Path(__file__).parents[2] / "recipes" / "studies"
 NAMES = [f"{name}_{size}" for name in EXPERIMENTS for size in ("small", "paper")]
-NAMES += ["allocation_shapes_small", "related_small"]
+NAMES += ["allocation_shapes_small", "related_small", "locality_small"]
 STUDIES = {name: FOLDER / f"{name}.yaml" for name in NAMES}
 
 
@@ -167,6 +167,28 @@ def test_the_dense_model_of_drop_upcycling_is_152_million():
     assert count_parameters(dense)[0] == pytest.approx(152e6, rel=0.005)
 
 
+def test_arms_of_locality_differ_in_router_loss_and_rows_alone():
+    """Is it the router or the loss, and is it the text on the ranks?"""
+    study, _ = _read("locality_small")
+    arms = _arms("locality_small")
+    found = {
+        (c.router, c.locality_loss_coef, study["arms"][name].get("data.rows_by_domain", True))
+        for name, c in arms.items()
+    }
+    assert found >= {
+        ("softmax_topk", 0.0, True),
+        ("hash", 0.0, True),
+        ("grap", 0.0, True),
+        ("grap", 0.01, True),
+        ("softmax_topk", 0.01, True),
+        ("softmax_topk", 0.01, False),
+    }
+    assert len(found) == len(arms)
+    assert {(c.num_experts_per_tok, c.norm_topk_prob, c.expert_ranks, c.ranks_per_node) for c in arms.values()} == {
+        (1, False, 4, 2)
+    }
+
+
 @pytest.mark.parametrize("name", ["routing_small", "routing_paper"])
 def test_autonomy_is_as_wide_as_its_paper_s_formula(name):
     """d_wide = (3·H·F − d_low·H) / (d_low + 2H), to a multiple of 8 (2501.13074, section 3.2)."""
@@ -192,7 +214,7 @@ def test_the_study_command_accepts_it(name, tmp_path):
     study, _ = _read(name)
     assert set(plan.arms) == set(study["arms"])
     assert len(plan.final) == len(study["arms"]) * len(study["seeds"])
-    assert plan.notes == []
+    assert plan.notes == [f"arm {arm!r}: {said}" for arm, config in _arms(name).items() for said in cautions(config)]
     assert list(tmp_path.iterdir()) == []
     for arm, config in _arms(name).items():
         assert plan.arms[arm].config == config
