@@ -49,6 +49,8 @@ class TextDataModule(LightningDataModule):
             a streaming domain.
         seed: Seed of the mixture and of the order of training sequences.
         cache_dir: Where tokenized text is kept; the environment's MOEBED_CACHE or ~/.cache/moebed if not given.
+        rows_by_domain: Order the sequences of every global batch by domain, so that each process, or each of the ranks
+            that one stands for (model.config.expert_ranks), trains on domains of its own. Which text a step sees stays.
         mixing: Weights of the domains, and how they change while training; the sources' own, and static, if not given.
 
     Attributes:
@@ -68,6 +70,7 @@ class TextDataModule(LightningDataModule):
         max_validation_windows: int | None = None,
         seed: int = 0,
         cache_dir: str | None = None,
+        rows_by_domain: bool = False,
         mixing: MixingConfig = _SOURCES_OWN,
     ) -> None:
         super().__init__()
@@ -89,7 +92,7 @@ class TextDataModule(LightningDataModule):
         self.tokenizer_config = tokenizer
         self.sequence_length, self.batch_size, self.seed = sequence_length, batch_size, seed
         self.validation_fraction, self.max_validation_windows = validation_fraction, max_validation_windows
-        self.cache_dir = cache_dir
+        self.cache_dir, self.rows_by_domain = cache_dir, rows_by_domain
         start_weights(self.sources, [1] * len(self.sources), mixing.start)  # refused now, if it must be
         self.mixing = RULES[mixing.rule](mixing, self.domains)
         self.model_vocab_size: int | None = None
@@ -214,6 +217,7 @@ class TextDataModule(LightningDataModule):
             world_size,
             tracked=self.trainer is not None,
             identity=hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16],
+            rows_by_domain=self.rows_by_domain,
         )
         if self._resumed is not None:
             self._train_loader.load_state_dict(self._resumed)

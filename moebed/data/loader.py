@@ -88,6 +88,8 @@ class PackedLoader:
         world_size: Number of processes.
         tracked: Count a batch as consumed only when told.
         identity: What a checkpoint's data should have in common with this; a difference on resuming is warned about.
+        rows_by_domain: Order the rows of every global batch by domain, so that ranks see domains of their own; of
+            domains that do not stream it holds the same samples either way.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class PackedLoader:
         world_size: int = 1,
         tracked: bool = False,
         identity: str = "",
+        rows_by_domain: bool = False,
     ) -> None:
         self._draws = DomainDraws(seed, weights)
         self._streams = {index: d for index, d in enumerate(domains) if isinstance(d, TokenStream)}
@@ -109,6 +112,7 @@ class PackedLoader:
         self._sequence_length, self._batch_size = sequence_length, batch_size
         self._rank, self._world_size = rank, world_size
         self._tracked, self._identity = tracked, identity
+        self._rows_by_domain = rows_by_domain
         self._position = 0
         self._consumed = self._snapshot()
         self._whole: dict[str, Any] | None = None  # of all ranks, when it was last asked for
@@ -185,13 +189,21 @@ class PackedLoader:
 
     def _next_batch(self) -> Batch:
         first = self._rank * self._batch_size
-        windows = [self._window(row) for row in range(first, first + self._batch_size)]
+        samples = self._samples()
+        windows = [self._window(row, samples[row]) for row in range(first, first + self._batch_size)]
         self._position += self._batch_size * self._world_size
         return collate(windows, self._batch_size, self._sequence_length, padding_id=0)
 
-    def _window(self, row: int) -> _Window:
-        """The next window of a row of the global batch."""
-        domain, index = self._draws.locate(self._position + row)
+    def _samples(self) -> Sequence[int]:
+        """Which sample of the global batch each of its rows is."""
+        rows = range(self._batch_size * self._world_size)
+        if not self._rows_by_domain:
+            return rows
+        return sorted(rows, key=lambda sample: self._draws.locate(self._position + sample)[0])
+
+    def _window(self, row: int, sample: int) -> _Window:
+        """The next window of a row of the global batch, which is one of its samples."""
+        domain, index = self._draws.locate(self._position + sample)
         if (packer := self._packers.get(domain)) is not None:
             return domain, *packer.next_window(row)
         return window_at(self._streams[domain], domain, self._orders[domain].start(index), self._sequence_length)
@@ -229,6 +241,7 @@ class PackedLoader:
         Where their product differs, a streaming source goes on after the document furthest read: what was tokenized
         and not yet used is left out.
         """
+        self._stop_reading()
         if state_dict["identity"] == self._identity:
             self._draws.load_state_dict(state_dict.get("draws", {}))
         else:
@@ -236,7 +249,6 @@ class PackedLoader:
                 "the checkpoint was trained on other data (sources, tokenizer, sequence length, weights or seed): "
                 f"going on at sample {state_dict['position']} of this data"
             )
-        self._stop_reading()
         self._restore(state_dict)
         self._source = self._fetched()
         self._ahead.clear()

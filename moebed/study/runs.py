@@ -18,14 +18,14 @@ from moebed.errors import ConfigError, UserError
 from moebed.machine import provenance
 from moebed.model.config import ModelConfig
 from moebed.model.flops import count_parameters, flops_per_token
-from moebed.model.routers import untaught
+from moebed.model.routers import cautions
 from moebed.study.precision import KEY as PRECISION
 from moebed.study.precision import study_precision
 from moebed.study.progress import status_path
 from moebed.study.recipe import Overrides, Step, StudyRecipe
 from moebed.study.resolving import Resolved, as_arguments, flatten, resolve
 from moebed.training.trainer import AUTO
-from moebed.upcycling.command import read_layers, read_options, read_settings
+from moebed.upcycling.command import read_layers, read_options, read_settings, text_files
 from moebed.upcycling.upcycle import upcycled_config
 
 # Where things lie and what is shown while they are made: no part of what a run is.
@@ -38,6 +38,7 @@ _NOT_IDENTITY = (
     "model.init_from",
 )
 _SEEDS = ("seed_everything", "data.seed")
+_SAME_TEXT = ("data.batch_size", "data.rows_by_domain")  # in other batches, or other rows of a batch
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def plan_study(recipe: StudyRecipe, out: Path) -> StudyPlan:
     for seed in recipe.seeds:
         for name in recipe.arms:
             _add_runs(plan, name, resolved[name], seed, out)
-    plan.notes += [f"arm {name!r}: {said}" for name, arm in plan.arms.items() if (said := untaught(arm.config))]
+    plan.notes += [f"arm {name!r}: {said}" for name, arm in plan.arms.items() for said in cautions(arm.config)]
     plan.notes += _notes(recipe, {name: steps[-1].identity for name, steps in resolved.items()})
     return plan
 
@@ -163,7 +164,11 @@ def _resolve_steps(recipe: StudyRecipe, steps: Sequence[Step], plan: StudyPlan, 
         if step.kind == "upcycle":
             dense = found[-1].config
             assert dense is not None
-            arguments = [f"--{key.replace('_', '-')}={value}" for key, value in step.settings.items()]
+            arguments = [
+                f"--{key.replace('_', '-')}={value}"
+                for key, given in step.settings.items()
+                for value in (given if isinstance(given, list) else [given])
+            ]
             options = read_options(["DENSE", "--out=OUT", *arguments])
             shared, layers = options.get("shared_experts", 0), read_layers(options)
             settings = read_settings(options)
@@ -173,7 +178,9 @@ def _resolve_steps(recipe: StudyRecipe, steps: Sequence[Step], plan: StudyPlan, 
                 for key, value in config.to_dict().items()
                 if key not in NOT_IN_CHECKPOINTS and value != getattr(dense, key)
             }
-            found.append(_CheckedStep("upcycle", arguments, {**options, **after, **code}, None))
+            texts = provenance.files_record(text_files(options))
+            identity = {**options, **after, **code, **({"texts": texts} if texts else {})}
+            found.append(_CheckedStep("upcycle", arguments, identity, None))
             continue
         last = index == len(steps) - 1
         overrides = {**recipe.settings, **upcycled, **step.settings}
@@ -245,7 +252,7 @@ def _check_comparable(
     for name, arm in arms.items():
         for key, value in identities[name].items():
             wanted = identities[recipe.baseline].get(key)
-            if key.startswith("data.") and key != "data.batch_size" and value != wanted:
+            if key.startswith("data.") and key not in _SAME_TEXT and value != wanted:
                 raise ConfigError(
                     f"arm {name!r} has {key} {value!r} but baseline {recipe.baseline!r} has {wanted!r}; arms are "
                     "compared on the same text, so change it for all, in the study's settings"

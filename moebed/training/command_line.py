@@ -240,7 +240,7 @@ class TrainingCLI(LightningCLI):
         with waiting("preparing text") if shown else nullcontext():
             self.datamodule.prepare_data()
             self.datamodule.setup("fit")
-        self.model.check_data(self.datamodule)
+        self.model.check_data(self.datamodule, self.trainer.world_size)
         self.datamodule.mixing.check(self.datamodule, self.trainer, self.model.config.moe_layers)
         require_whole_steps(self.trainer)
         SchedulePlan.of(self.model.optimizer_config, self.trainer)

@@ -23,10 +23,13 @@ from moebed.errors import ConfigError, UserError
 from moebed.machine.progress import say
 from moebed.model.config import ModelConfig
 from moebed.model.decoder import Decoder, MoE, evaluating
+from moebed.model.locality import Placement, locality_loss
 from moebed.model.losses import IGNORE_INDEX, domain_counts, load_balancing_loss, router_stats, token_losses
-from moebed.model.routers import RouterSteps, untaught
+from moebed.model.routers import RouterSteps, cautions
+from moebed.model.routers.locmoe_plus import choosing_tokens
 from moebed.parallel.gathered import GatheredModel
 from moebed.parallel.strategy import MeshStrategy
+from moebed.training.batch_sums import BatchSums
 from moebed.training.lightning_private import forget_step_values
 from moebed.training.metrics import TextLoss, bits_per_byte
 from moebed.training.not_finite import NotFinite
@@ -47,6 +50,7 @@ class StepTerms(NamedTuple):
     mean_probs: list[Tensor]  # (E,) mean router probability
     z_losses: list[Tensor]  # ()
     router_losses: list[dict[str, Tensor]]  # () by name, what a layer asks for beside
+    router_sums: list[dict[str, Tensor]]  # (E,) by name, what a layer's losses of the batch are made of
     domain_counts: Tensor | None = None  # (D, E) of each domain in the last MoE layer, where the data ask for it
 
 
@@ -78,7 +82,7 @@ class MoEModule(LightningModule):
         init_from: str | None = None,
     ) -> None:
         super().__init__()
-        if (said := untaught(config)) is not None:
+        for said in cautions(config):
             rank_zero_warn(f"model.config: {said}")
         self.config = config
         self.optimizer_config = optimizer or OptimizerConfig()
@@ -90,16 +94,23 @@ class MoEModule(LightningModule):
                 f"model.compile is on, but router {config.router} decides anew in each step which graph it is; "
                 "turn compile off"
             )
+        if compile and not self.decoder.adapters_compile:
+            raise ConfigError(
+                "model.compile is on, but there can be more sets of experts than hyper_experts makes adapters of at a "
+                "time; turn compile off"
+            )
         self._router_steps = RouterSteps(self.decoder.routers)
         self._terms = torch.compile(self._forward_terms, fullgraph=True, dynamic=False) if compile else None
         self._laid_out = False
         self._window_counts: list[Tensor] = []
+        self._batch_sums = BatchSums()
         self._step_log = StepLog()
         self._begins_step = True
         self._plan: SchedulePlan | None = None
         self._former_plan: dict[str, Any] = {}
         self._rng: dict[str, Any] | None = None
         self._val_loss: TextLoss | None = None
+        self._expert_choice_loss: TextLoss | None = None  # of routers that see a batch, as they route in training
         self._mixing = Static(MixingConfig(), [])
         self.last_validated_step: int | None = None
 
@@ -152,15 +163,19 @@ class MoEModule(LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         if data is None:
             raise UserError("MoEModule needs a data module with labels and bytes; pass datamodule=TextDataModule(...)")
-        self.check_data(data)
+        self.check_data(data, self.trainer.world_size)
+        self.decoder.stand_for(self.trainer.global_rank, self.trainer.world_size)
         self._mixing = getattr(data, "mixing", self._mixing)
         if stage == "fit":
             self._mixing.check(data, self.trainer, self.config.moe_layers)
         self._val_loss = TextLoss(len(data.domains)).to(self.device)
+        if any(router.sees_batch for router in self.decoder.routers):
+            self._expert_choice_loss = TextLoss(len(data.domains)).to(self.device)
 
-    def check_data(self, data: Any) -> None:
-        """Raise ConfigError if the model cannot take what the data module gives."""
+    def check_data(self, data: Any, processes: int = 1) -> None:
+        """Raise ConfigError if the model cannot take what the data module gives to each of so many processes."""
         data.check_vocabulary(self.config.vocab_size)
+        Placement.of(self.config, 0, processes).check_batch(data.batch_size)
         if data.sequence_length > self.config.max_position_embeddings:
             raise ConfigError(
                 f"data.sequence_length is {data.sequence_length} but the model's max_position_embeddings is "
@@ -201,6 +216,7 @@ class MoEModule(LightningModule):
         The norm before clipping is logged.
         """
         self._window_counts = []
+        self._batch_sums.forget()
         parameters = list(self.decoder.parameters())
         norm = gradient_norm(parameters)
         self._note("grad_norm", norm)
@@ -221,7 +237,7 @@ class MoEModule(LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Routers learn which optimizer step this is part of; the log of the one before is closed."""
-        self._router_steps.begin(self.global_step)
+        self._router_steps.begin(self.global_step, self.global_rank)
         if self._begins_step:
             self._begins_step = False
             self._step_log.clear()
@@ -238,7 +254,7 @@ class MoEModule(LightningModule):
         self._note("loss", loss)
         self._note("bits_per_byte", bits_per_byte(nats, batch["label_bytes"].sum()))
         self._note("learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
-        total = loss + self._balancing_losses(terms) + self._router_losses(terms)
+        total = loss + self._balancing_losses(terms) + self._router_losses(terms) + self._batch_losses(terms)
         self._router_steps.add(terms.counts, tokens)
         if terms.domain_counts is not None:
             self._mixing.add(terms.domain_counts)
@@ -250,12 +266,17 @@ class MoEModule(LightningModule):
         mask = (labels != IGNORE_INDEX).flatten()
         stats = [router_stats(routing, mask) for routing in routings]
         domains = len(self._mixing.domains)
+        if self.training and self.config.locality_loss_coef:
+            where = self.decoder.placement, self.config.locality_epsilon
+            for routing, layer in zip(routings, stats, strict=True):
+                layer.losses["locality"] = locality_loss(routing.router_probs, mask, *where)
         return StepTerms(
             token_losses(logits, labels).sum(dim=1),
             [layer.counts for layer in stats],
             [layer.mean_probs for layer in stats],
             [layer.z_loss for layer in stats],
             [layer.losses for layer in stats],
+            [layer.sums for layer in stats],
             None if domain is None else domain_counts(routings[-1], mask, domain, domains),
         )
 
@@ -288,9 +309,24 @@ class MoEModule(LightningModule):
         total = terms.nats.new_zeros(())
         found: dict[str, list[Tensor]] = {}
         for router, losses in zip(self.decoder.routers, terms.router_losses, strict=True):
-            coefficients = {**router.loss_coefficients(), **self.config.diversity_losses}
+            coefficients = {**router.loss_coefficients(), **self.config.layer_losses}
             for name, value in losses.items():
                 total = total + coefficients[name] * value / len(terms.router_losses)
+                found.setdefault(name, []).append(value)
+        for name, values in found.items():
+            self._note(f"{name}_loss", torch.stack(values).mean())
+        return total
+
+    def _batch_losses(self, terms: StepTerms) -> Tensor:
+        """Weighted sum over the layers of the routers' losses of a batch; logs each, unweighted, as a mean."""
+        total = terms.nats.new_zeros(())
+        sums = terms.router_sums
+        if self.config.router_aux_loss_scope == "global" and any(sums):
+            sums = self._batch_sums.of_all(sums)
+        found: dict[str, list[Tensor]] = {}
+        for router, layer in zip(self.decoder.routers, sums, strict=True):
+            for name, value in router.batch_losses(layer).items():
+                total = total + router.loss_coefficients()[name] * value
                 found.setdefault(name, []).append(value)
         for name, values in found.items():
             self._note(f"{name}_loss", torch.stack(values).mean())
@@ -328,9 +364,15 @@ class MoEModule(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Sum up the text loss of every domain."""
         assert self._val_loss is not None
+        self._add_text_loss(self._val_loss, batch)
+        if self._expert_choice_loss is not None:
+            with choosing_tokens(self.decoder.routers):
+                self._add_text_loss(self._expert_choice_loss, batch)
+
+    def _add_text_loss(self, total: TextLoss, batch: Batch) -> None:
         nats = self._forward_terms(batch["input_ids"], batch["labels"]).nats
         tokens = (batch["labels"] != IGNORE_INDEX).sum(dim=1)
-        self._val_loss.update(nats, tokens, batch["label_bytes"].sum(dim=1), batch["domain"])
+        total.update(nats, tokens, batch["label_bytes"].sum(dim=1), batch["domain"])
 
     def on_validation_epoch_end(self) -> None:
         """Log loss, perplexity and bits per byte, over all text and by domain; domains' weights may follow the loss."""
@@ -352,6 +394,9 @@ class MoEModule(LightningModule):
         assert self._val_loss is not None
         found = {name: value.cpu() for name, value in self._val_loss.compute().items()}
         self._val_loss.reset()
+        if self._expert_choice_loss is not None:
+            self.log(f"{stage}/loss_by_expert_choice", self._expert_choice_loss.compute()["loss"].cpu())
+            self._expert_choice_loss.reset()
         domains = self.trainer.datamodule.domains  # type: ignore[attr-defined]
         for name in ("loss", "perplexity", "bits_per_byte"):  # sums over ranks already
             self.log(f"{stage}/{name}", found[name], prog_bar=name == "bits_per_byte")

@@ -63,6 +63,23 @@ def test_an_epoch_takes_each_window_once_and_the_next_another_cut() -> None:
     assert order.start(3) == epochs[0][3]  # going back gives the same
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_rows_by_domain_are_the_same_samples_in_another_order(world_size) -> None:
+    """Ranks see domains of their own; what a step sees, and where a resumed run goes on, stays."""
+
+    def batches(**options) -> list[Batch]:
+        loaders = [_loader(8 // world_size, rank, world_size, **options) for rank in range(world_size)]
+        steps = zip(*(islice(loader, 6) for loader in loaders), strict=True)
+        return [{key: torch.cat([part[key] for part in parts]) for key in parts[0]} for parts in steps]
+
+    plain, sorted_rows = batches(), batches(rows_by_domain=True)
+    for one, other in zip(plain, sorted_rows, strict=True):
+        assert bool((other["domain"].diff() >= 0).all())
+        order = one["domain"].argsort(stable=True)
+        assert _equal({key: value[order] for key, value in one.items()}, other)
+    assert not all(_equal(*pair) for pair in zip(plain, sorted_rows, strict=True))
+
+
 @given(size=st.integers(S + 1, 60), index=st.integers(0, 200))
 @settings(max_examples=100, deadline=None)
 def test_windows_of_small_streams_are_inside(size: int, index: int) -> None:

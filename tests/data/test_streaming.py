@@ -28,6 +28,7 @@ def config(request: pytest.FixtureRequest, tmp_path: Path) -> SourceConfig:
     files = [str(path) for path in paths]
     if request.param == "files":
         return SourceConfig("stream", kind="files", path=files, streaming=True)
+    pytest.importorskip("datasets")
     return SourceConfig("stream", kind="hub", path="json", data_files=files, streaming=True)
 
 

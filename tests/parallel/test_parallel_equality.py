@@ -62,6 +62,29 @@ def test_every_layout_has_the_same_selection_bias(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+@pytest.mark.parametrize("adapters", ["unchosen", "constant", "free"])
+def test_every_layout_trains_the_same_hyper_experts(tmp_path, adapters):
+    """Each rank generates the adapters of its own tokens; the generator's gradient is the mean over all of them."""
+    settings = {"hyper_experts": {"adapters": adapters}, "num_experts_per_tok": 1, "norm_topk_prob": False}
+    path, weights, found = recipe(tmp_path, 6, **settings), {}, {}
+    for layout in ("1 process", "DDP-2", "FSDP2-2", "EP-2"):
+        arguments, ranks = fit(path, tmp_path / layout, layout, "--trainer.val_check_interval", "3")
+        run(arguments, ranks, tmp_path / "logs" / layout)
+        found[layout] = curves(tmp_path / layout)
+        weights[layout] = load_decoder(Checkpoint.open(tmp_path / layout / "checkpoints" / "last.ckpt")).stored()
+    for layout, numbers in found.items():
+        for tag in ("train/loss", "train/grad_norm", "val/bits_per_byte"):
+            assert len(numbers[tag]) > 1
+            assert _largest(numbers, found["1 process"], [tag]) < 1e-5, (layout, tag)
+        for name, weight in weights[layout].items():
+            if "adapter" in name or "hyper_experts" in name:
+                # In norm: where a gradient is nearly 0, Adam's step has the size of the others whatever its sign.
+                wanted = weights["1 process"][name]
+                assert torch.dist(weight, wanted) < 1e-3 * wanted.norm(), (layout, name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("first", "second", "options"),
     [

@@ -58,12 +58,19 @@ class Router(Float32Buffers):
     default_norm_topk_prob = True  # where a config does not say
     fixed_top_k = True  # whether every token has K experts
     has_plan_formula = False  # whether it keeps a gate's logits for the backward pass, and no more (see moebed.plan)
+    keeps_input = True  # whether the backward pass needs its input, as a product's does
     compiles = True  # whether its forward pass is one graph for torch.compile
+    sees_batch = False  # whether a token's experts depend on the other tokens of a batch while `chooses_tokens`
+    chooses_tokens = False  # of such a router: route as in training, in evaluation too
     adaptive = False  # whether it has state that end_step changes; where no router of a model has, none is called
     runs_experts = False  # whether it asks for experts' outputs when it routes in evaluation
     experts_class: type[Experts] = Experts  # of its layers
     # Whether its parameters learn from more than the weights on the experts' outputs, or there are none to learn.
     other_teacher = False
+    # Whose tokens these are, set before begin_step: the number of the micro-batch within the optimizer step, and of the
+    # rank, whose tokens follow those of the ranks before it.
+    micro_batch = 0
+    rank = 0
 
     def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
         super().__init__()
@@ -71,6 +78,16 @@ class Router(Float32Buffers):
         self.num_experts_per_tok = layer.num_experts_per_tok
         self.norm_topk_prob = config.norm_topk_prob
         self.options = config.router_options
+        self.token_parts = config.expert_ranks  # ranks whose tokens come one after another in a call, in training
+
+    @classmethod
+    def check(cls, config: ModelConfig) -> None:
+        """Raise ConfigError for a model that it cannot route."""
+
+    @classmethod
+    def caution(cls, config: ModelConfig) -> str | None:
+        """What a person should know who chose it, said where a run begins."""
+        return None
 
     def forward(self, hidden_states: Tensor, experts: ExpertOutputs, token_ids: Tensor | None = None) -> Routing:
         """Route hidden_states (T, H) of tokens token_ids (T,)."""
@@ -119,14 +136,26 @@ class Router(Float32Buffers):
         return layer.num_experts if cls.runs_experts else layer.num_experts_per_tok
 
     @classmethod
+    def idle_parameters(cls, config: ModelConfig, layer: LayerConfig) -> int:
+        """Its parameters that no token passes in evaluation."""
+        return 0
+
+    @classmethod
     def width_of_equal_flops(cls, config: ModelConfig) -> int:
         """Width of experts with which a layer takes the FLOPs of a softmax gate and experts as wide as the config's."""
         return config.layer(0).moe_intermediate_size
 
     # Training ------------------------------------------------------------------------------------------------------
 
+    def batch_losses(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Losses () by name that are no mean over tokens, from ``Routing.sums`` (E,) summed over a batch's tokens.
+
+        The batch is that of the load-balancing loss (``router_aux_loss_scope``). They are added up over the layers.
+        """
+        return {}
+
     def loss_coefficients(self) -> dict[str, float | Tensor]:
-        """What each of ``Routing.losses`` is multiplied with in the training loss."""
+        """What each of ``Routing.losses`` and of ``batch_losses`` is multiplied with in the training loss."""
         return {}
 
     def reset_state(self) -> None:
