@@ -90,7 +90,7 @@ def _work(rank: int, world_size: int, options: dict, changes: dict, meta: bool) 
     for name, parameter in spread.named_parameters():
         # In norm: where a gradient is nearly 0, Adam's step has the size of the others whatever its sign.
         difference = torch.dist(whole(parameter.detach()), wanted[name].detach())
-        assert difference < 1e-4 * wanted[name].norm(), name
+        assert difference < 1e-4 * wanted[name].norm(), (name, float(difference / wanted[name].norm()))
 
 
 @pytest.mark.parametrize(
