@@ -28,8 +28,8 @@ HYPER = {
     "some at a time": {"hyper_experts": dict(SIZES)},
     "constant": {"hyper_experts": {**SIZES, "adapters": "constant"}},
     "free": {"hyper_experts": {**SIZES, "adapters": "free"}, **ONE},
+    # The other such control is the same but for its width.
     "shared_equal_flops": {"hyper_experts": {**SIZES, "adapters": "shared_equal_flops"}},
-    "shared_equal_parameters": {"hyper_experts": {**SIZES, "adapters": "shared_equal_parameters"}},
 }
 
 
