@@ -31,8 +31,8 @@ HYPER = {
     "some at a time": {"hyper_experts": dict(SIZES)},
     "constant": {"hyper_experts": {**SIZES, "adapters": "constant"}},
     "free": {"hyper_experts": {**SIZES, "adapters": "free"}, **ONE},
+    # The other such control is the same but for its width.
     "shared_equal_flops": {"hyper_experts": {**SIZES, "adapters": "shared_equal_flops"}},
-    "shared_equal_parameters": {"hyper_experts": {**SIZES, "adapters": "shared_equal_parameters"}},
 }
 # Where the two ranks are told apart: experts on either, and what routers draw.
 RANKS = {"expert_ranks": 2, "router_options": {"d_low": 8, "competition_rate": 1.0, "jitter": 0.1}}
