@@ -167,7 +167,7 @@ def _draw_matrix(arrays: Arrays, layout: str) -> Figure:
     layers = first_middle_last(list(found))
     fig = drawing.new_figure(
         max(7.0, 1.6 + 3.0 * len(layers)),
-        4.1,
+        4.7,
         f"Assignments of each rank's tokens (row) to each rank's experts (column),\n"
         f"as a multiple of an even share: {layout}; boxes are nodes",
     )
