@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from moebed.machine.float64 import double
+from moebed.model.native import gram as native_gram
 from probes.measures.krylov import BLOCK, Directions, KrylovSpace
 
 EXACT_BELOW = 512  # a side; the whole decomposition in float64 then takes less than a tenth of a second
@@ -129,12 +130,16 @@ def full_gram(short: Tensor) -> Gram:
 def rounded_gram(short: Tensor) -> Gram:
     """The Gram matrix of a bfloat16 matrix (N, K), rounded to bfloat16 but for its diagonal."""
     short = short.contiguous()  # which costs less than it saves
-    product, side = gram(short), len(short)
-    bands = short.split(max(1, _BAND_ELEMENTS // short.shape[1]))
-    squares = torch.cat([torch.linalg.vector_norm(band.float(), dim=1).square_() for band in bands])
+    side = len(short)
+    if native_gram.fits(short):
+        product, squares, beside = native_gram.rounded_gram(short)
+    else:
+        product = gram(short)
+        bands = short.split(max(1, _BAND_ELEMENTS // short.shape[1]))
+        squares = torch.cat([torch.linalg.vector_norm(band.float(), dim=1).square_() for band in bands])
+        size = sum(float(torch.linalg.vector_norm(band.float())) ** 2 for band in product.split(_BAND_ELEMENTS // side))
+        beside = size - float(squares.square().sum())
     lost = squares - product.diagonal().float()
-    size = sum(float(torch.linalg.vector_norm(band.float())) ** 2 for band in product.split(_BAND_ELEMENTS // side))
-    beside = size - float(squares.square().sum())
     # An entry is off by .4 of this on average: a matrix of such errors has twice their mean size times √N for its norm.
     noise = torch.finfo(product.dtype).eps / 4 * math.sqrt(max(beside, 0.0) / side)
     return Gram(product, lost.unsqueeze(1), float(double(squares).sum()), noise)
@@ -163,10 +168,10 @@ def times_wide(matrix: Tensor, block: Tensor) -> Tensor:
     step = max(1, _BAND_ELEMENTS // matrix.shape[1 if by_rows else 0])
     if by_rows:
         return torch.cat([band.to(block.dtype) @ block for band in matrix.split(step)])
-    total = block.new_zeros(len(matrix), block.shape[1])
-    for band, part in zip(matrix.split(step, dim=1), block.split(step), strict=True):
-        total.addmm_(band.to(block.dtype), part)
-    return total
+    total = block.new_zeros(block.shape[1], len(matrix))  # that way round MKL's is the faster one
+    for band, part in zip(matrix.T.split(step), block.T.contiguous().split(step, dim=1), strict=True):
+        total.addmm_(part, band.to(block.dtype))
+    return total.T
 
 
 def spectrum(given: Gram, start: Tensor, signs: int, count: int) -> Spectrum:
