@@ -28,7 +28,7 @@ from probes.measures.matching import exact_products, match_pairs
 
 DEEPSEEK, MIXTRAL = (1408, 2048), (14336, 4096)  # N, H
 LAYER_EXPERTS, SOME_EXPERTS = 64, 5
-STREAMED = streaming.Shape()
+STREAMED = streaming.Shape(experts=3, layers=1)  # a part of the model: rates are per matrix, and no cache holds 1 GB
 MATRICES = 3  # of which one, down, has its neurons as columns
 
 
@@ -153,7 +153,7 @@ def big_rows(rounds: int) -> list[dict[str, Any]]:
 
 
 def streaming_rows(rounds: int) -> list[dict[str, Any]]:
-    """Reading a checkpoint, and a pass of text through a layer of it, at Mixtral 8x7B's size."""
+    """Reading a checkpoint, and a pass of text through a layer of it, with matrices of Mixtral 8x7B's size."""
     rows = []
     with tempfile.TemporaryDirectory(prefix="moebed-bench-") as scratch:
         folder = streaming.write_model(Path(scratch) / "model", STREAMED)
@@ -258,6 +258,8 @@ def run(
         "reading and multiplying a layer: each expert matrix read from the page cache, copied to float32 and "
         "multiplied by its transpose on its shorter side, the least product that lengths, angles, spectra follow from"
     )
+    if "weights" in only:
+        notes.append(weights.rates())
     if not full:
         notes.append(f"a layer is timed over {SOME_EXPERTS} of its {LAYER_EXPERTS} experts; --full takes all")
     return {"rounds": rounds, "full": full, "notes": notes, "rows": rows}
