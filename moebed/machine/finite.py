@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_CACHED_BYTES = 1 << 18
+_CACHED_BYTES = 1 << 19
 # As integers: signed and unsigned ones of the same width, and the bits of +Inf, the least of all that are not finite.
 _BITS = {
     torch.bfloat16: (torch.int16, np.uint16, 0x7F80),

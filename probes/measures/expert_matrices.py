@@ -23,7 +23,7 @@ from probes.measures.principal import NOISE, standardised_products
 from probes.measures.similarity import off_diagonal, scalar_products
 
 _BAND_ELEMENTS = 1 << 24  # of all experts, that are in memory at a time where a layer's are not
-_SUMMED_ELEMENTS = 1 << 18  # a megabyte in float32, which stays in a core's cache
+_SUMMED_ELEMENTS = 1 << 19  # two megabytes in float32, which stay in a core's cache
 _MANY = 32  # experts from which on a product of their coordinates gains by bf16
 
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,12 +92,16 @@ class KrylovSpace:
 
 
 def _orthonormal(block: Tensor) -> tuple[Tensor, float]:
-    """An orthonormal basis (N, B) of what a block spans, and the least pivot."""
-    factor, failed = torch.linalg.cholesky_ex((block.T @ block).cpu().double())
-    pivots = factor.diagonal()
-    if not int(failed) and float(pivots.min()) > _CONDITIONED * float(pivots.max()):
-        inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor), dtype=factor.dtype), upper=False)
-        return block @ inverse.T.to(block), float(pivots.min())
+    """An orthonormal basis (N, B) of what a block spans, and the least pivot.
+
+    What is of the block's width is NumPy's: threads side by side would wait for one another at each small step of
+    PyTorch's, which lets go of the interpreter.
+    """
+    with suppress(np.linalg.LinAlgError):
+        factor = np.linalg.cholesky((block.T @ block).cpu().numpy().astype(np.float64))
+        pivots = factor.diagonal()
+        if pivots.min() > _CONDITIONED * pivots.max():
+            return block @ torch.from_numpy(np.linalg.inv(factor).T).to(block), float(pivots.min())
     block, corner = torch.linalg.qr(block)
     return block, float(corner.diagonal().abs().min())
 

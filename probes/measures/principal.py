@@ -81,7 +81,8 @@ def point_components(points: Tensor, dims: int) -> tuple[np.ndarray, np.ndarray]
     points = points.float().cpu()
     if len(points) < 2 or not torch.isfinite(points).all():
         return np.full((len(points), dims), np.nan, np.float32), np.full(dims, np.nan, np.float32)
-    points = points.clone()
+    with torch.inference_mode(False):  # threads write into it that are not in that mode
+        points = points.clone()
     columns = points.split(max(1, _CACHED_ELEMENTS // len(points)), dim=1)
     with one_core_each("points") as each:
         list(each(partial(_standardise, count=len(points)), columns))

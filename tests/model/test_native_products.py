@@ -7,7 +7,6 @@ from moebed.model import native
 from moebed.model.native import coordinates, gram
 from probes.measures.principal import standardised_products
 
-
 SUM = 5e-6  # what a float32 sum of 512 products may be off by, and is rarely
 
 
