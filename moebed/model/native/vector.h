@@ -49,6 +49,7 @@ inline void store(BFloat16* to, Vector value) { _mm256_storeu_si256((__m256i*)to
 inline Vector min(Vector a, Vector b) { return _mm512_min_ps(a, b); }
 inline Vector max(Vector a, Vector b) { return _mm512_max_ps(a, b); }
 inline Vector abs(Vector a) { return _mm512_abs_ps(a); }
+inline Vector sqrt(Vector a) { return _mm512_sqrt_ps(a); }
 inline Vector round(Vector a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT); }
 inline Vector times_power_of_two(Vector a, Vector n) { return _mm512_scalef_ps(a, n); }
 inline Mask negative(Vector a) { return _mm512_cmp_ps_mask(a, set(0.0f), _CMP_LT_OQ); }
@@ -106,6 +107,7 @@ inline Vector abs(Vector a) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   return {_mm256_andnot_ps(sign, a.low), _mm256_andnot_ps(sign, a.high)};
 }
+inline Vector sqrt(Vector a) { return {_mm256_sqrt_ps(a.low), _mm256_sqrt_ps(a.high)}; }
 inline Vector round(Vector a) {
   constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   return {_mm256_round_ps(a.low, nearest), _mm256_round_ps(a.high, nearest)};
