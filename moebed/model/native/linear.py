@@ -17,9 +17,9 @@ FASTEST = frozenset({"avx2"})
 
 def fits(x: Tensor, *weights: Tensor) -> bool:
     """Whether x (..., K) and weights (N, K) are float32 in plain memory of a CPU, large, in multiples of 16."""
-    if x.dtype != torch.float32 or torch.is_autocast_enabled(x.device.type) or any(len(w) % 16 for w in weights):
+    if x.dtype != torch.float32 or any(len(weight) % 16 for weight in weights) or not rowwise.fits(x, 16, *weights):
         return False
-    return rowwise.fits(x, 16, *weights) and native.instruction_set() in FASTEST
+    return not torch.is_autocast_enabled("cpu") and native.instruction_set() in FASTEST
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
