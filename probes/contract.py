@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
@@ -65,6 +65,21 @@ class ProbeResult:
     pages: Mapping[str, Callable[[], str]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class ProbeOptions:
+    """What one probe can be told: one that can be told something has its own as ``Options``; every field has a default.
+
+    Raises ConfigError where a value is not of its default's kind.
+    """
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value, default = getattr(self, one.name), one.default
+            kinds = (int, float) if type(default) is float else (type(default),)
+            if type(value) not in kinds:
+                raise ConfigError(f"probes: {one.name} is {value!r}; it must be such as {default!r}")
+
+
 class Probe:
     """One analysis. It sees layer views in order, no Trainer, no path, no logger.
 
@@ -91,9 +106,13 @@ class Probe:
     needs: ClassVar[frozenset[Need]]
     sources: ClassVar[tuple[str, ...]] = ()
     optional_sources: ClassVar[tuple[str, ...]] = ()
+    # Its settings, and what they are in this pass. What ``describe`` needs of them is stored.
+    Options: ClassVar[type[ProbeOptions]] = ProbeOptions
+    options: ProbeOptions = ProbeOptions()
 
     def __init__(self) -> None:
         self.arrays: dict[str, np.ndarray] = {}
+        self.options = self.Options()
 
     def put(self, key: str, layer: int | None, value: Tensor | np.ndarray | float, part: str = "") -> None:
         """Store an array or a number of a layer, or of none, and of a part of it; float64 is stored as float32."""

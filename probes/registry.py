@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any, TypeVar
 
 from moebed.errors import ConfigError, did_you_mean
 from probes.activations import Activations
 from probes.balance import Balance
+from probes.capacity import Capacity
 from probes.chosen_vs_rest import ChosenVsRest
 from probes.coactivation import Coactivation
 from probes.contract import Probe, in_order
@@ -29,6 +31,7 @@ from probes.repeats import Repeats
 from probes.router_state import RouterState
 from probes.routing import RoutingMap
 from probes.saturation import Saturation
+from probes.traffic import Traffic
 from probes.vocabulary import Vocabulary
 from probes.weight_vs_output import WeightVsOutput
 
@@ -42,6 +45,8 @@ _WITH_TEXT: tuple[type[Probe], ...] = (
     Repeats,
     Coactivation,
     Vocabulary,
+    Traffic,
+    Capacity,
     Saturation,
     NormVsScore,
     NormOrigin,
@@ -93,6 +98,35 @@ def register(probe: Own) -> Own:
         raise ConfigError(f"probe {probe.name!r} is {PROBES[probe.name].__qualname__} already; choose another name")
     PROBES[probe.name] = probe
     return probe
+
+
+Settings = Mapping[str, Mapping[str, Any]]  # of probes, by the probe's name and the setting's
+
+
+def make_probes(names: Sequence[str], options: Settings | None = None) -> list[Probe]:
+    """A fresh object of each of these probes, with its settings where some are given.
+
+    Raises:
+        ConfigError: Settings are given of a probe that does not run, or one is unknown or of another kind.
+    """
+    options = options or {}
+    for name in options:
+        if name not in names:
+            hint = did_you_mean(name, names, f"those that do are {', '.join(names)}")
+            raise ConfigError(f"probes: options are given for {name!r}, which does not run; {hint}")
+    probes = []
+    for name in names:
+        probe, given = PROBES[name](), options.get(name, {})
+        known = [one.name for one in fields(probe.Options)]
+        if not isinstance(given, Mapping):
+            raise ConfigError(f"probes: the options of {name} are {given!r}; give them by name, such as {{ranks: 8}}")
+        for key in given:
+            if key not in known:
+                hint = did_you_mean(key, known, f"it has {', '.join(known) or 'none'}")
+                raise ConfigError(f"probes: {name} has no option {key!r}; {hint}")
+        probe.options = probe.Options(**given)
+        probes.append(probe)
+    return probes
 
 
 def resolve_probes(names: Sequence[str] | None) -> tuple[str, ...]:

@@ -30,6 +30,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--probes", metavar="A,B", help="all that the inputs allow (the default), or some of them by name"
     )
+    parser.add_argument(
+        "--probe-option",
+        action="append",
+        metavar="PROBE.NAME=VALUE",
+        help="a setting of a probe, such as traffic.ranks=8; may be repeated",
+    )
     text = parser.add_argument_group("text to run through it; without any, only weights are looked at")
     text.add_argument(
         "--text",
@@ -71,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 _DEFAULTS: dict[str, Any] = {
     "probes": "all",
+    "probe_option": [],
     "reference_dense": None,
     "layers": "all",
     "dtype": None,
@@ -104,8 +111,10 @@ def run(command: str, arguments: Sequence[str]) -> None:
     from moebed.checkpoints.reading_bar import ReadingBar
     from moebed.checkpoints.texts import TextOptions
     from moebed.machine import storage
+    from moebed.machine.allocator import keep_freed_blocks
     from moebed.machine.termination import ending_on_sigterm
     from moebed.training.command_line import require_writable, say
+    from probes.registry import make_probes
     from probes.report.page import left_out, write_report
     from probes.running.callback import ProbeCallback
     from probes.running.checkpoint_pass import probes_for
@@ -124,7 +133,8 @@ def run(command: str, arguments: Sequence[str]) -> None:
         if not text:
             raise ConfigError("--save-logits needs text; give --text, --input-ids or --domain")
         chosen.append("logits")
-    probes_for(chosen, bool(text))
+    settings = _probe_options(options["probe_option"])
+    make_probes(probes_for(chosen, bool(text)), settings)
     if options["device"] == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device is available here; use --device cpu")
     require_writable(out)
@@ -143,10 +153,11 @@ def run(command: str, arguments: Sequence[str]) -> None:
     )
     for note in model.notes:
         say(f"note: {note}")
-    probing = ProbeCallback(chosen, out=str(out), fresh=options["fresh"])
+    probing = ProbeCallback(chosen, out=str(out), fresh=options["fresh"], options=settings)
     kept = json.dumps(options["dtype"]) + "\n"  # once the folder is known to be this model's
     keeping = LambdaCallback(on_predict_start=lambda *_: storage.write_text(_kept_dtype(out), kept))
     _quiet()
+    keep_freed_blocks()
     trainer = Trainer(
         accelerator="cpu" if options["device"] == "cpu" else "gpu",
         devices=1,
@@ -244,6 +255,22 @@ def _several(value: Any) -> list[str]:
 def _domains(value: Any) -> list[str]:
     """NAME=FILE, several; in a YAML file a mapping does as well."""
     return [f"{name}={file}" for name, file in value.items()] if isinstance(value, dict) else _several(value)
+
+
+def _probe_options(value: Any) -> dict[str, dict[str, Any]]:
+    """PROBE.NAME=VALUE, several; in a YAML file a mapping of mappings does as well."""
+    import yaml
+
+    if isinstance(value, dict):
+        return value
+    found: dict[str, dict[str, Any]] = {}
+    for one in _several(value):
+        name, equals, setting = one.partition("=")
+        probe, dot, key = name.partition(".")
+        if not (equals and dot and key):
+            raise ConfigError(f"probe_option {one!r} is none; write PROBE.NAME=VALUE, such as traffic.ranks=8")
+        found.setdefault(probe, {})[key] = yaml.safe_load(setting)
+    return found
 
 
 def _layer(text: str) -> int:

@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from moebed.errors import ConfigError, did_you_mean
 from moebed.model.allocation import allocate
+from moebed.model.hyper_config import HyperExperts
 
 PerLayer = int | list[int]
 
@@ -82,6 +83,7 @@ class ModelConfig:
         shared_expert_intermediate_size: Width of that FFN where it is another; num_shared_experts then says only in
             which layers there is one.
         shared_expert_gate: Scale the shared expert's output by a learned sigmoid gate (Qwen2-MoE).
+        hyper_experts: HyperMoE, or one of its controls: an adapter beside the experts; none if not given.
         hidden_act: Activation on the gate projection: silu (SwiGLU), gelu (GeGLU, exact) or gelu_tanh.
         router: Name of the routing rule (moebed/README.md lists them), or of one that --plugins made known.
         router_options: Settings of the router; those of other routers are passed over.
@@ -95,6 +97,13 @@ class ModelConfig:
             passes; 0 turns it off. It takes each output by itself, which costs memory.
         weight_diversity_loss_coef: Coefficient of the mean squared cosine between the experts' mean neurons; 0 turns
             it off.
+        locality_loss_coef: Coefficient of the locality loss, which keeps the tokens of a rank on the experts of its
+            node; 0 turns it off (see moebed.model.locality).
+        locality_epsilon: Share of a rank's tokens that the locality loss leaves to other nodes; above 0 and below 1.
+        expert_ranks: Ranks over which the experts are thought to be spread, in order, by the locality loss and by
+            routers that choose among the tokens of a rank. A process stands for as many of them as its number leaves,
+            and cuts its batch into so many parts; where parallel.expert is above 1 it must be the same.
+        ranks_per_node: Of these ranks; must divide them.
         rms_norm_eps: Added to the mean square in every RMSNorm.
         rope_theta: Base of the rotary position embedding.
         rope_scaling: Llama 3's stretching of the rotary embedding's slow dimensions: factor, low_freq_factor,
@@ -135,6 +144,7 @@ class ModelConfig:
     num_shared_experts: PerLayer = 0
     shared_expert_intermediate_size: int | None = None
     shared_expert_gate: bool = False
+    hyper_experts: HyperExperts | None = None
     hidden_act: Literal["silu", "gelu", "gelu_tanh"] = "silu"
     router: str = "softmax_topk"
     router_options: RouterOptions = field(default_factory=dict)  # type: ignore[assignment]
@@ -144,6 +154,10 @@ class ModelConfig:
     router_z_loss_coef: float = 0.0
     output_diversity_loss_coef: float = 0.0
     weight_diversity_loss_coef: float = 0.0
+    locality_loss_coef: float = 0.0
+    locality_epsilon: float = 0.1
+    expert_ranks: int = 1
+    ranks_per_node: int = 1
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: dict[str, float] | None = None
@@ -203,6 +217,7 @@ class ModelConfig:
             "router_z_loss_coef",
             "output_diversity_loss_coef",
             "weight_diversity_loss_coef",
+            "locality_loss_coef",
             "initializer_range",
         ):
             self._require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
@@ -215,15 +230,17 @@ class ModelConfig:
         )
         if allocation is not None:
             self._allocate(allocation)
+        self._settle_hyper_experts()
         for layer in range(self.num_hidden_layers):
             self._check_layer(layer)
         self._settle_shared_width()
+        self._check_ranks()
+        _routers().ROUTERS[self.router].check(self)
 
     def _check_router(self) -> None:
-        # By its name: routers are built of configs, and are looked up when the first config is made.
-        routers = importlib.import_module("moebed.model.routers")
+        routers = _routers()
         self._check_choice("router", tuple(routers.ROUTERS), "; one of your own is made known by --plugins FILE.py")
-        rule = routers.ROUTERS[self.router]
+        rule = self._rule
         self.router_options = routers.options_of(self)
         if self.norm_topk_prob is None:
             self.norm_topk_prob = rule.default_norm_topk_prob
@@ -236,6 +253,11 @@ class ModelConfig:
             f"output_diversity_loss_coef compares the K experts of a token, but router {self.router} has no fixed K; "
             "set it to 0",
         )
+
+    @property
+    def _rule(self) -> Any:
+        """The router's class."""
+        return _routers().ROUTERS[self.router]
 
     def _allocate(self, allocation: str | dict[str, int] | list[float]) -> None:
         for name in ("num_experts", "num_experts_per_tok", "num_shared_experts", "moe_intermediate_size"):
@@ -270,6 +292,53 @@ class ModelConfig:
             "choose between 1 and the number of experts",
         )
         self._require(ffn.num_shared_experts >= 0, f"num_shared_experts is {ffn.num_shared_experts} in {where}")
+
+    def _settle_hyper_experts(self) -> None:
+        """Checked; the controls that are a shared expert become one, as wide as they ask for beside what is there."""
+        settings = self.hyper_experts = HyperExperts.of(self.hyper_experts)
+        if settings is None:
+            return
+        layers = [self.layer(index) for index in self.moe_layers]
+        self._require(bool(layers), "hyper_experts stand beside experts, but num_experts is 0; leave them out")
+        if settings.adapters == "free":
+            self._require(
+                self._rule.fixed_top_k and all(layer.num_experts_per_tok == 1 for layer in layers),
+                "hyper_experts.adapters free has an adapter for each expert, which needs num_experts_per_tok 1, and a "
+                f"router with a fixed K; here they are {self.num_experts_per_tok} and {self.router}",
+            )
+        if not settings.adapters.startswith("shared_"):
+            return
+        shared = {(layer.num_shared_experts, layer.shared_intermediate_size) for layer in layers}
+        self._require(
+            len(shared) == 1,
+            f"hyper_experts.adapters {settings.adapters} is a shared expert, but layers have shared experts of "
+            "different widths; give them one",
+        )
+        count, width = shared.pop()
+        width += settings.shared_width(self.hidden_size, [layer.num_experts for layer in layers])
+        self.num_shared_experts, self.shared_expert_intermediate_size = max(1, count), width
+        self.hyper_experts = None
+
+    def _check_ranks(self) -> None:
+        ranks, on_node = self.expert_ranks, self.ranks_per_node
+        self._require(ranks >= 1, f"expert_ranks is {ranks}; it must be at least 1")
+        self._require(
+            on_node >= 1 and ranks % on_node == 0, f"ranks_per_node is {on_node}; it must divide expert_ranks {ranks}"
+        )
+        self._require(
+            0 < self.locality_epsilon < 1,
+            f"locality_epsilon is {self.locality_epsilon}; it must be above 0, where the loss is infinite, and below 1",
+        )
+        for index in self.moe_layers if ranks > 1 else ():
+            experts = self.layer(index).num_experts
+            self._require(
+                experts >= ranks // on_node,
+                f"layer {index} has {experts} experts for {ranks // on_node} nodes (expert_ranks {ranks}, "
+                f"ranks_per_node {on_node}): a node without one has nowhere to keep its tokens; give one a node",
+            )
+            self._require(
+                experts % ranks == 0, f"expert_ranks is {ranks}; it must divide the {experts} experts of layer {index}"
+            )
 
     def _settle_shared_width(self) -> None:
         """A width that is a number of experts is said by that number alone, so that one model has one config."""
@@ -322,6 +391,11 @@ class ModelConfig:
         }
 
     @property
+    def layer_losses(self) -> dict[str, float]:
+        """Coefficients of what a config asks of a layer beside balancing, by name."""
+        return {**self.diversity_losses, "locality": self.locality_loss_coef}
+
+    @property
     def moe_layers(self) -> list[int]:
         """Indices of the layers that have experts."""
         return [i for i in range(self.num_hidden_layers) if self.layer(i).num_experts > 0]
@@ -335,6 +409,11 @@ class ModelConfig:
         """Build from plain data; an unknown key is an error that names the nearest known one."""
         require_known(data, inspect.signature(cls).parameters)
         return cls(**data)
+
+
+def _routers() -> Any:
+    """The package, by its name: routers are built of configs, and are looked up when the first config is made."""
+    return importlib.import_module("moebed.model.routers")
 
 
 @cache

@@ -94,6 +94,23 @@ def router_stats(routing: Routing, token_mask: Tensor) -> RouterStats:
     return RouterStats(counts.detach(), mean_probs, z_loss, losses, sums)
 
 
+def domain_counts(routing: Routing, token_mask: Tensor, domain: Tensor, num_domains: int) -> Tensor:
+    """Assignments of each domain's tokens to each expert (D, E) float32, without a gradient.
+
+    Args:
+        routing: Of one layer.
+        token_mask: (T,) bool, tokens that count.
+        domain: (B,) index of each sequence's domain.
+        num_domains: D.
+    """
+    num_experts = routing.router_probs.shape[-1]
+    of_token = domain.unsqueeze(1).expand(-1, len(token_mask) // len(domain)).reshape(-1, 1)  # (T, 1)
+    counted = (token_mask.unsqueeze(1) & routing.assigned).to(torch.float32)  # (T, K)
+    counts = counted.new_zeros(num_domains * num_experts)
+    slots = of_token * num_experts + routing.topk_index
+    return counts.scatter_add(0, slots.flatten(), counted.flatten()).view(num_domains, num_experts)
+
+
 def load_balancing_loss(mean_probs: Tensor, counts: Tensor) -> Tensor:
     """E · Σ_i f_i P_i (Switch Transformer 2101.03961, eq. 4); float32 scalar, and 0 where nothing is assigned.
 

@@ -35,4 +35,5 @@ class Routing(NamedTuple):
 
     def without_precomputed(self) -> Routing:
         """The routing without what the experts alone need, so that keeping it holds no memory of their size."""
-        return self._replace(precomputed=None)
+        # Not _replace, through which torch 2.11's compiler loses the class.
+        return Routing(*self[:4], None, *self[5:])

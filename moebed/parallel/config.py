@@ -73,6 +73,12 @@ class ParallelConfig:
     def check(self, world_size: int, config: ModelConfig) -> None:
         """Raise ConfigError in one line if a model cannot be laid out like this over so many processes."""
         data = self.data_size(world_size)
+        asks = config.locality_loss_coef > 0 or config.expert_ranks > 1
+        if self.expert > 1 and asks and config.expert_ranks != self.expert:
+            raise ConfigError(
+                f"parallel.expert is {self.expert} but model.config.expert_ranks is {config.expert_ranks}; experts lie "
+                "where parallel puts them, so give the same number"
+            )
         for index in config.moe_layers:
             layer = config.layer(index)
             if layer.num_experts % self.expert:

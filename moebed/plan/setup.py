@@ -109,6 +109,11 @@ class Setup:
         return not self.layout.shard and self.layout.expert == 1 and self.world_size > 1
 
     @property
+    def router_keeps_input(self) -> bool:
+        """Whether the router's backward pass needs what it was given."""
+        return ROUTERS[self.config.router].keeps_input
+
+    @property
     def keeps_attention_probabilities(self) -> bool:
         """Whether attention is plain products, whose (S, S) probabilities the backward pass needs (see attention)."""
         config = self.config

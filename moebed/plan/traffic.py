@@ -7,6 +7,7 @@ A ring over n ranks sends (n - 1) / n of a buffer once to gather it or to reduce
 from __future__ import annotations
 
 from moebed.model.flops import Shapes, count
+from moebed.parallel.traffic import bytes_per_assignment
 from moebed.plan.memory import all_shapes, rank_elements
 from moebed.plan.setup import Setup
 
@@ -26,9 +27,8 @@ def all_to_all_bytes(setup: Setup, index: int) -> float:
     """
     layer = setup.config.layer(index)
     rows = setup.tokens * layer.num_experts_per_tok
-    once = rows * (2 * setup.precision.compute * setup.config.hidden_size + 4)
-    passes = 3 if setup.checkpointing else 2
-    return passes * setup.accumulate * once * _ring(setup.layout.expert) if layer.num_experts else 0.0
+    each = bytes_per_assignment(setup.config.hidden_size, setup.precision.compute, setup.checkpointing).both
+    return setup.accumulate * rows * each * _ring(setup.layout.expert) if layer.num_experts else 0.0
 
 
 def _groups(setup: Setup) -> list[tuple[int, int]]:

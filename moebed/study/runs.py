@@ -18,7 +18,7 @@ from moebed.errors import ConfigError, UserError
 from moebed.machine import provenance
 from moebed.model.config import ModelConfig
 from moebed.model.flops import count_parameters, flops_per_token
-from moebed.model.routers import untaught
+from moebed.model.routers import cautions
 from moebed.study.precision import KEY as PRECISION
 from moebed.study.precision import study_precision
 from moebed.study.progress import status_path
@@ -38,6 +38,7 @@ _NOT_IDENTITY = (
     "model.init_from",
 )
 _SEEDS = ("seed_everything", "data.seed")
+_SAME_TEXT = ("data.batch_size", "data.rows_by_domain")  # in other batches, or other rows of a batch
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def plan_study(recipe: StudyRecipe, out: Path) -> StudyPlan:
     for seed in recipe.seeds:
         for name in recipe.arms:
             _add_runs(plan, name, resolved[name], seed, out)
-    plan.notes += [f"arm {name!r}: {said}" for name, arm in plan.arms.items() if (said := untaught(arm.config))]
+    plan.notes += [f"arm {name!r}: {said}" for name, arm in plan.arms.items() for said in cautions(arm.config)]
     plan.notes += _notes(recipe, {name: steps[-1].identity for name, steps in resolved.items()})
     return plan
 
@@ -251,7 +252,7 @@ def _check_comparable(
     for name, arm in arms.items():
         for key, value in identities[name].items():
             wanted = identities[recipe.baseline].get(key)
-            if key.startswith("data.") and key != "data.batch_size" and value != wanted:
+            if key.startswith("data.") and key not in _SAME_TEXT and value != wanted:
                 raise ConfigError(
                     f"arm {name!r} has {key} {value!r} but baseline {recipe.baseline!r} has {wanted!r}; arms are "
                     "compared on the same text, so change it for all, in the study's settings"

@@ -10,18 +10,23 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from moebed.checkpoints.checkpoint import Checkpoint
 from moebed.checkpoints.families.base import NOT_IN_CHECKPOINTS, same_setting
 from moebed.checkpoints.whole import fill
+from moebed.data.mixing import MixingConfig
+from moebed.data.mixing_rules import Static
 from moebed.errors import ConfigError, UserError
 from moebed.machine.progress import say
 from moebed.model.config import ModelConfig
 from moebed.model.decoder import Decoder, MoE, evaluating
-from moebed.model.losses import IGNORE_INDEX, load_balancing_loss, router_stats, token_losses
-from moebed.model.routers import RouterSteps, untaught
+from moebed.model.locality import Placement, locality_loss
+from moebed.model.losses import IGNORE_INDEX, domain_counts, load_balancing_loss, router_stats, token_losses
+from moebed.model.routers import RouterSteps, cautions
+from moebed.model.routers.locmoe_plus import choosing_tokens
 from moebed.parallel.gathered import GatheredModel
 from moebed.parallel.strategy import MeshStrategy
 from moebed.training.batch_sums import BatchSums
@@ -46,6 +51,7 @@ class StepTerms(NamedTuple):
     z_losses: list[Tensor]  # ()
     router_losses: list[dict[str, Tensor]]  # () by name, what a layer asks for beside
     router_sums: list[dict[str, Tensor]]  # (E,) by name, what a layer's losses of the batch are made of
+    domain_counts: Tensor | None = None  # (D, E) of each domain in the last MoE layer, where the data ask for it
 
 
 class MoEModule(LightningModule):
@@ -76,7 +82,7 @@ class MoEModule(LightningModule):
         init_from: str | None = None,
     ) -> None:
         super().__init__()
-        if (said := untaught(config)) is not None:
+        for said in cautions(config):
             rank_zero_warn(f"model.config: {said}")
         self.config = config
         self.optimizer_config = optimizer or OptimizerConfig()
@@ -87,6 +93,11 @@ class MoEModule(LightningModule):
             raise ConfigError(
                 f"model.compile is on, but router {config.router} decides anew in each step which graph it is; "
                 "turn compile off"
+            )
+        if compile and not self.decoder.adapters_compile:
+            raise ConfigError(
+                "model.compile is on, but there can be more sets of experts than hyper_experts makes adapters of at a "
+                "time; turn compile off"
             )
         self._router_steps = RouterSteps(self.decoder.routers)
         self._terms = torch.compile(self._forward_terms, fullgraph=True, dynamic=False) if compile else None
@@ -99,6 +110,8 @@ class MoEModule(LightningModule):
         self._former_plan: dict[str, Any] = {}
         self._rng: dict[str, Any] | None = None
         self._val_loss: TextLoss | None = None
+        self._expert_choice_loss: TextLoss | None = None  # of routers that see a batch, as they route in training
+        self._mixing = Static(MixingConfig(), [])
         self.last_validated_step: int | None = None
 
     # What other parts of moebed read ------------------------------------------------------------------------------
@@ -150,12 +163,20 @@ class MoEModule(LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         if data is None:
             raise UserError("MoEModule needs a data module with labels and bytes; pass datamodule=TextDataModule(...)")
-        self.check_data(data)
+        self.check_data(data, self.trainer.world_size)
+        self.decoder.stand_for(self.trainer.global_rank, self.trainer.world_size)
+        self._mixing = getattr(data, "mixing", self._mixing)
+        if stage == "fit":
+            self._mixing.check(data, self.trainer, self.config.moe_layers)
         self._val_loss = TextLoss(len(data.domains)).to(self.device)
+        if any(router.sees_batch for router in self.decoder.routers):
+            self._expert_choice_loss = TextLoss(len(data.domains)).to(self.device)
 
-    def check_data(self, data: Any) -> None:
-        """Raise ConfigError if the model cannot take what the data module gives."""
+    def check_data(self, data: Any, processes: int = 1) -> None:
+        """Raise ConfigError if the model cannot take what the data module gives to each of so many processes."""
         data.check_vocabulary(self.config.vocab_size)
+        if (place := Placement.of(self.config, 0, processes)).count > 1:
+            place.check_batch(data.batch_size)
         if data.sequence_length > self.config.max_position_embeddings:
             raise ConfigError(
                 f"data.sequence_length is {data.sequence_length} but the model's max_position_embeddings is "
@@ -203,10 +224,12 @@ class MoEModule(LightningModule):
         if self.not_finite.skips(self.trainer, norm):
             optimizer.zero_grad(set_to_none=True)  # AdamW leaves a parameter without a gradient as it is
             self._router_steps.forget()
+            self._mixing.forget()
             self._log_step()
             return
-        for name, value in self._router_steps.end().items():
+        for name, value in {**self._router_steps.end(), **self._mixing.numbers()}.items():
             self._note(name, value)
+        self._mixing.end_step()
         self._log_step()
         if gradient_clip_val and gradient_clip_algorithm == "value":
             torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val, foreach=False)
@@ -224,7 +247,8 @@ class MoEModule(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Language-model loss plus the weighted balancing losses of one micro-batch."""
         input_ids, labels = batch["input_ids"], batch["labels"]
-        terms = (self._terms or self._forward_terms)(input_ids, labels)
+        domain = batch["domain"] if self._mixing.counts_load else None
+        terms = (self._terms or self._forward_terms)(input_ids, labels, domain)
         tokens = (labels != IGNORE_INDEX).sum()
         nats = terms.nats.sum()
         loss = nats / tokens
@@ -233,13 +257,20 @@ class MoEModule(LightningModule):
         self._note("learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
         total = loss + self._balancing_losses(terms) + self._router_losses(terms) + self._batch_losses(terms)
         self._router_steps.add(terms.counts, tokens)
+        if terms.domain_counts is not None:
+            self._mixing.add(terms.domain_counts)
         self.not_finite.watch(total, terms.z_losses)
         return total
 
-    def _forward_terms(self, input_ids: Tensor, labels: Tensor) -> StepTerms:
+    def _forward_terms(self, input_ids: Tensor, labels: Tensor, domain: Tensor | None = None) -> StepTerms:
         logits, routings = self.decoder(input_ids)
         mask = (labels != IGNORE_INDEX).flatten()
         stats = [router_stats(routing, mask) for routing in routings]
+        domains = len(self._mixing.domains)
+        if self.training and self.config.locality_loss_coef:
+            where = self.decoder.placement, self.config.locality_epsilon
+            for routing, layer in zip(routings, stats, strict=True):
+                layer.losses["locality"] = locality_loss(routing.router_probs, mask, *where)
         return StepTerms(
             token_losses(logits, labels).sum(dim=1),
             [layer.counts for layer in stats],
@@ -247,6 +278,7 @@ class MoEModule(LightningModule):
             [layer.z_loss for layer in stats],
             [layer.losses for layer in stats],
             [layer.sums for layer in stats],
+            None if domain is None else domain_counts(routings[-1], mask, domain, domains),
         )
 
     def _balancing_losses(self, terms: StepTerms) -> Tensor:
@@ -278,7 +310,7 @@ class MoEModule(LightningModule):
         total = terms.nats.new_zeros(())
         found: dict[str, list[Tensor]] = {}
         for router, losses in zip(self.decoder.routers, terms.router_losses, strict=True):
-            coefficients = {**router.loss_coefficients(), **self.config.diversity_losses}
+            coefficients = {**router.loss_coefficients(), **self.config.layer_losses}
             for name, value in losses.items():
                 total = total + coefficients[name] * value / len(terms.router_losses)
                 found.setdefault(name, []).append(value)
@@ -333,14 +365,22 @@ class MoEModule(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Sum up the text loss of every domain."""
         assert self._val_loss is not None
+        self._add_text_loss(self._val_loss, batch)
+        if self._expert_choice_loss is not None:
+            with choosing_tokens(self.decoder.routers):
+                self._add_text_loss(self._expert_choice_loss, batch)
+
+    def _add_text_loss(self, total: TextLoss, batch: Batch) -> None:
         nats = self._forward_terms(batch["input_ids"], batch["labels"]).nats
         tokens = (batch["labels"] != IGNORE_INDEX).sum(dim=1)
-        self._val_loss.update(nats, tokens, batch["label_bytes"].sum(dim=1), batch["domain"])
+        total.update(nats, tokens, batch["label_bytes"].sum(dim=1), batch["domain"])
 
     def on_validation_epoch_end(self) -> None:
-        """Log loss, perplexity and bits per byte, over all text and by domain."""
-        self._log_text_loss("val")
+        """Log loss, perplexity and bits per byte, over all text and by domain; domains' weights may follow the loss."""
+        losses = self._log_text_loss("val")
         self.last_validated_step = self.global_step
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            self._mixing.end_validation(losses)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """The same as validation, on the test text."""
@@ -350,10 +390,14 @@ class MoEModule(LightningModule):
         """Log loss, perplexity and bits per byte, over all text and by domain."""
         self._log_text_loss("test")
 
-    def _log_text_loss(self, stage: str) -> None:
+    def _log_text_loss(self, stage: str) -> Tensor:
+        """The loss of each domain (D,), which is logged too."""
         assert self._val_loss is not None
         found = {name: value.cpu() for name, value in self._val_loss.compute().items()}
         self._val_loss.reset()
+        if self._expert_choice_loss is not None:
+            self.log(f"{stage}/loss_by_expert_choice", self._expert_choice_loss.compute()["loss"].cpu())
+            self._expert_choice_loss.reset()
         domains = self.trainer.datamodule.domains  # type: ignore[attr-defined]
         for name in ("loss", "perplexity", "bits_per_byte"):  # sums over ranks already
             self.log(f"{stage}/{name}", found[name], prog_bar=name == "bits_per_byte")
@@ -362,6 +406,7 @@ class MoEModule(LightningModule):
                 if found["loss_by_domain"][index].isfinite():
                     self.log(f"{stage}/loss/{domain}", found["loss_by_domain"][index])
                     self.log(f"{stage}/bits_per_byte/{domain}", found["bits_per_byte_by_domain"][index])
+        return found["loss_by_domain"]
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
         """``nats (B, S)`` of every next token, 0 where nothing is predicted; its ``labels`` and ``domain (B,)``."""

@@ -20,7 +20,7 @@ from moebed.checkpoints.writer import read_bands
 from moebed.machine.float32 import exact_products
 from moebed.model.attention import RMSNorm, RotaryEmbedding
 from moebed.model.config import ModelConfig
-from moebed.model.decoder import Block, FeedForward
+from moebed.model.decoder import Block
 from moebed.model.losses import token_losses
 from moebed.views.layer import ProbeText
 from moebed.views.text_pass import attention_groups, require_finite
@@ -107,15 +107,16 @@ class TextWalk:
             grad: Of what leaves it, (T, H).
             watch: Is shown, of some tokens (t,), what enters ``down`` (t, D) and its gradient (t, D).
         """
-        found, mlp = torch.empty_like(grad), block.mlp
-        assert isinstance(mlp, FeedForward)
+        found = torch.empty_like(grad)
         for group in self._groups:
             valid, inside = group >= 0, group.clamp(min=0)
             behind = grad[inside].masked_fill(~valid.unsqueeze(-1), 0.0)
             with torch.enable_grad(), exact_products():
                 entered = hidden[inside].requires_grad_()
                 activated: list[Tensor] = []
-                catching = mlp.down_proj.register_forward_pre_hook(lambda _, given: activated.append(given[0]))  # noqa: B023
+                down = block.mlp.down_proj
+                assert isinstance(down, nn.Module)
+                catching = down.register_forward_pre_hook(lambda _, given: activated.append(given[0]))  # noqa: B023
                 try:
                     left, _ = block(entered, self._rotation(group))
                 finally:

@@ -23,7 +23,7 @@ from moebed.checkpoints.families.registry import family_of
 from moebed.checkpoints.writer import FolderWriter, read_bands, stored_dtypes
 from moebed.errors import ConfigError
 from moebed.model.config import ModelConfig
-from moebed.model.routers import untaught
+from moebed.model.routers import cautions
 from moebed.upcycling.contract import Copy, Settings, TextFacts, generator
 from moebed.upcycling.first_loss import FirstLosses
 from moebed.upcycling.methods import METHODS
@@ -246,7 +246,7 @@ def upcycle(
     written = {**plan.family.write_config(config), **ids, "moebed_upcycled": made}
     writer = FolderWriter(keys, written, stored, dtypes=stored_dtypes(source) if dtype is None else None)
     on_start(writer.total)
-    notes = [note for note in (plan.note, untaught(config)) if note] + METHODS[method].notes(settings)
+    notes = [note for note in (plan.note, *cautions(config)) if note] + METHODS[method].notes(settings)
     shards = settings.granularity
     if method == "split" and stored != torch.float32 and shards & (shards - 1):
         notes.append(

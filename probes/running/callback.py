@@ -26,7 +26,7 @@ from moebed.model.config import ModelConfig
 from moebed.parallel.strategy import MeshStrategy
 from moebed.views.layer import ProbeText
 from probes.contract import ProbeResult
-from probes.registry import PROBES, TRAINING_ONLY, resolve_probes
+from probes.registry import PROBES, TRAINING_ONLY, make_probes, resolve_probes
 from probes.running import store
 from probes.running.checkpoint_pass import CheckpointPass, probes_for
 from probes.running.driver import Timing, needs_of, run_probes
@@ -59,9 +59,10 @@ class ProbeCallback(Callback):
             they are drawn in any case. If not given, at the end only: pictures cost more than the numbers in them.
         out: Folder for the results; the trainer's default_root_dir if not given.
         fresh: Of a checkpoint, compute anew what is kept of an earlier probing.
+        options: Settings of probes, by the probe's name: {traffic: {ranks: 8}}.
 
     Raises:
-        ConfigError: A probe's name is unknown or a number is out of range.
+        ConfigError: A probe's name or setting is unknown, or a number is out of range.
     """
 
     def __init__(
@@ -74,8 +75,11 @@ class ProbeCallback(Callback):
         figures_every_n_steps: int | None = None,
         out: str | None = None,
         fresh: bool = False,
+        options: dict[str, dict[str, Any]] | None = None,
     ) -> None:
         self.probes, self._asked = resolve_probes(probes), probes
+        self.options = options or {}
+        make_probes(self.probes, self.options if probes is not None else None)  # refused before anything runs
         if every_n_steps < 0:
             raise ConfigError(f"probes: every_n_steps is {every_n_steps}; it must not be negative (0 is never)")
         if num_sequences < 1:
@@ -112,7 +116,7 @@ class ProbeCallback(Callback):
                 self.out = Path(trainer.default_root_dir)
             self.probes = probes_for(self._asked, pl_module.text is not None)
             device = trainer.strategy.root_device.type
-            self._checkpoint = CheckpointPass(pl_module, self.probes, self.out, device, self.fresh)
+            self._checkpoint = CheckpointPass(pl_module, self.probes, self.out, device, self.fresh, self.options)
             self._started = time.perf_counter()
             if self._checkpoint.room:
                 rank_zero_info(f"probes: {self._checkpoint.room}")
@@ -231,10 +235,10 @@ class ProbeCallback(Callback):
             "step": step,
             "text": self._text.fingerprint() if self._text is not None else None,
         }
-        return Provenance(record)
+        return Provenance(record | ({"options": self.options} if self.options else {}))
 
     def _run(self, trainer: Trainer, pl_module: LightningModule, timing: Timing) -> dict[str, ProbeResult]:
-        probes = [PROBES[name]() for name in self.probes]
+        probes = make_probes(self.probes, self.options)
         assert self.out is not None
         for probe in probes:
             if probe.name in TRAINING_ONLY:

@@ -12,7 +12,7 @@ from moebed.machine.allocator import release_freed_memory
 from moebed.machine.units import human
 from moebed.views.layer import HeadView, LayerView, Need
 from probes.contract import Probe, ProbeResult, in_order
-from probes.registry import BY_NAME_ONLY, PROBES, TRAINING_ONLY, resolve_probes
+from probes.registry import BY_NAME_ONLY, PROBES, TRAINING_ONLY, Settings, make_probes, resolve_probes
 from probes.running import store
 from probes.running.driver import PER_EXPERT, ProbePass, Timing, needs_of
 from probes.running.partial import HEAD, KeptLayers, way_to
@@ -60,13 +60,20 @@ class CheckpointPass:
         out: Folder of the results.
         device: Where it is computed.
         fresh: Forget what is kept.
+        options: Settings of the probes.
 
     Raises:
         UserError: The folder holds the results of another model, or its disk has no room for these.
     """
 
     def __init__(
-        self, model: PretrainedMoE, names: Sequence[str], out: Path, device: str = "cpu", fresh: bool = False
+        self,
+        model: PretrainedMoE,
+        names: Sequence[str],
+        out: Path,
+        device: str = "cpu",
+        fresh: bool = False,
+        options: Settings | None = None,
     ) -> None:
         self.model, self.timing = model, Timing()
         model.scratch = store.results_dir(out)
@@ -75,8 +82,9 @@ class CheckpointPass:
         if earlier and earlier.get("model") != self.identity:
             other = earlier.get("model", {}).get("name", "a training run")
             raise UserError(f"{out} holds the results of {other}; choose another folder for those of {model.name}")
-        probes = [PROBES[name]() for name in names]
-        self.provenance = Provenance({**model.record(), "device": device, "layers": model.layers})
+        probes = make_probes(names, options)
+        record = {**model.record(), "device": device, "layers": model.layers}
+        self.provenance = Provenance(record | ({"options": options} if options else {}))
         self._kept = KeptLayers(out, {name: self.provenance.inputs(name) for name in names}, self.provenance.streams)
         if fresh:
             self._kept.forget()

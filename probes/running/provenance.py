@@ -21,13 +21,16 @@ class Provenance:
 
     Args:
         record: Plain data: the model's files and settings, the text, the types, the layers, moebed's version and code.
-            Keys of ``text`` do not count for probes that look at weights alone.
+            Keys of ``text`` do not count for probes that look at weights alone. ``options`` are the probes' settings,
+            of which each probe's own count for it.
     """
 
     record: Mapping[str, Any]
 
     def _of(self, name: str) -> dict[str, Any]:
-        return {key: value for key, value in self.record.items() if key != "text" or not weights_alone(name)}
+        told = self.record.get("options", {}).get(name)
+        rest = {key: value for key, value in self.record.items() if key != "text" or not weights_alone(name)}
+        return _without_options(rest) | ({"options": told} if told else {})
 
     def inputs(self, name: str) -> tuple[str, str]:
         """What stands for all that decides what a layer shows to a probe, whichever layers are asked for, and for it.
@@ -40,11 +43,15 @@ class Provenance:
     @property
     def streams(self) -> str:
         """What stands for all that decides the way of the text."""
-        return _without_layers(self.record)
+        return _without_layers(_without_options(self.record))
 
     def fingerprint(self, name: str) -> str:
         """What stands for all that a probe looked at: what is put together must have been made from the same."""
         return provenance.fingerprint(self._of(name))
+
+
+def _without_options(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key != "options"}
 
 
 def _without_layers(record: Mapping[str, Any]) -> str:

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moebed.data.loader import Batch, PackedLoader, ValidationLoader
-from moebed.data.mixture import DomainDraws, WindowOrder, mixture_weights
+from moebed.data.mixing import start_weights
+from moebed.data.mixture import DomainDraws, WindowOrder
 from moebed.data.sources import SourceConfig
 from moebed.data.store import TokenStream
 
@@ -62,6 +63,23 @@ def test_an_epoch_takes_each_window_once_and_the_next_another_cut() -> None:
     assert order.start(3) == epochs[0][3]  # going back gives the same
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_rows_by_domain_are_the_same_samples_in_another_order(world_size) -> None:
+    """Ranks see domains of their own; what a step sees, and where a resumed run goes on, stays."""
+
+    def batches(**options) -> list[Batch]:
+        loaders = [_loader(8 // world_size, rank, world_size, **options) for rank in range(world_size)]
+        steps = zip(*(islice(loader, 6) for loader in loaders), strict=True)
+        return [{key: torch.cat([part[key] for part in parts]) for key in parts[0]} for parts in steps]
+
+    plain, sorted_rows = batches(), batches(rows_by_domain=True)
+    for one, other in zip(plain, sorted_rows, strict=True):
+        assert bool((other["domain"].diff() >= 0).all())
+        order = one["domain"].argsort(stable=True)
+        assert _equal({key: value[order] for key, value in one.items()}, other)
+    assert not all(_equal(*pair) for pair in zip(plain, sorted_rows, strict=True))
+
+
 @given(size=st.integers(S + 1, 60), index=st.integers(0, 200))
 @settings(max_examples=100, deadline=None)
 def test_windows_of_small_streams_are_inside(size: int, index: int) -> None:
@@ -89,9 +107,9 @@ def test_draws_follow_the_weights_and_count_exactly() -> None:
         ([None, None], [300, None], [0.5, 0.5]),
     ],
 )
-def test_mixture_weights(weights: list, tokens: list, expected: list) -> None:
+def test_start_weights(weights: list, tokens: list, expected: list) -> None:
     configs = [SourceConfig("code", weight=weights[0]), SourceConfig("math", weight=weights[1])]
-    np.testing.assert_allclose(mixture_weights(configs, tokens), expected)
+    np.testing.assert_allclose(start_weights(configs, tokens), expected)
 
 
 def test_seeds_differ() -> None:
@@ -125,7 +143,7 @@ def test_what_was_fetched_but_not_consumed_comes_again() -> None:
     iterator = iter(loader)
     batches = [next(iterator) for _ in range(3)]
     assert loader.state_dict()["position"] == 0
-    loader.mark_consumed()
+    assert loader.take(batches[0]) is batches[0]
     assert loader.state_dict()["position"] == 4
     assert _equal(next(iter(loader)), batches[1])
 

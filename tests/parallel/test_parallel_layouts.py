@@ -8,7 +8,9 @@ import torch.distributed as dist
 
 from moebed.checkpoints.checkpoint import Checkpoint
 from moebed.checkpoints.whole import fill, load_decoder, write_checkpoint
+from moebed.model import hyper_experts
 from moebed.model.decoder import Decoder
+from moebed.model.locality import locality_loss
 from moebed.model.losses import router_stats
 from moebed.model.routers import ROUTERS, RouterSteps
 from moebed.model.spread import whole
@@ -22,6 +24,19 @@ from moebed.views.live import walk, walk_model
 from tests.conftest import tiny_config
 from tests.parallel.forked import call
 
+SIZES = {"adapter_size": 8, "expert_embedding_size": 6, "layer_embedding_size": 4, "generator_size": 10}
+ONE = {"num_experts_per_tok": 1, "norm_topk_prob": False}
+HYPER = {
+    "unchosen": {"hyper_experts": SIZES},
+    "some at a time": {"hyper_experts": dict(SIZES)},
+    "constant": {"hyper_experts": {**SIZES, "adapters": "constant"}},
+    "free": {"hyper_experts": {**SIZES, "adapters": "free"}, **ONE},
+    # The other such control is the same but for its width.
+    "shared_equal_flops": {"hyper_experts": {**SIZES, "adapters": "shared_equal_flops"}},
+}
+# Where the two ranks are told apart: experts on either, and what routers draw.
+RANKS = {"expert_ranks": 2, "router_options": {"d_low": 8, "competition_rate": 1.0, "jitter": 0.1}}
+
 
 def _steps(decoder: Decoder, ids: torch.Tensor, rank: int, world_size: int) -> list[float]:
     """Two optimizer steps with clipping on this rank's share of the sequences: loss and norm of each, then weights."""
@@ -31,11 +46,14 @@ def _steps(decoder: Decoder, ids: torch.Tensor, rank: int, world_size: int) -> l
         share = ids.chunk(world_size)[rank]
         routers.begin(step, rank)
         logits, routings = decoder(share)
+        mask = torch.ones(share.numel(), dtype=torch.bool)
         loss = logits.float().logsumexp(-1).mean()
         for routing in routings:
             loss = loss + routing.router_probs.square().mean()
             loss = loss + sum(asked.mean() for asked in (routing.losses or {}).values())
-        sums = [router_stats(routing, torch.ones(share.numel(), dtype=torch.bool)).sums for routing in routings]
+            coefficient = decoder.config.locality_loss_coef
+            loss = loss + coefficient * locality_loss(routing.router_probs, mask, decoder.placement, 0.1)
+        sums = [router_stats(routing, mask).sums for routing in routings]
         if world_size > 1 and any(sums):
             sums = BatchSums().of_all(sums)
         for router, layer in zip(decoder.routers, sums, strict=True):
@@ -64,6 +82,7 @@ def _work(rank: int, world_size: int, options: dict, changes: dict, meta: bool) 
     parallel = ParallelConfig(**options)
     parallel.check(world_size, config)
     Layout(parallel, world_size, "cpu").apply(spread, torch.device("cpu"))
+    spread.stand_for(rank, world_size)
     found = _steps(spread, ids, rank, world_size)
     assert found == pytest.approx(expected, rel=1e-5)
     reshard(spread)
@@ -71,7 +90,7 @@ def _work(rank: int, world_size: int, options: dict, changes: dict, meta: bool) 
     for name, parameter in spread.named_parameters():
         # In norm: where a gradient is nearly 0, Adam's step has the size of the others whatever its sign.
         difference = torch.dist(whole(parameter.detach()), wanted[name].detach())
-        assert difference < 1e-4 * wanted[name].norm(), name
+        assert difference < 1e-4 * wanted[name].norm(), (name, float(difference / wanted[name].norm()))
 
 
 @pytest.mark.parametrize(
@@ -86,14 +105,23 @@ def _work(rank: int, world_size: int, options: dict, changes: dict, meta: bool) 
         ({}, {"weight_diversity_loss_coef": 1.0, "output_diversity_loss_coef": 1.0}, True),
         ({"expert": 2}, {"weight_diversity_loss_coef": 1.0, "output_diversity_loss_coef": 1.0}, True),
         *(
-            (layout, {"router": router, "router_options": {"d_low": 8, "competition_rate": 1.0}}, True)
+            (layout, {**RANKS, "router": router, "locality_loss_coef": local}, True)
             for layout in ({}, {"expert": 2})
-            for router in ROUTERS
+            for router, local in (*((name, 0.0) for name in ROUTERS), ("softmax_topk", 1.0), ("grap", 1.0))
         ),
     ],
 )
 def test_two_ranks_train_as_one(options, changes, meta):
     call(_work, 2, options, changes, meta)
+
+
+@pytest.mark.parametrize("options", [{}, {"shard": False}, {"expert": 2}, {"expert": 2, "shard": False}])
+@pytest.mark.parametrize("changes", HYPER.values(), ids=HYPER)
+def test_two_ranks_train_hyper_experts_as_one(options, changes, monkeypatch):
+    """The root shares the generator out; all layers, and all ranks, add to its gradient."""
+    if changes is HYPER["some at a time"]:
+        monkeypatch.setattr(hyper_experts, "SET_BYTES", 2 * 4 * (2 * 8 * 32 + 8 + 32))  # two sets of six
+    call(_work, 2, options, changes, True)
 
 
 def _uneven(rank: int, world_size: int) -> None:
@@ -133,9 +161,9 @@ def test_weights_of_a_checkpoint(tmp_path):
     call(_filled, 2, tmp_path / "source")
 
 
-def _gathered(rank: int, world_size: int) -> None:
+def _gathered(rank: int, world_size: int, changes: dict) -> None:
     """A walk over a model that ranks share gives what a walk over the whole gives; nobody is left waiting."""
-    config = tiny_config(num_shared_experts=1, tie_word_embeddings=True)
+    config = tiny_config(num_shared_experts=1, tie_word_embeddings=True, **changes)
     torch.manual_seed(5)
     alone = Decoder(config)
     torch.manual_seed(5)
@@ -157,5 +185,6 @@ def _gathered(rank: int, world_size: int) -> None:
     dist.barrier()
 
 
-def test_probes_see_the_whole_of_a_shared_model():
-    call(_gathered, 2)
+@pytest.mark.parametrize("changes", [{}, HYPER["unchosen"], HYPER["free"]], ids=["plain", "unchosen", "free"])
+def test_probes_see_the_whole_of_a_shared_model(changes):
+    call(_gathered, 2, changes)

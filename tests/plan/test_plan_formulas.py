@@ -45,6 +45,15 @@ KINDS = {
         "tie_word_embeddings": True,
         "hidden_act": "gelu",
     },
+    "hyper": {"hyper_experts": {"adapter_size": 16, "generator_size": 32}},
+    "constant": {"hyper_experts": {"adapters": "constant", "adapter_size": 16, "generator_size": 32}},
+    # Twelve experts: with eight, rows and weights are of one size, and cannot be told apart.
+    "free": {
+        "hyper_experts": {"adapters": "free"},
+        "num_experts": 12,
+        "num_experts_per_tok": 1,
+        "norm_topk_prob": False,
+    },
 }
 
 
@@ -112,12 +121,33 @@ def test_activations_are_what_autograd_saves(kind, precision):
     assert expected == pytest.approx(saved_bytes(config, setup, precision, casts=False), rel=0.02)
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("router", ["grap", "locmoe_plus", "hash", "balanced"])
+@pytest.mark.parametrize("shared", [0, 1])
+def test_routers_without_a_product_keep_no_input(router, precision, shared):
+    config = config_of("mixtral", router=router, num_shared_experts=shared)
+    setup = Setup(config, 3, 160, PRECISIONS[precision], device="cpu")
+    kept = [activations.block(setup, index) for index in range(2)]
+    expected = sum(sum(parts.values()) for parts in kept) + activations.logits(setup)
+    assert expected == pytest.approx(saved_bytes(config, setup, precision, casts=False), rel=0.02)
+
+
 @pytest.mark.parametrize("kind", ["mixtral", "deepseek", "grok"])
 def test_cast_weights_are_counted(kind):
     config = config_of(kind)
     setup = Setup(config, 3, 160, PRECISIONS["bf16-mixed"], device="cpu")
     parts = next(m for m in memory.moments(setup) if m.name == "end of the forward pass").parts
     assert parts["weights cast by autocast"] == saved_bytes(config, setup, "bf16-mixed", casts=True)
+
+
+def test_cast_weights_of_a_generator_are_counted():
+    """With the biases, which are cast but not kept, and the first of its maps, which is computed in float32."""
+    config = config_of("hyper")
+    setup = Setup(config, 3, 160, PRECISIONS["bf16-mixed"], device="cpu")
+    parts = next(m for m in memory.moments(setup) if m.name == "end of the forward pass").parts
+    trunk, biases = 32 * (32 + 10) + 32, 2 * 16 * 256 + 16 + 256
+    kept = saved_bytes(config, setup, "bf16-mixed", casts=True)
+    assert parts["weights cast by autocast"] == kept + 2 * (trunk + biases)
 
 
 class Live(TorchDispatchMode):
@@ -178,7 +208,7 @@ def live_peak(config: ModelConfig, setup: Setup) -> int:
         ("bf16-mixed", True, 1, 3, 128),
     ],
 )
-@pytest.mark.parametrize("kind", ["mixtral", "dense", "deepseek", "grok"])
+@pytest.mark.parametrize("kind", ["mixtral", "dense", "deepseek", "grok", "hyper", "free"])
 def test_peak_is_what_is_alive(kind, precision, checkpointing, accumulate, layers, sequence):
     """Within 5 %, where parameters weigh most and where activations do."""
     experts = [0] + [8] * (layers - 1) if kind == "deepseek" else KINDS[kind].get("num_experts", 8)

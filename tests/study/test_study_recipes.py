@@ -14,12 +14,13 @@ from moebed.commands.size import overridden
 from moebed.model.config import ModelConfig
 from moebed.model.decoder import Decoder, MoE
 from moebed.model.flops import count_parameters, flops_per_token
-from moebed.model.routers import untaught
+from moebed.model.routers import cautions, untaught
 from moebed.upcycling.methods import METHODS, Settings
 
 EXPERIMENTS = ("routing", "allocation", "scheme", "measurement", "granularity")
 FOLDER = Path(__file__).parents[2] / "recipes" / "studies"
-NAMES = [f"{name}_{size}" for name in EXPERIMENTS for size in ("small", "paper")] + ["allocation_shapes_small"]
+NAMES = [f"{name}_{size}" for name in EXPERIMENTS for size in ("small", "paper")]
+NAMES += ["allocation_shapes_small", "related_small", "locality_small"]
 STUDIES = {name: FOLDER / f"{name}.yaml" for name in NAMES}
 
 
@@ -96,11 +97,25 @@ def test_arms_are_matched_as_their_study_says(name):
     baseline, tolerance = arms[study["baseline"]], study.get("tolerance", 0.02)
     length = base["data"]["sequence_length"]
     for arm, config in arms.items():
-        if "total_parameters" in study["match"]:
+        if "total_parameters" in study.get("match", ()):
             assert count_parameters(config)[0] / count_parameters(baseline)[0] == pytest.approx(1, abs=tolerance), arm
-        if "active_flops" in study["match"]:
+        if "active_flops" in study.get("match", ()):
             ratio = flops_per_token(config, length) / flops_per_token(baseline, length)
             assert ratio == pytest.approx(1, abs=tolerance), arm
+
+
+def test_each_control_of_hyper_moe_is_matched_with_it_as_the_study_says():
+    arms = _arms("related_small")
+    parameters = {arm: count_parameters(config)[0] for arm, config in arms.items()}
+    flops = {arm: flops_per_token(config, 256) for arm, config in arms.items()}
+    for arm in ("constant", "free", "shared_flops"):
+        assert flops[arm] == pytest.approx(flops["hyper"], rel=1e-3), arm
+    assert parameters["constant"] == parameters["hyper"]
+    assert parameters["shared_parameters"] == pytest.approx(parameters["hyper"], rel=1e-3)
+    assert parameters["top1"] < min(parameters["free"], parameters["shared_flops"])
+    assert max(parameters["free"], parameters["shared_flops"]) < 0.9 * parameters["hyper"]
+    assert flops["top1"] < flops["hyper"] < flops["shared_parameters"]
+    assert all(config.num_experts_per_tok == 1 and not config.norm_topk_prob for config in arms.values())
 
 
 def test_allocations_are_equal_to_the_last_parameter_where_no_layer_is_dense():
@@ -152,6 +167,28 @@ def test_the_dense_model_of_drop_upcycling_is_152_million():
     assert count_parameters(dense)[0] == pytest.approx(152e6, rel=0.005)
 
 
+def test_arms_of_locality_differ_in_router_loss_and_rows_alone():
+    """Is it the router or the loss, and is it the text on the ranks?"""
+    study, _ = _read("locality_small")
+    arms = _arms("locality_small")
+    found = {
+        (c.router, c.locality_loss_coef, study["arms"][name].get("data.rows_by_domain", True))
+        for name, c in arms.items()
+    }
+    assert found >= {
+        ("softmax_topk", 0.0, True),
+        ("hash", 0.0, True),
+        ("grap", 0.0, True),
+        ("grap", 0.01, True),
+        ("softmax_topk", 0.01, True),
+        ("softmax_topk", 0.01, False),
+    }
+    assert len(found) == len(arms)
+    assert {(c.num_experts_per_tok, c.norm_topk_prob, c.expert_ranks, c.ranks_per_node) for c in arms.values()} == {
+        (1, False, 4, 2)
+    }
+
+
 @pytest.mark.parametrize("name", ["routing_small", "routing_paper"])
 def test_autonomy_is_as_wide_as_its_paper_s_formula(name):
     """d_wide = (3·H·F − d_low·H) / (d_low + 2H), to a multiple of 8 (2501.13074, section 3.2)."""
@@ -177,7 +214,7 @@ def test_the_study_command_accepts_it(name, tmp_path):
     study, _ = _read(name)
     assert set(plan.arms) == set(study["arms"])
     assert len(plan.final) == len(study["arms"]) * len(study["seeds"])
-    assert plan.notes == []
+    assert plan.notes == [f"arm {arm!r}: {said}" for arm, config in _arms(name).items() for said in cautions(config)]
     assert list(tmp_path.iterdir()) == []
     for arm, config in _arms(name).items():
         assert plan.arms[arm].config == config

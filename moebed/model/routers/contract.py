@@ -58,7 +58,10 @@ class Router(Float32Buffers):
     default_norm_topk_prob = True  # where a config does not say
     fixed_top_k = True  # whether every token has K experts
     has_plan_formula = False  # whether it keeps a gate's logits for the backward pass, and no more (see moebed.plan)
+    keeps_input = True  # whether the backward pass needs its input, as a product's does
     compiles = True  # whether its forward pass is one graph for torch.compile
+    sees_batch = False  # whether a token's experts depend on the other tokens of a batch while `chooses_tokens`
+    chooses_tokens = False  # of such a router: route as in training, in evaluation too
     adaptive = False  # whether it has state that end_step changes; where no router of a model has, none is called
     runs_experts = False  # whether it asks for experts' outputs when it routes in evaluation
     experts_class: type[Experts] = Experts  # of its layers
@@ -75,6 +78,16 @@ class Router(Float32Buffers):
         self.num_experts_per_tok = layer.num_experts_per_tok
         self.norm_topk_prob = config.norm_topk_prob
         self.options = config.router_options
+        self.token_parts = config.expert_ranks  # ranks whose tokens come one after another in a call, in training
+
+    @classmethod
+    def check(cls, config: ModelConfig) -> None:
+        """Raise ConfigError for a model that it cannot route."""
+
+    @classmethod
+    def caution(cls, config: ModelConfig) -> str | None:
+        """What a person should know who chose it, said where a run begins."""
+        return None
 
     def forward(self, hidden_states: Tensor, experts: ExpertOutputs, token_ids: Tensor | None = None) -> Routing:
         """Route hidden_states (T, H) of tokens token_ids (T,)."""

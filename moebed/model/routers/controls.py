@@ -60,6 +60,7 @@ class EvenWeights(Router):
     """A rule that ranks the experts and weighs the first K alike, 1/K each."""
 
     has_plan_formula = True
+    keeps_input = False
     other_teacher = True  # no parameters
 
     def choose(self, logits: Tensor) -> Routing:

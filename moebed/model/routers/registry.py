@@ -12,6 +12,8 @@ from moebed.model.routers.autonomy import Autonomy
 from moebed.model.routers.competition import CompeteSMoE, CompeteSMoEv2, ExpertNorm
 from moebed.model.routers.contract import Router
 from moebed.model.routers.controls import Balanced, FactorisedGate, FrozenGate, Hash
+from moebed.model.routers.grap import GrAP
+from moebed.model.routers.locmoe_plus import LocMoEPlus
 from moebed.model.routers.noisy import NoisyTopK
 from moebed.model.routers.relu import ReLU
 from moebed.model.routers.sigmoid import SigmoidTopK
@@ -26,6 +28,8 @@ ROUTERS: dict[str, type[Router]] = {
     "autonomy": Autonomy,
     "relu": ReLU,
     "noisy_topk": NoisyTopK,
+    "grap": GrAP,
+    "locmoe_plus": LocMoEPlus,
     "random": FrozenGate,
     "hash": Hash,
     "factorised_gate": FactorisedGate,
@@ -109,6 +113,17 @@ def untaught(config: ModelConfig) -> str | None:
         f"num_experts_per_tok is 1{where} and norm_topk_prob divides that one weight by itself: it is 1 whatever "
         f"router {config.router} says, so the language-model loss teaches the router nothing; set norm_topk_prob: false"
     )
+
+
+def cautions(config: ModelConfig) -> list[str]:
+    """What a person should know of a config's router before it is trained."""
+    said = [untaught(config), ROUTERS[config.router].caution(config)]
+    if config.locality_loss_coef and config.expert_ranks == config.ranks_per_node:
+        said.append(
+            f"locality_loss_coef is {config.locality_loss_coef:g}, but expert_ranks {config.expert_ranks} with "
+            f"ranks_per_node {config.ranks_per_node} are one node, on which the loss is 0"
+        )
+    return [one for one in said if one]
 
 
 Rule = TypeVar("Rule", bound=type[Router])

@@ -17,6 +17,7 @@ from moebed.model.routers import ROUTERS, SoftmaxTopK, register
 from tests.model.routers.router_cases import ALL, COMPILED, config_of
 
 CARELESS = ("balanced", "hash", "random")  # learn nothing in the router
+WITHOUT_PARAMETERS = ("expert_norm", "grap", "locmoe_plus")
 
 
 def _decoder(name: str, **changes) -> Decoder:
@@ -51,7 +52,7 @@ def test_backends_agree_in_value_and_gradient(name):
         assert grad.abs().sum() > 0, key
         torch.testing.assert_close(grad, found[0][1][key], rtol=1e-3, atol=1e-5)
     in_router = [key for key in found[0][1] if ".router." in key]
-    assert bool(in_router) == (name not in (*CARELESS, "expert_norm"))
+    assert bool(in_router) == (name not in (*CARELESS, *WITHOUT_PARAMETERS))
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -97,7 +98,8 @@ def test_balancing_reaches_what_decides(name):
     assert (stats.mean_probs.sum() + idle).item() == pytest.approx(1.0, abs=1e-4)
     assert idle == 0 or name == "relu"
     load_balancing_loss(stats.mean_probs, stats.counts).backward()
-    decides = ".experts." if name in ("expert_norm", "competesmoe", "competesmoe_v2") else ".router."
+    by_experts = name in ("expert_norm", "competesmoe", "competesmoe_v2")
+    decides = ".experts." if by_experts else ".pre_ffn_norm." if name in WITHOUT_PARAMETERS else ".router."
     reached = [key for key, p in decoder.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0]
     assert any(key.startswith("layers.0") and decides in key for key in reached)
 
@@ -265,7 +267,7 @@ def test_the_config_survives_plain_data(name):
     assert set(config.to_dict()["router_options"]) == {
         field.name for field in dataclasses.fields(ROUTERS[name].Options)
     }
-    assert config.norm_topk_prob == (name != "autonomy")
+    assert config.norm_topk_prob == (name not in ("autonomy", "grap", "locmoe_plus"))
 
 
 class Biased(Experts):

@@ -174,10 +174,10 @@ class Losses(Callback):
             trainer.save_checkpoint(self.path)
 
 
-@pytest.mark.parametrize("name", ["sigmoid_topk", "relu", "competesmoe_v2", "noisy_topk"])
+@pytest.mark.parametrize("name", ["sigmoid_topk", "relu", "competesmoe_v2", "noisy_topk", "grap", "locmoe_plus"])
 def test_a_resumed_run_is_bit_identical(name, tmp_path, data):
     """State, coins and losses after 3 steps, a checkpoint and 3 more are those of 6 at a stretch."""
-    options = {"router_options": {"competition_rate": 0.5}}
+    options = {"router_options": {"competition_rate": 0.5, "jitter": 0.2}}
     whole, path = Losses(3, tmp_path / "three.ckpt"), tmp_path / "three.ckpt"
     module = _module(name, **options)
     _fit(module, data(), 6, whole)
@@ -193,6 +193,11 @@ def test_a_resumed_run_is_bit_identical(name, tmp_path, data):
         assert whole.logged[-1]["train/winner_similarity_loss"] <= 1
     elif name == "noisy_topk":
         assert whole.logged[-1]["train/load_loss"] > 0
+    elif name in ("grap", "locmoe_plus"):  # what they draw follows from the step
+        assert ("train/dropped_share" in whole.logged[-1]) == (name == "locmoe_plus")
+        still = _module(name, router_options={"jitter": 0.0})
+        _fit(still, data(), 6)
+        assert any(not torch.equal(value, still.state_dict()[key]) for key, value in ours.items())
     else:
         state = [key for key in ours if key.endswith(("expert_bias", "l1_coefficient"))]
         assert len(state) == 2

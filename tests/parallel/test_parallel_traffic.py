@@ -1,0 +1,86 @@
+"""What four ranks really send for their experts is what the probe counts of the routing alone, byte for byte."""
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moebed.model.decoder import Decoder
+from moebed.parallel.config import ParallelConfig
+from moebed.parallel.sharding import Layout
+from moebed.parallel.traffic import between_ranks, bytes_per_assignment, link_bytes
+from moebed.views.layer import ProbeText
+from moebed.views.live import walk
+from probes.registry import make_probes
+from probes.running.driver import needs_of, run_probes
+from tests.conftest import tiny_config
+from tests.parallel.forked import call
+
+RANKS, SEQUENCES, LENGTH = 4, 8, 24
+
+
+class SentBytes(TorchDispatchMode):
+    """Bytes (X,) that this rank gives to each rank by all-to-all of rows; agreeing on their number is left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to = np.zeros(RANKS, np.int64)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._opname == "all_to_all_single":
+            rows, _, splits = args[:3]
+            self.to += np.array(splits) * rows[0].numel() * rows.element_size() if len(rows) else 0
+        return func(*args, **(kwargs or {}))
+
+
+def _counted(rank: int, world_size: int, router: str, recomputed: bool, dtype: str) -> None:
+    config = tiny_config(router=router, num_experts=8, expert_ranks=RANKS, ranks_per_node=2, num_hidden_layers=3)
+    ids = torch.randint(0, 96, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(5)
+    alone = Decoder(config)
+    torch.manual_seed(5)
+    spread = Decoder(config, activation_checkpointing=recomputed).train()
+    Layout(ParallelConfig(expert=RANKS), world_size, "cpu").apply(spread, torch.device("cpu"))
+    spread.stand_for(rank, world_size)
+    with SentBytes() as sent:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+            out = spread(ids.chunk(RANKS)[rank])
+        out.logits.float().square().mean().backward()
+    itemsize = 2 if dtype == "bfloat16" else 4
+    assignments = torch.zeros(RANKS, RANKS, dtype=torch.int64)
+    for routing in out.routings:
+        index = routing.topk_index.masked_fill(~routing.assigned, -1).numpy()
+        assignments += torch.from_numpy(between_ranks(index, np.full(len(index), rank), config.num_experts, RANKS))
+    measured = torch.zeros(RANKS, RANKS, dtype=torch.int64)
+    measured[rank] = torch.from_numpy(sent.to)
+    for mine in (assignments, measured):
+        dist.all_reduce(mine)
+    each = bytes_per_assignment(config.hidden_size, itemsize, recomputed)
+    counted = link_bytes(assignments.numpy(), each)
+    assert np.array_equal(counted, measured), f"{counted}\n{measured}"
+    assert bool((measured > 0).all())
+    if dtype == "bfloat16" or router == "locmoe_plus":
+        return  # a walk is in float32, and drops nothing
+    text = ProbeText(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros(SEQUENCES, dtype=torch.long))
+    options = {"ranks": RANKS, "ranks_per_node": 2, "itemsize": itemsize, "recomputed": recomputed}
+    probes = make_probes(["traffic"], {"traffic": options})
+    found = run_probes(walk(alone, text, needs_of(probes)), probes)["traffic"].arrays
+    assert np.array_equal(sum(found[f"bytes/{layer}"] for layer in range(3)), measured)
+    assert np.array_equal(sum(found[f"assignments/{layer}"] for layer in range(3)), assignments)
+    for layer in range(3):
+        assert sum(float(found[f"{where}/{layer}"]) for where in ("self", "node", "across")) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("router", "recomputed", "dtype"),
+    [
+        ("softmax_topk", False, "float32"),
+        ("softmax_topk", False, "bfloat16"),
+        ("softmax_topk", True, "float32"),
+        ("grap", False, "float32"),
+        ("locmoe_plus", False, "float32"),
+    ],
+)
+def test_3_7_12_four_ranks_send_what_the_probe_counts(router, recomputed, dtype):
+    call(_counted, RANKS, router, recomputed, dtype)
