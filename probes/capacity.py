@@ -149,6 +149,8 @@ def _draw(arrays: Arrays) -> Figure:
     for (which, formula), colour in zip(BOUNDS.items(), drawing.SERIES, strict=False):
         parts = by_part(arrays, f"log10_bound_{which}")
         drawing.depth_line(right, _medians(parts.get("chosen", {})), colour, f"at the average, {formula}")
+    furthest = _medians(by_part(arrays, "log10_bound_exact").get("max", {}))
+    drawing.depth_line(right, furthest, drawing.SERIES[3], f"at the nearest, {BOUNDS['exact']}")
     load = {layer: float(np.log10(max(value.mean(), 1))) for layer, value in by_layer(arrays, "load").items()}
     drawing.depth_line(right, load, drawing.MUTED, "tokens that an expert got", dashed=True)
     right.set_ylabel("log10 of tokens an expert", fontsize=9)

@@ -167,9 +167,9 @@ def _draw_matrix(arrays: Arrays, layout: str) -> Figure:
     layers = first_middle_last(list(found))
     fig = drawing.new_figure(
         max(7.0, 1.6 + 3.0 * len(layers)),
-        3.9,
-        f"Assignments of each rank's tokens (row) to each rank's experts (column), as a multiple of an even share\n"
-        f"{layout}; boxes are nodes",
+        4.7,
+        f"Assignments of each rank's tokens (row) to each rank's experts (column),\n"
+        f"as a multiple of an even share: {layout}; boxes are nodes",
     )
     axes = fig.subplots(1, len(layers), squeeze=False)[0]
     over = {n: ranks * found[n] / np.maximum(found[n].sum(axis=1, keepdims=True), 1) for n in layers}

@@ -238,7 +238,7 @@ class Decoder(nn.Module):
         """
         self.placement = Placement.of(self.config, process, processes)
         for router in self.routers:
-            router.token_parts = self.placement.count
+            router.token_parts = self.placement.parts
 
     @property
     def routers(self) -> list[Router]:

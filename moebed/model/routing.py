@@ -36,4 +36,4 @@ class Routing(NamedTuple):
     def without_precomputed(self) -> Routing:
         """The routing without what the experts alone need, so that keeping it holds no memory of their size."""
         # Not _replace, through which torch 2.11's compiler loses the class.
-        return Routing(*self[:4], precomputed=None, losses=self.losses, ragged=self.ragged)
+        return Routing(*self[:4], None, *self[5:])

@@ -176,7 +176,8 @@ class MoEModule(LightningModule):
     def check_data(self, data: Any, processes: int = 1) -> None:
         """Raise ConfigError if the model cannot take what the data module gives to each of so many processes."""
         data.check_vocabulary(self.config.vocab_size)
-        Placement.of(self.config, 0, processes).check_batch(data.batch_size)
+        if (place := Placement.of(self.config, 0, processes)).parts > 1:
+            place.check_batch(data.batch_size)
         if data.sequence_length > self.config.max_position_embeddings:
             raise ConfigError(
                 f"data.sequence_length is {data.sequence_length} but the model's max_position_embeddings is "

@@ -114,7 +114,9 @@ class TextWalk:
             with torch.enable_grad(), exact_products():
                 entered = hidden[inside].requires_grad_()
                 activated: list[Tensor] = []
-                catching = block.mlp.down_proj.register_forward_pre_hook(lambda _, given: activated.append(given[0]))  # noqa: B023
+                down = block.mlp.down_proj
+                assert isinstance(down, nn.Module)
+                catching = down.register_forward_pre_hook(lambda _, given: activated.append(given[0]))  # noqa: B023
                 try:
                     left, _ = block(entered, self._rotation(group))
                 finally:

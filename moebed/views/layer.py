@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from moebed.errors import UserError
+from moebed.machine.finite import all_finite
 from moebed.model.routers import Routing
 
 MATRICES = ("up", "gate", "down")
@@ -191,7 +192,7 @@ class LayerView:
         routing = self.routing
         total = torch.zeros_like(self.moe_input) if routing is not None else None  # (T, H)
         for expert in self.weights.run_experts(self.moe_input, watch):
-            if not bool(expert.output.sum().isfinite()) and not bool(expert.output.isfinite().all()):
+            if not all_finite(expert.output):
                 raise UserError(f"an output of expert {expert.label} at layer {self.index} is NaN or Inf on this text")
             if total is not None and routing is not None:
                 _add_chosen(total, expert, routing)

@@ -303,6 +303,18 @@ def test_what_cannot_be_is_refused_in_a_line(changes, said):
     assert "\n" not in str(error.value)
 
 
+def test_how_far_one_step_reaches_at_the_published_sizes():
+    """An adapter's weight is a sum over z of a head's weights, each of which Adam moves by the learning rate."""
+    torch.manual_seed(1)
+    decoder = Decoder(tiny_config(num_experts=8, num_experts_per_tok=1, num_hidden_layers=4, hyper_experts={}))
+    for layer in (block.mlp.hyper_experts for block in decoder.blocks):
+        z = layer.condition(torch.eye(8, dtype=torch.bool))
+        alike = torch.cosine_similarity(z.unsqueeze(0), z.unsqueeze(1), dim=-1)[~torch.eye(8, dtype=torch.bool)]
+        print(f"sum of z {z.sum(dim=1).mean():.1f}, cosine of two sets' z {alike.mean():.2f}")
+        assert 10 < z.sum(dim=1).mean() < 30
+        assert 0.7 < alike.mean() < 0.95
+
+
 # Memory, graphs, types ------------------------------------------------------------------------------------------------
 
 

@@ -39,9 +39,9 @@ def test_two_ranks_are_one_process_that_stands_for_two(tmp_path, model):
     tags = [*TAGS]
     if model.get("router") == "locmoe_plus":
         tags += ["train/dropped_share", "val/loss_by_expert_choice", "val/loss"]
-        assert 0 < wanted["train/dropped_share"][3] < 1
+        assert all(0 < share < 1 for share in wanted["train/dropped_share"].values())
         assert wanted["val/loss_by_expert_choice"] != wanted["val/loss"]
-    assert 0 < wanted["train/locality_loss"][0] < 1
+    assert all(0 < loss < 1 for loss in wanted["train/locality_loss"].values())
     for layout, logged in found.items():
         for tag in tags:
             assert logged[tag] == pytest.approx(wanted[tag], rel=1e-5), (layout, tag)
@@ -51,8 +51,9 @@ def test_the_language_model_s_loss_has_no_part_of_it(tmp_path):
     """The first step's loss is the same, with and without."""
     plain = _ran(tmp_path / "plain", "1 process", steps=2, num_experts=8, expert_ranks=2)
     near = _ran(tmp_path / "near", "1 process", steps=2, **NEAR)
-    assert near["train/loss"][0] == plain["train/loss"][0]
-    assert near["train/loss"][1] != plain["train/loss"][1]
+    first, second = sorted(near["train/loss"])
+    assert near["train/loss"][first] == plain["train/loss"][first]
+    assert near["train/loss"][second] != plain["train/loss"][second]
     assert "train/locality_loss" not in plain
 
 

@@ -22,7 +22,7 @@ _UNIT = 2**-30  # numbers of `mixed` times this lie in [0, 2)
 
 
 class GrAP(Router):
-    """G_i = ReLU(ω_i·x + ε), p = softmax(G / temperature), the K largest (the paper: 1), weight p.
+    """G_i = ReLU(ω_i·x + ε), p = softmax(G / softmax_temperature), the K largest (the paper: 1), weight p.
 
     ω_i is E / H on the i-th block of H / E channels and 0 elsewhere, so that ω_i·x is the mean of a block. Where ReLU
     leaves several experts at 0, the mean before it decides. ``router_logits`` are the means before ReLU. The routing
@@ -37,9 +37,9 @@ class GrAP(Router):
     class Options(RouterOptions):
         """Settings of the logits."""
 
-        temperature: float = setting("What the rectified logits are divided by.", 1.0, least=1e-6)
+        softmax_temperature: float = setting("What the rectified logits are divided by.", 1.0, least=1e-6)
         jitter: float = setting("Reach of the noise on the logits in training; 0 turns it off.", 0.0, least=0)
-        seed: int = setting("Of that noise.", 0, least=0)
+        seed: int = setting("Of the noise of jitter.", 0, least=0)
 
     options: Options
     default_norm_topk_prob = False
@@ -74,12 +74,12 @@ class GrAP(Router):
         experts = config.layer(config.moe_layers[0]).num_experts if config.moe_layers else 1
         if config.norm_topk_prob or experts == 1:
             return None
-        weight = first_weight(config.hidden_size, experts, config.router_options.temperature)
+        weight = first_weight(config.hidden_size, experts, config.router_options.softmax_temperature)
         return (
             f"router {config.router} averages {config.hidden_size // experts} channels for each expert, so that on "
             f"inputs of RMS 1 its first choice begins with a weight of about {weight * experts:.2f} / E = "
-            f"{weight:.2f}, and the layer's output with as much of an expert's: router_options.temperature below 1, or "
-            "norm_topk_prob: true, raises it"
+            f"{weight:.2f}, and the layer's output with as much of an expert's: "
+            "router_options.softmax_temperature below 1, or norm_topk_prob: true, raises it"
         )
 
     def begin_step(self, step: int) -> None:
@@ -104,7 +104,7 @@ class GrAP(Router):
 
     def choose(self, logits: Tensor) -> Routing:
         """The decision that follows from means of blocks, logits (T, E)."""
-        rectified = torch.where(logits.isneginf(), logits, logits.relu() / self.options.temperature)
+        rectified = torch.where(logits.isneginf(), logits, logits.relu() / self.options.softmax_temperature)
         probs = rectified.softmax(dim=-1)  # (T, E)
         index = logits.topk(self.num_experts_per_tok, dim=-1, sorted=True).indices  # (T, K), of ReLU's ties too
         weight = probs.gather(1, index)

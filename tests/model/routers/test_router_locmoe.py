@@ -49,7 +49,7 @@ def test_3_7_2_logits_are_block_means():
     torch.testing.assert_close(routing.router_probs, rectified.softmax(-1))
     torch.testing.assert_close(routing.topk_weight, routing.router_probs.amax(-1, keepdim=True))  # not 1
     assert torch.equal(routing.topk_index, routing.router_logits.argmax(-1, keepdim=True))
-    warm = router_of("grap", router_options={"temperature": 0.25})(x, None)
+    warm = router_of("grap", router_options={"softmax_temperature": 0.25})(x, None)
     torch.testing.assert_close(warm.router_probs, (4 * rectified).softmax(-1))
     assert torch.equal(warm.router_logits, routing.router_logits)
     summed = router_of("grap", norm_topk_prob=True)(x, None).topk_weight.sum(-1)
