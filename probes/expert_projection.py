@@ -14,7 +14,7 @@ import torch
 from moebed.views.layer import LayerView, Need
 from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, by_part, numbers, per_layer
 from probes.figures.pictures import draw_depth
-from probes.measures.expert_matrices import compared, fitting, keep_rows, labels_of, num_experts, row_bands
+from probes.measures.expert_matrices import compared, fitting, keep_rows, labels_of, num_experts, standardised_gram
 from probes.measures.principal import matrix_components, outliers, point_components
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class ExpertProjection(Probe):
         rest, count = fitting(view, name), view.num_experts
         fetch, found = compared(view, name, rest), dict[str, np.ndarray]()
         if count > 1:
-            points, share = matrix_components(row_bands(view, name, rest), count, _DIMS)
+            points, share = matrix_components(*standardised_gram(view, name), _DIMS)
             found |= {"matrix_pca": points[:, :2], "matrix_pca_3d": points}
             found |= {"matrix_pca_var": share[:2], "matrix_pca_3d_var": share}
         width = len(fetch(0))

@@ -28,7 +28,7 @@ from probes.measures.matching import exact_products, match_pairs
 
 DEEPSEEK, MIXTRAL = (1408, 2048), (14336, 4096)  # N, H
 LAYER_EXPERTS, SOME_EXPERTS = 64, 5
-STREAMED = streaming.Shape()
+STREAMED = streaming.Shape(experts=3, layers=1)  # a part of the model: rates are per matrix, and no cache holds 1 GB
 MATRICES = 3  # of which one, down, has its neurons as columns
 
 
@@ -153,7 +153,7 @@ def big_rows(rounds: int) -> list[dict[str, Any]]:
 
 
 def streaming_rows(rounds: int) -> list[dict[str, Any]]:
-    """Reading a checkpoint, and a pass of text through a layer of it, at Mixtral 8x7B's size."""
+    """Reading a checkpoint with matrices of Mixtral 8x7B's size."""
     rows = []
     with tempfile.TemporaryDirectory(prefix="moebed-bench-") as scratch:
         folder = streaming.write_model(Path(scratch) / "model", STREAMED)
@@ -177,6 +177,14 @@ def streaming_rows(rounds: int) -> list[dict[str, Any]]:
             rows.append(_row(f"plain read / streamed read, {kind}", plain, streamed, 0.9, True))
             size = sum(path.stat().st_size for path in folder.iterdir())
             rows[-1] |= {"bytes": size, "seconds": statistics.median(streamed)}
+    return rows
+
+
+def text_rows(rounds: int) -> list[dict[str, Any]]:
+    """A pass of text through a layer of the same checkpoint."""
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="moebed-bench-") as scratch:
+        folder = streaming.write_model(Path(scratch) / "model", STREAMED)
         for dtype in ("float32", "bfloat16"):
             ours, floor = alternate(
                 rounds,
@@ -217,7 +225,7 @@ def weight_rows(rounds: int, sizes: Sequence[str], most: int | None) -> list[dic
     return rows
 
 
-KINDS = ("streaming", "weights", "matching")
+KINDS = ("streaming", "text", "weights", "matching")
 
 
 def run(
@@ -241,6 +249,7 @@ def run(
     rows = []
     for kind, what, measure in (
         ("streaming", "streaming of a checkpoint", lambda: streaming_rows(rounds)),
+        ("text", "a pass of text beside its products", lambda: text_rows(rounds)),
         ("weights", "probes of weights beside one product of a layer", lambda: weight_rows(rounds, sizes, most)),
         ("matching", "one pair beside the published procedure", lambda: pair_rows(rounds)),
         ("matching", "a DeepSeekMoE layer beside its products", lambda: layer_rows(rounds, full)),
@@ -258,6 +267,8 @@ def run(
         "reading and multiplying a layer: each expert matrix read from the page cache, copied to float32 and "
         "multiplied by its transpose on its shorter side, the least product that lengths, angles, spectra follow from"
     )
+    if "weights" in only:
+        notes.append(weights.rates())
     if not full:
         notes.append(f"a layer is timed over {SOME_EXPERTS} of its {LAYER_EXPERTS} experts; --full takes all")
     return {"rounds": rounds, "full": full, "notes": notes, "rows": rows}

@@ -59,7 +59,7 @@ class Shape:
 
 
 def write_model(folder: Path, shape: Shape) -> Path:
-    """A checkpoint of two layers, bf16, with random weights, the same in each: 5.8 GB, a file a layer."""
+    """A checkpoint in bf16 with random weights, the same in each layer; a file a layer."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*size: int) -> torch.Tensor:

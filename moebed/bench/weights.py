@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from moebed.bench.streaming import Shape
 from moebed.checkpoints.pretrained import PretrainedMoE
+from moebed.machine.allocator import keep_freed_blocks
 from probes.measures.matching import exact_products
 from probes.registry import PROBES, STATIC_PROBES
 from probes.running.driver import Timing, needs_of, run_probes
@@ -33,6 +35,7 @@ SIZES = {
 
 def layer_pass(folder: Path) -> dict[str, float]:
     """Seconds of each probe, and as "all" those of the whole pass through layer 0, its reading included."""
+    keep_freed_blocks()  # as ``moebed probe`` does
     timing, start = Timing(), time.perf_counter()
     model = PretrainedMoE(str(folder), layers=[0], memory_budget="2GiB")
     probes = [PROBES[name]() for name in MEASURED]
@@ -59,6 +62,29 @@ def read_and_multiply(folder: Path, shape: Shape) -> float:
             matrix = wide.view(rows, columns) if rows < columns else wide.view(rows, columns).T  # (N, K)
             torch.mm(matrix, matrix.T, out=product)
     return time.perf_counter() - start
+
+
+def rates() -> str:
+    """What the machine gives on all cores, for a roofline: the best of some tries, in words."""
+    side, best = 2048, dict[str, float]()
+    numbers = torch.ones(1 << 28)  # a GB, which no cache holds
+    for name, dtype in (("bf16", torch.bfloat16), ("float32", torch.float32)):
+        matrix = torch.ones(side, side, dtype=dtype)
+        best[name] = 2e-9 * side**3 / _best_seconds(lambda m=matrix: torch.mm(m, m))  # type: ignore[misc]
+    best["memory"] = 1e-9 * numbers.nbytes / _best_seconds(numbers.sum)
+    return (
+        f"products of {side} × {side} here: bf16 {best['bf16']:,.0f} GFLOP/s, float32 {best['float32']:,.0f}; memory "
+        f"is read at {best['memory']:.1f} GB/s"
+    )
+
+
+def _best_seconds(work: Callable[[], object]) -> float:
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def places_of(path: Path) -> list[tuple[int, int, int]]:

@@ -47,13 +47,13 @@ class _Held:
     group: int
     memory: Tensor  # (bytes,)
     buffer: Tensor  # (rows, columns), the same memory
-    done: Future[None] | None  # of a part of a file that is mapped, nothing is read
+    done: Future[None]
+    mapped: bool  # part of a file: nothing is read, and the reader only looks whether all is finite
     checked: bool = False
 
     def wait(self) -> None:
         """Until the reader is through with the buffer, or will not touch it."""
-        if self.done is not None:
-            self.done.cancel() or self.done.exception()
+        self.done.cancel() or self.done.exception()
 
 
 class WeightPool:
@@ -128,7 +128,7 @@ class WeightPool:
             if held.group < group:
                 held.wait()
                 del self._held[piece]
-                if held.done is not None:
+                if not held.mapped:
                     self._spare.append(held.memory)
         if not self.fits(group):
             self._spare = []
@@ -161,10 +161,13 @@ class WeightPool:
             self._start(piece, self._group)
         held = self._held.pop(piece)
         self._held[piece] = held  # now the youngest
-        if held.done is not None:
-            held.done.result()
         if not held.checked:
-            piece.checkpoint.require_finite(piece.part, held.buffer)
+            # What is mapped and not begun is looked at here, while the reader looks at what follows.
+            looked_at = held.mapped and not held.done.cancel()
+            if not held.done.cancelled():
+                held.done.result()
+            if not looked_at:
+                piece.checkpoint.require_finite(piece.part, held.buffer)
             held.checked = True
             self._count(piece.num_bytes)
         return held.buffer
@@ -197,7 +200,8 @@ class WeightPool:
         part, size = piece.part, piece.num_bytes
         mapped = piece.checkpoint.cached(part)
         if mapped is not None:
-            self._held[piece] = _Held(group, mapped.view(torch.uint8), mapped, None)
+            look = self._reader.submit(piece.checkpoint.require_finite, part, mapped)
+            self._held[piece] = _Held(group, mapped.view(torch.uint8), mapped, look, mapped=True)
             return
         memory = next((spare for spare in self._spare if spare.nbytes == size), None)
         if memory is not None:
@@ -208,7 +212,7 @@ class WeightPool:
             memory = _fresh(size)
         with torch.inference_mode(False):  # the reader writes into it, and is not in that mode
             buffer = memory.view(piece.checkpoint.dtype(part)).view(part.rows, part.columns)
-        self._held[piece] = _Held(group, memory, buffer, self._reader.submit(_read, piece, buffer))
+        self._held[piece] = _Held(group, memory, buffer, self._reader.submit(_read, piece, buffer), mapped=False)
 
 
 def limit_of(budget: int, spoken_for: int = 0) -> int:

@@ -23,6 +23,7 @@ from moebed.model.attention import RMSNorm
 from moebed.model.config import ModelConfig
 from moebed.model.decoder import Block, MoE
 from moebed.model.fused import ACTIVATIONS
+from moebed.model.hyper_experts import AdapterGenerator, build_generator
 from moebed.model.routers import Routing, build_router
 from moebed.views.layer import MATRICES, ExpertKind, ExpertView, Watch
 from moebed.views.text_pass import band_rows
@@ -93,6 +94,7 @@ class StreamedModel:
         self.checkpoint, self.pool, self.plan, self.precision, self.role = checkpoint, pool, plan, precision, role
         self.config: ModelConfig = checkpoint.config
         self.current: Block | None = None
+        self._generator: AdapterGenerator | None = None
 
     def computing(self) -> AbstractContextManager[object]:
         """The precision of products."""
@@ -117,8 +119,10 @@ class StreamedModel:
 
     def block(self, index: int) -> Block:
         """A layer's attention, norms and router, read; its experts or FFN have no weights here."""
+        if self._generator is None:
+            self._generator = self._read_generator()
         with torch.device("meta"):
-            block = Block(self.config, index).eval()
+            block = Block(self.config, index, self._generator).eval()
         self.pool.enter(self.plan.group(index, f"{self.role}block"))
         state = {}
         for name, piece in block_pieces(self.checkpoint, index).items():
@@ -132,6 +136,20 @@ class StreamedModel:
         block.load_state_dict(state, strict=False, assign=True)
         self.current = block
         return block
+
+    def _read_generator(self) -> AdapterGenerator | None:
+        """What the layers of HyperMoE share, read beside the plan and kept; None where there is none."""
+        with torch.device("meta"):
+            generator = build_generator(self.config)
+        if generator is None:
+            return None
+        state = {}
+        for name in generator.state_dict():
+            part = self.checkpoint.keys.parameter(f"adapter_generator.{name}")[0].part
+            weights = self.precision.seen(self.checkpoint.read(part))
+            state[name] = weights.view(part.shape).to(self.precision.compute)
+        generator.load_state_dict(state, assign=True)
+        return generator
 
     def gate(self, index: int) -> Tensor | None:
         """The gate embeddings (E, H) of a layer, float32; None where its router has none."""
@@ -234,7 +252,16 @@ class StreamedWeights:
                 total.index_add_(0, token, output * routing.topk_weight[token, choice, None])
         if self._config.num_shared_experts:
             total += self._run("shared", x) * self._shared_gate(x)
-        return total
+        adapted = self.adapted(x, routing)
+        return total if adapted is None else total + adapted
+
+    def adapted(self, x: Tensor, routing: Routing) -> Tensor | None:
+        """What HyperMoE's adapters add for tokens x (T, H): (T, H)."""
+        mlp = self._model.current.mlp if self._model.current is not None else None
+        if not isinstance(mlp, MoE) or mlp.hyper_experts is None:
+            return None
+        with self._model.computing():
+            return mlp.hyper_experts(x, routing).float()
 
     def _run(
         self,

@@ -11,6 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from moebed.errors import UserError
 from moebed.machine.allocator import keep_freed_memory
+from moebed.model.flops import count_parameters
 from moebed.training.command_line import TrainingCLI, quiet
 
 # What gloo and NCCL say when a peer is gone or silent.
@@ -31,7 +32,9 @@ class ReportingCLI(TrainingCLI):
         from probes.report.page import write_report
 
         report = write_report([folder], folder / "report.html")
-        print_closing_table(numbers, folder, report)
+        total, active = count_parameters(self.model.config)
+        sizes = {"parameters": f"{total:,}", "active for a token": f"{active:,}"}
+        print_closing_table(sizes | numbers, folder, report)
 
 
 def print_closing_table(numbers: dict[str, Any], folder: Path, report: Path) -> None:

@@ -111,6 +111,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
     from moebed.checkpoints.reading_bar import ReadingBar
     from moebed.checkpoints.texts import TextOptions
     from moebed.machine import storage
+    from moebed.machine.allocator import keep_freed_blocks
     from moebed.machine.termination import ending_on_sigterm
     from moebed.training.command_line import require_writable, say
     from probes.registry import make_probes
@@ -156,6 +157,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
     kept = json.dumps(options["dtype"]) + "\n"  # once the folder is known to be this model's
     keeping = LambdaCallback(on_predict_start=lambda *_: storage.write_text(_kept_dtype(out), kept))
     _quiet()
+    keep_freed_blocks()
     trainer = Trainer(
         accelerator="cpu" if options["device"] == "cpu" else "gpu",
         devices=1,

@@ -10,7 +10,8 @@ from lightning.pytorch import LightningDataModule
 
 from moebed.data.corpus import EMBEDDED_DOMAINS
 from moebed.data.loader import Batch, PackedLoader, ValidationLoader, collate, window_at
-from moebed.data.mixture import mixture_weights
+from moebed.data.mixing import MixingConfig, start_weights
+from moebed.data.mixing_rules import RULES
 from moebed.data.sources import Source, SourceConfig
 from moebed.data.store import DomainStore, TokenStream, build_domain, gzip_size, is_validation
 from moebed.data.streaming import StreamPacker
@@ -20,6 +21,7 @@ from moebed.machine.cache import cache_folder, find_or_build, fingerprint
 
 STREAMING_VALIDATION_WINDOWS = 64
 _DEFAULT_TOKENIZER = TokenizerConfig()
+_SOURCES_OWN = MixingConfig()
 
 
 class DomainSummary(NamedTuple):
@@ -49,11 +51,13 @@ class TextDataModule(LightningDataModule):
         cache_dir: Where tokenized text is kept; the environment's MOEBED_CACHE or ~/.cache/moebed if not given.
         rows_by_domain: Order the sequences of every global batch by domain, so that each process, or each of the ranks
             that one stands for (model.config.expert_ranks), trains on domains of its own. Which text a step sees stays.
+        mixing: Weights of the domains, and how they change while training; the sources' own, and static, if not given.
 
     Attributes:
         domains: Names of the domains; ``domain`` in a batch is an index into it. Known from the start.
         model_vocab_size: The model's vocabulary size, if set; a tokenizer that is too large for it is then refused
             before any text is tokenized.
+        mixing: Changes the weights of the domains while training, or leaves them (see moebed.data.mixing_rules).
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class TextDataModule(LightningDataModule):
         seed: int = 0,
         cache_dir: str | None = None,
         rows_by_domain: bool = False,
+        mixing: MixingConfig = _SOURCES_OWN,
     ) -> None:
         super().__init__()
         for name, value in (
@@ -88,6 +93,8 @@ class TextDataModule(LightningDataModule):
         self.sequence_length, self.batch_size, self.seed = sequence_length, batch_size, seed
         self.validation_fraction, self.max_validation_windows = validation_fraction, max_validation_windows
         self.cache_dir, self.rows_by_domain = cache_dir, rows_by_domain
+        start_weights(self.sources, [1] * len(self.sources), mixing.start)  # refused now, if it must be
+        self.mixing = RULES[mixing.rule](mixing, self.domains)
         self.model_vocab_size: int | None = None
         self._tokenizer: Tokenizer | None = None
         self._stores: list[DomainStore] = []
@@ -181,7 +188,8 @@ class TextDataModule(LightningDataModule):
         ``val_check_interval`` or an int ``limit_train_batches``.
         """
         rank, world_size = self._rank_and_world_size()
-        weights = mixture_weights(self.sources, [None if s.train is None else len(s.train) for s in self.stores])
+        sizes = [None if store.train is None else len(store.train) for store in self.stores]
+        weights = start_weights(self.sources, sizes, self.mixing.config.start)
         rows = range(rank * self.batch_size, (rank + 1) * self.batch_size)
         domains: list[TokenStream | StreamPacker] = [
             StreamPacker(
@@ -198,6 +206,7 @@ class TextDataModule(LightningDataModule):
         ]
         folders = [store.folder.name for store in self.stores]
         parts = [folders, weights.round(12).tolist(), self.sequence_length, self.seed]
+        parts += [] if self.mixing.config.rule == "static" else [self.mixing.config.rule]
         self._train_loader = PackedLoader(
             domains,
             weights,
@@ -212,25 +221,36 @@ class TextDataModule(LightningDataModule):
         )
         if self._resumed is not None:
             self._train_loader.load_state_dict(self._resumed)
+        self.mixing.attach(self._train_loader)
         return self._train_loader
 
     def state_dict(self) -> dict[str, Any]:
-        """How far training has read; Lightning keeps the loader's own state too, but drops it where an epoch ended."""
-        return {} if self._train_loader is None else {"train": self._train_loader.state_dict()}
+        """How far training has read, and what changes the domains' weights has seen.
+
+        Lightning keeps the loader's own state too, but drops it where an epoch ended.
+        """
+        state = {} if self._train_loader is None else {"train": self._train_loader.state_dict()}
+        return {**state, "mixing": {"rule": self.mixing.config.rule, **self.mixing.state_dict()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Have training go on there."""
         self._resumed = state_dict.get("train")
+        mixing = state_dict.get("mixing", {})
+        if mixing.get("rule") == self.mixing.config.rule:
+            self.mixing.load_state_dict(mixing)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Tells the training loader that Lightning takes a batch to train on it; the batch is unchanged.
+        """Tells the training loader that Lightning takes a batch to train on it.
 
         Args:
             batch: The batch.
             dataloader_idx: Not used.
+
+        Returns:
+            The batch; another in its place, if the domains' weights have changed since it was fetched.
         """
         if self._train_loader is not None and self.trainer is not None and self.trainer.training:
-            self._train_loader.mark_consumed()
+            return self._train_loader.take(batch)
         return batch
 
     def val_dataloader(self) -> ValidationLoader:

@@ -72,7 +72,10 @@ class PackedLoader:
 
     Its state is a position in the *consumed* samples, and in streaming domains the places of all rows. Lightning
     fetches a batch ahead of training, so a loader that only counted what it gave would skip a batch on resuming:
-    with ``tracked``, the owner says through :meth:`mark_consumed` when training has taken a batch.
+    with ``tracked``, the owner says through :meth:`take` when training takes a batch.
+
+    The domains' weights may change while it trains (:meth:`change_weights`): from the next batch on that training
+    takes. What was fetched ahead is fetched anew, so nothing is trained on that was drawn by weights of before.
 
     Args:
         domains: For each domain, its training stream or the packer of its streaming source, which is given this
@@ -113,20 +116,28 @@ class PackedLoader:
         self._position = 0
         self._consumed = self._snapshot()
         self._whole: dict[str, Any] | None = None  # of all ranks, when it was last asked for
-        self._ahead: deque[dict[str, Any]] = deque()
+        # Of each batch fetched and not consumed: what to take in its place, if that is another, and the place after it.
+        self._ahead: deque[tuple[Batch | None, dict[str, Any]]] = deque()
+        self._source = self._fetched()
         self._reader: ThreadPoolExecutor | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         """Goes on after the last batch consumed; what was fetched but not consumed comes again."""
+        self._go_back()
+        self._ahead.clear()
+        while True:
+            batch, snapshot = next(self._source)
+            self._ahead.append((None, snapshot))
+            if not self._tracked:
+                self.take(batch)
+            yield batch
+
+    def _go_back(self) -> None:
+        """What is fetched next comes after the last batch consumed."""
         self._stop_reading()
         if self._consumed["position"] != self._position:
             self._restore(self._consumed)
-        self._ahead.clear()
-        for batch, snapshot in self._fetched():
-            self._ahead.append(snapshot)
-            if not self._tracked:
-                self.mark_consumed()
-            yield batch
+        self._source = self._fetched()
 
     def _fetched(self) -> Iterator[tuple[Batch, dict[str, Any]]]:
         """Batches, each with the place after it; of streaming sources some are read ahead in a thread of its own."""
@@ -151,9 +162,30 @@ class PackedLoader:
             self._reader.shutdown(cancel_futures=True)
             self._reader = None
 
-    def mark_consumed(self) -> None:
-        """Says that training has taken the oldest batch not yet consumed."""
-        self._consumed = self._ahead.popleft()
+    def take(self, batch: Batch) -> Batch:
+        """Says that training takes the oldest batch not yet consumed.
+
+        Args:
+            batch: That batch.
+
+        Returns:
+            The batch to train on: another one where weights have changed since it was fetched.
+        """
+        anew, self._consumed = self._ahead.popleft()
+        return batch if anew is None else anew
+
+    @property
+    def weights(self) -> np.ndarray:
+        """Chance of each domain ``(D,)``, as it is now."""
+        return self._draws.weights
+
+    def change_weights(self, weights: np.ndarray) -> None:
+        """Gives every domain another chance ``(D,)`` from the next batch that is taken on; all ranks do so together."""
+        self._stop_reading()  # which draws by the weights too
+        self._draws.change(self._consumed["position"], weights)
+        self._consumed, self._whole = {**self._consumed, "draws": self._draws.state_dict()}, None
+        self._go_back()
+        self._ahead = deque(next(self._source) for _ in range(len(self._ahead)))
 
     def _next_batch(self) -> Batch:
         first = self._rank * self._batch_size
@@ -178,7 +210,8 @@ class PackedLoader:
 
     def _snapshot(self) -> dict[str, Any]:
         streams = {str(index): packer.state_dict() for index, packer in self._packers.items()}
-        return {"position": self._position, "identity": self._identity, "streams": streams}
+        snapshot = {"position": self._position, "identity": self._identity, "streams": streams}
+        return {**snapshot, "draws": draws} if (draws := self._draws.state_dict()) else snapshot
 
     def _restore(self, state: dict[str, Any]) -> None:
         self._position = state["position"]
@@ -187,7 +220,8 @@ class PackedLoader:
                 packer.load_state_dict(stream)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the number of samples consumed by all ranks, and the places of all rows in streaming sources.
+        """Returns the number of samples consumed by all ranks, the weights if they changed, and the places of all rows
+        in streaming sources.
 
         Where there are streaming sources, ranks that talk to each other call this together.
         """
@@ -207,13 +241,16 @@ class PackedLoader:
         Where their product differs, a streaming source goes on after the document furthest read: what was tokenized
         and not yet used is left out.
         """
-        if state_dict["identity"] != self._identity:
+        self._stop_reading()
+        if state_dict["identity"] == self._identity:
+            self._draws.load_state_dict(state_dict.get("draws", {}))
+        else:
             rank_zero_warn(
                 "the checkpoint was trained on other data (sources, tokenizer, sequence length, weights or seed): "
                 f"going on at sample {state_dict['position']} of this data"
             )
-        self._stop_reading()
         self._restore(state_dict)
+        self._source = self._fetched()
         self._ahead.clear()
         self._consumed = self._whole = state_dict
 

@@ -1,36 +1,20 @@
-"""Which domain and which window the i-th training sample is: pure functions of the seed, so any can be found."""
+"""Which domain and which window the i-th training sample is: pure functions of the seed and of the weights that domains
+have had, so any can be found."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
-
-from moebed.data.sources import SourceConfig
 
 _CHUNK = 4096
 _DOMAIN_DRAWS, _WINDOW_ORDER = 0, 1  # keep the two kinds of random numbers apart
 
 
-def mixture_weights(configs: Sequence[SourceConfig], train_tokens: Sequence[int | None]) -> np.ndarray:
-    """Returns each domain's chance to give the next sample.
-
-    Args:
-        configs: The sources.
-        train_tokens: Training tokens of each domain, None where it is streaming.
-
-    Returns:
-        Probabilities ``(D,)``. With no weight given and every domain finite, in proportion to ``train_tokens``;
-        otherwise in proportion to the weights, a missing one being 1.
-    """
-    sizes = [size for size in train_tokens if size is not None]
-    if len(sizes) == len(configs) and all(config.weight is None for config in configs):
-        weights = np.array(sizes, dtype=np.float64)
-    else:
-        weights = np.array([1.0 if config.weight is None else config.weight for config in configs], dtype=np.float64)
-    return weights / weights.sum()
-
-
 class DomainDraws:
     """The domain of every training sample, drawn independently by weight.
+
+    Every sample has a random number of its own, by the seed; the weights that hold where it lies say which domain that
+    is. Weights may change at a sample; those before it are then over, and cannot be asked for again.
 
     Args:
         seed: Seed.
@@ -39,26 +23,59 @@ class DomainDraws:
 
     def __init__(self, seed: int, weights: np.ndarray) -> None:
         self._seed = seed
-        self._cumulative = np.cumsum(weights)
+        self._has_changed = False
+        self._begin(0, weights, np.zeros(len(weights), dtype=np.int64))
+
+    def _begin(self, since: int, weights: np.ndarray, counts: np.ndarray) -> None:
+        """Weights from a sample on, before which each domain had so many."""
+        self.weights = np.asarray(weights, dtype=np.float64)
+        self._since = since
+        self._cumulative = np.cumsum(self.weights)
         self._cumulative[-1] = 1.0
-        self._counts = [np.zeros(len(weights), dtype=np.int64)]  # of each domain, before each chunk
+        self._counts = [counts]  # of each domain, before each chunk, of the first before the weights hold
         self._current = (-1, np.zeros(0, dtype=np.int64))
 
     def _chunk(self, chunk: int) -> np.ndarray:
+        """Domains of a chunk's samples; -1 of those before the weights hold."""
         if self._current[0] != chunk:
             rng = np.random.default_rng([self._seed, _DOMAIN_DRAWS, chunk])
-            self._current = (chunk, np.searchsorted(self._cumulative, rng.random(_CHUNK), side="right"))
+            domains = np.searchsorted(self._cumulative, rng.random(_CHUNK), side="right")
+            domains[: max(0, self._since - chunk * _CHUNK)] = -1
+            self._current = (chunk, domains)
         return self._current[1]
+
+    def _before(self, sample: int) -> np.ndarray:
+        """Samples of each domain ``(D,)`` before this one."""
+        chunk, offset = divmod(sample, _CHUNK)
+        first = self._since // _CHUNK
+        while len(self._counts) <= chunk - first:
+            self._counts.append(self._counts[-1] + self._tally(self._chunk(first + len(self._counts) - 1)))
+        return self._counts[chunk - first] + self._tally(self._chunk(chunk)[:offset])
+
+    def _tally(self, domains: np.ndarray) -> np.ndarray:
+        return np.bincount(domains[domains >= 0], minlength=len(self.weights))
 
     def locate(self, sample: int) -> tuple[int, int]:
         """Returns the sample's domain, and how many samples before it are of that domain."""
-        chunk, offset = divmod(sample, _CHUNK)
-        while len(self._counts) <= chunk:
-            drawn = np.bincount(self._chunk(len(self._counts) - 1), minlength=len(self._cumulative))
-            self._counts.append(self._counts[-1] + drawn)
-        domains = self._chunk(chunk)
-        domain = int(domains[offset])
-        return domain, int(self._counts[chunk][domain] + np.count_nonzero(domains[:offset] == domain))
+        domain = int(self._chunk(sample // _CHUNK)[sample % _CHUNK])
+        return domain, int(self._before(sample)[domain])
+
+    def change(self, sample: int, weights: np.ndarray) -> None:
+        """Has this sample, and all after it, drawn by other weights ``(D,)``."""
+        self._begin(sample, weights, self._before(sample))
+        self._has_changed = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the weights and since when they hold, as plain data; nothing where they never changed."""
+        if not self._has_changed:
+            return {}
+        return {"since": self._since, "weights": self.weights.tolist(), "counts": self._counts[0].tolist()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on with the weights that ``state_dict`` returned; with none, as it is."""
+        if state:
+            self._begin(state["since"], np.array(state["weights"]), np.array(state["counts"], dtype=np.int64))
+            self._has_changed = True
 
 
 class WindowOrder:

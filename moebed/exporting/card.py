@@ -111,6 +111,10 @@ def _model(config: ModelConfig, family: Family) -> str:
         }
     if config.shared_expert_intermediate_size is not None:
         rows["width of the shared expert"] = config.shared_expert_intermediate_size
+    if config.hyper_experts is not None:
+        rows["adapters beside the experts"] = (
+            f"{config.hyper_experts.adapters}, {config.hyper_experts.adapter_size} wide"
+        )
     if len(config.moe_layers) < config.num_hidden_layers:
         rows["width of a dense FFN"] = config.intermediate_size
     return f"{kind} language model, trained with moebed.\n\n{_table('model', rows)}"

@@ -111,14 +111,25 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None = None) -> Tensor:
         """Attend within x (B, S, H), and to what the cache holds before it: (B, S, H)."""
-        query = self._heads(self.q_proj(x), self.q_norm)  # (B, A, S, D)
-        key = self._heads(self.k_proj(x), self.k_norm)  # (B, G, S, D)
-        value = self._heads(self.v_proj(x), None)
-        query, key = fused.rotate(query, *rope), fused.rotate(key, *rope)
-        if cache is not None:
-            key, value = cache.append(key, value)
-        mixed = self._mix(query, key, value)  # (B, A, S, D)
-        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+        query, key, value = self._linears(x, self.q_proj, self.k_proj, self.v_proj)
+        query = self._heads(query, self.q_norm)  # (B, A, S, D)
+        key = self._heads(key, self.k_norm)  # (B, G, S, D)
+        value = self._heads(value, None)
+        if cache is None and self._uses_native(query, key):
+            mixed = self._mix_native(query, key, value, rope)
+        else:
+            query, key = fused.rotate(query, *rope), fused.rotate(key, *rope)
+            if cache is not None:
+                key, value = cache.append(key, value)
+            mixed = self._mix(query, key, value).transpose(1, 2)
+        return self._linears(mixed.flatten(2), self.o_proj)[0]  # of mixed (B, S, A, D)
+
+    @staticmethod
+    def _linears(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
+        """x (B, S, ·) through each of some linear layers."""
+        if any(layer.bias is not None for layer in layers):
+            return tuple(layer(x) for layer in layers)
+        return fused.linears(x, [layer.weight for layer in layers])
 
     def _heads(self, x: Tensor, norm: nn.Module | None) -> Tensor:
         """(B, S, heads·D) -> (B, heads, S, D), normalised where asked."""
@@ -132,8 +143,7 @@ class Attention(nn.Module):
     def _mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         length, total = query.shape[2], key.shape[2]
         if self._uses_native(query, key):
-            query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-            return native.causal_attention(query, key, value, self.scale).transpose(1, 2)
+            return self._mix_native(query, key, value).transpose(1, 2)
         if self.num_kv_heads != self.num_heads:
             repeat = self.num_heads // self.num_kv_heads
             key, value = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
@@ -155,6 +165,13 @@ class Attention(nn.Module):
             for some in _blocks(len(query), length * total)
         ]
         return torch.cat(mixed).unflatten(0, heads)
+
+    def _mix_native(
+        self, query: Tensor, key: Tensor, value: Tensor, rope: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """(B, S, A, D) from queries and keys that are turned already, or are now."""
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        return native.causal_attention(query, key, value, self.scale, rope)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, rows: slice) -> Tensor:
         """Plain products of some queries (n, S, D) with keys and values (n, S_total, D): (n, rows, D)."""

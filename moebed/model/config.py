@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from moebed.errors import ConfigError, did_you_mean
 from moebed.model.allocation import allocate
+from moebed.model.hyper_config import HyperExperts
 
 PerLayer = int | list[int]
 
@@ -82,6 +83,7 @@ class ModelConfig:
         shared_expert_intermediate_size: Width of that FFN where it is another; num_shared_experts then says only in
             which layers there is one.
         shared_expert_gate: Scale the shared expert's output by a learned sigmoid gate (Qwen2-MoE).
+        hyper_experts: HyperMoE, or one of its controls: an adapter beside the experts; none if not given.
         hidden_act: Activation on the gate projection: silu (SwiGLU), gelu (GeGLU, exact) or gelu_tanh.
         router: Name of the routing rule (moebed/README.md lists them), or of one that --plugins made known.
         router_options: Settings of the router; those of other routers are passed over.
@@ -142,6 +144,7 @@ class ModelConfig:
     num_shared_experts: PerLayer = 0
     shared_expert_intermediate_size: int | None = None
     shared_expert_gate: bool = False
+    hyper_experts: HyperExperts | None = None
     hidden_act: Literal["silu", "gelu", "gelu_tanh"] = "silu"
     router: str = "softmax_topk"
     router_options: RouterOptions = field(default_factory=dict)  # type: ignore[assignment]
@@ -227,6 +230,7 @@ class ModelConfig:
         )
         if allocation is not None:
             self._allocate(allocation)
+        self._settle_hyper_experts()
         for layer in range(self.num_hidden_layers):
             self._check_layer(layer)
         self._settle_shared_width()
@@ -236,7 +240,7 @@ class ModelConfig:
     def _check_router(self) -> None:
         routers = _routers()
         self._check_choice("router", tuple(routers.ROUTERS), "; one of your own is made known by --plugins FILE.py")
-        rule = routers.ROUTERS[self.router]
+        rule = self._rule
         self.router_options = routers.options_of(self)
         if self.norm_topk_prob is None:
             self.norm_topk_prob = rule.default_norm_topk_prob
@@ -249,6 +253,11 @@ class ModelConfig:
             f"output_diversity_loss_coef compares the K experts of a token, but router {self.router} has no fixed K; "
             "set it to 0",
         )
+
+    @property
+    def _rule(self) -> Any:
+        """The router's class."""
+        return _routers().ROUTERS[self.router]
 
     def _allocate(self, allocation: str | dict[str, int] | list[float]) -> None:
         for name in ("num_experts", "num_experts_per_tok", "num_shared_experts", "moe_intermediate_size"):
@@ -283,6 +292,32 @@ class ModelConfig:
             "choose between 1 and the number of experts",
         )
         self._require(ffn.num_shared_experts >= 0, f"num_shared_experts is {ffn.num_shared_experts} in {where}")
+
+    def _settle_hyper_experts(self) -> None:
+        """Checked; the controls that are a shared expert become one, as wide as they ask for beside what is there."""
+        settings = self.hyper_experts = HyperExperts.of(self.hyper_experts)
+        if settings is None:
+            return
+        layers = [self.layer(index) for index in self.moe_layers]
+        self._require(bool(layers), "hyper_experts stand beside experts, but num_experts is 0; leave them out")
+        if settings.adapters == "free":
+            self._require(
+                self._rule.fixed_top_k and all(layer.num_experts_per_tok == 1 for layer in layers),
+                "hyper_experts.adapters free has an adapter for each expert, which needs num_experts_per_tok 1, and a "
+                f"router with a fixed K; here they are {self.num_experts_per_tok} and {self.router}",
+            )
+        if not settings.adapters.startswith("shared_"):
+            return
+        shared = {(layer.num_shared_experts, layer.shared_intermediate_size) for layer in layers}
+        self._require(
+            len(shared) == 1,
+            f"hyper_experts.adapters {settings.adapters} is a shared expert, but layers have shared experts of "
+            "different widths; give them one",
+        )
+        count, width = shared.pop()
+        width += settings.shared_width(self.hidden_size, [layer.num_experts for layer in layers])
+        self.num_shared_experts, self.shared_expert_intermediate_size = max(1, count), width
+        self.hyper_experts = None
 
     def _check_ranks(self) -> None:
         ranks, on_node = self.expert_ranks, self.ranks_per_node

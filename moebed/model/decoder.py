@@ -21,6 +21,7 @@ from moebed.model.attention import Attention, KVCache, RMSNorm, RotaryEmbedding
 from moebed.model.config import LayerConfig, ModelConfig
 from moebed.model.experts import weighted_sum
 from moebed.model.fused import ACTIVATIONS
+from moebed.model.hyper_experts import AdapterGenerator, build_adapters, build_generator
 from moebed.model.locality import Placement
 from moebed.model.losses import output_similarity, weight_similarity
 from moebed.model.routers import Router, Routing, build_router
@@ -49,9 +50,9 @@ class FeedForward(nn.Module):
 
 
 class MoE(nn.Module):
-    """Router, routed experts, and shared experts where the layer has them. Dropless."""
+    """Router, routed experts, and shared experts and adapters where the layer has them. Dropless."""
 
-    def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: LayerConfig, generator: AdapterGenerator | None = None) -> None:
         super().__init__()
         self.router = build_router(config, layer)
         self.experts = self.router.build_experts(config, layer)
@@ -61,6 +62,7 @@ class MoE(nn.Module):
             self.shared_expert = FeedForward(config, layer.shared_intermediate_size)
             if config.shared_expert_gate:
                 self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
+        self.hyper_experts = build_adapters(config, layer, generator)
         self.diversity_losses = frozenset(name for name, coefficient in config.diversity_losses.items() if coefficient)
 
     def forward(self, x: Tensor, token_ids: Tensor | None = None) -> tuple[Tensor, Routing]:
@@ -85,12 +87,19 @@ class MoE(nn.Module):
 
     def combine(self, x: Tensor, routing: Routing, outputs: Tensor | None = None) -> Tensor:
         """Outputs (T, H) for tokens x (T, H) that are routed already; from the chosen experts' (T, K, H), if given."""
-        beside = partial(self.shared_output, x) if self.shared_expert is not None else None
+        beside = None if self.shared_expert is self.hyper_experts is None else partial(self.beside, x, routing)
         if outputs is None:
             return self.experts(x, routing, beside)
         # What is left needs none of the experts' weights: no rank gathers them once more.
         total = weighted_sum(routing.topk_weight, outputs)
         return total if beside is None else total + beside()
+
+    def beside(self, x: Tensor, routing: Routing) -> Tensor:
+        """What is added beside the routed experts for tokens x (T, H): (T, H)."""
+        if self.hyper_experts is None:
+            return self.shared_output(x)
+        adapted = self.hyper_experts(x, routing)
+        return adapted if self.shared_expert is None else adapted + self.shared_output(x)
 
     def shared_output(self, x: Tensor) -> Tensor:
         """What the shared experts add for tokens x (T, H): (T, H)."""
@@ -102,9 +111,15 @@ class MoE(nn.Module):
 
 
 class Block(nn.Module):
-    """One decoder layer. The three steps are apart so that a walk over layers can look between them."""
+    """One decoder layer. The three steps are apart so that a walk over layers can look between them.
 
-    def __init__(self, config: ModelConfig, index: int) -> None:
+    Args:
+        config: The model.
+        index: Of the layer.
+        generator: What the layers of HyperMoE share.
+    """
+
+    def __init__(self, config: ModelConfig, index: int, generator: AdapterGenerator | None = None) -> None:
         super().__init__()
         layer = config.layer(index)
 
@@ -117,7 +132,7 @@ class Block(nn.Module):
         self.self_attn = Attention(config)
         self.mlp: MoE | FeedForward
         if layer.num_experts:
-            self.mlp = MoE(config, layer)
+            self.mlp = MoE(config, layer, generator)
         else:
             assert config.intermediate_size is not None
             self.mlp = FeedForward(config, config.intermediate_size)
@@ -162,11 +177,13 @@ class Decoder(nn.Module):
         self.placement = Placement.of(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.rotary = RotaryEmbedding(config)
-        self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_hidden_layers))
+        generator = build_generator(config)
+        self.layers = nn.ModuleList(Block(config, index, generator) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+        self.adapter_generator = generator
         self.reset_parameters()
 
     @torch.no_grad()
@@ -198,13 +215,15 @@ class Decoder(nn.Module):
         if router is not None:
             return router.initial(name.rpartition(".router.")[2], parameter)
         value = torch.zeros(parameter.shape, dtype=parameter.dtype, device="cpu")
-        if name.endswith("bias"):
+        draw = getattr(parameter, "draw", None)  # where a part says how its own begin
+        if draw is None and name.endswith("bias"):
             return value
-        if parameter.ndim == 1:
+        if draw is None and parameter.ndim == 1:
             return value.fill_(1.0)
         digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-        return value.normal_(0.0, self.config.initializer_range, generator=generator)
+        draw = draw or partial(nn.init.normal_, mean=0.0, std=self.config.initializer_range)
+        return draw(value, generator=generator)
 
     def _own_router(self, name: str, parameter: Tensor) -> Router | None:
         """The router that decides by itself how a parameter begins."""
@@ -219,12 +238,18 @@ class Decoder(nn.Module):
         """
         self.placement = Placement.of(self.config, process, processes)
         for router in self.routers:
-            router.token_parts = self.placement.count
+            router.token_parts = self.placement.parts
 
     @property
     def routers(self) -> list[Router]:
         """Those of the layers that have experts, in order."""
         return [block.mlp.router for block in self.blocks if isinstance(block.mlp, MoE)]
+
+    @property
+    def adapters_compile(self) -> bool:
+        """Whether the forward passes of the adapters, if there are any, are one graph."""
+        adapters = [block.mlp.hyper_experts for block in self.blocks if isinstance(block.mlp, MoE)]
+        return all(layer is None or layer.compiles for layer in adapters)
 
     def stored(self) -> dict[str, Tensor]:
         """What a checkpoint holds of it, by name: every parameter, tied ones once, and the state of routers."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from moebed.model.config import ModelConfig
+from moebed.model.hyper_experts import num_sets
 from moebed.model.routers import ROUTERS, build_router
 
 Shapes = dict[str, list[tuple[int, ...]]]  # of parameters, by part
@@ -19,11 +20,14 @@ Shapes = dict[str, list[tuple[int, ...]]]  # of parameters, by part
 def outer_shapes(config: ModelConfig) -> Shapes:
     """Shapes of the parameters outside the layers."""
     matrix = (config.vocab_size, config.hidden_size)
-    return {
+    shapes: Shapes = {
         "embedding": [matrix],
         "norms": [(config.hidden_size,)],
         "head": [] if config.tie_word_embeddings else [matrix],
     }
+    if config.hyper_experts is not None:
+        shapes["adapter generator"] = config.hyper_experts.generator_shapes(config.hidden_size)
+    return shapes
 
 
 def layer_shapes(config: ModelConfig, index: int) -> Shapes:
@@ -49,6 +53,9 @@ def layer_shapes(config: ModelConfig, index: int) -> Shapes:
         shapes["shared experts"] = _gated_ffn(hidden, layer.shared_intermediate_size)
         if config.shared_expert_gate:
             shapes["shared experts"].append((1, hidden))
+    if config.hyper_experts is not None:
+        part = "adapter embeddings" if config.hyper_experts.is_generated else "adapters"
+        shapes[part] = config.hyper_experts.layer_shapes(hidden, layer.num_experts)
     return shapes
 
 
@@ -65,18 +72,25 @@ def count_parameters(config: ModelConfig, training: bool = False) -> tuple[int, 
     """Parameters in total, and those active for one token (embedding and head included).
 
     Active are the K experts that a token is sent to, and where the router runs more, those; in expectation where chance
-    decides (competesmoe in training), or where K is an average (relu). A router is active as a whole.
+    decides (competesmoe in training), or where K is an average (relu). A router is active as a whole, but for what it
+    has for training alone (noisy_topk). Of HyperMoE the weights of one adapter a layer are, and not what generates
+    them, which runs once for a set of experts and not for a token (:func:`generator_flops`).
     """
-    total = active = sum(map(count, outer_shapes(config).values()))
+    outer = outer_shapes(config)
+    total = sum(map(count, outer.values()))
+    active = total - count(outer.get("adapter generator", []))
+    hyper = config.hyper_experts
+    adapter = 0 if hyper is None else hyper.adapter_parameters(config.hidden_size)
     for index in range(config.num_hidden_layers):
         shapes, layer = layer_shapes(config, index), config.layer(index)
-        experts = count(shapes.pop("experts", []))
+        experts, adapters = count(shapes.pop("experts", [])), count(_pop_adapters(shapes))
         common = sum(map(count, shapes.values()))
-        total += common + experts
-        active += common
+        total += common + experts + adapters
+        active += common + (adapter if adapters else 0)
         if experts:
             run = ROUTERS[config.router].experts_run(config, layer, training)
             active += round(experts / layer.num_experts * run)
+            active -= 0 if training else ROUTERS[config.router].idle_parameters(config, layer)
     return total, active
 
 
@@ -94,6 +108,30 @@ def flops_per_token(config: ModelConfig, sequence_length: int, training: bool = 
     keys = sequence_length / 2 if config.sliding_window is None else min(sequence_length / 2, config.sliding_window)
     attention = 4 * keys * config.num_attention_heads * config.head_dim * config.num_hidden_layers
     return int(2 * matrices + attention)
+
+
+def generator_flops(config: ModelConfig, num_tokens: int) -> int:
+    """Forward FLOPs that HyperMoE's generator takes at most in a pass of so many tokens: once for each set of experts.
+
+    Two for each of its weights and set, and for each of those of the layer's own map; 0 where nothing is generated.
+    """
+    if config.hyper_experts is None or not config.hyper_experts.is_generated:
+        return 0
+    shared, total = _weights(config.hyper_experts.generator_shapes(config.hidden_size)), 0
+    for index in config.moe_layers:
+        layer = config.layer(index)
+        own = _weights(_pop_adapters(layer_shapes(config, index)))
+        total += 2 * min(num_tokens, num_sets(config, layer)) * (shared + own)
+    return total
+
+
+def _pop_adapters(shapes: Shapes) -> list[tuple[int, ...]]:
+    """Take out what a layer's adapters have of their own."""
+    return shapes.pop("adapters", []) + shapes.pop("adapter embeddings", [])
+
+
+def _weights(shapes: list[tuple[int, ...]]) -> int:
+    return count([shape for shape in shapes if len(shape) == 2])
 
 
 def training_flops(active_parameters: Any, tokens: Any) -> Any:
@@ -123,11 +161,12 @@ def scaling_sizes(config: ModelConfig) -> dict[str, float] | None:
     if not config.moe_layers:
         assert config.intermediate_size is not None
         chosen, width = 1, config.intermediate_size
-    outer = sum(map(count, outer_shapes(config).values()))
+    outer = sum(count(shapes) for part, shapes in outer_shapes(config).items() if part != "adapter generator")
     dense = routers = 0
     for index in range(config.num_hidden_layers):
         shapes = layer_shapes(config, index)
         routers += count(shapes.pop("router", []))
+        _pop_adapters(shapes)
         dense += count(shapes.pop("experts", [])) // experts + sum(map(count, shapes.values()))
     granularity = 8 * config.hidden_size / (3 * width)
     return {

@@ -1,21 +1,22 @@
 """Parts of a step whose backward pass is written by hand: fewer passes over memory than autograd takes, and less kept.
 
 ``torch.compile`` fuses the plain formulas by itself and is given those. A second derivative is refused, not wrong.
-On a CPU the norm and the rotation of large tensors are ``moebed.model.native.rowwise``'s, where these can be had.
+On a CPU the norm and the rotation of large tensors are ``moebed.model.native.rowwise``'s, where these can be had, and
+some products ``moebed.model.native.linear``'s.
 
-B sequences, S positions, A heads, D head width, R rows, F expert intermediate.
+B sequences, S positions, A heads, D head width, R rows, F expert intermediate, K inputs of a layer and N outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moebed.model.native import rowwise
+from moebed.model.native import linear, rowwise
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -100,6 +101,33 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     first.addcmul_(high, sin.chunk(2, dim=-1)[0], value=-sign)
     second.addcmul_(low, sin.chunk(2, dim=-1)[1], value=sign)
     return out
+
+
+def linears(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """x (..., K) times the transpose of each weight (N, K): (..., N) of each. x gets one gradient of all."""
+    if torch.compiler.is_compiling() or not linear.fits(x, *weights):
+        return tuple(F.linear(x, weight) for weight in weights)
+    return _Linears.apply(x, *weights)
+
+
+class _Linears(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, *weights)
+        return tuple(linear.product(x, weight) for weight in weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor):
+        x, *weights = ctx.saved_tensors
+        needs_x, *needs = ctx.needs_input_grad
+        grad_x = None
+        if needs_x:
+            for grad, weight in zip(grads, weights, strict=True):
+                grad_x = linear.gradient(grad, weight, onto=grad_x)
+        rows = x.flatten(0, -2)
+        pairs = zip(grads, needs, strict=True)
+        return grad_x, *(grad.flatten(0, -2).t() @ rows if needed else None for grad, needed in pairs)
 
 
 def gated(gate_up: Tensor, weight: Tensor, activation: str) -> Tensor:

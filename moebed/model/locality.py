@@ -17,14 +17,14 @@ from moebed.model.config import ModelConfig
 class Placement(NamedTuple):
     """E experts on X ranks in order, E / X on each; ranks on nodes in order, ``ranks_per_node`` on each.
 
-    A process stands for ``count`` of the ranks, from ``first`` on: its tokens are those of so many parts of a batch,
+    A process stands for ``parts`` of the ranks, from ``first`` on: its tokens are those of so many parts of a batch,
     one after another. So one process computes what X ranks would.
     """
 
     ranks: int
     ranks_per_node: int
     first: int
-    count: int
+    parts: int
 
     @classmethod
     def of(cls, config: ModelConfig, process: int = 0, processes: int = 1) -> Placement:
@@ -44,9 +44,9 @@ class Placement(NamedTuple):
 
     def check_batch(self, batch_size: int) -> None:
         """Raise ConfigError for a process's batch that cannot be cut into the parts of its ranks."""
-        if batch_size % self.count:
+        if batch_size % self.parts:
             raise ConfigError(
-                f"data.batch_size is {batch_size}, and a process stands for {self.count} of the {self.ranks} ranks of "
+                f"data.batch_size is {batch_size}, and a process stands for {self.parts} of the {self.ranks} ranks of "
                 "model.config.expert_ranks, each of which takes an equal part of its batch; give a multiple"
             )
 
@@ -68,7 +68,7 @@ def locality_loss(router_probs: Tensor, token_mask: Tensor, placement: Placement
         placement: Of the experts, and which ranks these tokens are of.
         epsilon: ε, above 0: with 0 the loss is infinite wherever a token may leave.
     """
-    nodes, parts = placement.nodes, placement.count
+    nodes, parts = placement.nodes, placement.parts
     if nodes == 1:
         return router_probs.new_zeros(())
     weight = token_mask.to(torch.float32).view(parts, -1)  # (P, T / P)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moebed.machine.float32 import float32_linear
 from moebed.model.native import rowwise
-from moebed.model.routers import Routing
+from moebed.model.routing import Routing
 
 IGNORE_INDEX = -100
 
@@ -76,6 +76,7 @@ class RouterStats(NamedTuple):
     mean_probs: Tensor  # (E,) mean router probability
     z_loss: Tensor  # () mean of logsumexp(logits)²  (ST-MoE 2202.08906, eq. 5)
     losses: dict[str, Tensor]  # () means of the layer's own losses, by name
+    sums: dict[str, Tensor]  # (E,) what the router's losses of a batch are made of, by name
 
 
 def router_stats(routing: Routing, token_mask: Tensor) -> RouterStats:
@@ -89,7 +90,25 @@ def router_stats(routing: Routing, token_mask: Tensor) -> RouterStats:
     mean_probs = (weight.unsqueeze(1) * routing.router_probs).sum(dim=0) / num_tokens
     z_loss = (weight * routing.router_logits.logsumexp(dim=-1).square()).sum() / num_tokens
     losses = {name: (weight * values).sum() / num_tokens for name, values in (routing.losses or {}).items()}
-    return RouterStats(counts.detach(), mean_probs, z_loss, losses)
+    sums = {name: (weight.unsqueeze(1) * values).sum(dim=0) for name, values in (routing.sums or {}).items()}
+    return RouterStats(counts.detach(), mean_probs, z_loss, losses, sums)
+
+
+def domain_counts(routing: Routing, token_mask: Tensor, domain: Tensor, num_domains: int) -> Tensor:
+    """Assignments of each domain's tokens to each expert (D, E) float32, without a gradient.
+
+    Args:
+        routing: Of one layer.
+        token_mask: (T,) bool, tokens that count.
+        domain: (B,) index of each sequence's domain.
+        num_domains: D.
+    """
+    num_experts = routing.router_probs.shape[-1]
+    of_token = domain.unsqueeze(1).expand(-1, len(token_mask) // len(domain)).reshape(-1, 1)  # (T, 1)
+    counted = (token_mask.unsqueeze(1) & routing.assigned).to(torch.float32)  # (T, K)
+    counts = counted.new_zeros(num_domains * num_experts)
+    slots = of_token * num_experts + routing.topk_index
+    return counts.scatter_add(0, slots.flatten(), counted.flatten()).view(num_domains, num_experts)
 
 
 def load_balancing_loss(mean_probs: Tensor, counts: Tensor) -> Tensor:
@@ -104,6 +123,17 @@ def load_balancing_loss(mean_probs: Tensor, counts: Tensor) -> Tensor:
             their share of all assignments, 1/K of Switch's share of tokens.
     """
     return len(counts) * (counts / counts.sum().clamp(min=1) * mean_probs).sum()
+
+
+def squared_variation(values: Tensor) -> Tensor:
+    """The squared coefficient of variation of values (E,), () float32: unbiased variance over squared mean.
+
+    0 where all are equal, E where one alone is not 0 (Shazeer 2017, section 4).
+    """
+    values = values.float()
+    if len(values) == 1:
+        return values.sum() * 0
+    return values.var() / (values.mean().square() + 1e-10)
 
 
 def output_similarity(outputs: Tensor) -> Tensor:

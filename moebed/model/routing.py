@@ -24,6 +24,9 @@ class Routing(NamedTuple):
     precomputed: Tensor | None = None  # (T, K, ·) of the chosen experts, what the router computed already: see Experts
     losses: dict[str, Tensor] | None = None  # by name, (T,): what the router asks of each token, without coefficient
     ragged: bool = False  # an assignment of weight 0 is none: the number of experts differs from token to token
+    # By name, (T, E): what the router's losses of a batch need of each token and expert; summed over the tokens of a
+    # batch it goes to Router.batch_losses.
+    sums: dict[str, Tensor] | None = None
 
     @property
     def assigned(self) -> Tensor:
@@ -32,4 +35,5 @@ class Routing(NamedTuple):
 
     def without_precomputed(self) -> Routing:
         """The routing without what the experts alone need, so that keeping it holds no memory of their size."""
-        return self._replace(precomputed=None)
+        # Not _replace, through which torch 2.11's compiler loses the class.
+        return Routing(*self[:4], None, *self[5:])

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from moebed.model.attention import RMSNorm
 from moebed.model.config import ModelConfig
 from moebed.model.decoder import Block, Decoder
+from moebed.model.hyper_experts import AdapterGenerator
 from moebed.model.spread import whole
 from moebed.parallel.sharding import reshard
 from moebed.views.layer import LayerWeights
 from moebed.views.live import ModuleWeights, computing_like
 from moebed.views.text_pass import band_rows
 
-_EMBEDDING, _HEAD, _DONE = -1, -2, -3
+_EMBEDDING, _HEAD, _DONE, _GENERATOR = -1, -2, -3, -4
 
 
 class GatheredModel:
@@ -38,6 +39,7 @@ class GatheredModel:
         reshard(decoder)
         self._decoder = decoder
         self._block: tuple[int, Block] | None = None
+        self._generator: AdapterGenerator | None = None
         self._device = next(decoder.parameters()).device
 
     @property
@@ -68,12 +70,14 @@ class GatheredModel:
         """The layer, with all of its weights; the one before it is let go."""
         if self._block is None or self._block[0] != index:
             self._block = None
+            if self._generator is None and self._decoder.adapter_generator is not None:
+                with torch.device("meta"):
+                    self._generator = AdapterGenerator(self.config)
+                _set(self._generator, self._gather(_GENERATOR))
             values = self._gather(index)
             with torch.device("meta"):
-                block = Block(self.config, index).eval()
-            for (name, _), value in zip(list(block.named_parameters()), values, strict=True):
-                path, _, last = name.rpartition(".")
-                block.get_submodule(path).register_parameter(last, nn.Parameter(value, requires_grad=False))
+                block = Block(self.config, index, self._generator).eval()
+            _set(block, values)
             for name, state in self._decoder.blocks[index].named_buffers():  # every rank has it as a whole
                 path, _, last = name.rpartition(".")
                 setattr(block.get_submodule(path), last, state)
@@ -107,6 +111,9 @@ class GatheredModel:
             return [self._decoder.embed_tokens.weight]
         if part == _HEAD:
             return [self._decoder.norm.weight, self._decoder.lm_head.weight]
+        if part == _GENERATOR:
+            assert self._decoder.adapter_generator is not None
+            return list(self._decoder.adapter_generator.parameters())
         return list(self._decoder.blocks[part].parameters())
 
     def _tell(self, part: int) -> int:
@@ -114,3 +121,10 @@ class GatheredModel:
         said = torch.tensor(part, device=self._device)
         dist.broadcast(said, src=0)
         return int(said)
+
+
+def _set(module: nn.Module, values: list[Tensor]) -> None:
+    """Give a module its parameters, in their order."""
+    for (name, _), value in zip(list(module.named_parameters()), values, strict=True):
+        path, _, last = name.rpartition(".")
+        module.get_submodule(path).register_parameter(last, nn.Parameter(value, requires_grad=False))

@@ -7,6 +7,8 @@ operands. Every formula is for eager execution; a compiled step keeps at most as
 
 from __future__ import annotations
 
+from moebed.model.hyper_experts import num_sets, padding, sets_at_once
+from moebed.model.routers import ROUTERS
 from moebed.plan.setup import Setup
 
 Parts = dict[str, int]  # bytes by part
@@ -66,7 +68,7 @@ def router(setup: Setup, index: int) -> int:
     """Norm, its output in float32, logits, probabilities, their sums, choices (int64) and weights before and after.
 
     4·T·H + 8·T·E + 4·T + (8 + 4 + 4)·T·K, and 4·T for the sum by which the weights are divided; without 4·T·H of a
-    router that has no product.
+    router that has no product, and more of some (``Router.plan_bytes``).
     """
     layer, tokens = setup.config.layer(index), setup.tokens
     weights = 8 * layer.num_experts_per_tok + 4 if setup.config.norm_topk_prob else 4 * layer.num_experts_per_tok
@@ -76,6 +78,7 @@ def router(setup: Setup, index: int) -> int:
         + 4
         + 8 * layer.num_experts_per_tok
         + weights
+        + ROUTERS[setup.config.router].plan_bytes(setup.config, layer, setup.stream.parameter < 4)
     )
     return _stream_norm(setup) + kept * tokens
 
@@ -112,6 +115,32 @@ def shared_experts(setup: Setup, index: int) -> int:
     return total + (c * setup.tokens * (config.hidden_size + 1) if gated else 0)
 
 
+def adapters(setup: Setup, index: int) -> int:
+    """HyperMoE's: sorted rows c·R·H, their inner width c·R·A, orders and sets (int64), and one adapter's matrices for
+    each of S sets, 2·c·S·A·H; of more sets than are made at a time the rows alone, since the rest is made again.
+    """
+    config, c = setup.config, setup.stream.compute
+    hyper, hidden = config.hyper_experts, config.hidden_size
+    if hyper is None:
+        return 0
+    sets = adapter_sets(setup, index)
+    align = padding(setup.tokens, sets, setup.device, c)
+    rows = -(-(setup.tokens + sets * (align - 1)) // align) * align
+    order = 8 * rows + 8 * setup.tokens + (c * rows if align > 1 else 0)
+    if hyper.is_generated and sets > sets_at_once(c * hyper.adapter_parameters(hidden)):
+        return c * rows * hidden + order
+    # A free adapter's matrices are parameters, and kept only where they are cast.
+    weights = 2 * c * sets * hyper.adapter_size * hidden if hyper.is_generated else 0
+    return c * rows * (hidden + hyper.adapter_size) + 8 * rows + order + weights
+
+
+def adapter_sets(setup: Setup, index: int) -> int:
+    """Adapters of a layer in a micro-batch on one rank (S)."""
+    config, layer = setup.config, setup.config.layer(index)
+    assert config.hyper_experts is not None
+    return min(setup.tokens, num_sets(config, layer)) if config.hyper_experts.is_generated else layer.num_experts
+
+
 def dense_ffn(setup: Setup) -> int:
     """Norm, the input of gate and up, and the FFN between."""
     assert setup.config.intermediate_size is not None
@@ -129,6 +158,8 @@ def block(setup: Setup, index: int, max_violation: float = 0.0) -> Parts:
         parts["expert activations"] = experts(setup, index, max_violation)
         if shared := shared_experts(setup, index):
             parts["shared experts"] = shared
+        if adapted := adapters(setup, index):
+            parts["adapters"] = adapted
     if setup.config.post_norms:
         last = "dense FFN" if "dense FFN" in parts else "expert activations"
         parts[last] += _product_norm(setup, setup.config.hidden_size)

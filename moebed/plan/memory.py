@@ -19,7 +19,12 @@ from moebed.plan import activations
 from moebed.plan.activations import Parts
 from moebed.plan.setup import Setup
 
-NOT_CAST = ("embedding", "norms", "router")  # used in float32, or looked up, whatever the precision
+NOT_CAST = (
+    "embedding",
+    "norms",
+    "router",
+    "adapter embeddings",
+)  # used in float32, or looked up, whatever the precision
 
 
 class Moment(NamedTuple):
@@ -148,7 +153,9 @@ def moments(setup: Setup, max_violation: float = 0.0) -> Iterator[Moment]:
     outer_gradients = parameter * rank_elements(setup, outer)
     all_gradients = outer_gradients + sum(gradients)
     casts = [_casts(setup, shapes) for shapes in blocks]
+    generator = {"adapter generator": outer.pop("adapter generator", [])}  # used by every layer, in both passes
     head_cast, _ = _casts(setup, outer)
+    generator_cast, _ = _casts(setup, generator)
     logits = activations.logits(setup)
     stream = activations.residual(setup)
 
@@ -168,11 +175,12 @@ def moments(setup: Setup, max_violation: float = 0.0) -> Iterator[Moment]:
         return Moment(name, {part: size for part, size in add(fixed, *parts).items() if size})
 
     last = layers[-1]
+    head_cast += generator_cast
     cached = head_cast + (sum(linear for linear, _ in casts) if setup.checkpointing else 0)
     whole = {"gradients": all_gradients}
     if setup.checkpointing:
         inner = activations.block(setup, last, max_violation)
-        ffn_parts = ("dispatch rows", "expert activations", "dense FFN")
+        ffn_parts = ("dispatch rows", "expert activations", "adapters", "dense FFN")
         passing: Parts = {part: inner[part] for part in ffn_parts if part in inner}
         passing["all-to-all buffers"] = all_to_all_buffers(setup, last)
         passing["weights cast by autocast"] = cached - head_cast + casts[last][1]
@@ -184,11 +192,15 @@ def moments(setup: Setup, max_violation: float = 0.0) -> Iterator[Moment]:
     loss = {"logits and loss": logits + again, "weights cast by autocast": head_cast, "gradients": accumulated}
     yield moment("backward pass of the loss", kept(len(layers)), cast(len(layers)), loss)
     head_gradients = parameter * rank_elements(setup, {"head": outer["head"] or outer["embedding"]})
+    # A layer's, and the sum of those of later layers, which are added to the accumulated ones once it is whole.
+    generator_gradients = 2 * parameter * rank_elements(setup, generator)
     for index in reversed(layers):
         block = activations.block(setup, index, max_violation)
-        common = cast(index + 1) | {"gradients": accumulated or head_gradients + sum(gradients[index + 1 :])}
+        others = (accumulated or head_gradients + sum(gradients[index + 1 :])) + generator_gradients
+        common = cast(index + 1) | {"gradients": others}
         if setup.checkpointing:
             common["weights cast by autocast"] = sum(casts[index])
+        common["weights cast by autocast"] = common.get("weights cast by autocast", 0) + generator_cast
         if setup.gathers:  # in the products' dtype, and in float32 on the way to the reduction
             elements = unsharded_elements(setup, blocks[index])
             common["unsharded gradients of a block"] = (4 + setup.precision.compute) * elements

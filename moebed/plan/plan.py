@@ -8,7 +8,7 @@ from typing import Any
 
 from moebed.errors import ConfigError
 from moebed.model.config import ModelConfig
-from moebed.model.flops import count_parameters, flops_per_token
+from moebed.model.flops import count_parameters, flops_per_token, generator_flops
 from moebed.parallel.config import ParallelConfig
 from moebed.plan import activations, memory, traffic
 from moebed.plan.activations import Parts
@@ -26,7 +26,7 @@ class Plan:
         total_parameters: Of the model.
         active_parameters: For one token.
         rank_parameters: On one rank; every rank holds as many, padding included.
-        forward_flops_per_token: A multiply-add as two.
+        forward_flops_per_token: A multiply-add as two; of HyperMoE's generator, its share in a micro-batch.
         training_flops_per_token: Forward and backward, and recomputation of the blocks with activation checkpointing.
         tokens_per_rank: In a micro-batch.
         tokens_per_step: Over all ranks and micro-batches.
@@ -83,7 +83,7 @@ def make_plan(setup: Setup) -> Plan:
     config, layers = setup.config, range(setup.config.num_hidden_layers)
     outer, *blocks = memory.all_shapes(setup)
     total, active = count_parameters(config)
-    forward = flops_per_token(config, setup.sequence_length)
+    forward = flops_per_token(config, setup.sequence_length) + generator_flops(config, setup.tokens) // setup.tokens
     head = 2 * config.vocab_size * config.hidden_size
     loads = []
     for index in layers:

@@ -25,7 +25,7 @@ from moebed.study.progress import status_path
 from moebed.study.recipe import Overrides, Step, StudyRecipe
 from moebed.study.resolving import Resolved, as_arguments, flatten, resolve
 from moebed.training.trainer import AUTO
-from moebed.upcycling.command import read_layers, read_options, read_settings
+from moebed.upcycling.command import read_layers, read_options, read_settings, text_files
 from moebed.upcycling.upcycle import upcycled_config
 
 # Where things lie and what is shown while they are made: no part of what a run is.
@@ -164,7 +164,11 @@ def _resolve_steps(recipe: StudyRecipe, steps: Sequence[Step], plan: StudyPlan, 
         if step.kind == "upcycle":
             dense = found[-1].config
             assert dense is not None
-            arguments = [f"--{key.replace('_', '-')}={value}" for key, value in step.settings.items()]
+            arguments = [
+                f"--{key.replace('_', '-')}={value}"
+                for key, given in step.settings.items()
+                for value in (given if isinstance(given, list) else [given])
+            ]
             options = read_options(["DENSE", "--out=OUT", *arguments])
             shared, layers = options.get("shared_experts", 0), read_layers(options)
             settings = read_settings(options)
@@ -174,7 +178,9 @@ def _resolve_steps(recipe: StudyRecipe, steps: Sequence[Step], plan: StudyPlan, 
                 for key, value in config.to_dict().items()
                 if key not in NOT_IN_CHECKPOINTS and value != getattr(dense, key)
             }
-            found.append(_CheckedStep("upcycle", arguments, {**options, **after, **code}, None))
+            texts = provenance.files_record(text_files(options))
+            identity = {**options, **after, **code, **({"texts": texts} if texts else {})}
+            found.append(_CheckedStep("upcycle", arguments, identity, None))
             continue
         last = index == len(steps) - 1
         overrides = {**recipe.settings, **upcycled, **step.settings}

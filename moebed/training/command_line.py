@@ -50,6 +50,8 @@ LIGHTNING_ADVICE = (
     "It is recommended to use `self.log",  # what is logged is a sum over ranks already
 )
 
+BY_DOMAIN = ("val/loss/", "val/bits_per_byte/", "train/weight/")  # closing numbers, if there are several domains
+
 
 class _Parser(PresentNames):
     """Errors become a UserError of one line instead of a usage text."""
@@ -239,6 +241,7 @@ class TrainingCLI(LightningCLI):
             self.datamodule.prepare_data()
             self.datamodule.setup("fit")
         self.model.check_data(self.datamodule, self.trainer.world_size)
+        self.datamodule.mixing.check(self.datamodule, self.trainer, self.model.config.moe_layers)
         require_whole_steps(self.trainer)
         SchedulePlan.of(self.model.optimizer_config, self.trainer)
         config: Any = self.model.config
@@ -270,7 +273,7 @@ class TrainingCLI(LightningCLI):
         wanted = ("train/loss", "train/tokens_per_second", "val/loss", "val/perplexity", "val/bits_per_byte")
         numbers: dict[str, Any] = {"step": step, COMPUTED_IN: computed_in(self.trainer.precision)}
         numbers |= {name: found[name] for name in wanted if name in found}
-        numbers |= {name: value for name, value in found.items() if name.startswith("val/bits_per_byte/")}
+        numbers |= {name: value for name, value in found.items() if name.startswith(BY_DOMAIN)}
         if not self.trainer.is_global_zero:
             return numbers
         if "val/bits_per_byte" in numbers:

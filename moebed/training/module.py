@@ -10,22 +10,26 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from moebed.checkpoints.checkpoint import Checkpoint
 from moebed.checkpoints.families.base import NOT_IN_CHECKPOINTS, same_setting
 from moebed.checkpoints.whole import fill
+from moebed.data.mixing import MixingConfig
+from moebed.data.mixing_rules import Static
 from moebed.errors import ConfigError, UserError
 from moebed.machine.progress import say
 from moebed.model.config import ModelConfig
 from moebed.model.decoder import Decoder, MoE, evaluating
 from moebed.model.locality import Placement, locality_loss
-from moebed.model.losses import IGNORE_INDEX, load_balancing_loss, router_stats, token_losses
+from moebed.model.losses import IGNORE_INDEX, domain_counts, load_balancing_loss, router_stats, token_losses
 from moebed.model.routers import RouterSteps, cautions
 from moebed.model.routers.locmoe_plus import choosing_tokens
 from moebed.parallel.gathered import GatheredModel
 from moebed.parallel.strategy import MeshStrategy
+from moebed.training.batch_sums import BatchSums
 from moebed.training.lightning_private import forget_step_values
 from moebed.training.metrics import TextLoss, bits_per_byte
 from moebed.training.not_finite import NotFinite
@@ -46,6 +50,8 @@ class StepTerms(NamedTuple):
     mean_probs: list[Tensor]  # (E,) mean router probability
     z_losses: list[Tensor]  # ()
     router_losses: list[dict[str, Tensor]]  # () by name, what a layer asks for beside
+    router_sums: list[dict[str, Tensor]]  # (E,) by name, what a layer's losses of the batch are made of
+    domain_counts: Tensor | None = None  # (D, E) of each domain in the last MoE layer, where the data ask for it
 
 
 class MoEModule(LightningModule):
@@ -88,10 +94,16 @@ class MoEModule(LightningModule):
                 f"model.compile is on, but router {config.router} decides anew in each step which graph it is; "
                 "turn compile off"
             )
+        if compile and not self.decoder.adapters_compile:
+            raise ConfigError(
+                "model.compile is on, but there can be more sets of experts than hyper_experts makes adapters of at a "
+                "time; turn compile off"
+            )
         self._router_steps = RouterSteps(self.decoder.routers)
         self._terms = torch.compile(self._forward_terms, fullgraph=True, dynamic=False) if compile else None
         self._laid_out = False
         self._window_counts: list[Tensor] = []
+        self._batch_sums = BatchSums()
         self._step_log = StepLog()
         self._begins_step = True
         self._plan: SchedulePlan | None = None
@@ -99,6 +111,7 @@ class MoEModule(LightningModule):
         self._rng: dict[str, Any] | None = None
         self._val_loss: TextLoss | None = None
         self._expert_choice_loss: TextLoss | None = None  # of routers that see a batch, as they route in training
+        self._mixing = Static(MixingConfig(), [])
         self.last_validated_step: int | None = None
 
     # What other parts of moebed read ------------------------------------------------------------------------------
@@ -152,6 +165,9 @@ class MoEModule(LightningModule):
             raise UserError("MoEModule needs a data module with labels and bytes; pass datamodule=TextDataModule(...)")
         self.check_data(data, self.trainer.world_size)
         self.decoder.stand_for(self.trainer.global_rank, self.trainer.world_size)
+        self._mixing = getattr(data, "mixing", self._mixing)
+        if stage == "fit":
+            self._mixing.check(data, self.trainer, self.config.moe_layers)
         self._val_loss = TextLoss(len(data.domains)).to(self.device)
         if any(router.sees_batch for router in self.decoder.routers):
             self._expert_choice_loss = TextLoss(len(data.domains)).to(self.device)
@@ -201,16 +217,19 @@ class MoEModule(LightningModule):
         The norm before clipping is logged.
         """
         self._window_counts = []
+        self._batch_sums.forget()
         parameters = list(self.decoder.parameters())
         norm = gradient_norm(parameters)
         self._note("grad_norm", norm)
         if self.not_finite.skips(self.trainer, norm):
             optimizer.zero_grad(set_to_none=True)  # AdamW leaves a parameter without a gradient as it is
             self._router_steps.forget()
+            self._mixing.forget()
             self._log_step()
             return
-        for name, value in self._router_steps.end().items():
+        for name, value in {**self._router_steps.end(), **self._mixing.numbers()}.items():
             self._note(name, value)
+        self._mixing.end_step()
         self._log_step()
         if gradient_clip_val and gradient_clip_algorithm == "value":
             torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val, foreach=False)
@@ -219,7 +238,7 @@ class MoEModule(LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Routers learn which optimizer step this is part of; the log of the one before is closed."""
-        self._router_steps.begin(self.global_step)
+        self._router_steps.begin(self.global_step, self.global_rank)
         if self._begins_step:
             self._begins_step = False
             self._step_log.clear()
@@ -228,22 +247,26 @@ class MoEModule(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Language-model loss plus the weighted balancing losses of one micro-batch."""
         input_ids, labels = batch["input_ids"], batch["labels"]
-        terms = (self._terms or self._forward_terms)(input_ids, labels)
+        domain = batch["domain"] if self._mixing.counts_load else None
+        terms = (self._terms or self._forward_terms)(input_ids, labels, domain)
         tokens = (labels != IGNORE_INDEX).sum()
         nats = terms.nats.sum()
         loss = nats / tokens
         self._note("loss", loss)
         self._note("bits_per_byte", bits_per_byte(nats, batch["label_bytes"].sum()))
         self._note("learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
-        total = loss + self._balancing_losses(terms) + self._router_losses(terms)
+        total = loss + self._balancing_losses(terms) + self._router_losses(terms) + self._batch_losses(terms)
         self._router_steps.add(terms.counts, tokens)
+        if terms.domain_counts is not None:
+            self._mixing.add(terms.domain_counts)
         self.not_finite.watch(total, terms.z_losses)
         return total
 
-    def _forward_terms(self, input_ids: Tensor, labels: Tensor) -> StepTerms:
+    def _forward_terms(self, input_ids: Tensor, labels: Tensor, domain: Tensor | None = None) -> StepTerms:
         logits, routings = self.decoder(input_ids)
         mask = (labels != IGNORE_INDEX).flatten()
         stats = [router_stats(routing, mask) for routing in routings]
+        domains = len(self._mixing.domains)
         if self.training and self.config.locality_loss_coef:
             where = self.decoder.placement, self.config.locality_epsilon
             for routing, layer in zip(routings, stats, strict=True):
@@ -254,6 +277,8 @@ class MoEModule(LightningModule):
             [layer.mean_probs for layer in stats],
             [layer.z_loss for layer in stats],
             [layer.losses for layer in stats],
+            [layer.sums for layer in stats],
+            None if domain is None else domain_counts(routings[-1], mask, domain, domains),
         )
 
     def _balancing_losses(self, terms: StepTerms) -> Tensor:
@@ -288,6 +313,21 @@ class MoEModule(LightningModule):
             coefficients = {**router.loss_coefficients(), **self.config.layer_losses}
             for name, value in losses.items():
                 total = total + coefficients[name] * value / len(terms.router_losses)
+                found.setdefault(name, []).append(value)
+        for name, values in found.items():
+            self._note(f"{name}_loss", torch.stack(values).mean())
+        return total
+
+    def _batch_losses(self, terms: StepTerms) -> Tensor:
+        """Weighted sum over the layers of the routers' losses of a batch; logs each, unweighted, as a mean."""
+        total = terms.nats.new_zeros(())
+        sums = terms.router_sums
+        if self.config.router_aux_loss_scope == "global" and any(sums):
+            sums = self._batch_sums.of_all(sums)
+        found: dict[str, list[Tensor]] = {}
+        for router, layer in zip(self.decoder.routers, sums, strict=True):
+            for name, value in router.batch_losses(layer).items():
+                total = total + router.loss_coefficients()[name] * value
                 found.setdefault(name, []).append(value)
         for name, values in found.items():
             self._note(f"{name}_loss", torch.stack(values).mean())
@@ -336,9 +376,11 @@ class MoEModule(LightningModule):
         total.update(nats, tokens, batch["label_bytes"].sum(dim=1), batch["domain"])
 
     def on_validation_epoch_end(self) -> None:
-        """Log loss, perplexity and bits per byte, over all text and by domain."""
-        self._log_text_loss("val")
+        """Log loss, perplexity and bits per byte, over all text and by domain; domains' weights may follow the loss."""
+        losses = self._log_text_loss("val")
         self.last_validated_step = self.global_step
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            self._mixing.end_validation(losses)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """The same as validation, on the test text."""
@@ -348,7 +390,8 @@ class MoEModule(LightningModule):
         """Log loss, perplexity and bits per byte, over all text and by domain."""
         self._log_text_loss("test")
 
-    def _log_text_loss(self, stage: str) -> None:
+    def _log_text_loss(self, stage: str) -> Tensor:
+        """The loss of each domain (D,), which is logged too."""
         assert self._val_loss is not None
         found = {name: value.cpu() for name, value in self._val_loss.compute().items()}
         self._val_loss.reset()
@@ -363,6 +406,7 @@ class MoEModule(LightningModule):
                 if found["loss_by_domain"][index].isfinite():
                     self.log(f"{stage}/loss/{domain}", found["loss_by_domain"][index])
                     self.log(f"{stage}/bits_per_byte/{domain}", found["bits_per_byte_by_domain"][index])
+        return found["loss_by_domain"]
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
         """``nats (B, S)`` of every next token, 0 where nothing is predicted; its ``labels`` and ``domain (B,)``."""

@@ -12,7 +12,12 @@ from moebed.arguments import OneLineParser
 from moebed.errors import ConfigError
 
 if TYPE_CHECKING:
-    from moebed.upcycling.methods import Settings
+    import torch
+
+    from moebed.checkpoints.checkpoint import Checkpoint
+    from moebed.upcycling.contract import Settings, TextFacts
+    from moebed.upcycling.first_loss import FirstLosses
+    from moebed.upcycling.upcycle import Plan
 
 # The names are those of moebed.upcycling.methods.METHODS, which needs torch; a test holds the two together.
 METHOD_LINES = {
@@ -20,10 +25,28 @@ METHOD_LINES = {
     "noise": "copies, with N(0, noise-std) added to a fraction of the entries",
     "drop": "copies, with a fraction of each expert's neurons drawn anew from their mean and deviation (2502.19261)",
     "split": "each copy cut into shards that are routed together; logits are the dense model's (2410.07524)",
-    "cluster": "the neurons in balanced groups by k-means, an expert each (2110.01786, 2406.16554)",
+    "cluster": "the neurons in balanced groups by k-means on gate rows as they are, an expert each (2110.01786)",
+    "partition": "the neurons dealt out as --by says, an expert each (LLaMA-MoE, 2406.16554)",
     "scratch": "random experts beside the dense model's attention and embeddings",
 }
-_PARTS = ("fraction", "noise_std", "granularity", "output_scale")  # settings that not every method reads
+_FILES = ("text", "input_ids", "domain")
+_TEXT = (*_FILES, "sequence_length", "domain_tokens")  # which text
+# Settings that not every method reads.
+_PARTS = (
+    "fraction",
+    "noise_std",
+    "granularity",
+    "output_scale",
+    "by",
+    "rows",
+    "normalise",
+    "starts",
+    "router",
+    "residual_experts",
+    "sharing",
+    "expert_width",
+    "text_clusters",
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -45,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--granularity", type=int, metavar="G", help="split: shards of each copy; default 2")
     parser.add_argument("--fraction", type=float, metavar="R", help="noise, drop: part that changes; default 0.5")
     parser.add_argument("--noise-std", type=float, metavar="S", help="noise: its standard deviation; default 0.02")
-    parser.add_argument("--output-scale", type=float, metavar="X", help="cluster: factor on down; default E / K")
+    _add_partition(parser)
     parser.add_argument(
         "--init-std",
         type=float,
@@ -66,7 +89,72 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="default as in the dense checkpoint"
     )
+    _add_text(parser)
     return parser
+
+
+def _add_partition(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("partition")
+    group.add_argument(
+        "--output-scale",
+        type=_scale,
+        metavar="X",
+        help="and cluster: factor on down: a number; published, E / K (the default); sum, K; norm, the root of E·K; "
+        "mean, E; or calibrate, for each channel, on text",
+    )
+    group.add_argument(
+        "--by",
+        metavar="RULE",
+        help="random (the default), contiguous, cluster (k-means with equal sizes), inner (each expert the neurons "
+        "most important for its texts), or inter (those that many would list into residual experts first)",
+    )
+    group.add_argument("--rows", metavar="M", help="cluster, router centroid: rows of gate, up (the default) or down")
+    group.add_argument("--normalise", type=_truth, metavar="B", help="divide each row by its length; default true")
+    group.add_argument("--starts", type=int, metavar="N", help="cluster: starts of the k-means; default 10")
+    group.add_argument(
+        "--router",
+        metavar="R",
+        help="random (the default); centroid, of the neurons' rows; hidden_centroid, of an expert's texts; or noisy, "
+        "the random gate of router noisy_topk",
+    )
+    group.add_argument("--residual-experts", type=int, metavar="R", help="inter: default 1")
+    group.add_argument(
+        "--sharing", type=_truth, metavar="B", help="inter: experts may have neurons in common; default true"
+    )
+    group.add_argument(
+        "--expert-width", type=int, metavar="F", help="inner, inter: neurons of an expert; default D / (E + R)"
+    )
+    group.add_argument(
+        "--text-clusters",
+        metavar="C",
+        help="inner, inter: an expert's texts are clusters of tokens (the default) or domains",
+    )
+
+
+def _add_text(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("text, for the first loss, and where a method asks for it")
+    group.add_argument("--text", action="append", metavar="FILE", help="a text file, a sequence; may be repeated")
+    group.add_argument(
+        "--input-ids", action="append", metavar="FILE.npy", help="token ids (S,) or (B, S); may be repeated"
+    )
+    group.add_argument("--domain", action="append", metavar="NAME=FILE", help="a labelled domain; may be repeated")
+    group.add_argument("--sequence-length", type=int, metavar="S", help="tokens of a domain's sequences; default 256")
+    group.add_argument("--domain-tokens", type=int, metavar="T", help="tokens of a domain; default 8192")
+    group.add_argument("--memory-budget", metavar="SIZE", help="for weights and text at a time; default 8GiB")
+
+
+def _scale(text: str) -> float | str:
+    """A number, or a word."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
 
 
 def run(command: str, arguments: Sequence[str]) -> None:
@@ -102,11 +190,52 @@ def run(command: str, arguments: Sequence[str]) -> None:
         f"{plan.family.model_type}: {total / 1e6:.1f} M parameters, {active / 1e6:.1f} M active a token"
     )
     dtype = getattr(torch, options["dtype"]) if "dtype" in options else None
+    facts, first = _ask_text(options, path, source, plan, settings, dtype)
     with WritingBar() as bar:
-        notes = upcycle(source, path, plan, method, settings, out, dtype, bar.start, bar.update)
+        notes = upcycle(source, path, plan, method, settings, out, dtype, bar.start, bar.update, facts, first)
     for note in notes:
         say(f"note: {note}")
     say(f"checkpoint: {out}; to train from it: moebed fit --config RECIPE.yaml --config {out / 'start.yaml'}")
+
+
+def _ask_text(
+    options: Mapping[str, Any],
+    path: Path,
+    source: Checkpoint,
+    plan: Plan,
+    settings: Settings,
+    dtype: torch.dtype | None,
+) -> tuple[dict[int, TextFacts] | None, FirstLosses | None]:
+    """What the text that was given tells; nothing without one."""
+    from moebed.checkpoints.pretrained import parse_bytes
+    from moebed.checkpoints.texts import TextOptions, read_texts
+    from moebed.machine.progress import Progress, say
+    from moebed.upcycling.from_text import ask_text, layers_passed
+
+    wanted = TextOptions(**{name: options[name] for name in _TEXT if name in options})
+    if not wanted:
+        return None, None
+    text, notes = read_texts(wanted, path, source.config)
+    for note in notes:
+        say(note)
+    method, budget = options["method"], parse_bytes(options.get("memory_budget", "8GiB"))
+    progress = Progress(layers_passed(plan, settings, method), "layer", description="text")
+
+    def on_layer() -> None:
+        progress.update(progress.done + 1)
+
+    try:
+        scratch = Path(options["out"]).resolve().parent
+        found = ask_text(source, plan, method, settings, text, budget, scratch, dtype, on_layer)
+    finally:
+        progress.close()
+    facts, first = found
+    for fact in facts.values():
+        if fact.note:
+            say(f"note: {fact.note}")
+    losses = ", ".join(f"{name} {loss:.4f}" for name, loss in first.moe.items())
+    say(f"first loss on {first.tokens:,} tokens, nats: dense {first.dense:.4f}; {losses}")
+    return found
 
 
 def read_options(arguments: Sequence[str]) -> dict[str, Any]:
@@ -126,7 +255,23 @@ def read_settings(options: Mapping[str, Any]) -> Settings:
             readers = ", ".join(other for other, kind in METHODS.items() if name in kind.uses)
             raise ConfigError(f"--{name.replace('_', '-')} does nothing with method {method}; it is for {readers}")
     fields = {field.name for field in dataclasses.fields(Settings)}
-    return Settings(**{name: value for name, value in options.items() if name in fields})
+    settings = Settings(**{name: value for name, value in options.items() if name in fields})
+    for name in METHODS[method].uses - METHODS[method].reads(settings):
+        if name in options:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} does nothing with by {settings.by} and router {settings.router}; "
+                "leave it out"
+            )
+    if (why := METHODS[method].asks_text(settings)) and not any(name in options for name in _FILES):
+        raise ConfigError(f"method {method} needs text: {why}; give --text FILE or --domain NAME=FILE")
+    return settings
+
+
+def text_files(options: Mapping[str, Any]) -> dict[str, Path]:
+    """Files that hold the text, by what the options call them."""
+    named = [*options.get("text", []), *options.get("input_ids", [])]
+    named += [one.partition("=")[2] for one in options.get("domain", [])]
+    return {name: Path(name) for name in named if Path(name).is_file()}
 
 
 def read_layers(options: Mapping[str, Any]) -> list[int]:

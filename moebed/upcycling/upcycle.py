@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,9 @@ from moebed.checkpoints.writer import FolderWriter, read_bands, stored_dtypes
 from moebed.errors import ConfigError
 from moebed.model.config import ModelConfig
 from moebed.model.routers import cautions
-from moebed.upcycling.methods import METHODS, Copy, Settings, generator
+from moebed.upcycling.contract import Copy, Settings, TextFacts, generator
+from moebed.upcycling.first_loss import FirstLosses
+from moebed.upcycling.methods import METHODS
 
 _MLP = re.compile(r"^layers\.(\d+)\.mlp\.(experts\.|router\.|shared_expert)")
 
@@ -99,6 +101,12 @@ def upcycled_config(
         raise ConfigError(f"shared-experts is {shared_experts}; it must not be negative")
     assert dense.intermediate_size is not None
     experts, per_token, width = METHODS[method].sizes(settings, dense.intermediate_size)
+    decided = METHODS[method].model(settings)
+    if shared_experts and "num_shared_experts" in decided:
+        raise ConfigError(
+            f"shared-experts is {shared_experts}, but by {settings.by} makes {decided['num_shared_experts']} residual "
+            "ones, which are the shared experts; leave one of them out"
+        )
     counts = [0 if layer in dense_layers else experts for layer in range(dense.num_hidden_layers)]
     if not any(counts):
         raise ConfigError("dense-layers names every layer; leave some out, which become MoE layers")
@@ -107,11 +115,14 @@ def upcycled_config(
         num_experts=counts if dense_layers else experts,
         num_experts_per_tok=per_token,
         moe_intermediate_size=width,
-        num_shared_experts=shared_experts,
-        shared_expert_gate=bool(shared_experts) and dense.attention_bias,
         intermediate_size=dense.intermediate_size if dense_layers else None,
-        router="softmax_topk",
         norm_topk_prob=True,
+        **{
+            "num_shared_experts": shared_experts,
+            "shared_expert_gate": bool(shared_experts) and dense.attention_bias,
+            "router": "softmax_topk",
+            **decided,
+        },
     )
 
 
@@ -123,10 +134,13 @@ class UpcycledWeights:
         plan: The new model.
         method: Name of the method.
         settings: What it reads.
+        facts: What text told of the layers, by their index.
     """
 
-    def __init__(self, source: Checkpoint, plan: Plan, method: str, settings: Settings) -> None:
-        self.source, self.plan, self.settings = source, plan, settings
+    def __init__(
+        self, source: Checkpoint, plan: Plan, method: str, settings: Settings, facts: Mapping[int, TextFacts]
+    ) -> None:
+        self.source, self.plan, self.settings, self._facts = source, plan, settings, facts
         self._method = METHODS[method]
         self._current: Copy | None = None
 
@@ -137,13 +151,14 @@ class UpcycledWeights:
             yield from read_bands(self.source, self.source.keys.parameter(name)[0].part)
             return
         layer, kind = int(found.group(1)), found.group(2)
-        if kind == "shared_expert":
-            yield self._shared(name, layer)
-            return
         if self._current is None or self._current.ffn.layer != layer:
-            self._current = self._method(self.settings, _SourceFFN(self.source, layer))
+            self._current = self._method(self.settings, _SourceFFN(self.source, layer), self._facts.get(layer))
+        if kind == "shared_expert":
+            made = self._current.shared(name.removesuffix("_proj.weight").rpartition(".")[2])
+            yield self._silent(name, layer) if made is None else made
+            return
         if kind == "router.":
-            yield self._current.router()
+            yield self._current.router(name.rpartition(".router.")[2])
             return
         matrix = "down"
         if name.endswith("gate_up_proj"):
@@ -154,7 +169,7 @@ class UpcycledWeights:
         assert isinstance(expert, int)
         yield self._current.expert(matrix, expert)
 
-    def _shared(self, name: str, layer: int) -> Tensor:
+    def _silent(self, name: str, layer: int) -> Tensor:
         """A shared expert's matrix, or its gate (1, H): random, and zero where that keeps it silent."""
         config = self.plan.config
         wide, hidden = config.layer(layer), config.hidden_size
@@ -193,6 +208,8 @@ def upcycle(
     dtype: torch.dtype | None = None,
     on_start: Callable[[int], None] = lambda total: None,
     on_write: Callable[[int], None] = lambda count: None,
+    facts: Mapping[int, TextFacts] | None = None,
+    first: FirstLosses | None = None,
 ) -> list[str]:
     """Write the MoE: weights, config, the dense model's tokenizer, and ``start.yaml`` to train from it.
 
@@ -207,24 +224,29 @@ def upcycle(
             embedding.
         on_start: Called with the bytes that will be written.
         on_write: Called with the bytes of every band that is written.
+        facts: What text told of the layers, from ``moebed.upcycling.from_text.ask_text``.
+        first: First losses, from there too, to be kept beside the settings.
 
     Returns:
         Notes for the person who asked.
 
     Raises:
-        UserError: A weight is NaN or Inf, or the folder cannot be written.
+        UserError: A weight is NaN or Inf, or the folder cannot be written; or the method asks for text.
     """
     config = plan.config
-    dtypes = stored_dtypes(source)
-    stored = dtype or dtypes["embed_tokens.weight"]
+    if facts is None and (why := METHODS[method].asks_text(settings)):
+        raise ConfigError(f"method {method} needs text: {why}; give --text FILE or --domain NAME=FILE")
+    stored = dtype or stored_dtypes(source)["embed_tokens.weight"]
     keys = KeyMap(plan.family, config)
-    made = {"method": method, "dense": source.name, **dataclasses.asdict(settings)}
     # transformers keeps what it does not know.
     ids = special_ids(source_path, source.settings)
+    made = {"method": method, "dense": source.name, **_said(method, settings)}
+    if first is not None:
+        made["first_loss"] = {"dense": first.dense, **first.moe, "tokens": first.tokens}
     written = {**plan.family.write_config(config), **ids, "moebed_upcycled": made}
-    writer = FolderWriter(keys, written, stored, dtypes=dtypes if dtype is None else None)
+    writer = FolderWriter(keys, written, stored, dtypes=stored_dtypes(source) if dtype is None else None)
     on_start(writer.total)
-    notes = [note for note in (plan.note, *cautions(config)) if note]
+    notes = [note for note in (plan.note, *cautions(config)) if note] + METHODS[method].notes(settings)
     shards = settings.granularity
     if method == "split" and stored != torch.float32 and shards & (shards - 1):
         notes.append(
@@ -237,5 +259,19 @@ def upcycle(
         notes.extend([note] if note else [])
         write_start_recipe(partial, folder, config, tokenizer)
 
-    writer.write(folder, UpcycledWeights(source, plan, method, settings), finish, on_write)
+    writer.write(folder, UpcycledWeights(source, plan, method, settings, facts or {}), finish, on_write)
     return notes
+
+
+def _said(method: str, settings: Settings) -> dict[str, Any]:
+    """The settings; of ``partition``'s own those alone that it reads."""
+    own = METHODS["partition"].uses - METHODS["cluster"].uses
+    read = METHODS[method].reads(settings)
+    return {name: value for name, value in dataclasses.asdict(settings).items() if name not in own or name in read}
+
+
+def stored_as(source: Checkpoint, dtype: torch.dtype | None) -> Callable[[str], torch.dtype]:
+    """What a parameter of the MoE is stored in, by its name: as asked, or as in the dense checkpoint."""
+    dtypes = stored_dtypes(source)
+    stored = dtype or dtypes["embed_tokens.weight"]
+    return lambda name: stored if dtype else dtypes.get(name, stored)

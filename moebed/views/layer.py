@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from moebed.errors import UserError
+from moebed.machine.finite import all_finite
 from moebed.model.routers import Routing
 
 MATRICES = ("up", "gate", "down")
@@ -141,7 +142,8 @@ class LayerView:
     # of expert -1, that of the model as it is. None where the model is not at hand as a whole.
     ablate: Callable[[int], Tensor] | None = field(default=None, repr=False)
 
-    # (T, H) what the layer makes of its input: set by the view itself, once all experts have run.
+    # (T, H) what the layer makes of its input, shared experts and adapters included: set by the view itself, once all
+    # experts have run.
     moe_output: Tensor | None = field(default=None, init=False)
 
     def matrix(self, name: str) -> Tensor:
@@ -176,7 +178,8 @@ class LayerView:
     def experts(self, watch: Watch | None = None) -> Iterator[ExpertView]:
         """Run every expert on every token, one at a time; after the routed ones the shared one, then the reference.
 
-        The real model's output is summed up on the way, so that it costs nothing more.
+        The real model's output is summed up on the way, so that it costs nothing more; what a model has beside all
+        experts, such as HyperMoE's adapters, is no expert, but part of that output.
 
         Args:
             watch: Is shown the activations of the routed experts, a block of tokens at a time.
@@ -189,11 +192,14 @@ class LayerView:
         routing = self.routing
         total = torch.zeros_like(self.moe_input) if routing is not None else None  # (T, H)
         for expert in self.weights.run_experts(self.moe_input, watch):
-            if not bool(expert.output.sum().isfinite()) and not bool(expert.output.isfinite().all()):
+            if not all_finite(expert.output):
                 raise UserError(f"an output of expert {expert.label} at layer {self.index} is NaN or Inf on this text")
             if total is not None and routing is not None:
                 _add_chosen(total, expert, routing)
             yield expert
+        if total is not None and routing is not None:
+            adapted = self.weights.adapted(self.moe_input, routing)
+            total = total if adapted is None else total + adapted
         self.moe_output = total
         if self.reference_output is not None:
             yield ExpertView(self.num_experts + 1, self.reference_output, ExpertKind.REFERENCE)
@@ -246,6 +252,10 @@ class LayerWeights(Protocol):
 
     def each(self, x: Tensor, topk_index: Tensor) -> Tensor:
         """What the experts topk_index (T, K) make of tokens x (T, H), for a router that asks: (T, K, H)."""
+        ...
+
+    def adapted(self, x: Tensor, routing: Routing) -> Tensor | None:
+        """What HyperMoE's adapters add for tokens x (T, H) that are routed: (T, H) float32; None without any."""
         ...
 
     def combine(self, x: Tensor, routing: Routing | None) -> Tensor:

@@ -67,6 +67,12 @@ class ModuleWeights:
         assert isinstance(self.mlp, MoE)
         return self.mlp.experts.each(x.to(self.mlp.experts.down_proj.dtype), topk_index)
 
+    def adapted(self, x: Tensor, routing: Routing) -> Tensor | None:
+        """Run the modules."""
+        assert isinstance(self.mlp, MoE)
+        adapters = self.mlp.hyper_experts
+        return None if adapters is None else adapters(x.to(self.mlp.experts.down_proj.dtype), routing).float()
+
     def combine(self, x: Tensor, routing: Routing | None) -> Tensor:
         """Run the modules on the chosen experts alone."""
         if not isinstance(self.mlp, MoE):

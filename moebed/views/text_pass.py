@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from moebed.errors import UserError
+from moebed.machine.finite import all_finite
 from moebed.machine.mapped import new_array
 from moebed.model.attention import RotaryEmbedding
 from moebed.model.config import ModelConfig
@@ -301,7 +302,7 @@ def attention_groups(lengths: Tensor) -> list[Tensor]:
 
 
 def require_finite(values: Tensor, what: str) -> None:
-    """Raise UserError if NaN or Inf is among the values; a sum shows it many times faster than a look at each."""
-    if not bool(values.sum().isfinite()) and not bool(values.isfinite().all()):
+    """Raise UserError if NaN or Inf is among the values."""
+    if not all_finite(values):
         kind = "NaN" if bool(values.isnan().any()) else "Inf"
         raise UserError(f"{what} hold {kind}: what follows would be meaningless, and is left out")

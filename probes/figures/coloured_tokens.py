@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Sequence
-from html import escape
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moebed.machine.templates import render
 from probes.contract import Arrays, by_layer
 from probes.measures.choices import first_middle_last
 
@@ -65,38 +65,24 @@ def write_coloured(arrays: Arrays) -> str:
     index, weight = by_layer(arrays, "topk_index"), by_layer(arrays, "topk_weight")
     probs = by_layer(arrays, "router_probs")
     widths = {layer: probs[layer].shape[1] for layer in first_middle_last(list(index))}
-    rules = [
-        f".e{experts}-{expert}{{background:{colour};box-shadow:inset -1px 0 white}}"
-        for experts in sorted(set(widths.values()))
-        for expert, colour in enumerate(expert_colours(experts))
-    ]
-    parts = [f"<style>{''.join(rules)}</style>"]
+    layers = []
     for layer, experts in widths.items():
-        legend = "".join(
-            f'<span class="e{experts}-{expert}" style="padding:1px 6px;margin-right:3px">{expert}</span>'
-            for expert in range(min(experts, LEGEND))
-        ) + (f" and {experts - LEGEND} more" if experts > LEGEND else "")
-        texts = []
+        passages = []
         for name, tokens in _passages(arrays, PAGE_TOKENS, PAGE_DOMAINS):
             words = zip(_words(arrays, tokens), index[layer][tokens], weight[layer][tokens], strict=True)
-            spans = "".join(_span(word, chosen, weights, experts) for word, chosen, weights in words)
-            style = "font:13px/1.9 ui-monospace,monospace;white-space:pre-wrap;overflow-wrap:anywhere"
-            texts.append(f'<h4 style="margin:8px 0 2px">{escape(name)}</h4><div style="{style}">{spans}</div>')
-        opened = "" if len(parts) > 1 else " open"
-        said = "each token on the colour of its first choice"
-        parts.append(
-            f"<details{opened}><summary>layer {layer} <span>{said}</span></summary>"
-            f'<p style="line-height:2">expert {legend}</p>{"".join(texts)}</details>'
-        )
-    return "".join(parts)
+            told = [_told(word, chosen, weights) for word, chosen, weights in words]
+            passages.append({"domain": name, "tokens": told})
+        layers.append({"number": layer, "experts": experts, "passages": passages})
+    palettes = {experts: expert_colours(experts) for experts in sorted(set(widths.values()))}
+    return render("probes.figures/coloured_tokens.html", palettes=palettes, layers=layers, legend=LEGEND)
 
 
-def _span(word: str, chosen: np.ndarray, weights: np.ndarray, experts: int) -> str:
+def _told(word: str, chosen: np.ndarray, weights: np.ndarray) -> dict[str, object]:
+    """What the page shows of a token."""
     told = ", ".join(f"{expert} ({weight:.2f})" for expert, weight in zip(chosen, weights, strict=True))
     shown, rest = word.rstrip("\n\r"), word[len(word.rstrip("\n\r")) :]
-    shown = escape("".join(c if c.isprintable() or c in "\n\t" else "�" for c in shown))
-    shown += "⏎\n" * rest.count("\n")
-    return f'<span class="e{experts}-{int(chosen[0])}" title="experts {told}">{shown}</span>'
+    shown = "".join(c if c.isprintable() or c in "\n\t" else "�" for c in shown) + "⏎\n" * rest.count("\n")
+    return {"word": shown, "first": int(chosen[0]), "chosen": told}
 
 
 def draw_coloured(arrays: Arrays) -> Figure:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from html import escape
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moebed.machine.templates import render
 from probes.contract import Arrays, by_layer, by_part
 from probes.measures.choices import first_middle_last
 
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 DRAWN_EXPERTS, DRAWN_IDS, DRAWN_LETTERS = 16, 5, 8  # in the image, which is smaller than the page
 SHOWN_EXPERTS = 64
-_PAGE_STYLE = """.own { display: inline-block; margin: 1px 12px 1px 0; color: #6b7785; }
-.own code { background: #f5f7fa; color: #1f2933; padding: 0 3px; white-space: pre; }"""
 
 
 def draw_tokens(arrays: Arrays, kind: str, kinds: Mapping[str, str]) -> Figure:
@@ -54,28 +52,26 @@ def write_tokens(arrays: Arrays, kinds: Mapping[str, str]) -> str:
     """Tables: a row an expert, the tokens of which it takes most."""
     words = _words_of(arrays)
     ids, shares = by_part(arrays, "top_ids"), by_part(arrays, "top_shares")
-    parts = [f"<style>{_PAGE_STYLE}</style>"]
-    for kind in ids:
-        for layer in first_middle_last(list(ids[kind])):
-            rows = []
-            for expert, (own, share) in enumerate(zip(ids[kind][layer], shares[kind][layer], strict=True)):
-                if expert == SHOWN_EXPERTS:
-                    rows.append(f'<tr><td colspan="2">… {len(ids[kind][layer]) - expert} more experts</td></tr>')
-                    break
-                cells = [
-                    f'<span class="own" title="id {int(one)}"><code>{escape(_word(words, int(one)))}</code> '
-                    f"{value:.0%}</span>"
+    tables = [
+        {
+            "layer": layer,
+            "kind": kinds[kind],
+            "experts": [
+                [
+                    {"id": int(one), "word": _word(words, int(one)), "share": f"{value:.0%}"}
                     for one, value in zip(own, share, strict=True)
                     if one >= 0
                 ]
-                rows.append(f"<tr><td>{expert}</td><td>{''.join(cells) or '–'}</td></tr>")
-            head = "<tr><th>expert</th><th>ids of whose routings it takes most, with the share</th></tr>"
-            opened = "" if len(parts) > 1 else " open"
-            parts.append(
-                f"<details{opened}><summary>layer {layer} <span>by {kinds[kind]}</span></summary>"
-                f"<table>{head}{''.join(rows)}</table></details>"
-            )
-    return "".join(parts)
+                for own, share in zip(
+                    ids[kind][layer][:SHOWN_EXPERTS], shares[kind][layer][:SHOWN_EXPERTS], strict=True
+                )
+            ],
+            "more": max(len(ids[kind][layer]) - SHOWN_EXPERTS, 0),
+        }
+        for kind in ids
+        for layer in first_middle_last(list(ids[kind]))
+    ]
+    return render("probes.figures/specialised_tokens.html", tables=tables)
 
 
 def _word(words: dict[int, str], one: int) -> str:

@@ -5,21 +5,26 @@ E routed experts, E' all that are compared, F expert intermediate, H hidden.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from moebed.machine.float32 import exact_products
 from moebed.machine.float64 import double
+from moebed.model.native import coordinates
 from moebed.views.layer import ExpertKind, LayerView
 from probes.contract import Arrays, Probe, by_layer, by_part
-from probes.measures.bands import one_core_each, sum_over_bands
+from probes.measures.bands import all_half, one_core_each, sum_over_bands
+from probes.measures.principal import NOISE, standardised_products
 from probes.measures.similarity import off_diagonal, scalar_products
 
-_BAND_ELEMENTS = 1 << 22
-_GRAM_BAND_ELEMENTS = 1 << 23
-_ROWS_SUMMED = 512
+_BAND_ELEMENTS = 1 << 24  # of all experts, that are in memory at a time where a layer's are not
+_SUMMED_ELEMENTS = 1 << 19  # two megabytes in float32, which stay in a core's cache
+_MANY = 32  # experts from which on a product of their coordinates gains by bf16
 
 
 def neurons(name: str, matrix: Tensor) -> Tensor:
@@ -50,12 +55,10 @@ def compared(view: LayerView, name: str, labels: Mapping[str, Tensor]) -> Callab
     return fetch
 
 
-def row_bands(
-    view: LayerView, name: str, labels: Mapping[str, Tensor], elements: int = _BAND_ELEMENTS
-) -> Iterator[list[Tensor]]:
+def row_bands(view: LayerView, name: str, labels: Mapping[str, Tensor]) -> Iterator[list[Tensor]]:
     """Rows (r, C) of routed experts, then these others, as stored: E' blocks at a time, a band of rows each."""
     rows, columns = view.expert_shape(name)
-    step = max(1, elements // (columns * (view.num_experts + len(labels))))
+    step = max(1, _BAND_ELEMENTS // (columns * (view.num_experts + len(labels))))
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
         routed = [view.expert_matrix(name, index, part) for index in range(view.num_experts)]
@@ -68,7 +71,41 @@ def expert_gram(view: LayerView, name: str) -> tuple[Tensor, list[str]]:
     The others are those that fit. In memory is a band of rows at a time.
     """
     rest = fitting(view, name)
-    return sum_over_bands(row_bands(view, name, rest, _GRAM_BAND_ELEMENTS), scalar_products), list(rest)
+    both = _native_products(view, name, rest)
+    if both is not None:
+        return both[0], list(rest)
+    bands = row_bands(view, name, rest)
+    first = next(bands)
+    is_bf16 = len(first) >= _MANY and all(block.dtype == torch.bfloat16 for block in first)
+    with exact_products(is_bf16):
+        return sum_over_bands(chain([first], bands), scalar_products), list(rest)
+
+
+def standardised_gram(view: LayerView, name: str) -> tuple[Tensor, float]:
+    """Scalar products (E', E) float64 with the routed experts' matrices, and the share of them that is rounding.
+
+    Each coordinate is standardised over the routed experts (``probes.measures.principal.standardised_products``).
+    """
+    rest = fitting(view, name)
+    both = _native_products(view, name, rest)
+    if both is not None:
+        return both[1], NOISE[True]
+    return standardised_products(row_bands(view, name, rest), view.num_experts)
+
+
+def _native_products(view: LayerView, name: str, rest: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+    """Both of these in one pass over the weights, for whichever probe asks; None where the library does not serve."""
+    if ("products", name) not in view.kept:
+        view.kept["products", name] = None
+        bands = row_bands(view, name, rest)
+        first = next(bands)
+        if coordinates.fits(first, math.prod(view.expert_shape(name)) * len(first)):
+            plain = torch.zeros(len(first), len(first), dtype=torch.float64)
+            standardised = plain[:, : view.num_experts].clone()
+            for blocks in chain([first], bands):
+                coordinates.add_products(blocks, view.num_experts, plain, standardised)
+            view.kept["products", name] = plain, standardised
+    return view.kept["products", name]
 
 
 def mean_neurons(view: LayerView, name: str) -> tuple[Tensor, list[str]]:
@@ -85,10 +122,13 @@ def mean_neurons(view: LayerView, name: str) -> tuple[Tensor, list[str]]:
 
 def _mean_of_rows(matrix: Tensor) -> Tensor:
     """(N, H) to (H,) float64: bands are summed in float32 where the numbers are shorter, and their sums in float64."""
-    half = matrix.dtype in (torch.bfloat16, torch.float16)
+    wide: Callable[[Tensor], Tensor] = torch.Tensor.float if all_half([matrix]) else double
+    step = max(1, _SUMMED_ELEMENTS // matrix.shape[1 if matrix.stride(1) == 1 else 0])
+    if matrix.stride(1) != 1:  # a column's numbers follow one another: PyTorch's sum of them is one of sums
+        return torch.cat([wide(band).sum(dim=0).cpu().double() for band in matrix.split(step, dim=1)]) / len(matrix)
     total = torch.zeros(matrix.shape[1], dtype=torch.float64)
-    for band in matrix.split(_ROWS_SUMMED):
-        total += (band.float() if half else double(band)).sum(dim=0).cpu()
+    for band in matrix.split(step):
+        total += wide(band).sum(dim=0).cpu()
     return total / len(matrix)
 
 

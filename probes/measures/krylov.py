@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 BLOCK = 24
-_BLOCKS = 8  # of a space that is searched for directions alone
-_SETTLED = 1e-3  # of an eigenvalue, where a search goes on until then
+_BLOCKS = (8, 16, 24, 32)  # of a space that is searched for directions alone: it grows until these have settled
+_NARROW = 8  # columns of its blocks, at least: the more blocks there are, the nearer they come
+_SETTLED = 1e-3  # of an eigenvalue
 _CHANCE = 1e-5
 _PASSES = 3  # of orthogonalisation, at most
 _CONDITIONED = 1e-2  # least over largest pivot, from which on a Cholesky factor orthogonalises in float32
@@ -72,41 +75,48 @@ class KrylovSpace:
         return Directions(values, vectors, torch.linalg.vector_norm(rest.T.contiguous(), dim=1).cpu().double())
 
     def _orthogonalised(self) -> Tensor:
-        """The last block's image without what lies in the space already, orthonormal."""
+        """The last block's image without what lies in the space already, orthonormal.
+
+        Almost all of that lies in the last two blocks, as the matrix is symmetric: what else does is rounding.
+        """
         basis = self._basis[:, : self.size]
         block = self._image[:, self.size - self.block : self.size]
         # Where the space is exhausted, what is left is rounding that lies in it; a little chance leads out.
         block = block + self._chance * (_CHANCE * block.norm(dim=0))
         for turn in range(_PASSES):
-            block, least = _orthonormal(torch.addmm(block, basis, basis.T @ block, alpha=-1))
+            against = basis if turn else basis[:, -2 * self.block :]
+            block, least = _orthonormal(torch.addmm(block, against, against.T @ block, alpha=-1))
             if turn and least > 0.5:  # of columns that had length 1: nothing was left in the space
                 break
         return block
 
 
 def _orthonormal(block: Tensor) -> tuple[Tensor, float]:
-    """An orthonormal basis (N, B) of what a block spans, and the least pivot."""
-    factor, failed = torch.linalg.cholesky_ex((block.T @ block).cpu().double())
-    pivots = factor.diagonal()
-    if not int(failed) and float(pivots.min()) > _CONDITIONED * float(pivots.max()):
-        inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor), dtype=factor.dtype), upper=False)
-        return block @ inverse.T.to(block), float(pivots.min())
+    """An orthonormal basis (N, B) of what a block spans, and the least pivot.
+
+    What is of the block's width is NumPy's: threads side by side would wait for one another at each small step of
+    PyTorch's, which lets go of the interpreter.
+    """
+    with suppress(np.linalg.LinAlgError):
+        factor = np.linalg.cholesky((block.T @ block).cpu().numpy().astype(np.float64))
+        pivots = factor.diagonal()
+        if pivots.min() > _CONDITIONED * pivots.max():
+            return block @ torch.from_numpy(np.linalg.inv(factor).T).to(block), float(pivots.min())
     block, corner = torch.linalg.qr(block)
     return block, float(corner.diagonal().abs().min())
 
 
-def leading(product: Tensor, start: Tensor, count: int, restarts: int = 0) -> Directions:
-    """2B leading directions of a symmetric matrix (N, N) without negative eigenvalues.
+def leading(product: Tensor, start: Tensor, count: int) -> Directions:
+    """Leading directions of a symmetric matrix (N, N) without negative eigenvalues, at least ``count``.
 
-    Where the residuals of the first ``count`` are not small yet, the search goes on from what was found.
+    Residuals of those are below a thousandth of the eigenvalue, or what 32 blocks of a Krylov space leave.
     """
-    for _ in range(restarts + 1):
-        space = KrylovSpace(product.__matmul__, start, _BLOCKS)
-        space.grow(_BLOCKS)
+    space = KrylovSpace(product.__matmul__, start[:, : max(_NARROW, 2 * count)], _BLOCKS[-1])
+    for blocks in _BLOCKS:
+        space.grow(min(blocks, len(product) // space.block))
         values, turn = torch.linalg.eigh(space.projected())
         kept = 2 * space.block
         found = space.directions(values.flip(0)[:kept].clamp(min=0), turn.flip(1)[:, :kept])
         if bool((found.residuals[:count] <= _SETTLED * found.values[:count]).all()):
             break
-        start = found.vectors[:, : space.block]
     return found

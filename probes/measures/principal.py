@@ -6,40 +6,42 @@ E matrices, X further ones, N neurons of a matrix, H hidden, P points, D dimensi
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from scipy.spatial import cKDTree
 from torch import Tensor
 
-from probes.measures.bands import all_half, sum_over_bands
+from probes.measures.bands import all_half, one_core_each, sum_over_bands
 from probes.measures.krylov import leading
 from probes.measures.matching import exact_products
 from probes.measures.spectrum import EXACT_BELOW, gram, start_of
 
+_CACHED_ELEMENTS = 1 << 18  # a megabyte in float32, which stays in a core's cache
+NOISE = {True: 1e-6, False: 1e-12}  # of products of standardised numbers, whether they had 16 bits or more
 
-def matrix_components(bands: Iterable[Sequence[Tensor]], count: int, dims: int) -> tuple[np.ndarray, ...]:
-    """PCA of whole matrices, each coordinate standardised over the first ``count`` of them (ddof 1).
 
-    Only the matrices' scalar products are kept, gathered over bands of rows in float64; within a band, 16-bit numbers
-    are standardised and multiplied in float32. A component's sign is chosen so that the first matrix that lies clearly
-    off its middle is positive. A coordinate in which all agree counts as 0.
+def standardised_products(bands: Iterable[Sequence[Tensor]], count: int) -> tuple[Tensor, float]:
+    """Scalar products of whole matrices with the first ``count`` of them, over which each coordinate is standardised.
+
+    They are gathered over bands of rows in float64; within a band, 16-bit numbers are standardised and multiplied in
+    float32. A coordinate in which all agree counts as 0.
 
     Args:
-        bands: The same rows of all matrices at a time: ``count`` that the components are fitted to, at least 2, and any
-            number (X) that are only projected onto them.
+        bands: The same rows of all matrices at a time: ``count`` that coordinates are standardised over, at least 2,
+            and any number (X) more.
         count: E.
-        dims: Components; those beyond E − 1 are 0.
 
     Returns:
-        (E + X, dims) coordinates and (dims,) shares of the variance, both float32.
+        (E + X, E) float64, and the share of them that is rounding.
     """
-    noise = 1e-12
+    noise = NOISE[False]
 
     def rows_of() -> Iterator[Sequence[Tensor]]:
         nonlocal noise
         for blocks in bands:
-            noise = 1e-6 if all_half(blocks) else 1e-12
+            noise = NOISE[all_half(blocks)]
             yield blocks
 
     def product(piece: Tensor) -> Tensor:
@@ -47,7 +49,23 @@ def matrix_components(bands: Iterable[Sequence[Tensor]], count: int, dims: int) 
         return piece @ piece[:count].T
 
     with exact_products(is_bf16=False):
-        products = sum_over_bands(rows_of(), product)
+        return sum_over_bands(rows_of(), product), noise
+
+
+def matrix_components(products: Tensor, noise: float, dims: int) -> tuple[np.ndarray, ...]:
+    """PCA of whole matrices from their standardised scalar products, as ``standardised_products`` gives them.
+
+    A component's sign is chosen so that the first matrix that lies clearly off its middle is positive.
+
+    Args:
+        products: (E + X, E), of E matrices that the components are fitted to, and X that are projected onto them.
+        noise: Components with less than this share of the first one's variance are none.
+        dims: Components; those beyond E − 1 are 0.
+
+    Returns:
+        (E + X, dims) coordinates and (dims,) shares of the variance, both float32.
+    """
+    count = products.shape[1]
     if not torch.isfinite(products).all():
         return np.full((len(products), dims), np.nan, np.float32), np.full(dims, np.nan, np.float32)
     values, vectors = torch.linalg.eigh(products[:count])
@@ -63,7 +81,11 @@ def point_components(points: Tensor, dims: int) -> tuple[np.ndarray, np.ndarray]
     points = points.float().cpu()
     if len(points) < 2 or not torch.isfinite(points).all():
         return np.full((len(points), dims), np.nan, np.float32), np.full(dims, np.nan, np.float32)
-    points = _standardise(points.clone(), len(points))
+    with torch.inference_mode(False):  # threads write into it that are not in that mode
+        points = points.clone()
+    columns = points.split(max(1, _CACHED_ELEMENTS // len(points)), dim=1)
+    with one_core_each("points") as each:
+        list(each(partial(_standardise, count=len(points)), columns))
     tall = len(points) >= points.shape[1]
     with exact_products(is_bf16=False):
         product = gram(points.T if tall else points).numpy()
@@ -75,9 +97,8 @@ def point_components(points: Tensor, dims: int) -> tuple[np.ndarray, np.ndarray]
 def _standardise(rows: Tensor, count: int) -> Tensor:
     """Each column of rows (M, n), in place, less the mean and over the deviation (ddof 1) of its first ``count``.
 
-    Passes over rows as they lie in memory; norms and deviations that PyTorch takes
-    down columns cost ten times as much. The first row
-    is taken off before the mean, so that columns in which all agree are exactly 0.
+    Passes over rows as they lie in memory; norms and deviations that PyTorch takes down columns cost ten times as much.
+    The first row is taken off before the mean, so that columns in which all agree are exactly 0.
     """
     fitted = rows[:count]
     rows -= rows[0].clone()
@@ -89,14 +110,14 @@ def _standardise(rows: Tensor, count: int) -> Tensor:
 def top_eigenvectors(product: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """The largest eigenvalues (count,), descending, of a Gram matrix (M, M), and their vectors (M, count).
 
-    From ``EXACT_BELOW`` on, residuals are below a thousandth of the eigenvalue, or what four block Krylov spaces leave.
+    From ``EXACT_BELOW`` on, they are as near as ``probes.measures.krylov.leading`` comes.
     """
     if len(product) < EXACT_BELOW or count >= len(product) // 4:
         values, vectors = np.linalg.eigh(product.astype(np.float64))
         return np.maximum(values[-count:][::-1], 0), vectors[:, -count:][:, ::-1]
     wide = torch.from_numpy(product)
     with exact_products(is_bf16=False):
-        found = leading(wide, start_of(wide, in_longer=True)[0], count, restarts=3)
+        found = leading(wide, start_of(wide, in_longer=True)[0], count)
     return found.values[:count].numpy(), found.vectors[:, :count].numpy()
 
 

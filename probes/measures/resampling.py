@@ -133,20 +133,6 @@ def jackknife(
     return np.where(np.isfinite(ends), ends, np.nan)
 
 
-def added_by_few(value: float, values_without: np.ndarray, stratum: np.ndarray) -> float:
-    """What few texts add to a statistic, by the jackknife; exact for the square of a mean.
-
-    Args:
-        value: Of all units.
-        values_without: (U,) without each unit, as from :func:`without`.
-        stratum: (U,) units are compared within these.
-    """
-    values = np.asarray(values_without, np.float64)
-    groups = _compared(values, np.asarray(stratum))
-    more = sum((len(mine) - 1) * (float(mine.mean()) - value) for mine in groups)
-    return more * len(values) / max(sum(map(len, groups)), 1)
-
-
 def _compared(values: np.ndarray, stratum: np.ndarray) -> list[np.ndarray]:
     """The values (U, ...) by stratum, of those that have two units or more."""
     groups = [values[stratum == number] for number in np.unique(stratum)]

@@ -20,10 +20,7 @@ def scalar_products(piece: Tensor) -> Tensor:
     Two bf16 or fp16 numbers have an exact product in float32, and sums of a few thousand of those keep five digits;
     sums of sums are in float64. float32 numbers come as float64, because PyTorch may be set to round their products.
     """
-    whole = piece.shape[1] // _SUMMED * _SUMMED
-    parts = piece[:, :whole].unflatten(1, (-1, _SUMMED)).transpose(0, 1)  # (·, E', _SUMMED)
-    rest = piece[:, whole:]
-    return double(torch.bmm(parts, parts.transpose(1, 2))).sum(dim=0) + double(rest @ rest.T)
+    return torch.stack([double(part @ part.T) for part in piece.split(_SUMMED, dim=1)]).sum(dim=0)
 
 
 def cosines(gram: Tensor) -> np.ndarray:

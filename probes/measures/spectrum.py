@@ -19,10 +19,13 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from scipy.special import xlogy
 from torch import Tensor
 
 from moebed.machine.float64 import double
+from moebed.model.native import gram as native_gram
 from probes.measures.krylov import BLOCK, Directions, KrylovSpace
 
 EXACT_BELOW = 512  # a side; the whole decomposition in float64 then takes less than a tenth of a second
@@ -129,12 +132,16 @@ def full_gram(short: Tensor) -> Gram:
 def rounded_gram(short: Tensor) -> Gram:
     """The Gram matrix of a bfloat16 matrix (N, K), rounded to bfloat16 but for its diagonal."""
     short = short.contiguous()  # which costs less than it saves
-    product, side = gram(short), len(short)
-    bands = short.split(max(1, _BAND_ELEMENTS // short.shape[1]))
-    squares = torch.cat([torch.linalg.vector_norm(band.float(), dim=1).square_() for band in bands])
+    side = len(short)
+    if native_gram.fits(short):
+        product, squares, beside = native_gram.rounded_gram(short)
+    else:
+        product = gram(short)
+        bands = short.split(max(1, _BAND_ELEMENTS // short.shape[1]))
+        squares = torch.cat([torch.linalg.vector_norm(band.float(), dim=1).square_() for band in bands])
+        size = sum(float(torch.linalg.vector_norm(band.float())) ** 2 for band in product.split(_BAND_ELEMENTS // side))
+        beside = size - float(squares.square().sum())
     lost = squares - product.diagonal().float()
-    size = sum(float(torch.linalg.vector_norm(band.float())) ** 2 for band in product.split(_BAND_ELEMENTS // side))
-    beside = size - float(squares.square().sum())
     # An entry is off by .4 of this on average: a matrix of such errors has twice their mean size times √N for its norm.
     noise = torch.finfo(product.dtype).eps / 4 * math.sqrt(max(beside, 0.0) / side)
     return Gram(product, lost.unsqueeze(1), float(double(squares).sum()), noise)
@@ -163,10 +170,10 @@ def times_wide(matrix: Tensor, block: Tensor) -> Tensor:
     step = max(1, _BAND_ELEMENTS // matrix.shape[1 if by_rows else 0])
     if by_rows:
         return torch.cat([band.to(block.dtype) @ block for band in matrix.split(step)])
-    total = block.new_zeros(len(matrix), block.shape[1])
-    for band, part in zip(matrix.split(step, dim=1), block.split(step), strict=True):
-        total.addmm_(band.to(block.dtype), part)
-    return total
+    total = block.new_zeros(block.shape[1], len(matrix))  # that way round MKL's is the faster one
+    for band, part in zip(matrix.T.split(step), block.T.contiguous().split(step, dim=1), strict=True):
+        total.addmm_(part, band.to(block.dtype))
+    return total.T
 
 
 def spectrum(given: Gram, start: Tensor, signs: int, count: int) -> Spectrum:
@@ -182,18 +189,15 @@ def spectrum(given: Gram, start: Tensor, signs: int, count: int) -> Spectrum:
     if side < EXACT_BELOW:
         values, vectors = torch.linalg.eigh(double(given.product))
         values, vectors = values.flip(0), vectors.flip(1)
-        found = Directions(values, vectors, torch.zeros_like(values))
-        error = _sums(values, given.noise).hidden(side, given.noise)
-        return _result(found, _sums(values, given.noise).entropy, error, given.noise, count)
+        found, sums = Directions(values, vectors, torch.zeros_like(values)), _sums(values.cpu().numpy(), given.noise)
+        return _result(found, sums.entropy, sums.hidden(side, given.noise), given.noise, count)
     space = KrylovSpace(given.times, start, _BLOCKS[-1])
     for blocks in _BLOCKS:
         space.grow(blocks)
-        small = given.widened(space.projected())
+        small, kept = given.widened(space.projected()), 2 * space.block
         values, turn = torch.linalg.eigh(small)
-        values, turn = double(values).flip(0), double(turn).flip(1)
-        kept = 2 * space.block
-        found = space.directions(values[:kept].clamp(min=0), turn[:, :kept])
-        entropy, error, hidden = _entropy(given, space, small, values, turn, found, signs)
+        found = space.directions(double(values[-kept:]).flip(0).clamp(min=0), turn[:, -kept:].flip(1))
+        entropy, error, hidden = _entropy(given, space, small, (values, turn), found, signs)
         result = _result(found, entropy, error + hidden, given.noise, count)
         if hidden > TRUSTED or (result.rank_error <= TRUSTED and not _APART < result.angle < 1):
             break
@@ -208,7 +212,7 @@ def whole_rank(short: Tensor) -> tuple[float, float]:
         wide = double(band)
         product.addmm_(wide, wide.T)
     noise = 16 * torch.finfo(product.dtype).eps * float(product.diagonal().sum()) / math.sqrt(side)
-    sums = _sums(torch.linalg.eigvalsh(product), noise)
+    sums = _sums(torch.linalg.eigvalsh(product).cpu().numpy(), noise)
     return math.exp(sums.entropy), math.expm1(sums.hidden(side, noise))
 
 
@@ -223,46 +227,54 @@ def _result(found: Directions, entropy: float, error: float, noise: float, count
 
 
 def _entropy(
-    given: Gram, space: KrylovSpace, small: Tensor, values: Tensor, turn: Tensor, found: Directions, signs: int
+    given: Gram, space: KrylovSpace, small: Tensor, eigen: tuple[Tensor, Tensor], found: Directions, signs: int
 ) -> tuple[float, float, float]:
-    """Entropy of the singular values' shares, its error, and what more values within the rounding could add."""
+    """Entropy of the singular values' shares, its error, and what more values within the rounding could add.
+
+    What is of the space's size is NumPy's, as in ``probes.measures.krylov``.
+    """
     side, noise = len(given.product), given.noise
+    values, turn = _descending(*eigen)
     taken = int((found.residuals < _CONVERGED * found.values).long().cumprod(0).sum())
     done, rest = _sums(values[:taken], noise), given.trace - float(values[:taken].sum())
     if taken and rest <= noise * math.sqrt(side):
         return done.entropy, 0.0, done.hidden(side, noise)
-    corner, blocks = space.corner[:, -signs:], space.size // space.block
+    corner, blocks = space.corner[:, -signs:].numpy(), space.size // space.block
     before = len(small) - space.block
-    earlier = torch.linalg.eigh(small[:before, :before])
     entropies = []
-    for nodes, rows in ((double(earlier[0]).flip(0), double(earlier[1]).flip(1)), (values, turn)):
-        weights = (corner.T @ rows[: space.block, taken:]).square()  # (V, L − D)
+    for nodes, rows in (_descending(*torch.linalg.eigh(small[:before, :before])), (values, turn)):
+        weights = np.square(corner.T @ rows[: space.block, taken:])  # (V, L − D)
         each = _quadrature(nodes[taken:], weights, noise, side - taken, rest)  # (V, 3)
-        sums = _Sums(*(known + float(more) for known, more in zip(done, each.mean(dim=0), strict=True)))
+        sums = _Sums(*(known + float(more) for known, more in zip(done, each.mean(axis=0), strict=True)))
         entropies.append(sums.entropy)
     influence = each[:, 0] * (1 / sums.sigma + sums.logs / sums.sigma**2) - each[:, 1] / sums.sigma
-    sampling = float(influence.std()) / math.sqrt(signs)
+    sampling = float(influence.std(ddof=1)) / math.sqrt(signs)
     change = abs(entropies[1] - entropies[0])
     return sums.entropy, _DEVIATIONS * sampling + blocks * change, sums.hidden(side, noise)
 
 
-def _quadrature(nodes: Tensor, weights: Tensor, noise: float, count: int, trace: float) -> Tensor:
+def _descending(values: Tensor, vectors: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Eigenvalues and vectors from the largest on, in float64."""
+    return values.numpy()[::-1].astype(np.float64), vectors.numpy()[:, ::-1].astype(np.float64)
+
+
+def _quadrature(nodes: np.ndarray, weights: np.ndarray, noise: float, count: int, trace: float) -> np.ndarray:
     """Σσ, Σσ log σ and the count (V, 3) by each vector, corrected by the known number and sum of the eigenvalues.
 
     Nodes (L,) and weights (V, L) are those of the vectors' quadratures.
     """
-    nodes = torch.where(nodes > noise, nodes, 0.0)
+    nodes = np.where(nodes > noise, nodes, 0.0)
     scale = float(nodes.max()) or 1.0
-    known = nodes.new_tensor([count, trace / scale])
-    line = torch.stack([torch.ones_like(nodes), nodes / scale], dim=1)  # (L, 2)
-    sigma = nodes.sqrt()
-    wanted = torch.stack([sigma, torch.special.xlogy(sigma, sigma)], dim=1)  # (L, 2)
-    counted = count * (weights @ double(nodes > 0)) / weights.sum(dim=1)  # (V,)
-    root = weights.sum(dim=0).sqrt().unsqueeze(1)
-    fit = torch.linalg.lstsq(line * root, wanted * root, driver="gelsd").solution
-    return torch.cat([known @ fit + weights @ (wanted - line @ fit), counted.unsqueeze(1)], dim=1)
+    known = np.array([count, trace / scale])
+    line = np.stack([np.ones_like(nodes), nodes / scale], axis=1)  # (L, 2)
+    sigma = np.sqrt(nodes)
+    wanted = np.stack([sigma, xlogy(sigma, sigma)], axis=1)  # (L, 2)
+    counted = count * (weights @ (nodes > 0)) / weights.sum(axis=1)  # (V,)
+    root = np.sqrt(weights.sum(axis=0))[:, None]
+    fit = np.linalg.lstsq(line * root, wanted * root)[0]
+    return np.concatenate([known @ fit + weights @ (wanted - line @ fit), counted[:, None]], axis=1)
 
 
-def _sums(values: Tensor, noise: float) -> _Sums:
-    sigma = values[values > noise].cpu().double().sqrt()
-    return _Sums(float(sigma.sum()), float(torch.special.xlogy(sigma, sigma).sum()), float(len(sigma)))
+def _sums(values: np.ndarray, noise: float) -> _Sums:
+    sigma = np.sqrt(values[values > noise])
+    return _Sums(float(sigma.sum()), float(xlogy(sigma, sigma).sum()), float(len(sigma)))

@@ -42,5 +42,6 @@ def stories(folder: Path, documents: int = 60, **options: Any) -> SourceConfig:
 @pytest.fixture
 def streaming_stories(tmp_path: Path) -> SourceConfig:
     """The stories as a data set that is streamed."""
+    pytest.importorskip("datasets")
     path = stories(tmp_path).path
     return SourceConfig("stream", kind="hub", path="json", data_files=path, streaming=True)

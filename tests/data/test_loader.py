@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moebed.data.loader import Batch, PackedLoader, ValidationLoader
-from moebed.data.mixture import DomainDraws, WindowOrder, mixture_weights
+from moebed.data.mixing import start_weights
+from moebed.data.mixture import DomainDraws, WindowOrder
 from moebed.data.sources import SourceConfig
 from moebed.data.store import TokenStream
 
@@ -106,9 +107,9 @@ def test_draws_follow_the_weights_and_count_exactly() -> None:
         ([None, None], [300, None], [0.5, 0.5]),
     ],
 )
-def test_mixture_weights(weights: list, tokens: list, expected: list) -> None:
+def test_start_weights(weights: list, tokens: list, expected: list) -> None:
     configs = [SourceConfig("code", weight=weights[0]), SourceConfig("math", weight=weights[1])]
-    np.testing.assert_allclose(mixture_weights(configs, tokens), expected)
+    np.testing.assert_allclose(start_weights(configs, tokens), expected)
 
 
 def test_seeds_differ() -> None:
@@ -142,7 +143,7 @@ def test_what_was_fetched_but_not_consumed_comes_again() -> None:
     iterator = iter(loader)
     batches = [next(iterator) for _ in range(3)]
     assert loader.state_dict()["position"] == 0
-    loader.mark_consumed()
+    assert loader.take(batches[0]) is batches[0]
     assert loader.state_dict()["position"] == 4
     assert _equal(next(iter(loader)), batches[1])
 

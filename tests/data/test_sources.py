@@ -5,12 +5,13 @@ import gzip
 import json
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 
 from moebed.data.sources import Source, SourceConfig
 from moebed.errors import ConfigError, UserError
+
+pyarrow = pytest.importorskip("pyarrow", reason="datasets, which brings pyarrow, is not installed")
+pytest.importorskip("pyarrow.parquet")
 
 TEXTS = ["first – ünï", 'with "quotes", commas\nand lines', "third"]
 

@@ -7,6 +7,7 @@ import torch
 from moebed.checkpoints.files import DTYPES
 from moebed.machine import finite
 from moebed.machine.finite import all_finite
+from moebed.views.text_pass import require_finite
 
 TYPES = [*DTYPES.values(), torch.float64]
 INTEGERS = {
@@ -65,7 +66,17 @@ def test_no_numbers_are_finite():
     assert not all_finite(torch.tensor(float("nan")))  # no axis
 
 
-def test_pytorchs_threads_take_no_part(monkeypatch):
+def test_numbers_that_do_not_follow_one_another():
+    values = torch.ones(5, 6)[:, ::2].T
+    assert all_finite(values)
+    values[2, 3] = float("inf")
+    assert not all_finite(values)
+
+
+@pytest.mark.parametrize(
+    "look", [all_finite, lambda values: require_finite(values, "these numbers")], ids=["weights", "text"]
+)
+def test_pytorchs_threads_take_no_part(look):
     """They wait for each other at the end of every operation, however small."""
     ran = []
 
@@ -76,5 +87,5 @@ def test_pytorchs_threads_take_no_part(monkeypatch):
 
     values = torch.ones(4, 5, dtype=torch.bfloat16)
     with Watch():
-        assert all_finite(values)
+        assert look(values) is not False
     assert set(ran) <= {"view", "detach", "alias"}

@@ -79,11 +79,11 @@ def test_what_routers_decide_by_is_float32(name, how):
         stats = router_stats(routing, torch.ones(24, dtype=torch.bool))
         loss = load_balancing_loss(stats.mean_probs, stats.counts)
     parts = [routing.router_logits, routing.router_probs, routing.topk_weight, *(routing.losses or {}).values()]
-    parts += [stats.counts, stats.mean_probs, stats.z_loss, *stats.losses.values(), loss]
+    parts += [stats.counts, stats.mean_probs, stats.z_loss, *stats.losses.values(), *stats.sums.values(), loss]
     assert {part.dtype for part in parts} == {torch.float32}
 
 
-@pytest.mark.parametrize("name", ["softmax_topk", "sigmoid_topk", "relu", "random", "factorised_gate"])
+@pytest.mark.parametrize("name", ["softmax_topk", "sigmoid_topk", "relu", "random", "factorised_gate", "noisy_topk"])
 def test_a_gate_is_not_rounded_whatever_the_process_allows(name):
     """ "medium" makes products bfloat16 on CPUs that have them; the decision and its gradient are the same bits."""
     found = []

@@ -130,7 +130,7 @@ def test_a_process_stands_for_ranks(process, processes, expected):
     """One for all, for a share, for itself; of more processes than ranks every fourth holds the same experts."""
     config = tiny_config(expert_ranks=4, ranks_per_node=2)
     place = Placement.of(config, process, processes)
-    assert (place.first, place.count, place.nodes) == (*expected, 2)
+    assert (place.first, place.parts, place.nodes) == (*expected, 2)
     decoder = Decoder(config)
     assert [router.token_parts for router in decoder.routers] == [4, 4]
     decoder.stand_for(process, processes)

@@ -38,6 +38,11 @@ def _sdpa(query, key, value, scale):
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale).transpose(1, 2)
 
 
+def _turned(x, cos, sin):
+    low, high = x.chunk(2, dim=-1)
+    return x * cos.unsqueeze(1) + torch.cat([-high, low], dim=-1) * sin.unsqueeze(1)
+
+
 def _difference(found, expected):
     return float((found.detach().double() - expected.detach()).norm() / expected.detach().norm().clamp_min(1e-30))
 
@@ -54,6 +59,23 @@ class TestEachInstructionSet:
             assert found.shape == exact.shape, name
             assert _difference(found, exact) < 3 * _difference(other, exact) + 1e-7, name
             assert _difference(found, exact) < 2e-6, name
+
+    @pytest.mark.parametrize("sizes", SIZES)
+    def test_queries_and_keys_are_turned_on_the_way(self, sizes):
+        inputs, target = _case(*sizes)
+        angle = torch.outer(torch.arange(float(sizes[1])), torch.rand(sizes[-1] // 2)).repeat(1, 2)
+        cos, sin = angle.cos(), angle.sin()
+
+        def sdpa(query, key, value, scale):
+            turns = cos.to(query.dtype), sin.to(query.dtype)
+            return _sdpa(_turned(query, *turns), _turned(key, *turns), value, scale)
+
+        ours = _run(lambda *inputs: attention.causal_attention(*inputs, (cos, sin)), inputs, target)
+        theirs = _run(sdpa, inputs, target)
+        wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
+        for found, other, exact in zip(ours, theirs, _run(sdpa, wide, target.double()), strict=True):
+            assert found.shape == exact.shape
+            assert _difference(found, exact) < 3 * _difference(other, exact) + 1e-7
 
     def test_large_logits_neither_overflow_nor_vanish(self):
         inputs, target = _case(1, 50, 2, 2, 32)
@@ -170,7 +192,8 @@ def test_operators_hold_their_contracts(served):
     inputs, target = _case(2, 20, 4, 2, 16)
     inputs = [tensor.detach() for tensor in inputs]
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.moebed.causal_attention, (*inputs, 0.25), test_utils=checks)
-    out, log_sums = torch.ops.moebed.causal_attention(*inputs, 0.25)
-    backward = torch.ops.moebed.causal_attention_backward
-    torch.library.opcheck(backward, (target, *inputs, out, log_sums, 0.25), test_utils=checks)
+    for rope in ((None, None), (torch.randn(20, 16), torch.randn(20, 16))):
+        torch.library.opcheck(torch.ops.moebed.causal_attention, (*inputs, *rope, 0.25), test_utils=checks)
+        out, log_sums = torch.ops.moebed.causal_attention(*inputs, *rope, 0.25)
+        backward = torch.ops.moebed.causal_attention_backward
+        torch.library.opcheck(backward, (target, *inputs, *rope, out, log_sums, 0.25), test_utils=checks)

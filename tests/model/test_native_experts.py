@@ -371,7 +371,7 @@ def test_processes_and_threads_compile_side_by_side_and_a_killed_one_holds_nobod
     for process in others:
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
-        assert "compiling experts and attention for" in err
+        assert "compiling C++ for" in err
         assert out.strip() == name
     assert len(found) == 2
     assert len(list((tmp_path / "native").glob("*.so"))) == 1

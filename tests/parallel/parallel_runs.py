@@ -46,6 +46,7 @@ def recipe(folder: Path, steps: int, **model) -> Path:
         "tokenizer": {"kind": "bpe", "vocab_size": 512},
         "sources": [{"name": domain, "max_bytes": 60_000} for domain in ("code", "prose", "math")],
         "sequence_length": 32,
+        "validation_fraction": 0.15,  # of few documents, which every version of Python has others of
         "max_validation_windows": 4,
         "cache_dir": str(folder / "cache"),
     }

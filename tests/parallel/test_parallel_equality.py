@@ -1,5 +1,7 @@
 """The same run in every layout: the same losses, balancing, validation and probes; and one layout continues another."""
 
+import json
+
 import pytest
 import torch
 
@@ -56,6 +58,29 @@ def test_every_layout_has_the_same_selection_bias(tmp_path):
     assert biases["1 process"].abs().max() > 0.001  # more than one step has moved it
     for layout, bias in biases.items():
         assert torch.equal(bias, biases["1 process"]), layout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("adapters", ["unchosen", "constant", "free"])
+def test_every_layout_trains_the_same_hyper_experts(tmp_path, adapters):
+    """Each rank generates the adapters of its own tokens; the generator's gradient is the mean over all of them."""
+    settings = {"hyper_experts": {"adapters": adapters}, "num_experts_per_tok": 1, "norm_topk_prob": False}
+    path, weights, found = recipe(tmp_path, 6, **settings), {}, {}
+    for layout in ("1 process", "DDP-2", "FSDP2-2", "EP-2"):
+        arguments, ranks = fit(path, tmp_path / layout, layout, "--trainer.val_check_interval", "3")
+        run(arguments, ranks, tmp_path / "logs" / layout)
+        found[layout] = curves(tmp_path / layout)
+        weights[layout] = load_decoder(Checkpoint.open(tmp_path / layout / "checkpoints" / "last.ckpt")).stored()
+    for layout, numbers in found.items():
+        for tag in ("train/loss", "train/grad_norm", "val/bits_per_byte"):
+            assert len(numbers[tag]) > 1
+            assert _largest(numbers, found["1 process"], [tag]) < 1e-5, (layout, tag)
+        for name, weight in weights[layout].items():
+            if "adapter" in name or "hyper_experts" in name:
+                # In norm: where a gradient is nearly 0, Adam's step has the size of the others whatever its sign.
+                wanted = weights["1 process"][name]
+                assert torch.dist(weight, wanted) < 1e-3 * wanted.norm(), (layout, name)
 
 
 @pytest.mark.slow
@@ -124,3 +149,27 @@ def test_bfloat16_gathering_is_close(tmp_path):
         found.append(curves(tmp_path / dtype)["train/loss"])
     assert found[1] == pytest.approx(found[0], rel=5e-3)
     assert found[1] != found[0]
+
+
+MIXING = {
+    "excess_loss": {"rule": "excess_loss", "reference": {"code": 5.0, "prose": 5.5, "math": 5.0}, "step_size": 3.0},
+    "gate_load": {"rule": "gate_load", "every_n_steps": 2},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("rule", MIXING)
+def test_every_layout_gives_the_domains_the_same_weights(tmp_path, rule):
+    """And so the same samples: the loss of a step is that of one process."""
+    path = recipe(tmp_path, 6)
+    options = ["--data.mixing", json.dumps(MIXING[rule]), "--trainer.val_check_interval", "2"]
+    wanted = {}
+    for layout in ("1 process", "DDP-2", "FSDP2-2", "EP-2"):
+        arguments, ranks = fit(path, tmp_path / layout, layout, *options)
+        run(arguments, ranks, tmp_path / "logs" / layout)
+        found = curves(tmp_path / layout)
+        tags = [f"train/weight/{name}" for name in ("code", "prose", "math")]
+        wanted = wanted or found
+        assert _largest(found, wanted, ["train/loss", "val/loss", *tags]) < 1e-5, layout
+        assert len(set(found[tags[0]].values())) == 3  # of steps 1 and 2, 3 and 4, 5 and 6

@@ -8,19 +8,32 @@ import torch.distributed as dist
 
 from moebed.checkpoints.checkpoint import Checkpoint
 from moebed.checkpoints.whole import fill, load_decoder, write_checkpoint
+from moebed.model import hyper_experts
 from moebed.model.decoder import Decoder
 from moebed.model.locality import locality_loss
-from moebed.model.routers import ROUTERS
+from moebed.model.losses import router_stats
+from moebed.model.routers import ROUTERS, RouterSteps
 from moebed.model.spread import whole
 from moebed.parallel.config import ParallelConfig
 from moebed.parallel.gathered import GatheredModel
 from moebed.parallel.sharding import Layout, reshard
+from moebed.training.batch_sums import BatchSums
 from moebed.training.optim import OptimizerConfig, build_adamw, gradient_norm, scale_gradients
 from moebed.views.layer import Need, ProbeText
 from moebed.views.live import walk, walk_model
 from tests.conftest import tiny_config
 from tests.parallel.forked import call
 
+SIZES = {"adapter_size": 8, "expert_embedding_size": 6, "layer_embedding_size": 4, "generator_size": 10}
+ONE = {"num_experts_per_tok": 1, "norm_topk_prob": False}
+HYPER = {
+    "unchosen": {"hyper_experts": SIZES},
+    "some at a time": {"hyper_experts": dict(SIZES)},
+    "constant": {"hyper_experts": {**SIZES, "adapters": "constant"}},
+    "free": {"hyper_experts": {**SIZES, "adapters": "free"}, **ONE},
+    # The other such control is the same but for its width.
+    "shared_equal_flops": {"hyper_experts": {**SIZES, "adapters": "shared_equal_flops"}},
+}
 # Where the two ranks are told apart: experts on either, and what routers draw.
 RANKS = {"expert_ranks": 2, "router_options": {"d_low": 8, "competition_rate": 1.0, "jitter": 0.1}}
 
@@ -28,19 +41,23 @@ RANKS = {"expert_ranks": 2, "router_options": {"d_low": 8, "competition_rate": 1
 def _steps(decoder: Decoder, ids: torch.Tensor, rank: int, world_size: int) -> list[float]:
     """Two optimizer steps with clipping on this rank's share of the sequences: loss and norm of each, then weights."""
     optimizer = build_adamw(decoder, OptimizerConfig(learning_rate=0.05))
-    found = []
+    routers, found = RouterSteps(decoder.routers), []
     for step in range(2):
         share = ids.chunk(world_size)[rank]
-        for router in decoder.routers:
-            router.begin_step(step)
+        routers.begin(step, rank)
         logits, routings = decoder(share)
+        mask = torch.ones(share.numel(), dtype=torch.bool)
         loss = logits.float().logsumexp(-1).mean()
         for routing in routings:
             loss = loss + routing.router_probs.square().mean()
             loss = loss + sum(asked.mean() for asked in (routing.losses or {}).values())
-            mask = torch.ones(share.numel(), dtype=torch.bool)
             coefficient = decoder.config.locality_loss_coef
             loss = loss + coefficient * locality_loss(routing.router_probs, mask, decoder.placement, 0.1)
+        sums = [router_stats(routing, mask).sums for routing in routings]
+        if world_size > 1 and any(sums):
+            sums = BatchSums().of_all(sums)
+        for router, layer in zip(decoder.routers, sums, strict=True):
+            loss = loss + sum(router.batch_losses(layer).values())
         loss.backward()
         norm = gradient_norm(decoder.parameters())
         scale_gradients(decoder.parameters(), (0.5 / norm).clamp(max=1.0))
@@ -73,7 +90,7 @@ def _work(rank: int, world_size: int, options: dict, changes: dict, meta: bool) 
     for name, parameter in spread.named_parameters():
         # In norm: where a gradient is nearly 0, Adam's step has the size of the others whatever its sign.
         difference = torch.dist(whole(parameter.detach()), wanted[name].detach())
-        assert difference < 1e-4 * wanted[name].norm(), name
+        assert difference < 1e-4 * wanted[name].norm(), (name, float(difference / wanted[name].norm()))
 
 
 @pytest.mark.parametrize(
@@ -96,6 +113,15 @@ def _work(rank: int, world_size: int, options: dict, changes: dict, meta: bool) 
 )
 def test_two_ranks_train_as_one(options, changes, meta):
     call(_work, 2, options, changes, meta)
+
+
+@pytest.mark.parametrize("options", [{}, {"shard": False}, {"expert": 2}, {"expert": 2, "shard": False}])
+@pytest.mark.parametrize("changes", HYPER.values(), ids=HYPER)
+def test_two_ranks_train_hyper_experts_as_one(options, changes, monkeypatch):
+    """The root shares the generator out; all layers, and all ranks, add to its gradient."""
+    if changes is HYPER["some at a time"]:
+        monkeypatch.setattr(hyper_experts, "SET_BYTES", 2 * 4 * (2 * 8 * 32 + 8 + 32))  # two sets of six
+    call(_work, 2, options, changes, True)
 
 
 def _uneven(rank: int, world_size: int) -> None:
@@ -135,9 +161,9 @@ def test_weights_of_a_checkpoint(tmp_path):
     call(_filled, 2, tmp_path / "source")
 
 
-def _gathered(rank: int, world_size: int) -> None:
+def _gathered(rank: int, world_size: int, changes: dict) -> None:
     """A walk over a model that ranks share gives what a walk over the whole gives; nobody is left waiting."""
-    config = tiny_config(num_shared_experts=1, tie_word_embeddings=True)
+    config = tiny_config(num_shared_experts=1, tie_word_embeddings=True, **changes)
     torch.manual_seed(5)
     alone = Decoder(config)
     torch.manual_seed(5)
@@ -159,5 +185,6 @@ def _gathered(rank: int, world_size: int) -> None:
     dist.barrier()
 
 
-def test_probes_see_the_whole_of_a_shared_model():
-    call(_gathered, 2)
+@pytest.mark.parametrize("changes", [{}, HYPER["unchosen"], HYPER["free"]], ids=["plain", "unchosen", "free"])
+def test_probes_see_the_whole_of_a_shared_model(changes):
+    call(_gathered, 2, changes)

@@ -39,11 +39,22 @@ KINDS = {
     },
     "qwen": {"num_shared_experts": 1, "shared_expert_gate": True, "attention_bias": True},
     "olmoe": {"qk_norm": "full", "num_key_value_heads": 2, "attention_backend": "sdpa"},
+    "noisy": {"router": "noisy_topk", "num_experts": 16, "num_experts_per_tok": 3},
+    "every expert": {"router": "noisy_topk", "num_experts_per_tok": 8, "router_options": {"gate_layers": 1}},
     "grok": {
         "post_norms": True,
         "attn_logit_softcapping": 30.0,
         "tie_word_embeddings": True,
         "hidden_act": "gelu",
+    },
+    "hyper": {"hyper_experts": {"adapter_size": 16, "generator_size": 32}},
+    "constant": {"hyper_experts": {"adapters": "constant", "adapter_size": 16, "generator_size": 32}},
+    # Twelve experts: with eight, rows and weights are of one size, and cannot be told apart.
+    "free": {
+        "hyper_experts": {"adapters": "free"},
+        "num_experts": 12,
+        "num_experts_per_tok": 1,
+        "norm_topk_prob": False,
     },
 }
 
@@ -131,6 +142,16 @@ def test_cast_weights_are_counted(kind):
     assert parts["weights cast by autocast"] == saved_bytes(config, setup, "bf16-mixed", casts=True)
 
 
+def test_cast_weights_of_a_generator_are_counted():
+    """With the biases, which are cast but not kept, and the first of its maps, which is computed in float32."""
+    config = config_of("hyper")
+    setup = Setup(config, 3, 160, PRECISIONS["bf16-mixed"], device="cpu")
+    parts = next(m for m in memory.moments(setup) if m.name == "end of the forward pass").parts
+    trunk, biases = 32 * (32 + 10) + 32, 2 * 16 * 256 + 16 + 256
+    kept = saved_bytes(config, setup, "bf16-mixed", casts=True)
+    assert parts["weights cast by autocast"] == kept + 2 * (trunk + biases)
+
+
 class Live(TorchDispatchMode):
     """Bytes of all storages that operators make while it is on: now, and at most."""
 
@@ -189,7 +210,7 @@ def live_peak(config: ModelConfig, setup: Setup) -> int:
         ("bf16-mixed", True, 1, 3, 128),
     ],
 )
-@pytest.mark.parametrize("kind", ["mixtral", "dense", "deepseek", "grok"])
+@pytest.mark.parametrize("kind", ["mixtral", "dense", "deepseek", "grok", "hyper", "free"])
 def test_peak_is_what_is_alive(kind, precision, checkpointing, accumulate, layers, sequence):
     """Within 5 %, where parameters weigh most and where activations do."""
     experts = [0] + [8] * (layers - 1) if kind == "deepseek" else KINDS[kind].get("num_experts", 8)

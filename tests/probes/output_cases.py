@@ -26,6 +26,9 @@ class GivenOutputs:
         for shift, (label, output) in enumerate(self.others.items()):
             yield ExpertView(len(self.outputs) + shift, output, ExpertKind(label))
 
+    def adapted(self, x: Tensor, routing: Routing) -> None:
+        return None
+
 
 def plain_text(lengths: list[int], words: tuple[str, ...] = ()) -> ProbeText:
     """Sequences of these lengths, padded on the right."""

@@ -5,8 +5,6 @@ import pytest
 import torch
 from probe_cases import probe
 from scipy.stats import kendalltau, pearsonr
-from sklearn.cluster import DBSCAN
-from sklearn.decomposition import PCA
 
 from moebed.views.layer import LayerView, Need
 from probes.expert_geometry import shape_of
@@ -172,7 +170,7 @@ def test_matrix_pca_is_sklearns(band, monkeypatch):
         flat = layer.weights.routed[name].flatten(1).double().numpy()
         other = layer.weights.reference[name].flatten().double().numpy()
         mean, deviation = flat.mean(axis=0), flat.std(axis=0, ddof=1)
-        pca = PCA(3, svd_solver="full").fit((flat - mean) / deviation)
+        pca = pytest.importorskip("sklearn.decomposition").PCA(3, svd_solver="full").fit((flat - mean) / deviation)
         want = pca.transform(np.vstack([(flat - mean) / deviation, (other - mean) / deviation]))
         found = arrays[f"matrix_pca_3d/0/{name}"]
         np.testing.assert_allclose(np.abs(found), np.abs(want), atol=1e-4)
@@ -186,7 +184,7 @@ def test_neuron_pca_is_sklearns(size):
     points = torch.randn(size) * torch.linspace(1, 3, size[1]) + torch.randn(size[0], 1)
     points[:, 3] = 1.0  # does not vary
     scaled = (points - points.mean(0)) / points.std(0).clamp(min=1e-9)
-    pca = PCA(3, svd_solver="full")
+    pca = pytest.importorskip("sklearn.decomposition").PCA(3, svd_solver="full")
     want = pca.fit_transform(scaled.double().numpy())
     found, share = point_components(points, 3)
     np.testing.assert_allclose(np.abs(found), np.abs(want), atol=2e-3 * np.abs(want).max())
@@ -213,7 +211,8 @@ def test_outliers_are_dbscans():
     points = np.concatenate([np.random.default_rng(0).normal(size=(300, 2)), [[9, 9], [-9, 0], [9, 9.1]]])
     for eps, least in ((0.3, 5), (1.0, 3), (0.01, 4)):
         assert np.array_equal(
-            outliers(points, eps, least), DBSCAN(eps=eps, min_samples=least).fit(points).labels_ == -1
+            outliers(points, eps, least),
+            pytest.importorskip("sklearn.cluster").DBSCAN(eps=eps, min_samples=least).fit(points).labels_ == -1,
         )
 
 

@@ -173,6 +173,29 @@ def test_arms_share_the_steps_before_and_match_by_what_they_become(study, tmp_pa
     assert any("one seed" in note for note in plan.notes)
 
 
+def test_text_of_an_upcycling_is_part_of_what_a_run_is(study, tmp_path):
+    """Several domains, each an option of its own; other text in the same file is another run."""
+    files = [tmp_path / f"{name}.txt" for name in ("one", "two")]
+    for path in files:
+        path.write_text("the cat sat on the mat")
+    domains = [f"{path.stem}={path}" for path in files]
+    inner = {"method": "partition", "by": "inner", "num_experts": 4, "router": "noisy", "domain": domains}
+    arms = {"copy": UPCYCLED, "inner": {"steps": [{"fit": DENSE}, {"upcycle": inner}, {"fit": {}}]}}
+    found = []
+    for text in ("the cat", "the dog"):
+        files[1].write_text(text)
+        plan = plan_study(read_recipe(study(arms=arms, seeds=[1])), tmp_path / "out")
+        name = plan.runs["runs/inner/seed_1"].needs
+        found.append(name)
+        arguments = plan.runs[name].arguments
+        assert [one for one in arguments if one.startswith("--domain=")] == [f"--domain={one}" for one in domains]
+    assert found[0] != found[1]
+    assert plan.arms["inner"].config.router == "noisy_topk"
+    del inner["domain"]
+    with pytest.raises(ConfigError, match="method partition needs text: by inner takes"):
+        plan_study(read_recipe(study(arms=arms, seeds=[1])), tmp_path / "out")
+
+
 def test_an_arm_against_itself_is_said_to_be_one(study, tmp_path):
     plan = plan_study(read_recipe(study(arms={"a": {}, "b": {}})), tmp_path / "out")
     assert plan.notes == ["arms 'a' and 'b' have the same config: their runs will be equal"]

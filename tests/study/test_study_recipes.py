@@ -20,7 +20,7 @@ from moebed.upcycling.methods import METHODS, Settings
 EXPERIMENTS = ("routing", "allocation", "scheme", "measurement", "granularity")
 FOLDER = Path(__file__).parents[2] / "recipes" / "studies"
 NAMES = [f"{name}_{size}" for name in EXPERIMENTS for size in ("small", "paper")]
-NAMES += ["allocation_shapes_small", "locality_small"]
+NAMES += ["allocation_shapes_small", "related_small", "locality_small"]
 STUDIES = {name: FOLDER / f"{name}.yaml" for name in NAMES}
 
 
@@ -97,11 +97,25 @@ def test_arms_are_matched_as_their_study_says(name):
     baseline, tolerance = arms[study["baseline"]], study.get("tolerance", 0.02)
     length = base["data"]["sequence_length"]
     for arm, config in arms.items():
-        if "total_parameters" in study["match"]:
+        if "total_parameters" in study.get("match", ()):
             assert count_parameters(config)[0] / count_parameters(baseline)[0] == pytest.approx(1, abs=tolerance), arm
-        if "active_flops" in study["match"]:
+        if "active_flops" in study.get("match", ()):
             ratio = flops_per_token(config, length) / flops_per_token(baseline, length)
             assert ratio == pytest.approx(1, abs=tolerance), arm
+
+
+def test_each_control_of_hyper_moe_is_matched_with_it_as_the_study_says():
+    arms = _arms("related_small")
+    parameters = {arm: count_parameters(config)[0] for arm, config in arms.items()}
+    flops = {arm: flops_per_token(config, 256) for arm, config in arms.items()}
+    for arm in ("constant", "free", "shared_flops"):
+        assert flops[arm] == pytest.approx(flops["hyper"], rel=1e-3), arm
+    assert parameters["constant"] == parameters["hyper"]
+    assert parameters["shared_parameters"] == pytest.approx(parameters["hyper"], rel=1e-3)
+    assert parameters["top1"] < min(parameters["free"], parameters["shared_flops"])
+    assert max(parameters["free"], parameters["shared_flops"]) < 0.9 * parameters["hyper"]
+    assert flops["top1"] < flops["hyper"] < flops["shared_parameters"]
+    assert all(config.num_experts_per_tok == 1 and not config.norm_topk_prob for config in arms.values())
 
 
 def test_allocations_are_equal_to_the_last_parameter_where_no_layer_is_dense():

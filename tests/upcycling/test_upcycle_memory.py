@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -58,7 +59,23 @@ def upcycle(folder, method, *options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["copy", "noise", "drop", "split", "cluster", "scratch"])
+def test_memory_of_text_does_not_grow_with_layers_or_experts(tmp_path):
+    """Importance of streamed gradients and six first losses: a layer of both models in float32, whatever the depth."""
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(8192, size=(8, 256)))
+    peaks = []
+    for layers, experts in ((1, 4), (6, 16)):
+        folder = tmp_path / f"{layers}"
+        write_large(folder / "dense", layers)
+        options = ["--by", "inner", "--input-ids", str(tmp_path / "ids.npy"), "--num-experts", str(experts)]
+        before, peak = upcycle(folder, "partition", *options, "--memory-budget", "600MB")
+        peaks.append(peak - before)
+    print(peaks)
+    assert peaks[1] < peaks[0] + 150e6
+    assert peaks[1] < 700e6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["copy", "noise", "drop", "split", "cluster", "partition", "scratch"])
 def test_memory_does_not_grow_with_layers_or_experts(tmp_path, method):
     """A layer has 3 matrices of 7.3 MB; the largest model written has 2.3 GB."""
     peaks = []

@@ -19,6 +19,7 @@ struct AttentionCall {
   int64_t sequences, length, heads, key_heads, width, threads;
   double scale;
   const float *query, *key, *value;        // (B, S, A, D), (B, S, G, D) twice
+  const float *cos, *sin;                  // (S, D) of the angles that queries and keys are turned by, or none
   float *out, *log_sums;                   // (B, S, A, D); (B, A, S) of the scaled logits
   const float* grad;                       // (B, S, A, D)
   float *grad_query, *grad_key, *grad_value;
@@ -41,6 +42,25 @@ struct Attention {
   struct Head {
     const float *query, *key, *value;
   };
+
+  // Rows of one head, positions begin to begin + count, turned by their angles, or back.
+  void turn(const float* from, int64_t from_apart, int64_t begin, int64_t count, float sign, float* to,
+            int64_t to_apart) const {
+    const int64_t half = width / 2;
+    for (int64_t i = 0; i < count; ++i, from += from_apart, to += to_apart) {
+      if (call.cos == nullptr) {
+        convert(from, to, width);
+        continue;
+      }
+      const float *const cos = call.cos + (begin + i) * width, *const sin = call.sin + (begin + i) * width;
+      const float *const __restrict low = from, *const __restrict high = from + half;
+      float *const __restrict low_to = to, *const __restrict high_to = to + half;
+      for (int64_t d = 0; d < half; ++d) {
+        low_to[d] = low[d] * cos[d] - high[d] * (sign * sin[d]);
+        high_to[d] = high[d] * cos[d] + low[d] * (sign * sin[d]);
+      }
+    }
+  }
 
   // Positions of one head, `apart` values apart, as panels whose columns are the positions; those after the last are 0.
   void pack_positions(const float* from, int64_t apart, float* out) const {
@@ -80,7 +100,7 @@ struct Attention {
       const char* panel = (const char*)(panels + c * width);
       const int64_t count = (smaller(keys, up_to(block.end(), LANES)) - c) / LANES;
       for (int64_t i = std::max<int64_t>(0, c - block.begin) / TILE * TILE; i < block.count; i += TILE)
-        tile_of<Fma, UNIT>(block.count - i, count)(at + i, panel, width * LINE, 0, width, false, panel,
+        tile_of<Fma, UNIT>(block.count - i, count)(at + i, 0, panel, width * LINE, 0, width, false, panel,
                                                    out + i * logits_apart + c, logits_apart);
     }
   }
@@ -95,7 +115,7 @@ struct Attention {
         for (int64_t i = 0; i < block.count; i += TILE) {
           const int64_t seen = smaller(block.begin + i + TILE, block.end());
           if (seen <= begin) continue;
-          tile_of<Fma, UNIT>(block.count - i, (width - d) / LANES)(at + i, panel, keys * LINE, begin,
+          tile_of<Fma, UNIT>(block.count - i, (width - d) / LANES)(at + i, 0, panel, keys * LINE, begin,
                                                                    smaller(begin + DEPTH, seen), begin > 0, panel,
                                                                    out + i * across + d, across);
         }
@@ -111,7 +131,7 @@ struct Attention {
       const int64_t first = std::max<int64_t>(0, s - block.begin);
       for (int64_t d = 0; d < width; d += PANELS * LANES) {
         const char* panel = (const char*)(panels + d * QUERIES);
-        tile_of<Fma, LINE>(block.end() - s, (width - d) / LANES)(at, panel, QUERIES * LINE, first, block.count, true,
+        tile_of<Fma, LINE>(block.end() - s, (width - d) / LANES)(at, 0, panel, QUERIES * LINE, first, block.count, true,
                                                                  panel, out + s * across + d, across);
       }
     }
@@ -164,18 +184,23 @@ struct Attention {
     float* const key_room = room.take<float>(call.threads * keys * width);
     float* const value_room = room.take<float>(call.threads * keys * width);
     float* const logits_room = room.take<float>(call.threads * QUERIES * logits_apart);
+    float* const turned_room = room.take<float>(call.threads * (keys + QUERIES) * width);
     if (room.base == nullptr) return room.used;
     run(call.threads, tasks(), [&](int64_t task, int thread) {
       float* const key_panels = key_room + thread * keys * width;
       float* const value_panels = value_room + thread * keys * width;
       float* const logits = logits_room + thread * QUERIES * logits_apart;
-      pack_positions(head(task, 0).key, key_apart, key_panels);
+      float* const turned_keys = turned_room + thread * (keys + QUERIES) * width;
+      float* const queries = turned_keys + keys * width;
+      turn(head(task, 0).key, key_apart, 0, length, 1, turned_keys, width);
+      pack_positions(turned_keys, width, key_panels);
       pack_units(head(task, 0).value, key_apart, length, keys, value_panels);
       for (int64_t h = 0; h < group(); ++h) {
         const Head at = head(task, h);
         float* const sums = log_sums(at);
         each_block([&](const Block& block) {
-          to_positions(block, at.query + block.begin * query_apart, query_apart, key_panels, logits);
+          turn(at.query + block.begin * query_apart, query_apart, block.begin, block.count, 1, queries, width);
+          to_positions(block, queries, width, key_panels, logits);
           float total[QUERIES];
           for (int64_t i = 0; i < block.count; ++i)
             sums[block.begin + i] = soften(logits + i * logits_apart, block.begin + i, up_to(block.end(), LANES), total + i);
@@ -196,7 +221,7 @@ struct Attention {
   int64_t backward(Room room) const {
     const int64_t panels_size = keys * width, rows_size = QUERIES * logits_apart, packed_size = QUERIES * width;
     const int64_t sums_size = (length + TILE) * across;
-    const int64_t each = 3 * panels_size + 4 * rows_size + 2 * packed_size + 2 * sums_size;
+    const int64_t each = 4 * panels_size + 4 * rows_size + 3 * packed_size + 2 * sums_size;
     float* const all = room.take<float>(call.threads * each);
     if (room.base == nullptr) return room.used;
     run(call.threads, tasks(), [&](int64_t task, int thread) {
@@ -206,11 +231,13 @@ struct Attention {
       float *rows = take(rows_size), *grad_rows = take(rows_size);
       float *weights = take(rows_size), *grad_weights = take(rows_size);
       float *query_units = take(packed_size), *grad_units = take(packed_size);
+      float *turned_keys = take(panels_size), *queries = take(packed_size);
       float *grad_key = take(sums_size), *grad_value = take(sums_size);
       const Head first = head(task, 0);
-      pack_positions(first.key, key_apart, key_panels);
+      turn(first.key, key_apart, 0, length, 1, turned_keys, width);
+      pack_positions(turned_keys, width, key_panels);
       pack_positions(first.value, key_apart, value_panels);
-      pack_units(first.key, key_apart, length, keys, key_units);
+      pack_units(turned_keys, width, length, keys, key_units);
       memset(grad_key, 0, sums_size * sizeof(float));
       memset(grad_value, 0, sums_size * sizeof(float));
       for (int64_t h = 0; h < group(); ++h) {
@@ -219,9 +246,10 @@ struct Attention {
         const float* const sums = log_sums(at);
         each_block([&](const Block& block) {
           const int64_t from = offset + block.begin * query_apart, stop = up_to(block.end(), LANES);
-          to_positions(block, call.query + from, query_apart, key_panels, rows);
+          turn(call.query + from, query_apart, block.begin, block.count, 1, queries, width);
+          to_positions(block, queries, width, key_panels, rows);
           to_positions(block, call.grad + from, query_apart, value_panels, grad_rows);
-          pack_units(call.query + from, query_apart, block.count, QUERIES, query_units);
+          pack_units(queries, width, block.count, QUERIES, query_units);
           pack_units(call.grad + from, query_apart, block.count, QUERIES, grad_units);
           for (int64_t i = 0; i < block.count; ++i) {
             const int64_t query = block.begin + i, last = query / LANES * LANES;
@@ -248,15 +276,12 @@ struct Attention {
           add_to_positions(block, grad_weights, query_units, grad_key);
           alignas(64) float mixed[QUERIES * MOST];
           from_positions(block, rows, key_units, mixed);
-          for (int64_t i = 0; i < block.count; ++i)
-            convert(mixed + i * across, call.grad_query + from + i * query_apart, width);
+          turn(mixed, across, block.begin, block.count, -1, call.grad_query + from, query_apart);
         });
       }
       const int64_t to = first.key - call.key;
-      for (int64_t s = 0; s < length; ++s) {
-        convert(grad_key + s * across, call.grad_key + to + s * key_apart, width);
-        convert(grad_value + s * across, call.grad_value + to + s * key_apart, width);
-      }
+      turn(grad_key, across, 0, length, -1, call.grad_key + to, key_apart);
+      for (int64_t s = 0; s < length; ++s) convert(grad_value + s * across, call.grad_value + to + s * key_apart, width);
     });
     return 0;
   }

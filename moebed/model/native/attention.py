@@ -1,6 +1,7 @@
 """The attention backend ``native``: causal attention in float32 on a CPU, compiled on first use, forward and backward.
 
-It keeps its output and one number for each query and head. In one library with the experts.
+It turns queries and keys by their rotary angles on the way. It keeps its output and one number for each query and head.
+In one library with the experts.
 
 B sequences, S positions, A query heads, G key-value heads, D head width.
 """
@@ -21,7 +22,7 @@ WIDEST = 256
 FASTEST = frozenset({"avx2"})
 
 _INTEGERS = ("sequences", "length", "heads", "key_heads", "width", "threads")
-_TENSORS = ("query", "key", "value", "out", "log_sums", "grad", "grad_query", "grad_key", "grad_value")
+_TENSORS = ("query", "key", "value", "cos", "sin", "out", "log_sums", "grad", "grad_query", "grad_key", "grad_value")
 _CALL = compiled.structure(
     "AttentionCall",
     **dict.fromkeys(_INTEGERS, ctypes.c_int64),
@@ -69,60 +70,78 @@ def _run(tensors: dict[str, Tensor], scale: float, backward: bool) -> None:
     compiled.invoke(compiled.library(name).moebed_attention, _CALL, numbers, tensors, backward)
 
 
+def _inputs(**tensors: Tensor | None) -> dict[str, Tensor]:
+    return {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
+
+
 @torch.library.custom_op("moebed::causal_attention", mutates_args=())
-def _forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    out, log_sums = _forward_shapes(query, key, value, scale)
-    inputs = {"query": query.contiguous(), "key": key.contiguous(), "value": value.contiguous()}
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    out, log_sums = _forward_shapes(query, key, value, cos, sin, scale)
+    inputs = _inputs(query=query, key=key, value=value, cos=cos, sin=sin)
     _run({**inputs, "out": out, "log_sums": log_sums}, scale, backward=False)
     return out, log_sums
 
 
 @_forward.register_fake
-def _forward_shapes(query, key, value, scale):
+def _forward_shapes(query, key, value, cos, sin, scale):
     sequences, length, heads, _ = query.shape
     return query.new_empty(query.shape), query.new_empty(sequences, heads, length)
 
 
 @torch.library.custom_op("moebed::causal_attention_backward", mutates_args=())
 def _backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, log_sums: Tensor, scale: float
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    out: Tensor,
+    log_sums: Tensor,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = _backward_shapes(grad, query, key, value, out, log_sums, scale)
-    inputs = {"query": query, "key": key, "value": value, "out": out, "log_sums": log_sums, "grad": grad}
+    grads = _backward_shapes(grad, query, key, value, cos, sin, out, log_sums, scale)
+    inputs = _inputs(query=query, key=key, value=value, cos=cos, sin=sin, out=out, log_sums=log_sums, grad=grad)
     outputs = dict(zip(("grad_query", "grad_key", "grad_value"), grads, strict=True))
-    _run({**{name: tensor.contiguous() for name, tensor in inputs.items()}, **outputs}, scale, backward=True)
+    _run({**inputs, **outputs}, scale, backward=True)
     return grads
 
 
 @_backward.register_fake
-def _backward_shapes(grad, query, key, value, out, log_sums, scale):
+def _backward_shapes(grad, query, key, value, cos, sin, out, log_sums, scale):
     return tuple(each.new_empty(each.shape) for each in (query, key, value))
 
 
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, scale):
-        out, log_sums = torch.ops.moebed.causal_attention(query, key, value, scale)
-        ctx.save_for_backward(query, key, value, out, log_sums)
+    def forward(ctx, query, key, value, cos, sin, scale):
+        out, log_sums = torch.ops.moebed.causal_attention(query, key, value, cos, sin, scale)
+        ctx.save_for_backward(query, key, value, cos, sin, out, log_sums)
         ctx.scale = scale
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return *torch.ops.moebed.causal_attention_backward(grad, *ctx.saved_tensors, ctx.scale), None
+        grads = torch.ops.moebed.causal_attention_backward(grad, *ctx.saved_tensors, ctx.scale)
+        return *grads, None, None, None
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """softmax(scale · query keyᵀ, causal) value for every head; differentiable once.
+def causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, rope: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """softmax(scale · query keyᵀ, causal) value for every head; differentiable once, in query, key and value.
 
     Args:
         query: (B, S, A, D), float32; D a multiple of 16.
         key: (B, S, G, D), each for A / G query heads that follow one another.
         value: (B, S, G, D).
         scale: above 0.
+        rope: Cos and sin (S, D), float32, by which queries and keys are turned first, as by ``fused.rotate``.
 
     Returns:
         (B, S, A, D).
     """
-    return _CausalAttention.apply(query, key, value, scale)
+    return _CausalAttention.apply(query, key, value, *(rope or (None, None)), scale)

@@ -71,7 +71,7 @@ def _compile(instruction_set: str, path: Path) -> None:
     if shutil.which(COMPILER) is None:
         raise Unavailable(f"compiling it needs {COMPILER}")
     print(
-        f"compiling experts and attention for {NAMES[instruction_set]}, once, a few seconds (kept in {path.parent})",
+        f"compiling C++ for {NAMES[instruction_set]}, once, a few seconds (kept in {path.parent})",
         file=sys.stderr,
         flush=True,
     )
@@ -100,7 +100,8 @@ def library(instruction_set: str) -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
         raise Unavailable(f"it cannot be kept or loaded: {error}") from error
-    for function in (loaded.moebed_expert_mlp, loaded.moebed_attention):
+    for name in ("expert_mlp", "attention", "coordinates", "gram"):
+        function = getattr(loaded, f"moebed_{name}")
         function.argtypes = [ctypes.c_void_p, ctypes.c_int64]
         function.restype = ctypes.c_int64
     return loaded

@@ -19,7 +19,7 @@ struct Call {
   const int64_t* index;                // (T, K)
   const float* weight;                 // (T, K)
   const void *x, *gate_up, *down;      // (T, H), (E, 2F, H) gate first, (E, H, F)
-  void *before, *out;                  // (T·K, 2F) pre-activations, for the backward pass, see kept_strip; (T, H)
+  void *before, *out;                  // (T·K, 2F) pre-activations, for the backward pass, see kept; (T, H)
   const void* grad;                    // (T, H)
   void *grad_x, *grad_gate_up, *grad_down;
   float* grad_weight;                  // (T, K)
@@ -28,37 +28,46 @@ struct Call {
 
 namespace {
 
-constexpr int LONG = LINE;  // bytes from unit to unit of a panel's column
+constexpr int LONG = LINE;   // bytes from unit to unit of a panel's column
+constexpr int64_t SOON = 8;  // rows ahead of which what was kept is fetched
 
 // ---- between the products
 
-// A row of a strip: keeps gate and up, and gives act(gate) up weight.
+// Sixteen columns of some rows in memory, `step` values from row to row.
+template <class E>
+struct Columns {
+  E* first;
+  int64_t step;
+  E* of(int64_t row) const { return first + row * step; }
+};
+
+// Sixteen columns of some rows of gate and up, from a strip's buffer: kept side by side, and act(gate) up weight.
 template <class Act, class S, class E>
-void activate(const float* gate, const float* up, float weight, int width, S* kept_gate, S* kept_up, E* out) {
-  for (int j = 0; j < width; j += LANES) {
-    const Vector g = load(gate + j), u = load(up + j);
-    store(kept_gate + j, g);
-    store(kept_up + j, u);
-    store(out + j, Act::at(g).value * u * set(weight));
+void activate(const float* gate, const float* up, const float* weight, int rows, S* kept, Columns<E> out) {
+  for (int i = 0; i < rows; ++i, gate += ROW, up += ROW, kept += 2 * LANES) {
+    const Vector g = load(gate), u = load(up);
+    store_past(kept, g);
+    store_past(kept + LANES, u);
+    store(out.of(i), Act::at(g).value * u * set(weight[i]));
   }
 }
 
-// A row of a strip of the gradient of act(gate) up: gives that product again, the gradients of gate and up, and adds
-// the gradient of the weight to total, 16 values wide.
+// The same of the gradient of act(gate) up: gives that product again, the gradients of gate and up, and adds that of
+// the weight to total, 16 values a row.
 template <class Act, class S, class E>
-void activate_backward(const float* grad, const S* gate, const S* up, float weight, int width, E* out, E* grad_gate,
-                       E* grad_up, float* total) {
-  Vector sum = load(total);
-  for (int j = 0; j < width; j += LANES) {
-    const Vector g = load(gate + j), u = load(up + j), d = load(grad + j);
+void activate_backward(const float* grad, const S* kept, const float* weight, int rows, Columns<E> out,
+                       Columns<E> grad_gate, Columns<E> grad_up, float* total) {
+  for (int i = 0; i < rows; ++i, grad += ROW, kept += 2 * LANES, total += LANES) {
+    for (int64_t line = 0; line < 2 * LANES * int64_t(sizeof(S)); line += LINE)
+      _mm_prefetch((const char*)(kept + SOON * 2 * LANES) + line, _MM_HINT_T0);
+    const Vector g = load(kept), u = load(kept + LANES), d = load(grad);
     const Value act = Act::at(g);
-    const Vector product = act.value * u, weighted = d * set(weight);
-    sum = multiply_add(d, product, sum);
-    store(out + j, product * set(weight));
-    store(grad_gate + j, weighted * u * act.slope);
-    store(grad_up + j, weighted * act.value);
+    const Vector product = act.value * u, weighted = d * set(weight[i]);
+    store(total, multiply_add(d, product, load(total)));
+    store(out.of(i), product * set(weight[i]));
+    store(grad_gate.of(i), weighted * u * act.slope);
+    store(grad_up.of(i), weighted * act.value);
   }
-  store(total, sum);
 }
 
 template <class S, class E>
@@ -105,20 +114,36 @@ struct Pass {
       }
   }
 
-  // Run task(block, thread, panels of gate_up, panels of down), which pack(expert, the two) filled for the thread.
+  // Run task(block, thread, panels of gate_up, panels of down), which pack(expert, the two) filled for the thread. A
+  // thread takes an expert that none has taken, the largest first, and in the end helps where most is left: so an
+  // expert is seldom packed twice, and threads end together.
   template <class Pack, class Task>
   void each_block(E* panels, const Pack& pack, const Task& task) const {
-    constexpr int64_t TURNS = 6;  // of a thread: fewer pack less, more are shared more evenly
-    std::vector<int64_t> packed(call.threads, -1);
-    const int64_t count = rows.blocks.size(), grain = std::max<int64_t>(1, count / (TURNS * call.threads));
-    run(call.threads, count, [&](int64_t number, int thread) {
-      const Block& block = rows.blocks[number];
+    const auto& first = rows.first_block;
+    std::vector<int64_t> order(experts);
+    for (int64_t e = 0; e < experts; ++e) order[e] = e;
+    const auto size = [&](int64_t e) { return first[e + 1] - first[e]; };
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return size(a) > size(b); });
+    std::vector<std::atomic<int64_t>> next(experts);
+    for (int64_t e = 0; e < experts; ++e) next[e] = first[e];
+    const auto left = [&](int64_t e) { return first[e + 1] - next[e]; };
+    std::atomic<int64_t> taken{0};
+    each_thread(call.threads, rows.blocks.size(), [&](int thread) {
       E* const up = panels + thread * 3 * width * hidden;
       E* const down = up + 2 * width * hidden;
-      if (packed[thread] != block.expert) pack(block.expert, up, down);
-      packed[thread] = block.expert;
-      task(block, thread, up, down);
-    }, grain);
+      const auto work = [&](int64_t e) {
+        int64_t i = next[e]++;
+        if (i < first[e + 1]) pack(e, up, down);
+        for (; i < first[e + 1]; i = next[e]++) task(rows.blocks[i], thread, up, down);
+      };
+      for (int64_t i = taken++; i < experts; i = taken++) work(order[i]);
+      for (;;) {
+        const auto most = [&](int64_t a, int64_t b) { return left(a) < left(b); };
+        const int64_t e = *std::max_element(order.begin(), order.end(), most);
+        if (left(e) <= 0) break;
+        work(e);
+      }
+    });
   }
 
   // ---- rows as left operands
@@ -135,13 +160,22 @@ struct Pass {
     }
   }
 
-  // Length of a block's rows in memory: a line more than they take, since rows a power of two bytes apart would all
-  // fall into the same few lines of the first-level cache.
-  static constexpr int64_t apart(int64_t columns) { return columns + LINE / int64_t(sizeof(E)); }
+  // A block's rows in memory: one after another, or sixteen columns of all of them and then the next sixteen.
+  struct Lines {
+    E* first;
+    int64_t row, panel;  // steps, in values
 
-  static void follow(const E* matrix, int64_t columns, const char** at) {
-    for (int i = 0; i < BLOCK; ++i) at[i] = (const char*)(matrix + i * apart(columns));
-  }
+    // A line more than the columns take, since rows a power of two bytes apart would all fall into the same few lines
+    // of the first-level cache.
+    static constexpr int64_t apart(int64_t columns) { return columns + LINE / int64_t(sizeof(E)); }
+    static Lines by_row(E* memory, int64_t columns) { return {memory, apart(columns), LANES}; }
+
+    Columns<E> columns(int64_t c) const { return {first + c / LANES * panel, row}; }
+    int64_t gap() const { return (panel - LANES) * sizeof(E); }  // from piece to piece, but for the piece itself
+    void follow(const char** at) const {
+      for (int i = 0; i < BLOCK; ++i) at[i] = (const char*)(first + i * row);
+    }
+  };
 
   // Strips of a product with an expert's panels; each is handed to finish(first column, columns, sums).
   template <class Finish>
@@ -150,15 +184,25 @@ struct Pass {
     alignas(64) float sums[BLOCK * ROW];
     for (int64_t c = 0; c < columns; c += STRIP) {
       const int across = smaller(STRIP, columns - c);
-      strip<P, UNIT>(at, block.count(), panels + c * depth * GROUP, depth, across, sums);
+      strip<P, UNIT>(at, 0, block.count(), panels + c * depth * GROUP, depth, across, sums, ROW);
       finish(c, across, sums);
     }
   }
 
-  void product(const Block& block, const char* const* at, const E* panels, int64_t depth, S* by_row) const {
-    each_strip(block, at, panels, depth, hidden, [&](int64_t c, int across, const float* sums) {
-      for (int i = 0; i < block.count(); ++i) convert(sums + i * ROW, by_row + (block.begin + i) * hidden + c, across);
-    });
+  // Rows times panels, into rows (·, N) of another type or the same; sums go there at once where nothing is between.
+  template <int STEP, class To>
+  static void multiply(const char* const* at, int64_t gap, int count, const E* panels, int64_t depth, int64_t n, To* out) {
+    alignas(64) float sums[BLOCK * ROW];
+    for (int64_t c = 0; c < n; c += STRIP) {
+      const int across = smaller(STRIP, n - c);
+      const E* panel = panels + c * depth * GROUP;
+      if constexpr (sizeof(To) == sizeof(float) && !P::CONSECUTIVE) {  // whose tiles have rows beyond the last
+        strip<P, STEP>(at, gap, count, panel, depth, across, out + c, n);
+      } else {
+        strip<P, STEP>(at, gap, count, panel, depth, across, sums, ROW);
+        for (int i = 0; i < count; ++i) convert(sums + i * ROW, out + i * n + c, across);
+      }
+    }
   }
 
   // Sum of each token's rows (R, H) in out (T, H).
@@ -177,9 +221,9 @@ struct Pass {
     });
   }
 
-  // Pre-activations of a row's gate in a strip, up beside it. They lie strip by strip: in the rows of a matrix, a power
-  // of two bytes apart, those of a block would all fall into the same few lines of the first-level cache.
-  S* kept_strip(int64_t c, int64_t across, int64_t row) const { return before + 2 * (c * rows.count() + row * across); }
+  // Pre-activations of sixteen columns of the rows from one on, up after gate in each. So they are written and read one
+  // after another.
+  S* kept(int64_t c, int64_t row) const { return before + 2 * (c * rows.count() + row * LANES); }
 
   // ---- forward
 
@@ -187,7 +231,7 @@ struct Pass {
     E* const panels = room.take<E>(call.threads * 3 * width * hidden);
     S* const by_row = room.take<S>(call.tokens * call.top_k * hidden);
     E* const gathered = room.take<E>(call.threads * BLOCK * hidden);
-    E* const middles = room.take<E>(call.threads * BLOCK * apart(width));
+    E* const middles = room.take<E>(call.threads * BLOCK * Lines::apart(width));
     if (room.base == nullptr) return room.used;
     const auto pack = [&](int64_t expert, E* up, E* down_) {
       pack_rows(gate_up + expert * 2 * width * hidden, 2 * width, hidden, up);
@@ -196,19 +240,17 @@ struct Pass {
     each_block(panels, pack, [&](const Block& block, int thread, const E* up_panels, const E* down_panels) {
       const char* at[BLOCK];
       gather(block, (const S*)call.x, gathered + thread * BLOCK * hidden, at);
-      E* const middle = middles + thread * BLOCK * apart(width);
+      const Lines middle = Lines::by_row(middles + thread * BLOCK * Lines::apart(width), width);
       alignas(64) float up[BLOCK * ROW];
       const int64_t depth = hidden / GROUP;
       each_strip(block, at, up_panels, depth, width, [&](int64_t c, int across, const float* gate) {
-        strip<P, UNIT>(at, block.count(), up_panels + (width + c) * hidden, depth, across, up);
-        for (int i = 0; i < block.count(); ++i) {
-          S* kept = kept_strip(c, across, block.begin + i);
-          act.forward(gate + i * ROW, up + i * ROW, rows.weight[block.begin + i], across, kept, kept + across,
-                      middle + i * apart(width) + c);
-        }
+        strip<P, UNIT>(at, 0, block.count(), up_panels + (width + c) * hidden, depth, across, up, ROW);
+        for (int j = 0; j < across; j += LANES)
+          act.forward(gate + j, up + j, &rows.weight[block.begin], block.count(), kept(c + j, block.begin),
+                      middle.columns(c + j));
       });
-      follow(middle, width, at);
-      product(block, at, down_panels, width / GROUP, by_row);
+      middle.follow(at);
+      multiply<UNIT>(at, 0, block.count(), down_panels, width / GROUP, hidden, by_row + block.begin * hidden);
     });
     combine(by_row, (S*)call.out);
     return 0;
@@ -223,6 +265,11 @@ struct Pass {
     E* data;
 
     E* of(int64_t expert) const { return data + rows.unit_start[expert] * GROUP * columns; }
+
+    // A block's, where a line is one row's.
+    Lines lines(const Block& block) const {
+      return {of(block.expert) + (block.begin - rows.start[block.expert]) * LANES, LANES, rows.units(block.expert) * LANES};
+    }
 
     void fill(const Block& block, const char* const* at) const {
       const int64_t units = rows.units(block.expert), first = (block.begin - rows.start[block.expert]) / GROUP;
@@ -261,13 +308,7 @@ struct Pass {
         for (int64_t j = 0; j < block.count(); ++j) at[j] = copy + j * depth * UNIT;
       }
       constexpr int STEP = P::CONSECUTIVE ? UNIT : LONG;
-      alignas(64) float sums[BLOCK * ROW];
-      for (int64_t c = 0; c < n; c += STRIP) {
-        const int across = smaller(STRIP, n - c);
-        strip<P, STEP>(at, block.count(), right.of(expert) + c * depth * GROUP, depth, across, sums);
-        for (int j = 0; j < block.count(); ++j)
-          convert(sums + j * ROW, out + (expert * m + begin + j) * n + c, across);
-      }
+      multiply<STEP>(at, 0, block.count(), right.of(expert), depth, n, out + (expert * m + begin) * n);
     });
   }
 
@@ -283,7 +324,9 @@ struct Pass {
     S* const by_row = room.take<S>(assignments * hidden);
     float* const weight_of_row = room.take<float>(assignments);
     E* const gathered = room.take<E>(call.threads * 2 * BLOCK * hidden);
-    E* const middles = room.take<E>(call.threads * BLOCK * (apart(width) + apart(2 * width)));
+    constexpr bool AT_ONCE = GROUP == 1;  // what is computed is packed already
+    const int64_t buffers = AT_ONCE ? 0 : BLOCK * (Lines::apart(width) + Lines::apart(2 * width));
+    E* const middles = room.take<E>(call.threads * buffers);
     E* const transposed = room.take<E>(call.threads * longest);
     if (room.base == nullptr) return room.used;
     const auto pack = [&](int64_t expert, E* up, E* down_) {
@@ -295,34 +338,27 @@ struct Pass {
       E* const copies = gathered + thread * 2 * BLOCK * hidden;
       gather(block, (const S*)call.x, copies, inputs);
       gather(block, (const S*)call.grad, copies + BLOCK * hidden, grads);
-      E* const middle = middles + thread * BLOCK * (apart(width) + apart(2 * width));
-      E* const grad_before = middle + BLOCK * apart(width);
+      E* const buffer = middles + thread * buffers;
+      const Lines middle = AT_ONCE ? middle_rows.lines(block) : Lines::by_row(buffer, width);
+      const Lines grad_before =
+          AT_ONCE ? before_rows.lines(block) : Lines::by_row(buffer + BLOCK * Lines::apart(width), 2 * width);
       alignas(64) float total[BLOCK * LANES] = {};
-      // A strip's pre-activations are on their way while the product before it runs.
-      const auto fetch = [&](int64_t c) {
-        const int64_t across = smaller(STRIP, width - c);
-        const char* kept = (const char*)kept_strip(c, across, block.begin);
-        const int64_t bytes = block.count() * 2 * across * int64_t(sizeof(S));
-        for (int64_t line = 0; line < bytes; line += LINE) _mm_prefetch(kept + line, _MM_HINT_T1);
-      };
-      fetch(0);
-      each_strip(block, grads, down_panels, hidden / GROUP, width, [&](int64_t c, int across, const float* sums) {
-        fetch(c + STRIP);
-        for (int i = 0; i < block.count(); ++i) {
-          const S* kept = kept_strip(c, across, block.begin + i);
-          E* to = grad_before + i * apart(2 * width) + c;
-          act.backward(sums + i * ROW, kept, kept + across, rows.weight[block.begin + i], across,
-                       middle + i * apart(width) + c, to, to + width, total + i * LANES);
-        }
+      each_strip(block, grads, down_panels, hidden / GROUP, width, [&](int64_t first, int across, const float* sums) {
+        for (int64_t c = first; c < first + across; c += LANES)
+          act.backward(sums + c - first, kept(c, block.begin), &rows.weight[block.begin], block.count(), middle.columns(c),
+                       grad_before.columns(c), grad_before.columns(width + c), total);
       });
       for (int i = 0; i < block.count(); ++i) weight_of_row[block.begin + i] = sum(load(total + i * LANES));
-      follow(middle, width, inner);
-      follow(grad_before, 2 * width, outer);
-      product(block, outer, up_panels, 2 * width / GROUP, by_row);
+      grad_before.follow(outer);
+      multiply<UNIT>(outer, grad_before.gap(), block.count(), up_panels, 2 * width / GROUP, hidden,
+                     by_row + block.begin * hidden);
       x_rows.fill(block, inputs);
       grad_rows.fill(block, grads);
-      middle_rows.fill(block, inner);
-      before_rows.fill(block, outer);
+      if constexpr (!AT_ONCE) {
+        middle.follow(inner);
+        middle_rows.fill(block, inner);
+        before_rows.fill(block, outer);
+      }
     });
     for (int64_t a = 0; a < assignments; ++a)
       call.grad_weight[a] = rows.row[a] == NO_ROW ? 0.0f : weight_of_row[rows.row[a]];

@@ -5,7 +5,8 @@
 //
 // A panel holds 16 columns of the right operand: for each unit one 64-byte line, the units of the columns side by side.
 // The left operand is rows in memory, one address a row and a step from unit to unit, so gathered rows need no copy; a
-// panel's columns can serve as its rows. Tiles take rows that follow one another.
+// panel's columns can serve as its rows. Rows may lie in pieces of 16 units, with as many bytes to the next one for each
+// row: so can the rows that were packed. Tiles take rows that follow one another.
 
 #pragma once
 
@@ -23,7 +24,7 @@ constexpr int BLOCK = 96;          // rows of a block: a strip's buffer takes 24
 constexpr int LINE = 64;           // bytes of a panel's line
 constexpr int UNIT = 4;            // bytes
 constexpr int AHEAD = 16 * LINE;   // how far ahead of the products a panel is fetched
-constexpr int NEXT = 16;            // units for each of which a line of the next panel is fetched, shared by a block's tiles
+constexpr int PIECE = 16;          // units of a piece of a row; for each, a tile fetches a line of the next panel
 constexpr int64_t DEPTH = 256;     // units between visits to the buffer: a strip's panels take 64 KB of the second level
 constexpr int TILE = 6;            // rows whose sums stay in registers
 constexpr int PANELS = REGISTERS == 1 ? 4 : 1;  // and panels
@@ -54,18 +55,18 @@ struct Dot {
 };
 #endif
 
-// M rows times N panels that lie `panel` bytes apart, units begin to end, into rows of `out` that lie `apart` values
-// apart, or added to what is there. What is at `next` is fetched meanwhile. The pragmas unroll early enough for the sums
-// to stay in registers.
+// M rows, `gap` bytes between their pieces, times N panels that lie `panel` bytes apart, units begin to end, into rows of
+// `out` that lie `apart` values apart, or added to what is there. What is at `next` is fetched meanwhile. The pragmas
+// unroll early enough for the sums to stay in registers.
 template <class P, int STEP, int M, int N>
-void tile(const char* const* rows, const char* panels, int64_t panel, int64_t begin, int64_t end, bool add,
+void tile(const char* const* rows, int64_t gap, const char* panels, int64_t panel, int64_t begin, int64_t end, bool add,
           const char* next, float* out, int64_t apart) {
   constexpr int WIDE = N * REGISTERS, EACH = LANES / REGISTERS;
   Register sum[M][WIDE];
   const char* row[M];
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i) {
-    row[i] = rows[i] + begin * STEP;
+    row[i] = rows[i] + begin * STEP + begin / PIECE * gap;
 #pragma GCC unroll 8
     for (int j = 0; j < WIDE; ++j) sum[i][j] = add ? load_register(out + i * apart + j * EACH) : Register{};
   }
@@ -89,10 +90,10 @@ void tile(const char* const* rows, const char* panels, int64_t panel, int64_t be
     offset += STEP;
   };
   int64_t u = begin;
-  for (; u + NEXT <= end; u += NEXT, next += LINE) {
+  for (; u + PIECE <= end; u += PIECE, next += LINE, offset += gap) {
     _mm_prefetch(next, _MM_HINT_T0);
 #pragma GCC unroll 8
-    for (int i = 0; i < NEXT; ++i) add_unit();
+    for (int i = 0; i < PIECE; ++i) add_unit();
   }
   for (; u < end; ++u) add_unit();
 #pragma GCC unroll 8
@@ -101,7 +102,7 @@ void tile(const char* const* rows, const char* panels, int64_t panel, int64_t be
     for (int j = 0; j < WIDE; ++j) store_register(out + i * apart + j * EACH, sum[i][j]);
 }
 
-using Tile = void (*)(const char* const*, const char*, int64_t, int64_t, int64_t, bool, const char*, float*, int64_t);
+using Tile = decltype(&tile<Fma, UNIT, 1, 1>);
 
 template <class P, int STEP, size_t... I>
 constexpr std::array<Tile, sizeof...(I)> tiles(std::index_sequence<I...>) {
@@ -114,22 +115,31 @@ Tile tile_of(int64_t rows, int64_t panels) {  // as many of each as there are, u
   return TILES[(smaller(TILE, rows) - 1) * PANELS + smaller(PANELS, panels) - 1];
 }
 
-// Rows times up to a strip of panels that lie D lines apart, into out (rows, ROW).
+// Rows times up to a strip of panels that lie D lines apart, units begin to end, into rows of out that lie `apart` values
+// apart, or added to what is there. What comes after the last panel is at `after`.
 template <class P, int STEP>
-void strip(const char* const* rows, int count, const void* panels, int64_t depth, int width, float* out) {
+void strip_of_units(const char* const* rows, int64_t gap, int count, const char* panels, int64_t depth, int64_t begin,
+                    int64_t end, int width, bool add, float* out, int64_t apart, const char* after) {
+  for (int j = 0; j < width; j += PANELS * LANES) {
+    const int across = smaller(PANELS, (width - j) / LANES);
+    const char* at = panels + j / LANES * depth * LINE;
+    const char* next = j + PANELS * LANES < width ? at + (across * depth + begin) * LINE : after;
+    for (int i = 0; i < count; i += TILE, next += (end - begin) / PIECE * LINE)
+      tile_of<P, STEP>(count - i, across)(rows + i, gap, at, depth * LINE, begin, end, add, next,
+                                          out + i * apart + j, apart);
+  }
+}
+
+// The same of all D units, followed in memory by the next strip.
+template <class P, int STEP>
+void strip(const char* const* rows, int64_t gap, int count, const void* panels_, int64_t depth, int width, float* out,
+           int64_t apart) {
+  const char* const panels = (const char*)panels_;
   int64_t begin = 0;
   do {  // once even if there is nothing to sum: the output is then 0
     const int64_t end = smaller(begin + DEPTH, depth);
-    for (int j = 0; j < width; j += PANELS * LANES) {
-      const int across = smaller(PANELS, (width - j) / LANES);
-      const char* at = (const char*)panels + j / LANES * depth * LINE;
-      // The panel after this one: beside it, or where the next units begin, or the next strip.
-      const char* next = at + (across * depth + begin) * LINE;
-      if (j + PANELS * LANES >= width) next = end < depth ? (const char*)panels + end * LINE : next - begin * LINE;
-      for (int i = 0; i < count; i += TILE, next += (end - begin) / NEXT * LINE)
-        tile_of<P, STEP>(count - i, across)(rows + i, at, depth * LINE, begin, end, begin > 0, next, out + i * ROW + j,
-                                            ROW);
-    }
+    const char* const after = panels + (end < depth ? end : width / LANES * depth) * LINE;
+    strip_of_units<P, STEP>(rows, gap, count, panels, depth, begin, end, width, begin > 0, out, apart, after);
     begin = end;
   } while (begin < depth);
 }
@@ -160,7 +170,7 @@ struct Amx {
   };
 
   template <bool SECOND>  // whether there is a second tile of rows
-  static void square(const char* rows, int64_t stride, const char* panels, int64_t depth, float* out) {
+  static void square(const char* rows, int64_t stride, const char* panels, int64_t depth, float* out, int64_t apart) {
     const char *below = rows + SIDE * stride, *beside = panels + depth * LINE;
     _tile_zero(0);
     _tile_zero(1);
@@ -180,31 +190,31 @@ struct Amx {
         _tile_dpbf16ps(3, 5, 7);
       }
     }
-    constexpr int BYTES = ROW * sizeof(float);
-    _tile_stored(0, out, BYTES);
-    _tile_stored(1, out + LANES, BYTES);
+    const int64_t bytes = apart * sizeof(float);
+    _tile_stored(0, out, bytes);
+    _tile_stored(1, out + LANES, bytes);
     if (SECOND) {
-      _tile_stored(2, out + SIDE * ROW, BYTES);
-      _tile_stored(3, out + SIDE * ROW + LANES, BYTES);
+      _tile_stored(2, out + SIDE * apart, bytes);
+      _tile_stored(3, out + SIDE * apart + LANES, bytes);
     }
   }
 
   static void strip(const char* rows, int64_t stride, int count, const char* panels, int64_t depth, int width,
-                    float* out) {
+                    float* out, int64_t apart) {
     const Configured configured;
     for (int j = 0; j < width; j += 2 * LANES)
       for (int i = 0; i < count; i += 2 * SIDE) {
         const auto square_ = i + SIDE < count ? square<true> : square<false>;
-        square_(rows + i * stride, stride, panels + j / LANES * depth * LINE, depth, out + i * ROW + j);
+        square_(rows + i * stride, stride, panels + j / LANES * depth * LINE, depth, out + i * apart + j, apart);
       }
   }
 };
 
 template <>
-inline void strip<Amx, UNIT>(const char* const* rows, int count, const void* panels, int64_t depth, int width,
-                             float* out) {
+inline void strip<Amx, UNIT>(const char* const* rows, int64_t, int count, const void* panels, int64_t depth, int width,
+                             float* out, int64_t apart) {
   const int64_t stride = count > 1 ? rows[1] - rows[0] : depth * UNIT;
-  Amx::strip(rows[0], stride, count, (const char*)panels, depth, width, out);
+  Amx::strip(rows[0], stride, count, (const char*)panels, depth, width, out, apart);
 }
 #endif
 

@@ -13,16 +13,20 @@
 
 namespace moebed {
 
-// Run task(i, thread) for i below count, `grain` in a row on whichever thread is free next.
+// Run task(thread) on each thread, no more of them than there are things to do.
 template <class Task>
-void run(int64_t threads, int64_t count, const Task& task, int64_t grain = 1) {
-  std::atomic<int64_t> next{0};
+void each_thread(int64_t threads, int64_t count, const Task& task) {
 #pragma omp parallel num_threads(int(smaller(threads, count > 0 ? count : 1)))
-  {
-    const int thread = omp_get_thread_num();
-    for (int64_t begin = next.fetch_add(grain); begin < count; begin = next.fetch_add(grain))
-      for (int64_t i = begin; i < smaller(begin + grain, count); ++i) task(i, thread);
-  }
+  task(omp_get_thread_num());
+}
+
+// Run task(i, thread) for i below count, each on whichever thread is free next.
+template <class Task>
+void run(int64_t threads, int64_t count, const Task& task) {
+  std::atomic<int64_t> next{0};
+  each_thread(threads, count, [&](int thread) {
+    for (int64_t i = next++; i < count; i = next++) task(i, thread);
+  });
 }
 
 struct Block {  // some rows of one expert
@@ -40,12 +44,13 @@ struct Rows {
   std::vector<int64_t> row;         // (T·K) of each assignment
   std::vector<float> weight;        // (R)
   std::vector<Block> blocks;
+  std::vector<int64_t> first_block;  // (E + 1) of each expert
   int64_t wrong = -1;  // an assignment whose expert is not there
 
   // Rows in a unit, and the number of units that an expert's rows are padded to a multiple of.
   Rows(const int64_t* expert_of, const float* weight_of, int64_t assignments, int64_t top_k, int64_t experts,
        bool ragged, int group, int multiple)
-      : start(experts + 1), unit_start(experts + 1), row(assignments, NO_ROW) {
+      : start(experts + 1), unit_start(experts + 1), row(assignments, NO_ROW), first_block(experts + 1) {
     for (int64_t a = 0; a < assignments; ++a) {
       if (expert_of[a] < 0 || expert_of[a] >= experts) {
         wrong = a;
@@ -65,9 +70,11 @@ struct Rows {
         const int64_t at = next[expert_of[a]]++;
         row[a] = at, token[at] = a / top_k, weight[at] = weight_of[a];
       }
-    for (int64_t e = 0; e < experts; ++e)
+    for (int64_t e = 0; e < experts; ++e) {
       for (int64_t begin = start[e]; begin < start[e + 1]; begin += BLOCK)
         blocks.push_back({e, begin, smaller(begin + BLOCK, start[e + 1])});
+      first_block[e + 1] = blocks.size();
+    }
   }
 
   int64_t count() const { return int64_t(token.size()); }

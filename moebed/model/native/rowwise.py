@@ -29,7 +29,8 @@ def fits(x: Tensor, multiple: int, *others: Tensor) -> bool:
     return all(tensor.dtype == torch.float32 for tensor in others) and native.load() is None
 
 
-def _call(name: str, *arguments: Any) -> None:
+def call(name: str, *arguments: Any) -> None:
+    """Call a function of the library that takes tensors, numbers and, last, how many threads."""
     instruction_set = native.instruction_set()
     assert instruction_set is not None
     function = getattr(compiled.library(instruction_set), name)
@@ -42,7 +43,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x (..., N) and weight (N), float32, N a multiple of 16 -> x / rms(x) · weight (..., N) and 1 / rms(x) (R,)."""
     x = x.contiguous()
     out, scale = torch.empty_like(x), x.new_empty(x.numel() // x.shape[-1])
-    _call("moebed_rms_norm", x, weight, out, scale, len(scale), x.shape[-1], float(eps))
+    call("moebed_rms_norm", x, weight, out, scale, len(scale), x.shape[-1], float(eps))
     return out, scale
 
 
@@ -52,7 +53,7 @@ def rms_norm_backward(x: Tensor, weight: Tensor, scale: Tensor, grad: Tensor) ->
     grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
     chunks = x.new_empty(-(-len(scale) // _CHUNK), x.shape[-1])
     tensors = (x, weight, scale, grad, grad_x, grad_weight, chunks)
-    _call("moebed_rms_norm_backward", *tensors, len(scale), x.shape[-1])
+    call("moebed_rms_norm_backward", *tensors, len(scale), x.shape[-1])
     return grad_x, grad_weight
 
 
@@ -65,7 +66,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     out = torch.empty_like(x)
     sequences, length, heads, width = x.shape
     sizes = (sequences * length, length, heads, width)
-    _call("moebed_rotate", x, cos.contiguous(), sin.contiguous(), out, *sizes, sign, int(x.dtype == torch.bfloat16))
+    call("moebed_rotate", x, cos.contiguous(), sin.contiguous(), out, *sizes, sign, int(x.dtype == torch.bfloat16))
     return out.transpose(1, 2)
 
 
@@ -73,7 +74,7 @@ def log_sums(logits: Tensor) -> Tensor:
     """Logarithms (R,) of the sums of exp of logits (R, V), float32 or bf16; V is a multiple of 16."""
     logits = logits.contiguous()
     out = torch.empty(len(logits), dtype=torch.float32)
-    _call("moebed_log_sums", logits, out, *logits.shape, int(logits.dtype == torch.bfloat16))
+    call("moebed_log_sums", logits, out, *logits.shape, int(logits.dtype == torch.bfloat16))
     return out
 
 
@@ -82,5 +83,5 @@ def cross_entropy_backward(logits: Tensor, sums: Tensor, labels: Tensor, grad: T
     logits = logits.contiguous()
     out = torch.empty_like(logits)
     tensors = (logits, sums, labels.contiguous(), grad.contiguous(), out)
-    _call("moebed_cross_entropy_backward", *tensors, *logits.shape, int(logits.dtype == torch.bfloat16))
+    call("moebed_cross_entropy_backward", *tensors, *logits.shape, int(logits.dtype == torch.bfloat16))
     return out

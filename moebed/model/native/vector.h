@@ -45,10 +45,13 @@ inline __m256i rounded(Vector value) {
 #endif
 }
 inline void store(BFloat16* to, Vector value) { _mm256_storeu_si256((__m256i*)to, rounded(value)); }
+inline void store_past(float* to, Vector value) { _mm512_stream_ps(to, value); }
+inline void store_past(BFloat16* to, Vector value) { _mm256_stream_si256((__m256i*)to, rounded(value)); }
 
 inline Vector min(Vector a, Vector b) { return _mm512_min_ps(a, b); }
 inline Vector max(Vector a, Vector b) { return _mm512_max_ps(a, b); }
 inline Vector abs(Vector a) { return _mm512_abs_ps(a); }
+inline Vector sqrt(Vector a) { return _mm512_sqrt_ps(a); }
 inline Vector round(Vector a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT); }
 inline Vector times_power_of_two(Vector a, Vector n) { return _mm512_scalef_ps(a, n); }
 inline Mask negative(Vector a) { return _mm512_cmp_ps_mask(a, set(0.0f), _CMP_LT_OQ); }
@@ -95,10 +98,16 @@ inline __m256i rounded(__m256 value) {
   const __m256 safe = _mm256_blendv_ps(_mm256_castsi256_ps(up), _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000)), nan);
   return _mm256_srli_epi32(_mm256_castps_si256(safe), 16);
 }
-inline void store(BFloat16* to, Vector value) {
-  const __m256i packed = _mm256_packus_epi32(rounded(value.low), rounded(value.high));  // quarters 0 2 1 3
-  _mm256_storeu_si256((__m256i*)to, _mm256_permute4x64_epi64(packed, 0xd8));
+inline void store_past(float* to, Vector value) {
+  _mm256_stream_ps(to, value.low);
+  _mm256_stream_ps(to + 8, value.high);
 }
+inline __m256i rounded(Vector value) {
+  const __m256i packed = _mm256_packus_epi32(rounded(value.low), rounded(value.high));  // quarters 0 2 1 3
+  return _mm256_permute4x64_epi64(packed, 0xd8);
+}
+inline void store(BFloat16* to, Vector value) { _mm256_storeu_si256((__m256i*)to, rounded(value)); }
+inline void store_past(BFloat16* to, Vector value) { _mm256_stream_si256((__m256i*)to, rounded(value)); }
 
 inline Vector min(Vector a, Vector b) { return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)}; }
 inline Vector max(Vector a, Vector b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
@@ -106,6 +115,7 @@ inline Vector abs(Vector a) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   return {_mm256_andnot_ps(sign, a.low), _mm256_andnot_ps(sign, a.high)};
 }
+inline Vector sqrt(Vector a) { return {_mm256_sqrt_ps(a.low), _mm256_sqrt_ps(a.high)}; }
 inline Vector round(Vector a) {
   constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   return {_mm256_round_ps(a.low, nearest), _mm256_round_ps(a.high, nearest)};

@@ -57,7 +57,7 @@ class Router(Float32Buffers):
     options: RouterOptions  # what they are in this model
     default_norm_topk_prob = True  # where a config does not say
     fixed_top_k = True  # whether every token has K experts
-    has_plan_formula = False  # whether it keeps a gate's logits for the backward pass, and no more (see moebed.plan)
+    has_plan_formula = False  # whether what it keeps for the backward pass is known (see plan_bytes, and moebed.plan)
     keeps_input = True  # whether the backward pass needs its input, as a product's does
     compiles = True  # whether its forward pass is one graph for torch.compile
     sees_batch = False  # whether a token's experts depend on the other tokens of a batch while `chooses_tokens`
@@ -67,6 +67,10 @@ class Router(Float32Buffers):
     experts_class: type[Experts] = Experts  # of its layers
     # Whether its parameters learn from more than the weights on the experts' outputs, or there are none to learn.
     other_teacher = False
+    # Whose tokens these are, set before begin_step: the number of the micro-batch within the optimizer step, and of the
+    # rank, whose tokens follow those of the ranks before it.
+    micro_batch = 0
+    rank = 0
 
     def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
         super().__init__()
@@ -132,14 +136,37 @@ class Router(Float32Buffers):
         return layer.num_experts if cls.runs_experts else layer.num_experts_per_tok
 
     @classmethod
+    def plan_bytes(cls, config: ModelConfig, layer: LayerConfig, is_narrow: bool) -> int:
+        """Bytes that a token keeps for the backward pass beside a gate's logits, the choices and their weights.
+
+        Args:
+            config: The model.
+            layer: The layer.
+            is_narrow: Whether hidden states are narrower than float32, so that each product keeps a copy of them.
+        """
+        return 0
+
+    @classmethod
+    def idle_parameters(cls, config: ModelConfig, layer: LayerConfig) -> int:
+        """Its parameters that no token passes in evaluation."""
+        return 0
+
+    @classmethod
     def width_of_equal_flops(cls, config: ModelConfig) -> int:
         """Width of experts with which a layer takes the FLOPs of a softmax gate and experts as wide as the config's."""
         return config.layer(0).moe_intermediate_size
 
     # Training ------------------------------------------------------------------------------------------------------
 
+    def batch_losses(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Losses () by name that are no mean over tokens, from ``Routing.sums`` (E,) summed over a batch's tokens.
+
+        The batch is that of the load-balancing loss (``router_aux_loss_scope``). They are added up over the layers.
+        """
+        return {}
+
     def loss_coefficients(self) -> dict[str, float | Tensor]:
-        """What each of ``Routing.losses`` is multiplied with in the training loss."""
+        """What each of ``Routing.losses`` and of ``batch_losses`` is multiplied with in the training loss."""
         return {}
 
     def reset_state(self) -> None:

@@ -14,6 +14,7 @@ from moebed.model.routers.contract import Router
 from moebed.model.routers.controls import Balanced, FactorisedGate, FrozenGate, Hash
 from moebed.model.routers.grap import GrAP
 from moebed.model.routers.locmoe_plus import LocMoEPlus
+from moebed.model.routers.noisy import NoisyTopK
 from moebed.model.routers.relu import ReLU
 from moebed.model.routers.sigmoid import SigmoidTopK
 from moebed.model.routers.softmax import SoftmaxTopK
@@ -26,6 +27,7 @@ ROUTERS: dict[str, type[Router]] = {
     "competesmoe_v2": CompeteSMoEv2,
     "autonomy": Autonomy,
     "relu": ReLU,
+    "noisy_topk": NoisyTopK,
     "grap": GrAP,
     "locmoe_plus": LocMoEPlus,
     "random": FrozenGate,

@@ -27,10 +27,14 @@ class RouterSteps:
         self._routers = list(routers)
         self._adaptive = any(router.adaptive for router in routers)
         self._sums: Tensor | None = None  # assignments of every layer one after another, then the tokens
+        self._step, self._micro_batch = -1, 0
 
-    def begin(self, step: int) -> None:
-        """An optimizer step begins."""
+    def begin(self, step: int, rank: int = 0) -> None:
+        """A micro-batch of an optimizer step begins on this rank."""
+        self._micro_batch = self._micro_batch + 1 if step == self._step else 0
+        self._step = step
         for router in self._routers:
+            router.micro_batch, router.rank = self._micro_batch, rank
             router.begin_step(step)
 
     def add(self, counts: Sequence[Tensor], num_tokens: Tensor) -> None:

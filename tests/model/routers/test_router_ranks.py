@@ -23,6 +23,7 @@ def _state(folder: Path, router: str, ranks: int) -> dict[str, torch.Tensor]:
         "router": router,
         "router_options": {"competition_rate": 0.5},
         "router_aux_loss_coef": 0.0,
+        "router_aux_loss_scope": "global",
     }
     trainer = {"accelerator": "cpu", "devices": ranks, "strategy": "ddp", "precision": 32, "max_steps": 6}
     data = {
@@ -47,7 +48,7 @@ def _state(folder: Path, router: str, ranks: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("router", ["sigmoid_topk", "competesmoe"])
+@pytest.mark.parametrize("router", ["sigmoid_topk", "competesmoe", "noisy_topk"])
 def test_two_processes_equal_one(router, tmp_path):
     one, two = (_state(tmp_path, router, ranks) for ranks in (1, 2))
     assert one.keys() == two.keys()

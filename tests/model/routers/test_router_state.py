@@ -174,7 +174,7 @@ class Losses(Callback):
             trainer.save_checkpoint(self.path)
 
 
-@pytest.mark.parametrize("name", ["sigmoid_topk", "relu", "competesmoe_v2", "grap", "locmoe_plus"])
+@pytest.mark.parametrize("name", ["sigmoid_topk", "relu", "competesmoe_v2", "noisy_topk", "grap", "locmoe_plus"])
 def test_a_resumed_run_is_bit_identical(name, tmp_path, data):
     """State, coins and losses after 3 steps, a checkpoint and 3 more are those of 6 at a stretch."""
     options = {"router_options": {"competition_rate": 0.5, "jitter": 0.2}}
@@ -191,6 +191,8 @@ def test_a_resumed_run_is_bit_identical(name, tmp_path, data):
         competed = ["train/router_competition_loss" in logged for logged in whole.logged]
         assert any(competed)
         assert whole.logged[-1]["train/winner_similarity_loss"] <= 1
+    elif name == "noisy_topk":
+        assert whole.logged[-1]["train/load_loss"] > 0
     elif name in ("grap", "locmoe_plus"):  # what they draw follows from the step
         assert ("train/dropped_share" in whole.logged[-1]) == (name == "locmoe_plus")
         still = _module(name, router_options={"jitter": 0.0})
@@ -280,7 +282,7 @@ def test_what_a_walk_shows_is_what_the_model_computes(name):
     """The walk's loss is the forward pass's."""
     decoder = _decoder(name).eval()
     views = list(walk(decoder, TEXT, NEEDS))
-    assert (views[0].gate is None) == (name in ("expert_norm", "autonomy", "hash"))
+    assert (views[0].gate is None) == (name in ("expert_norm", "autonomy", "hash", "noisy_topk"))
     with torch.no_grad():
         for row in range(3):
             length = int(TEXT.token_mask[row].sum())

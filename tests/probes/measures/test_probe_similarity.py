@@ -25,7 +25,7 @@ def test_the_gram_matrix_does_not_depend_on_the_band(make_decoder, monkeypatch, 
     view = next(walk(decoder, None, all_needs()))
     flat = torch.cat([view.matrix(name), view.shared_matrix(name)[None]]).flatten(1).double()
     for band, summed in ((1 << 23, 4096), (700, 7), (1, 4096)):
-        monkeypatch.setattr("probes.measures.expert_matrices._GRAM_BAND_ELEMENTS", band)
+        monkeypatch.setattr("probes.measures.expert_matrices._BAND_ELEMENTS", band)
         monkeypatch.setattr("probes.measures.similarity._SUMMED", summed)
         gram, others = expert_gram(view, name)
         assert others == ["SE"]

@@ -1,0 +1,65 @@
+"""A real dense model, SmolLM2-135M, upcycled in every way, trained on, probed and exported."""
+
+import json
+import math
+
+import pytest
+
+from moebed.checkpoints import Checkpoint, load_decoder
+from tests.real_model import NotToBeHad, real_model
+from tests.upcycling.measure_real_model import METHODS, begin, data_of, go_on, logits_of, main, theirs, upcycled
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), pytest.mark.shared("data/arxiv.txt", "data/wikipedia.txt")]
+EXACT = ["copy", "split"]  # whatever the router chooses
+
+
+@pytest.fixture(scope="module")
+def dense():
+    """Its folder; tests are skipped, in words, where it cannot be had."""
+    try:
+        return real_model()
+    except NotToBeHad as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def wanted(dense):
+    """Ids of real text, and transformers' logits of them."""
+    ids = data_of(dense).probe_batch(4)["input_ids"]
+    return ids, logits_of(theirs(dense), ids)
+
+
+def _off(checkpoint, wanted):
+    ids, logits = wanted
+    return (
+        (logits_of(load_decoder(Checkpoint.open(checkpoint)), ids) - logits).abs().max() / logits.abs().max()
+    ).item()
+
+
+def test_it_is_read_as_transformers_reads_it(dense, wanted):
+    assert Checkpoint.open(dense).family.model_type == "llama"
+    assert wanted[1].std() > 1
+    assert _off(dense, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("method", EXACT)
+@pytest.mark.parametrize("experts", [2, 4])  # of two that a token is sent to: all, and half
+def test_the_first_logits_are_its_own(dense, wanted, method, experts, tmp_path):
+    upcycled(dense, tmp_path / "moe", method, "--num-experts", str(experts))
+    assert _off(tmp_path / "moe", wanted) < 1e-5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_is_upcycled_trained_probed_and_exported(dense, method, tmp_path):
+    main(tmp_path, {"begin": begin, "go_on": go_on}, [method])
+    found = json.loads((tmp_path / f"{method}.json").read_text())
+    # One layer as stored is 5.3 MB, a matrix in float32 3.5 MB, the embedding 56.6 MB.
+    assert found["upcycle_bytes"] < 200e6
+    assert (found["logits_off"] < 1e-5) == (method in EXACT)
+    assert found["before"]["loss"] < math.log(49152) + (1.5 if method == "scratch" else 0.0)
+    assert math.isfinite(found["after"]["loss"])
+    assert found["run"]["val/loss"] == pytest.approx(found["after"]["loss"], rel=2e-2)  # that in bf16, where it is fast
+    assert found["probes_before"].keys() == found["probes_after"].keys()
+    assert all(value is not None for value in found["probes_after"].values())
+    assert found["export_off"] < 1e-4
+    assert not (tmp_path / method).exists()
