@@ -8,6 +8,7 @@ operands. Every formula is for eager execution; a compiled step keeps at most as
 from __future__ import annotations
 
 from moebed.model.hyper_experts import num_sets, padding, sets_at_once
+from moebed.model.routers import ROUTERS
 from moebed.plan.setup import Setup
 
 Parts = dict[str, int]  # bytes by part
@@ -67,7 +68,7 @@ def router(setup: Setup, index: int) -> int:
     """Norm, its output in float32, logits, probabilities, their sums, choices (int64) and weights before and after.
 
     4·T·H + 8·T·E + 4·T + (8 + 4 + 4)·T·K, and 4·T for the sum by which the weights are divided; without 4·T·H of a
-    router that has no product.
+    router that has no product, and more of some (``Router.plan_bytes``).
     """
     layer, tokens = setup.config.layer(index), setup.tokens
     weights = 8 * layer.num_experts_per_tok + 4 if setup.config.norm_topk_prob else 4 * layer.num_experts_per_tok
@@ -77,6 +78,7 @@ def router(setup: Setup, index: int) -> int:
         + 4
         + 8 * layer.num_experts_per_tok
         + weights
+        + ROUTERS[setup.config.router].plan_bytes(setup.config, layer, setup.stream.parameter < 4)
     )
     return _stream_norm(setup) + kept * tokens
 

@@ -175,7 +175,7 @@ class MoEModule(LightningModule):
     def check_data(self, data: Any, processes: int = 1) -> None:
         """Raise ConfigError if the model cannot take what the data module gives to each of so many processes."""
         data.check_vocabulary(self.config.vocab_size)
-        if (place := Placement.of(self.config, 0, processes)).count > 1:
+        if (place := Placement.of(self.config, 0, processes)).parts > 1:
             place.check_batch(data.batch_size)
         if data.sequence_length > self.config.max_position_embeddings:
             raise ConfigError(
@@ -227,7 +227,8 @@ class MoEModule(LightningModule):
             self._mixing.forget()
             self._log_step()
             return
-        for name, value in {**self._router_steps.end(), **self._mixing.numbers()}.items():
+        numbers: dict[str, Tensor | float] = {**self._router_steps.end(), **self._mixing.numbers()}
+        for name, value in numbers.items():
             self._note(name, value)
         self._mixing.end_step()
         self._log_step()

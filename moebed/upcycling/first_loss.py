@@ -68,7 +68,8 @@ def first_losses(
         was, layer = walk.block(index), keys.config.layer(index)
         block = filled_block(keys, index, content) if layer.num_experts else was
         for name in names:
-            attended, ffn = walk.attend(block, streams[name]), None
+            attended = walk.attend(block, streams[name])
+            ffn: FFN | None = None
             if scaled and layer.num_experts:
                 factor = output_scale(numbers[name], layer.num_experts, layer.num_experts_per_tok)
                 if factor is None:

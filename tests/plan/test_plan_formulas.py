@@ -39,6 +39,8 @@ KINDS = {
     },
     "qwen": {"num_shared_experts": 1, "shared_expert_gate": True, "attention_bias": True},
     "olmoe": {"qk_norm": "full", "num_key_value_heads": 2, "attention_backend": "sdpa"},
+    "noisy": {"router": "noisy_topk", "num_experts": 16, "num_experts_per_tok": 3},
+    "every expert": {"router": "noisy_topk", "num_experts_per_tok": 8, "router_options": {"gate_layers": 1}},
     "grok": {
         "post_norms": True,
         "attn_logit_softcapping": 30.0,

@@ -57,7 +57,7 @@ class Router(Float32Buffers):
     options: RouterOptions  # what they are in this model
     default_norm_topk_prob = True  # where a config does not say
     fixed_top_k = True  # whether every token has K experts
-    has_plan_formula = False  # whether it keeps a gate's logits for the backward pass, and no more (see moebed.plan)
+    has_plan_formula = False  # whether what it keeps for the backward pass is known (see plan_bytes, and moebed.plan)
     keeps_input = True  # whether the backward pass needs its input, as a product's does
     compiles = True  # whether its forward pass is one graph for torch.compile
     sees_batch = False  # whether a token's experts depend on the other tokens of a batch while `chooses_tokens`
@@ -134,6 +134,17 @@ class Router(Float32Buffers):
     def experts_run(cls, config: ModelConfig, layer: LayerConfig, training: bool = False) -> float:
         """Routed experts that compute for one token, expected."""
         return layer.num_experts if cls.runs_experts else layer.num_experts_per_tok
+
+    @classmethod
+    def plan_bytes(cls, config: ModelConfig, layer: LayerConfig, is_narrow: bool) -> int:
+        """Bytes that a token keeps for the backward pass beside a gate's logits, the choices and their weights.
+
+        Args:
+            config: The model.
+            layer: The layer.
+            is_narrow: Whether hidden states are narrower than float32, so that each product keeps a copy of them.
+        """
+        return 0
 
     @classmethod
     def idle_parameters(cls, config: ModelConfig, layer: LayerConfig) -> int:

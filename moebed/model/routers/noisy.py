@@ -49,6 +49,7 @@ class NoisyTopK(Router):
         load_loss_coef: float = setting("Of the variation of the experts' load.", 0.01, least=0)
 
     options: Options
+    has_plan_formula = True
     IMPORTANCE, LOAD = "importance", "load"
 
     def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
@@ -115,6 +116,16 @@ class NoisyTopK(Router):
     def gate(self) -> Tensor | None:
         """Gate embeddings (E, H) of a linear gate."""
         return self.weight if self.options.gate_layers == 1 else None
+
+    @classmethod
+    def plan_bytes(cls, config: ModelConfig, layer: LayerConfig, is_narrow: bool) -> int:
+        """4·E each: ξ, σ before softplus, tanh; σ and two more of the load, and E and 8·(K + 1) of its threshold."""
+        assert isinstance(config.router_options, cls.Options)
+        experts, top_k = layer.num_experts, layer.num_experts_per_tok
+        kept = 4 * experts * (1 + config.router_options.gate_layers)
+        if top_k < experts:
+            kept += 13 * experts + 8 * (top_k + 1)
+        return kept + (4 * config.hidden_size if is_narrow else 0)
 
     @classmethod
     def idle_parameters(cls, config: ModelConfig, layer: LayerConfig) -> int:
