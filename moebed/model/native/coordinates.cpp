@@ -92,7 +92,7 @@ struct Coordinates {
       for (int i = 0; i < count; ++i) rows[i] = (const char*)(left + (begin + i) * APART);
       for (int64_t j = 0; j < padded; j += STRIP) {
         const int width = int(smaller(STRIP, padded - j));
-        strip<Product, UNIT>(rows, count, at.panels + j * CHUNK, DEPTH_UNITS, width, at.out);
+        strip<Product, UNIT>(rows, 0, count, at.panels + j * CHUNK, DEPTH_UNITS, width, at.out, ROW);
         for (int i = 0; i < count; ++i)
           for (int k = 0; k < width; ++k) to[(begin + i) * padded + j + k] += at.out[i * ROW + k];
       }

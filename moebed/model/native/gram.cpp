@@ -38,7 +38,7 @@ struct GramMatrix {
   double square(int64_t row, int64_t column, const char* panels) const {
     alignas(LINE) float sums[SIDE * ROW], mirrored[SIDE * ROW];
     Amx::square<true>((const char*)(call.values + row * call.columns), call.columns * sizeof(BFloat16), panels, depth,
-                      sums);
+                      sums, ROW);
     put(sums, row, column);
     if (row == column) {
       for (int64_t i = 0; i < SIDE; ++i) {
