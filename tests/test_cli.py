@@ -324,7 +324,7 @@ def test_every_recipe_builds_and_takes_a_step(path, tmp_path, recipe, monkeypatc
         "data.sources": json.dumps([{"name": "text", "kind": "files", "path": str(tmp_path / "text.txt")}]),
         "data.tokenizer": json.dumps({"kind": "bpe", "vocab_size": 400}),
         "data.sequence_length": 32,
-        "data.batch_size": 2,
+        "data.batch_size": max(2, config.expert_ranks),
         "data.max_validation_windows": 2,
         "data.cache_dir": tmp_path / "cache",
     }

@@ -58,7 +58,10 @@ class MixingConfig:
 
     def __post_init__(self) -> None:
         """Checks what can be checked without the sources; raises ConfigError."""
-        readers = {"step_size": ("excess_loss", "gate_load"), "smoothing": ("excess_loss", "gate_load")}
+        readers: dict[str, tuple[str, ...]] = {
+            "step_size": ("excess_loss", "gate_load"),
+            "smoothing": ("excess_loss", "gate_load"),
+        }
         readers |= {"clip": ("excess_loss",), "reference": ("excess_loss",), "every_n_steps": ("gate_load",)}
         for name, rules in readers.items():
             value = getattr(self, name)

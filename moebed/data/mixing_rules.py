@@ -129,7 +129,10 @@ class Changing(Static):
 
 
 class ExcessLoss(Changing):
-    """A domain whose validation loss lies far above its reference gets more weight (2310.06694, 2406.16554)."""
+    """A domain whose validation loss lies far above its reference gets more weight (2310.06694, 2406.16554).
+
+    Validations at other steps than those of ``trainer.val_check_interval``, as where a run is stopped, change nothing.
+    """
 
     step_size, smoothing = 1.0, 1e-4
 
@@ -140,12 +143,17 @@ class ExcessLoss(Changing):
 
     def check(self, data: Any, trainer: Any, moe_layers: Sequence[int]) -> None:
         """There will be a loss of every domain, and there is a reference, of the same tokens."""
-        if isinstance(trainer.val_check_interval, float) and not isinstance(trainer.limit_train_batches, int):
+        if trainer.fast_dev_run:
+            return
+        if (
+            not isinstance(getattr(trainer, "val_check_interval", None), int)
+            or trainer.check_val_every_n_epoch is not None
+        ):
             raise ConfigError(
-                "data.mixing.rule excess_loss changes the weights after each validation, and training text has no end "
-                "that one would follow; set trainer.val_check_interval to a number of steps"
+                "data.mixing.rule excess_loss changes the weights at validations after so many steps; set "
+                "trainer.val_check_interval to a number of steps, and check_val_every_n_epoch to null"
             )
-        if trainer.limit_val_batches != 1.0 and not trainer.fast_dev_run:
+        if isinstance(trainer.limit_val_batches, int) or trainer.limit_val_batches < 1:  # 1 is one batch, 1.0 are all
             raise ConfigError(
                 "data.mixing.rule excess_loss needs every domain's validation loss, and trainer.limit_val_batches cuts "
                 "the last domains off; set data.max_validation_windows instead"

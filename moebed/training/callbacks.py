@@ -183,7 +183,7 @@ class UnbrokenLog(Callback):
         if metrics and (self._last["step"] + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, self._last["step"])
-        if self._last and self._validated != trainer.global_step and _validation_is_due(trainer):
+        if self._last and self._validated != trainer.global_step and validation_is_due(trainer):
             loop = trainer.fit_loop.epoch_loop.val_loop
             loop.restarting = False
             trainer.validating = True
@@ -191,9 +191,9 @@ class UnbrokenLog(Callback):
             trainer.training = True
 
 
-def _validation_is_due(trainer: Trainer) -> bool:
-    """Whether there is a validation after the optimizer step that was done last."""
-    interval = trainer.val_check_interval
+def validation_is_due(trainer: Trainer) -> bool:
+    """Whether there is a validation after the optimizer step that was done last, by the number of steps."""
+    interval = getattr(trainer, "val_check_interval", None)  # there is none where it is a time
     if not isinstance(interval, int) or trainer.check_val_every_n_epoch is not None or trainer.global_step == 0:
         return False
     return trainer.global_step * trainer.accumulate_grad_batches % interval == 0

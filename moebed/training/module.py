@@ -30,6 +30,7 @@ from moebed.model.routers.locmoe_plus import choosing_tokens
 from moebed.parallel.gathered import GatheredModel
 from moebed.parallel.strategy import MeshStrategy
 from moebed.training.batch_sums import BatchSums
+from moebed.training.callbacks import validation_is_due
 from moebed.training.lightning_private import forget_step_values
 from moebed.training.metrics import TextLoss, bits_per_byte
 from moebed.training.not_finite import NotFinite
@@ -175,7 +176,7 @@ class MoEModule(LightningModule):
     def check_data(self, data: Any, processes: int = 1) -> None:
         """Raise ConfigError if the model cannot take what the data module gives to each of so many processes."""
         data.check_vocabulary(self.config.vocab_size)
-        if (place := Placement.of(self.config, 0, processes)).count > 1:
+        if (place := Placement.of(self.config, 0, processes)).parts > 1:
             place.check_batch(data.batch_size)
         if data.sequence_length > self.config.max_position_embeddings:
             raise ConfigError(
@@ -227,7 +228,8 @@ class MoEModule(LightningModule):
             self._mixing.forget()
             self._log_step()
             return
-        for name, value in {**self._router_steps.end(), **self._mixing.numbers()}.items():
+        numbers: dict[str, Tensor | float] = {**self._router_steps.end(), **self._mixing.numbers()}
+        for name, value in numbers.items():
             self._note(name, value)
         self._mixing.end_step()
         self._log_step()
@@ -379,7 +381,8 @@ class MoEModule(LightningModule):
         """Log loss, perplexity and bits per byte, over all text and by domain; domains' weights may follow the loss."""
         losses = self._log_text_loss("val")
         self.last_validated_step = self.global_step
-        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+        # What stops a run validates it too: a run that is continued must not have learned from that.
+        if self.trainer.state.fn == TrainerFn.FITTING and validation_is_due(self.trainer):
             self._mixing.end_validation(losses)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:

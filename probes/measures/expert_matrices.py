@@ -122,7 +122,7 @@ def mean_neurons(view: LayerView, name: str) -> tuple[Tensor, list[str]]:
 
 def _mean_of_rows(matrix: Tensor) -> Tensor:
     """(N, H) to (H,) float64: bands are summed in float32 where the numbers are shorter, and their sums in float64."""
-    wide = torch.Tensor.float if all_half([matrix]) else double
+    wide: Callable[[Tensor], Tensor] = torch.Tensor.float if all_half([matrix]) else double
     step = max(1, _SUMMED_ELEMENTS // matrix.shape[1 if matrix.stride(1) == 1 else 0])
     if matrix.stride(1) != 1:  # a column's numbers follow one another: PyTorch's sum of them is one of sums
         return torch.cat([wide(band).sum(dim=0).cpu().double() for band in matrix.split(step, dim=1)]) / len(matrix)

@@ -346,13 +346,16 @@ def test_memory_does_not_grow_with_the_number_of_sets(monkeypatch):
     assert bounded < whole / 2
 
 
-def test_equal_rows_come_together():
-    rows = torch.rand(300, 130) < 0.5
-    rows[100:] = rows[torch.randint(0, 100, (200,))]
-    found, which = distinct_rows(rows, 120)
+@pytest.mark.parametrize("first", [0, 58, 123])
+def test_equal_rows_come_together(first):
+    """Wherever they differ: 130 experts take three words of 62 bits."""
+    rows = (torch.rand(130) < 0.5).repeat(300, 1)
+    rows[:, first : first + 7] = torch.rand(300, 7) < 0.5
+    found, which = distinct_rows(rows, 200)
     assert torch.equal(found[which], rows)
-    assert len(which.unique()) == len(rows.unique(dim=0)) == int(which.max()) + 1
-    assert not found[100:].any()
+    distinct = len(rows.unique(dim=0))
+    assert len(which.unique()) == distinct == int(which.max()) + 1
+    assert not found[distinct:].any()
 
 
 @pytest.mark.parametrize(("adapters", "top_k"), [("unchosen", 2), ("constant", 2), ("free", 1)])

@@ -12,6 +12,7 @@ TAGS = ("train/loss", "train/grad_norm", "train/load_balancing_loss", "train/loc
 
 
 def _ran(folder, layout, steps=4, **model):
+    folder.mkdir(exist_ok=True)
     path = recipe(folder, steps, **model)
     content = yaml.safe_load(path.read_text())
     content["trainer"] |= {"callbacks": [], "val_check_interval": steps}
