@@ -191,7 +191,6 @@ BEFORE = {BLACKWELL.name: ((3, 7), BLACKWELL_PLAIN)}
 _GATHERED = (
     Tile(256, 64, warps=8, stages=3, group=4, persistent=True),
     Tile(256, 64, warps=8, stages=3, group=16, persistent=True),
-    Tile(256, 64, warps=8, stages=4),
 )
 _DENSE = (
     Tile(256, 64, warps=4, stages=3, group=4, persistent=True, specialized=True),
@@ -206,9 +205,9 @@ _WEIGHTS = (
     WeightTile(128, 128, 64, warps=8, stages=5),
 )
 _HOPPER_CANDIDATES = {
-    "up": (*_GATHERED, Tile(128, 64, warps=4, stages=4, persistent=True)),
+    "up": (*_GATHERED, Tile(256, 64, warps=8, stages=4), Tile(128, 64, warps=4, stages=4, persistent=True)),
     "down": _DENSE,
-    "grad_hidden": (*_GATHERED, Tile(128, 64, warps=8, stages=4)),
+    "grad_hidden": _GATHERED,
     "grad_rows": _DENSE,
     "grad_up": _WEIGHTS,
     "grad_down": _WEIGHTS,

@@ -23,12 +23,16 @@ LADDER: Ladder = (
         _kernels("bfloat16", "Do the kernels compile here, and are they right in bfloat16?"),
         _kernels("float16", "Are they right in float16?"),
         _kernels("float32", "Are they right in float32?"),
+        Step(
+            "kernels_models", "Are they right at the sizes of published models?", "moebed.check.kernels:models",
+            110, 60, needs_gpu=True, environment=_REQUIRED,
+        ),
         _kernels("launches", "Do their launches ask nothing of the host, and stay within their tensors?"),
     ),
     (
         Step(
             "speed", "How fast are they beside grouped_mm, transformers, Liger and ScatterMoE?",
-            "moebed.check.speed:rows", 90, 60, needs_gpu=True,
+            "moebed.check.speed:rows", 80, 60, needs_gpu=True,
         ),
     ),
     (
@@ -42,14 +46,14 @@ LADDER: Ladder = (
              90, 75),
     ),
     (
-        Step("probes", "Are the numbers of the probes those of a CPU?", "moebed.check.probing:rows", 50, 40),
+        Step("probes", "Are the numbers of the probes those of a CPU?", "moebed.check.probing:rows", 60, 40),
         Step("checkpoints", "Does a run go on from its checkpoint as if it had not been stopped?",
-             "moebed.check.runs:checkpoints", 50, 40),
-        Step("memory", "Does a run take the memory that --print_plan says?", "moebed.check.runs:memory", 50, 40,
+             "moebed.check.runs:checkpoints", 60, 40),
+        Step("memory", "Does a run take the memory that --print_plan says?", "moebed.check.runs:memory", 60, 40,
              needs_gpu=True),
-        Step("waits", "How often does a training step wait for the device?", "moebed.check.runs:waits", 50, 40,
+        Step("waits", "How often does a training step wait for the device?", "moebed.check.runs:waits", 60, 40,
              needs_gpu=True),
-        Step("ranks", "Do FSDP2 and expert parallelism train the same model?", "moebed.check.ranks:rows", 50, 40),
+        Step("ranks", "Do FSDP2 and expert parallelism train the same model?", "moebed.check.ranks:rows", 60, 40),
     ),
     (Step("fit", "Does `moebed fit` train the demo, with probes and report?", "moebed.check.demo:rows", 40, 40,
           needs_gpu=True),),

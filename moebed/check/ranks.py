@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from moebed.parallel.config import ParallelConfig
 
 STEPS, GLOBAL_BATCH = 4, 8
 SECONDS = 90.0
+NOTED = "steps.json"
 # Data ranks and expert ranks.
 LAYOUTS = {
     "FSDP2, 1 rank": (1, 1),
@@ -37,12 +38,12 @@ def rows(place: Place) -> Sequence[Row]:
     """Of the step."""
 
     @functools.cache
-    def alone() -> dict[int, float]:
+    def alone() -> dict[int, Sequence[float]]:
         return run_ranks(place, "alone")
 
     def one_process() -> Found:
         wanted = alone()
-        return Found(f"{STEPS} steps, loss {wanted[1]:.4f} to {wanted[STEPS]:.4f}", {"losses": wanted})
+        return Found(f"{STEPS} steps, loss {wanted[1][0]:.4f} to {wanted[STEPS][0]:.4f}", {"steps": wanted})
 
     return [
         Row("one process", one_process),
@@ -50,9 +51,9 @@ def rows(place: Place) -> Sequence[Row]:
     ]
 
 
-def beside(place: Place, layout: str, alone: functools._lru_cache_wrapper[dict[int, float]]) -> Found:
-    """The losses of a layout beside those of one process: every layout sees the same batches."""
-    from moebed.check.runs import TOLERANCES, largest_difference
+def beside(place: Place, layout: str, alone: Callable[[], dict[int, Sequence[float]]]) -> Found:
+    """The steps of a layout beside those of one process: every layout sees the same batches."""
+    from moebed.check.runs import LAID_OUT, largest_difference
 
     data, expert = LAYOUTS[layout]
     here = place.gpus if place.device == "cuda" else 2 if (os.cpu_count() or 1) > 1 else 1
@@ -60,13 +61,13 @@ def beside(place: Place, layout: str, alone: functools._lru_cache_wrapper[dict[i
         what = f"{place.gpus} GPU{'s' * (place.gpus != 1)}" if place.gpus else "no GPU, and few cores"
         raise NotRun(f"needs {data * expert} ranks; {what}")
     off = largest_difference(run_ranks(place, layout), alone())
-    allowed = TOLERANCES[place.device]
-    said = f"losses of {STEPS} steps differ by {off:.1e} from those of one process"
+    allowed = LAID_OUT[place.device]
+    said = f"losses and gradient norms of {STEPS} steps differ by {off:.1e} from those of one process"
     return Found(said, {"difference": off, "allowed": allowed}, Verdict.WORKS if off <= allowed else Verdict.WRONG)
 
 
-def run_ranks(place: Place, layout: str) -> dict[int, float]:
-    """The losses by step of a layout, whose ranks are processes.
+def run_ranks(place: Place, layout: str) -> dict[int, Sequence[float]]:
+    """Loss and gradient norm by step of a layout, whose ranks are processes.
 
     Raises:
         RuntimeError: A rank failed, or they did not end.
@@ -103,8 +104,8 @@ def run_ranks(place: Place, layout: str) -> dict[int, float]:
             with suppress(OSError):
                 process.kill()
             process.wait()
-    losses = json.loads((folder / "losses.json").read_text(encoding="utf-8"))
-    return {int(step): value for step, value in losses.items()}
+    found = json.loads((folder / NOTED).read_text(encoding="utf-8"))
+    return {int(step): values for step, values in found.items()}
 
 
 def environment(rank: int, world: int, port: int) -> dict[str, str]:
@@ -123,8 +124,8 @@ def _free_port() -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """One rank; the first writes the losses."""
-    from moebed.check.runs import Run, losses
+    """One rank; the first writes what was noted."""
+    from moebed.check.runs import Run, steps
     from moebed.check.worker import end_with_parent
 
     end_with_parent()
@@ -132,9 +133,9 @@ def main(arguments: Sequence[str]) -> int:
     data, expert = LAYOUTS.get(layout, (1, 1))
     parallel = ParallelConfig(data, expert, timeout_minutes=1.0) if layout in LAYOUTS else None
     world = data * expert
-    found, _ = losses(Run(folder, device, STEPS, parallel=parallel, devices=world, batch_size=GLOBAL_BATCH // world))
+    found, _ = steps(Run(folder, device, STEPS, parallel=parallel, devices=world, batch_size=GLOBAL_BATCH // world))
     if os.environ.get("RANK", "0") == "0":
-        storage.write_text(folder / "losses.json", json.dumps(found))
+        storage.write_text(folder / NOTED, json.dumps(found))
     return 0
 
 

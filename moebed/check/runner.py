@@ -72,8 +72,10 @@ class Running:
         """So many seconds have passed; returns whether the step is done with."""
         self.used += seconds
         written = self._last_written()
-        self._quiet = 0.0 if written != self._written else self._quiet + seconds
-        self._written = written
+        if written != self._written:
+            self._written, self._quiet = written, 0.0
+            self.record = Record.load(self.record.path, self.record.identity)
+        self._quiet += seconds
         code = self._process.poll()
         if code is None and self._quiet < self.row_seconds and self.used < self.seconds:
             return False
@@ -91,6 +93,11 @@ class Running:
             return True
         self._process = self._start()
         return False
+
+    def standing(self) -> str:
+        """What it is at."""
+        ended, row = len(self.record.findings), self.record.under_way
+        return f"{self.step.name}: {ended} rows in {self.used:.0f} s{', at ' + row if row else ''}"
 
     def _note_ending(self, said: str) -> None:
         if self.record.under_way is not None:
@@ -239,7 +246,7 @@ def _climb_rung(
     side_by_side = max(1, min(_cores(), len(waiting)))
     running: dict[str, Running] = {}
     used, last = 0.0, time.monotonic()
-    lines = Lines(lambda: ", ".join(f"{name}: {each.used:.0f} s" for name, each in running.items()))
+    lines = Lines(lambda: "; ".join([each.standing() for each in list(running.values())]))
     try:
         with _signals() as signals:
             while waiting or running:

@@ -15,6 +15,7 @@ import torch
 from moebed.bench import experts
 from moebed.bench.peers import OWN, REFERENCE
 from moebed.check.contract import Found, Place, Row, Verdict
+from moebed.check.kernels import TIMED
 from moebed.machine.units import human
 
 KERNELS, BASE = OWN + "triton", OWN + "grouped_mm"
@@ -24,7 +25,7 @@ ROUNDS, STEPS = 5, 3
 
 def rows(place: Place) -> Sequence[Row]:
     """Of the step."""
-    whole = [(name, None) for name in ("deepseekmoe", "mixtral", "olmoe", "qwen3", "A", "F")]
+    whole = [(name, None) for name in TIMED]
     decoded = [(name, tokens) for name, sizes in DECODED.items() for tokens in sizes]
     return [
         Row(f"{name}{f', decoding {tokens}' if tokens else ''}", functools.partial(measure, place.device, name, tokens))

@@ -1,5 +1,7 @@
 """Step ``tiles``: of the tiles that pass the gates, the fastest here, written to where the next launch reads them.
 
+``python -m moebed.check.tiles OP MODEL DEVICE`` compiles the candidates of one op at the sizes of one model.
+
 T tokens, K experts per token, R = T·K rows, E experts, H hidden, F expert intermediate.
 """
 
@@ -8,7 +10,11 @@ from __future__ import annotations
 import functools
 import math
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -34,6 +40,7 @@ from triton_kernels.routing import Metadata, route
 TUNED_ON = ("deepseekmoe", "mixtral")
 TOLERANCE = 1e-2  # of a candidate's output beside the shipped tiles'
 WORTH = 0.98  # of the time; less is not told from chance
+COMPILE_SECONDS = 45.0
 
 AnyTile = Tile | WeightTile
 
@@ -68,18 +75,69 @@ def rows(place: Place) -> Sequence[Row]:
     """Of the step: an op each, then the table."""
     os.environ[tuned.SWITCH] = tuned.SHIPPED
     tuned.tuned.cache_clear()
-    sizes = [kernels.Size(m.tokens, m.experts, m.top_k, m.hidden, m.width) for m in map(MODELS.__getitem__, TUNED_ON)]
+    sizes = [size_of(name) for name in TUNED_ON]
     inputs = functools.cache(functools.partial(make_inputs, place.device))
 
     def tune_op(op: str) -> Found:
-        base = config_for(inputs(sizes[0]).case.x)
-        candidates = CANDIDATES.get(base.name, {}).get(op, ())
-        return tune(op, base, candidates, [inputs(size) for size in sizes], _timer(place))
+        base = shipped(place.device)
+        return tune(op, base, candidates(op, base), [inputs(size) for size in sizes], _timer(place))
 
     return [
+        Row("compiled", functools.partial(compile_all, place.device)),
         *(Row(op, functools.partial(tune_op, op)) for op in PRODUCTS),
         Row("the table", functools.partial(write_table, place)),
     ]
+
+
+def size_of(model: str) -> kernels.Size:
+    """Of a published model."""
+    shape = MODELS[model]
+    return kernels.Size(shape.tokens, shape.experts, shape.top_k, shape.hidden, shape.width)
+
+
+def shipped(device: str) -> Config:
+    """The table of a launch in 16 bits."""
+    return config_for(torch.empty(1, device=device, dtype=torch.bfloat16))
+
+
+def candidates(op: str, base: Config) -> Sequence[AnyTile]:
+    """What to try beside the shipped tile."""
+    return CANDIDATES.get(base.name, {}).get(op, ())
+
+
+def compile_all(device: str) -> Found:
+    """Every candidate at once, in as many processes as there are cores: Triton keeps what they compile."""
+    if not any(candidates(op, shipped(device)) for op in PRODUCTS):
+        raise NotRun(f"no candidates for {shipped(device).name}")
+    waiting = [(op, model) for op in PRODUCTS for model in TUNED_ON]
+    running: list[subprocess.Popen[bytes]] = []
+    begin, ended = time.monotonic(), 0
+    try:
+        while (waiting or running) and time.monotonic() < begin + COMPILE_SECONDS:
+            while waiting and len(running) < (os.cpu_count() or 1):
+                command = [sys.executable, "-m", "moebed.check.tiles", *waiting.pop(0), device]
+                running.append(subprocess.Popen(command, stdin=subprocess.PIPE))
+            ended += sum(process.poll() is not None for process in running)
+            running = [process for process in running if process.poll() is None]
+            time.sleep(0.05)
+    finally:
+        for process in running:
+            process.kill()
+    return Found(f"{ended} of {len(PRODUCTS) * len(TUNED_ON)} ops and models in {time.monotonic() - begin:.0f} s")
+
+
+@torch.no_grad()
+def main(arguments: Sequence[str]) -> int:
+    """Launch every candidate once; H and F are what is compiled for, so few tokens are enough."""
+    from moebed.check.worker import end_with_parent
+
+    end_with_parent()
+    op, model, device = arguments
+    inputs, base = make_inputs(device, size_of(model)._replace(tokens=64, experts=2, top_k=1)), shipped(device)
+    for tile in (getattr(base, op), *candidates(op, base)):
+        with suppress(Exception):  # whoever times it says what is wrong with it
+            PRODUCTS[op](inputs, replace(base, **{op: tile}))
+    return 0
 
 
 def _timer(place: Place) -> Callable[[Callable[[], object]], float]:
@@ -102,19 +160,18 @@ def make_inputs(device: str, size: kernels.Size) -> Inputs:
 def tune(
     op: str,
     base: Config,
-    candidates: Sequence[AnyTile],
+    others: Sequence[AnyTile],
     inputs: Sequence[Inputs],
     timer: Callable[[Callable[[], object]], float],
 ) -> Found:
-    """Time the shipped tile and the candidates of one op; one that is refused, or wrong, is left out aloud."""
-    if not candidates:
+    """Time the shipped tile and the others of one op; one that is refused, or wrong, is left out aloud."""
+    if not others:
         raise NotRun(f"no candidates for {base.name}")
     product = PRODUCTS[op]
     wanted = [product(of, base) for of in inputs]
-    shipped = getattr(base, op)
     tried: list[dict[str, Any]] = []
     is_wrong = False
-    for tile in (shipped, *candidates):
+    for tile in (getattr(base, op), *others):
         config = replace(base, **{op: tile})
         row: dict[str, Any] = {"tile": asdict(tile)}
         tried.append(row)
@@ -153,7 +210,7 @@ def _difference(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
 def write_table(place: Place) -> Found:
     """Hold the kernels with all chosen tiles to the reference, and only then write the table."""
     device = torch.cuda.get_device_name()
-    base = config_for(torch.empty(1, device=place.device, dtype=torch.bfloat16))
+    base = shipped(place.device)
     chosen = {op: figures["chosen"] for op, figures in _figures(place).items() if figures.get("chosen")}
     if not chosen:
         return Found("the shipped tiles are the fastest; no table is written")
@@ -176,3 +233,7 @@ def write_table(place: Place) -> Found:
 
 def _figures(place: Place) -> Mapping[str, Mapping[str, Any]]:
     return {op: place.found[op].figures for op in PRODUCTS if op in place.found}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -143,7 +143,11 @@ def test_ranks_train_the_same_model(layout, tmp_path):
     alone = ranks.run_ranks(Place("cpu", 0, tmp_path, {}), "alone")
     found = ranks.beside(Place("cpu", 0, tmp_path, {}), layout, lambda: alone)
     assert found.verdict == Verdict.WORKS, found.said
-    off = ranks.beside(Place("cpu", 0, tmp_path, {}), layout, lambda: {step: v * 1.001 for step, v in alone.items()})
+    off = ranks.beside(
+        Place("cpu", 0, tmp_path, {}),
+        layout,
+        lambda: {step: [1.001 * v for v in values] for step, values in alone.items()},
+    )
     assert off.verdict == Verdict.WRONG
 
 
