@@ -11,7 +11,7 @@ _INTERPRETED = {"TRITON_INTERPRET": "1"}
 
 def _kernels(name: str, question: str) -> Step:
     return Step(
-        f"kernels_{name}", question, f"moebed.check.kernels:{name}", 110, 60,
+        f"kernels_{name}", question, f"moebed.check.kernels:{name}", 100, 60,
         environment=_REQUIRED, without_gpu=_INTERPRETED,
     )  # fmt: skip
 
@@ -25,7 +25,7 @@ LADDER: Ladder = (
         _kernels("float32", "Are they right in float32?"),
         Step(
             "kernels_models", "Are they right at the sizes of published models?", "moebed.check.kernels:models",
-            110, 60, needs_gpu=True, environment=_REQUIRED,
+            100, 60, needs_gpu=True, environment=_REQUIRED,
         ),
         _kernels("launches", "Do their launches ask nothing of the host, and stay within their tensors?"),
     ),
@@ -46,15 +46,15 @@ LADDER: Ladder = (
              90, 75),
     ),
     (
-        Step("probes", "Are the numbers of the probes those of a CPU?", "moebed.check.probing:rows", 60, 40),
+        Step("probes", "Are the numbers of the probes those of a CPU?", "moebed.check.probing:rows", 110, 60),
         Step("checkpoints", "Does a run go on from its checkpoint as if it had not been stopped?",
-             "moebed.check.runs:checkpoints", 60, 40),
-        Step("memory", "Does a run take the memory that --print_plan says?", "moebed.check.runs:memory", 60, 40,
+             "moebed.check.runs:checkpoints", 110, 60),
+        Step("ranks", "Do FSDP2 and expert parallelism train the same model?", "moebed.check.ranks:rows", 110, 60),
+        Step("memory", "Does a run take the memory that --print_plan says?", "moebed.check.runs:memory", 110, 60,
              needs_gpu=True),
-        Step("waits", "How often does a training step wait for the device?", "moebed.check.runs:waits", 60, 40,
+        Step("waits", "How often does a training step wait for the device?", "moebed.check.runs:waits", 110, 60,
              needs_gpu=True),
-        Step("ranks", "Do FSDP2 and expert parallelism train the same model?", "moebed.check.ranks:rows", 60, 40),
+        Step("fit", "Does `moebed fit` train the demo, with probes and report?", "moebed.check.demo:rows", 110, 90,
+             needs_gpu=True),
     ),
-    (Step("fit", "Does `moebed fit` train the demo, with probes and report?", "moebed.check.demo:rows", 40, 40,
-          needs_gpu=True),),
 )  # fmt: skip
