@@ -16,6 +16,7 @@ byte of L2 in place of 85.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 
@@ -233,6 +234,12 @@ def choose(
     if capability is None:
         return CDNA
     return of_version(next(config for least, config in BY_CAPABILITY if capability >= least), version)
+
+
+def with_tile(config: Config, op: str, tile: Tile | WeightTile) -> Config:
+    """The same with another tile for one op, which is the name of its field."""
+    changes: dict[str, Any] = {op: tile}
+    return replace(config, **changes)
 
 
 def of_version(config: Config, version: tuple[int, int]) -> Config:

@@ -10,7 +10,6 @@ H = 2056 or F = 1416, so the products are listed once more with those sizes, as 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 from triton_kernels.activations import NAMES
@@ -27,6 +26,7 @@ from triton_kernels.configs import (
     Tile,
     WeightTile,
     of_version,
+    with_tile,
 )
 from triton_kernels.grouped import down, grad_hidden, grad_rows, grad_weight, pieces, up
 from triton_kernels.precision import version
@@ -242,6 +242,6 @@ def candidates() -> Iterator[KernelSpec]:
     for base in DEVICES:
         for op, tiles in CANDIDATES.get(base.name, {}).items():
             for tile in tiles:
-                config = replace(base, **{op: tile})  # type: ignore[arg-type]
+                config = with_tile(base, op, tile)
                 for sizes, label in ((EVEN, ""), (ODD, "odd")):
                     yield from (spec for spec in _products(config, *sizes, label) if spec.op == op)

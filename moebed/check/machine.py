@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
 import shutil
@@ -39,7 +40,7 @@ def rows(place: Place) -> Sequence[Row]:
         Row("GPU", gpu, needs_gpu=True),
         Row("memory of the GPU", memory, needs_gpu=True),
         Row("copying", lambda: copying(place.device)),
-        *(Row(f"products in {name}", lambda n=name: gpu_products(n), needs_gpu=True) for name in TYPES),  # type: ignore[misc]
+        *(Row(f"products in {name}", functools.partial(gpu_products, name), needs_gpu=True) for name in TYPES),
         Row("products of a core", core_products),
         Row("GPUs that reach each other", reach, needs_gpu=True),
     ]

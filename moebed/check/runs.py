@@ -100,7 +100,8 @@ class Noted(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """The step has ended; all ranks ask together."""
-        metrics = pl_module.step_metrics()  # type: ignore[operator]
+        assert isinstance(pl_module, MoEModule)
+        metrics = pl_module.step_metrics()
         self.by_step[trainer.global_step] = [metrics[name] for name in self.names]
 
 

@@ -28,7 +28,7 @@ from moebed.check.contract import Found, NotRun, Place, Row, Verdict
 from moebed.check.machine import fastest
 from moebed.machine import storage
 from triton_kernels import tuned
-from triton_kernels.configs import CANDIDATES, Config, Tile, WeightTile
+from triton_kernels.configs import CANDIDATES, Config, Tile, WeightTile, with_tile
 from triton_kernels.grouped.down import down
 from triton_kernels.grouped.grad_hidden import grad_hidden
 from triton_kernels.grouped.grad_rows import grad_rows
@@ -136,7 +136,7 @@ def main(arguments: Sequence[str]) -> int:
     inputs, base = make_inputs(device, size_of(model)._replace(tokens=64, experts=2, top_k=1)), shipped(device)
     for tile in (getattr(base, op), *candidates(op, base)):
         with suppress(Exception):  # whoever times it says what is wrong with it
-            PRODUCTS[op](inputs, replace(base, **{op: tile}))
+            PRODUCTS[op](inputs, with_tile(base, op, tile))
     return 0
 
 
@@ -172,7 +172,7 @@ def tune(
     tried: list[dict[str, Any]] = []
     is_wrong = False
     for tile in (getattr(base, op), *others):
-        config = replace(base, **{op: tile})
+        config = with_tile(base, op, tile)
         row: dict[str, Any] = {"tile": asdict(tile)}
         tried.append(row)
         try:

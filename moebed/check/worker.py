@@ -7,6 +7,7 @@ the rows after it are measured by a fresh one.
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib
 import json
@@ -59,7 +60,7 @@ def work(step: Step, record: Record, folder: Path) -> int:
     try:
         rows = list(step.rows_of(place))
     except Exception as error:  # noqa: BLE001 - what it was is the finding
-        rows = [Row("rows", lambda raised=error: _raise(raised))]  # type: ignore[misc]
+        rows = [Row("rows", functools.partial(_raise, error))]
     record.names = [row.name for row in rows]
     for row in rows:
         if row.name in record.findings:
