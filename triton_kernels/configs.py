@@ -205,7 +205,7 @@ _WEIGHTS = (
     WeightTile(256, 128, 64, warps=8, stages=5),
     WeightTile(128, 128, 64, warps=8, stages=5),
 )
-_HOPPER_CANDIDATES = {
+_HOPPER_CANDIDATES: dict[str, tuple[Tile, ...] | tuple[WeightTile, ...]] = {
     "up": (*_GATHERED, Tile(256, 64, warps=8, stages=4), Tile(128, 64, warps=4, stages=4, persistent=True)),
     "down": _DENSE,
     "grad_hidden": _GATHERED,
@@ -213,7 +213,7 @@ _HOPPER_CANDIDATES = {
     "grad_up": _WEIGHTS,
     "grad_down": _WEIGHTS,
 }  # fmt: skip
-CANDIDATES: dict[str, dict[str, tuple[Tile, ...] | tuple[WeightTile, ...]]] = {HOPPER.name: _HOPPER_CANDIDATES}
+CANDIDATES = {HOPPER.name: _HOPPER_CANDIDATES}
 
 
 def choose(

@@ -69,7 +69,7 @@ class Case(NamedTuple):
     gate_up: Tensor
     down: Tensor
     weight: Tensor
-    index: Tensor
+    topk_index: Tensor
 
     @property
     def floating(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -169,9 +169,15 @@ def make_case(device: str, size: Size, dtype: torch.dtype, index: Tensor | None 
     )
 
 
+def on_copies(case: Case, copied: Callable[[Tensor], Tensor]) -> Case:
+    """The same call with copies of all that is differentiated, which gradients are asked of again."""
+    x, gate_up, down, weight = (copied(t.detach()).requires_grad_() for t in case.floating)
+    return Case(x, gate_up, down, weight, case.topk_index)
+
+
 def call(case: Case, activation: str = "silu", function: Callable[..., Tensor] = expert_mlp) -> list[Tensor]:
     """The output and the gradients, by NAMES."""
-    out = function(*case[:3], case.index, case.weight, activation)
+    out = function(*case[:3], case.topk_index, case.weight, activation)
     direction = torch.randn(out.shape, generator=torch.Generator(out.device).manual_seed(1), device=out.device)
     direction = direction.bfloat16()  # the same in every type
     return [out.detach(), *torch.autograd.grad(out, case.floating, direction.to(out.dtype))]
@@ -197,7 +203,7 @@ def judge(off: dict[str, float], tolerance: float) -> Found:
 
 def agree(case: Case, activation: str = "silu") -> Found:
     """Values and gradients beside the reference in float64."""
-    wide = Case(*(double(t.detach()).requires_grad_() for t in case.floating), case.index)
+    wide = on_copies(case, double)
     off = differences(call(case, activation), call(wide, activation, reference.expert_mlp))
     return judge(off, TOLERANCES[case.x.device.type][case.x.dtype])
 
@@ -220,9 +226,9 @@ def of_model(device: str, size: Size) -> Found:
     """In bfloat16, and without gradients as well, for which another kernel is compiled."""
     case = make_case(device, size, torch.bfloat16)
     with torch.no_grad():
-        alone = expert_mlp(*case[:3], case.index, case.weight)
+        alone = expert_mlp(*case[:3], case.topk_index, case.weight)
     found = agree(case)
-    if found.verdict == Verdict.WORKS and not torch.equal(alone, expert_mlp(*case[:3], case.index, case.weight)):
+    if found.verdict == Verdict.WORKS and not torch.equal(alone, expert_mlp(*case[:3], case.topk_index, case.weight)):
         return Found("without gradients the output has other bits", found.figures, Verdict.WRONG)
     return found
 
@@ -249,7 +255,7 @@ def ragged(device: str, dtype: torch.dtype) -> Found:
     case = make_case(device, size, dtype)
     idle = case.weight.detach() < 0.4
     case = case._replace(weight=case.weight.detach().masked_fill(idle, 0).requires_grad_())
-    wide = Case(*(double(t.detach()).requires_grad_() for t in case.floating), case.index)
+    wide = on_copies(case, double)
     wanted = call(wide, function=functools.partial(reference.expert_mlp, ragged=True))
     found = call(case, function=functools.partial(expert_mlp, ragged=True))
     if found[4][idle].any():
@@ -286,9 +292,9 @@ def unwritten(device: str, dtype: torch.dtype) -> Found:
 def integer_types(device: str) -> Found:
     """The choices are read as they are."""
     case = make_case(device, SMALL[device]._replace(top_k=2), torch.bfloat16)
-    wanted = expert_mlp(*case[:3], case.index, case.weight)
+    wanted = expert_mlp(*case[:3], case.topk_index, case.weight)
     types = (torch.int8, torch.uint8, torch.int16, torch.int32)
-    off = [str(t) for t in types if not torch.equal(expert_mlp(*case[:3], case.index.to(t), case.weight), wanted)]
+    off = [str(t) for t in types if not torch.equal(expert_mlp(*case[:3], case.topk_index.to(t), case.weight), wanted)]
     if off:
         return Found(f"{', '.join(off)} give another output than int64", verdict=Verdict.WRONG)
     return Found("int8, uint8, int16 and int32 give the bits of int64")
@@ -298,7 +304,7 @@ def autocast(device: str) -> Found:
     """float32 arguments."""
     case = make_case(device, SMALL[device], torch.float32)
     with torch.autocast(device, dtype=torch.bfloat16):
-        out = expert_mlp(*case[:3], case.index, case.weight)
+        out = expert_mlp(*case[:3], case.topk_index, case.weight)
     return Found(f"gives {out.dtype}", verdict=Verdict.WORKS if out.dtype == torch.bfloat16 else Verdict.WRONG)
 
 
@@ -335,7 +341,7 @@ def past_32_bits() -> Found:
         raise NotRun(f"needs {PAST_32_BITS_BYTES >> 30} GiB of free device memory; {free >> 30} are")
     index = torch.arange(size.experts, device="cuda").repeat(size.tokens, 1)
     case, tail = make_case("cuda", size, torch.bfloat16, index), slice(size.tokens - 64, size.tokens)
-    few = case._replace(x=case.x.detach()[tail], weight=case.weight.detach()[tail], index=index[tail])
+    few = case._replace(x=case.x.detach()[tail], weight=case.weight.detach()[tail], topk_index=index[tail])
     off = {}
     for name, ours, theirs in zip(("output", "x"), _output_and_dx(case), _output_and_dx(few), strict=True):
         off[name] = ((ours[-64:].float() - theirs.float()).norm() / theirs.float().norm()).item()
@@ -344,7 +350,7 @@ def past_32_bits() -> Found:
 
 def _output_and_dx(case: Case) -> tuple[Tensor, Tensor]:
     x = case.x.detach().requires_grad_()
-    out = expert_mlp(x, case.gate_up.detach(), case.down.detach(), case.index, case.weight.detach())
+    out = expert_mlp(x, case.gate_up.detach(), case.down.detach(), case.topk_index, case.weight.detach())
     (gradient,) = torch.autograd.grad(out, x, out.detach())
     return out.detach(), gradient
 
@@ -371,10 +377,10 @@ def kept_memory() -> Found:
     """Beside the output, the pre-activations alone outlive the forward pass."""
     size = Size(4096, 16, 4, 512, 768)
     case = make_case("cuda", size, torch.bfloat16)
-    expert_mlp(*case[:3], case.index, case.weight)  # compiled, and its caches filled
+    expert_mlp(*case[:3], case.topk_index, case.weight)  # compiled, and its caches filled
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
-    out = expert_mlp(*case[:3], case.index, case.weight)
+    out = expert_mlp(*case[:3], case.topk_index, case.weight)
     held = torch.cuda.memory_allocated() - before - out.numel() * 2
     pre = size.tokens * size.top_k * 2 * size.width * 2
     figures = {"held": held, "pre_activations": pre}
@@ -398,7 +404,8 @@ def other_device() -> Found:
     if torch.cuda.device_count() < 2:
         raise NotRun("one GPU")
     case = make_case("cuda", Size(300, 8, 2, 256, 136), torch.bfloat16)
-    there = Case(*(t.detach().to("cuda:1").requires_grad_() for t in case.floating), case.index.to("cuda:1"))
+    there = on_copies(case, lambda t: t.to("cuda:1"))
+    there = there._replace(topk_index=case.topk_index.to("cuda:1"))
     off = [
         name
         for name, a, b in zip(NAMES[:1], call(there)[:1], call(case)[:1], strict=True)

@@ -285,7 +285,7 @@ def _begin(
     say(f"{step.name}: {step.question}")
     environment = {"OMP_NUM_THREADS": str(max(1, _cores() // side_by_side)), "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg"}
     environment = {name: value for name, value in environment.items() if name not in os.environ}
-    environment |= step.environment | ({} if has_gpu else step.without_gpu)
+    environment |= {**step.environment, **({} if has_gpu else step.without_gpu)}
     return Running(step, record, out, module, seconds, step.row_seconds * max(1.0, scale), environment)
 
 

@@ -272,7 +272,7 @@ def waits(place: Place) -> Sequence[Row]:
     ]
 
 
-def count_waits(place: Place, backend: str, precision: str) -> Found:
+def count_waits(place: Place, backend: Any, precision: str) -> Found:
     """Of Lightning's whole step: data, forward, backward, clipping, optimizer; nothing is logged."""
     watch, config = Watch(), replace(SMALL, experts_backend=backend)
     total = WARM + WATCHED + 1

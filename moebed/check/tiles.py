@@ -149,7 +149,7 @@ def make_inputs(device: str, size: kernels.Size) -> Inputs:
     """Random tokens and matrices, and what the shipped kernels make of them."""
     case = kernels.Case(*(each.detach() for each in kernels.make_case(device, size, torch.bfloat16)))
     config = config_for(case.x)
-    meta = route(case.index, size.experts, config)
+    meta = route(case.topk_index, size.experts, config)
     hidden, pre = up(case.x, case.gate_up, meta, "silu", True, config)
     grad = torch.randn_like(case.x)
     grad_pre, weighted, _ = grad_hidden(grad, case.down, pre, case.weight, meta, "silu", config)

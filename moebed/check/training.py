@@ -11,7 +11,7 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -87,7 +87,7 @@ def make_step(of: Contestant, device: str) -> train.Step:
     if of.name in PEERS:
         return train.transformers_step(size.model, target, PEERS[of.name], of.compiled, of.precision)
     model = train.dense_of_equal_flops(size.model) if of.name == "dense" else size.model
-    backend = "auto" if of.name == "dense" else of.name
+    backend: Any = "auto" if of.name == "dense" else of.name
     return train.own_step(dataclasses.replace(model, experts_backend=backend), target, of.compiled, of.precision)
 
 
