@@ -364,8 +364,8 @@ _OUTSIDE = (
 
 def outside() -> Found:
     """A device-side assertion ends a process's CUDA context, so it is looked at from outside."""
-    done = subprocess.run([sys.executable, "-c", _OUTSIDE], capture_output=True, text=True, timeout=120)
-    said = done.stderr.lower()
+    done = subprocess.run([sys.executable, "-c", _OUTSIDE], capture_output=True, timeout=120)
+    said = done.stderr.decode(errors="replace").lower()
     if done.returncode == 0:
         return Found("an index outside the experts is no error", verdict=Verdict.WRONG)
     if "illegal memory access" in said or "assert" not in said:

@@ -93,10 +93,10 @@ def _ptxas() -> str | None:
 
 def _first_version(command: str) -> str:
     try:
-        done = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=20)
+        done = subprocess.run([command, "--version"], capture_output=True, timeout=20)
     except (OSError, subprocess.SubprocessError) as error:
         return f"does not run ({error})"
-    numbers = re.findall(r"\d+\.\d+(?:\.\d+)*", done.stdout)
+    numbers = re.findall(r"\d+\.\d+(?:\.\d+)*", done.stdout.decode(errors="replace"))
     return numbers[0] if numbers else "of unknown version"
 
 
@@ -104,8 +104,9 @@ def driver() -> str | None:
     """Version of NVIDIA's driver; None where nobody says."""
     try:
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-        return done.stdout.split()[0] if done.returncode == 0 and done.stdout.split() else None
+        done = subprocess.run(command, capture_output=True, timeout=20)
+        said = done.stdout.decode(errors="replace").split()
+        return said[0] if done.returncode == 0 and said else None
     except (OSError, subprocess.SubprocessError):
         return None
 
