@@ -29,6 +29,10 @@ COMMANDS = {
     "size": ("moebed.commands.size", "what a recipe's model has in each layer and what it costs; nothing is built"),
     "report": ("moebed.commands.report", "results of runs side by side, or of a study, as one HTML file"),
     "bench": ("moebed.bench.command", "measure side by side with the peers that are installed"),
+    "check": (
+        "moebed.check.command",
+        "what this machine can do, kernels and all, within minutes; a second run continues",
+    ),
 }
 
 SPINCOUNT = 30_000  # with 10 000 a step on quiet cores takes longer

@@ -29,7 +29,7 @@ FLOORS = (
     ("probes.running",),
     ("probes.report",),
     ("moebed.study", "moebed.bench"),
-    ("moebed.laws",),  # over studies' tables
+    ("moebed.laws", "moebed.check"),  # over studies' tables; over what bench measures
     ("moebed.commands",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

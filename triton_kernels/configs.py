@@ -3,8 +3,9 @@
 R = T·K rows of the sorted order, E experts. BM × BN is the output tile of a program, BK the depth of a step.
 
 All kernels that walk the rows share one BM, because they share one table of tiles (see ``routing``). There is one
-configuration for each kind of device, and nothing to time: two runs launch the same code. Each passes the gates of
-``triton_kernels.gates``; none was timed, since no GPU was at hand.
+configuration for each kind of device, and no launch times anything: two runs launch the same code. Each passes the
+gates of ``triton_kernels.gates``; none was timed, since no GPU was at hand. Candidates stand beside them for
+``moebed check`` to time, which writes what it chose where ``triton_kernels.tuned`` reads it.
 
 One BM serves decoding too. Up to 256 rows an expert, reading the matrices takes an H100 longer than multiplying by
 tiles of 128 rows, padding included, so that lower tiles have nothing to gain (``gates.roofline.padded_share``); from
@@ -15,6 +16,7 @@ byte of L2 in place of 85.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 
@@ -185,6 +187,35 @@ BY_CAPABILITY = (((12, 0), AMPERE), ((10, 0), BLACKWELL), ((9, 0), HOPPER), ((8,
 BEFORE = {BLACKWELL.name: ((3, 7), BLACKWELL_PLAIN)}
 
 
+# What `moebed check` times beside a table's own tiles, by table and op; each passes the gates as the table does. BM and
+# BK stay: the one belongs to the table of tiles, the other is the 128 bytes that TMA swizzles.
+_GATHERED = (
+    Tile(256, 64, warps=8, stages=3, group=4, persistent=True),
+    Tile(256, 64, warps=8, stages=3, group=16, persistent=True),
+)
+_DENSE = (
+    Tile(256, 64, warps=4, stages=3, group=4, persistent=True, specialized=True),
+    Tile(256, 64, warps=8, stages=3, persistent=True),
+    Tile(256, 64, warps=8, stages=4, persistent=True),
+    Tile(256, 64, warps=8, stages=3),
+)
+_WEIGHTS = (
+    WeightTile(128, 256, 64, warps=8, stages=5, group=4),
+    WeightTile(128, 256, 64, warps=8, stages=6),
+    WeightTile(256, 128, 64, warps=8, stages=5),
+    WeightTile(128, 128, 64, warps=8, stages=5),
+)
+_HOPPER_CANDIDATES: dict[str, tuple[Tile, ...] | tuple[WeightTile, ...]] = {
+    "up": (*_GATHERED, Tile(256, 64, warps=8, stages=4), Tile(128, 64, warps=4, stages=4, persistent=True)),
+    "down": _DENSE,
+    "grad_hidden": _GATHERED,
+    "grad_rows": _DENSE,
+    "grad_up": _WEIGHTS,
+    "grad_down": _WEIGHTS,
+}  # fmt: skip
+CANDIDATES = {HOPPER.name: _HOPPER_CANDIDATES}
+
+
 def choose(
     capability: tuple[int, int] | None, element_size: int, interpreted: bool, version: tuple[int, int]
 ) -> Config:  # fmt: skip
@@ -203,6 +234,12 @@ def choose(
     if capability is None:
         return CDNA
     return of_version(next(config for least, config in BY_CAPABILITY if capability >= least), version)
+
+
+def with_tile(config: Config, op: str, tile: Tile | WeightTile) -> Config:
+    """The same with another tile for one op, which is the name of its field."""
+    changes: dict[str, Any] = {op: tile}
+    return replace(config, **changes)
 
 
 def of_version(config: Config, version: tuple[int, int]) -> Config:

@@ -15,7 +15,19 @@ from typing import Any
 from triton_kernels.activations import NAMES
 from triton_kernels.combine import WEIGHT_GRAD_BLOCK
 from triton_kernels.combine.kernels import combine_kernel, weight_grad_kernel
-from triton_kernels.configs import AMPERE, BLACKWELL, CDNA, HOPPER, WIDE, Config, Tile, WeightTile, of_version
+from triton_kernels.configs import (
+    AMPERE,
+    BLACKWELL,
+    CANDIDATES,
+    CDNA,
+    HOPPER,
+    WIDE,
+    Config,
+    Tile,
+    WeightTile,
+    of_version,
+    with_tile,
+)
 from triton_kernels.grouped import down, grad_hidden, grad_rows, grad_weight, pieces, up
 from triton_kernels.precision import version
 from triton_kernels.routing import constexprs as routing_constexprs
@@ -223,3 +235,13 @@ SHIPPED: tuple[KernelSpec, ...] = (
     *_pieces(),
     *(_weight_grad(config) for config in DEVICES if config is not WIDE),
 )
+
+
+def candidates() -> Iterator[KernelSpec]:
+    """Every kernel in every tile that ``moebed check`` may choose in place of a shipped one."""
+    for base in DEVICES:
+        for op, tiles in CANDIDATES.get(base.name, {}).items():
+            for tile in tiles:
+                config = with_tile(base, op, tile)
+                for sizes, label in ((EVEN, ""), (ODD, "odd")):
+                    yield from (spec for spec in _products(config, *sizes, label) if spec.op == op)

@@ -8,7 +8,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterable, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
     experts.add_argument("--dtype", action="append", help="float32, bfloat16 or autocast; default the first two")
     experts.add_argument("--device", default="cpu", help="cpu or cuda")
     for kind in (kernels, experts):
-        kind.add_argument("--shape", action="append", help="A, F, B, mixtral, deepseekmoe or olmoe; repeatable")
+        kind.add_argument("--shape", action="append", help="A, F, B, mixtral, deepseekmoe, olmoe or qwen3; repeatable")
         kind.add_argument("--tokens", type=int, help="tokens; default those of the size, or 256 (CPU) or 8192 (GPU)")
         kind.add_argument("--rounds", type=int, default=10, help="alternations between all contestants")
         kind.add_argument("--steps", type=int, default=3, help="steps of each contestant in a round")
@@ -173,7 +173,7 @@ def _kernels(options: argparse.Namespace) -> Any:
 
     if not options.static:
         _check_measured(options)
-        results = kernels.timed(options.shape or _paper_shapes(), options.tokens, options.rounds, options.steps)
+        results = kernels.timed(options.shape or _published_shapes(), options.tokens, options.rounds, options.steps)
         for found in results:
             tables.experts(found)
         return results
@@ -206,16 +206,16 @@ def _experts(options: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
-def _paper_shapes() -> list[str]:
+def _published_shapes() -> list[str]:
     from moebed.bench import experts
 
-    return list(experts.PAPER)
+    return list(experts.MODELS)
 
 
 def _shapes() -> list[str]:
     from moebed.bench import train
 
-    return [*train.SIZES, *_paper_shapes()]
+    return [*train.SIZES, *_published_shapes()]
 
 
 def _check_measured(options: argparse.Namespace) -> None:
@@ -268,5 +268,13 @@ def machine() -> dict[str, Any]:
         "amx_bf16": bool(torch.cpu._is_amx_tile_supported()),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {name: _version(name) for name in PACKAGES},
     }
+
+
+def _version(package: str) -> str | None:
+    """Of what is installed; figures can be had without some."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

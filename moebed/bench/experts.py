@@ -33,7 +33,11 @@ from triton_kernels.gates.roofline import DESIGNS, SHAPES, Shape
 
 # Relative difference (Frobenius norm) from the float32 reference that rounding explains.
 TOLERANCES = {"float32": 2e-3, "bfloat16": 3e-2, "autocast": 3e-2}
-PAPER = {"mixtral": "Mixtral 8x7B", "deepseekmoe": "DeepSeekMoE-16B", "olmoe": "OLMoE"}
+# Layers of published models; those of the roofline's table are the first three.
+MODELS = {
+    **dict(zip(("mixtral", "deepseekmoe", "olmoe"), SHAPES, strict=True)),
+    "qwen3": Shape("Qwen3-30B-A3B", 2048, 768, 128, 8),
+}
 # 16-bit FLOPs and bytes a second of dense products, from the vendor's data sheets (SXM modules).
 PEAKS = {"H200": (989e12, 4.8e12), "H100": (989e12, 3.35e12), "A100": (312e12, 2.039e12), "B200": (2.25e15, 8e12)}
 CPU_TOKENS, GPU_TOKENS = 256, 8192
@@ -59,11 +63,11 @@ class Case:
 
 
 def case(name: str, tokens: int | None, device: torch.device) -> Case:
-    """A case by the name of a size of ``moebed bench train`` or of one of the paper's models; KeyError for others."""
+    """A case by the name of a size of ``moebed bench train`` or of a published model; KeyError for others."""
     if name in train.SIZES:
         size = train.SIZES[name]
         return Case(name, size.model, tokens or size.tokens)
-    shape = next(shape for shape in SHAPES if shape.name == PAPER[name])
+    shape = MODELS[name]
     config = train.mixtral(shape.hidden, shape.width, 1, shape.experts, shape.top_k, train.SIZES["A"].model.vocab_size)
     return Case(name, config, tokens or (GPU_TOKENS if device.type == "cuda" else CPU_TOKENS))
 
@@ -90,12 +94,14 @@ def feed(of: Case, device: torch.device, dtype: torch.dtype) -> train.Feed:
 
 
 def weights(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """``gate_up`` (E, 2F, H) and ``down`` (E, H, F), random."""
-    layer, generator = config.layer(0), torch.Generator().manual_seed(1)
+    """``gate_up`` (E, 2F, H) and ``down`` (E, H, F), random, and made on the device: a CPU takes a minute for some."""
+    layer, generator = config.layer(0), torch.Generator(device).manual_seed(1)
     wide = (layer.num_experts, 2 * layer.moe_intermediate_size, config.hidden_size)
     tall = (layer.num_experts, config.hidden_size, layer.moe_intermediate_size)
-    gate_up, down = (torch.randn(size, generator=generator) * size[-1] ** -0.5 for size in (wide, tall))
-    return gate_up.to(device, dtype), down.to(device, dtype)
+    gate_up, down = (
+        (torch.randn(size, generator=generator, device=device) * size[-1] ** -0.5).to(dtype) for size in (wide, tall)
+    )
+    return gate_up, down
 
 
 def _context(dtype: str, device: torch.device) -> contextlib.AbstractContextManager:

@@ -115,6 +115,20 @@ def scattermoe(config: ModelConfig, gate_up: Tensor, down: Tensor) -> Peer:
     return Peer(mlp, lambda x, routing: mlp(x, routing.topk_weight.to(x.dtype), routing.topk_index), gradients)
 
 
+def liger(config: ModelConfig, gate_up: Tensor, down: Tensor) -> Peer:
+    """Liger's fused MoE, whose matrices lie as ours do."""
+    from liger_kernel.ops import LigerFusedMoEFunction
+
+    holder: Any = nn.Module()
+    holder.gate_up, holder.down = nn.Parameter(gate_up), nn.Parameter(down)
+
+    def run(x: Tensor, routing: Routing) -> Tensor:
+        weights, index = routing.topk_weight.to(x.dtype), routing.topk_index.int()
+        return LigerFusedMoEFunction.apply(x, holder.gate_up, holder.down, index, weights)
+
+    return Peer(holder, run, lambda: {"gate_up": holder.gate_up.grad, "down": holder.down.grad})
+
+
 def megablocks(config: ModelConfig, gate_up: Tensor, down: Tensor) -> Peer:
     """MegaBlocks' dropless GLU, whose three matrices are (E·F, H)."""
     from megablocks.layers.arguments import Arguments
@@ -182,6 +196,7 @@ def makers(
             config, n, tokens, gate_up, down
         )
     made["ScatterMoE"] = lambda: scattermoe(config, gate_up, down)
+    made["Liger"] = lambda: liger(config, gate_up, down)
     made["MegaBlocks"] = lambda: megablocks(config, gate_up, down)
     made[DENSE] = lambda: dense(config, gate_up.device, gate_up.dtype)
     if gpu_only:

@@ -39,8 +39,14 @@ def moebed_version() -> str:
 @lru_cache
 def code() -> str:
     """Stands for moebed itself: its version, and the source of the packages that numbers come from."""
+    return source(*_PACKAGES)
+
+
+@lru_cache
+def source(*packages: str) -> str:
+    """Stands for moebed's version, and for the source of these packages."""
     digest = hashlib.sha256(moebed_version().encode())
-    for package in _PACKAGES:
+    for package in packages:
         spec = importlib.util.find_spec(package)
         folders = spec.submodule_search_locations if spec is not None else None
         for folder in folders or ():

@@ -229,7 +229,7 @@ def _settle(process: Process, out: Path, outcome: Outcome, bar: StudyBar) -> Non
         outcome.finished.append(name)
         bar.say(f"done: {name}")
         return
-    said = _last_words(status_path(out, name, "log"), process.log_begin)
+    said = last_words(status_path(out, name, "log"), process.log_begin)
     path = status_path(out, name, "json")
     write_json(path, {**read_json(path), "exit_code": code, "said": said})
     if code == DivergedError.exit_code:
@@ -239,7 +239,7 @@ def _settle(process: Process, out: Path, outcome: Outcome, bar: StudyBar) -> Non
     bar.say(f"{'diverged' if code == DivergedError.exit_code else f'failed with exit code {code}'}: {name}: {said}")
 
 
-def _last_words(log: Path, begin: int) -> str:
+def last_words(log: Path, begin: int) -> str:
     """The line of the error, or the last one, of what was said from a byte on."""
     text = log.read_bytes()[begin:].decode(errors="replace").replace("\r", "\n")
     lines = [line.strip() for line in text.splitlines() if line.strip()]

@@ -119,13 +119,13 @@ def test_paper_models_have_their_sizes():
 
 
 def test_adapters_of_absent_peers_hold_the_same_function(monkeypatch):
-    """ScatterMoE and MegaBlocks are seldom installed: stand-ins with their layouts of weights show the mapping."""
+    """These peers are seldom installed: stand-ins with their layouts of weights show the mapping."""
     case = tiny_case()
     gate_up, down = experts.weights(case.config, CPU, torch.float32)
     item = next(experts.feed(case, CPU, torch.float32)(0))
     reference = experts.both(peers.own(case.config, "loop", gate_up, down), "float32", CPU, *item)
     _install_stand_ins(monkeypatch)
-    for make in (peers.scattermoe, peers.megablocks):
+    for make in (peers.scattermoe, peers.megablocks, peers.liger):
         peer = make(case.config, gate_up, down)
         assert experts.difference(experts.both(peer, "float32", CPU, *item), reference) < 1e-5, make
 
@@ -173,7 +173,20 @@ def _install_stand_ins(monkeypatch):
 
             return experts_of(x.squeeze(1), expert_weights, top_experts, one).unsqueeze(1)
 
+    class LigerFusedMoEFunction:  # gate, then up, as ours; indices in 32 bits
+        @staticmethod
+        def apply(x, gate_up, down, index, weights):
+            assert index.dtype == torch.int32
+
+            def one(row, e):
+                gate, up = (gate_up[e] @ row).chunk(2)
+                return down[e] @ (nn.functional.silu(gate) * up)
+
+            return experts_of(x, weights, index, one)
+
     modules = {
+        "liger_kernel": {},
+        "liger_kernel.ops": {"LigerFusedMoEFunction": LigerFusedMoEFunction},
         "scattermoe": {},
         "scattermoe.mlp": {"GLUMLP": GLUMLP},
         "megablocks": {},

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 import torch
+import triton
 from torch import Tensor
 
 from triton_kernels.combine import combine, weight_grad
@@ -25,6 +26,7 @@ from triton_kernels.mlp.checks import ALIGNMENT, capability_of, check_index, che
 from triton_kernels.mlp.fallback import is_refused, with_fallback
 from triton_kernels.precision import interpreted, version
 from triton_kernels.routing import allocate, route, views
+from triton_kernels.tuned import tuned
 
 # The interpreted kernels may be in a process beside the compiled ones, and the later of two ops of a name replaces the
 # other.
@@ -32,9 +34,12 @@ NAME = "triton_kernels::expert_mlp" + "_interpreted" * interpreted()
 
 
 def config_for(x: Tensor) -> Config:
-    """The tile sizes of a launch on x."""
+    """The tile sizes of a launch on x: those that were measured on this kind of device, or else the shipped ones."""
     capability = capability_of(x.device) if x.device.type == "cuda" else None
-    return choose(capability, x.element_size(), interpreted(), version())
+    config = choose(capability, x.element_size(), interpreted(), version())
+    if x.device.type != "cuda":
+        return config
+    return tuned(config, torch.cuda.get_device_name(x.device), triton.__version__)
 
 
 def _ready(tensor: Tensor) -> Tensor:

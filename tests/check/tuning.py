@@ -1,0 +1,3 @@
+"""The planted ladder that chooses tiles, where its processes find it."""
+
+from tests.check.planted import TUNING as LADDER  # noqa: F401
