@@ -102,7 +102,9 @@ def _sum_of_slots(rows: Tensor, token_slot: Tensor) -> Tensor:
     # On a CPU index_select copies whole rows; indexing goes element by element and takes 9 times as long.
     total = rows.index_select(0, token_slot[:, 0])
     for k in range(1, token_slot.shape[1]):
-        total += rows.index_select(0, token_slot[:, k])
+        more = rows.index_select(0, token_slot[:, k])
+        # In place there is no second (T, H); but torch 2.11 compiles that to a result without a gradient, silently.
+        total = total + more if torch.compiler.is_compiling() else total.add_(more)
     return total
 
 
