@@ -76,6 +76,9 @@ def test_importance_counts_tokens_of_a_weight():
             for expert in range(4):
                 yield ExpertView(expert, torch.full((5, 2), float(expert + 1)))
 
+        def adapted(self, x, routing):
+            return None
+
     view = ragged_view(WEIGHTS, make_text([5], width=5))
     view.weights, view.moe_input = Weights(), torch.zeros(5, 2)
     arrays = probe([view], "expert_importance")["expert_importance"].arrays
@@ -175,6 +178,9 @@ def test_where_nothing_can_be_ranked_it_says_so(tied):
         def run_experts(self, x, watch=None):
             for expert in range(4):
                 yield ExpertView(expert, x * (1.0 if tied == "norms" else expert + 1.0))
+
+        def adapted(self, x, routing):
+            return None
 
     logits = torch.randn(9, 4) if tied == "norms" else torch.zeros(9, 4)
     probs = logits.softmax(-1)

@@ -36,7 +36,7 @@ def rounded_gram(matrix: Tensor) -> tuple[Tensor, Tensor, float]:
     """
     side = len(matrix)
     product, squares = matrix.new_empty(side, side), matrix.new_empty(side, dtype=torch.float32)
-    beside = torch.empty((), dtype=torch.float64)
+    beside = torch.zeros((), dtype=torch.float64)
     tensors = {"values": matrix, "product": product, "squares": squares, "beside": beside}
     numbers = {"rows": side, "columns": matrix.shape[1]}
     compiled.invoke(compiled.library("amx").moebed_gram, _CALL, numbers, tensors, backward=False)
