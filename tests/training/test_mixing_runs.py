@@ -159,7 +159,7 @@ def test_a_dense_parent_gives_the_reference(mixed, tmp_path, capsys):
             {"trainer": {"val_check_interval": "00:00:05:00"}},
             "val_check_interval to a number of steps",
         ),
-        (RULE["excess_loss"], {"trainer": {"limit_val_batches": 1}}, "set data.max_validation_windows instead"),
+        (RULE["excess_loss"], {"trainer": {"limit_val_batches": 2}}, "set data.max_validation_windows instead"),
         ({"rule": "excess_loss", "reference": {"a": 1.0}}, {}, "no finite loss for the domain 'b'"),
         ({"start": "llama"}, {}, "has no weight for the domain 'a'"),
         ({"rule": "excess"}, {}, "data.mixing.rule"),
