@@ -8,8 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,6 +18,7 @@ from moebed.check.record import Record
 from moebed.check.worker import AGAIN, NO_GPU, record_path
 from moebed.errors import UserError
 from moebed.machine.progress import Lines, duration, say
+from moebed.machine.termination import asked_to_end
 from moebed.study.runner import last_words
 
 POLL_SECONDS = 0.1
@@ -248,7 +249,7 @@ def _climb_rung(
     used, last = 0.0, time.monotonic()
     lines = Lines(lambda: "; ".join([each.standing() for each in list(running.values())]))
     try:
-        with _signals() as signals:
+        with asked_to_end() as signals:
             while waiting or running:
                 while waiting and len(running) < side_by_side:
                     step = waiting.pop(0)
@@ -291,15 +292,3 @@ def _begin(
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """The signals that asked to stop, while the block lasts."""
-    came: list[int] = []
-    before = {number: signal.signal(number, lambda n, _: came.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -199,7 +199,7 @@ class PackedLoader:
         rows = range(self._batch_size * self._world_size)
         if not self._rows_by_domain:
             return rows
-        return sorted(rows, key=lambda sample: self._draws.locate(self._position + sample)[0])
+        return sorted(rows, key=lambda sample: self._draws.domain(self._position + sample))
 
     def _window(self, row: int, sample: int) -> _Window:
         """The next window of a row of the global batch, which is one of its samples."""

@@ -55,9 +55,13 @@ class DomainDraws:
     def _tally(self, domains: np.ndarray) -> np.ndarray:
         return np.bincount(domains[domains >= 0], minlength=len(self.weights))
 
+    def domain(self, sample: int) -> int:
+        """Returns the sample's domain."""
+        return int(self._chunk(sample // _CHUNK)[sample % _CHUNK])
+
     def locate(self, sample: int) -> tuple[int, int]:
         """Returns the sample's domain, and how many samples before it are of that domain."""
-        domain = int(self._chunk(sample // _CHUNK)[sample % _CHUNK])
+        domain = self.domain(sample)
         return domain, int(self._before(sample)[domain])
 
     def change(self, sample: int, weights: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""What a command that keeps its work as it goes does on SIGTERM: it ends, soon and in order."""
+"""How a command that keeps its work as it goes ends when it is asked to: soon and in order."""
 
 from __future__ import annotations
 
@@ -28,3 +28,15 @@ def ending_on_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def asked_to_end() -> Iterator[list[int]]:
+    """The signals that asked to end, SIGINT and SIGTERM, in their order, while the block lasts; it looks by itself."""
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda n, _: came.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -11,13 +11,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from moebed.errors import DivergedError, UserError
+from moebed.machine.termination import asked_to_end
 from moebed.study.files import read_json, write_json
 from moebed.study.lock import HeldError, RunLock
 from moebed.study.placement import Placement, visible_devices
@@ -143,7 +143,7 @@ def run_all(
     outcome, running = Outcome(), dict[str, Process]()
     placement = Placement(visible_devices() if any(run.devices for run in runs) else ())
     waiting, waited_for = list(runs), set[str]()
-    with _signals() as signals, StudyBar(out, {run.name: run.steps for run in runs}) as bar:
+    with asked_to_end() as signals, StudyBar(out, {run.name: run.steps for run in runs}) as bar:
         while waiting or running:
             for name, process in list(running.items()):
                 if process.process.poll() is not None:
@@ -267,15 +267,3 @@ def _end(running: Mapping[str, Process]) -> None:
                 continue
     for process in running.values():
         process.lock.release()
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """The signals that asked the study to stop, while the block lasts."""
-    came: list[int] = []
-    before = {number: signal.signal(number, lambda n, _: came.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -31,22 +31,6 @@ METHOD_LINES = {
 }
 _FILES = ("text", "input_ids", "domain")
 _TEXT = (*_FILES, "sequence_length", "domain_tokens")  # which text
-# Settings that not every method reads.
-_PARTS = (
-    "fraction",
-    "noise_std",
-    "granularity",
-    "output_scale",
-    "by",
-    "rows",
-    "normalise",
-    "starts",
-    "router",
-    "residual_experts",
-    "sharing",
-    "expert_width",
-    "text_clusters",
-)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -250,8 +234,8 @@ def read_settings(options: Mapping[str, Any]) -> Settings:
     from moebed.upcycling.methods import METHODS, Settings
 
     method = options["method"]
-    for name in _PARTS:
-        if name in options and name not in METHODS[method].uses:
+    for name in sorted(frozenset().union(*(kind.uses for kind in METHODS.values())) - METHODS[method].uses):
+        if name in options:
             readers = ", ".join(other for other, kind in METHODS.items() if name in kind.uses)
             raise ConfigError(f"--{name.replace('_', '-')} does nothing with method {method}; it is for {readers}")
     fields = {field.name for field in dataclasses.fields(Settings)}
