@@ -136,7 +136,7 @@ def _power(log10: float) -> str:
 def _draw(arrays: Arrays) -> Figure:
     from probes.figures import drawing
 
-    fig = drawing.new_figure(9.6, 3.6, "Cosines of tokens with their experts, and the capacity that they stand for")
+    fig = drawing.new_figure(12.0, 3.6, "Cosines of tokens with their experts, and the capacity that they stand for")
     left, right = fig.subplots(1, 2)
     for key, colour, label in (
         ("delta_max", drawing.SERIES[1], "the nearest"),
@@ -148,11 +148,13 @@ def _draw(arrays: Arrays) -> Figure:
     left.legend(fontsize=8, frameon=False)
     for (which, formula), colour in zip(BOUNDS.items(), drawing.SERIES, strict=False):
         parts = by_part(arrays, f"log10_bound_{which}")
-        drawing.depth_line(right, _medians(parts.get("chosen", {})), colour, f"at the average, {formula}")
+        label = f"needed at the average cosine, {formula}"
+        drawing.depth_line(right, _medians(parts.get("chosen", {})), colour, label, dashed=which == "erfc")
     furthest = _medians(by_part(arrays, "log10_bound_exact").get("max", {}))
-    drawing.depth_line(right, furthest, drawing.SERIES[3], f"at the nearest, {BOUNDS['exact']}")
+    drawing.depth_line(right, furthest, drawing.SERIES[3], f"needed at the nearest, {BOUNDS['exact']}")
     load = {layer: float(np.log10(max(value.mean(), 1))) for layer, value in by_layer(arrays, "load").items()}
     drawing.depth_line(right, load, drawing.MUTED, "tokens that an expert got", dashed=True)
-    right.set_ylabel("log10 of tokens an expert", fontsize=9)
-    right.legend(fontsize=8, frameon=False)
+    right.yaxis.set_major_formatter(lambda power, _: f"{10**power:.3g}")
+    right.set_ylabel("tokens an expert", fontsize=9)
+    right.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return fig
