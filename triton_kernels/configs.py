@@ -26,7 +26,7 @@ class Tile:
     """One kernel's tile: BN columns, BK deep, with its warps, pipeline stages and the rows of tiles that share L2.
 
     A persistent one reads its dense operands through tensor descriptors (TMA) and runs one program for each
-    multiprocessor; a specialized one gives loading and multiplying to different warps as well.
+    multiprocessor. None asks for specialised warps: what Triton 3.6 makes of that on Hopper gives other sums each time.
     """
 
     columns: int
@@ -35,7 +35,6 @@ class Tile:
     stages: int = 3
     group: int = 8
     persistent: bool = False
-    specialized: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,27 +91,20 @@ class Config:
 
 
 # 227 KiB of shared memory: three stages of (128 + 256) × 64 two-byte elements are 144 KiB. Where the loop first loads
-# the row's token, the compiler spends two of its five stages on that and keeps three of the operands. Hopper's compiler
-# specialises warps where all operands come through descriptors, and where it is asked for 4, which it makes 12.
+# the row's token, the compiler spends two of its five stages on that and keeps three of the operands.
 HOPPER = Config(
     name="hopper",
     rows=128,
     up=Tile(256, 64, warps=8, stages=3, persistent=True),
-    down=Tile(256, 64, warps=4, stages=3, persistent=True, specialized=True),
+    down=Tile(256, 64, warps=8, stages=3, persistent=True),
     grad_hidden=Tile(256, 64, warps=8, stages=3, persistent=True),
-    grad_rows=Tile(256, 64, warps=4, stages=3, persistent=True, specialized=True),
+    grad_rows=Tile(256, 64, warps=8, stages=3, persistent=True),
     grad_up=WeightTile(128, 256, 64, warps=8, stages=5),
     grad_down=WeightTile(128, 256, 64, warps=8, stages=5),
     archs=("sm_90",),
 )
 
-BLACKWELL = replace(
-    HOPPER,
-    name="blackwell",
-    down=replace(HOPPER.down, warps=8),
-    grad_rows=replace(HOPPER.grad_rows, warps=8),
-    archs=("sm_100",),
-)
+BLACKWELL = replace(HOPPER, name="blackwell", archs=("sm_100",))
 
 # 163 KiB, and 99 on GeForce and workstation chips of three generations: half the columns and half the depth leave room
 # for two programs' memory on a multiprocessor of either.
@@ -171,20 +163,9 @@ INTERPRETED = Config(
     archs=(),
 )
 
-# What an older compiler makes of the same tables: Triton before 3.7 fails on specialised warps for sm_100. There the
-# two kernels stay persistent, and all their warps load and multiply.
-BLACKWELL_PLAIN = replace(
-    BLACKWELL,
-    name="blackwell_plain",
-    down=replace(BLACKWELL.down, specialized=False),
-    grad_rows=replace(BLACKWELL.grad_rows, specialized=False),
-)
-
-BY_NAME = {config.name: config for config in (HOPPER, BLACKWELL, BLACKWELL_PLAIN, AMPERE, CDNA, WIDE, INTERPRETED)}
+BY_NAME = {config.name: config for config in (HOPPER, BLACKWELL, AMPERE, CDNA, WIDE, INTERPRETED)}
 # From each compute capability on; 12 is the small multiprocessor again.
 BY_CAPABILITY = (((12, 0), AMPERE), ((10, 0), BLACKWELL), ((9, 0), HOPPER), ((8, 0), AMPERE))
-# Before these versions of Triton, another table.
-BEFORE = {BLACKWELL.name: ((3, 7), BLACKWELL_PLAIN)}
 
 
 # What `moebed check` times beside a table's own tiles, by table and op; each passes the gates as the table does. BM and
@@ -194,10 +175,10 @@ _GATHERED = (
     Tile(256, 64, warps=8, stages=3, group=16, persistent=True),
 )
 _DENSE = (
-    Tile(256, 64, warps=4, stages=3, group=4, persistent=True, specialized=True),
-    Tile(256, 64, warps=8, stages=3, persistent=True),
     Tile(256, 64, warps=8, stages=4, persistent=True),
-    Tile(256, 64, warps=8, stages=3),
+    Tile(256, 64, warps=8, stages=3, group=4, persistent=True),
+    Tile(256, 64, warps=8, stages=3, group=16, persistent=True),
+    Tile(128, 64, warps=4, stages=4, persistent=True),
 )
 _WEIGHTS = (
     WeightTile(128, 256, 64, warps=8, stages=5, group=4),
@@ -216,16 +197,13 @@ _HOPPER_CANDIDATES: dict[str, tuple[Tile, ...] | tuple[WeightTile, ...]] = {
 CANDIDATES = {HOPPER.name: _HOPPER_CANDIDATES}
 
 
-def choose(
-    capability: tuple[int, int] | None, element_size: int, interpreted: bool, version: tuple[int, int]
-) -> Config:  # fmt: skip
+def choose(capability: tuple[int, int] | None, element_size: int, interpreted: bool) -> Config:
     """The configuration of a launch: the one place where it is chosen.
 
     Args:
         capability: CUDA compute capability, from 8.0 on, or None on another accelerator.
         element_size: bytes of an element that is multiplied.
         interpreted: the kernels run in Triton's interpreter.
-        version: Triton's, which decides whether the compiler can specialise warps.
     """
     if interpreted:
         return INTERPRETED
@@ -233,16 +211,10 @@ def choose(
         return WIDE
     if capability is None:
         return CDNA
-    return of_version(next(config for least, config in BY_CAPABILITY if capability >= least), version)
+    return next(config for least, config in BY_CAPABILITY if capability >= least)
 
 
 def with_tile(config: Config, op: str, tile: Tile | WeightTile) -> Config:
     """The same with another tile for one op, which is the name of its field."""
     changes: dict[str, Any] = {op: tile}
     return replace(config, **changes)
-
-
-def of_version(config: Config, version: tuple[int, int]) -> Config:
-    """The configuration that serves in place of this one where Triton is too old for it."""
-    least, older = BEFORE.get(config.name, (version, config))
-    return older if version < least else config

@@ -25,11 +25,9 @@ from triton_kernels.configs import (
     Config,
     Tile,
     WeightTile,
-    of_version,
     with_tile,
 )
 from triton_kernels.grouped import down, grad_hidden, grad_rows, grad_weight, pieces, up
-from triton_kernels.precision import version
 from triton_kernels.routing import constexprs as routing_constexprs
 from triton_kernels.routing.kernels import count_kernel, place_kernel, route_small_kernel, scan_kernel, tiles_kernel
 from triton_kernels.spec import DTYPES, Argument, KernelSpec
@@ -72,7 +70,6 @@ def _product(
             flops=flops,
             num_warps=tile.warps,
             num_stages=tile.stages,
-            warp_specialized=isinstance(tile, Tile) and tile.specialized,
             archs=config.archs,
             dtypes=("fp32",) if config is WIDE else ("fp16", "bf16"),
             gathers_indices=gathers_indices,
@@ -225,8 +222,7 @@ def _weight_grad(config: Config) -> KernelSpec:
     )  # fmt: skip
 
 
-# The tables of this version of Triton, as ``choose`` takes them.
-DEVICES = tuple(of_version(each, version()) for each in (HOPPER, BLACKWELL, AMPERE, CDNA, WIDE))
+DEVICES = (HOPPER, BLACKWELL, AMPERE, CDNA, WIDE)
 SHIPPED: tuple[KernelSpec, ...] = (
     *(spec for config in DEVICES for spec in _products(config, *EVEN, "")),
     *(spec for config in DEVICES for spec in _products(config, *ODD, "odd")),

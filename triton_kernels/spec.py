@@ -64,9 +64,8 @@ class KernelSpec:
         loop_flops: FLOPs that one program issues to the tensor cores in one step of its main loop, 2·BM·BN·BK for a
             plain product.
         flops: useful FLOPs of the whole launch in units of R·H·F: up 4, down 2, 0 for a kernel without products.
-        num_warps: warps of a program, without those that specialisation adds.
+        num_warps: warps of a program.
         num_stages: depth of the software pipeline that is asked for.
-        warp_specialized: the loop asks for warp specialisation.
         archs: of ``configs.ARCHS``, those that it ships for.
         dtypes: element types that it ships for, of ``fp16``, ``bf16``, ``fp32``.
         gathers_indices: the main loop loads an index for each row: those loads may be narrow.
@@ -85,7 +84,6 @@ class KernelSpec:
     flops: float
     num_warps: int
     num_stages: int
-    warp_specialized: bool = False
     archs: tuple[str, ...] = ARCHS
     dtypes: tuple[str, ...] = DTYPES
     gathers_indices: bool = False

@@ -86,8 +86,8 @@ def feed(of: Case, device: torch.device, dtype: torch.dtype) -> train.Feed:
     def items(seed: int) -> Iterator[tuple[Tensor, Routing, Tensor]]:
         for number, (ids, _) in enumerate(train.batches(size, device, seed)):
             x = table[ids.flatten()]  # (T, H)
-            noise = torch.Generator().manual_seed(seed * 1000 + number)
-            grad = torch.randn(x.shape, generator=noise).to(device, dtype)
+            noise = torch.Generator(device).manual_seed(seed * 1000 + number)
+            grad = torch.randn(x.shape, generator=noise, device=device).to(dtype)
             yield x, SoftmaxTopK.choose(router, x.float() @ router.weight.T), grad
 
     return items

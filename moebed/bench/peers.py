@@ -51,6 +51,8 @@ def own(config: ModelConfig, backend: str, gate_up: Tensor, down: Tensor) -> Pee
     """Our experts with one backend."""
     if backend == "triton" and gate_up.device.type == "cpu":
         raise LeftOut("its kernels need a GPU")
+    if backend == "native" and gate_up.device.type != "cpu":
+        raise LeftOut("it computes on a CPU")
     if backend == "native" and (reason := native.load()) is not None:
         raise LeftOut(reason)
     with torch.device("meta"):

@@ -230,15 +230,16 @@ def measure(
     """Time all contestants in alternation, after a warm-up of each; without a feed they take batches of tokens."""
     feed = feed or (lambda seed: batches(size, device, seed))
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    data = list(itertools.islice(feed(0), WARM_UP))
     for name, step in contestants.items():
         begin = time.perf_counter()
-        for item, _ in zip(feed(0), range(3), strict=False):
+        for item in data:
             step(*item)
+        _synchronize(device)
         progress(f"warm-up of {name}: {time.perf_counter() - begin:.1f} s")
     for index in range(rounds):
+        data = list(itertools.islice(feed(index + 1), steps))
         for name, step in contestants.items():
-            source = feed(index + 1)
-            data = [next(source) for _ in range(steps)]
             _synchronize(device)
             begin = time.perf_counter()
             for item in data:
@@ -255,6 +256,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 PRODUCTS_ALONE = "matrix products alone"
+WARM_UP = 3  # steps
 
 
 def contestants_of(size: Size, device: torch.device, compile: bool, precision: str) -> dict[str, Step]:

@@ -20,7 +20,7 @@ from moebed.machine.units import human
 
 KERNELS, BASE = OWN + "triton", OWN + "grouped_mm"
 DECODED = {"mixtral": (1, 16, 128), "qwen3": (1, 16, 128)}  # tokens of a step of so many sequences
-ROUNDS, STEPS = 5, 3
+ROUNDS, STEPS = 5, 8
 
 
 def rows(place: Place) -> Sequence[Row]:

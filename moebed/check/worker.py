@@ -7,11 +7,13 @@ the rows after it are measured by a fresh one.
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import gc
 import importlib
 import json
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -38,6 +40,8 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     ladder, name, out = arguments
     end_with_parent()
+    if hasattr(faulthandler, "register"):  # where it was when its time was over, into its log
+        faulthandler.register(signal.SIGTERM, chain=True)
     record = Record.load(record_path(Path(out), name), None)
     with tempfile.TemporaryDirectory(prefix="moebed_check_", ignore_cleanup_errors=True) as folder:
         return work(step_of(importlib.import_module(ladder).LADDER, name), record, Path(folder))

@@ -56,18 +56,22 @@ def sort_by_expert(
         topk_index = torch.where(topk_weight == 0, num_experts, topk_index)
     expert_sorted, order = torch.sort(topk_index.flatten(), stable=True)  # (T·K,)
     bounds = torch.searchsorted(expert_sorted, torch.arange(num_experts + 1, device=device))  # (E + 1,)
-    counts = bounds.diff()  # (E,)
-    padded = (counts + (align - 1)) // align * align
-    ends = padded.cumsum(0)
-    shift = ends - padded - bounds[:-1]  # (E,) from position in the sorted order to slot
-    if ragged:
-        shift = torch.cat([shift, ends[-1:] - bounds[-1:]])
-    slot_sorted = torch.arange(assignments, device=device) + shift[expert_sorted]
-    token_slot = torch.empty_like(order).scatter_(0, order, slot_sorted)  # (T·K,)
-    slot_token = torch.zeros(num_slots, dtype=order.dtype, device=device).scatter_(0, slot_sorted, order // top_k)
+    if align == 1:
+        place = torch.arange(assignments, device=device)  # (T·K,) slot of each in the sorted order
+        slot_token, offsets = order // top_k, bounds
+    else:
+        counts = bounds.diff()  # (E,)
+        padded = (counts + (align - 1)) // align * align
+        ends = padded.cumsum(0)
+        shift = ends - padded - bounds[:-1]  # (E,) from position in the sorted order to slot
+        if ragged:
+            shift = torch.cat([shift, ends[-1:] - bounds[-1:]])
+        place = torch.arange(assignments, device=device) + shift[expert_sorted]
+        slot_token = torch.zeros(num_slots, dtype=order.dtype, device=device).scatter_(0, place, order // top_k)
+        offsets = torch.cat([ends.new_zeros(1), ends])
+    token_slot = torch.empty_like(order).scatter_(0, order, place)  # (T·K,)
     slot_weight = topk_weight.new_zeros(num_slots).scatter(0, token_slot, topk_weight.flatten())
-    offsets = torch.cat([ends.new_zeros(1), ends]).to(torch.int32)
-    return Dispatch(slot_token, token_slot.view(num_tokens, top_k), slot_weight, offsets)
+    return Dispatch(slot_token, token_slot.view(num_tokens, top_k), slot_weight, offsets.to(torch.int32))
 
 
 class _ToSlots(torch.autograd.Function):

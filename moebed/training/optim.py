@@ -70,7 +70,7 @@ def build_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
 @torch.no_grad()
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
     """Norm of all gradients together, float32 whatever they are; every rank has it, over all meshes they lie on."""
-    total = torch.zeros(())
+    sums: list[Tensor] = []  # one a mesh, on the gradients' device; a number from the host would be waited for
     for grads in _gradients_by_mesh(parameters):
         # Not get_total_norm, which sums and answers in the gradients' type: 8 bits of a bf16-true run's.
         norms = torch._foreach_norm(_local(grads), 2, dtype=torch.float32)
@@ -79,8 +79,8 @@ def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
             for dimension, placement in enumerate(grads[0].placements):
                 if placement.is_shard():
                     torch.distributed.all_reduce(squares, group=grads[0].device_mesh.get_group(dimension))
-        total = total.to(squares) + squares
-    return total.sqrt()
+        sums.append(squares)
+    return torch.stack(sums).sum().sqrt() if sums else torch.zeros(())
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,6 +28,18 @@ def all_half(blocks: Iterable[Tensor]) -> bool:
     return all(block.dtype in _HALF for block in blocks)
 
 
+def _begin_worker(device: int | None) -> None:
+    torch.set_num_threads(1)
+    if device is not None:
+        torch.cuda.set_device(device)  # a thread of its own has no context, and cuBLAS warns that it makes one
+
+
+@cache
+def _load_linear_algebra(device: int) -> None:
+    """PyTorch loads CUDA's decompositions when one is first asked for, and fails where several threads ask at once."""
+    torch.linalg.eigh(torch.eye(2, device=f"cuda:{device}"))
+
+
 @contextmanager
 def one_core_each(name: str) -> Iterator[Callable[..., Iterator[Any]]]:
     """Gives a ``map`` that works on as many things at a time as PyTorch uses cores, each with one.
@@ -34,7 +47,10 @@ def one_core_each(name: str) -> Iterator[Callable[..., Iterator[Any]]]:
     It takes the things from their iterable in the caller's thread, few of them ahead.
     """
     threads = torch.get_num_threads()
-    with ThreadPoolExecutor(threads, name, torch.set_num_threads, (1,)) as pool:
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    if device is not None:
+        _load_linear_algebra(device)
+    with ThreadPoolExecutor(threads, name, _begin_worker, (device,)) as pool:
         waiting: deque[Future[Any]] = deque()
 
         def each(work: Callable[[Any], Any], things: Iterable[Any]) -> Iterator[Any]:

@@ -50,7 +50,7 @@ def test_first_configuration_of_each_op_passes_on_sm_90(spec):
 @pytest.mark.parametrize("op", ["down", "grad_rows", "grad_up"])
 @pytest.mark.parametrize("arch", ["sm_100", "sm_120"])
 def test_the_products_most_at_risk_pass_elsewhere(arch, op):
-    """Those that specialise warps where they can, and the deepest pipeline, on a large and a small multiprocessor."""
+    """Those with both operands by TMA, and the deepest pipeline, on a large and a small multiprocessor."""
     spec = next(spec for spec in roofline.launched(SHIPPED, arch, "bf16") if spec.op == op)
     row = check.check(spec, "bf16", arch)
     assert {gate.name for gate in row.missed} <= allowed(row), described([row])
@@ -99,9 +99,6 @@ def test_unaligned_pointers_are_seen(spec):
     arguments = {name: dataclasses.replace(each, aligned=False) for name, each in spec.arguments.items()}
     row = check.check(dataclasses.replace(spec, arguments=arguments), "bf16", "sm_90")
     missed = {gate.name for gate in row.missed}
-    if spec.warp_specialized:
-        assert missed == {"narrow stores"}
-        return
     assert "ρ" in missed
     assert "share of the operands by 128-bit asynchronous loads or TMA" in missed
     assert row.rho > 2 * check.check(spec, "bf16", "sm_90").rho
@@ -189,11 +186,3 @@ def test_a_gate_names_what_was_measured():
         "products in flight at the wait": 0,
         "ρ": float("inf"),
     }
-
-
-def test_warps_are_specialised_where_asked():
-    """With 8 warps Hopper's compiler leaves the request aside without a word; the gate says so."""
-    specs = [spec for spec in PRODUCTS if spec.warp_specialized]
-    assert {spec.op for spec in specs} == {"down", "grad_rows"}
-    row = check.check(dataclasses.replace(specs[0], num_warps=8), "bf16", "sm_90")
-    assert "warp specialised" in {gate.name for gate in row.missed}

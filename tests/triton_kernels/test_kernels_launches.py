@@ -293,15 +293,13 @@ def test_both_ops_launch_within_the_guard(launched, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("capability", "version", "name"),
+    ("capability", "name"),
     [
-        ((8, 0), (3, 9), "ampere"), ((8, 6), (3, 9), "ampere"), ((8, 7), (3, 9), "ampere"),
-        ((8, 9), (3, 6), "ampere"), ((9, 0), (3, 9), "hopper"), ((10, 0), (3, 9), "blackwell"),
-        ((10, 3), (3, 7), "blackwell"), ((10, 0), (3, 6), "blackwell_plain"), ((12, 0), (3, 9), "ampere"),
-        ((12, 1), (3, 6), "ampere"), (None, (3, 9), "cdna"),
+        ((8, 0), "ampere"), ((8, 6), "ampere"), ((8, 7), "ampere"), ((8, 9), "ampere"), ((9, 0), "hopper"),
+        ((10, 0), "blackwell"), ((10, 3), "blackwell"), ((12, 0), "ampere"), ((12, 1), "ampere"), (None, "cdna"),
     ],
 )  # fmt: skip
-def test_tiles_by_capability_and_version(capability, version, name):
-    assert configs.choose(capability, 2, False, version).name == name
-    assert configs.choose(capability, 4, False, version).name == "wide"
-    assert configs.choose(capability, 2, True, version).name == "interpreted"
+def test_tiles_by_capability(capability, name):
+    assert configs.choose(capability, 2, False).name == name
+    assert configs.choose(capability, 4, False).name == "wide"
+    assert configs.choose(capability, 2, True).name == "interpreted"

@@ -110,8 +110,8 @@ def issued_over_useful(spec: KernelSpec, facts: Facts) -> float | None:
     if not facts.mma_flops or not spec.loop_flops:
         return None
     issuers = spec.num_warps
-    if "HGMMA" in facts.mma:  # issued by groups of four warps; specialised, by all groups but the one that loads
-        issuers = facts.warps // 4 - 1 if facts.specialised else spec.num_warps // 4
+    if "HGMMA" in facts.mma:  # issued by groups of four warps
+        issuers = spec.num_warps // 4
     return facts.mma_flops * issuers / spec.loop_flops
 
 
@@ -168,8 +168,6 @@ def gates_of(spec: KernelSpec, dtype: str, arch: str, facts: Facts) -> list[Gate
     useful = issued_over_useful(spec, facts)
     if useful is not None:
         gates.append(Gate("products issued / useful", useful, "1", useful == 1.0))
-    if spec.warp_specialized:
-        gates.append(_at_least("warp specialised", int(facts.specialised), 1))
     if arch == "sm_90":
         gates += _hopper(spec, facts, arch)
     return gates
@@ -179,8 +177,7 @@ def _hopper(spec: KernelSpec, facts: Facts, arch: str) -> list[Gate]:
     ratio = rho(spec, facts, arch)
     gates = [_at_least("stages", facts.stages, 3), _at_least("AI", spec.intensity, MIN_INTENSITY)]
     gates.append(_at_most("ρ", float("inf") if ratio is None else ratio, MAX_RHO))
-    if not spec.warp_specialized:
-        gates.append(_at_least("products in flight at the wait", facts.in_flight, 1))
+    gates.append(_at_least("products in flight at the wait", facts.in_flight, 1))
     return gates
 
 

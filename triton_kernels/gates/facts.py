@@ -14,7 +14,7 @@ class Facts:
         spills: loads and stores of local memory in the whole kernel (spilled registers on AMD).
         loop_spills: those of them in the main loop.
         shared: bytes of shared memory a program.
-        warps: of a program, those of warp specialisation included.
+        warps: of a program.
         loop: instructions of the main loop; 0 where no loop holds a matrix instruction.
         mma: matrix instructions in the loop, by name without shape (HGMMA, HMMA, UTCHMMA, v_mfma).
         mma_flops: FLOPs that one of the instruction's issuers (a warp group for HGMMA, a warp for HMMA) issues in one
@@ -30,7 +30,6 @@ class Facts:
         wide_stores: stores of 128 bits or by TMA.
         in_flight: products that may still run where the loop first waits for one; -1 where nothing waits.
         stages: buffers of the deepest operand in shared memory.
-        specialised: the compiler split the kernel by warps.
     """
 
     registers: int
@@ -52,4 +51,3 @@ class Facts:
     wide_stores: int = 0
     in_flight: int = -1
     stages: int = 0
-    specialised: bool = False

@@ -136,17 +136,6 @@ def main_loop(blocks: list[Block]) -> list[Instruction]:
     return max(found, key=lambda entry: entry[:2])[2] if found else []
 
 
-def loading_loop(blocks: list[Block]) -> list[Instruction]:
-    """Instructions of the loops that load by TMA, each the smallest around its load; they need not multiply."""
-    loops = [members for _, _, members in natural_loops(blocks)]
-    found: set[int] = set()
-    for number, block in enumerate(blocks):
-        around = [members for members in loops if number in members]
-        if around and any(i.name.startswith("UTMALDG") for i in block.instructions):
-            found |= min(around, key=len)
-    return [i for number in sorted(found) for i in blocks[number].instructions]
-
-
 def products(code: list[Instruction]) -> tuple[int, float]:
     """FLOPs that one issuer of matrix instructions issues in this code, and cycles that these keep its units busy."""
     flops, cycles = 0, 0.0
@@ -227,11 +216,6 @@ def read(compiled: CompiledKernel) -> Facts:
     loop = main_loop(blocks)
     flops, cycles = products(loop)
     ttgir = compiled.asm["ttgir"]
-    # The loop that loads is another one where warps are specialised.
-    loading = loop
-    specialised = "ttg.warp_specialize(" in ttgir
-    if specialised:
-        loading = loading_loop(blocks)
     buffers = [int(count) for count in re.findall(r"memdesc<(\d+)x\d+x\d+x[a-z]+\d+, [^>]*#smem", ttgir)]
     return Facts(
         registers=int(re.search(r"REG:(\d+)", _resources(compiled.asm["cubin"]))[1]),  # type: ignore[index]
@@ -243,9 +227,9 @@ def read(compiled: CompiledKernel) -> Facts:
         mma=dict(Counter(found[1] for i in loop if (found := MMA.match(i.name)))),
         mma_flops=flops,
         tensor_cycles=cycles,
-        loads=_widths(loading),
-        narrow_loads=_narrow(loading, "LDGSTS", "LDG", "LD"),
-        plain_loads=_count(loading, "LDG", "LD"),
+        loads=_widths(loop),
+        narrow_loads=_narrow(loop, "LDGSTS", "LDG", "LD"),
+        plain_loads=_count(loop, "LDG", "LD"),
         shared_stores=_count(loop, "STS", "STSM"),
         shared_loads=_count(loop, "LDS", "LDSM"),
         conversions=ttgir_conversions(ttgir),
@@ -253,7 +237,6 @@ def read(compiled: CompiledKernel) -> Facts:
         wide_stores=_count(everything, "STG", "ST", "UTMASTG") - _narrow(everything, "STG", "ST"),
         in_flight=_in_flight(loop),
         stages=max(buffers, default=0),
-        specialised=specialised,
     )
 
 

@@ -93,10 +93,9 @@ def store_rows(
 
 def product_sizes(width: int, inter: int, rows: int, tile: Tile) -> dict[str, Any]:
     """Compile-time arguments of a plain grouped product, without those of ``precision.constants``."""
-    sizes = {
+    return {
         "H": width, "F": inter, "BLOCK_M": rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth, "GROUP": tile.group,
     }  # fmt: skip
-    return sizes | {"SPECIALIZED": tile.specialized} if tile.persistent else sizes
 
 
 def launch_product(

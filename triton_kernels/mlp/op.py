@@ -24,7 +24,7 @@ from triton_kernels.launching import on_device
 from triton_kernels.mlp import reference
 from triton_kernels.mlp.checks import ALIGNMENT, capability_of, check_index, check_inside
 from triton_kernels.mlp.fallback import is_refused, with_fallback
-from triton_kernels.precision import interpreted, version
+from triton_kernels.precision import interpreted
 from triton_kernels.routing import allocate, route, views
 from triton_kernels.tuned import tuned
 
@@ -36,7 +36,7 @@ NAME = "triton_kernels::expert_mlp" + "_interpreted" * interpreted()
 def config_for(x: Tensor) -> Config:
     """The tile sizes of a launch on x: those that were measured on this kind of device, or else the shipped ones."""
     capability = capability_of(x.device) if x.device.type == "cuda" else None
-    config = choose(capability, x.element_size(), interpreted(), version())
+    config = choose(capability, x.element_size(), interpreted())
     if x.device.type != "cuda":
         return config
     return tuned(config, torch.cuda.get_device_name(x.device), triton.__version__)
