@@ -36,7 +36,7 @@ def rows(place: Place) -> Sequence[Row]:
 def measure(device: str, name: str, tokens: int | None, rounds: int = ROUNDS, steps: int = STEPS) -> Found:
     """One shape."""
     on = torch.device(device)
-    found = experts.run(experts.case(name, tokens, on), "bfloat16", on, rounds, steps)
+    found = experts.run(experts.case(name, tokens, on), "bfloat16", on, rounds, steps, gpu_only=on.type == "cuda")
     return judge(found, "forward" if tokens else "both")
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+import torch
+
 from moebed.errors import ConfigError
+from moebed.model import native
 from moebed.model.config import ModelConfig
 from moebed.model.grouped import alignment
 from moebed.model.routers import ROUTERS
@@ -121,6 +124,13 @@ class Setup:
             return True
         narrow_on_cpu = self.device == "cpu" and self.precision.compute < 4
         return config.attention_backend != "sdpa" and narrow_on_cpu and self.sequence_length <= 1024
+
+    @property
+    def casts_experts(self) -> bool:
+        """Whether autocast's copies of the experts' matrices are kept: a CPU's compiled experts read them as they are."""
+        backend = self.config.experts_backend
+        is_compiled = backend == "native" or (backend == "auto" and native.is_fastest(torch.bfloat16))
+        return not (self.device == "cpu" and is_compiled)
 
     def require_formulas(self) -> None:
         """Raise ConfigError for what no formula knows."""

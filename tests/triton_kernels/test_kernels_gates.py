@@ -99,6 +99,9 @@ def test_unaligned_pointers_are_seen(spec):
     arguments = {name: dataclasses.replace(each, aligned=False) for name, each in spec.arguments.items()}
     row = check.check(dataclasses.replace(spec, arguments=arguments), "bf16", "sm_90")
     missed = {gate.name for gate in row.missed}
+    if spec.op in ("down", "grad_rows"):
+        assert missed == {"narrow stores"}
+        return
     assert "ρ" in missed
     assert "share of the operands by 128-bit asynchronous loads or TMA" in missed
     assert row.rho > 2 * check.check(spec, "bf16", "sm_90").rho
