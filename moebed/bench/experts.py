@@ -256,6 +256,7 @@ def run(of: Case, dtype: str, device: torch.device, rounds: int, steps: int, gpu
         "case": of.name,
         "sizes": f"{of.tokens} tokens, hidden {of.shape.hidden}, {of.shape.experts} experts of {of.shape.width}, "
         f"top-{of.shape.top_k}",
+        "work": of.shape.size("RHF"),
         "dtype": dtype,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "rounds": rounds,

@@ -2,9 +2,10 @@
 
 P parameters' bytes on this rank, W ranks = D x X, r and c bytes of a parameter and of a product's operands.
 
-What is counted are live tensors, and cuBLAS's workspaces. Left out are a CUDA context, NCCL's buffers, and freed memory that an allocator holds
-and cannot reuse: on a CPU the C library's heap keeps what is freed (see moebed.machine.allocator), and with activation
-checkpointing, whose large blocks come and go among what stays, that is much (see tests/plan/test_plan_memory.py).
+What is counted are live tensors, and cuBLAS's workspaces. Left out are a CUDA context, NCCL's buffers, and freed memory
+that an allocator holds and cannot reuse: on a CPU the C library's heap keeps what is freed (see
+moebed.machine.allocator), and with activation checkpointing, whose large blocks come and go among what stays, that is
+much (see tests/plan/test_plan_memory.py).
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ class Setup:
 
     @property
     def casts_experts(self) -> bool:
-        """Whether autocast's copies of the experts' matrices are kept: a CPU's compiled experts read them as they are."""
+        """Whether autocast's copies of the experts' matrices are kept; a CPU's compiled experts need none."""
         backend = self.config.experts_backend
         is_compiled = backend == "native" or (backend == "auto" and native.is_fastest(torch.bfloat16))
         return not (self.device == "cpu" and is_compiled)
