@@ -110,14 +110,14 @@ def _casts(setup: Setup, shapes: Shapes) -> tuple[int, int]:
 
 
 def all_to_all_buffers(setup: Setup, index: int) -> int:
-    """Rows sent, T·K·(c·H + 4) with a float32 weight each, and results that come back, T·K·c·H; one layer at a time.
+    """N rows sent, c·H + 8·K bytes with their weights and indices, N received, and N results that come back, c·H each.
 
-    The rows received are counted with the dispatch rows.
+    One layer at a time; the rows received, once for each expert that they are for, are counted with the dispatch rows.
     """
     if not setup.moves_tokens:
         return 0
-    rows = setup.tokens * setup.config.layer(index).num_experts_per_tok
-    return rows * (2 * setup.precision.compute * setup.config.hidden_size + 4)
+    row = setup.precision.compute * setup.config.hidden_size
+    return round(setup.trips(index) * (3 * row + 8 * setup.config.layer(index).num_experts_per_tok))
 
 
 def _ffn_backward(setup: Setup, index: int, max_violation: float) -> Parts:

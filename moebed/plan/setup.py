@@ -13,6 +13,7 @@ from moebed.model.config import ModelConfig
 from moebed.model.grouped import alignment
 from moebed.model.routers import ROUTERS
 from moebed.parallel.config import ParallelConfig
+from moebed.parallel.traffic import even_trips
 
 
 class Precision(NamedTuple):
@@ -151,6 +152,13 @@ class Setup:
         if not ROUTERS[config.router].has_plan_formula:
             known = ", ".join(name for name, rule in ROUTERS.items() if rule.has_plan_formula)
             raise ConfigError(f"a plan has no formula for router {config.router}; the ones it knows are {known}")
+
+    def trips(self, index: int) -> float:
+        """Rows that a rank sends for a layer in a micro-batch, itself among the receivers, if all is even (N)."""
+        layer = self.config.layer(index)
+        if not layer.num_experts:
+            return 0.0
+        return self.tokens * even_trips(layer.num_experts, layer.num_experts_per_tok, self.layout.expert)
 
     def expert_rows(self, index: int, max_violation: float = 0.0) -> int:
         """Rows (R) that the experts of one rank compute in a micro-batch, padding included.
