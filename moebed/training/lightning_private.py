@@ -38,8 +38,8 @@ def forget_step_values(trainer: Trainer) -> None:
 def log_under(trainer: Trainer, step: int) -> None:
     """Have what is logged next stand under a step, from 0 on.
 
-    Lightning counts the log's steps beside the optimizer's. Where a run goes on from a checkpoint that was written after
-    a validation, it counts that step again if it is one that is validated, and all that follow stand one too high.
+    Lightning counts the log's steps beside the optimizer's. Where a run goes on from a checkpoint that came after a
+    validation, it counts that step again if it is one that is validated, and all that follow stand one too high.
     """
     trainer.fit_loop.epoch_loop._batches_that_stepped = step
 
