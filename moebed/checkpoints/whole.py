@@ -43,7 +43,7 @@ def load_decoder(checkpoint: Checkpoint | str | Path, dtype: torch.dtype = torch
 def fill(decoder: Decoder, checkpoint: Checkpoint) -> None:
     """Set the parameters, and the routers' state, of a decoder of the checkpoint's model; each rank its own parts.
 
-    One tensor at a time. What a decoder has beside the checkpoint's experts (see ``families.base.beside_experts``) stays
+    One tensor at a time. What a decoder has beside the checkpoint's experts (``families.base.beside_experts``) stays
     as it was drawn, but for shared experts, whose ``down`` becomes 0: at first it adds nothing.
 
     Raises:
