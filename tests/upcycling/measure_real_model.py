@@ -36,6 +36,8 @@ RECIPE = ROOT / "recipes" / "upcycled.yaml"
 TEXTS = [f"--domain={path.stem}={path}" for path in sorted((SHARED / "data").glob("*.txt"))]
 COPIES = ["--num-experts", "4"]  # of which a token has two, or as many neurons and FLOPs
 PARTS = ["--method", "partition", "--num-experts", "8", "--by"]
+# Eight parts too, of which a token has two: one that all have, and one of seven, not scaled (LLaMA-MoE-v2, 2411.15708).
+RESIDUAL = ["--method", "partition", "--num-experts", "7", "--num-experts-per-tok", "1", "--output-scale", "1"]
 OF_TEXT = [*TEXTS, "--sequence-length", "128", "--domain-tokens", "512"]
 METHODS = {
     "copy": ["--method", "copy", *COPIES],
@@ -49,8 +51,7 @@ METHODS = {
     "up_cluster": [*PARTS, "cluster"],
     "inner": [*PARTS, "inner", *OF_TEXT],
     "inner_centroid": [*PARTS, "inner", "--router", "hidden_centroid", *OF_TEXT],
-    # Eight parts with the residual one, of which a token has two.
-    "inter": ["--method", "partition", "--num-experts", "7", "--num-experts-per-tok", "1", "--by", "inter", *OF_TEXT],
+    "inter": [*RESIDUAL, "--by", "inter", *OF_TEXT],
 }
 PROBES = "matrix_similarity,balance,norm_vs_score"
 # The high-water mark begins anew once all is imported: the one of a process counts the memory of who started it too.
