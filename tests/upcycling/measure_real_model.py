@@ -174,7 +174,7 @@ def go_on(method: str, folder: Path) -> dict[str, Any]:
 
 def table(folder: Path) -> str:
     """A row a method, of what was measured of it."""
-    lines = ["| method | parameters, active | upcycled in, memory | first loss | after | fit |", "|---|" * 6]
+    lines = ["| method | parameters, active | upcycled in, memory | first loss | after | fit |", "|" + "---|" * 6]
     for method in METHODS:
         if not (folder / f"{method}.json").exists():
             continue

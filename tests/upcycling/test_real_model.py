@@ -7,7 +7,7 @@ import pytest
 
 from moebed.checkpoints import Checkpoint, load_decoder
 from tests.real_model import NotToBeHad, real_model
-from tests.upcycling.measure_real_model import METHODS, begin, data_of, go_on, logits_of, main, theirs, upcycled
+from tests.upcycling.measure_real_model import METHODS, TEXTS, begin, data_of, go_on, logits_of, main, theirs, upcycled
 from tests.upcycling.same_routing import off
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), pytest.mark.shared("data/arxiv.txt", "data/wikipedia.txt")]
@@ -52,8 +52,8 @@ def test_the_first_logits_are_its_own(dense, wanted, method, experts, tmp_path):
 def test_it_is_upcycled_trained_probed_and_exported(dense, method, tmp_path):
     main(tmp_path, {"begin": begin, "go_on": go_on}, [method])
     found = json.loads((tmp_path / f"{method}.json").read_text())
-    # One layer as stored is 5.3 MB, a matrix in float32 3.5 MB, the embedding 56.6 MB.
-    assert found["upcycle_bytes"] < 200e6
+    # The dense model as stored has 269 MB, its embedding 57; of text, the logits of 2,003 tokens alone have 394 MB.
+    assert found["upcycle_bytes"] < (1.5e9 if TEXTS[0] in METHODS[method] else 230e6)
     assert (found["logits_off"]["worst"] < 1e-5) == (method in EXACT)
     assert math.isfinite(found["before"]["loss"])
     assert math.isfinite(found["after"]["loss"])
