@@ -45,10 +45,11 @@ def compared(decoder: Decoder, theirs: torch.nn.Module, ids: Tensor) -> dict[str
         ``free``, ``same_choices``: see :func:`off`, as transformers' model chooses and with our choices.
         ``before``: as it chooses, the worst of the tokens for which, and before which in their sequence, all choices
             are ours.
-        ``router_logits``: with our choices, the largest difference of a router's logits from ours.
+        ``router_logits``: with our choices, the largest difference of a router's logits from ours, over its largest.
         ``decisions``, ``otherwise``: how many choices there are, a token and layer each, and how many of them its
             routers make otherwise although all choices before were the same.
-        ``margin``: by how much at most we prefer an expert that such a choice leaves out to one that it takes.
+        ``margin``: by how much of its largest logit we prefer, at most, an expert that such a choice leaves out to one
+            that it takes.
     """
     with evaluating(decoder):
         wanted, routings = decoder(ids)
@@ -61,16 +62,21 @@ def compared(decoder: Decoder, theirs: torch.nn.Module, ids: Tensor) -> dict[str
         "free": off(free, wanted),
         "same_choices": off(same, wanted),
         "before": float(_each_off(free, wanted)[~after].max()),
-        "router_logits": max(float((one.router_logits - ours.router_logits).abs().max()) for one, ours in pairs),
+        "router_logits": max(float(_scaled(one.router_logits - ours.router_logits, ours)) for one, ours in pairs),
         "decisions": len(pairs) * ids.numel(),
         "otherwise": sum(int(_differs(*pair).sum()) for pair in pairs),
-        "margin": max(float(_margins(*pair).max()) for pair in pairs),
+        "margin": max(float(_scaled(_margins(*pair), pair[1])) for pair in pairs),
     }
 
 
 def _differs(theirs: Chosen, ours: Routing) -> Tensor:
     """Which tokens go to other experts, (T,)."""
     return (theirs.topk_index.sort(dim=-1).values != ours.topk_index.sort(dim=-1).values).any(dim=-1)
+
+
+def _scaled(values: Tensor, ours: Routing) -> Tensor:
+    """The largest of them, over the router's largest logit."""
+    return values.abs().max() / ours.router_logits.abs().max()
 
 
 def _margins(theirs: Chosen, ours: Routing) -> Tensor:

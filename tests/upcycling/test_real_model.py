@@ -67,9 +67,12 @@ def test_it_is_upcycled_trained_probed_and_exported(dense, method, tmp_path):
 
 
 def _require_same_model(found):
-    """Logits are equal where choices are, and a choice is another only where rounding decides it."""
-    assert found["same_choices"]["worst"] < 1e-4
-    assert found["before"] < 1e-4
-    assert found["router_logits"] < 5e-4  # of logits up to 10
-    assert found["margin"] <= 2 * found["router_logits"]
+    """Logits are equal where choices are, and a choice is another only where rounding decides it.
+
+    A worst token of 9e-5 has been seen beside 1.2e-4 and 1.4e-4 of the two from float64; another choice makes 2e-2.
+    """
+    assert found["same_choices"]["median"] < 1e-5
+    assert found["same_choices"]["worst"] < 5e-4
+    assert found["before"] < 5e-4
+    assert found["margin"] <= 2 * found["router_logits"] < 1e-3
     assert found["otherwise"] < 1e-3 * found["decisions"]
