@@ -26,7 +26,7 @@ from torch import Tensor
 
 from moebed.machine.float64 import double
 from moebed.model.native import gram as native_gram
-from probes.measures.krylov import BLOCK, Directions, KrylovSpace
+from probes.measures.krylov import BLOCK, Directions, KrylovSpace, Symmetric
 
 EXACT_BELOW = 512  # a side; the whole decomposition in float64 then takes less than a tenth of a second
 TRUSTED = 1e-2  # a stated relative error up to which a rank is not computed whole
@@ -66,7 +66,7 @@ class Gram(NamedTuple):
 
     Args:
         product: (N, N) float64, float32 or bfloat16.
-        lost: (N, 1) what its diagonal lost by rounding to bfloat16, float32; None otherwise.
+        lost: (N,) what its diagonal lost by rounding to bfloat16, float32; None otherwise.
         trace: ‖W‖_F².
         noise: What rounding may have moved an eigenvalue by: below it they count as 0.
     """
@@ -79,12 +79,6 @@ class Gram(NamedTuple):
     def widened(self, small: Tensor) -> Tensor:
         """A small matrix that comes of it, in what it is decomposed in: far below the product's rounding."""
         return small.float() if self.product.dtype == torch.bfloat16 else double(small)
-
-    def times(self, block: Tensor) -> Tensor:
-        """The product with a block (N, B)."""
-        if self.lost is None:
-            return (block.T @ self.product).T  # that way round MKL's is the faster one
-        return torch.addcmul((self.product @ block.bfloat16()).float(), self.lost, block)
 
 
 class _Sums(NamedTuple):
@@ -144,7 +138,7 @@ def rounded_gram(short: Tensor) -> Gram:
     lost = squares - product.diagonal().float()
     # An entry is off by .4 of this on average: a matrix of such errors has twice their mean size times √N for its norm.
     noise = torch.finfo(product.dtype).eps / 4 * math.sqrt(max(beside, 0.0) / side)
-    return Gram(product, lost.unsqueeze(1), float(double(squares).sum()), noise)
+    return Gram(product, lost, float(double(squares).sum()), noise)
 
 
 def start_of(short: Tensor, in_longer: bool) -> tuple[Tensor, int]:
@@ -191,7 +185,7 @@ def spectrum(given: Gram, start: Tensor, signs: int, count: int) -> Spectrum:
         values, vectors = values.flip(0), vectors.flip(1)
         found, sums = Directions(values, vectors, torch.zeros_like(values)), _sums(values.cpu().numpy(), given.noise)
         return _result(found, sums.entropy, sums.hidden(side, given.noise), given.noise, count)
-    space = KrylovSpace(given.times, start, _BLOCKS[-1])
+    space = KrylovSpace(Symmetric(given.product, given.lost), start, _BLOCKS[-1])
     for blocks in _BLOCKS:
         space.grow(blocks)
         small, kept = given.widened(space.projected()), 2 * space.block
