@@ -17,6 +17,7 @@ N shorter side, K longer side, B columns of a block, D directions taken out, V s
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +26,7 @@ from scipy.special import xlogy
 from torch import Tensor
 
 from moebed.machine.float64 import double
+from moebed.model.native import carry as native_carry
 from moebed.model.native import gram as native_gram
 from probes.measures.krylov import BLOCK, Directions, KrylovSpace, Symmetric
 
@@ -125,7 +127,7 @@ def full_gram(short: Tensor) -> Gram:
 
 def rounded_gram(short: Tensor) -> Gram:
     """The Gram matrix of a bfloat16 matrix (N, K), rounded to bfloat16 but for its diagonal."""
-    short = short.contiguous()  # which costs less than it saves
+    short = native_carry.by_rows(short)  # which costs less than it saves
     side = len(short)
     if native_gram.fits(short):
         product, squares, beside = native_gram.rounded_gram(short)
@@ -147,17 +149,26 @@ def start_of(short: Tensor, in_longer: bool) -> tuple[Tensor, int]:
     It is fixed where the long side is the space that experts share. Where the short one is, more columns come from the
     matrix itself: with the same start, spaces that have not converged would look alike.
     """
-    generator = torch.Generator().manual_seed(0)
-    signs = torch.randint(0, 2, (len(short), BLOCK), generator=generator) * 2 - 1
+    signs, own = _drawn(*short.shape)
     start = signs.to(short.device, torch.promote_types(short.dtype, torch.float32))
     if in_longer:
         return start, BLOCK
-    own = torch.randn(short.shape[1], BLOCK // 2, generator=generator).to(start)
-    return torch.cat([times_wide(short, own), start], dim=1), BLOCK
+    return torch.cat([times_wide(short, own.to(start)), start], dim=1), BLOCK
+
+
+@lru_cache(maxsize=4)
+def _drawn(side: int, longer: int) -> tuple[Tensor, Tensor]:
+    """Fixed random signs (N, B) and normal numbers (K, B / 2); not to be written to."""
+    with torch.inference_mode(False):
+        generator = torch.Generator().manual_seed(0)
+        signs = torch.randint(0, 2, (side, BLOCK), generator=generator) * 2.0 - 1
+        return signs, torch.randn(longer, BLOCK // 2, generator=generator)
 
 
 def times_wide(matrix: Tensor, block: Tensor) -> Tensor:
     """A matrix (M, C) of any floating type times a block (C, B), in the block's type; what is copied stays in cache."""
+    if native_carry.fits(block.T, matrix.T):
+        return native_carry.carried(block.T, matrix.T).T
     if matrix.dtype == block.dtype:
         return matrix @ block
     by_rows = matrix.stride(1) == 1
