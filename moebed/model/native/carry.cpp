@@ -32,7 +32,7 @@ namespace {
 constexpr int64_t SIDE = 2 * Amx::SIDE;  // of a square of tiles
 constexpr int64_t MOST = 4 * SIDE;       // columns whose panels are made together
 constexpr int64_t CACHED = 1 << 19;      // of their numbers, which stay in the second-level cache
-constexpr int64_t ROWS_AHEAD = 16;       // how far ahead rows are fetched: a step to the next is too long for a processor
+constexpr int64_t ROWS_AHEAD = 16;       // how far ahead rows are fetched, too far apart for a processor to
 
 inline void fetch(const BFloat16* from, int64_t count) {
   for (int64_t c = 0; c < count; c += LINE / sizeof(BFloat16)) _mm_prefetch(from + c, _MM_HINT_T0);
@@ -72,8 +72,8 @@ struct Carried {
       }
       for (int64_t c = 0; c < width; c += SIDE) {
         alignas(LINE) float sums[SIDE * ROW];
-        Amx::square<true>((const char*)parts, call.rows * sizeof(BFloat16), (const char*)(panels + c * call.rows), depth,
-                          sums, ROW);
+        const char* const at = (const char*)(panels + c * call.rows);
+        Amx::square<true>((const char*)parts, call.rows * sizeof(BFloat16), at, depth, sums, ROW);
         for (int64_t v = 0; v < call.vectors; ++v)
           for (int64_t k = 0; k < SIDE; k += LANES)
             store(call.out + v * call.columns + first + c + k,

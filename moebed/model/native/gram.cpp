@@ -71,9 +71,10 @@ struct GramMatrix {
         const int64_t end = smaller(stop, row + SIDE);
         const char* const rows = (const char*)(call.values + row * call.columns);
         // All of a row's squares before the first is read: what tiles have just stored is waited for.
-        for (int64_t column = first; column < end; column += SIDE)
-          Amx::square<true>(rows, call.columns * sizeof(BFloat16),
-                            (const char*)(panels + (column - first) * call.columns), depth, sums + column - first, APART);
+        for (int64_t column = first; column < end; column += SIDE) {
+          const char* const at = (const char*)(panels + (column - first) * call.columns);
+          Amx::square<true>(rows, call.columns * sizeof(BFloat16), at, depth, sums + column - first, APART);
+        }
         for (int64_t column = first; column < end; column += SIDE)
           *call.beside += finish(row, column, sums + column - first);
       }

@@ -21,8 +21,8 @@ struct KrylovCall {
   const void* product;  // (N, N)
   const float* lost;    // (N) d
   const float* chance;  // (B, N) is added to what is made orthogonal, this share of its length
-  float *basis, *image; // (L, N) blocks before `first` are there, and that one's basis
-  int64_t* grown;       // blocks that are there at the end
+  float *basis, *image;  // (L, N) blocks before `first` are there, and that one's basis
+  int64_t* grown;        // blocks that are there at the end
   char* workspace;
 };
 
@@ -65,7 +65,8 @@ struct Krylov {
       strip<P, UNIT>(rows, 0, count, lines, side / P::GROUP, int(padded), at.out, ROW);
       for (int64_t v = 0; v < padded; v += LANES)
         for (int i = 0; i < count; i += LANES)
-          transpose((const char*)(at.out + i * ROW + v), ROW * UNIT, (char*)(at.next + v * side + begin + i), side * UNIT);
+          transpose((const char*)(at.out + i * ROW + v), ROW * UNIT, (char*)(at.next + v * side + begin + i),
+                    side * UNIT);
     }
     for (int64_t v = 0; v < width; ++v) {
       const float* const from = at.block + v * side;
@@ -96,8 +97,8 @@ struct Krylov {
     for (int v = 0; v < width; ++v) rows[v] = (const char*)(at.turned + v * deep);
     for (int64_t n = 0; n < side; n += STRIP) {
       const char* const panels = (const char*)(at.panels + n * most + begin * LANES);
-      strip_of_units<Fma, UNIT>(rows, 0, int(width), panels, most, 0, count, int(smaller(STRIP, side - n)), true, block + n,
-                                side, panels);
+      const int across = int(smaller(STRIP, side - n));
+      strip_of_units<Fma, UNIT>(rows, 0, int(width), panels, most, 0, count, across, true, block + n, side, panels);
     }
   }
 
@@ -133,11 +134,11 @@ struct Krylov {
     }
     alignas(LINE) float panels[STRIP * STRIP];
     for (int64_t n = 0; n < side; n += STRIP) {
-      const int64_t across = smaller(STRIP, side - n);
+      const int across = int(smaller(STRIP, side - n));
       for (int64_t c = 0; c < across; c += LANES)
         for (int64_t v = 0; v < width; ++v) store(panels + (c * width + v * LANES), load(block + v * side + n + c));
-      strip_of_units<Fma, UNIT>(rows, 0, int(width), (const char*)panels, width, 0, width, int(across), false, block + n,
-                                side, (const char*)panels);
+      const char* const lines = (const char*)panels;
+      strip_of_units<Fma, UNIT>(rows, 0, int(width), lines, width, 0, width, across, false, block + n, side, lines);
     }
     return least;
   }
