@@ -113,6 +113,12 @@ class TextDataModule(LightningDataModule):
         self._train_loader: PackedLoader | None = None
         self._resumed: dict[str, Any] | None = None
 
+    @property
+    def num_token_domains(self) -> int:
+        """Domains that tokens may be of: those of the sources, and of a source within which they switch."""
+        within = [source.planted.domains for source in self.sources if source.has_token_domains and source.planted]
+        return max([len(self.sources), *within])
+
     # ---- building and opening ----------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:

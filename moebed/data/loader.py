@@ -63,6 +63,11 @@ def collate(windows: Sequence[_Window], rows: int, sequence_length: int, padding
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
+def domains_of_tokens(batch: Batch) -> Tensor:
+    """Returns which domain each input token of a batch is of (B, S): its own, or that of its sequence."""
+    return batch.get("token_domain", batch["domain"].unsqueeze(1).expand_as(batch["input_ids"]))
+
+
 def window_at(stream: TokenStream, domain: int, start: int, sequence_length: int) -> _Window:
     """Returns the window that starts at a token; it is shorter at the end of the stream."""
     end = start + sequence_length + 1

@@ -35,7 +35,7 @@ HYPER = {
     "shared_equal_flops": {"hyper_experts": {**SIZES, "adapters": "shared_equal_flops"}},
 }
 # Where the two ranks are told apart: experts on either, and what routers draw.
-RANKS = {"expert_ranks": 2, "router_options": {"d_low": 8, "competition_rate": 1.0, "jitter": 0.1}}
+RANKS = {"expert_ranks": 2, "router_options": {"d_low": 8, "competition_rate": 1.0, "jitter": 0.1, "num_domains": 2}}
 
 
 def _steps(decoder: Decoder, ids: torch.Tensor, rank: int, world_size: int) -> list[float]:
@@ -45,7 +45,7 @@ def _steps(decoder: Decoder, ids: torch.Tensor, rank: int, world_size: int) -> l
     for step in range(2):
         share = ids.chunk(world_size)[rank]
         routers.begin(step, rank)
-        logits, routings = decoder(share)
+        logits, routings = decoder(share, domain=(share[:, :1] + torch.arange(share.shape[1]) // 5) % 2)
         mask = torch.ones(share.numel(), dtype=torch.bool)
         loss = logits.float().logsumexp(-1).mean()
         for routing in routings:
