@@ -68,18 +68,13 @@ def test_in_the_anti_oracle_a_block_is_of_no_domain():
     """Each block has as many tokens of either domain, and within a sequence the domains keep apart."""
     torch.manual_seed(2)
     ids = torch.randint(0, 96, (4000, 12))
-    domain = torch.arange(12).expand_as(ids) // 6 % 2
+    domain = torch.arange(12).expand_as(ids) % 2
     block = (routed("anti_oracle", domain, ids, num_experts_per_tok=1).topk_index // 2).view_as(ids)
-    late = block[:, 8:], domain[:, 8:]  # once the first tokens have named the blocks
-    assert bool((late[0] == late[0][:, :1]).all())
+    late = (block[:, 8:] + domain[:, 8:]) % 2  # once the first tokens have said which block is whose
+    assert bool((late == late[:, :1]).all())
     for number in range(2):
         share = block[domain == number].double().mean()
         assert abs(share - 0.5) < 5 * 0.5 / 4000**0.5
-    assert bool(
-        (
-            (block[:, 8] == 0) == (routed("anti_oracle", 1 - domain, ids).topk_index.view(4000, 12, 2)[:, 8, 0] >= 2)
-        ).all()
-    )
 
 
 def test_the_anti_oracle_knows_nothing_that_comes_later():
@@ -115,7 +110,7 @@ def test_no_other_router_is_told_the_domain(name):
         ({"router_options": {"num_domains": 5}}, "needs an expert for each of 5 domains; layer 0 has 4"),
         (
             {"router_options": {"num_domains": 3}},
-            "gives a domain 1 of 4 experts in layer 0, fewer than num_experts_per",
+            "gives a domain 1 of 4 experts in layer 0, fewer than",
         ),
         (
             {"router_options": {"num_domains": 2, "domain_shares": [1]}},
@@ -132,9 +127,7 @@ def test_how_many_domains_must_be_said():
     from moebed.model.config import ModelConfig
     from tests.conftest import tiny_config
 
-    with pytest.raises(
-        ConfigError, match="router oracle needs router_options.num_domains; it is how many the data have"
-    ):
+    with pytest.raises(ConfigError, match=r"router_options\.num_domains; it is how many the data have"):
         tiny_config(router="oracle")
     config = config_of("oracle", router_options={"domain_shares": [1, 3]})
     assert ModelConfig.from_dict(config.to_dict()) == config
