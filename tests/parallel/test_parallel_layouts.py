@@ -109,6 +109,11 @@ def _work(rank: int, world_size: int, options: dict, changes: dict, meta: bool) 
             for layout in ({}, {"expert": 2})
             for router, local in (*((name, 0.0) for name in ROUTERS), ("softmax_topk", 1.0), ("grap", 1.0))
         ),
+        *(
+            ({"shard": False}, {**RANKS, "router": name}, False)
+            for name, router in ROUTERS.items()
+            if router.needs_context
+        ),
     ],
 )
 def test_two_ranks_train_as_one(options, changes, meta):
