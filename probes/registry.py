@@ -13,6 +13,7 @@ from probes.capacity import Capacity
 from probes.chosen_vs_rest import ChosenVsRest
 from probes.coactivation import Coactivation
 from probes.contract import Probe, in_order
+from probes.domain_purity import DomainPurity
 from probes.domain_share import DomainShare
 from probes.expert_geometry import ExpertGeometry
 from probes.expert_importance import ExpertImportance
@@ -42,6 +43,7 @@ _WITH_TEXT: tuple[type[Probe], ...] = (
     RouterState,
     RoutingMap,
     DomainShare,
+    DomainPurity,
     Repeats,
     Coactivation,
     Vocabulary,

@@ -119,11 +119,12 @@ def _routers(options: argparse.Namespace) -> list[dict[str, Any]]:
 
     _check_device(options.device)
     _check_choices("--size", options.size or [], train.SIZES)
-    _check_choices("--router", options.router or [], ROUTERS)
+    measured = [name for name, rule in ROUTERS.items() if not rule.needs_context]  # random text has no domains
+    _check_choices("--router", options.router or [], measured)
     precision = _precision(options)
     results = []
     for size in options.size or ["A"]:
-        names = options.router or list(ROUTERS)
+        names = options.router or measured
         found = routers.run(size, names, options.rounds, options.steps, options.compile, options.device, precision)
         table = Table(
             title=f"size {size}, {found['precision']}: speed over {routers.BASELINE}, "

@@ -76,9 +76,11 @@ def copy_tokenizer(checkpoint: Path, folder: Path) -> tuple[Kind | None, str]:
     own = run_tokenizer(checkpoint)
     if own is None:
         return None, f"{run_folder(checkpoint)} has no tokenizer of the run; the new folder has none either"
-    from moebed.data.tokenizer import BytesTokenizer, load_tokenizer
+    from moebed.data.tokenizer import BytesTokenizer, SymbolsTokenizer, load_tokenizer
 
     tokenizer = load_tokenizer(own)
+    if isinstance(tokenizer, SymbolsTokenizer):
+        return None, "the run's tokenizer is of planted symbols, which no other format has; the new folder has none"
     if not isinstance(tokenizer, BytesTokenizer):
         for path in sorted(path for path in own.iterdir() if path.is_file()):
             shutil.copyfile(path, folder / path.name)

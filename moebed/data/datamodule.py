@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -12,10 +13,19 @@ from moebed.data.corpus import EMBEDDED_DOMAINS
 from moebed.data.loader import Batch, PackedLoader, ValidationLoader, collate, window_at
 from moebed.data.mixing import MixingConfig, start_weights
 from moebed.data.mixing_rules import RULES
+from moebed.data.planted_sources import alphabet_of, floors
 from moebed.data.sources import Source, SourceConfig
 from moebed.data.store import DomainStore, TokenStream, build_domain, gzip_size, is_validation
 from moebed.data.streaming import StreamPacker
-from moebed.data.tokenizer import AutoTokenizer, BytesTokenizer, Tokenizer, TokenizerConfig, load_tokenizer, train_bpe
+from moebed.data.tokenizer import (
+    AutoTokenizer,
+    BytesTokenizer,
+    SymbolsTokenizer,
+    Tokenizer,
+    TokenizerConfig,
+    load_tokenizer,
+    train_bpe,
+)
 from moebed.errors import ConfigError, UserError
 from moebed.machine.cache import cache_folder, find_or_build, fingerprint
 
@@ -94,12 +104,20 @@ class TextDataModule(LightningDataModule):
         self.validation_fraction, self.max_validation_windows = validation_fraction, max_validation_windows
         self.cache_dir, self.rows_by_domain = cache_dir, rows_by_domain
         start_weights(self.sources, [1] * len(self.sources), mixing.start)  # refused now, if it must be
+        if tokenizer.kind == "symbols":
+            alphabet_of(self.sources)
         self.mixing = RULES[mixing.rule](mixing, self.domains)
         self.model_vocab_size: int | None = None
         self._tokenizer: Tokenizer | None = None
         self._stores: list[DomainStore] = []
         self._train_loader: PackedLoader | None = None
         self._resumed: dict[str, Any] | None = None
+
+    @property
+    def num_token_domains(self) -> int:
+        """Domains that tokens may be of: those of the sources, and of a source within which they switch."""
+        within = [source.planted.domains for source in self.sources if source.has_token_domains and source.planted]
+        return max([len(self.sources), *within])
 
     # ---- building and opening ----------------------------------------------------------------------------------------
 
@@ -144,6 +162,8 @@ class TextDataModule(LightningDataModule):
         config = self.tokenizer_config
         if config.kind == "bytes":
             return BytesTokenizer()
+        if config.kind == "symbols":
+            return SymbolsTokenizer(*alphabet_of(self.sources))
         if config.kind == "auto":
             return AutoTokenizer(str(config.path))
         identity = {
@@ -356,6 +376,15 @@ class TextDataModule(LightningDataModule):
         sizes = [gzip_size(text) for text in texts]
         result = {name: 8 * n / len(text) for name, n, text in zip(self.domains, sizes, texts, strict=True)}
         return result | {"all": 8 * sum(sizes) / sum(map(len, texts))}
+
+    def planted(self) -> dict[str, dict[str, Any]]:
+        """Returns what is known of each planted domain, and of all together (see :func:`floors`)."""
+        limits = (limit or sys.maxsize for limit in self._max_windows)
+        sizes = [
+            min(len(store.validation) - 1, limit * self.sequence_length)
+            for store, limit in zip(self.stores, limits, strict=True)
+        ]
+        return floors(self.sources, sizes)
 
     def summary(self) -> list[DomainSummary]:
         """Returns a row for each domain: its documents, tokens and bytes in each split, and bytes per token."""

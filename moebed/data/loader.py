@@ -5,7 +5,9 @@ Shapes: B sequences a batch and rank, S tokens a sequence. A batch is a dict:
 - ``input_ids (B, S)`` int64;
 - ``labels (B, S)`` int64: the token after each, already shifted; -100 where nothing is to be predicted;
 - ``label_bytes (B, S)`` int32: bytes of text each label accounts for, 0 for special tokens and for padding;
-- ``domain (B,)`` int64: index into the data module's ``domains``; 0 for rows that are padding altogether.
+- ``domain (B,)`` int64: index into the data module's ``domains``; 0 for rows that are padding altogether;
+- ``token_domain (B, S)`` int64, only of data in which a sequence may be of several domains: which one each input token
+  is of, by the source's own numbers.
 
 A window is S + 1 tokens of one domain's stream, whose documents follow one another; windows lie S tokens apart.
 """
@@ -28,14 +30,15 @@ from moebed.data.streaming import StreamPacker, whole_state
 IGNORED = -100
 _READ_AHEAD = 4  # batches
 Batch = dict[str, Tensor]
-_Window = tuple[int, np.ndarray, np.ndarray]
+# Domain, ids, byte lengths, and the domain of each token where the text tells it.
+_Window = tuple[int, np.ndarray, np.ndarray, np.ndarray | None]
 
 
 def collate(windows: Sequence[_Window], rows: int, sequence_length: int, padding_id: int) -> Batch:
     """Makes a batch of windows.
 
     Args:
-        windows: At most ``rows`` of (domain, ids, byte lengths), each of 2 to S + 1 tokens.
+        windows: At most ``rows`` of (domain, ids, byte lengths, domains of tokens), each of 2 to S + 1 tokens.
         rows: Rows of the batch (B); those without a window are padding.
         sequence_length: S.
         padding_id: Input id where there is no text.
@@ -47,19 +50,29 @@ def collate(windows: Sequence[_Window], rows: int, sequence_length: int, padding
     labels = np.full((rows, sequence_length), IGNORED, dtype=np.int64)
     label_bytes = np.zeros((rows, sequence_length), dtype=np.int32)
     domain = np.zeros(rows, dtype=np.int64)
-    for row, (index, ids, lengths) in enumerate(windows):
+    token_domain = np.zeros((rows, sequence_length), dtype=np.int64)
+    for row, (index, ids, lengths, token_domains) in enumerate(windows):
         tokens[row, : len(ids)] = ids
         labels[row, : len(ids) - 1] = ids[1:]
         label_bytes[row, : len(ids) - 1] = lengths[1:]
         domain[row] = index
+        token_domain[row, : len(ids)] = index if token_domains is None else token_domains[:sequence_length]
     arrays = {"input_ids": tokens[:, :-1].copy(), "labels": labels, "label_bytes": label_bytes, "domain": domain}
+    if any(token_domains is not None for *_, token_domains in windows):
+        arrays["token_domain"] = token_domain
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def domains_of_tokens(batch: Batch) -> Tensor:
+    """Returns which domain each input token of a batch is of (B, S): its own, or that of its sequence."""
+    return batch.get("token_domain", batch["domain"].unsqueeze(1).expand_as(batch["input_ids"]))
 
 
 def window_at(stream: TokenStream, domain: int, start: int, sequence_length: int) -> _Window:
     """Returns the window that starts at a token; it is shorter at the end of the stream."""
     end = start + sequence_length + 1
-    return domain, stream.tokens[start:end], stream.token_bytes[start:end]
+    domains = None if stream.token_domains is None else stream.token_domains[start:end]
+    return domain, stream.tokens[start:end], stream.token_bytes[start:end], domains
 
 
 class PackedLoader:
@@ -205,7 +218,8 @@ class PackedLoader:
         """The next window of a row of the global batch, which is one of its samples."""
         domain, index = self._draws.locate(self._position + sample)
         if (packer := self._packers.get(domain)) is not None:
-            return domain, *packer.next_window(row)
+            ids, lengths, *token_domains = packer.next_window(row)
+            return domain, ids, lengths, token_domains[0] if token_domains else None
         return window_at(self._streams[domain], domain, self._orders[domain].start(index), self._sequence_length)
 
     def _snapshot(self) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """One seam for text: a source is a named domain that yields documents.
 
 ``embedded`` sources are :mod:`moebed.data.corpus`; ``files`` are local text, CSV, JSON lines, JSON or Parquet files;
-``hub`` is what ``datasets.load_dataset_builder`` makes one of the builders of text for. Nothing a source names is ever
-executed: the versions of ``datasets`` that pyproject allows run no scripts, and of their builders those that open
-pickles or hold no text are refused here.
+``hub`` is what ``datasets.load_dataset_builder`` makes one of the builders of text for; ``planted`` sources are drawn
+from languages that are known exactly, :mod:`moebed.data.planted`. Nothing a source names is ever executed: the versions
+of ``datasets`` that pyproject allows run no scripts, and of their builders those that open pickles or hold no text are
+refused here.
 """
 
 import csv
@@ -20,6 +21,8 @@ from typing import Any, Literal
 
 from moebed.data.corpus import EMBEDDED_DOMAINS, embedded_documents, embedded_identity
 from moebed.data.pieces import json_records, text_documents
+from moebed.data.planted import DEFAULT_MAX_BYTES as PLANTED_BYTES
+from moebed.data.planted import PLANTED_VERSION, PlantedConfig, PlantedLanguage, language_of
 from moebed.errors import ConfigError, UserError
 from moebed.machine.provenance import content_record, file_record
 
@@ -36,8 +39,8 @@ class SourceConfig:
 
     Args:
         name: Name of the domain, in results and on figures.
-        kind: embedded (the corpus built from the Python installation), files (local files) or hub (a data set that
-            ``datasets.load_dataset`` can load).
+        kind: embedded (the corpus built from the Python installation), files (local files), hub (a data set that
+            ``datasets.load_dataset`` can load) or planted (drawn from a language whose entropy is known).
         path: For embedded, code, prose or math if that is not the name already; for files, a path or glob or a list of
             them (.txt, .csv, .jsonl, .json and .parquet; all but .parquet also with .gz; a .json file may hold JSON
             lines); for hub, the data set's name.
@@ -54,11 +57,13 @@ class SourceConfig:
             without one weighs 1.
         document_separator: In .txt files, each piece between two of these is a document. If not given, the file is cut
             at blank lines (or at line ends, where there is no blank line) into documents of at least 2 kB.
-        max_bytes: Use no more than this many bytes of text; the document that goes beyond is cut.
+        max_bytes: Use no more than this many bytes of text; the document that goes beyond is cut. A planted source has
+            4 MB if not given.
+        planted: Of a planted source, its language and which domain of it this is.
     """
 
     name: str
-    kind: Literal["embedded", "files", "hub"] = "embedded"
+    kind: Literal["embedded", "files", "hub", "planted"] = "embedded"
     path: str | list[str] | None = None
     subset: str | None = None
     split: str = "train"
@@ -69,6 +74,7 @@ class SourceConfig:
     weight: float | None = None
     document_separator: str | None = None
     max_bytes: int | None = None
+    planted: PlantedConfig | None = None
 
     def __post_init__(self) -> None:
         """Checks what can be checked without reading anything; raises ConfigError."""
@@ -79,7 +85,11 @@ class SourceConfig:
             raise ConfigError(
                 f"{where}: no embedded domain {self.embedded_domain!r}; choose from {', '.join(EMBEDDED_DOMAINS)}"
             )
-        if self.kind != "embedded" and not self.path:
+        if (self.kind == "planted") != (self.planted is not None):
+            raise ConfigError(
+                f"{where}: kind planted needs planted, the settings of its language, and no other kind has them"
+            )
+        if self.kind in ("files", "hub") and not self.path:
             raise ConfigError(f"{where}: kind {self.kind} needs a path")
         if self.kind == "hub" and not isinstance(self.path, str):
             raise ConfigError(f"{where}: a hub data set has one name as its path; use data_files to choose its files")
@@ -98,6 +108,16 @@ class SourceConfig:
     def embedded_domain(self) -> str:
         """Which embedded domain an ``embedded`` source means."""
         return self.path if isinstance(self.path, str) else self.name
+
+    @property
+    def language(self) -> PlantedLanguage | None:
+        """What a ``planted`` source is drawn from."""
+        return None if self.planted is None else language_of(self.planted)
+
+    @property
+    def has_token_domains(self) -> bool:
+        """Whether its text says the domain of each token, since domains switch within a document."""
+        return self.planted is not None and self.planted.switch > 0
 
 
 class Source:
@@ -119,7 +139,11 @@ class Source:
         config = self.config
         if config.kind == "embedded":
             return embedded_identity(config.embedded_domain, config.max_bytes)
-        identity = {key: value for key, value in asdict(config).items() if key not in ("name", "weight", "path")}
+        if config.planted is not None:
+            drawn = {"planted": asdict(config.planted), "planted_version": PLANTED_VERSION}
+            return drawn if config.streaming else drawn | {"max_bytes": config.max_bytes or PLANTED_BYTES}
+        kept_out = ("name", "weight", "path", "planted")
+        identity = {key: value for key, value in asdict(config).items() if key not in kept_out}
         if config.kind == "files":
             return identity | {"files": [_file_identity(path) for path in self.files()]}
         return identity | {"path": config.path, "files": [_file_identity(path) for path in self._data_files()]}
@@ -132,6 +156,8 @@ class Source:
         """
         if self.config.kind == "embedded":
             return [embedded_identity(self.config.embedded_domain, self.config.max_bytes)]
+        if self.config.kind == "planted":
+            return [self.identity()]
         return [content_record(path) for path in (self.files() if self.config.kind == "files" else self._data_files())]
 
     def _data_files(self) -> list[Path]:
@@ -168,7 +194,10 @@ class Source:
         Raises:
             UserError: If a file is missing or damaged, the text field does not exist or the hub cannot be reached.
         """
-        left = self.config.max_bytes if self.config.max_bytes is not None else sys.maxsize
+        limit = self.config.max_bytes
+        if limit is None and self.config.kind == "planted":
+            limit = PLANTED_BYTES
+        left = sys.maxsize if limit is None else limit
         for text in self.texts():
             if text is None or not text.strip():
                 continue
@@ -183,7 +212,12 @@ class Source:
                 return
 
     def stored_documents(self) -> Iterator[str]:
-        """Yields the documents to store: all of them, or one pass over a streaming hub data set without keeping it."""
+        """Yields the documents to store: all of them, or of a streaming source one pass that keeps nothing.
+
+        A streaming planted source has no end; who stores of it has enough at some time.
+        """
+        if self.config.kind == "planted" and self.config.streaming:
+            return (text for text in self.texts() if text is not None)
         if self.config.kind == "hub" and self.config.streaming:
             texts = self.texts_of(self.load_dataset(streaming=True))
             return (encodable(text) for text in texts if text is not None and text.strip())
@@ -202,6 +236,9 @@ class Source:
         config = self.config
         if config.kind == "embedded":
             yield from _chosen(embedded_documents(config.embedded_domain, config.max_bytes), wanted)
+        elif config.language is not None:
+            for block in config.language.blocks():
+                yield from (block.documents[index] if next(wanted) else None for index in range(len(block)))
         elif config.kind == "hub":
             yield from self.texts_of(self.load_dataset(streaming=False), wanted)
         else:

@@ -4,6 +4,7 @@ A domain's folder holds, for each split ``S`` of train and validation:
 
 - ``S.tokens.bin``: ids, uint16 or uint32: an opening BOS (or EOS), then every document followed by EOS;
 - ``S.bytes.bin``: bytes of text that each token accounts for, uint16 or uint32; special tokens have none;
+- ``S.domains.bin``: where the text says the domain of each token, that domain, uint16; an EOS has its document's last;
 - ``S.documents.npy``: position of each document's first token, int64;
 
 and ``validation.txt``, the validation documents' text, byte for byte what those tokens account for, and ``index.json``.
@@ -45,11 +46,13 @@ class TokenStream:
         tokens: Ids ``(N,)``, memory-mapped.
         token_bytes: Bytes of text of each token ``(N,)``, memory-mapped.
         document_starts: Position of each document's first token ``(D,)``.
+        token_domains: Domain of each token ``(N,)``, memory-mapped, where the text says it.
     """
 
     tokens: np.ndarray
     token_bytes: np.ndarray
     document_starts: np.ndarray
+    token_domains: np.ndarray | None = None
 
     def __len__(self) -> int:
         """Number of tokens, the opening one included."""
@@ -89,7 +92,9 @@ class DomainStore:
         token_bytes = np.memmap(self.folder / f"{split}.bytes.bin", dtype=entry["bytes_dtype"], mode="r")
         if not len(tokens) == len(token_bytes) == entry["tokens"]:
             raise ValueError(f"{split} has {len(tokens)} tokens where its index says {entry['tokens']}")
-        return TokenStream(tokens, token_bytes, np.load(self.folder / f"{split}.documents.npy"))
+        path = self.folder / f"{split}.domains.bin"
+        token_domains = np.memmap(path, dtype=np.uint16, mode="r") if entry.get("has_domains") else None
+        return TokenStream(tokens, token_bytes, np.load(self.folder / f"{split}.documents.npy"), token_domains)
 
     def validation_text(self, sequence_length: int, max_windows: int | None = None) -> bytes:
         """Returns the UTF-8 text that the validation windows, or only the first ``max_windows``, predict."""
@@ -134,7 +139,7 @@ def build_domain(
 
     def build(folder: Path) -> None:
         splits = ("validation",) if config.streaming else ("train", "validation")
-        writers = {split: _SplitWriter(folder, split, tokenizer) for split in splits}
+        writers = {split: _SplitWriter(folder, split, tokenizer, config.has_token_domains) for split in splits}
         for batch in _batches(_reported(config.name, source.stored_documents())):
             for split, writer in writers.items():
                 writer.append(
@@ -158,18 +163,20 @@ def build_domain(
 class _SplitWriter:
     """Appends encoded documents to one split's files."""
 
-    def __init__(self, folder: Path, split: str, tokenizer: Tokenizer) -> None:
+    def __init__(self, folder: Path, split: str, tokenizer: Tokenizer, has_domains: bool = False) -> None:
         self._folder, self._split, self._tokenizer = folder, split, tokenizer
         self._token_dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
         self._bytes_dtype: np.dtype = np.dtype(np.uint16)
         self._tokens_file = (folder / f"{split}.tokens.bin").open("wb")
         self._bytes_file = (folder / f"{split}.bytes.bin").open("wb")
         self._text_file = (folder / "validation.txt").open("wb") if split == "validation" else None
+        self._domains_file = (folder / f"{split}.domains.bin").open("wb") if has_domains else None
         self._starts: list[int] = []
         self.tokens = self.bytes = 0
         # The opening token lets every token of text be predicted: no byte of the split is left out.
         opening = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
         self._write(np.array([opening]), np.zeros(1, dtype=np.int64))
+        self._write_domains(np.zeros(1))
 
     @property
     def documents(self) -> int:
@@ -182,8 +189,14 @@ class _SplitWriter:
                 continue  # a tokenizer may make nothing of a text, and then nothing predicts its bytes
             self._starts.append(self.tokens)
             self._write(np.concatenate([ids, end_id]), np.concatenate([lengths, end_bytes]))
+            if self._domains_file is not None:
+                self._write_domains(with_end(self._tokenizer.token_domains(text)))
             if self._text_file is not None:
                 self._text_file.write(text.encode())
+
+    def _write_domains(self, domains: np.ndarray) -> None:
+        if self._domains_file is not None:
+            self._domains_file.write(domains.astype(np.uint16).tobytes())
 
     def _write(self, ids: np.ndarray, lengths: np.ndarray) -> None:
         if lengths.max(initial=0) > np.iinfo(self._bytes_dtype).max:
@@ -203,7 +216,7 @@ class _SplitWriter:
         self._bytes_file.write(written.astype(self._bytes_dtype).tobytes())
 
     def finish(self) -> dict[str, Any]:
-        for file in (self._tokens_file, self._bytes_file, self._text_file):
+        for file in (self._tokens_file, self._bytes_file, self._text_file, self._domains_file):
             if file is not None:
                 file.close()
         np.save(self._folder / f"{self._split}.documents.npy", np.array(self._starts, dtype=np.int64))
@@ -213,7 +226,13 @@ class _SplitWriter:
             "bytes": self.bytes,
             "token_dtype": self._token_dtype.name,
             "bytes_dtype": self._bytes_dtype.name,
+            **({} if self._domains_file is None else {"has_domains": True}),
         }
+
+
+def with_end(domains: np.ndarray) -> np.ndarray:
+    """Domains of a document's tokens ``(N,)``, and of the EOS that ends it: ``(N + 1,)``."""
+    return np.append(domains, domains[-1:])
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:

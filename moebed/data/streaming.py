@@ -16,7 +16,7 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
 from moebed.data.sources import Source, encodable
-from moebed.data.store import is_validation
+from moebed.data.store import is_validation, with_end
 from moebed.data.tokenizer import Tokenizer
 from moebed.errors import UserError
 
@@ -111,27 +111,27 @@ class _Row:
     def __init__(self, first: Place, offset: int) -> None:
         self.first, self.offset = first, offset  # documents before this one, and so many of its tokens, are used
         self.size = 0
-        self._documents: deque[tuple[Place, np.ndarray, np.ndarray]] = deque()
+        self._documents: deque[tuple[Place, tuple[np.ndarray, ...]]] = deque()
 
-    def add(self, place: Place, tokens: np.ndarray, token_bytes: np.ndarray) -> None:
-        self.size += len(tokens) - (self.offset if place == self.first else 0)
-        self._documents.append((place, tokens, token_bytes))
+    def add(self, place: Place, *columns: np.ndarray) -> None:
+        """A document's tokens, and what is said of each of them, each (N,)."""
+        self.size += len(columns[0]) - (self.offset if place == self.first else 0)
+        self._documents.append((place, columns))
 
-    def take(self, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """The next tokens and their bytes; all but the last are used."""
-        ids, lengths, left, start = [], [], size, self.offset
-        for _, tokens, token_bytes in self._documents:
-            ids.append(tokens[start : start + left])
-            lengths.append(token_bytes[start : start + left])
-            left -= len(ids[-1])
+    def take(self, size: int) -> list[np.ndarray]:
+        """The next tokens and what is said of them; all but the last are used."""
+        found, left, start = [], size, self.offset
+        for _, columns in self._documents:
+            found.append([column[start : start + left] for column in columns])
+            left -= len(found[-1][0])
             start = 0
             if not left:
                 break
         self.offset, self.size = self.offset + size - 1, self.size - (size - 1)
-        while self.offset >= len(self._documents[0][1]):
-            self.offset -= len(self._documents.popleft()[1])
+        while self.offset >= len(self._documents[0][1][0]):
+            self.offset -= len(self._documents.popleft()[1][0])
         self.first = self._documents[0][0]
-        return np.concatenate(ids), np.concatenate(lengths)
+        return [np.concatenate(parts) for parts in zip(*found, strict=True)]
 
 
 class StreamPacker:
@@ -161,6 +161,7 @@ class StreamPacker:
     ) -> None:
         self._stream = DocumentStream(source, rows, num_rows, validation_fraction)
         self._tokenizer, self._num_rows, self._sequence_length = tokenizer, num_rows, sequence_length
+        self._has_domains = source.config.has_token_domains
         self._begin(self._stream.state_dict(), dict.fromkeys(rows, (0, 0, 0)))
 
     def _begin(self, state: dict[str, Any], rows: Mapping[int, tuple[int, int, int]]) -> None:
@@ -170,10 +171,12 @@ class StreamPacker:
         opening = self._tokenizer.eos_id if self._tokenizer.bos_id is None else self._tokenizer.bos_id
         for row in self._rows.values():
             if row.first == (0, 0):  # before all documents: it lets every token of text be predicted
-                row.add((0, 0), np.array([opening], dtype=np.int32), np.zeros(1, dtype=np.int32))
+                none = np.zeros(1, dtype=np.int32)
+                row.add((0, 0), np.array([opening], dtype=np.int32), none, *([none] if self._has_domains else []))
 
-    def next_window(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the next window's ids and byte lengths, both ``(S + 1,)`` int32, of one of this rank's rows."""
+    def next_window(self, row: int) -> list[np.ndarray]:
+        """Returns the next window of one of this rank's rows, ``(S + 1,)`` int32 each: its ids, their byte lengths, and
+        the domains of tokens where the text tells them."""
         while self._rows[row].size < self._sequence_length + 1:
             self._fill()
         return self._rows[row].take(self._sequence_length + 1)
@@ -185,8 +188,10 @@ class StreamPacker:
         kept = [document for document in read if document.place >= self._rows[document.row].first]
         encoded = self._tokenizer.encode_documents([document.text for document in kept])
         for document, (ids, sizes) in zip(kept, encoded, strict=True):
-            tokens, token_bytes = np.append(ids, self._tokenizer.eos_id), np.append(sizes, 0)
-            self._rows[document.row].add(document.place, tokens.astype(np.int32), token_bytes.astype(np.int32))
+            columns = [np.append(ids, self._tokenizer.eos_id), np.append(sizes, 0)]
+            if self._has_domains:
+                columns.append(with_end(self._tokenizer.token_domains(document.text)))
+            self._rows[document.row].add(document.place, *(column.astype(np.int32) for column in columns))
         self._states.append(self._stream.state_dict())
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Tokenizers behind one small class: bytes, byte-level BPE trained on the corpus, or any fast Hugging Face tokenizer.
+"""Tokenizers behind one small class: bytes, symbols of planted text, byte-level BPE trained on the corpus, or any fast
+Hugging Face tokenizer.
 
 Each says exactly how many bytes of text every token accounts for, so that bits per byte compare across tokenizers.
 """
@@ -15,11 +16,13 @@ from typing import Any, Literal
 import numpy as np
 import tokenizers
 
+from moebed.data.planted import code_points
 from moebed.errors import ConfigError, UserError
 
 Encoded = tuple[np.ndarray, np.ndarray]
 _END_OF_TEXT = "<|endoftext|>"
 _BYTES_FILE = "moebed_bytes_tokenizer.json"
+_SYMBOLS_FILE = "moebed_symbols_tokenizer.json"
 _RUN = re.compile(r"(\S{512}|\s{512})")
 
 
@@ -28,14 +31,14 @@ class TokenizerConfig:
     """Which tokenizer to use.
 
     Args:
-        kind: bytes (one token a byte), bpe (byte-level BPE trained on the training documents) or auto (a fast
-            Hugging Face tokenizer).
+        kind: bytes (one token a byte), symbols (one token a symbol, where all sources are planted), bpe (byte-level BPE
+            trained on the training documents) or auto (a fast Hugging Face tokenizer).
         vocab_size: Ids of a bpe tokenizer, its 256 bytes and its end-of-text token included.
         path: Folder or hub name of an auto tokenizer.
         train_bytes: Bytes of training text a bpe tokenizer is trained on, the same from each domain.
     """
 
-    kind: Literal["bytes", "bpe", "auto"] = "bpe"
+    kind: Literal["bytes", "symbols", "bpe", "auto"] = "bpe"
     vocab_size: int = 4096
     path: str | None = None
     train_bytes: int = 6_000_000
@@ -89,6 +92,17 @@ class Tokenizer(ABC):
     def fingerprint(self) -> str:
         """Returns a digest of everything that decides how text is encoded."""
 
+    def token_domains(self, text: str) -> np.ndarray:
+        """Returns the domain of each token of a text ``(N,)`` int64, where its characters tell.
+
+        Raises:
+            ConfigError: They tell the tokenizer nothing.
+        """
+        raise ConfigError(
+            "data.sources has planted text whose domains switch, and only a tokenizer of symbols can tell them; set "
+            "data.tokenizer.kind to symbols"
+        )
+
     def encode(self, text: str) -> list[int]:
         """Returns the ids of one text, without special tokens."""
         return self.encode_documents([text])[0][0].tolist()
@@ -115,6 +129,56 @@ class BytesTokenizer(Tokenizer):
 
     def fingerprint(self) -> str:
         return "bytes"
+
+
+class SymbolsTokenizer(Tokenizer):
+    """An id for each symbol of a planted language, and the last one ends a document.
+
+    The characters of such text tell the domain of each symbol. Where domains share an alphabet their ids do not.
+
+    Args:
+        domains: Domains of the language (D).
+        symbols: Symbols of each (A).
+        shared_alphabet: Whether a symbol has the same id in every domain.
+    """
+
+    def __init__(self, domains: int, symbols: int, shared_alphabet: bool) -> None:
+        self._settings = {"domains": domains, "symbols": symbols, "shared_alphabet": shared_alphabet}
+        self._characters = code_points(domains * symbols)
+        self._symbols = symbols
+        self._distinct = symbols if shared_alphabet else len(self._characters)
+        self.eos_id = self._distinct
+        self.vocab_size = self._distinct + 1
+
+    def _places(self, text: str) -> np.ndarray:
+        """Of each character, which of the language's it is ``(N,)`` int64."""
+        found = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32).astype(np.int64) - int(self._characters[0])
+        if len(strange := np.flatnonzero((found < 0) | (found >= len(self._characters)))):
+            characters = f"{chr(self._characters[0])} to {chr(self._characters[-1])}"
+            raise UserError(
+                f"the character {text[strange[0]]!r} is none of the planted language; its {len(self._characters)} are "
+                f"{characters}"
+            )
+        return found
+
+    def encode_documents(self, documents: list[str]) -> list[Encoded]:
+        places = [self._places(text) for text in documents]
+        size = len(chr(self._characters[0]).encode())  # of all characters
+        return [(x % self._distinct, np.full_like(x, size)) for x in places]
+
+    def token_domains(self, text: str) -> np.ndarray:
+        """Returns the planted domain of each token of a text ``(N,)`` int64."""
+        return self._places(text) // self._symbols
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(chr(self._characters[i]) for i in ids if i < self._distinct)
+
+    def save(self, folder: str | Path) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / _SYMBOLS_FILE).write_text(json.dumps(self._settings), encoding="utf-8")
+
+    def fingerprint(self) -> str:
+        return f"symbols {sorted(self._settings.items())}"
 
 
 class BpeTokenizer(Tokenizer):
@@ -269,6 +333,11 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     folder = Path(folder)
     if (folder / _BYTES_FILE).is_file():
         return BytesTokenizer()
+    if (settings := folder / _SYMBOLS_FILE).is_file():
+        try:
+            return SymbolsTokenizer(**json.loads(settings.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"cannot read the tokenizer {settings}: {' '.join(str(error).split())}") from error
     config = folder / "tokenizer_config.json"
     try:
         ours = config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("moebed_kind") == "bpe"
@@ -277,5 +346,5 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     except Exception as error:  # the Rust library raises bare Exception
         raise UserError(f"cannot read the tokenizer in {folder}: {' '.join(str(error).split())[:300]}") from error
     if not (folder / "tokenizer.json").is_file() and not config.is_file():
-        raise UserError(f"no tokenizer in {folder}: expected tokenizer.json or {_BYTES_FILE}")
+        raise UserError(f"no tokenizer in {folder}: expected tokenizer.json, {_BYTES_FILE} or {_SYMBOLS_FILE}")
     return AutoTokenizer(folder)

@@ -24,7 +24,7 @@ from moebed.model.fused import ACTIVATIONS
 from moebed.model.hyper_experts import AdapterGenerator, build_adapters, build_generator
 from moebed.model.locality import Placement
 from moebed.model.losses import output_similarity, weight_similarity
-from moebed.model.routers import Router, Routing, build_router
+from moebed.model.routers import Router, Routing, TokenContext, build_router
 
 
 class DecoderOutput(NamedTuple):
@@ -65,9 +65,9 @@ class MoE(nn.Module):
         self.hyper_experts = build_adapters(config, layer, generator)
         self.diversity_losses = frozenset(name for name, coefficient in config.diversity_losses.items() if coefficient)
 
-    def forward(self, x: Tensor, token_ids: Tensor | None = None) -> tuple[Tensor, Routing]:
-        """Tokens x (T, H) with ids (T,) -> outputs (T, H) and the router's decisions."""
-        routing = self.router(x, self.experts, token_ids)
+    def forward(self, x: Tensor, context: TokenContext | None = None) -> tuple[Tensor, Routing]:
+        """Tokens x (T, H) of which a context (T,) is known -> outputs (T, H) and the router's decisions."""
+        routing = self.router(x, self.experts, context)
         outputs = self.experts.known_outputs(routing)
         if self.training and self.diversity_losses:
             routing, outputs = self._with_diversity(x, routing, outputs)
@@ -141,10 +141,10 @@ class Block(nn.Module):
         """Residual stream after attention, (B, S, H)."""
         return hidden + self.post_attn_norm(self.self_attn(self.pre_attn_norm(hidden), rope, cache))
 
-    def feed_forward(self, x: Tensor, token_ids: Tensor | None = None) -> tuple[Tensor, Routing | None]:
+    def feed_forward(self, x: Tensor, context: TokenContext | None = None) -> tuple[Tensor, Routing | None]:
         """Output of the FFN or MoE on its normalised input x (B, S, H), and the routing of an MoE."""
         if isinstance(self.mlp, MoE):
-            out, routing = self.mlp(x.flatten(0, 1), None if token_ids is None else token_ids.flatten())
+            out, routing = self.mlp(x.flatten(0, 1), None if context is None else context.changed(torch.flatten))
             return out.view_as(x), routing
         return self.mlp(x), None
 
@@ -153,11 +153,11 @@ class Block(nn.Module):
         hidden: Tensor,
         rope: tuple[Tensor, Tensor],
         cache: KVCache | None = None,
-        token_ids: Tensor | None = None,
+        context: TokenContext | None = None,
     ) -> tuple[Tensor, Routing | None]:
-        """hidden (B, S, H) of tokens token_ids (B, S) -> (B, S, H) and the routing of an MoE layer."""
+        """hidden (B, S, H) of tokens of a context (B, S) -> (B, S, H) and the routing of an MoE layer."""
         hidden = self.attend(hidden, rope, cache)
-        out, routing = self.feed_forward(self.pre_ffn_norm(hidden), token_ids)
+        out, routing = self.feed_forward(self.pre_ffn_norm(hidden), context)
         return hidden + self.post_ffn_norm(out), routing
 
 
@@ -184,6 +184,7 @@ class Decoder(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self.adapter_generator = generator
+        self.needs_context = any(router.needs_context for router in self.routers)  # for more than the ids of tokens
         self.reset_parameters()
 
     @torch.no_grad()
@@ -277,21 +278,32 @@ class Decoder(nn.Module):
         """Logits (B, S, V) from the residual stream that leaves the last layer."""
         return _scaled(self.lm_head(self.norm(hidden)), self.config.logits_multiplier)
 
-    def forward(self, input_ids: Tensor, caches: list[KVCache] | None = None) -> DecoderOutput:
+    def forward(
+        self, input_ids: Tensor, caches: list[KVCache] | None = None, domain: Tensor | None = None
+    ) -> DecoderOutput:
         """Logits for every position of input_ids (B, S).
 
         Args:
             input_ids: (B, S) int64.
             caches: One for each layer; then input_ids are the positions that follow those already cached.
+            domain: (B, S) which of the data's domains each token is of; only a router that ``needs_context`` asks.
+
+        Raises:
+            UserError: A router needs what is not given.
         """
+        context = TokenContext(input_ids)
+        if self.needs_context:
+            if caches:
+                raise UserError(f"router {self.config.router} needs the domain of each token: it cannot generate text")
+            context = TokenContext.of_batch(input_ids, domain)
         hidden, rope = self.embed(input_ids, start=caches[0].length if caches else 0)
         recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         routings = []
         for index, block in enumerate(self.blocks):
             if recompute:
-                hidden, routing = checkpoint(block, hidden, rope, None, input_ids, use_reentrant=False)
+                hidden, routing = checkpoint(block, hidden, rope, None, context, use_reentrant=False)
             else:
-                hidden, routing = block(hidden, rope, caches[index] if caches else None, input_ids)
+                hidden, routing = block(hidden, rope, caches[index] if caches else None, context)
             if routing is not None:
                 routings.append(routing)
         return DecoderOutput(self.head(hidden), tuple(routings))

@@ -32,6 +32,9 @@ def generate(
 
     Returns:
         (B, S + new) int64.
+
+    Raises:
+        UserError: A router needs more than the tokens.
     """
     room = decoder.config.max_position_embeddings - input_ids.shape[1]
     total = input_ids.shape[1] + max(0, min(max_new_tokens, room))

@@ -1,14 +1,38 @@
-"""What a router decides, as experts, losses and probes read it.
+"""What a router is told of tokens, and what it decides, as experts, losses and probes read it.
 
 T tokens, E experts, K experts per token, H hidden.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class TokenContext(NamedTuple):
+    """What is known of tokens beside their hidden states; of (B, S) or of (T,) alike.
+
+    All but the ids is there where a router of the model asks for it (``Router.needs_context``), and None elsewhere.
+    Tokens of a sequence lie side by side, from its first on.
+    """
+
+    ids: Tensor
+    domain: Tensor | None = None  # which of the data's domains a token is of; None too where nobody knows
+    sequence: Tensor | None = None  # which sequence of this call a token is of
+    position: Tensor | None = None  # of a token in its sequence
+
+    @classmethod
+    def of_batch(cls, ids: Tensor, domain: Tensor | None = None) -> TokenContext:
+        """All that is known of sequences ids (B, S), of domains (B, S)."""
+        rows, columns = (torch.arange(size, device=ids.device) for size in ids.shape)
+        return cls(ids, domain, rows.unsqueeze(1).expand_as(ids), columns.expand_as(ids))
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> TokenContext:
+        """The same with each tensor changed in one way."""
+        return TokenContext(change(self.ids), *(None if one is None else change(one) for one in self[1:]))
 
 
 class Routing(NamedTuple):

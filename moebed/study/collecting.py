@@ -40,6 +40,7 @@ def collect(plan: StudyPlan, out: Path) -> Path:
         "settings": dict(recipe.settings),
         "match": list(recipe.match),
         "tolerance": recipe.tolerance,
+        "gain": dict(recipe.gain),
         "arms": {
             name: {
                 "steps_before": [[step.kind, dict(step.settings)] for step in recipe.arms[name][:-1]],
@@ -68,6 +69,7 @@ def _read_run(run: Run, arm: Arm, out: Path) -> dict[str, Any]:
     found |= {
         "loss": _finite(loss),
         "bits_per_byte": _finite(numbers.get("val/bits_per_byte")),
+        "over_floor": _finite(numbers.get("val/nats_over_floor")),
         "domains": {name.removeprefix(DOMAIN): _finite(value) for name, value in numbers.items() if DOMAIN in name},
         "guessing_loss": guessing,
         "curve": _validation_curve(curves),

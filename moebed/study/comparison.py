@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from moebed.study.gain import ROLES, GainShare, gain_share
 from moebed.study.statistics import Difference, compare, deviation_range, holm, pairs_needed, t_interval
 
 Run = Mapping[str, Any]
@@ -31,6 +32,8 @@ class ArmResult:
         difference: Loss minus the baseline's, over seeds finished in both; None for the baseline or without pairs.
         holm: The difference's p, adjusted for all comparisons of the study.
         by_step: The same difference at every validation that all pairs have.
+        over_floor: Of planted text, mean loss over its floor, in nats a token.
+        gain: Share of the oracle's gain, where the study names its references.
         marks: What the reader must know: runs that are missing, failed or diverged.
     """
 
@@ -45,6 +48,8 @@ class ArmResult:
     difference: Difference | None = None
     holm: float | None = None
     by_step: Mapping[int, Difference] = field(default_factory=dict)
+    over_floor: float | None = None
+    gain: GainShare | None = None
     marks: list[str] = field(default_factory=list)
 
 
@@ -105,6 +110,10 @@ def compare_arms(study: Mapping[str, Any]) -> Comparison:
         arm.by_step = _paired_by_step(study["arms"][name], study["arms"][baseline])
         if found is not None and found.p is not None:
             compared.append((arm, found.p))
+    if references := study.get("gain"):
+        random, oracle = (losses[references[role]] for role in ROLES)
+        for name in names:
+            arms[name].gain = gain_share(losses[name], random, oracle)
     for (arm, _), adjusted in zip(compared, holm([p for _, p in compared]), strict=True):
         arm.holm = adjusted
     return Comparison(study, arms, _headlines(study, names), _domains(study, names), _warnings(study, len(compared)))
@@ -167,6 +176,7 @@ def _arm(name: str, arm: Mapping[str, Any]) -> ArmResult:
         _mean(bits),
         _mean(speeds),
         {key: value for key, value in arm.items() if key != "runs"},
+        over_floor=_mean(_by_seed(arm, lambda run: run.get("over_floor"))),
         marks=marks,
     )
 

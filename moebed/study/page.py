@@ -13,10 +13,12 @@ from moebed.study.files import STUDY_FILE, load_study
 from moebed.study.tables import (
     COLUMNS,
     DOMAIN_NOTE,
+    GAIN_NOTE,
     NOTE,
     STEP_NOTE,
     arm_rows,
     domain_rows,
+    gain_rows,
     headline_note,
     headline_rows,
     markdown,
@@ -89,6 +91,7 @@ def section(folder: Path, found: Comparison, pictures: dict[str, bytes]) -> Mark
         marks=[f"{arm.name}: {mark}" for arm in found.arms.values() for mark in arm.marks],
         pictures=pictures,
         tables=[
+            ("What routing gains", *gain_rows(found), GAIN_NOTE),
             ("Over training", columns, steps, STEP_NOTE),
             ("By domain", ("arm", *found.domains), found.domains and domain_rows(found), DOMAIN_NOTE),
             ("Probes", ("headline at the last step", *found.arms), headline_rows(found), headline_note(found)),

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from moebed.arguments import read_yaml
 from moebed.errors import ConfigError, did_you_mean
+from moebed.study.gain import ROLES
 
 MATCHES = ("total_parameters", "active_flops")
 # What the study itself sets in every run; an arm that set it would break the pairing or lose the run's folder.
@@ -52,6 +53,7 @@ class StudyRecipe:
         tokens: Training tokens of every arm's last step.
         match: What must agree with the baseline: ``total_parameters``, ``active_flops``, both, or nothing.
         tolerance: Relative difference that counts as agreement.
+        gain: Which arms are ``random`` and ``oracle``, if every arm's share of what lies between them is wanted.
     """
 
     name: str
@@ -65,6 +67,7 @@ class StudyRecipe:
     tokens: int | None = None
     match: Sequence[str] = ()
     tolerance: float = 0.02
+    gain: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_recipe(path: Path) -> StudyRecipe:
@@ -102,6 +105,7 @@ def read_recipe(path: Path) -> StudyRecipe:
         **_budget(where, content.get("budget")),
         match=_match(where, content.get("match")),
         tolerance=_number(where, "tolerance", content.get("tolerance", 0.02)),
+        gain=_gain(where, content, arms),
     )
 
 
@@ -192,6 +196,17 @@ def _match(where: str, value: Any) -> list[str]:
         if name not in MATCHES:
             raise ConfigError(f"{where}: match is {name!r}; choose none, or of {', '.join(MATCHES)}")
     return wanted
+
+
+def _gain(where: str, content: Mapping[str, Any], arms: Mapping[str, Any]) -> dict[str, str]:
+    found = {str(role): str(arm) for role, arm in _mapping(where, content, "gain")}
+    if not found:
+        return {}
+    if set(found) != set(ROLES) or not set(found.values()) <= set(arms) or len(set(found.values())) < len(ROLES):
+        raise ConfigError(
+            f"{where}: gain is {found}; name two arms, such as {{random: {next(iter(arms))}, oracle: {list(arms)[-1]}}}"
+        )
+    return found
 
 
 def _number(where: str, key: str, value: Any) -> float:

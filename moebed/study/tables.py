@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from moebed.study.comparison import ArmResult, Comparison, HeadlineResult, power, verdict
+from moebed.study.gain import GainShare
 from moebed.study.statistics import Difference
 
 if TYPE_CHECKING:
@@ -86,6 +87,38 @@ def _could_see(difference: Difference | None) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
+
+
+def gain_rows(found: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Columns and cells of what planted text and reference routers tell: nats over the floor, share of the gain."""
+    arms = list(found.arms.values())
+    floors = any(arm.over_floor is not None for arm in arms)
+    gains = any(arm.gain is not None for arm in arms)
+    columns = ["arm", *(["nats over the floor"] if floors else []), *(["share of the gain [95 %]"] if gains else [])]
+    rows = [
+        [
+            arm.name,
+            *([_number(arm.over_floor, ".4f")] if floors else []),
+            *([_share(arm.gain)] if gains else []),
+        ]
+        for arm in arms
+    ]
+    return columns, rows if floors or gains else []
+
+
+def _share(gain: GainShare | None) -> str:
+    if gain is None or gain.share is None:
+        return "–" if gain is None else gain.why
+    if gain.interval is None:
+        return f"{gain.share:.3f} (ONE SEED)"
+    return f"{gain.share:.3f} [{gain.interval[0]:.3f}, {gain.interval[1]:.3f}]"
+
+
+GAIN_NOTE = (
+    "Nats over the floor: the loss less what nobody can go below on planted text. Share of the gain: (L_random − L) / "
+    "(L_random − L_oracle) over pairs of seeds, with Fieller's 95 % interval; the two references have 0 and 1 by "
+    "construction, and a share is given only where the interval of L_random − L_oracle excludes 0."
+)
 
 
 def step_rows(found: Comparison) -> tuple[list[str], list[list[str]]]:
@@ -212,6 +245,9 @@ def markdown(found: Comparison, figures: Sequence[str] = ()) -> str:
     if marks:
         parts.append("\n".join(marks))
     parts.append(_markdown_table(("arm", "is"), [[arm.name, arm.settings] for arm in found.arms.values()], left=2))
+    columns, rows = gain_rows(found)
+    if rows:
+        parts += ["## What routing gains", _markdown_table(columns, rows, left=1), GAIN_NOTE]
     columns, rows = step_rows(found)
     if rows:
         parts += ["## Over training", _markdown_table(columns, rows, left=1), STEP_NOTE]
@@ -238,6 +274,9 @@ def print_table(found: Comparison) -> None:
     from rich.markup import escape
 
     console = print_rows(f"study {found.study['name']}", COLUMNS, arm_rows(found))
+    columns, rows = gain_rows(found)
+    if rows:
+        print_rows("what routing gains", columns, rows)
     for note in notes(found):
         console.print(escape(note), style="bold red")
     for sentence in [*verdicts(found), power(found)]:

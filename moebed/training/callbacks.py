@@ -228,6 +228,8 @@ class SampleText(Callback):
         loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         if trainer.sanity_checking or not loggers or not (trainer.is_global_zero or together):
             return
+        if pl_module.decoder.needs_context:  # type: ignore[union-attr]
+            return  # text that is not written yet has no domain
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         batch = data.probe_batch(len(data.domains))
         prompts = batch["input_ids"][:, : self.prompt_tokens].to(pl_module.device)

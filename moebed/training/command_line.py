@@ -52,6 +52,7 @@ LIGHTNING_ADVICE = (
 )
 
 BY_DOMAIN = ("val/loss/", "val/bits_per_byte/", "train/weight/")  # closing numbers, if there are several domains
+OVER_FLOOR = "val/nats_over_floor"  # closing numbers of planted text; with a domain after a slash
 
 
 class _Parser(PresentNames):
@@ -282,8 +283,21 @@ class TrainingCLI(LightningCLI):
         if "val/bits_per_byte" in numbers:
             numbers["gzip -9 bits per byte"] = self.datamodule.gzip_bits_per_byte()["all"]
             numbers["bits per byte over gzip's"] = numbers["val/bits_per_byte"] / numbers["gzip -9 bits per byte"]
+        numbers |= self._over_the_floor(numbers)
         storage.write_text(path, json.dumps(numbers, indent=2) + "\n")
         return numbers
+
+    def _over_the_floor(self, numbers: dict[str, Any]) -> dict[str, Any]:
+        """Of planted text: what each domain's loss could be at best, and what it is beyond that, in nats a token."""
+        found: dict[str, Any] = {}
+        for name, known in self.datamodule.planted().items():
+            if "entropy_rate" in known:
+                found[f"planted/entropy_rate/{name}"] = known["entropy_rate"]
+            end = "" if name == "all" else f"/{name}"
+            found[f"planted/floor{end}"] = known["floor"]
+            if (loss := numbers.get(f"val/loss{end}")) is not None:
+                found[f"{OVER_FLOOR}{end}"] = loss - known["floor"]
+        return found
 
     def before_validate(self) -> None:
         """Say what is looked at."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from moebed.checkpoints.checkpoint import Checkpoint
 from moebed.checkpoints.families.base import NOT_IN_CHECKPOINTS, beside_experts, same_setting
 from moebed.checkpoints.whole import fill
+from moebed.data.loader import domains_of_tokens
 from moebed.data.mixing import MixingConfig
 from moebed.data.mixing_rules import Static
 from moebed.errors import ConfigError, UserError
@@ -27,6 +28,7 @@ from moebed.model.locality import Placement, locality_loss
 from moebed.model.losses import IGNORE_INDEX, domain_counts, load_balancing_loss, router_stats, token_losses
 from moebed.model.routers import RouterSteps, cautions
 from moebed.model.routers.locmoe_plus import choosing_tokens
+from moebed.model.routers.reference import check_domains
 from moebed.parallel.gathered import GatheredModel
 from moebed.parallel.strategy import MeshStrategy
 from moebed.training.batch_sums import BatchSums
@@ -178,6 +180,8 @@ class MoEModule(LightningModule):
         data.check_vocabulary(self.config.vocab_size)
         if (place := Placement.of(self.config, 0, processes)).parts > 1:
             place.check_batch(data.batch_size)
+        if self.decoder.needs_context:
+            check_domains(self.config, data.num_token_domains)
         if data.sequence_length > self.config.max_position_embeddings:
             raise ConfigError(
                 f"data.sequence_length is {data.sequence_length} but the model's max_position_embeddings is "
@@ -251,7 +255,7 @@ class MoEModule(LightningModule):
         """Language-model loss plus the weighted balancing losses of one micro-batch."""
         input_ids, labels = batch["input_ids"], batch["labels"]
         domain = batch["domain"] if self._mixing.counts_load else None
-        terms = (self._terms or self._forward_terms)(input_ids, labels, domain)
+        terms = (self._terms or self._forward_terms)(input_ids, labels, domain, self._token_domain(batch))
         tokens = (labels != IGNORE_INDEX).sum()
         nats = terms.nats.sum()
         loss = nats / tokens
@@ -265,8 +269,14 @@ class MoEModule(LightningModule):
         self.not_finite.watch(total, terms.z_losses)
         return total
 
-    def _forward_terms(self, input_ids: Tensor, labels: Tensor, domain: Tensor | None = None) -> StepTerms:
-        logits, routings = self.decoder(input_ids)
+    def _token_domain(self, batch: Batch) -> Tensor | None:
+        """The domain of each token (B, S), where a router asks for it."""
+        return domains_of_tokens(batch) if self.decoder.needs_context else None
+
+    def _forward_terms(
+        self, input_ids: Tensor, labels: Tensor, domain: Tensor | None = None, token_domain: Tensor | None = None
+    ) -> StepTerms:
+        logits, routings = self.decoder(input_ids, domain=token_domain)
         mask = (labels != IGNORE_INDEX).flatten()
         stats = [router_stats(routing, mask) for routing in routings]
         domains = len(self._mixing.domains)
@@ -374,7 +384,8 @@ class MoEModule(LightningModule):
                 self._add_text_loss(self._expert_choice_loss, batch)
 
     def _add_text_loss(self, total: TextLoss, batch: Batch) -> None:
-        nats = self._forward_terms(batch["input_ids"], batch["labels"]).nats
+        token_domain = self._token_domain(batch)
+        nats = self._forward_terms(batch["input_ids"], batch["labels"], token_domain=token_domain).nats
         tokens = (batch["labels"] != IGNORE_INDEX).sum(dim=1)
         total.update(nats, tokens, batch["label_bytes"].sum(dim=1), batch["domain"])
 
@@ -414,7 +425,8 @@ class MoEModule(LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
         """``nats (B, S)`` of every next token, 0 where nothing is predicted; its ``labels`` and ``domain (B,)``."""
-        nats = token_losses(self.decoder(batch["input_ids"]).logits, batch["labels"])
+        logits = self.decoder(batch["input_ids"], domain=self._token_domain(batch)).logits
+        nats = token_losses(logits, batch["labels"])
         return {"nats": nats, "labels": batch["labels"], "domain": batch["domain"]}
 
     # Checkpoints ---------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from torch import Tensor
 from moebed.checkpoints.families.keys import KeyMap
 from moebed.machine.float32 import exact_products
 from moebed.model.decoder import Block, MoE
+from moebed.model.routers import TokenContext
 from moebed.upcycling.scales import SCALES, calibrated, output_scale
 from moebed.upcycling.text import FFN, Content, TextWalk, filled_block
 
@@ -86,19 +87,19 @@ def _named(scale: float | str | None) -> str:
     return f"{scale:g}" if isinstance(scale, (int, float)) else scale or "published"
 
 
-def _parts(block: Block, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """What routed and shared experts make of tokens x (t, H) with ids (t,): (t, H) each."""
+def _parts(block: Block, x: Tensor, context: TokenContext) -> tuple[Tensor, Tensor]:
+    """What routed and shared experts make of tokens x (t, H) of a context (t,): (t, H) each."""
     mlp = block.mlp
     assert isinstance(mlp, MoE)
     shared = mlp.shared_output(x) if mlp.shared_expert is not None else torch.zeros_like(x)
-    return mlp.experts(x, mlp.router(x, mlp.experts, ids)), shared
+    return mlp.experts(x, mlp.router(x, mlp.experts, context)), shared
 
 
 def _scaled(block: Block, factor: Tensor | float) -> FFN:
     """The layer's MoE with its routed experts' output multiplied by a factor, or by one a channel (H,)."""
 
-    def ffn(x: Tensor, ids: Tensor) -> Tensor:
-        routed, shared = _parts(block, x, ids)
+    def ffn(x: Tensor, context: TokenContext) -> Tensor:
+        routed, shared = _parts(block, x, context)
         return routed * factor + shared
 
     return ffn
@@ -110,6 +111,6 @@ def _calibrate(walk: TextWalk, block: Block, dense: Block, attended: Tensor) -> 
     with exact_products():
         for rows in torch.arange(len(attended)).split(walk.tokens_at_a_time):
             x = block.pre_ffn_norm(attended[rows])
-            found[rows], shared = _parts(block, x, ids[rows])
+            found[rows], shared = _parts(block, x, TokenContext(ids[rows]))
             wanted[rows] = dense.mlp(x) - shared
     return calibrated(wanted, found)

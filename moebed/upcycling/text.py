@@ -22,12 +22,13 @@ from moebed.model.attention import RMSNorm, RotaryEmbedding
 from moebed.model.config import ModelConfig
 from moebed.model.decoder import Block
 from moebed.model.losses import token_losses
+from moebed.model.routers import TokenContext
 from moebed.views.layer import ProbeText
 from moebed.views.text_pass import attention_groups, require_finite
 
 _ACTIVATIONS = 1 << 22  # numbers of one activation of an FFN, at a time
 _LOGITS = 1 << 24  # at a time
-FFN = Callable[[Tensor, Tensor], Tensor]  # tokens (t, H) and their ids (t,) to (t, H)
+FFN = Callable[[Tensor, TokenContext], Tensor]  # tokens (t, H) and what is known of them (t,) to (t, H)
 Content = Callable[[str, Placed], Iterable[Tensor]]
 
 
@@ -91,7 +92,8 @@ class TextWalk:
         with exact_products():
             for rows in torch.arange(len(attended)).split(self.tokens_at_a_time):
                 x = block.pre_ffn_norm(attended[rows])
-                made = ffn(x, ids[rows]) if ffn is not None else block.feed_forward(x.unsqueeze(0), ids[rows])[0][0]
+                known = TokenContext(ids[rows])
+                made = ffn(x, known) if ffn is not None else block.feed_forward(x.unsqueeze(0), known)[0][0]
                 out[rows] = attended[rows] + block.post_ffn_norm(made)
         require_finite(out, "the hidden states of the text")
         return out

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moebed.errors import UserError
 from moebed.machine.finite import all_finite
-from moebed.model.routers import Routing
+from moebed.model.routers import Routing, TokenContext
 
 MATRICES = ("up", "gate", "down")
 EVERY_ROW = slice(None)
@@ -48,6 +48,8 @@ class ProbeText:
         domain: (B,) int64, index into domains.
         domains: Names of the domains.
         token_text: What each of the T valid tokens says, for pictures; empty where no tokenizer tells.
+        token_domain: (B, S) int64, which of the training data's domains each token is of, where that is known; unlike
+            domain it means the same as in training, and may differ within a sequence.
     """
 
     input_ids: Tensor
@@ -55,11 +57,13 @@ class ProbeText:
     domain: Tensor
     domains: tuple[str, ...] = ("text",)
     token_text: tuple[str, ...] = ()
+    token_domain: Tensor | None = None
 
     def fingerprint(self) -> str:
         """A hash of the tokens, of where they stand, of what they say, and of their domains."""
         digest = hashlib.sha256(json.dumps([list(self.input_ids.shape), self.domains, self.token_text]).encode())
-        for part in (self.token_ids, self.token_mask, self.domain):
+        known = () if self.token_domain is None else (self.token_domain,)
+        for part in (self.token_ids, self.token_mask, self.domain, *known):
             digest.update(part.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
@@ -78,6 +82,17 @@ class ProbeText:
     def sequence(self) -> Tensor:
         """(T,) which sequence each valid token belongs to."""
         return self.token_mask.nonzero()[:, 0]
+
+    @property
+    def position(self) -> Tensor:
+        """(T,) place of each valid token in its sequence, from 0."""
+        return self.token_mask.cumsum(dim=1)[self.token_mask] - 1
+
+    @property
+    def context(self) -> TokenContext:
+        """What routers may ask of the T valid tokens."""
+        domain = None if self.token_domain is None else self.token_domain[self.token_mask]
+        return TokenContext(self.token_ids, domain, self.sequence, self.position)
 
     @property
     def targets(self) -> Tensor:

@@ -197,7 +197,7 @@ class _Way:
                 f"a sequence of {longest} tokens is longer than the model's max_position_embeddings "
                 f"{model.config.max_position_embeddings}; shorten the text or raise it"
             )
-        self.model, self._token_ids = model, text.token_ids
+        self.model, self._context = model, text.context
         if stream is None:
             with model.computing():
                 stream = Stream(0, model.embed(text.token_ids).float())
@@ -223,7 +223,7 @@ class _Way:
             if not isinstance(block.mlp, MoE):
                 return x, None
             assert weights is not None
-            return x, block.mlp.router(x, weights, self._token_ids.to(x.device))
+            return x, block.mlp.router(x, weights, self._context.changed(lambda of_token: of_token.to(x.device)))
 
     def combine(self, view: LayerView) -> Tensor:
         """The layer's output (T, H), by the chosen experts alone."""

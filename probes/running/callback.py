@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from moebed.checkpoints.pretrained import PretrainedMoE
+from moebed.data.loader import domains_of_tokens
 from moebed.errors import ConfigError, UserError
 from moebed.machine import provenance, storage
 from moebed.model.config import ModelConfig
@@ -305,7 +306,8 @@ def probe_text(trainer: Trainer, num_sequences: int) -> ProbeText:
     mask = batch["labels"] != IGNORE_INDEX
     if not bool(torch.any(mask)):
         raise UserError("the probes' text holds no tokens; raise the callback's num_sequences or give more text")
-    text = ProbeText(batch["input_ids"], mask, batch["domain"], tuple(datamodule.domains))
+    domains = tuple(datamodule.domains)
+    text = ProbeText(batch["input_ids"], mask, batch["domain"], domains, token_domain=domains_of_tokens(batch))
     tokenizer = getattr(datamodule, "tokenizer", None)
     if tokenizer is None:
         return text

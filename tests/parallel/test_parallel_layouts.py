@@ -35,7 +35,7 @@ HYPER = {
     "shared_equal_flops": {"hyper_experts": {**SIZES, "adapters": "shared_equal_flops"}},
 }
 # Where the two ranks are told apart: experts on either, and what routers draw.
-RANKS = {"expert_ranks": 2, "router_options": {"d_low": 8, "competition_rate": 1.0, "jitter": 0.1}}
+RANKS = {"expert_ranks": 2, "router_options": {"d_low": 8, "competition_rate": 1.0, "jitter": 0.1, "num_domains": 2}}
 
 
 def _steps(decoder: Decoder, ids: torch.Tensor, rank: int, world_size: int) -> list[float]:
@@ -45,7 +45,7 @@ def _steps(decoder: Decoder, ids: torch.Tensor, rank: int, world_size: int) -> l
     for step in range(2):
         share = ids.chunk(world_size)[rank]
         routers.begin(step, rank)
-        logits, routings = decoder(share)
+        logits, routings = decoder(share, domain=(share[:, :1] + torch.arange(share.shape[1]) // 5) % 2)
         mask = torch.ones(share.numel(), dtype=torch.bool)
         loss = logits.float().logsumexp(-1).mean()
         for routing in routings:
@@ -108,6 +108,11 @@ def _work(rank: int, world_size: int, options: dict, changes: dict, meta: bool) 
             (layout, {**RANKS, "router": router, "locality_loss_coef": local}, True)
             for layout in ({}, {"expert": 2})
             for router, local in (*((name, 0.0) for name in ROUTERS), ("softmax_topk", 1.0), ("grap", 1.0))
+        ),
+        *(
+            ({"shard": False}, {**RANKS, "router": name}, False)
+            for name, router in ROUTERS.items()
+            if router.needs_context
         ),
     ],
 )

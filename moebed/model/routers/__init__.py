@@ -12,7 +12,7 @@ from moebed.model.routers.registry import (
 )
 from moebed.model.routers.softmax import GatedRouter, SoftmaxTopK
 from moebed.model.routers.steps import RouterSteps
-from moebed.model.routing import Routing
+from moebed.model.routing import Routing, TokenContext
 
 __all__ = [
     "ROUTERS",
@@ -23,6 +23,7 @@ __all__ = [
     "RouterSteps",
     "Routing",
     "SoftmaxTopK",
+    "TokenContext",
     "all_options",
     "build_router",
     "cautions",

@@ -17,7 +17,7 @@ from moebed.model.config import LayerConfig, ModelConfig, RouterOptions, setting
 from moebed.model.experts import Experts, Product
 from moebed.model.routers.contract import ExpertOutputs, Router, drawn
 from moebed.model.routers.norms import norms, of_chosen
-from moebed.model.routing import Routing
+from moebed.model.routing import Routing, TokenContext
 
 
 class FactorisedExperts(Experts):
@@ -138,7 +138,7 @@ class Autonomy(Router):
         plain = experts * hidden + 3 * top_k * layer.moe_intermediate_size * hidden
         return round((plain - experts * low * hidden) / (top_k * (low + 2 * hidden)))
 
-    def forward(self, hidden_states: Tensor, experts: ExpertOutputs, token_ids: Tensor | None = None) -> Routing:
+    def forward(self, hidden_states: Tensor, experts: ExpertOutputs, context: TokenContext | None = None) -> Routing:
         """Route hidden_states (T, H)."""
         low = self.project(hidden_states)
         with torch.autocast(hidden_states.device.type, enabled=False):

@@ -16,7 +16,7 @@ from moebed.model.config import LayerConfig, ModelConfig, RouterOptions, setting
 from moebed.model.routers.contract import ExpertOutputs, Router
 from moebed.model.routers.norms import norms, of_chosen
 from moebed.model.routers.softmax import GatedRouter
-from moebed.model.routing import Routing
+from moebed.model.routing import Routing, TokenContext
 
 
 def _all_outputs(experts: ExpertOutputs, hidden_states: Tensor, num_experts: int) -> Tensor:
@@ -34,7 +34,7 @@ class ExpertNorm(Router):
     runs_experts = True
     other_teacher = True  # no parameters
 
-    def forward(self, hidden_states: Tensor, experts: ExpertOutputs, token_ids: Tensor | None = None) -> Routing:
+    def forward(self, hidden_states: Tensor, experts: ExpertOutputs, context: TokenContext | None = None) -> Routing:
         """Route hidden_states (T, H)."""
         outputs = _all_outputs(experts, hidden_states, self.num_experts)
         with torch.autocast(hidden_states.device.type, enabled=False):
@@ -74,7 +74,7 @@ class CompeteSMoE(GatedRouter):
         """Draw the coin of this step and layer."""
         self.competes = coin(self.options.seed, step, self.layer, self.options.competition_rate)
 
-    def forward(self, hidden_states: Tensor, experts: ExpertOutputs, token_ids: Tensor | None = None) -> Routing:
+    def forward(self, hidden_states: Tensor, experts: ExpertOutputs, context: TokenContext | None = None) -> Routing:
         """Route hidden_states (T, H)."""
         gated = super().forward(hidden_states, experts)
         if not (self.training and self.competes):

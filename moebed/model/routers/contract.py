@@ -14,7 +14,7 @@ from moebed.errors import ConfigError
 from moebed.machine.float32 import Float32Buffers
 from moebed.model.config import LayerConfig, ModelConfig, RouterOptions
 from moebed.model.experts import Experts
-from moebed.model.routing import Routing
+from moebed.model.routing import Routing, TokenContext
 
 
 class ExpertOutputs(Protocol):
@@ -62,6 +62,7 @@ class Router(Float32Buffers):
     compiles = True  # whether its forward pass is one graph for torch.compile
     sees_batch = False  # whether a token's experts depend on the other tokens of a batch while `chooses_tokens`
     chooses_tokens = False  # of such a router: route as in training, in evaluation too
+    needs_context = False  # whether it asks for all of a TokenContext, the tokens' domains too; else it has their ids
     adaptive = False  # whether it has state that end_step changes; where no router of a model has, none is called
     runs_experts = False  # whether it asks for experts' outputs when it routes in evaluation
     experts_class: type[Experts] = Experts  # of its layers
@@ -89,8 +90,8 @@ class Router(Float32Buffers):
         """What a person should know who chose it, said where a run begins."""
         return None
 
-    def forward(self, hidden_states: Tensor, experts: ExpertOutputs, token_ids: Tensor | None = None) -> Routing:
-        """Route hidden_states (T, H) of tokens token_ids (T,)."""
+    def forward(self, hidden_states: Tensor, experts: ExpertOutputs, context: TokenContext | None = None) -> Routing:
+        """Route hidden_states (T, H) of tokens of which a context (T,) is known."""
         raise TypeError(f"{type(self).__name__} does not define forward")
 
     def choose(self, logits: Tensor) -> Routing:

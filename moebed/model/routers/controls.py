@@ -16,7 +16,7 @@ from moebed.model.config import LayerConfig, ModelConfig, RouterOptions, setting
 from moebed.model.routers.autonomy import Autonomy
 from moebed.model.routers.contract import ExpertOutputs, Router, drawn
 from moebed.model.routers.softmax import GatedRouter
-from moebed.model.routing import Routing
+from moebed.model.routing import Routing, TokenContext
 
 _BITS = 31
 Number = TypeVar("Number", int, Tensor)
@@ -45,7 +45,7 @@ class FactorisedGate(Router):
         self.low_proj = drawn(inner, config.hidden_size)  # W_a (E·C, H)
         self.high_proj = drawn(layer.num_experts, inner)  # W_b (E, E·C)
 
-    def forward(self, hidden_states: Tensor, experts: ExpertOutputs, token_ids: Tensor | None = None) -> Routing:
+    def forward(self, hidden_states: Tensor, experts: ExpertOutputs, context: TokenContext | None = None) -> Routing:
         """Route hidden_states (T, H)."""
         with torch.autocast(hidden_states.device.type, enabled=False):
             low = float32_linear(hidden_states, self.low_proj)  # (T, E·C)
@@ -85,19 +85,23 @@ class Hash(EvenWeights):
         super().__init__(config, layer)
         self.salt = mixed(mixed(self.options.seed) ^ layer.index)
 
-    def forward(self, hidden_states: Tensor, experts: ExpertOutputs, token_ids: Tensor | None = None) -> Routing:
-        """Route tokens token_ids (T,); each pair of id and expert has a random number as its logit."""
-        if token_ids is None:
-            raise TypeError("the hash router needs token_ids: pass them to the block or MoE that is called")
-        expert = torch.arange(self.num_experts, device=token_ids.device)
-        number = mixed(mixed(token_ids.unsqueeze(1) ^ self.salt) ^ expert)  # (T, E)
-        return self.choose(number.to(torch.float32) / 2**_BITS)
+    def forward(self, hidden_states: Tensor, experts: ExpertOutputs, context: TokenContext | None = None) -> Routing:
+        """Route tokens by their ids (T,)."""
+        if context is None:
+            raise TypeError("the hash router needs a TokenContext: pass it to the block or MoE that is called")
+        return self.choose(self.numbers_of(context.ids))
+
+    def numbers_of(self, ids: Tensor) -> Tensor:
+        """A random number from 0 to 1 of each pair of an id (T,) and an expert, which is its logit (T, E)."""
+        expert = torch.arange(self.num_experts, device=ids.device)
+        number = mixed(mixed(ids.unsqueeze(1) ^ self.salt) ^ expert)  # (T, E)
+        return number.to(torch.float32) / 2**_BITS
 
 
 class Balanced(EvenWeights):
     """Round robin: K experts after another for one token after another, so that loads are equal; for benchmarks."""
 
-    def forward(self, hidden_states: Tensor, experts: ExpertOutputs, token_ids: Tensor | None = None) -> Routing:
+    def forward(self, hidden_states: Tensor, experts: ExpertOutputs, context: TokenContext | None = None) -> Routing:
         """Route hidden_states (T, H) by their position alone."""
         device = hidden_states.device
         first = torch.arange(len(hidden_states), device=device).unsqueeze(1) * self.num_experts_per_tok  # (T, 1)

@@ -16,7 +16,7 @@ from moebed.errors import ConfigError
 from moebed.model.config import LayerConfig, ModelConfig, RouterOptions, setting
 from moebed.model.routers.contract import ExpertOutputs, Router
 from moebed.model.routers.controls import mixed
-from moebed.model.routing import Routing
+from moebed.model.routing import Routing, TokenContext
 
 _UNIT = 2**-30  # numbers of `mixed` times this lie in [0, 2)
 
@@ -87,19 +87,19 @@ class GrAP(Router):
         if self.options.jitter:
             self.step.fill_(step)
 
-    def forward(self, hidden_states: Tensor, experts: ExpertOutputs, token_ids: Tensor | None = None) -> Routing:
+    def forward(self, hidden_states: Tensor, experts: ExpertOutputs, context: TokenContext | None = None) -> Routing:
         """Route hidden_states (T, H)."""
-        return self.choose(self.means(hidden_states, token_ids))
+        return self.choose(self.means(hidden_states, context))
 
-    def means(self, hidden_states: Tensor, token_ids: Tensor | None) -> Tensor:
-        """ω_i·x + ε of hidden_states (T, H) with ids (T,), in float32: (T, E)."""
+    def means(self, hidden_states: Tensor, context: TokenContext | None) -> Tensor:
+        """ω_i·x + ε of hidden_states (T, H) of tokens of which a context (T,) is known, in float32: (T, E)."""
         means = hidden_states.float().unflatten(-1, (self.num_experts, -1)).mean(dim=-1)
         if not (self.training and self.options.jitter):
             return means
-        if token_ids is None:
-            raise TypeError("the jitter of router grap needs token_ids: pass them to the block or MoE that is called")
-        expert = torch.arange(self.num_experts, device=token_ids.device)
-        number = mixed(mixed(token_ids.unsqueeze(1) ^ mixed(self.step.long() ^ self.salt)) ^ expert)  # (T, E)
+        if context is None:
+            raise TypeError("the jitter of router grap needs a TokenContext: pass it to the block or MoE")
+        expert = torch.arange(self.num_experts, device=context.ids.device)
+        number = mixed(mixed(context.ids.unsqueeze(1) ^ mixed(self.step.long() ^ self.salt)) ^ expert)  # (T, E)
         return means + self.options.jitter * (number.to(torch.float32) * _UNIT - 1)
 
     def choose(self, logits: Tensor) -> Routing:

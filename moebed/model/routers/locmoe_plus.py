@@ -17,7 +17,7 @@ from moebed.errors import UserError
 from moebed.model.config import LayerConfig, ModelConfig, setting
 from moebed.model.routers.contract import ExpertOutputs, Load, Router
 from moebed.model.routers.grap import GrAP
-from moebed.model.routing import Routing
+from moebed.model.routing import Routing, TokenContext
 
 
 class LocMoEPlus(GrAP):
@@ -73,9 +73,9 @@ class LocMoEPlus(GrAP):
         quiet = super().caution(config)
         return f"{leak}; {quiet}" if quiet else leak
 
-    def forward(self, hidden_states: Tensor, experts: ExpertOutputs, token_ids: Tensor | None = None) -> Routing:
+    def forward(self, hidden_states: Tensor, experts: ExpertOutputs, context: TokenContext | None = None) -> Routing:
         """Route hidden_states (T, H)."""
-        routing = super().forward(hidden_states, experts, token_ids)
+        routing = super().forward(hidden_states, experts, context)
         if not (self.training or self.chooses_tokens):
             return routing
         length = hidden_states.detach().float().norm(dim=-1, keepdim=True)

@@ -17,7 +17,7 @@ from moebed.model.config import LayerConfig, ModelConfig, RouterOptions, setting
 from moebed.model.losses import squared_variation
 from moebed.model.routers.contract import ExpertOutputs, Router, drawn
 from moebed.model.routers.controls import mixed
-from moebed.model.routing import Routing
+from moebed.model.routing import Routing, TokenContext
 
 _BITS = 23  # of a uniform number: with half of the last one more, float32 still holds it
 
@@ -76,7 +76,7 @@ class NoisyTopK(Router):
             key = mixed(key ^ mixed(number))
         self.key = torch.tensor(key, device=self.noise_proj.device)
 
-    def forward(self, hidden_states: Tensor, experts: ExpertOutputs, token_ids: Tensor | None = None) -> Routing:
+    def forward(self, hidden_states: Tensor, experts: ExpertOutputs, context: TokenContext | None = None) -> Routing:
         """Route hidden_states (T, H)."""
         with torch.autocast(hidden_states.device.type, enabled=False):
             clean = self.logits(hidden_states)

@@ -15,6 +15,7 @@ from moebed.model.routers.controls import Balanced, FactorisedGate, FrozenGate, 
 from moebed.model.routers.grap import GrAP
 from moebed.model.routers.locmoe_plus import LocMoEPlus
 from moebed.model.routers.noisy import NoisyTopK
+from moebed.model.routers.reference import AntiOracle, Oracle, OracleHash
 from moebed.model.routers.relu import ReLU
 from moebed.model.routers.sigmoid import SigmoidTopK
 from moebed.model.routers.softmax import SoftmaxTopK
@@ -34,6 +35,9 @@ ROUTERS: dict[str, type[Router]] = {
     "hash": Hash,
     "factorised_gate": FactorisedGate,
     "balanced": Balanced,
+    "oracle": Oracle,
+    "oracle_hash": OracleHash,
+    "anti_oracle": AntiOracle,
 }
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from moebed.machine.float32 import float32_linear
 from moebed.model.config import LayerConfig, ModelConfig
 from moebed.model.routers.contract import ExpertOutputs, Router, drawn
-from moebed.model.routing import Routing
+from moebed.model.routing import Routing, TokenContext
 
 
 class GatedRouter(Router):
@@ -25,7 +25,7 @@ class GatedRouter(Router):
         super().__init__(config, layer)
         self.weight = drawn(layer.num_experts, config.hidden_size)  # gate embeddings W_g (E, H)
 
-    def forward(self, hidden_states: Tensor, experts: ExpertOutputs, token_ids: Tensor | None = None) -> Routing:
+    def forward(self, hidden_states: Tensor, experts: ExpertOutputs, context: TokenContext | None = None) -> Routing:
         """Route hidden_states (T, H)."""
         with torch.autocast(hidden_states.device.type, enabled=False):
             return self.choose(float32_linear(hidden_states, self.weight))

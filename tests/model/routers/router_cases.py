@@ -6,9 +6,15 @@ from moebed.model.config import ModelConfig
 from moebed.model.routers import ROUTERS, Router, build_router
 from tests.conftest import tiny_config
 
-OPTIONS = {"d_low": 8, "competition_rate": 1.0}
+OPTIONS = {"d_low": 8, "competition_rate": 1.0, "num_domains": 2}
 ALL = tuple(ROUTERS)
+BY_DOMAIN = tuple(name for name, router in ROUTERS.items() if router.needs_context)
 COMPILED = tuple(name for name, router in ROUTERS.items() if router.compiles)
+
+
+def domains_of(ids: torch.Tensor) -> torch.Tensor:
+    """A domain for each token (B, S), by its place: the same in every row."""
+    return (torch.arange(ids.shape[1]) // 3 % 2).expand_as(ids)
 
 
 def config_of(name: str, **changes) -> ModelConfig:

@@ -13,10 +13,10 @@ from moebed.model.experts import Experts, _native_unfit
 from moebed.model.flops import count_parameters, flops_per_token
 from moebed.model.generate import generate
 from moebed.model.losses import load_balancing_loss, router_stats
-from moebed.model.routers import ROUTERS, SoftmaxTopK, register
-from tests.model.routers.router_cases import ALL, COMPILED, config_of
+from moebed.model.routers import ROUTERS, SoftmaxTopK, TokenContext, register
+from tests.model.routers.router_cases import ALL, BY_DOMAIN, COMPILED, config_of, domains_of
 
-CARELESS = ("balanced", "hash", "random")  # learn nothing in the router
+CARELESS = ("balanced", "hash", "oracle_hash", "random")  # learn nothing in the router
 WITHOUT_PARAMETERS = ("expert_norm", "grap", "locmoe_plus")
 
 
@@ -29,7 +29,7 @@ def _decoder(name: str, **changes) -> Decoder:
 
 
 def _loss(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:
-    out = decoder(ids)
+    out = decoder(ids, domain=domains_of(ids))
     asked = [value.mean() for routing in out.routings for value in (routing.losses or {}).values()]
     return out.logits.square().mean() + sum(asked)
 
@@ -68,7 +68,7 @@ def test_recomputation_changes_nothing(name):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if name != "balanced"])  # which goes by the place in the batch
+@pytest.mark.parametrize("name", [name for name in ALL if name not in (*BY_DOMAIN, "balanced")])
 def test_cached_decoding_equals_one_pass(name):
     decoder = _decoder(name).eval()
     whole = decoder(IDS).logits
@@ -82,9 +82,10 @@ def test_cached_decoding_equals_one_pass(name):
 @pytest.mark.parametrize("name", COMPILED)
 def test_a_layer_is_one_graph(name):
     moe, x = _decoder(name).layers[0].mlp, torch.randn(42, 32)
-    expected, _ = moe(x, IDS.flatten())
+    context = TokenContext.of_batch(IDS, domains_of(IDS)).changed(torch.flatten)
+    expected, _ = moe(x, context)
     torch._dynamo.reset()
-    out, routing = torch.compile(moe, fullgraph=True, backend="eager", dynamic=False)(x, IDS.flatten())
+    out, routing = torch.compile(moe, fullgraph=True, backend="eager", dynamic=False)(x, context)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
     assert routing.losses is None or set(routing.losses) == {"relu_l1"}
 
@@ -93,8 +94,10 @@ def test_a_layer_is_one_graph(name):
 def test_balancing_reaches_what_decides(name):
     """The gradient of the load-balancing loss: the router's parameters, or the experts' where they decide."""
     decoder = _decoder(name)
-    stats = router_stats(decoder(IDS).routings[0], torch.ones(IDS.numel(), dtype=torch.bool))
-    idle = (decoder(IDS).routings[0].router_probs.sum(-1) == 0).float().mean()  # relu: tokens without any expert
+    stats = router_stats(decoder(IDS, domain=domains_of(IDS)).routings[0], torch.ones(IDS.numel(), dtype=torch.bool))
+    idle = (
+        (decoder(IDS, domain=domains_of(IDS)).routings[0].router_probs.sum(-1) == 0).float().mean()
+    )  # relu: tokens without any expert
     assert (stats.mean_probs.sum() + idle).item() == pytest.approx(1.0, abs=1e-4)
     assert idle == 0 or name == "relu"
     load_balancing_loss(stats.mean_probs, stats.counts).backward()
@@ -152,7 +155,7 @@ def test_a_compiled_step_has_the_gradients_of_one_that_is_not(backend):
 def test_decisions_are_float32_and_in_descending_weight_under_autocast(name):
     decoder = _decoder(name)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = decoder(IDS)
+        out = decoder(IDS, domain=domains_of(IDS))
     out.logits.float().square().mean().backward()
     for routing in out.routings:
         for value in (
@@ -171,7 +174,7 @@ def test_decisions_are_float32_and_in_descending_weight_under_autocast(name):
 def test_a_masked_expert_is_not_chosen(name):
     """What an ablation asks of every router: the decision that follows from logits with one of them at -inf."""
     decoder = _decoder(name).eval()
-    routing = decoder(IDS).routings[0]
+    routing = decoder(IDS, domain=domains_of(IDS)).routings[0]
     masked = decoder.routers[0].choose(routing.router_logits.index_fill(1, torch.tensor(2), -torch.inf))
     assert not bool(((masked.topk_index == 2) & masked.assigned).any())
     assert bool(masked.topk_weight.isfinite().all())
@@ -192,9 +195,11 @@ def test_parameters_and_flops_are_those_of_the_model(name):
         for router in decoder.routers:
             router.choose = lambda logits, choose=router.choose: choose(logits - logits.topk(3).values[:, 2:])
 
+    ids = torch.randint(0, 96, (1, tokens))
+
     def counted() -> int:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            decoder(torch.randint(0, 96, (1, tokens)))
+            decoder(ids, domain=domains_of(ids))
         return counter.get_total_flops()
 
     # Attention computes all S keys of a token where causality needs half of them.
@@ -246,7 +251,7 @@ def test_experts_run_once_where_the_router_ran_them():
     experts, calls = decoder.layers[0].mlp.experts, []
     backend = experts.backend
     experts.backend = lambda *arguments: calls.append(len(arguments[1])) or backend(*arguments)
-    decoder(IDS)
+    decoder(IDS, domain=domains_of(IDS))
     assert calls == [4 * IDS.numel()]
 
 

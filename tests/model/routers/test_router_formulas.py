@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moebed.model.routers import Load
+from moebed.model.routers import Load, TokenContext
 from moebed.model.routers.autonomy import matched_width
 from moebed.model.routers.competition import coin, mean_cosine
 from tests.model.routers.router_cases import GivenOutputs, config_of, router_of
@@ -206,7 +206,7 @@ def test_factorised_gate_is_its_product():
 def test_hash_depends_on_the_id_and_the_layer_alone():
     config = config_of("hash", num_experts=8)
     first, second = (type(router_of("hash"))(config, config.layer(layer)) for layer in range(2))
-    ids = torch.arange(3000)
+    ids = TokenContext(torch.arange(3000))
     routing = first(torch.randn(3000, 32), None, ids)
     assert torch.equal(routing.topk_index, first(torch.randn(3000, 32), None, ids).topk_index)
     assert not torch.equal(routing.topk_index, second(torch.randn(3000, 32), None, ids).topk_index)

@@ -8,7 +8,7 @@ import torch
 from moebed.errors import ConfigError, UserError
 from moebed.model.config import ModelConfig
 from moebed.model.decoder import Decoder
-from moebed.model.routers import Load, cautions
+from moebed.model.routers import Load, TokenContext, cautions
 from moebed.model.routers.grap import block_means, first_weight
 from moebed.model.routers.locmoe_plus import choosing_tokens
 from tests.conftest import tiny_config
@@ -101,7 +101,7 @@ def test_jitter_is_of_training_alone_and_follows_from_step_layer_and_token():
 
     def noise(step, tokens=slice(None)):
         router.begin_step(step)
-        return router(x[tokens], None, ids[tokens]).router_logits - plain[tokens]
+        return router(x[tokens], None, TokenContext(ids[tokens])).router_logits - plain[tokens]
 
     first = noise(3)
     assert -0.5 <= first.min() < -0.45
@@ -113,10 +113,10 @@ def test_jitter_is_of_training_alone_and_follows_from_step_layer_and_token():
     config = config_of("grap", router_options={"jitter": 0.5})
     other = type(router)(config, config.layer(1)).train()
     other.begin_step(3)
-    assert not torch.allclose(other(x, None, ids).router_logits - plain, first)
-    assert torch.equal(router.eval()(x, None, ids).router_logits, plain)
+    assert not torch.allclose(other(x, None, TokenContext(ids)).router_logits - plain, first)
+    assert torch.equal(router.eval()(x, None, TokenContext(ids)).router_logits, plain)
     assert not router.state_dict()  # the step says it all
-    with pytest.raises(TypeError, match="needs token_ids"):
+    with pytest.raises(TypeError, match="needs a TokenContext"):
         router.train()(x, None)
 
 

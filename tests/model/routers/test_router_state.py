@@ -19,7 +19,7 @@ from moebed.training.optim import OptimizerConfig, build_adamw
 from moebed.views.layer import HeadView, LayerView, Need, ProbeText
 from moebed.views.live import LiveModel, walk, walk_model
 from moebed.views.text_pass import TextPass
-from tests.model.routers.router_cases import ALL, config_of
+from tests.model.routers.router_cases import ALL, config_of, domains_of
 
 SEQUENCE = 16
 
@@ -234,6 +234,7 @@ TEXT = ProbeText(
     torch.randint(96, (3, 11), generator=torch.Generator().manual_seed(5)),
     torch.arange(11) < torch.tensor([11, 4, 7]).unsqueeze(1),
     torch.zeros(3, dtype=torch.long),
+    token_domain=domains_of(torch.zeros(3, 11)),
 )
 NEEDS = frozenset({Need.WEIGHTS, Need.ROUTING, Need.OUTPUTS, Need.ACTIVATIONS, Need.PREDICTIONS})
 
@@ -282,11 +283,12 @@ def test_what_a_walk_shows_is_what_the_model_computes(name):
     """The walk's loss is the forward pass's."""
     decoder = _decoder(name).eval()
     views = list(walk(decoder, TEXT, NEEDS))
-    assert (views[0].gate is None) == (name in ("expert_norm", "autonomy", "hash", "noisy_topk"))
+    assert (views[0].gate is None) == (name in ("expert_norm", "autonomy", "hash", "noisy_topk", "oracle_hash"))
     with torch.no_grad():
         for row in range(3):
             length = int(TEXT.token_mask[row].sum())
-            logits = decoder(TEXT.input_ids[row : row + 1, :length]).logits[0, :-1]
+            ids, domain = (of[row : row + 1, :length] for of in (TEXT.input_ids, TEXT.token_domain))
+            logits = decoder(ids, domain=domain).logits[0, :-1]
             expected = torch.nn.functional.cross_entropy(logits, TEXT.input_ids[row, 1:length], reduction="none")
             start = int(TEXT.sequence_start[row])
             torch.testing.assert_close(views[-1].loss[start : start + length - 1], expected, rtol=1e-4, atol=1e-4)
