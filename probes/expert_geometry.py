@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from moebed.machine.precision import multiplies_bf16_faster
+from moebed.model.native.carry import by_rows
 from moebed.views.layer import LayerView, Need
 from probes.contract import Arrays, Headline, Probe, ProbeResult, by_part, per_layer
 from probes.figures.pictures import draw_depth, draw_heat_maps
@@ -91,8 +92,11 @@ def shapes_of(fetch: Callable[[int], Tensor], count: int, rank: int) -> Iterator
 def _shape(rank: int, matrix: Tensor) -> Shape:
     in_longer = matrix.shape[0] < matrix.shape[1]
     short = matrix if in_longer else matrix.T  # (N, K)
+    rounds = _may_round(matrix)
+    if rounds and in_longer:
+        short = by_rows(short)  # as both the Gram matrix and the last product take it
     given: Gram | None = None
-    for product in (rounded_gram, full_gram) if _may_round(matrix) else (full_gram,):
+    for product in (rounded_gram, full_gram) if rounds else (full_gram,):
         given = None  # room for the next one
         given = product(short)
         if not 0 < given.trace < math.inf:

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moebed.errors import ConfigError
-from moebed.parallel.traffic import between_ranks, bytes_per_assignment, link_bytes, of_distance, slowest_link
+from moebed.parallel.traffic import (
+    between_ranks,
+    bytes_per_trip,
+    link_bytes,
+    of_distance,
+    slowest_link,
+    trips_between_ranks,
+)
 from moebed.views.layer import LayerView, Need, ProbeText
 from probes.contract import Arrays, Headline, Probe, ProbeOptions, ProbeResult, by_layer, numbers, per_layer
 from probes.measures.choices import assignments, first_middle_last
@@ -63,8 +70,10 @@ class TrafficOptions(ProbeOptions):
 class Traffic(Probe):
     """Assignments between ranks, from the routing alone: the text is taken as one batch, cut into X equal parts.
 
-    Stored for each layer: ``assignments (X, X)``, from the rank of the token to that of its expert; ``bytes (X, X)``,
-    what one rank sends to another in a step, forward and backward, which is what ``moebed.parallel.exchange`` sends;
+    Stored for each layer: ``assignments (X, X)``, from the rank of the token to that of its expert; ``trips (X, X)``,
+    in which a token counts once for each rank that has some of its experts; ``bytes (X, X)``, what one rank sends to
+    another in a step, forward and backward, which is what ``moebed.parallel.exchange`` sends; ``saved``, the share of
+    what would leave its rank if each assignment travelled by itself that is not sent;
     ``self``, ``node``, ``across``, shares of the assignments that stay on the rank, on its node, or leave it, and
     ``node_expected``, ``across_expected``, the shares if the tokens of every rank went where all tokens go;
     ``busiest``, bytes that leave the busiest rank over the mean; ``seconds``, the slowest link's by the two bandwidths
@@ -88,12 +97,17 @@ class Traffic(Probe):
         self.put("num_experts", view.index, view.num_experts)
         if view.num_experts % told.ranks or len(index) < told.ranks:
             return
-        found = between_ranks(index, _ranks_of(view.text, told), view.num_experts, told.ranks)
-        each = bytes_per_assignment(view.moe_input.shape[1], told.itemsize, told.recomputed)
-        sent, distance = link_bytes(found, each), of_distance(told.ranks, told.ranks_per_node)
+        given = (index, _ranks_of(view.text, told), view.num_experts, told.ranks)
+        found, trips = between_ranks(*given), trips_between_ranks(*given)
+        row = (view.moe_input.shape[1], told.itemsize)
+        sent = link_bytes(trips, bytes_per_trip(*row, index.shape[1], told.recomputed))
+        one_by_one = link_bytes(found, bytes_per_trip(*row, 1, told.recomputed))
+        distance = of_distance(told.ranks, told.ranks_per_node)
         alike = np.outer(found.sum(axis=1), found.sum(axis=0)) / max(found.sum(), 1)
         self.put("assignments", view.index, found)
+        self.put("trips", view.index, trips)
         self.put("bytes", view.index, sent)
+        self.put("saved", view.index, 1 - sent[distance > 0].sum() / max(one_by_one[distance > 0].sum(), 1))
         for number, where in enumerate(DISTANCES):
             self.put(where, view.index, found[distance == number].sum() / max(found.sum(), 1))
             self.put(f"{where}_expected", view.index, alike[distance == number].sum() / max(found.sum(), 1))
@@ -113,7 +127,7 @@ class Traffic(Probe):
             return ProbeResult(arrays, notes=[f"{why}: there is no traffic"])
         ranks, on_node = map(int, arrays["layout"])
         scalars: dict[str, float] = {}
-        for key in (*DISTANCES, *(f"{where}_expected" for where in DISTANCES), "busiest", "seconds"):
+        for key in (*DISTANCES, *(f"{where}_expected" for where in DISTANCES), "busiest", "seconds", "saved"):
             scalars |= per_layer(key, numbers(arrays, key))
         sent = {layer: float(value.sum(dtype=np.float64)) for layer, value in by_layer(arrays, "bytes").items()}
         tokens = int(arrays["tokens"])
@@ -142,6 +156,12 @@ class Traffic(Probe):
                 no_interval=LAYOUT,
             ),
         }
+        headlines["saved"] = Headline(
+            scalars["saved"],
+            f"A token travels once to a rank that has several of its experts: {scalars['saved']:.1%} of the bytes of a "
+            "row for each assignment are not sent.",
+            no_interval=LAYOUT,
+        )
         left = [str(layer) for layer in num_experts(arrays) if layer not in found]
         notes = [f"left out, as {ranks} ranks do not divide their experts: layers {', '.join(left)}"] if left else []
         pictures = {"matrix": partial(_draw_matrix, arrays, layout), "over_depth": partial(_draw_depth, arrays, layout)}

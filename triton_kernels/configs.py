@@ -58,12 +58,14 @@ class Config:
         rows: BM of the kernels that walk the sorted rows.
         up: fused up and gate product; its columns count gate and up together.
         down: down product.
-        grad_hidden: gradient of the activations, with the backward of the activation in its epilogue.
+        grad_hidden: gradient of the unweighted activations.
         grad_rows: gradient of the gathered rows.
         grad_up: gradient of ``gate_up``.
         grad_down: gradient of ``down``.
         combine_tokens: tokens that one program of the combine sums.
         combine_columns: columns of one program of the combine.
+        activation_rows: rows that one program of the activation's backward passes over.
+        activation_columns: columns that it takes in one step.
         routing_block: assignments of one program of the routing kernels.
         routing_experts: experts of one.
         routing_scan: numbers that the scans take in one step.
@@ -82,6 +84,8 @@ class Config:
     grad_down: WeightTile
     combine_tokens: int = 4
     combine_columns: int = 512
+    activation_rows: int = 8
+    activation_columns: int = 128
     routing_block: int = 128
     routing_experts: int = 32
     routing_scan: int = 1024
@@ -157,6 +161,7 @@ INTERPRETED = Config(
     grad_down=WeightTile(64, 64, 64, group=2),
     combine_tokens=64,
     combine_columns=64,
+    activation_rows=256,
     routing_block=256,
     split_rows=256,
     routing_experts=64,
@@ -182,9 +187,9 @@ _DENSE = (
 )
 _WEIGHTS = (
     WeightTile(128, 256, 64, warps=8, stages=5, group=4),
-    WeightTile(128, 256, 64, warps=8, stages=6),
+    WeightTile(128, 256, 64, warps=8, stages=4),
     WeightTile(256, 128, 64, warps=8, stages=5),
-    WeightTile(128, 128, 64, warps=8, stages=5),
+    WeightTile(128, 128, 64, warps=4, stages=5),
 )
 _HOPPER_CANDIDATES: dict[str, tuple[Tile, ...] | tuple[WeightTile, ...]] = {
     "up": (*_GATHERED, Tile(256, 64, warps=8, stages=4), Tile(128, 64, warps=4, stages=4, persistent=True)),

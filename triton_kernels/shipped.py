@@ -13,8 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from triton_kernels.activations import NAMES
-from triton_kernels.combine import WEIGHT_GRAD_BLOCK
-from triton_kernels.combine.kernels import combine_kernel, weight_grad_kernel
+from triton_kernels.combine.kernels import combine_kernel
 from triton_kernels.configs import (
     AMPERE,
     BLACKWELL,
@@ -27,7 +26,7 @@ from triton_kernels.configs import (
     WeightTile,
     with_tile,
 )
-from triton_kernels.grouped import down, grad_hidden, grad_rows, grad_weight, pieces, up
+from triton_kernels.grouped import down, grad_activation, grad_hidden, grad_rows, grad_weight, pieces, up
 from triton_kernels.routing import constexprs as routing_constexprs
 from triton_kernels.routing.kernels import count_kernel, place_kernel, route_small_kernel, scan_kernel, tiles_kernel
 from triton_kernels.spec import DTYPES, Argument, KernelSpec
@@ -85,11 +84,6 @@ def _walk(tile: Tile, pointers: Any, persistent: Any, rows: bool = True) -> tupl
     return persistent, more | {"num_rows": _NUMBER} if rows else more
 
 
-def _partial(config: Config) -> Argument:
-    """The float32 sums behind d(topk weight), which stand beside each tile of columns."""
-    return Argument("*fp32", aligned=True, shape="RF", passes=grad_hidden.PARTS / config.grad_hidden.columns)
-
-
 def _products(config: Config, width: int, inter: int, label: str) -> Iterator[KernelSpec]:
     tall = {"weight": _elements("EGH"), **_TABLE}
     sizes = (width, inter)
@@ -107,17 +101,11 @@ def _products(config: Config, width: int, inter: int, label: str) -> Iterator[Ke
     arguments = {"hidden": _elements("RF"), **short, "out": _elements("RH"), **more}
     constexprs = down.constexprs(*sizes, config)
     yield from _product("down", label, kernel, config, config.down, arguments, constexprs, 2)
-    kernel, more = _walk(
-        config.grad_hidden, grad_hidden.grad_hidden_kernel, grad_hidden.grad_hidden_persistent_kernel
-    )  # fmt: skip
-    for activation in NAMES:
-        arguments = {
-            "grad": _elements("TH"), **short, **_TOKEN, "order": Argument("*i32", aligned=True),
-            "topk_weight": Argument("*fp32", aligned=True), "pre": _elements("RG"), "grad_pre": _elements("RG"),
-            "weighted": _elements("RF"), "partial": _partial(config), "num_rows": Argument("i32"), **more,
-        }  # fmt: skip
-        constexprs, what = grad_hidden.constexprs(*sizes, activation, config), f"{activation} {label}".strip()
-        yield from _product("grad_hidden", what, kernel, config, config.grad_hidden, arguments, constexprs, 2)
+    plain, persistent = grad_hidden.grad_hidden_kernel, grad_hidden.grad_hidden_persistent_kernel
+    kernel, more = _walk(config.grad_hidden, plain, persistent, rows=False)
+    arguments = {"grad": _elements("TH"), **short, **_TOKEN, "out": _elements("RF"), **more}
+    constexprs = grad_hidden.constexprs(*sizes, config)
+    yield from _product("grad_hidden", label, kernel, config, config.grad_hidden, arguments, constexprs, 2)
     kernel, more = _walk(config.grad_rows, grad_rows.grad_rows_kernel, grad_rows.grad_rows_persistent_kernel)
     arguments = {"grad_pre": _elements("RG"), **tall, "out": _elements("RH"), **more}
     constexprs = grad_rows.constexprs(*sizes, config)
@@ -209,17 +197,22 @@ def _pieces() -> Iterator[KernelSpec]:
     )  # fmt: skip
 
 
-def _weight_grad(config: Config) -> KernelSpec:
-    numbers = Argument("*i32", aligned=True)
-    return _plain(
-        "weight_grad", weight_grad_kernel,
-        {"partial": _partial(config), "slot": numbers, "out": Argument("*fp32", aligned=True), "size": Argument("i32")},
-        constexprs={
-            "PARTS": -(-EVEN[1] // config.grad_hidden.columns), "BLOCK": WEIGHT_GRAD_BLOCK,
-            "Q": grad_hidden.PARTS,
-        },
-        backward=True, name=f"weight_grad w4 {config.name}", archs=config.archs,
-    )  # fmt: skip
+def _activations(config: Config) -> Iterator[KernelSpec]:
+    numbers, weights = Argument("*i32", aligned=True), Argument("*fp32", aligned=True)
+    for activation in NAMES:
+        yield _plain(
+            "grad_activation", grad_activation.grad_activation_kernel,
+            {
+                "s": Argument("*T", aligned=True, shape="RF", passes=2), "pre": _elements("RG"), "topk_weight": weights,
+                "order": numbers, "offsets": numbers, "grad_pre": _elements("RG"), "grad_weight": weights,
+                "E": _NUMBER,
+            },
+            constexprs={
+                "F": EVEN[1], "BLOCK_M": config.activation_rows, "BLOCK_N": config.activation_columns,
+                "ACTIVATION": activation,
+            },
+            backward=True, dtypes=DTYPES, name=f"grad_activation w4 {activation}",
+        )  # fmt: skip
 
 
 DEVICES = (HOPPER, BLACKWELL, AMPERE, CDNA, WIDE)
@@ -229,7 +222,7 @@ SHIPPED: tuple[KernelSpec, ...] = (
     *_routing(HOPPER),
     *_combines(HOPPER),
     *_pieces(),
-    *(_weight_grad(config) for config in DEVICES if config is not WIDE),
+    *_activations(HOPPER),
 )
 
 

@@ -154,7 +154,6 @@ def difference(found: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
 
 def peak_bytes(step: Callable[[], Any], device: torch.device) -> int:
     """Most memory that a step takes on top of what was there before."""
-    gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -238,6 +237,7 @@ def run(of: Case, dtype: str, device: torch.device, rounds: int, steps: int, gpu
     best = min(theirs, key=lambda name: statistics.median(both_of.seconds[name])) if theirs else None
     item = next(source(0))
     rows = []
+    gc.collect()
     for name in both_of.seconds:
         row: dict[str, Any] = {"name": name, "difference": off.get(name), "agrees": agrees.get(name)}
         for phase, times in measured.items():
@@ -256,6 +256,7 @@ def run(of: Case, dtype: str, device: torch.device, rounds: int, steps: int, gpu
         "case": of.name,
         "sizes": f"{of.tokens} tokens, hidden {of.shape.hidden}, {of.shape.experts} experts of {of.shape.width}, "
         f"top-{of.shape.top_k}",
+        "work": of.shape.size("RHF"),
         "dtype": dtype,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "rounds": rounds,

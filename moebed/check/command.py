@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from moebed.check import table
+from moebed.check import backends, table
 from moebed.check.contract import MINUTES, Verdict
 from moebed.check.ladder import LADDER, MODULE
 from moebed.check.runner import climb
@@ -65,6 +65,8 @@ def run(command: str, arguments: Sequence[str]) -> None:
         )  # fmt: skip
     finally:
         lock.release()
+    if gpu := next((record.identity["gpu"] for record in records.values() if record.identity.get("gpu")), None):
+        backends.write(records, gpu)
     table.show(LADDER, records)
     page = options.out / table.PAGE
     found = table.all_findings(LADDER, records)

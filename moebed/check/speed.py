@@ -20,24 +20,29 @@ from moebed.machine.units import human
 
 KERNELS, BASE = OWN + "triton", OWN + "grouped_mm"
 DECODED = {"mixtral": (1, 16, 128), "qwen3": (1, 16, 128)}  # tokens of a step of so many sequences
+WIDE = ("A", "deepseekmoe")  # in float32 as well
 ROUNDS, STEPS = 5, 8
 
 
 def rows(place: Place) -> Sequence[Row]:
     """Of the step."""
-    whole = [(name, None) for name in TIMED]
-    decoded = [(name, tokens) for name, sizes in DECODED.items() for tokens in sizes]
-    return [
-        Row(f"{name}{f', decoding {tokens}' if tokens else ''}", functools.partial(measure, place.device, name, tokens))
-        for name, tokens in [*whole[:4], *decoded, *whole[4:]]
-    ]
+
+    def row(name: str, tokens: int | None = None, dtype: str = "bfloat16") -> Row:
+        label = name + (f", decoding {tokens}" if tokens else "") + (", float32" if dtype == "float32" else "")
+        return Row(label, functools.partial(measure, place.device, name, tokens, dtype=dtype))
+
+    whole = [row(name) for name in TIMED]
+    decoded = [row(name, tokens) for name, sizes in DECODED.items() for tokens in sizes]
+    return [*whole, *(row(name, dtype="float32") for name in WIDE), *decoded]
 
 
-def measure(device: str, name: str, tokens: int | None, rounds: int = ROUNDS, steps: int = STEPS) -> Found:
+def measure(
+    device: str, name: str, tokens: int | None, rounds: int = ROUNDS, steps: int = STEPS, dtype: str = "bfloat16"
+) -> Found:
     """One shape."""
-    on = torch.device(device)
-    found = experts.run(experts.case(name, tokens, on), "bfloat16", on, rounds, steps)
-    return judge(found, "forward" if tokens else "both")
+    on, phase = torch.device(device), "forward" if tokens else "both"
+    found = experts.run(experts.case(name, tokens, on), dtype, on, rounds, steps, gpu_only=on.type == "cuda")
+    return judge(found | {"phase": phase}, phase)
 
 
 def judge(found: Mapping[str, Any], phase: str) -> Found:

@@ -43,12 +43,17 @@ def load_decoder(checkpoint: Checkpoint | str | Path, dtype: torch.dtype = torch
 def fill(decoder: Decoder, checkpoint: Checkpoint) -> None:
     """Set the parameters, and the routers' state, of a decoder of the checkpoint's model; each rank its own parts.
 
-    One tensor at a time.
+    One tensor at a time. What a decoder has beside the checkpoint's experts (``families.base.beside_experts``) stays
+    as it was drawn, but for shared experts, whose ``down`` becomes 0: at first it adds nothing.
 
     Raises:
         UserError: A weight is NaN or Inf.
     """
     for name, tensor in decoder.stored().items():
+        if name not in checkpoint.keys.shapes:
+            if name.endswith("shared_expert.down_proj.weight"):
+                tensor.zero_()
+            continue
         spread = isinstance(tensor, DTensor)
         value = torch.empty(tensor.shape, dtype=tensor.dtype) if spread else tensor
         for part, region in checkpoint.keys.parameter(name):

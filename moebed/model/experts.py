@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moebed.errors import ConfigError
-from moebed.model import native
+from moebed.model import measured, native
 from moebed.model.config import LayerConfig, ModelConfig
 from moebed.model.fused import ACTIVATIONS, Activation, gated
 from moebed.model.grouped import (
@@ -228,11 +228,27 @@ def _native_unfit(experts: Experts, x: Tensor) -> str | None:
 
 
 def _auto(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
-    """``native`` where it is the fastest measured one for machine and type and fits the call, else ``grouped_mm``."""
+    """The fastest one that was measured for machine, type and size, and fits the call.
+
+    On a CPU ``native``, else ``grouped_mm``; on a GPU ``triton``, where ``moebed check`` has found it right and faster
+    on this kind of device, else ``grouped_mm``.
+    """
+    if x.device.type == "cuda" and _takes_triton(experts, x, routing):
+        return _triton(experts, x, routing)
     enough = routing.topk_index.numel() >= native.LEAST_ROWS * experts.num_local_experts
     if x.device.type != "cpu" or not enough or _native_unfit(experts, x) is not None:
         return _grouped_mm(experts, x, routing)
     return (_native if native.is_fastest(compute_dtype(x)) else _grouped_mm)(experts, x, routing)
+
+
+def _takes_triton(experts: Experts, x: Tensor, routing: Routing) -> bool:
+    matrices = experts.local(experts.gate_up_proj), experts.local(experts.down_proj)
+    top_k, work = routing.topk_index.shape[1], routing.topk_index.numel() * matrices[1][0].numel()
+    if not experts.are_plain or work < measured.least_work(x.device, compute_dtype(x)):
+        return False
+    from triton_kernels.mlp.checks import why_not
+
+    return why_not(x, matrices[0], top_k) is None
 
 
 def _triton(experts: Experts, x: Tensor, routing: Routing) -> Tensor:

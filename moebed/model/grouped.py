@@ -112,14 +112,14 @@ def _sum_of_slots(rows: Tensor, token_slot: Tensor) -> Tensor:
     return total
 
 
-def to_slots(x: Tensor, dispatch: Dispatch) -> Tensor:
-    """Gather tokens x (T, H) into slots (R, H)."""
-    return _ToSlots.apply(x, dispatch.slot_token, dispatch.token_slot)
+def to_slots(x: Tensor, dispatch: tuple[Tensor, ...]) -> Tensor:
+    """Gather tokens x (T, H) into slots (R, H) by a Dispatch, or by the first two tensors of one."""
+    return _ToSlots.apply(x, dispatch[0], dispatch[1])
 
 
-def from_slots(y: Tensor, dispatch: Dispatch) -> Tensor:
+def from_slots(y: Tensor, dispatch: tuple[Tensor, ...]) -> Tensor:
     """Sum slots y (R, H), already weighted, into tokens (T, H)."""
-    return _FromSlots.apply(y, dispatch.slot_token, dispatch.token_slot)
+    return _FromSlots.apply(y, dispatch[0], dispatch[1])
 
 
 def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, ragged: bool = False) -> Tensor:

@@ -64,9 +64,12 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _rows_at_once(logits: Tensor) -> int:
-    """Rows whose float32 copy stays in a core's cache on a CPU, or within 256 MiB on a GPU."""
-    budget = 2**18 if logits.device.type == "cpu" else 2**26
-    return max(1, budget // logits.shape[1])
+    return max(1, logits_at_once(logits.device.type) // logits.shape[1])
+
+
+def logits_at_once(device_type: str) -> int:
+    """Logits that the cross entropy has in float32 at a time: what a core's cache holds, or 64 MiB on a GPU."""
+    return 2**18 if device_type == "cpu" else 2**24
 
 
 class RouterStats(NamedTuple):

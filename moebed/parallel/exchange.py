@@ -1,12 +1,14 @@
 """Tokens to the ranks that own their experts, and back (expert parallelism).
 
-T tokens of this rank, K experts per token, E experts of the layer, X ranks that share them, H hidden,
-R rows that this rank's own E / X experts receive.
+A token goes once to each rank that has some of its experts, which sums what they give: a trip, whatever the number.
+
+T tokens of this rank, K experts per token, E experts of the layer, X ranks that share them, H hidden, N trips.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +18,14 @@ from torch.distributed._functional_collectives import all_gather_tensor_autograd
 from torch.distributed.tensor import DTensor
 
 from moebed.model.experts import Experts
-from moebed.model.grouped import compute_dtype, from_slots, sort_by_expert, to_slots
+from moebed.model.grouped import compute_dtype, from_slots, to_slots
 from moebed.model.routing import Routing
 
 
 class TokenExchange:
-    """Sends each assignment's row to its expert's rank by one all-to-all, and its output back by another.
+    """Sends each token to the ranks of its experts by one all-to-all, and what they make of it back by another.
 
-    Rank r owns experts r·E/X to (r + 1)·E/X. Nothing is dropped: how many rows travel is agreed by an all-to-all of
+    Rank r owns experts r·E/X to (r + 1)·E/X. Nothing is dropped: how many tokens travel is agreed by an all-to-all of
     counts first. Backward passes travel the same ways in reverse.
 
     Args:
@@ -51,34 +53,77 @@ class TokenExchange:
 
         Rows travel while the caller computes something else, where the backend of the group can do both.
         """
-        weights = routing.topk_weight
-        dispatch = sort_by_expert(routing.topk_index, weights, experts.num_experts, align=1, ragged=routing.ragged)
-        counts = dispatch.offsets.diff().long()  # (E,)
-        received = torch.empty_like(counts)  # from each rank in turn, for each of this rank's experts
-        torch.distributed.all_to_all_single(received, counts, group=self.group)
+        own, top_k = experts.num_local_experts, routing.topk_index.shape[1]
+        rank = torch.where(routing.assigned, routing.topk_index // own, self.size)  # (T, K)
+        at_rank = rank.unsqueeze(2) == torch.arange(self.size, device=x.device)  # (T, K, X)
+        goes = at_rank.any(1)  # (T, X)
+        counts = torch.stack([goes.sum(0), at_rank.sum((0, 1))], dim=1)  # (X, 2) trips, and assignments of them
+        received = self._swap(counts, None, None)  # the same from each rank
         # The one moment at which this rank waits for its device.
-        outward, inward = torch.stack([counts, received]).view(2, self.size, -1).sum(dim=2).tolist()
-        sent = sum(outward)  # assignments that are none have slots after these
+        leaving, coming = torch.stack([counts, received]).tolist()
+        outward, inward = [trips for trips, _ in leaving], [trips for trips, _ in coming]
+        trips = Slots.of(goes.T, sum(outward))
+        goes_to, token = trips.order // len(x), trips.order % len(x)  # (N,)
+        is_there = rank.index_select(0, token) == goes_to.unsqueeze(1)  # (N, K)
+        index = torch.where(is_there, routing.topk_index.index_select(0, token) - own * goes_to.unsqueeze(1), -1)
 
         def send(rows: Tensor, back: bool = False) -> Tensor:
             splits = (outward, inward) if back else (inward, outward)
             return all_to_all_single_autograd(rows.contiguous(), *splits, self.group)
 
-        rows = send(to_slots(x.to(compute_dtype(x)), dispatch)[:sent])  # (R, H)
-        weight = send(dispatch.slot_weight.unsqueeze(1)[:sent])  # (R, 1)
+        travelling = Slots(token, trips.slot.T.sort(dim=1).values[:, : min(top_k, self.size)])
+        rows = send(travelling.spread(x.to(compute_dtype(x))))  # (N, H) of this rank's experts
+        weight = send(routing.topk_weight.index_select(0, token) * is_there)  # (N, K)
+        index = self._swap(index.int(), inward, outward)  # (N, K)
 
         def finish() -> Tensor:
-            local_experts = torch.arange(experts.num_local_experts, device=x.device).repeat(self.size)
-            index = local_experts.repeat_interleave(received, output_size=sum(inward))
+            assigned = sum(number for _, number in coming)
             # Where nothing came, a row of weight 0: the experts then have a gradient here as on other ranks.
-            absent = (0, 0, 0, 0 if len(index) else 1)
-            blank = weight.new_empty(0)
-            here = Routing(blank, blank, F.pad(index.unsqueeze(1), absent), F.pad(weight, absent))
-            done = send(experts.backend(experts, F.pad(rows, absent), here)[: len(index)], back=True)
-            unsent = len(dispatch.slot_token) - sent
-            return from_slots(F.pad(done, (0, 0, 0, unsent)) if unsent else done, dispatch)
+            absent = (0, 0, 0, 0 if assigned else 1)
+            given, scales, chosen = F.pad(rows, absent), F.pad(weight, absent).flatten(), F.pad(index, absent)
+            choices = Slots.of(chosen >= 0, assigned or top_k)
+            blank = scales.new_empty(0)
+            here = Routing(blank, blank, _at(chosen.flatten().long(), choices), _at(scales, choices))
+            of_trip = Slots(choices.order // top_k, choices.slot)
+            outputs = experts.backend(experts, of_trip.spread(given), here)  # (assigned, H)
+            return travelling.gather(send(of_trip.gather(outputs)[: len(rows)], back=True))
 
         return finish
+
+    def _swap(self, rows: Tensor, inward: list[int] | None, outward: list[int] | None) -> Tensor:
+        """Integers from each rank to each, as many rows as the lists say; as many to each where there are none."""
+        received = rows.new_empty(len(rows) if inward is None else sum(inward), *rows.shape[1:])
+        torch.distributed.all_to_all_single(received, rows.contiguous(), inward, outward, group=self.group)
+        return received
+
+
+class Slots(NamedTuple):
+    """Rows that some of many places have: how they are taken from what has the places, and summed again."""
+
+    order: Tensor  # (N,) where each row comes from
+    slot: Tensor  # (places, M) rows that come from each place; N for none
+
+    @classmethod
+    def of(cls, chosen: Tensor, number: int) -> Slots:
+        """A row for each place of chosen (A, B), bool, that is true; they are so many, and keep their order."""
+        flat = chosen.flatten()
+        place = torch.where(flat, flat.cumsum(0) - 1, number).view_as(chosen)
+        return cls(torch.argsort(flat, descending=True, stable=True)[:number], place)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """x (places, H) -> rows (N, H)."""
+        return to_slots(x, self._with_none())[: len(self.order)]
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """rows (N, H) -> (places, H), the sum of each place's rows."""
+        return from_slots(F.pad(rows, (0, 0, 0, 1)), self._with_none())
+
+    def _with_none(self) -> tuple[Tensor, Tensor]:
+        return F.pad(self.order, (0, 1)), self.slot  # the last row stands where there is none
+
+
+def _at(values: Tensor, choices: Slots) -> Tensor:
+    return values.index_select(0, choices.order).unsqueeze(1)
 
 
 class _GradientOver(torch.autograd.Function):

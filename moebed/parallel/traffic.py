@@ -1,4 +1,6 @@
-"""What expert parallelism sends: how many assignments from which rank to which, and what each costs in bytes.
+"""What expert parallelism sends: how many tokens from which rank to which, and what each trip costs in bytes.
+
+A trip is a token that goes to a rank which has some of its experts, however many, and comes back as their sum.
 
 T tokens, E experts, K experts per token, X ranks that share the experts, g ranks a node, H hidden, c bytes of a
 product's operands. Rank r has experts r·E/X to (r + 1)·E/X, and node r // g, as in moebed.parallel.exchange.
@@ -6,17 +8,18 @@ product's operands. Rank r has experts r·E/X to (r + 1)·E/X, and node r // g, 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 
-WEIGHT_BYTES = 4  # a float32 beside each row
+WEIGHT_BYTES = INDEX_BYTES = 4  # float32 and int32, K of each beside a row
 
 
-class AssignmentBytes(NamedTuple):
-    """Bytes of one assignment in a step, by the way they take."""
+class TripBytes(NamedTuple):
+    """Bytes of one trip in a step, by the way they take."""
 
-    out: int  # from the token's rank to the expert's
+    out: int  # from the token's rank to the experts'
     back: int
 
     @property
@@ -25,14 +28,24 @@ class AssignmentBytes(NamedTuple):
         return self.out + self.back
 
 
-def bytes_per_assignment(hidden_size: int, itemsize: int, recomputed: bool = False) -> AssignmentBytes:
-    """Forward, a row of c·H bytes and its weight go out and c·H come back; their gradients take the same ways in
-    reverse. Recomputation repeats the forward pass: 2·(2·c·H + 4) in all, or 3/2 of it.
+def bytes_per_trip(hidden_size: int, itemsize: int, top_k: int, recomputed: bool = False) -> TripBytes:
+    """Forward, a row of c·H bytes, K weights and K experts go out, and c·H come back; the gradients of rows and weights
+    take the same ways in reverse. Recomputation repeats the forward pass.
 
-    Counts of E int64 a pass are left out, and so is that a router without gradient has no gradient of weights to send.
+    Counts of 2·X int64 a pass are left out, and so is that a router without gradient sends no gradient of weights.
     """
     row, passes = itemsize * hidden_size, 2 if recomputed else 1
-    return AssignmentBytes(passes * (row + WEIGHT_BYTES) + row, passes * row + row + WEIGHT_BYTES)
+    weights, experts = WEIGHT_BYTES * top_k, INDEX_BYTES * top_k
+    return TripBytes(passes * (row + weights + experts) + row, passes * row + row + weights)
+
+
+def even_trips(num_experts: int, top_k: int, ranks: int) -> float:
+    """Trips of a token on average, to its own rank among others, if its K experts were drawn evenly from all E.
+
+    X·(1 − C(E − E/X, K) / C(E, K)), between 1 and the smaller of K and X.
+    """
+    elsewhere = math.comb(num_experts - num_experts // ranks, top_k) / math.comb(num_experts, top_k)
+    return ranks * (1 - elsewhere)
 
 
 def between_ranks(index: np.ndarray, rank: np.ndarray, num_experts: int, ranks: int) -> np.ndarray:
@@ -48,6 +61,22 @@ def between_ranks(index: np.ndarray, rank: np.ndarray, num_experts: int, ranks: 
     return np.bincount(cell[index >= 0], minlength=ranks * ranks).reshape(ranks, ranks)
 
 
+def trips_between_ranks(index: np.ndarray, rank: np.ndarray, num_experts: int, ranks: int) -> np.ndarray:
+    """Trips (X, X) from the rank of a token to those of its experts, int64: each rank that has any counts once.
+
+    Args:
+        index: (T, K) experts, below 0 for none.
+        rank: (T,) where each token is.
+        num_experts: E, a multiple of X.
+        ranks: X.
+    """
+    there = np.zeros((len(index), ranks), bool)
+    token, choice = np.nonzero(index >= 0)
+    there[token, index[token, choice] // (num_experts // ranks)] = True
+    token, to = np.nonzero(there)
+    return np.bincount(rank[token] * ranks + to, minlength=ranks * ranks).reshape(ranks, ranks)
+
+
 def of_distance(ranks: int, ranks_per_node: int) -> np.ndarray:
     """How far two ranks are apart, (X, X): 0 the same rank, 1 the same node, 2 another node."""
     rank = np.arange(ranks)
@@ -55,9 +84,9 @@ def of_distance(ranks: int, ranks_per_node: int) -> np.ndarray:
     return (rank[:, None] != rank).astype(np.int64) + (node[:, None] != node)
 
 
-def link_bytes(assignments: np.ndarray, each: AssignmentBytes) -> np.ndarray:
-    """Bytes (X, X) that one rank sends to another in a step, from assignments (X, X); on the diagonal, to itself."""
-    return assignments * each.out + assignments.T * each.back
+def link_bytes(trips: np.ndarray, each: TripBytes) -> np.ndarray:
+    """Bytes (X, X) that one rank sends to another in a step, from trips (X, X); on the diagonal, to itself."""
+    return trips * each.out + trips.T * each.back
 
 
 def slowest_link(sent: np.ndarray, distance: np.ndarray, bandwidth_node: float, bandwidth_across: float) -> float:

@@ -8,6 +8,7 @@ operands. Every formula is for eager execution; a compiled step keeps at most as
 from __future__ import annotations
 
 from moebed.model.hyper_experts import num_sets, padding, sets_at_once
+from moebed.model.losses import logits_at_once
 from moebed.model.routers import ROUTERS
 from moebed.plan.setup import Setup
 
@@ -170,6 +171,16 @@ def block_outputs(setup: Setup, index: int) -> int:
     """What a recomputed block still keeps beside its input: the routing, which the balancing losses read."""
     layer = setup.config.layer(index)
     return (8 * layer.num_experts + 4 + 12 * layer.num_experts_per_tok) * setup.tokens if layer.num_experts else 0
+
+
+def cross_entropy(setup: Setup) -> int:
+    """What the cross entropy has beside the logits for a while: 4 bytes for each exponential that it makes at a time,
+    and 4 for the logit in float32 where it is of 2. On a CPU all that stays in a core's cache.
+    """
+    if setup.device == "cpu":
+        return 0
+    elements = min(setup.tokens * setup.config.vocab_size, logits_at_once(setup.device))
+    return elements * (4 if setup.stream.compute == 4 else 8)
 
 
 def logits(setup: Setup) -> int:

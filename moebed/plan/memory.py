@@ -2,9 +2,10 @@
 
 P parameters' bytes on this rank, W ranks = D x X, r and c bytes of a parameter and of a product's operands.
 
-What is counted are live tensors. Left out are a CUDA context, NCCL's buffers, and freed memory that an allocator holds
-and cannot reuse: on a CPU the C library's heap keeps what is freed (see moebed.machine.allocator), and with activation
-checkpointing, whose large blocks come and go among what stays, that is much (see tests/plan/test_plan_memory.py).
+What is counted are live tensors, and cuBLAS's workspaces. Left out are a CUDA context, NCCL's buffers, and freed memory
+that an allocator holds and cannot reuse: on a CPU the C library's heap keeps what is freed (see
+moebed.machine.allocator), and with activation checkpointing, whose large blocks come and go among what stays, that is
+much (see tests/plan/test_plan_memory.py).
 """
 
 from __future__ import annotations
@@ -25,6 +26,11 @@ NOT_CAST = (
     "router",
     "adapter embeddings",
 )  # used in float32, or looked up, whatever the precision
+
+
+# cuBLAS's, of the thread that goes forward and of autograd's: on an H100 or H200 PyTorch gives each 32 MiB, and less on
+# what is older.
+WORKSPACES = 2 * 2**25
 
 
 class Moment(NamedTuple):
@@ -83,6 +89,8 @@ def state(setup: Setup) -> Parts:
         parts["gathered: two blocks"] = sum(sorted(blocks)[-2:])
     elif setup.uses_ddp:
         parts["DDP buckets"] = own
+    if setup.device == "gpu":
+        parts["cuBLAS"] = WORKSPACES
     return parts
 
 
@@ -97,18 +105,19 @@ def _casts(setup: Setup, shapes: Shapes) -> tuple[int, int]:
     routed = count(cast.pop("experts", [])) // setup.layout.expert
     if "head" in cast and not cast["head"]:
         cast["head"] = shapes["embedding"]  # tied
-    return setup.precision.compute * sum(map(count, cast.values())), setup.precision.compute * routed
+    held = setup.precision.compute * routed if setup.casts_experts else 0
+    return setup.precision.compute * sum(map(count, cast.values())), held
 
 
 def all_to_all_buffers(setup: Setup, index: int) -> int:
-    """Rows sent, T·K·(c·H + 4) with a float32 weight each, and results that come back, T·K·c·H; one layer at a time.
+    """N rows sent, c·H + 8·K bytes with their weights and indices, N received, and N results that come back, c·H each.
 
-    The rows received are counted with the dispatch rows.
+    One layer at a time; the rows received, once for each expert that they are for, are counted with the dispatch rows.
     """
     if not setup.moves_tokens:
         return 0
-    rows = setup.tokens * setup.config.layer(index).num_experts_per_tok
-    return rows * (2 * setup.precision.compute * setup.config.hidden_size + 4)
+    row = setup.precision.compute * setup.config.hidden_size
+    return round(setup.trips(index) * (3 * row + 8 * setup.config.layer(index).num_experts_per_tok))
 
 
 def _ffn_backward(setup: Setup, index: int, max_violation: float) -> Parts:
@@ -185,7 +194,7 @@ def moments(setup: Setup, max_violation: float = 0.0) -> Iterator[Moment]:
         passing["all-to-all buffers"] = all_to_all_buffers(setup, last)
         passing["weights cast by autocast"] = cached - head_cast + casts[last][1]
         yield moment("forward pass of the last block", whole, kept(last), passing)
-    end = {"logits and loss": logits, "weights cast by autocast": cached}
+    end = {"logits and loss": logits + activations.cross_entropy(setup), "weights cast by autocast": cached}
     yield moment("end of the forward pass", whole, kept(len(layers)), cast(len(layers)), end)
     accumulated = all_gradients if setup.accumulate > 1 else 0
     again = setup.precision.compute * setup.tokens * config.vocab_size

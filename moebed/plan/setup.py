@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+import torch
+
 from moebed.errors import ConfigError
+from moebed.model import native
 from moebed.model.config import ModelConfig
 from moebed.model.grouped import alignment
 from moebed.model.routers import ROUTERS
 from moebed.parallel.config import ParallelConfig
+from moebed.parallel.traffic import even_trips
 
 
 class Precision(NamedTuple):
@@ -122,6 +126,13 @@ class Setup:
         narrow_on_cpu = self.device == "cpu" and self.precision.compute < 4
         return config.attention_backend != "sdpa" and narrow_on_cpu and self.sequence_length <= 1024
 
+    @property
+    def casts_experts(self) -> bool:
+        """Whether autocast's copies of the experts' matrices are kept; a CPU's compiled experts need none."""
+        backend = self.config.experts_backend
+        is_compiled = backend == "native" or (backend == "auto" and native.is_fastest(torch.bfloat16))
+        return not (self.device == "cpu" and is_compiled)
+
     def require_formulas(self) -> None:
         """Raise ConfigError for what no formula knows."""
         config = self.config
@@ -141,6 +152,13 @@ class Setup:
         if not ROUTERS[config.router].has_plan_formula:
             known = ", ".join(name for name, rule in ROUTERS.items() if rule.has_plan_formula)
             raise ConfigError(f"a plan has no formula for router {config.router}; the ones it knows are {known}")
+
+    def trips(self, index: int) -> float:
+        """Rows that a rank sends for a layer in a micro-batch, itself among the receivers, if all is even (N)."""
+        layer = self.config.layer(index)
+        if not layer.num_experts:
+            return 0.0
+        return self.tokens * even_trips(layer.num_experts, layer.num_experts_per_tok, self.layout.expert)
 
     def expert_rows(self, index: int, max_violation: float = 0.0) -> int:
         """Rows (R) that the experts of one rank compute in a micro-batch, padding included.

@@ -7,7 +7,7 @@ A ring over n ranks sends (n - 1) / n of a buffer once to gather it or to reduce
 from __future__ import annotations
 
 from moebed.model.flops import Shapes, count
-from moebed.parallel.traffic import bytes_per_assignment
+from moebed.parallel.traffic import bytes_per_trip
 from moebed.plan.memory import all_shapes, rank_elements
 from moebed.plan.setup import Setup
 
@@ -19,16 +19,17 @@ def _ring(ranks: int) -> float:
 
 
 def all_to_all_bytes(setup: Setup, index: int) -> float:
-    """One MoE layer's, of a rank in a step, with tokens spread evenly over the ranks of a row.
+    """One MoE layer's, of a rank in a step, with the experts of each token drawn evenly from all (``even_trips``).
 
-    Forward, T·K rows of c·H bytes and a float32 weight go out and T·K results of c·H come back; their gradients take
-    the same ways in the backward pass; recomputation repeats the forward pass. (X - 1) / X of it leaves the rank.
-    Counts of E int64 a pass are left out.
+    Forward, each token goes once to every rank that has some of its experts, c·H bytes with K weights and indices, and
+    c·H come back; gradients take the same ways in the backward pass; recomputation repeats the forward pass.
+    (X - 1) / X of it leaves the rank. Counts of 2·X int64 a pass are left out.
     """
-    layer = setup.config.layer(index)
-    rows = setup.tokens * layer.num_experts_per_tok
-    each = bytes_per_assignment(setup.config.hidden_size, setup.precision.compute, setup.checkpointing).both
-    return setup.accumulate * rows * each * _ring(setup.layout.expert) if layer.num_experts else 0.0
+    config, layer = setup.config, setup.config.layer(index)
+    if not layer.num_experts:
+        return 0.0
+    each = bytes_per_trip(config.hidden_size, setup.precision.compute, layer.num_experts_per_tok, setup.checkpointing)
+    return setup.accumulate * setup.trips(index) * each.both * _ring(setup.layout.expert)
 
 
 def _groups(setup: Setup) -> list[tuple[int, int]]:

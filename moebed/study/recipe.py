@@ -76,12 +76,10 @@ def read_recipe(path: Path) -> StudyRecipe:
     Raises:
         ConfigError: The file cannot be read, or something in it is unknown, missing or contradictory.
     """
-    content = read_yaml(path, "study")
-    if not isinstance(content, dict):
-        raise ConfigError(f"study {path} holds no keys; it needs base, arms and seeds")
+    content = study_content(path)
     where = f"study {path.name}"
     known = [f.name for f in dataclasses.fields(StudyRecipe) if f.name not in ("name", "steps", "tokens")]
-    _check_keys(where, content, [*known, "budget"])
+    _check_keys(where, content, [*known, "budget", "like"])
     for key in ("base", "arms", "seeds"):
         if not content.get(key):
             raise ConfigError(f"{where}: {key} is missing")
@@ -109,6 +107,37 @@ def read_recipe(path: Path) -> StudyRecipe:
         tolerance=_number(where, "tolerance", content.get("tolerance", 0.02)),
         gain=_gain(where, content, arms),
     )
+
+
+def study_content(path: Path) -> dict[str, Any]:
+    """The keys of a study's file; where it says ``like: OTHER.yaml``, over those of the other study.
+
+    A key of its own takes the place of the other's, but for ``settings``, which are merged key by key. The other's base
+    recipe is seen from the other's folder.
+
+    Raises:
+        ConfigError: A file is missing or holds no keys, or the other one is like a third.
+    """
+    content = read_yaml(path, "study")
+    if not isinstance(content, dict):
+        raise ConfigError(f"study {path} holds no keys; it needs base, arms and seeds")
+    if "like" not in content:
+        return content
+    own = dict(content)
+    other = path.parent / str(own.pop("like"))
+    shared = read_yaml(other, "study") if other.is_file() else None
+    if not isinstance(shared, dict) or "like" in shared:
+        raise ConfigError(
+            f"study {path.name}: like: {other} is no study with arms of its own, seen from the study's file"
+        )
+    if "base" in shared:
+        shared["base"] = str(other.parent.resolve() / str(shared["base"]))
+    settings = {
+        key: value
+        for each in (shared, own)
+        for key, value in _mapping(f"study {path.name}", each, "settings")
+    }  # fmt: skip
+    return {**shared, **own, "settings": settings}
 
 
 def _arm(where: str, name: Any, value: Any) -> list[Step]:

@@ -17,6 +17,7 @@ from moebed.machine import storage
 from moebed.model.generate import generate
 from moebed.parallel.strategy import MeshStrategy
 from moebed.training.event_files import forget_between
+from moebed.training.lightning_private import log_under
 from moebed.training.step_log import is_logged
 
 
@@ -129,7 +130,7 @@ class StepFile(Callback):
 
 
 class UnbrokenLog(Callback):
-    """Each step and each validation is logged once, wherever a run is killed and goes on.
+    """Each step and each validation is logged once and under its own number, wherever a run stops and goes on.
 
     What was logged after the checkpoint is taken out of TensorBoard's files: it comes again. Lightning hands a step's
     metrics to the loggers after the checkpoint of that step is written, and a logger keeps them in memory for a while.
@@ -146,8 +147,9 @@ class UnbrokenLog(Callback):
         self._is_in_step = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """What comes now is not logged yet."""
+        """What comes now is not logged yet; it is what comes after the optimizer's steps so far."""
         self._is_in_step = True
+        log_under(trainer, trainer.global_step)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The step before it is logged."""
@@ -186,6 +188,7 @@ class UnbrokenLog(Callback):
         if self._last and self._validated != trainer.global_step and validation_is_due(trainer):
             loop = trainer.fit_loop.epoch_loop.val_loop
             loop.restarting = False
+            log_under(trainer, trainer.global_step - 1)
             trainer.validating = True
             loop.run()
             trainer.training = True

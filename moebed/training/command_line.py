@@ -19,6 +19,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from moebed.checkpoints.families.base import beside_experts
 from moebed.data.datamodule import TextDataModule
 from moebed.errors import ConfigError, UserError, did_you_mean
 from moebed.machine import storage
@@ -251,8 +252,10 @@ class TrainingCLI(LightningCLI):
         say(self.start.said)
         if self.model.init_from is not None and self.start.path is None:
             checkpoint = self.model.initial_checkpoint()
-            for said in (f"weights: those of {checkpoint.name}", *(f"note: {note}" for note in checkpoint.notes)):
-                say(said)
+            new = sorted(set(beside_experts(self.model.config, checkpoint.config).values()))
+            say(f"weights: those of {checkpoint.name}" + "".join(f"; new, silent at first: {what}" for what in new))
+            for note in checkpoint.notes:
+                say(f"note: {note}")
         if (micro := self.trainer.accumulate_grad_batches) > 1:
             say(f"a step has {micro} micro-batches; val_check_interval, checkpoints, probes and log count steps")
         say(

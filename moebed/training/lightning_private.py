@@ -15,6 +15,7 @@ __all__ = [
     "check_validation",
     "consider_saved",
     "forget_step_values",
+    "log_under",
     "rank_before_processes",
     "saves_by_clock",
     "validates_by_clock",
@@ -32,6 +33,15 @@ def forget_step_values(trainer: Trainer) -> None:
     for item in trainer.fit_loop.epoch_loop._results.values():
         if not item.meta.on_epoch:
             item.reset()
+
+
+def log_under(trainer: Trainer, step: int) -> None:
+    """Have what is logged next stand under a step, from 0 on.
+
+    Lightning counts the log's steps beside the optimizer's. Where a run goes on from a checkpoint that came after a
+    validation, it counts that step again if it is one that is validated, and all that follow stand one too high.
+    """
+    trainer.fit_loop.epoch_loop._batches_that_stepped = step
 
 
 def consider_saved(callback: ModelCheckpoint, step: int) -> None:

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from moebed.checkpoints.checkpoint import Checkpoint
-from moebed.checkpoints.families.base import NOT_IN_CHECKPOINTS, same_setting
+from moebed.checkpoints.families.base import NOT_IN_CHECKPOINTS, beside_experts, same_setting
 from moebed.checkpoints.whole import fill
 from moebed.data.loader import domains_of_tokens
 from moebed.data.mixing import MixingConfig
@@ -71,8 +71,8 @@ class MoEModule(LightningModule):
         on_nan: What happens when the loss or the gradient of a step is not finite, on any rank: stop with an error that
             names step, rank and layer, or skip the step (ten in a row stop the run).
         init_from: Folder or ``.ckpt`` file of a checkpoint of this very config, such as `moebed upcycle` writes, whose
-            weights training starts from; random weights if not given. A run that is continued reads its own checkpoint
-            instead.
+            weights training starts from; random weights if not given. It may lack adapters, and all shared experts:
+            they begin as they are drawn, and silent. A run that is continued reads its own checkpoint instead.
     """
 
     def __init__(
@@ -199,7 +199,8 @@ class MoEModule(LightningModule):
         assert self.init_from is not None
         checkpoint = Checkpoint.open(self.init_from)
         ours, theirs = self.config.to_dict(), checkpoint.config.to_dict()
-        other = [key for key in ours if key not in NOT_IN_CHECKPOINTS and not same_setting(self.config, theirs, key)]
+        may_differ = NOT_IN_CHECKPOINTS | beside_experts(self.config, checkpoint.config).keys()
+        other = [key for key in ours if key not in may_differ and not same_setting(self.config, theirs, key)]
         if other:
             raise ConfigError(
                 f"model.init_from: {self.init_from} has {other[0]} {theirs[other[0]]!r} but model.config has "

@@ -8,8 +8,8 @@ N side, B columns of a block, L columns of the space, R directions kept.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -17,12 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moebed.model.native import krylov as native_krylov
+
 BLOCK = 24
 _BLOCKS = (8, 16, 24, 32)  # of a space that is searched for directions alone: it grows until these have settled
 _NARROW = 8  # columns of its blocks, at least: the more blocks there are, the nearer they come
 _SETTLED = 1e-3  # of an eigenvalue
 _CHANCE = 1e-5
 _PASSES = 3  # of orthogonalisation, at most
+_ORTHOGONAL = 0.5  # a pivot of vectors that had length 1, above which nothing was left in the space
 _CONDITIONED = 1e-2  # least over largest pivot, from which on a Cholesky factor orthogonalises in float32
 
 
@@ -34,76 +37,123 @@ class Directions(NamedTuple):
     residuals: Tensor
 
 
+class Symmetric(NamedTuple):
+    """A symmetric matrix (N, N): a product of any floating type, and in float32 what is added to its diagonal (N,)."""
+
+    product: Tensor
+    lost: Tensor | None
+
+    @property
+    def added(self) -> Tensor:
+        """What is added to the diagonal (N,)."""
+        return self.product.new_zeros(len(self.product)) if self.lost is None else self.lost
+
+    def times(self, block: Tensor) -> Tensor:
+        """The product with each row of a block (B, N); rounded to bfloat16 where the matrix is."""
+        if self.lost is None:
+            return block @ self.product
+        return torch.addcmul((self.product @ block.T.bfloat16()).T.float(), block, self.lost)
+
+
 class KrylovSpace:
     """An orthonormal basis that grows a block at a time, and the image of each of its vectors.
 
+    The vectors are rows here, which is how they are multiplied fastest. Where the compiled library takes the matrix it
+    adds blocks by itself, but for those whose vectors nearly depend on one another.
+
     Args:
-        times: Multiplies a block (N, B) by the matrix.
+        matrix: What is multiplied by.
         start: (N, B) spans the first block.
         most: Blocks that it may grow to.
     """
 
-    def __init__(self, times: Callable[[Tensor], Tensor], start: Tensor, most: int) -> None:
-        self._times, self.block, self.size = times, start.shape[1], 0
+    def __init__(self, matrix: Symmetric, start: Tensor, most: int) -> None:
+        self._matrix, self.block, self.size = matrix, start.shape[1], 0
         width = min(most * self.block, len(start))
-        self._basis, self._image = (start.new_empty(len(start), width) for _ in range(2))
-        generator = torch.Generator().manual_seed(2)
-        self._chance = (torch.randn(start.shape, generator=generator) / math.sqrt(len(start))).to(start)
-        self._next, corner = torch.linalg.qr(start)
+        self._basis, self._image = (start.new_empty(width, len(start)) for _ in range(2))
+        self._chance = _chance(len(start), self.block).to(start)
+        first, corner = torch.linalg.qr(start)
+        self._basis[: self.block] = first.T
         self.corner = corner.cpu().double()  # (B, B), the start in coordinates of the first block
+        self._compiled = start.dtype == torch.float32 and native_krylov.fits(matrix.product, self.block)
 
     def grow(self, blocks: int) -> None:
         """Add blocks until there are this many."""
-        for _ in range(blocks - self.size // self.block):
-            if self.size:
-                self._next = self._orthogonalised()
+        while self.size < blocks * self.block:
             end = self.size + self.block
-            self._basis[:, self.size : end] = self._next
-            self._image[:, self.size : end] = self._times(self._next)
-            self.size = end
+            if self.size:
+                self._basis[self.size : end] = self._orthogonalised()
+            if self._compiled:
+                self.size = self._grown(blocks) * self.block
+            else:
+                self._image[self.size : end] = self._matrix.times(self._basis[self.size : end])
+                self.size = end
+
+    def _grown(self, blocks: int) -> int:
+        return native_krylov.grow(
+            self._matrix.product,
+            self._matrix.added,
+            self._basis,
+            self._image,
+            self._chance,
+            self.size // self.block,
+            blocks,
+            share=_CHANCE,
+            passes=_PASSES,
+            conditioned=_CONDITIONED,
+            orthogonal=_ORTHOGONAL,
+        )
 
     def projected(self) -> Tensor:
         """The matrix in coordinates of the basis, (L, L) float64."""
-        small = (self._basis[:, : self.size].T @ self._image[:, : self.size]).cpu().double()
+        small = (self._basis[: self.size] @ self._image[: self.size].T).cpu().double()
         return (small + small.T) / 2
 
     def directions(self, values: Tensor, turn: Tensor) -> Directions:
         """The directions (N, R) that have coordinates (L, R) and these values (R,)."""
-        turn = turn.to(self._basis)
-        vectors = self._basis[:, : self.size] @ turn
-        rest = self._image[:, : self.size] @ turn - vectors * values.to(vectors)
-        return Directions(values, vectors, torch.linalg.vector_norm(rest.T.contiguous(), dim=1).cpu().double())
+        turn = turn.T.to(self._basis)
+        vectors = turn @ self._basis[: self.size]
+        rest = turn @ self._image[: self.size] - vectors * values.to(vectors).unsqueeze(1)
+        return Directions(values, vectors.T, torch.linalg.vector_norm(rest, dim=1).cpu().double())
 
     def _orthogonalised(self) -> Tensor:
-        """The last block's image without what lies in the space already, orthonormal.
+        """The last block's image without what lies in the space already, orthonormal; (B, N).
 
         Almost all of that lies in the last two blocks, as the matrix is symmetric: what else does is rounding.
         """
-        basis = self._basis[:, : self.size]
-        block = self._image[:, self.size - self.block : self.size]
+        basis = self._basis[: self.size]
+        block = self._image[self.size - self.block : self.size]
         # Where the space is exhausted, what is left is rounding that lies in it; a little chance leads out.
-        block = block + self._chance * (_CHANCE * block.norm(dim=0))
+        block = block + self._chance * (_CHANCE * torch.linalg.vector_norm(block, dim=1, keepdim=True))
         for turn in range(_PASSES):
-            against = basis if turn else basis[:, -2 * self.block :]
-            block, least = _orthonormal(torch.addmm(block, against, against.T @ block, alpha=-1))
-            if turn and least > 0.5:  # of columns that had length 1: nothing was left in the space
+            against = basis if turn else basis[-2 * self.block :]
+            block, least = _orthonormal(torch.addmm(block, block @ against.T, against, alpha=-1))
+            if turn and least > _ORTHOGONAL:
                 break
         return block
 
 
+@functools.lru_cache(maxsize=4)
+def _chance(side: int, width: int) -> Tensor:
+    """Fixed random vectors (B, N) of lengths about 1; not to be written to."""
+    with torch.inference_mode(False):
+        generator = torch.Generator().manual_seed(2)
+        return (torch.randn(side, width, generator=generator) / math.sqrt(side)).T.contiguous()
+
+
 def _orthonormal(block: Tensor) -> tuple[Tensor, float]:
-    """An orthonormal basis (N, B) of what a block spans, and the least pivot.
+    """An orthonormal basis (B, N) of what a block of rows spans, and the least pivot.
 
     What is of the block's width is NumPy's: threads side by side would wait for one another at each small step of
     PyTorch's, which lets go of the interpreter.
     """
     with suppress(np.linalg.LinAlgError):
-        factor = np.linalg.cholesky((block.T @ block).cpu().numpy().astype(np.float64))
+        factor = np.linalg.cholesky((block @ block.T).cpu().numpy().astype(np.float64))
         pivots = factor.diagonal()
         if pivots.min() > _CONDITIONED * pivots.max():
-            return block @ torch.from_numpy(np.linalg.inv(factor).T).to(block), float(pivots.min())
-    block, corner = torch.linalg.qr(block)
-    return block, float(corner.diagonal().abs().min())
+            return torch.from_numpy(np.linalg.inv(factor)).to(block) @ block, float(pivots.min())
+    columns, corner = torch.linalg.qr(block.T)
+    return columns.T, float(corner.diagonal().abs().min())
 
 
 def leading(product: Tensor, start: Tensor, count: int) -> Directions:
@@ -111,7 +161,7 @@ def leading(product: Tensor, start: Tensor, count: int) -> Directions:
 
     Residuals of those are below a thousandth of the eigenvalue, or what 32 blocks of a Krylov space leave.
     """
-    space = KrylovSpace(product.__matmul__, start[:, : max(_NARROW, 2 * count)], _BLOCKS[-1])
+    space = KrylovSpace(Symmetric(product, None), start[:, : max(_NARROW, 2 * count)], _BLOCKS[-1])
     for blocks in _BLOCKS:
         space.grow(min(blocks, len(product) // space.block))
         values, turn = torch.linalg.eigh(space.projected())

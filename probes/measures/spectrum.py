@@ -17,6 +17,7 @@ N shorter side, K longer side, B columns of a block, D directions taken out, V s
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -25,8 +26,9 @@ from scipy.special import xlogy
 from torch import Tensor
 
 from moebed.machine.float64 import double
+from moebed.model.native import carry as native_carry
 from moebed.model.native import gram as native_gram
-from probes.measures.krylov import BLOCK, Directions, KrylovSpace
+from probes.measures.krylov import BLOCK, Directions, KrylovSpace, Symmetric
 
 EXACT_BELOW = 512  # a side; the whole decomposition in float64 then takes less than a tenth of a second
 TRUSTED = 1e-2  # a stated relative error up to which a rank is not computed whole
@@ -66,7 +68,7 @@ class Gram(NamedTuple):
 
     Args:
         product: (N, N) float64, float32 or bfloat16.
-        lost: (N, 1) what its diagonal lost by rounding to bfloat16, float32; None otherwise.
+        lost: (N,) what its diagonal lost by rounding to bfloat16, float32; None otherwise.
         trace: ‖W‖_F².
         noise: What rounding may have moved an eigenvalue by: below it they count as 0.
     """
@@ -79,12 +81,6 @@ class Gram(NamedTuple):
     def widened(self, small: Tensor) -> Tensor:
         """A small matrix that comes of it, in what it is decomposed in: far below the product's rounding."""
         return small.float() if self.product.dtype == torch.bfloat16 else double(small)
-
-    def times(self, block: Tensor) -> Tensor:
-        """The product with a block (N, B)."""
-        if self.lost is None:
-            return (block.T @ self.product).T  # that way round MKL's is the faster one
-        return torch.addcmul((self.product @ block.bfloat16()).float(), self.lost, block)
 
 
 class _Sums(NamedTuple):
@@ -131,7 +127,7 @@ def full_gram(short: Tensor) -> Gram:
 
 def rounded_gram(short: Tensor) -> Gram:
     """The Gram matrix of a bfloat16 matrix (N, K), rounded to bfloat16 but for its diagonal."""
-    short = short.contiguous()  # which costs less than it saves
+    short = native_carry.by_rows(short)  # which costs less than it saves
     side = len(short)
     if native_gram.fits(short):
         product, squares, beside = native_gram.rounded_gram(short)
@@ -144,7 +140,7 @@ def rounded_gram(short: Tensor) -> Gram:
     lost = squares - product.diagonal().float()
     # An entry is off by .4 of this on average: a matrix of such errors has twice their mean size times √N for its norm.
     noise = torch.finfo(product.dtype).eps / 4 * math.sqrt(max(beside, 0.0) / side)
-    return Gram(product, lost.unsqueeze(1), float(double(squares).sum()), noise)
+    return Gram(product, lost, float(double(squares).sum()), noise)
 
 
 def start_of(short: Tensor, in_longer: bool) -> tuple[Tensor, int]:
@@ -153,17 +149,26 @@ def start_of(short: Tensor, in_longer: bool) -> tuple[Tensor, int]:
     It is fixed where the long side is the space that experts share. Where the short one is, more columns come from the
     matrix itself: with the same start, spaces that have not converged would look alike.
     """
-    generator = torch.Generator().manual_seed(0)
-    signs = torch.randint(0, 2, (len(short), BLOCK), generator=generator) * 2 - 1
+    signs, own = _drawn(*short.shape)
     start = signs.to(short.device, torch.promote_types(short.dtype, torch.float32))
     if in_longer:
         return start, BLOCK
-    own = torch.randn(short.shape[1], BLOCK // 2, generator=generator).to(start)
-    return torch.cat([times_wide(short, own), start], dim=1), BLOCK
+    return torch.cat([times_wide(short, own.to(start)), start], dim=1), BLOCK
+
+
+@lru_cache(maxsize=4)
+def _drawn(side: int, longer: int) -> tuple[Tensor, Tensor]:
+    """Fixed random signs (N, B) and normal numbers (K, B / 2); not to be written to."""
+    with torch.inference_mode(False):
+        generator = torch.Generator().manual_seed(0)
+        signs = torch.randint(0, 2, (side, BLOCK), generator=generator) * 2.0 - 1
+        return signs, torch.randn(longer, BLOCK // 2, generator=generator)
 
 
 def times_wide(matrix: Tensor, block: Tensor) -> Tensor:
     """A matrix (M, C) of any floating type times a block (C, B), in the block's type; what is copied stays in cache."""
+    if native_carry.fits(block.T, matrix.T):
+        return native_carry.carried(block.T, matrix.T).T
     if matrix.dtype == block.dtype:
         return matrix @ block
     by_rows = matrix.stride(1) == 1
@@ -191,7 +196,7 @@ def spectrum(given: Gram, start: Tensor, signs: int, count: int) -> Spectrum:
         values, vectors = values.flip(0), vectors.flip(1)
         found, sums = Directions(values, vectors, torch.zeros_like(values)), _sums(values.cpu().numpy(), given.noise)
         return _result(found, sums.entropy, sums.hidden(side, given.noise), given.noise, count)
-    space = KrylovSpace(given.times, start, _BLOCKS[-1])
+    space = KrylovSpace(Symmetric(given.product, given.lost), start, _BLOCKS[-1])
     for blocks in _BLOCKS:
         space.grow(blocks)
         small, kept = given.widened(space.projected()), 2 * space.block

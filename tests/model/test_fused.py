@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 
 from moebed.model import fused
@@ -44,6 +45,9 @@ def test_norm(shape):
     x, weight = 3 * torch.randn(shape), torch.rand(shape[-1]) + 0.5
     _same(fused.rms_norm, _plain_norm, (x, weight), 1e-5, **FLOAT32)
     _same(fused.rms_norm, _plain_norm, (x.bfloat16(), weight.bfloat16()), 1e-5, rtol=3e-2, atol=3e-2)
+    # What serves elsewhere than on a CPU.
+    _same(lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps), _plain_norm, (x, weight), 1e-5, **FLOAT32)
+    assert fused.rms_norm(x.to("meta"), weight.to("meta"), 1e-5).shape == shape
 
 
 def test_norm_under_autocast_takes_narrow_input_and_wide_weight():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moebed.model import native
-from moebed.model.native import coordinates, gram
+from moebed.model.native import carry, coordinates, gram
 from probes.measures.principal import standardised_products
 
 SUM = 5e-6  # what a float32 sum of 512 products may be off by, and is rarely
@@ -116,3 +116,31 @@ def test_a_gram_matrix_that_does_not_fit():
     assert not gram.fits(_bf16(63, 96))
     assert not gram.fits(_bf16(64, 95))
     assert not gram.fits(_bf16(64, 96).float())
+
+
+@pytest.mark.usefixtures("_amx")
+@pytest.mark.parametrize("count", [1, 12, 16])
+@pytest.mark.parametrize("shape", [(32, 32), (64, 1024), (544, 608), (4128, 160)])
+def test_vectors_through_a_matrix(shape, count):
+    matrix, vectors = _bf16(*shape), torch.randn(count, shape[0])
+    assert carry.fits(vectors, matrix)
+    assert _off(carry.carried(vectors, matrix), vectors.double() @ matrix.double()) < SUM
+
+
+@pytest.mark.usefixtures("_amx")
+def test_vectors_that_do_not_fit():
+    matrix, vectors = _bf16(64, 96), torch.randn(16, 64)
+    assert not carry.fits(torch.randn(17, 64), matrix)
+    assert not carry.fits(vectors.double(), matrix)
+    assert not carry.fits(vectors, matrix.T)
+    assert not carry.fits(vectors, matrix.float())
+
+
+@pytest.mark.usefixtures("_amx")
+@pytest.mark.parametrize("shape", [(32, 32), (64, 1024), (288, 96), (40, 64)])
+def test_a_matrix_by_rows(shape):
+    matrix = _bf16(*shape)
+    assert carry.by_rows(matrix) is matrix
+    found = carry.by_rows(matrix.T)
+    assert found.is_contiguous()
+    assert torch.equal(found, matrix.T)

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moebed.model.decoder import Decoder
 from moebed.parallel.config import ParallelConfig
 from moebed.parallel.sharding import Layout
-from moebed.parallel.traffic import between_ranks, bytes_per_assignment, link_bytes
+from moebed.parallel.traffic import between_ranks, bytes_per_trip, link_bytes, trips_between_ranks
 from moebed.views.layer import ProbeText
 from moebed.views.live import walk
 from probes.registry import make_probes
@@ -30,7 +30,11 @@ class SentBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func._opname == "all_to_all_single":
             rows, _, splits = args[:3]
-            self.to += np.array(splits) * rows[0].numel() * rows.element_size() if len(rows) else 0
+        elif func._opname == "alltoall_base_" and len(args[4]):  # experts of each row; without splits, how many rows
+            rows, splits = args[1], args[4]
+        else:
+            return func(*args, **(kwargs or {}))
+        self.to += np.array(splits) * rows[0].numel() * rows.element_size() if len(rows) else 0
         return func(*args, **(kwargs or {}))
 
 
@@ -48,18 +52,21 @@ def _counted(rank: int, world_size: int, router: str, recomputed: bool, dtype: s
             out = spread(ids.chunk(RANKS)[rank])
         out.logits.float().square().mean().backward()
     itemsize = 2 if dtype == "bfloat16" else 4
-    assignments = torch.zeros(RANKS, RANKS, dtype=torch.int64)
+    assignments, trips = torch.zeros(2, RANKS, RANKS, dtype=torch.int64)
     for routing in out.routings:
         index = routing.topk_index.masked_fill(~routing.assigned, -1).numpy()
-        assignments += torch.from_numpy(between_ranks(index, np.full(len(index), rank), config.num_experts, RANKS))
+        where = (index, np.full(len(index), rank), config.num_experts, RANKS)
+        assignments += torch.from_numpy(between_ranks(*where))
+        trips += torch.from_numpy(trips_between_ranks(*where))
     measured = torch.zeros(RANKS, RANKS, dtype=torch.int64)
     measured[rank] = torch.from_numpy(sent.to)
-    for mine in (assignments, measured):
+    for mine in (assignments, trips, measured):
         dist.all_reduce(mine)
-    each = bytes_per_assignment(config.hidden_size, itemsize, recomputed)
-    counted = link_bytes(assignments.numpy(), each)
+    each = bytes_per_trip(config.hidden_size, itemsize, config.num_experts_per_tok, recomputed)
+    counted = link_bytes(trips.numpy(), each)
     assert np.array_equal(counted, measured), f"{counted}\n{measured}"
     assert bool((measured > 0).all())
+    assert bool((trips < assignments).any())
     if dtype == "bfloat16" or router == "locmoe_plus":
         return  # a walk is in float32, and drops nothing
     text = ProbeText(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros(SEQUENCES, dtype=torch.long))
@@ -68,6 +75,7 @@ def _counted(rank: int, world_size: int, router: str, recomputed: bool, dtype: s
     found = run_probes(walk(alone, text, needs_of(probes)), probes)["traffic"].arrays
     assert np.array_equal(sum(found[f"bytes/{layer}"] for layer in range(3)), measured)
     assert np.array_equal(sum(found[f"assignments/{layer}"] for layer in range(3)), assignments)
+    assert np.array_equal(sum(found[f"trips/{layer}"] for layer in range(3)), trips)
     for layer in range(3):
         assert sum(float(found[f"{where}/{layer}"]) for where in ("self", "node", "across")) == pytest.approx(1)
 

@@ -56,8 +56,8 @@ def _messages(layout, accumulate, logged):
         "_allgather_base_": accumulate * (2 * (groups - 1) + 1),
         "_reduce_scatter_base_": accumulate * groups,
     }
-    if spread:  # how many rows; rows, their weights and their outputs, forward and backward
-        found |= {"alltoall_base_": accumulate * LAYERS, "all_to_all_single": accumulate * 6 * LAYERS}
+    if spread:  # how many rows, and their experts; rows, their weights and their outputs, forward and backward
+        found |= {"alltoall_base_": accumulate * 2 * LAYERS, "all_to_all_single": accumulate * 6 * LAYERS}
     return found
 
 

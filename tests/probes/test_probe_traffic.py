@@ -8,7 +8,15 @@ from routed_cases import chosen_view, text_of
 
 from moebed.errors import ConfigError
 from moebed.model.routers import Routing
-from moebed.parallel.traffic import between_ranks, bytes_per_assignment, link_bytes, of_distance, slowest_link
+from moebed.parallel.traffic import (
+    between_ranks,
+    bytes_per_trip,
+    even_trips,
+    link_bytes,
+    of_distance,
+    slowest_link,
+    trips_between_ranks,
+)
 from moebed.views.layer import LayerView
 from moebed.views.live import walk
 from probes.registry import PROBES, make_probes
@@ -45,8 +53,22 @@ def test_3_7_12_distances_are_all_assignments():
         shares = [float(arrays[f"{where}/0"]) for where in ("self", "node", "across")]
         assert sum(shares) == pytest.approx(1)
         assert np.bincount(of_distance(ranks, on_node).ravel(), minlength=3).sum() == ranks**2
-        each = bytes_per_assignment(16, 2)
-        assert arrays["bytes/0"].sum() == 240 * each.both == 240 * 2 * (2 * 2 * 16 + 4)
+        trips = arrays["trips/0"].sum()
+        assert arrays["bytes/0"].sum() == trips * bytes_per_trip(16, 2, 2).both == trips * (4 * 2 * 16 + 2 * 12)
+        # The least that 120 tokens make, and about as many as two experts drawn evenly do.
+        assert 120 <= trips == pytest.approx(120 * even_trips(8, 2, ranks), rel=0.1)
+
+
+def test_a_token_travels_once_to_a_rank_that_has_several_of_its_experts():
+    text = text_of([[1] * 4], [0], ("books",))
+    choices = [[0, 1], [2, 3], [2, 3], [1, 2]]  # of two ranks' four experts
+    result = _told([_view(choices, text, experts=4)], ranks=2, ranks_per_node=1)
+    assert result.arrays["assignments/0"].tolist() == [[2, 2], [1, 3]]
+    assert result.arrays["trips/0"].tolist() == [[1, 1], [1, 2]]
+    two, one = bytes_per_trip(16, 2, 2), bytes_per_trip(16, 2, 1)
+    assert result.scalars["saved"] == pytest.approx(1 - 2 * two.both / (3 * one.both))
+    assert even_trips(4, 2, 2) == pytest.approx(2 * (1 - 1 / 6))
+    assert even_trips(8, 1, 4) == 1
 
 
 def test_even_routing_has_even_shares():
@@ -74,12 +96,12 @@ def test_experts_by_domain_are_near_and_shuffled_text_is_not():
 
 
 def test_bytes_go_out_and_come_back_and_recomputation_repeats_the_way_forward():
-    each, twice = bytes_per_assignment(100, 4), bytes_per_assignment(100, 4, recomputed=True)
-    assert each == (404 + 400, 400 + 404)
-    assert twice.both * 2 == each.both * 3
+    each, twice = bytes_per_trip(100, 4, 3), bytes_per_trip(100, 4, 3, recomputed=True)
+    assert each == (400 + 12 + 12 + 400, 400 + 400 + 12)
+    assert (twice.out - each.out, twice.back - each.back) == (424, 400)
     found = np.array([[0, 3], [1, 0]])
     sent = link_bytes(found, each)
-    assert sent.tolist() == [[0, 4 * 804], [4 * 804, 0]]
+    assert sent.tolist() == [[0, 3 * 824 + 812], [824 + 3 * 812, 0]]
     distance = of_distance(4, 2)
     assert distance.tolist() == [[0, 1, 2, 2], [1, 0, 2, 2], [2, 2, 0, 1], [2, 2, 1, 0]]
     sent = np.where(distance == 2, 10.0, 60.0)
@@ -90,6 +112,7 @@ def test_bytes_go_out_and_come_back_and_recomputation_repeats_the_way_forward():
 def test_of_several_choices_those_that_do_not_stand_travel_nowhere():
     index = np.array([[0, -1], [3, 1], [-1, -1]])
     assert between_ranks(index, np.array([0, 1, 1]), 4, 2).tolist() == [[1, 0], [1, 1]]
+    assert trips_between_ranks(index, np.array([0, 1, 1]), 4, 2).tolist() == [[1, 0], [1, 1]]
     weight = torch.tensor([[0.5, 0.0], [0.5, 0.5]])
     probs = torch.full((2, 4), 0.25)
     routing = Routing(probs.log(), probs, torch.tensor([[0, 1], [2, 3]]), weight, ragged=True)

@@ -46,6 +46,28 @@ def study(tmp_path):
     return write
 
 
+def test_a_study_like_another_has_its_arms_and_says_what_is_its_own(study, tmp_path):
+    small = read_recipe(study(settings={"trainer.max_steps": 3, "data.batch_size": 4}, question="Which?"))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    path = elsewhere / "large.yaml"
+    path.write_text(yaml.safe_dump({"like": "../try.yaml", "seeds": [7], "settings": {"data.batch_size": 2}}))
+    large = read_recipe(path)
+    assert (large.name, large.seeds, large.question) == ("large", [7], "Which?")
+    assert (large.arms, large.base.resolve()) == (small.arms, small.base.resolve())
+    assert large.settings == {"trainer.max_steps": 3, "data.batch_size": 2}
+    base = elsewhere / "own.yaml"
+    base.write_text(yaml.safe_dump(BASE))
+    path.write_text(yaml.safe_dump({"like": "../try.yaml", "base": "own.yaml"}))
+    assert read_recipe(path).base == base
+
+
+@pytest.mark.parametrize("other", ["none.yaml", "try.yaml"])
+def test_a_study_like_none_or_like_itself_is_refused(study, other):
+    with pytest.raises(ConfigError, match="is no study with arms of its own"):
+        read_recipe(study(like=other))
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -72,5 +72,15 @@ def scalars(folder, tag):
     return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
+def curves(folder):
+    """Every scalar that a run logged, with its steps; but for how fast it was, and for Lightning's number of an epoch,
+    which counts the times that a run went on."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"), purge_orphaned_data=False).Reload()
+    tags = set(events.Tags()["scalars"]) - {"train/tokens_per_second", "epoch"}
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in sorted(tags)}
+
+
 def callback(kind, **arguments):
     return [{"class_path": f"tests.training.saving_runs.{kind}", "init_args": arguments}]

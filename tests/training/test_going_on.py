@@ -100,16 +100,6 @@ def test_the_last_checkpoint_of_a_run_that_was_stopped_is_the_model_of_its_summa
 
 
 @pytest.mark.slow
-def test_epochs_end_with_a_checkpoint_that_goes_on(run):
-    epochs = ["--trainer.max_steps", -1, "--trainer.limit_train_batches", 4, "--model.optimizer.schedule", "constant"]
-    _, _, whole = run("whole", *epochs, "--trainer.max_epochs", 3)
-    _, _, folder = run("run", *epochs, "--trainer.max_epochs", 2)
-    assert last(folder)["global_step"] == 8
-    assert run("run", *epochs, "--trainer.max_epochs", 3, "--ckpt_path", "last")[0] == 0
-    require_same_model(last(folder), last(whole))
-
-
-@pytest.mark.slow
 def test_a_step_may_have_other_micro_batches_after_a_stop(run):
     """Three steps of one micro-batch, then three of four: windows begin where steps do, validation where it did."""
     run("run", "--trainer.callbacks", json.dumps(callback("Stop", step=3)))

@@ -69,6 +69,7 @@ with interpreting():
     combine_reference = importlib.import_module("triton_kernels.combine.reference")
     configs = importlib.import_module("triton_kernels.configs")
     up = importlib.import_module("triton_kernels.grouped.up")
+    grad_activation = importlib.import_module("triton_kernels.grouped.grad_activation")
     grad_hidden = importlib.import_module("triton_kernels.grouped.grad_hidden")
     parts = importlib.import_module("triton_kernels.grouped.parts")
     grad_weight = importlib.import_module("triton_kernels.grouped.grad_weight")

@@ -68,7 +68,7 @@ def test_two_byte_types(shuffled, dtype, activation):  # noqa: F811
         "ampere",
         "cdna",
         "wide",
-        *(pytest.param(f"blackwell{old}", marks=pytest.mark.slow) for old in ("", "_plain")),
+        pytest.param("blackwell", marks=pytest.mark.slow),
     ],
 )
 def test_the_tiles_that_ship_for_gpus(shuffled, monkeypatch, name):  # noqa: F811

@@ -13,14 +13,11 @@ pytest.importorskip("triton")
 from triton_kernels.gates import check, roofline
 from triton_kernels.gates.compile import TARGETS, CompileError, compile_spec
 from triton_kernels.gates.facts import Facts
-from triton_kernels.precision import version
 from triton_kernels.shipped import SHIPPED, candidates
 from triton_kernels.spec import DTYPES, Argument
 
-# Gates that kernels miss today, by Triton's version: (op, architecture, element type) -> names of gates.
+# Gates that kernels miss today: (op, architecture, element type) -> names of gates.
 MISSED: dict[tuple[str, str, str], set[str]] = {("route_small", "gfx942", "bf16"): {"spills"}}
-if version() == (3, 6):  # 16 accesses in the epilogue of silu, none in the loop
-    MISSED |= {("grad_hidden", "sm_90", dtype): {"spills"} for dtype in check.SIXTEEN_BIT}
 
 PRODUCTS = [spec for spec in roofline.launched(SHIPPED, "sm_90", "bf16") if spec.is_product]
 FIRST = roofline.launched(SHIPPED, "sm_90", "bf16")
@@ -99,6 +96,9 @@ def test_unaligned_pointers_are_seen(spec):
     arguments = {name: dataclasses.replace(each, aligned=False) for name, each in spec.arguments.items()}
     row = check.check(dataclasses.replace(spec, arguments=arguments), "bf16", "sm_90")
     missed = {gate.name for gate in row.missed}
+    if spec.op in ("down", "grad_rows"):
+        assert missed == {"narrow stores"}
+        return
     assert "ρ" in missed
     assert "share of the operands by 128-bit asynchronous loads or TMA" in missed
     assert row.rho > 2 * check.check(spec, "bf16", "sm_90").rho

@@ -12,6 +12,7 @@ import torch
 from kernels_interpreted import (  # noqa: F401
     combining,
     configs,
+    grad_activation,
     grad_hidden,
     grad_weight,
     interpreter,
@@ -62,7 +63,7 @@ def last_program(interpreter, monkeypatch):  # noqa: F811
     monkeypatch.setattr(builder, "set_grid_dim", set_grid_dim)
     monkeypatch.setattr(builder, "set_grid_idx", set_grid_idx)
     monkeypatch.setattr(grad_weight, "cut", lambda *sizes: None)
-    for module in (combining, grad_weight, parts, up, grad_hidden):
+    for module in (combining, grad_weight, parts, up, grad_hidden, grad_activation):
         monkeypatch.setattr(module, "launch", launch)
         if hasattr(module, "launch_persistent"):
             monkeypatch.setattr(module, "launch_persistent", launch_persistent)
@@ -91,22 +92,29 @@ def _with_end(end, *shape):
 def _all_products(small, tokens, rows, num_experts, config):
     """The end of what each product writes, for operands whose ends are those of small; one after another in memory."""
     x, gate_up, down, grad, pre, hidden, weight = small
-    height = config.rows
+    height, rows_of_activation = config.rows, min(config.rows, config.activation_rows)
     meta = _order(tokens, rows, num_experts, height)
     x, grad = _with_end(x, tokens, H), _with_end(grad, tokens, H)
     gate_up, down = _with_end(gate_up, num_experts, 2 * F, H), _with_end(down, num_experts, H, F)
     pre, hidden = _with_end(pre, rows, 2 * F), _with_end(hidden, rows, F)
+
+    def activation_and_rows():
+        """With what the rows become; of d(weight) the first, which are those of the last rows."""
+        rows = hidden.clone()
+        grad_pre, grad_weight = grad_activation.grad_activation(rows, pre, weight, meta, "silu", config)
+        return grad_pre, rows, grad_weight[:height]
+
     products = {
         "up": lambda: up.up(x, gate_up, meta, "silu", True, config),
         "down": lambda: (op.down_product(hidden, down, meta, config),),
-        "grad_hidden": lambda: grad_hidden.grad_hidden(grad, down, pre, weight, meta, "silu", config)[:2],
-        "partial": lambda: (grad_hidden.grad_hidden(grad, down, pre, weight, meta, "silu", config)[2][-1],),
+        "grad_hidden": lambda: (grad_hidden.grad_hidden(grad, down, meta, config),),
+        "grad_activation": lambda: activation_and_rows(),
         "grad_rows": lambda: (op.grad_rows(pre, gate_up, meta, config),),
         "grad_up": lambda: (op.grad_up(pre, x, meta, config),),
         "grad_down": lambda: (op.grad_down(grad, hidden, meta, config),),
         "combine": lambda: (combining.combine(hidden, meta.slot, None, 1, config),),
     }
-    ends = {"grad_up": 1, "grad_down": 1, "combine": config.combine_tokens}
+    ends = {"grad_up": 1, "grad_down": 1, "combine": config.combine_tokens, "grad_activation": rows_of_activation}
     return {name: [t[-ends.get(name, height) :].clone() for t in product()] for name, product in products.items()}
 
 

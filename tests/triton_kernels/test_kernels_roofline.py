@@ -64,7 +64,7 @@ def test_our_launches_move_less_than_the_peers(shape, arch):
         assert moved < roofline.total_bytes(roofline.DESIGNS["ScatterMoE"][direction], shape)
         assert moved > roofline.total_bytes(roofline.DESIGNS["ideal"][direction], shape)
     backward = roofline.DESIGNS["Liger"]["backward"]
-    assert roofline.total_bytes(ours["backward"], shape) < 0.85 * roofline.total_bytes(backward, shape)
+    assert roofline.total_bytes(ours["backward"], shape) < 0.9 * roofline.total_bytes(backward, shape)
     forward = roofline.DESIGNS["Liger"]["forward"]
     assert roofline.total_bytes(ours["forward"], shape) <= roofline.total_bytes(forward, shape)
 
@@ -73,12 +73,12 @@ def test_our_launches_move_less_than_the_peers(shape, arch):
 def test_coefficients_of_our_launches(arch):
     """Training forward as Liger's; 2 less without gradients; backward below it in each coefficient but c.
 
-    c is 10 and what the float32 sums behind d(topk weight) take, written and read: 8 for each tile of columns.
+    c is 2 above Liger's, whose product ends with the activation's backward: a pass of its own writes and reads its
+    rows once more, and took less time on an H200.
     """
     ours = roofline.launches(SHIPPED, arch, "bf16")
     assert roofline.coefficients(ours["forward"]) == pytest.approx((2, 2, 4, 1))
-    columns = next(s for s in SHIPPED if s.op == "grad_hidden" and arch in s.archs).tile[1]
-    assert roofline.coefficients(ours["backward"]) == pytest.approx((4, 2, 10 + 2 * 8 / columns * 2, 2))
+    assert roofline.coefficients(ours["backward"]) == pytest.approx((4, 2, 12, 2))
     rows = [row for row in roofline.compare(SHIPPED, arch) if row["design"] == "ours, no gradients"]
     assert [row["direction"] for row in rows] == ["forward"] * len(roofline.SHAPES)
     assert all(row["coefficients"] == pytest.approx((2, 2, 2, 1)) for row in rows)

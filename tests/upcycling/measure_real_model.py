@@ -2,7 +2,8 @@
 
 Upcycles SmolLM2-135M (see tests/real_model.py), trains what comes out by ``recipes/upcycled.yaml``, probes it before
 and after, exports it, and prints a table of the methods whose results lie in DIR. Checkpoints are removed as it goes.
-Names of methods after DIR are those to measure; ``begin`` or ``go_on`` is a half of it alone.
+Names of methods after DIR are those to measure (``random`` to ``inter`` are partitions); ``begin`` or ``go_on`` is a
+half of it alone.
 """
 
 import json
@@ -28,17 +29,29 @@ from moebed.model.losses import IGNORE_INDEX, token_losses
 from moebed.training.metrics import TextLoss
 from tests.conftest import SHARED
 from tests.real_model import real_model
+from tests.upcycling.same_routing import compared, off
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "upcycled.yaml"
-# Four copies, two of them a token, or as many neurons and FLOPs; of clusters eight, two of them a token.
+TEXTS = [f"--domain={path.stem}={path}" for path in sorted((SHARED / "data").glob("*.txt"))]
+COPIES = ["--num-experts", "4"]  # of which a token has two, or as many neurons and FLOPs
+PARTS = ["--method", "partition", "--num-experts", "8", "--by"]
+# Eight parts too, of which a token has two: one that all have, and one of seven, not scaled (LLaMA-MoE-v2, 2411.15708).
+RESIDUAL = ["--method", "partition", "--num-experts", "7", "--num-experts-per-tok", "1", "--output-scale", "1"]
+OF_TEXT = [*TEXTS, "--sequence-length", "128", "--domain-tokens", "512"]
 METHODS = {
-    "copy": ["--num-experts", "4"],
-    "noise": ["--num-experts", "4"],
-    "drop": ["--num-experts", "4"],
-    "split": ["--num-experts", "4"],
-    "cluster": ["--num-experts", "8"],
-    "scratch": ["--num-experts", "4"],
+    "copy": ["--method", "copy", *COPIES],
+    "noise": ["--method", "noise", *COPIES],
+    "drop": ["--method", "drop", *COPIES],
+    "split": ["--method", "split", *COPIES],
+    "scratch": ["--method", "scratch", *COPIES],
+    "cluster": ["--method", "cluster", "--num-experts", "8"],
+    "random": [*PARTS, "random"],
+    "contiguous": [*PARTS, "contiguous"],
+    "up_cluster": [*PARTS, "cluster"],
+    "inner": [*PARTS, "inner", *OF_TEXT],
+    "inner_centroid": [*PARTS, "inner", "--router", "hidden_centroid", *OF_TEXT],
+    "inter": [*RESIDUAL, "--by", "inter", *OF_TEXT],
 }
 PROBES = "matrix_similarity,balance,norm_vs_score"
 # The high-water mark begins anew once all is imported: the one of a process counts the memory of who started it too.
@@ -63,10 +76,10 @@ def moebed(*arguments: object, code: str = "import sys; from moebed.cli import m
     return done.stdout
 
 
-def upcycled(dense: Path, out: Path, method: str, *options: str) -> tuple[float, int]:
+def upcycled(dense: Path, out: Path, *options: str) -> tuple[float, int]:
     """Upcycle; returns seconds, the interpreter's start included, and bytes of memory beyond what imports took."""
     begin = time.perf_counter()
-    said = moebed("upcycle", dense, "--out", out, "--method", method, *options, code=MEASURE)
+    said = moebed("upcycle", dense, "--out", out, *options, code=MEASURE)
     code, memory = json.loads(said.splitlines()[-1])
     assert code == 0
     return time.perf_counter() - begin, memory
@@ -107,18 +120,15 @@ def theirs(folder: Path) -> torch.nn.Module:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
 
 
-def off(found: torch.Tensor, wanted: torch.Tensor) -> dict[str, float]:
-    """How far logits (B, S, V) are off, a token's largest difference over the largest logit: of the median token, of
-    the worst, and the share of tokens that are off by a thousandth, as those are that another expert was chosen for."""
-    each = (found - wanted).abs().amax(dim=-1) / wanted.abs().max()
-    return {"median": float(each.median()), "worst": float(each.max()), "share": float((each > 1e-3).float().mean())}
+def is_of_transformers(folder: Path) -> bool:
+    """Whether an exported folder is of a family that transformers has: residual experts are of none."""
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] != "moebed"
 
 
 def probed(checkpoint: Path, out: Path) -> dict[str, float]:
     """Headlines of some probes on 1,024 tokens of each domain."""
-    texts = [f"--domain={path.stem}={path}" for path in sorted((SHARED / "data").glob("*.txt"))]
     sizes = ["--sequence-length", 128, "--domain-tokens", 1024]
-    moebed("probe", checkpoint, "--out", out, "--probes", PROBES, *sizes, *texts)
+    moebed("probe", checkpoint, "--out", out, "--probes", PROBES, *sizes, *TEXTS)
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     found = {name: one["headlines"] for name, one in summary["probes"].items()}
     return {f"{name}.{key}": one["value"] for name, headlines in found.items() for key, one in headlines.items()}
@@ -127,7 +137,7 @@ def probed(checkpoint: Path, out: Path) -> dict[str, float]:
 def begin(method: str, folder: Path) -> dict[str, Any]:
     """Upcycle: seconds, memory, and how the new model begins. Its checkpoint stays in ``folder``."""
     dense, moe = real_model(), folder / method / "moe"
-    seconds, memory = upcycled(dense, moe, method, *METHODS[method])
+    seconds, memory = upcycled(dense, moe, *METHODS[method])
     decoder, data = load_decoder(Checkpoint.open(moe)), data_of(dense)
     ids = data.probe_batch(2)["input_ids"]
     wanted = logits_of(theirs(dense), ids)
@@ -152,19 +162,19 @@ def go_on(method: str, folder: Path) -> dict[str, Any]:
     result["fit_seconds"] = time.perf_counter() - started
     checkpoint = run / "checkpoints" / "last.ckpt"
     decoder, data = load_decoder(Checkpoint.open(checkpoint)), data_of(dense)
-    ids = data.probe_batch(2)["input_ids"]
     result["run"] = json.loads((run / "run_summary.json").read_text(encoding="utf-8"))
     result["after"] = held_out(decoder, data)
     result["probes_after"] = probed(checkpoint, place / "probes_after")
     moebed("export", checkpoint, "--out", place / "exported")
-    result["export_off"] = off(logits_of(theirs(place / "exported"), ids), logits_of(decoder, ids))
+    if is_of_transformers(place / "exported"):
+        result["exported"] = compared(decoder, theirs(place / "exported"), data.probe_batch(4)["input_ids"])
     shutil.rmtree(place)
     return result
 
 
 def table(folder: Path) -> str:
     """A row a method, of what was measured of it."""
-    lines = ["| method | parameters, active | upcycled in, memory | first loss | after | fit |", "|---|" * 6]
+    lines = ["| method | parameters, active | upcycled in, memory | first loss | after | fit |", "|" + "---|" * 6]
     for method in METHODS:
         if not (folder / f"{method}.json").exists():
             continue

@@ -7,7 +7,8 @@ import pytest
 
 from moebed.checkpoints import Checkpoint, load_decoder
 from tests.real_model import NotToBeHad, real_model
-from tests.upcycling.measure_real_model import METHODS, begin, data_of, go_on, logits_of, main, off, theirs, upcycled
+from tests.upcycling.measure_real_model import METHODS, TEXTS, begin, data_of, go_on, logits_of, main, theirs, upcycled
+from tests.upcycling.same_routing import off
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), pytest.mark.shared("data/arxiv.txt", "data/wikipedia.txt")]
 EXACT = ["copy", "split"]  # whatever the router chooses
@@ -43,7 +44,7 @@ def test_it_is_read_as_transformers_reads_it(dense, wanted):
 @pytest.mark.parametrize("method", EXACT)
 @pytest.mark.parametrize("experts", [2, 4])  # of two that a token is sent to: all, and half
 def test_the_first_logits_are_its_own(dense, wanted, method, experts, tmp_path):
-    upcycled(dense, tmp_path / "moe", method, "--num-experts", str(experts))
+    upcycled(dense, tmp_path / "moe", "--method", method, "--num-experts", str(experts))
     assert _off(tmp_path / "moe", wanted) < 1e-5
 
 
@@ -51,15 +52,27 @@ def test_the_first_logits_are_its_own(dense, wanted, method, experts, tmp_path):
 def test_it_is_upcycled_trained_probed_and_exported(dense, method, tmp_path):
     main(tmp_path, {"begin": begin, "go_on": go_on}, [method])
     found = json.loads((tmp_path / f"{method}.json").read_text())
-    # One layer as stored is 5.3 MB, a matrix in float32 3.5 MB, the embedding 56.6 MB.
-    assert found["upcycle_bytes"] < 200e6
+    # The dense model as stored has 269 MB, its embedding 57; of text, the logits of 2,003 tokens alone have 394 MB.
+    assert found["upcycle_bytes"] < (1.5e9 if TEXTS[0] in METHODS[method] else 230e6)
     assert (found["logits_off"]["worst"] < 1e-5) == (method in EXACT)
     assert math.isfinite(found["before"]["loss"])
     assert math.isfinite(found["after"]["loss"])
     assert found["run"]["val/loss"] == pytest.approx(found["after"]["loss"], rel=2e-2)  # that in bf16, where it is fast
     assert found["probes_before"].keys() == found["probes_after"].keys()
     assert all(value is not None for value in found["probes_after"].values())
-    # Where two experts score alike but for rounding, the two implementations may choose differently.
-    assert found["export_off"]["median"] < 1e-5
-    assert found["export_off"]["share"] < 0.05
+    assert ("exported" in found) == (method != "inter")
+    if "exported" in found:
+        _require_same_model(found["exported"])
     assert not (tmp_path / method).exists()
+
+
+def _require_same_model(found):
+    """Logits are equal where choices are, and a choice is another only where rounding decides it.
+
+    A worst token of 9e-5 has been seen beside 1.2e-4 and 1.4e-4 of the two from float64; another choice makes 2e-2.
+    """
+    assert found["same_choices"]["median"] < 1e-5
+    assert found["same_choices"]["worst"] < 5e-4
+    assert found["before"] < 5e-4
+    assert found["margin"] <= 2 * found["router_logits"] < 1e-3
+    assert found["otherwise"] < 1e-3 * found["decisions"]

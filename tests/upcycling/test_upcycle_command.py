@@ -109,6 +109,42 @@ def test_a_start_that_does_not_fit_is_one_line(tmp_path, capsys, kind):
     assert not (tmp_path / "fit").exists()
 
 
+ADAPTERS = ["unchosen", "constant", "free", "shared_equal_flops", "shared_equal_parameters"]
+
+
+@pytest.mark.parametrize("adapters", ADAPTERS)
+def test_adapters_begin_beside_upcycled_experts_and_silent(tmp_path, capsys, adapters):
+    """As HyperMoE's published runs do, which begin with copies of a dense model."""
+    dense, moe = dense_run(tmp_path, BytesTokenizer()), tmp_path / "moe"
+    per_token = ["--num-experts-per-tok", "1" if adapters == "free" else "2"]
+    assert upcycle(dense, moe, "--method", "copy", "--num-experts", "4", *per_token) == 0
+    capsys.readouterr()
+    arguments = ["fit", "--config", recipe(tmp_path), "--config", str(moe / "start.yaml")]
+    frozen = ["--model.optimizer.learning_rate", "0", "--model.optimizer.weight_decay", "0"]
+    assert main([*arguments, *frozen, "--model.config.hyper_experts.adapters", adapters]) == 0
+    what = "shared experts" if adapters.startswith("shared_") else f"adapters, {adapters}"
+    assert f"weights: those of moe; new, silent at first: {what}" in capsys.readouterr().err
+    started = load_decoder(tmp_path / "fit" / "checkpoints" / "last.ckpt")
+    parameters, kept = dict(started.named_parameters()), tensors(moe)
+    assert all(torch.equal(parameters[name], kept[name]) for name in kept)
+    new = [parameter for name, parameter in parameters.items() if name not in kept]
+    assert any(parameter.count_nonzero() for parameter in new)
+    wanted = logits(load_decoder(dense), 300)
+    torch.testing.assert_close(logits(started, 300), wanted, rtol=0, atol=1e-3 * wanted.abs().max().item())
+
+
+def test_what_a_checkpoint_has_beside_its_experts_is_not_left_out(tmp_path, capsys):
+    sizes = {"num_experts": 4, "moe_intermediate_size": 24, "vocab_size": 300}
+    checkpoint = write_run(tmp_path, **sizes, hyper_experts={"adapters": "unchosen"})
+    config = Checkpoint.open(checkpoint).config.to_dict() | {"hyper_experts": None}
+    start = {"model": {"config": config, "init_from": str(checkpoint)}, "data": {"tokenizer": {"kind": "bytes"}}}
+    (tmp_path / "start.json").write_text(json.dumps(start))
+    assert main(["fit", "--config", recipe(tmp_path), "--config", str(tmp_path / "start.json")]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "last.ckpt has hyper_experts {'adapters': 'unchosen'" in said
+    assert "but model.config has None" in said
+
+
 WRONG = {
     "no such method": (["--method", "magic"], "invalid choice: 'magic'"),
     "no method": ([], "--method"),

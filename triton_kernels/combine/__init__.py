@@ -1,16 +1,13 @@
-"""Weighted combine of a token's rows, its unweighted twin for dX, and the sum behind d(topk weight)."""
+"""Weighted combine of a token's rows, and its unweighted twin for dX."""
 
 from __future__ import annotations
 
-import torch
 import triton
 from torch import Tensor
 
-from triton_kernels.combine.kernels import combine_kernel, weight_grad_kernel
+from triton_kernels.combine.kernels import combine_kernel
 from triton_kernels.configs import Config
 from triton_kernels.launching import launch
-
-WEIGHT_GRAD_BLOCK = 256
 
 
 def combine(rows: Tensor, slot: Tensor, weight: Tensor | None, top_k: int, config: Config) -> Tensor:
@@ -34,13 +31,4 @@ def combine(rows: Tensor, slot: Tensor, weight: Tensor | None, top_k: int, confi
         combine_kernel, grid, rows, slot, slot if weight is None else weight, out, num_tokens, top_k,
         H=width, WEIGHTED=weight is not None, BLOCK_T=config.combine_tokens, BLOCK_H=columns,
     )  # fmt: skip
-    return out
-
-
-def weight_grad(partial: Tensor, slot: Tensor) -> Tensor:
-    """Sum partial (column tiles, R, Q) over its tiles and their parts and return it by assignment: (R,) float32."""
-    out = torch.empty(len(slot), dtype=torch.float32, device=slot.device)
-    grid = (triton.cdiv(len(slot), WEIGHT_GRAD_BLOCK),)
-    sizes = {"PARTS": len(partial), "Q": partial.shape[2], "BLOCK": WEIGHT_GRAD_BLOCK}
-    launch(weight_grad_kernel, grid, partial, slot, out, len(slot), **sizes)
     return out

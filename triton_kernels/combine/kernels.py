@@ -28,15 +28,3 @@ def combine_kernel(
     mask = inside[:, None] & (columns < H)[None, :]
     target = out + tokens.to(tl.int64)[:, None] * H + columns[None, :]
     tl.store(target, total.to(out.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["size"])
-def weight_grad_kernel(partial, slot, out, size, PARTS: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr):
-    """out[assignment] = Σ_n Σ_q partial[n, slot[assignment], q], the column tiles in their order."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.load(slot + i, mask=i < size, other=-1)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for part in range(PARTS):
-        place = partial + (tl.cast(part, tl.int64) * size + row)[:, None] * Q + tl.arange(0, Q)[None, :]
-        total += tl.sum(tl.load(place, mask=(row >= 0)[:, None], other=0.0), 1)
-    tl.store(out + i, total, mask=i < size)

@@ -13,9 +13,10 @@ import torch
 import triton
 from torch import Tensor
 
-from triton_kernels.combine import combine, weight_grad
+from triton_kernels.combine import combine
 from triton_kernels.configs import Config, choose
 from triton_kernels.grouped.down import down as down_product
+from triton_kernels.grouped.grad_activation import grad_activation
 from triton_kernels.grouped.grad_hidden import grad_hidden
 from triton_kernels.grouped.grad_rows import grad_rows
 from triton_kernels.grouped.grad_weight import grad_down, grad_up
@@ -108,13 +109,12 @@ def backward_op(
 
     def kernels() -> tuple[Tensor, ...]:
         meta, top_k = views(buffer, index.numel(), len(gate_up), config.rows), weight.shape[1]
-        d_x = d_gate_up = d_down = d_weight = None
-        grad_pre, weighted, partial = grad_hidden(grad, down, pre, weight, meta, activation, config)
-        if needs[3]:
-            d_weight = weight_grad(partial, meta.slot).view(weight.shape)
+        d_x = d_gate_up = d_down = None
+        rows = grad_hidden(grad, down, meta, config)
+        grad_pre, d_weight = grad_activation(rows, pre, weight, meta, activation, config)
         if needs[2]:
-            d_down = grad_down(grad, weighted, meta, config)
-        del weighted, partial
+            d_down = grad_down(grad, rows, meta, config)
+        del rows
         if needs[1]:
             d_gate_up = grad_up(grad_pre, x, meta, config)
         if needs[0]:

@@ -294,6 +294,19 @@ def same_setting(config: ModelConfig, other: Mapping[str, Any], name: str) -> bo
     return _plain(config, name, config.to_dict()[name]) == _plain(config, name, other[name])
 
 
+def beside_experts(config: ModelConfig, other: ModelConfig) -> dict[str, str]:
+    """What a model has beside its experts that another lacks, and that begins by adding nothing: fields, with words."""
+    found: dict[str, str] = {}
+    if config.hyper_experts is not None and other.hyper_experts is None:
+        found["hyper_experts"] = f"adapters, {config.hyper_experts.adapters}"
+    if any(config.layer(i).num_shared_experts for i in config.moe_layers) and not any(
+        other.layer(i).num_shared_experts for i in other.moe_layers
+    ):
+        fields = ("num_shared_experts", "shared_expert_intermediate_size", "shared_expert_gate")
+        found |= dict.fromkeys(fields, "shared experts")
+    return found
+
+
 _PER_LAYER = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "num_shared_experts")
 
 

@@ -164,6 +164,7 @@ struct Amx {
         uint8_t rows[16] = {};
       } config;
       for (int i = 0; i < 8; ++i) config.bytes[i] = LINE, config.rows[i] = SIDE;
+      asm volatile("" : : "m"(config));  // GCC's intrinsic names 8 bytes of it, and it may leave the other stores out
       _tile_loadconfig(&config);
     }
     ~Configured() { _tile_release(); }

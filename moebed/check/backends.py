@@ -1,0 +1,61 @@
+"""What the ladder found of the experts backends, written to where ``experts_backend: auto`` looks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from moebed.bench.peers import OWN
+from moebed.check.contract import Verdict
+from moebed.check.record import ADVICE, Record
+from moebed.machine import storage
+from moebed.model import measured
+
+# Whose rows must all be right before a type's kernels are used; and in which type their speed is measured.
+GATES = {
+    "bfloat16": ("kernels_bfloat16", "kernels_models", "kernels_launches"),
+    "float16": ("kernels_float16", "kernels_launches"),
+    "float32": ("kernels_float32", "kernels_launches"),
+}
+TIMED_IN = {"bfloat16": "bfloat16", "float16": "bfloat16", "float32": "float32"}
+TRITON, BASE = OWN + "triton", OWN + "grouped_mm"
+
+
+def write(records: Mapping[str, Record], device: str) -> Path | None:
+    """Write what all steps together say of a device; nothing, while its speed was not measured."""
+    rows = list(timed(records["speed"]))
+    if not rows:
+        return None
+    found = {
+        dtype: least_work((work, ratio) for work, ratio, timed_in in rows if timed_in == TIMED_IN[dtype])
+        if all(is_right(records[step]) for step in steps)
+        else None
+        for dtype, steps in GATES.items()
+    }
+    return storage.write_text(measured.path_of(device), measured.content(device, found), ADVICE)
+
+
+def is_right(record: Record) -> bool:
+    """Whether all rows were measured, and none is wrong."""
+    return record.is_complete and all(each.verdict != Verdict.WRONG for each in record.all_findings())
+
+
+def timed(speed: Record) -> Iterator[tuple[float, float, str]]:
+    """Of each row where both agree with the reference: work, how many times as fast the kernels are, and type."""
+    for finding in speed.findings.values():
+        by_name: dict[str, Mapping[str, Any]] = {row["name"]: row for row in finding.figures.get("rows", ())}
+        if TRITON in by_name and BASE in by_name and by_name[TRITON]["agrees"] and by_name[BASE]["agrees"]:
+            seconds = f"{finding.figures['phase']}_seconds"
+            ratio = by_name[BASE][seconds] / by_name[TRITON][seconds]
+            yield float(finding.figures["work"]), ratio, finding.figures["dtype"]
+
+
+def least_work(rows: Iterable[tuple[float, float]]) -> float | None:
+    """The least measured work from which on the kernels were never slower; None where at the most they were."""
+    least = None
+    for work, ratio in sorted(rows, reverse=True):
+        if ratio < 1:
+            break
+        least = work
+    return least
