@@ -110,8 +110,12 @@ class DomainPurity(Probe):
         self.put("count", view.index, counts.astype(np.int64))
         best, of_expert = matching(counts)
         self.put("expert_domain", view.index, of_expert.astype(np.int16))
-        found = {"purity": purity(counts), "nmi": mutual_information(counts), "matched": best}
-        by_chance = {
+        found: dict[str, float | np.ndarray] = {
+            "purity": purity(counts),
+            "nmi": mutual_information(counts),
+            "matched": best,
+        }
+        by_chance: dict[str, np.ndarray] = {
             "purity": purity(null),
             "nmi": mutual_information(null),
             "matched": np.array([matching(one)[0] for one in null]),
@@ -130,7 +134,8 @@ class DomainPurity(Probe):
             return ProbeResult(arrays, notes=["no layer has experts and text: no purity"])
         if len(arrays["domain_names"]) < 2:
             return ProbeResult(arrays, notes=["the text has one domain: experts cannot belong to any other"])
-        scalars, headlines = {}, {}
+        scalars: dict[str, float] = {}
+        headlines: dict[str, Headline] = {}
         for key, sentence in MEASURES.items():
             measured = numbers(arrays, key)
             null = {layer: float(value[0]) for layer, value in by_layer(arrays, f"{key}_null").items()}

@@ -173,12 +173,14 @@ def go_on(method: str, folder: Path) -> dict[str, Any]:
 
 
 def table(folder: Path) -> str:
-    """A row a method, of what was measured of it."""
+    """A row a method whose beginning was measured."""
     lines = ["| method | parameters, active | upcycled in, memory | first loss | after | fit |", "|" + "---|" * 6]
     for method in METHODS:
         if not (folder / f"{method}.json").exists():
             continue
         one = json.loads((folder / f"{method}.json").read_text(encoding="utf-8"))
+        if "before" not in one:
+            continue
         after = f"{one['after']['loss']:.3f} | {one['fit_seconds']:.0f} s" if "after" in one else "|"
         lines.append(
             f"| `{method}` | {one['parameters'] / 1e6:.0f} M, {one['active'] / 1e6:.0f} M "

@@ -71,7 +71,6 @@ def _require_same_model(found):
 
     A worst token of 9e-5 has been seen beside 1.2e-4 and 1.4e-4 of the two from float64; another choice makes 2e-2.
     """
-    assert found["same_choices"]["median"] < 1e-5
     assert found["same_choices"]["worst"] < 5e-4
     assert found["before"] < 5e-4
     assert found["margin"] <= 2 * found["router_logits"] < 1e-3
