@@ -38,8 +38,8 @@ def gain_share(arm: Mapping[int, float], random: Mapping[int, float], oracle: Ma
     """The share of an arm, from losses by seed.
 
     The interval is Fieller's (1954), of the ratio of two paired means: like a t-interval it holds 95 % with few seeds,
-    where a percentile bootstrap of four holds 78 to 81 (``tests/study/simulate_gain.py``). It has an end exactly where the
-    t-interval of the denominator excludes 0; elsewhere there is nothing to take a share of, and none is given.
+    where a percentile bootstrap of four holds 78 to 81 (``tests/study/simulate_gain.py``). It has an end exactly where
+    the t-interval of the denominator excludes 0; elsewhere there is nothing to take a share of, and none is given.
     """
     seeds = [seed for seed in arm if seed in random and seed in oracle]
     if not seeds:
