@@ -176,15 +176,15 @@ def _shuffled(text: ProbeText, domain: np.ndarray) -> list[np.ndarray]:
 def _draw_measures(arrays: Arrays) -> Figure:
     from probes.figures import drawing
 
-    fig = drawing.new_figure(7.5, 3.6, "Do experts belong to domains? Over depth")
-    ax = fig.subplots()
-    for colour, key in zip(drawing.SERIES, MEASURES, strict=False):
-        drawing.depth_line(ax, numbers(arrays, key), colour, key)
+    # A panel each: purity and matched are often the same, and one line would hide the other.
+    fig, axes = drawing.panel_grid(len(MEASURES), "Do experts belong to domains? Over depth")
+    for ax, colour, key in zip(axes, drawing.SERIES, MEASURES, strict=False):
+        drawing.depth_line(ax, numbers(arrays, key), colour, "measured")
         null = {layer: float(value[1]) for layer, value in by_layer(arrays, f"{key}_null").items()}
-        drawing.depth_line(ax, null, colour, f"{key}, domains shuffled: 95th percentile", dashed=True)
-    ax.set_ylim(0, 1.02)
-    ax.set_ylabel("share", fontsize=9)
-    ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        drawing.depth_line(ax, null, drawing.MUTED, "domains shuffled: 95th percentile", dashed=True)
+        ax.set_ylim(0, 1.05)
+        ax.set_title(key, fontsize=10)
+        ax.legend(fontsize=7, frameon=False)
     return fig
 
 
