@@ -187,7 +187,7 @@ _DENSE = (
 )
 _WEIGHTS = (
     WeightTile(128, 256, 64, warps=8, stages=5, group=4),
-    WeightTile(128, 256, 64, warps=8, stages=4),
+    WeightTile(128, 256, 64, warps=8, stages=6),
     WeightTile(256, 128, 64, warps=8, stages=5),
     WeightTile(128, 128, 64, warps=4, stages=5),
 )

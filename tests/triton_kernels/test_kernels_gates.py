@@ -17,7 +17,10 @@ from triton_kernels.shipped import SHIPPED, candidates
 from triton_kernels.spec import DTYPES, Argument
 
 # Gates that kernels miss today: (op, architecture, element type) -> names of gates.
-MISSED: dict[tuple[str, str, str], set[str]] = {("route_small", "gfx942", "bf16"): {"spills"}}
+MISSED: dict[tuple[str, str, str], set[str]] = {
+    ("route_small", "gfx942", "bf16"): {"spills"},
+    ("grad_hidden", "sm_120", "fp32"): {"spills"},  # 2 accesses, in TF32 at odd sizes
+}
 
 PRODUCTS = [spec for spec in roofline.launched(SHIPPED, "sm_90", "bf16") if spec.is_product]
 FIRST = roofline.launched(SHIPPED, "sm_90", "bf16")
