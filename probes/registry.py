@@ -28,6 +28,7 @@ from probes.norm_origin import NormOrigin
 from probes.norm_vs_score import NormVsScore
 from probes.prediction import Logits, Prediction
 from probes.repeats import Repeats
+from probes.router_coupling import RouterCoupling
 from probes.router_state import RouterState
 from probes.routing import RoutingMap
 from probes.saturation import Saturation
@@ -63,6 +64,7 @@ _STATIC: tuple[type[Probe], ...] = (
     NeuronMatching,
     GateSimilarity,
     GateProjection,
+    RouterCoupling,
     ExpertProjection,
     ExpertGeometry,
 )
