@@ -84,6 +84,7 @@ DEFAULT_PROBES: tuple[str, ...] = (
     "norm_vs_score",
     "matrix_similarity",
     "gate_similarity",
+    "router_coupling",
 )
 
 

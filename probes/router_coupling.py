@@ -146,10 +146,10 @@ def _respond(view: LayerView, name: str, expert: int, rows: Tensor) -> Answer:
         neurons = band.float()
         product = neurons @ rows.T  # (f, E + 1)
         answer = torch.stack([product[:, :-1], product[:, :-1] + product[:, -1:]])  # (2, f, E)
-        squares = neurons.square().sum(dim=1)  # (f,)
-        cosine = answer * torch.where(squares > 0, squares.rsqrt(), 0.0).unsqueeze(1)
+        size = torch.linalg.vector_norm(neurons, dim=1)  # (f,)
+        cosine = answer * torch.where(size > 0, 1 / size, 0.0).unsqueeze(1)
         total += double(torch.stack([answer.square(), cosine, cosine.square()]).sum(dim=2)).cpu()
-        norm += float(squares.sum())
+        norm += float(size.square().sum())
     length, cosine, energy = total.numpy()
     return Answer(np.sqrt(length), cosine / len(matrix), energy / len(matrix), norm**0.5)
 
