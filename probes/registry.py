@@ -32,6 +32,7 @@ from probes.router_coupling import RouterCoupling
 from probes.router_state import RouterState
 from probes.routing import RoutingMap
 from probes.saturation import Saturation
+from probes.strength_vs_score import StrengthVsScore
 from probes.traffic import Traffic
 from probes.vocabulary import Vocabulary
 from probes.weight_vs_output import WeightVsOutput
@@ -51,6 +52,7 @@ _WITH_TEXT: tuple[type[Probe], ...] = (
     Saturation,
     NormVsScore,
     NormOrigin,
+    StrengthVsScore,
     ExpertOutputs,
     ChosenVsRest,
     WeightVsOutput,
