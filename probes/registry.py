@@ -29,9 +29,11 @@ from probes.norm_origin import NormOrigin
 from probes.norm_vs_score import NormVsScore
 from probes.prediction import Logits, Prediction
 from probes.repeats import Repeats
+from probes.router_coupling import RouterCoupling
 from probes.router_state import RouterState
 from probes.routing import RoutingMap
 from probes.saturation import Saturation
+from probes.strength_vs_score import StrengthVsScore
 from probes.traffic import Traffic
 from probes.vocabulary import Vocabulary
 from probes.weight_vs_output import WeightVsOutput
@@ -52,6 +54,7 @@ _WITH_TEXT: tuple[type[Probe], ...] = (
     Saturation,
     NormVsScore,
     NormOrigin,
+    StrengthVsScore,
     ExpertOutputs,
     ChosenVsRest,
     WeightVsOutput,
@@ -65,6 +68,7 @@ _STATIC: tuple[type[Probe], ...] = (
     NeuronMatching,
     GateSimilarity,
     GateProjection,
+    RouterCoupling,
     ExpertProjection,
     ExpertGeometry,
 )

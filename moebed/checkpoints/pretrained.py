@@ -273,6 +273,7 @@ class PretrainedMoE(LightningModule):
             num_experts=sizes.num_experts,
             num_experts_per_tok=sizes.num_experts_per_tok if sizes.num_experts else 0,
             gate=gate,
+            shift_invariant=ROUTERS[self.config.router].shift_invariant,
             weights=StreamedWeights(model, layer, reference),
             work_bytes=self.memory_budget - model.pool.most,
             error=error,

@@ -142,6 +142,7 @@ class LayerView:
     num_experts: int
     num_experts_per_tok: int
     gate: Tensor | None  # (E, H) router's gate embeddings W_g, where it has them
+    shift_invariant: bool = True  # whether a vector that all gate embeddings share changes no choice and no weight
     weights: LayerWeights | None = field(default=None, repr=False)
     kept: dict[Any, Any] = field(default_factory=dict, repr=False)  # what one probe made of the weights for others too
     work_bytes: int | None = None  # memory that a probe's work on the weights should stay within, if there is a limit

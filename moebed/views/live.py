@@ -188,5 +188,6 @@ def _views(model: TextModel, start: int) -> Iterator[LayerView]:
             num_experts=layer.num_experts,
             num_experts_per_tok=layer.num_experts_per_tok if layer.num_experts else 0,
             gate=None if gate is None else gate.detach().float(),
+            shift_invariant=mlp.router.shift_invariant if isinstance(mlp, MoE) else True,
             weights=model.layer_weights(index),
         )

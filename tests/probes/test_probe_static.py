@@ -54,7 +54,7 @@ def view(count, index=0, gate=True, **options):
 
 
 def test_all_of_them_need_weights_alone():
-    assert len(STATIC_PROBES) == 7
+    assert len(STATIC_PROBES) == 8
     assert all(PROBES[name].needs == {Need.WEIGHTS} for name in STATIC_PROBES)
 
 

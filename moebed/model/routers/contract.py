@@ -64,6 +64,8 @@ class Router(Float32Buffers):
     chooses_tokens = False  # of such a router: route as in training, in evaluation too
     needs_context = False  # whether it asks for all of a TokenContext, the tokens' domains too; else it has their ids
     adaptive = False  # whether it has state that end_step changes; where no router of a model has, none is called
+    # Whether one number added to all of a token's logits changes no choice and no weight, as with softmax.
+    shift_invariant = True
     runs_experts = False  # whether it asks for experts' outputs when it routes in evaluation
     experts_class: type[Experts] = Experts  # of its layers
     # Whether its parameters learn from more than the weights on the experts' outputs, or there are none to learn.

@@ -43,6 +43,7 @@ class GrAP(Router):
 
     options: Options
     default_norm_topk_prob = False
+    shift_invariant = False  # ReLU
     other_teacher = True  # no parameters
     has_plan_formula = True
     keeps_input = False  # a mean's backward pass knows its input's shape alone

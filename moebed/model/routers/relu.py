@@ -34,6 +34,7 @@ class ReLU(GatedRouter):
 
     options: Options
     fixed_top_k = False
+    shift_invariant = False
     adaptive = True
     other_teacher = True  # its weights are never divided by their sum
     LOSS = "relu_l1"

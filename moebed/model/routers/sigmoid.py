@@ -31,6 +31,7 @@ class SigmoidTopK(GatedRouter):
         bias_update_rate: float = setting("What the selection bias changes by in each optimizer step.", 1e-3, least=0)
 
     options: Options
+    shift_invariant = False
     has_plan_formula = True
     adaptive = True
     expert_bias: Tensor

@@ -14,7 +14,7 @@ from moebed.model.flops import count_parameters, flops_per_token
 from moebed.model.generate import generate
 from moebed.model.losses import load_balancing_loss, router_stats
 from moebed.model.routers import ROUTERS, SoftmaxTopK, TokenContext, register
-from tests.model.routers.router_cases import ALL, BY_DOMAIN, COMPILED, config_of, domains_of
+from tests.model.routers.router_cases import ALL, BY_DOMAIN, COMPILED, config_of, domains_of, router_of
 
 CARELESS = ("balanced", "hash", "oracle_hash", "random")  # learn nothing in the router
 WITHOUT_PARAMETERS = ("expert_norm", "grap", "locmoe_plus")
@@ -339,3 +339,16 @@ def test_compilation_is_refused_where_steps_differ():
 
     with pytest.raises(ConfigError, match="router competesmoe decides anew in each step"):
         MoEModule(config_of("competesmoe"), compile=True)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_router_says_whether_it_sees_what_all_logits_share(name):
+    router = router_of(name).eval()
+    logits = torch.randn(64, router.num_experts, generator=torch.Generator().manual_seed(1))
+
+    def weights(shift: float) -> torch.Tensor:
+        routing = router.choose(logits + shift)
+        return torch.zeros_like(logits).scatter_add(1, routing.topk_index, routing.topk_weight)
+
+    same = torch.allclose(weights(0.0), weights(1.0), atol=1e-5)
+    assert same == router.shift_invariant
