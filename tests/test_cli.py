@@ -328,6 +328,8 @@ def test_every_recipe_builds_and_takes_a_step(path, tmp_path, recipe, monkeypatc
         "data.max_validation_windows": 2,
         "data.cache_dir": tmp_path / "cache",
     }
+    if content["data"]["tokenizer"].get("kind") == "symbols":  # planted text, which is made up on the spot
+        del changes["data.sources"], changes["data.tokenizer"]
     if config.hidden_size > 256:
         changes |= {"model.config.hidden_size": 48, "model.config.moe_intermediate_size": 32}
     arguments = [part for key, value in changes.items() for part in (f"--{key}", str(value))]

@@ -8,6 +8,7 @@ from moebed.machine import float32
 from moebed.machine.float32 import exact_products, float32_linear
 from moebed.model.decoder import Decoder
 from moebed.model.losses import load_balancing_loss, output_similarity, router_stats, token_losses, weight_similarity
+from moebed.model.routers import TokenContext
 from moebed.model.routers.norms import norms
 from moebed.training.metrics import TextLoss
 from moebed.training.optim import gradient_norm, scale_gradients
@@ -16,7 +17,7 @@ from moebed.views.live import walk
 from probes.registry import PROBES
 from probes.running.driver import needs_of, run_probes
 from tests.conftest import tiny_config
-from tests.model.routers.router_cases import ALL, GivenOutputs, config_of, router_of
+from tests.model.routers.router_cases import ALL, GivenOutputs, config_of, domains_of, router_of
 
 PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm}
 
@@ -60,7 +61,8 @@ class Products(TorchDispatchMode):
 def _routing(name, x, **cast):
     router = router_of(name).to(**cast)
     experts = GivenOutputs(torch.randn(len(x), 4, 32, generator=torch.Generator().manual_seed(1)).to(x.dtype))
-    return router(x, experts, torch.arange(len(x)))
+    ids = torch.arange(len(x)).view(2, -1)
+    return router(x, experts, TokenContext.of_batch(ids, domains_of(ids)).changed(torch.flatten))
 
 
 @pytest.mark.parametrize("how", ["autocast", "bf16-true"])

@@ -132,8 +132,8 @@ def _nan_on_rank_1(rank: int) -> None:
 
     original = MoEModule._forward_terms
 
-    def poisoned(self, *args):
-        terms = original(self, *args)
+    def poisoned(self, *batch, **known):
+        terms = original(self, *batch, **known)
         if self.training and self.global_step == 3 and rank == 1:
             z_losses = [terms.z_losses[0], terms.z_losses[1] * float("nan")]
             terms = terms._replace(nats=terms.nats * float("nan"), z_losses=z_losses)

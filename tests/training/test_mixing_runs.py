@@ -123,8 +123,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(rule, stop, mixed, tmp_path):
 def test_a_step_that_is_skipped_is_not_counted(mixed, tmp_path, monkeypatch):
     terms = MoEModule._forward_terms
 
-    def poisoned(module, *batch):
-        found = terms(module, *batch)
+    def poisoned(module, *batch, **known):
+        found = terms(module, *batch, **known)
         return found._replace(nats=found.nats * float("nan")) if module.global_step == 1 else found
 
     monkeypatch.setattr(MoEModule, "_forward_terms", poisoned)
