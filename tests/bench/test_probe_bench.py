@@ -25,7 +25,7 @@ def test_it_measures_prints_and_keeps(tiny, tmp_path, capsys):
     command.run("bench", ["probe", "--rounds", "1", "--json", str(tmp_path / "x.json")])
     kept = json.loads((tmp_path / "x.json").read_text())
     rows = kept["results"]["rows"]
-    assert len(rows) == 26
+    assert len(rows) == 28
     assert all(0 < row["ratio"][0] <= row["ratio"][1] <= row["ratio"][2] for row in rows)
     names = [row["name"] for row in rows]
     assert "plain read / streamed read, from disk" in names
