@@ -157,15 +157,16 @@ class PackedLoader:
         if not self._packers:
             while True:
                 yield self._fetch()
-        with ThreadPoolExecutor(1, "stream") as reader:
-            self._reader = reader
-            waiting = deque(reader.submit(self._fetch) for _ in range(_READ_AHEAD))
-            try:
-                while True:
-                    yield waiting.popleft().result()
-                    waiting.append(reader.submit(self._fetch))
-            finally:
-                reader.shutdown(cancel_futures=True)
+        self._reader = reader = ThreadPoolExecutor(1, "stream")
+        waiting = deque(reader.submit(self._fetch) for _ in range(_READ_AHEAD))
+        try:
+            while True:
+                yield waiting.popleft().result()
+                waiting.append(reader.submit(self._fetch))
+        finally:
+            # Of a loader that nobody has any more this is called by the garbage collector, amid anything: in a thread
+            # that begins, and holds the lock that an ending one needs, who waited here would wait for himself.
+            reader.shutdown(wait=False, cancel_futures=True)
 
     def _fetch(self) -> tuple[Batch, dict[str, Any]]:
         return self._next_batch(), self._snapshot()

@@ -1,7 +1,10 @@
 """Streaming sources: packed as they come, resumed to the token, without validation documents, shared by ranks."""
 
+import gc
 import json
 import threading
+import time
+import weakref
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -117,6 +120,33 @@ def test_ranks_that_continue_may_be_more_or_fewer(config: SourceConfig, before: 
             own = slice(rank * 8 // after, (rank + 1) * 8 // after)
             for whole, part in zip(wanted[place:], islice(loader, 60 - place), strict=True):
                 assert all(torch.equal(whole[key][own], part[key]) for key in whole)
+
+
+def test_a_loader_that_nobody_has_waits_for_no_thread(config: SourceConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be collected in a thread that begins, under the lock that an ending one needs."""
+    loader, joined, join = _loader(config, 2), [], threading.Thread.join
+
+    def noted(thread: threading.Thread, timeout: float | None = None) -> None:
+        joined.append(thread.name)
+        join(thread, timeout)
+
+    batches = iter(loader)
+    next(batches)
+    reader = loader._reader
+    assert reader is not None
+    monkeypatch.setattr(threading.Thread, "join", noted)
+    collected = weakref.ref(loader)
+    del loader, batches
+    for _ in range(500):  # what it reads ahead still has it
+        gc.collect()
+        if collected() is None:
+            break
+        time.sleep(0.01)
+    monkeypatch.undo()
+    assert collected() is None
+    assert not [name for name in joined if name.startswith("stream")]
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        reader.submit(int)
 
 
 def test_another_global_batch_goes_on_after_the_document_furthest_read(config: SourceConfig) -> None:
