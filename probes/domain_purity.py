@@ -9,6 +9,7 @@ T tokens, E experts, K experts per token, D domains, R draws.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -158,19 +159,17 @@ def _counted(experts: np.ndarray, domain: np.ndarray, shape: tuple[int, int]) ->
     return np.bincount(experts * shape[1] + domain, minlength=shape[0] * shape[1]).reshape(shape).astype(np.float64)
 
 
-def _shuffled(text: ProbeText, domain: np.ndarray) -> list[np.ndarray]:
-    """Domains (T,) of tokens whose texts have each taken those of another; R draws."""
+def _shuffled(text: ProbeText, domain: np.ndarray) -> Iterator[np.ndarray]:
+    """Domains (T,) of tokens whose texts have each taken those of another; R draws, one at a time."""
     sequence, place = sequence_of(text), text.position.cpu().numpy()
     start, length = text.sequence_start.cpu().numpy(), text.token_mask.sum(dim=1).cpu().numpy()
     present = np.flatnonzero(length)
     rng = np.random.default_rng(SEED)
-    found = []
     for _ in range(DRAWS):
         other = np.arange(len(length))
         other[present] = rng.permutation(present)
         taken = other[sequence]
-        found.append(domain[start[taken] + place % length[taken]])  # a longer text goes through a shorter one's again
-    return found
+        yield domain[start[taken] + place % length[taken]]  # a longer text goes through a shorter one's again
 
 
 def _draw_measures(arrays: Arrays) -> Figure:

@@ -23,22 +23,26 @@ TRITON, BASE = OWN + "triton", OWN + "grouped_mm"
 
 
 def write(records: Mapping[str, Record], device: str) -> Path | None:
-    """Write what all steps together say of a device; nothing, while its speed was not measured."""
+    """Write what all steps together say of a device; nothing, while its speed, or all of a type, was not measured.
+
+    A part of the ladder, such as ``--only`` asks for, leaves what a whole one found.
+    """
     rows = list(timed(records["speed"]))
-    if not rows:
+    known = [dtype for dtype, steps in GATES.items() if all(records[step].is_complete for step in steps)]
+    if not (rows and known):
         return None
     found = {
         dtype: least_work((work, ratio) for work, ratio, timed_in in rows if timed_in == TIMED_IN[dtype])
-        if all(is_right(records[step]) for step in steps)
+        if all(is_right(records[step]) for step in GATES[dtype])
         else None
-        for dtype, steps in GATES.items()
+        for dtype in known
     }
     return storage.write_text(measured.path_of(device), measured.content(device, found), ADVICE)
 
 
 def is_right(record: Record) -> bool:
-    """Whether all rows were measured, and none is wrong."""
-    return record.is_complete and all(each.verdict != Verdict.WRONG for each in record.all_findings())
+    """Whether no row is wrong."""
+    return all(each.verdict != Verdict.WRONG for each in record.all_findings())
 
 
 def timed(speed: Record) -> Iterator[tuple[float, float, str]]:

@@ -108,7 +108,8 @@ class Slots(NamedTuple):
         """A row for each place of chosen (A, B), bool, that is true; they are so many, and keep their order."""
         flat = chosen.flatten()
         place = torch.where(flat, flat.cumsum(0) - 1, number).view_as(chosen)
-        return cls(torch.argsort(flat, descending=True, stable=True)[:number], place)
+        order = torch.empty(number + 1, dtype=torch.int64, device=flat.device)  # what has no row writes the last
+        return cls(order.scatter_(0, place.flatten(), torch.arange(len(flat), device=flat.device))[:number], place)
 
     def spread(self, x: Tensor) -> Tensor:
         """x (places, H) -> rows (N, H)."""

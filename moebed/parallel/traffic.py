@@ -62,14 +62,7 @@ def between_ranks(index: np.ndarray, rank: np.ndarray, num_experts: int, ranks: 
 
 
 def trips_between_ranks(index: np.ndarray, rank: np.ndarray, num_experts: int, ranks: int) -> np.ndarray:
-    """Trips (X, X) from the rank of a token to those of its experts, int64: each rank that has any counts once.
-
-    Args:
-        index: (T, K) experts, below 0 for none.
-        rank: (T,) where each token is.
-        num_experts: E, a multiple of X.
-        ranks: X.
-    """
+    """Trips (X, X), as ``between_ranks`` has assignments: each rank that has any expert of a token counts once."""
     there = np.zeros((len(index), ranks), bool)
     token, choice = np.nonzero(index >= 0)
     there[token, index[token, choice] // (num_experts // ranks)] = True

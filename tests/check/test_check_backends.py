@@ -69,10 +69,11 @@ def test_a_type_that_was_not_found_right_is_never_taken(records, tmp_path, fault
     else:
         kernels.names.append("two")
     kept = json.loads(backends.write(records, "Planted GPU").read_text(encoding="utf-8"))["least_work"]
-    assert kept == {"bfloat16": None, "float16": 100.0, "float32": 10.0}
+    assert kept == {"float16": 100.0, "float32": 10.0} | ({"bfloat16": None} if fault == "wrong" else {})
 
 
-def test_without_speeds_what_is_kept_stays(records):
-    records["speed"].findings.clear()
+@pytest.mark.parametrize("left", ["speed", "kernels_launches"])
+def test_a_part_of_the_ladder_leaves_what_a_whole_one_found(records, left):
+    records[left].findings.clear()
     assert backends.write(records, "Planted GPU") is None
     assert not measured.path_of("Planted GPU").exists()
