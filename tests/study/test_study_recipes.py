@@ -22,6 +22,7 @@ EXPERIMENTS = ("routing", "allocation", "scheme", "measurement", "granularity")
 FOLDER = Path(__file__).parents[2] / "recipes" / "studies"
 NAMES = [f"{name}_{size}" for name in EXPERIMENTS for size in ("small", "gpu", "paper")]
 NAMES += ["allocation_shapes_small", "related_small", "locality_small", "planted_small"]
+NAMES += ["allocation_shapes_planted", "scheme_planted"]
 STUDIES = {name: FOLDER / f"{name}.yaml" for name in NAMES}
 
 
