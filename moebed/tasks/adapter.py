@@ -50,7 +50,7 @@ class DecoderLM(TemplateLM):
 
     def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:
         scores = self._scored([Pair(context, continuation) for _, context, continuation in requests])
-        return [tuple(score) for score in scores]
+        return [(score.log_likelihood, score.is_greedy) for score in scores]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Of each whole text, in windows that overlap by one token, each token predicted once."""
