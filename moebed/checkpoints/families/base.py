@@ -113,6 +113,8 @@ class Family:
         harmless: Their keys that change nothing of what a trained model computes, beside those of every family.
         same: Another name of a key -> the key.
         other_names: Our parameter -> what else their tensor may be called; the one that is stored is taken.
+        partial_rotary_factor: The share of a head that turns where ``config.json`` does not say; None of a family whose
+            heads turn as a whole.
         in_transformers: Whether transformers has a class for it. That class passes over settings that it does not know,
             and so does moebed, with a note; of another family they are an error for whoever runs the model.
         uncomputed: What the decoder does not compute of their settings, in words, beside ``accepts``.
@@ -134,6 +136,7 @@ class Family:
     harmless: tuple[str, ...] = ()
     same: Mapping[str, str] = field(default_factory=dict)
     other_names: Mapping[str, str] = field(default_factory=dict)
+    partial_rotary_factor: float | None = None
     in_transformers: bool = True
     uncomputed: Callable[[Settings], list[str]] = lambda settings: []
     decode: Callable[[Settings], dict[str, Any]] = lambda settings: {}
@@ -189,12 +192,12 @@ class Family:
         missing = [theirs for theirs in names.values() if theirs not in found]
         if missing:
             raise ConfigError(f"{missing[0]} is missing; a {self.model_type} config has it")
-        rope = read_rope(settings, self.defaults.get("rope_theta", 10000.0))
+        rope = read_rope(settings, self.defaults.get("rope_theta", 10000.0), self.partial_rotary_factor)
         values: dict[str, Any] = {ours: found[theirs] for ours, theirs in names.items()}
         values["head_dim"] = found.get("head_dim")
         for ours, value in values.items():
             _require_kind(ours, names.get(ours, ours), value)
-        values |= {"rope_theta": rope.theta, "rope_scaling": rope.scaling}
+        values |= {"rope_theta": rope.theta, "rope_scaling": rope.scaling, "partial_rotary_factor": rope.partial}
         values["hidden_act"] = _READ_ACTIVATIONS.get(str(found["hidden_act"]))
         if values["hidden_act"] is None:
             known = ", ".join(_READ_ACTIVATIONS)
@@ -235,7 +238,7 @@ class Family:
         settings: dict[str, Any] = {"model_type": self.model_type, "architectures": [self.architecture]}
         settings |= {theirs: one_number(config, ours) for ours, theirs in {**COMMON_FIELDS, **self.fields}.items()}
         settings |= {"head_dim": config.head_dim, "hidden_act": ACTIVATIONS[config.hidden_act]}
-        settings |= {**write_rope(config), **self.encode(config)}
+        settings |= {**write_rope(config, self.partial_rotary_factor is not None), **self.encode(config)}
         back = self.read_config(settings, f"{self.model_type} config").to_dict()
         values = config.to_dict()
         for name in dict.fromkeys((*_PER_LAYER, *values)):

@@ -30,9 +30,12 @@ SETTINGS = {
 @pytest.mark.parametrize(
     ("family", "key", "value"),
     [
-        ("mixtral", "rope_scaling", {"rope_type": "yarn", "factor": 4}),
+        ("mixtral", "rope_scaling", {"rope_type": "yarn"}),
+        ("mixtral", "rope_scaling", {"rope_type": "yarn", "factor": 4, "attention_factor": "1"}),
         ("llama", "rope_parameters", {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8}),
-        ("llama", "rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("llama", "rope_scaling", {"type": "linear", "factor": 0.0}),
+        ("llama", "rope_scaling", {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0] * 4}),
+        ("llama", "rope_scaling", {"rope_type": "proportional", "factor": 2.0}),
         ("llama", "attention_bias", True),
         ("llama", "mlp_bias", True),
         ("qwen2", "layer_types", ["full_attention", "sliding_attention"]),
@@ -60,7 +63,7 @@ def test_llama_3_scaling_is_read_from_its_old_place():
     }
     settings = {**SETTINGS, "rope_theta": 500000.0, "rope_scaling": {"rope_type": "llama3", **scaling}}
     config = FAMILIES["llama"].read_config(settings)
-    assert (config.rope_theta, config.rope_scaling) == (500000.0, scaling)
+    assert (config.rope_theta, config.rope_scaling) == (500000.0, {"rope_type": "llama3", **scaling})
 
 
 def test_one_expert_of_a_deepseek_token_keeps_its_weight():

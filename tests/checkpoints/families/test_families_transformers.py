@@ -33,6 +33,18 @@ LLAMA3 = {
     "high_freq_factor": 0.5,
     "original_max_position_embeddings": 4,
 }
+FOUR = {"factor": 4.0, "original_max_position_embeddings": 8}
+ROPES = {
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+    "yarn": {"rope_type": "yarn", **FOUR, "beta_fast": 2.0, "beta_slow": 0.5},
+    "longrope": {
+        "rope_type": "longrope",
+        **FOUR,
+        "short_factor": [1.0, 1.5, 2.0, 3.0],
+        "long_factor": [2.0, 4.0, 6.0, 8.0],
+    },
+}
 MOE = {"num_experts": 6, "num_experts_per_tok": 2}
 SPARSE = {**MOE, "moe_intermediate_size": 24}
 CASES = {
@@ -44,6 +56,7 @@ CASES = {
     "llama": ("llama", {"tie_word_embeddings": True}),
     "llama-gelu": ("llama", {"hidden_act": "gelu_pytorch_tanh", **ROPE}),
     "llama-3": ("llama", {"rope_parameters": LLAMA3}),
+    **{f"llama-{name}": ("llama", {"rope_parameters": {**rope, "rope_theta": 30.0}}) for name, rope in ROPES.items()},
     "qwen2": ("qwen2", ROPE),
     "olmoe": ("olmoe", {**MOE, "norm_topk_prob": False, **ROPE}),
     "olmoe-normed": ("olmoe", {**MOE, "norm_topk_prob": True}),
@@ -100,6 +113,25 @@ def test_transformers_loads_what_we_write(theirs, tmp_path):
         torch.equal(a, b)
         for a, b in zip(load_decoder(tmp_path / "ours").parameters(), decoder.parameters(), strict=True)
     )
+
+
+def test_gradients_of_every_weight_are_transformers(theirs, tmp_path):
+    """A checkpoint whose weights are transformers' gradients, read as ours, holds ours."""
+    ids, wanted = torch.randint(3, 80, (2, 12)), torch.randn(2, 12, 80)
+    theirs.save_pretrained(tmp_path / "weights")
+    decoder = load_decoder(tmp_path / "weights")
+    (decoder(ids).logits * wanted).sum().backward()
+    theirs.set_experts_implementation("eager")
+    (theirs(ids).logits * wanted).sum().backward()
+    for parameter in theirs.parameters():
+        parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    theirs.save_pretrained(tmp_path / "gradients")
+    wanted = dict(load_decoder(tmp_path / "gradients").named_parameters())
+    for name, parameter in decoder.named_parameters():
+        scale = wanted[name].abs().max().item()
+        assert scale > 1e-3 or decoder.config.num_experts == 1, name  # what has no choice learns nothing
+        different = (parameter.grad - wanted[name].detach()).abs().max().item()
+        assert different <= 1e-4 * max(scale, 1), f"{name}: {different} of {scale}"
 
 
 @pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe"])
