@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moebed.checkpoints.families.base import Family
+from moebed.checkpoints.families.base import Family, Stored
 from moebed.checkpoints.families.declared import HARMLESS_TENSORS
 from moebed.checkpoints.families.keys import KeyMap, TensorPart
 from moebed.checkpoints.families.own import RUN
@@ -112,7 +112,7 @@ class Checkpoint:
         found = [f"{where}: {one}" for one in uncomputed]
         used = {part.name for part in self.keys.everything()}
         if self.config.tie_word_embeddings:  # compared already
-            used.add(self.family.tensors["lm_head.weight"])
+            used.add(Stored.of(self.family.tensors["lm_head.weight"]).name)
         spare = sorted(name for name in self.entries if name not in used and not HARMLESS_TENSORS.search(name))
         if spare:
             more = f" and {len(spare) - 3} more" if len(spare) > 3 else ""
@@ -218,7 +218,7 @@ def _settle_head(
     Raises:
         UserError: One of the two ends is missing, and the flag says that it is not the one that is there.
     """
-    embedding, head = family.tensors["embed_tokens.weight"], family.tensors["lm_head.weight"]
+    embedding, head = (Stored.of(family.tensors[f"{end}.weight"]).name for end in ("embed_tokens", "lm_head"))
     ends = [name in entries for name in (embedding, head)]
     if config.tie_word_embeddings:
         if all(ends) and not _equal(entries[embedding], entries[head]):

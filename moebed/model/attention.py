@@ -73,7 +73,8 @@ class Attention(nn.Module):
         assert config.num_key_value_heads is not None
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
-        self.scale = config.attention_multiplier or config.head_dim**-0.5
+        scale = config.attention_multiplier
+        self.scale = config.head_dim**-0.5 if scale is None else scale
         self.cap, self.window = config.attn_logit_softcapping, config.sliding_window
         self.backend = config.attention_backend
         q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim

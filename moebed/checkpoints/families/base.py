@@ -73,6 +73,27 @@ class ExpertNames:
     down_fused: str | None = None
 
 
+class Stored(NamedTuple):
+    """Where a parameter lies that is no tensor by itself, or one of another shape.
+
+    Args:
+        name: The tensor; ``{i}`` is the layer.
+        band: Which of the equal bands of rows it is.
+        bands: Of how many, one above the other.
+        before: Leading sizes of the tensor that the parameter has not.
+    """
+
+    name: str
+    band: int = 0
+    bands: int = 1
+    before: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, stored: str | Stored) -> Stored:
+        """A tensor that is the parameter, where there is only a name."""
+        return cls(stored) if isinstance(stored, str) else stored
+
+
 class Reading(NamedTuple):
     """What a ``config.json`` says.
 
@@ -103,7 +124,8 @@ class Family:
     Args:
         model_type: What ``config.json`` calls it.
         architecture: Name of its class in Hugging Face terms.
-        tensors: Our parameter -> their tensor; ``{i}`` is the layer. Routed experts are in ``experts``.
+        tensors: Our parameter -> their tensor, or which part of one; ``{i}`` is the layer. Routed experts are in
+            ``experts``.
         experts: Names of the routed experts' matrices; None for a dense family.
         fields: Our config field -> their key, beside the common ones.
         fixed: Our config fields that are the same in every model of the family.
@@ -112,7 +134,8 @@ class Family:
         reads: Their keys that ``decode`` and ``uncomputed`` read, beside those that have a default.
         harmless: Their keys that change nothing of what a trained model computes, beside those of every family.
         same: Another name of a key -> the key.
-        other_names: Our parameter -> what else their tensor may be called; the one that is stored is taken.
+        other_names: Our parameter, those of all experts too, -> what else their tensor may be called; the one that is
+            stored is taken.
         partial_rotary_factor: The share of a head that turns where ``config.json`` does not say; None of a family whose
             heads turn as a whole.
         in_transformers: Whether transformers has a class for it. That class passes over settings that it does not know,
@@ -126,7 +149,7 @@ class Family:
 
     model_type: str
     architecture: str
-    tensors: Mapping[str, str]
+    tensors: Mapping[str, str | Stored]
     experts: ExpertNames | None = None
     fields: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
@@ -317,7 +340,7 @@ def _plain(config: ModelConfig, name: str, value: Any) -> Any:
     """A field's value in a model such as config: the same where it means the same, None where it means nothing."""
     layers, moe = config.num_hidden_layers, config.moe_layers
     if name == "attention_multiplier":
-        return value or (config.head_dim or 1) ** -0.5
+        return (config.head_dim or 1) ** -0.5 if value is None else value
     if name == "intermediate_size" and len(moe) == layers:
         return None
     if name in ("norm_topk_prob", "router", "router_options") and not moe:

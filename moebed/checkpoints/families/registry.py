@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from moebed.checkpoints.families.base import Family
 from moebed.checkpoints.families.deepseek import DEEPSEEK
+from moebed.checkpoints.families.granite import GRANITE, GRANITE_SHARED
 from moebed.checkpoints.families.grok1 import GROK1
 from moebed.checkpoints.families.llama import LLAMA_FAMILY
 from moebed.checkpoints.families.mistral import MISTRAL
@@ -17,7 +18,19 @@ from moebed.errors import ConfigError
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
-    for family in (MIXTRAL, MISTRAL, LLAMA_FAMILY, QWEN2, DEEPSEEK, GROK1, OLMOE, QWEN2_MOE, QWEN3_MOE)
+    for family in (
+        MIXTRAL,
+        MISTRAL,
+        LLAMA_FAMILY,
+        QWEN2,
+        DEEPSEEK,
+        GROK1,
+        OLMOE,
+        QWEN2_MOE,
+        QWEN3_MOE,
+        GRANITE,
+        GRANITE_SHARED,
+    )
 }
 
 

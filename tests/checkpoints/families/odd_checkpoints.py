@@ -43,6 +43,13 @@ SIZES: dict[str, dict[str, Any]] = {
     "olmoe": {**MOE, "norm_topk_prob": False},
     "qwen2_moe": {**SPARSE, "shared_expert_intermediate_size": 24, "mlp_only_layers": [0]},
     "qwen3_moe": {**SPARSE, "head_dim": 8, "mlp_only_layers": [0]},
+    "granitemoe": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 6.0,
+    },
+    "granitemoeshared": {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 20},
     "mistral": {"sliding_window": 6},
     "llama": {},
     "qwen2": {},

@@ -8,6 +8,8 @@ import transformers
 from safetensors.torch import load_file
 
 from moebed.checkpoints import Checkpoint, load_decoder, write_checkpoint
+from moebed.checkpoints.pretrained import PretrainedMoE
+from moebed.views.layer import HeadView, Need, ProbeText
 
 COMMON = {
     "vocab_size": 80,
@@ -66,6 +68,15 @@ CASES = {
     "qwen3_moe-step": ("qwen3_moe", {**SPARSE, "decoder_sparse_step": 2}),
     "qwen3_moe-window": ("qwen3_moe", {**SPARSE, "use_sliding_window": True, "sliding_window": 4}),
 }  # fmt: skip
+
+
+GRANITE = {"num_local_experts": 6, "num_experts_per_tok": 2, "embedding_multiplier": 3.0, "attention_multiplier": 0.25,
+           "residual_multiplier": 0.22, "logits_scaling": 6.0}  # fmt: skip
+CASES |= {
+    "granitemoe": ("granitemoe", {**GRANITE, "tie_word_embeddings": True, **ROPE}),
+    "granitemoeshared": ("granitemoeshared", {**GRANITE, "shared_intermediate_size": 50}),
+    "granitemoeshared-none": ("granitemoeshared", {**GRANITE, "shared_intermediate_size": 0}),
+}
 
 
 @pytest.fixture(params=CASES)
@@ -134,16 +145,33 @@ def test_gradients_of_every_weight_are_transformers(theirs, tmp_path):
         assert different <= 1e-4 * max(scale, 1), f"{name}: {different} of {scale}"
 
 
-@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe"])
+def test_text_streams_through_it_with_a_few_experts_in_memory(theirs, tmp_path):
+    ids = torch.randint(3, 80, (2, 12))
+    theirs.save_pretrained(tmp_path)
+    text = ProbeText(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros(2, dtype=torch.int64))
+    model = PretrainedMoE(str(tmp_path), text=text)
+    head = 80 * 32 * 4  # bytes; the largest thing, of which two must fit
+    model.memory_budget = model._text_bytes(text) + 3 * head
+    needs = frozenset({Need.ROUTING, Need.LOGITS})
+    *_, last = model.views(text, needs)
+    held = model._pool.most
+    model.close()
+    assert 0 < held <= 3 * head < sum(one.numel() * one.itemsize for one in theirs.parameters())
+    assert isinstance(last, HeadView)
+    same(last.logits, logits(theirs, ids).flatten(0, 1))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "granitemoe", "granitemoeshared"])
 def test_what_transformers_writes_as_it_holds_it_is_read(family, tmp_path):
-    """Experts fused, and Mixtral's router under another name."""
+    """Experts fused, and routers under other names."""
     config = transformers.AutoConfig.for_model(family, **COMMON, **CASES[family][1])
     model = transformers.AutoModelForCausalLM.from_config(config)
     model.save_pretrained(tmp_path / "original")
     model.save_pretrained(tmp_path / "held", save_original_format=False)
     held = load_file(tmp_path / "held" / "model.safetensors")
-    assert "model.layers.2.mlp.experts.gate_up_proj" in held
-    assert "model.layers.2.mlp.gate.weight" in held
+    assert set(held) == set(dict(model.named_parameters())) - (
+        {"lm_head.weight"} if config.tie_word_embeddings else set()
+    )
     decoders = [load_decoder(tmp_path / name) for name in ("held", "original")]
     assert all(torch.equal(a, b) for a, b in zip(*(one.parameters() for one in decoders), strict=True))
     ids = torch.randint(3, 80, (2, 12))
