@@ -7,6 +7,7 @@ is an error for whoever runs the model, and a note for who looks at its weights 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,12 @@ class Checkpoint:
         if self.config.tie_word_embeddings:  # compared already
             used.add(Stored.of(self.family.tensors["lm_head.weight"]).name)
         spare = sorted(name for name in self.entries if name not in used and not HARMLESS_TENSORS.search(name))
+        if self.family.further is not None:
+            further = re.compile(self.family.further.format(layers=self.config.num_hidden_layers))
+            left = [name for name in spare if further.search(name)]
+            spare = [name for name in spare if name not in set(left)]
+            if left:
+                self.notes.append(f"{left[0]} and its like ({len(left)}) predict further tokens and are left aside")
         if spare:
             more = f" and {len(spare) - 3} more" if len(spare) > 3 else ""
             layers = f"{self.config.num_hidden_layers} layers"

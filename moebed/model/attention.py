@@ -36,12 +36,18 @@ class RMSNorm(nn.Module):
         return fused.rms_norm(x, self.weight, self.eps)
 
 
-def turned(x: Tensor, rope: Rope) -> Tensor:
-    """x (B, heads, S, D) with its first d dimensions turned by cos and sin (S, d) of their positions."""
+def turned(x: Tensor, rope: Rope, interleaved: bool = False) -> Tensor:
+    """x (B, heads, S, D) with its first d dimensions turned by cos and sin (S, d) of their positions.
+
+    Interleaved ones, of which neighbours turn together, are put half of d apart, as they are then in queries and keys.
+    """
     width = rope[0].shape[-1]
+    first = x[..., :width]
+    if interleaved:
+        first = first.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
     if width == x.shape[-1]:
-        return fused.rotate(x, *rope)
-    return torch.cat([fused.rotate(x[..., :width], *rope), x[..., width:]], dim=-1)
+        return fused.rotate(first, *rope)
+    return torch.cat([fused.rotate(first, *rope), x[..., width:]], dim=-1)
 
 
 class KVCache:
@@ -76,7 +82,7 @@ class Attention(nn.Module):
         scale = config.attention_multiplier
         self.scale = config.head_dim**-0.5 if scale is None else scale
         self.cap, self.window = config.attn_logit_softcapping, config.sliding_window
-        self.backend = config.attention_backend
+        self.backend, self.interleaved = config.attention_backend, config.rope_interleave
         q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
@@ -95,10 +101,11 @@ class Attention(nn.Module):
         query = self._heads(query, self.q_norm)  # (B, A, S, D)
         key = self._heads(key, self.k_norm)  # (B, G, S, D)
         value = self._heads(value, None)
-        if cache is None and rope[0].shape[-1] == self.head_dim and self._uses_native(query, key):
+        turns_within = rope[0].shape[-1] == self.head_dim and not self.interleaved
+        if cache is None and turns_within and self._uses_native(query, key):
             mixed = self._mix_native(query, key, value, rope)
         else:
-            query, key = turned(query, rope), turned(key, rope)
+            query, key = turned(query, rope, self.interleaved), turned(key, rope, self.interleaved)
             if cache is not None:
                 key, value = cache.append(key, value)
             mixed = self._mix(query, key, value).transpose(1, 2)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from moebed.errors import ConfigError
 
-if TYPE_CHECKING:
-    from moebed.model.config import ModelConfig
-
+Config = Any  # a ModelConfig, whose file imports this one
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 _OPTIONAL_SIZES = ("sliding_window", "intermediate_size", "shared_expert_intermediate_size")
 _COEFFICIENTS = (
@@ -27,13 +25,13 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(f"model config: {message}")
 
 
-def check_sizes(config: ModelConfig) -> None:
+def check_sizes(config: Config) -> None:
     """What must be given is at least 1."""
     for name in _SIZES:
         require(getattr(config, name) >= 1, f"{name} is {getattr(config, name)}; it must be at least 1")
 
 
-def check_numbers(config: ModelConfig) -> None:
+def check_numbers(config: Config) -> None:
     """What may be left out is at least 1, coefficients are not negative, heads can be shared."""
     heads, key_heads = config.num_attention_heads, config.num_key_value_heads
     require(
@@ -47,7 +45,7 @@ def check_numbers(config: ModelConfig) -> None:
         require(getattr(config, name) >= 0, f"{name} is {getattr(config, name)}; it must not be negative")
 
 
-def check_layer(config: ModelConfig, layer: int) -> None:
+def check_layer(config: Config, layer: int) -> None:
     """A layer has a dense FFN, or experts and as many as a token is sent to."""
     ffn = config.layer(layer)
     where = f"layer {layer}"
@@ -66,7 +64,7 @@ def check_layer(config: ModelConfig, layer: int) -> None:
     require(ffn.num_shared_experts >= 0, f"num_shared_experts is {ffn.num_shared_experts} in {where}")
 
 
-def check_ranks(config: ModelConfig) -> None:
+def check_ranks(config: Config) -> None:
     """Experts can be spread over the ranks and nodes that are thought of."""
     ranks, on_node = config.expert_ranks, config.ranks_per_node
     require(ranks >= 1, f"expert_ranks is {ranks}; it must be at least 1")

@@ -17,8 +17,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from moebed.errors import ConfigError, did_you_mean
 from moebed.model.allocation import allocate
 from moebed.model.checks import check_layer, check_numbers, check_ranks, check_sizes, require
-from moebed.model.hyper_config import HyperExperts, settle_hyper_experts
-from moebed.model.rope import scaling_of
+from moebed.model.hyper_config import HyperExperts
+from moebed.model.rope_config import scaling_of
 
 PerLayer = int | list[int]
 
@@ -106,9 +106,10 @@ class ModelConfig:
         rms_norm_eps: Added to the mean square in every RMSNorm.
         rope_theta: Base of the rotary position embedding.
         rope_scaling: How the rotary embedding is stretched to longer texts: rope_type and its settings, as
-            transformers calls them (linear, dynamic, llama3, yarn, longrope; see moebed.model.rope); not at all if not
-            given.
+            transformers calls them (linear, dynamic, llama3, yarn, longrope; see moebed.model.rope_config); not at all
+            if not given.
         partial_rotary_factor: Share of a head's dimensions that turn, the first ones (GLM-4.5: .5).
+        rope_interleave: Turn neighbouring dimensions together, not those half a head apart (ERNIE 4.5, DeepSeek-V3).
         max_position_embeddings: Longest sequence, in tokens.
         sliding_window: Tokens that a token may look back at, itself included; all of them if not given.
         attention_bias: Biases on the query, key and value projections (Qwen2).
@@ -165,6 +166,7 @@ class ModelConfig:
     rope_theta: float = 10000.0
     rope_scaling: dict[str, Any] | None = None
     partial_rotary_factor: float = 1.0
+    rope_interleave: bool = False
     max_position_embeddings: int = 4096
     sliding_window: int | None = None
     attention_bias: bool = False
@@ -196,7 +198,7 @@ class ModelConfig:
         )
         if allocation is not None:
             self._allocate(allocation)
-        settle_hyper_experts(self, self._rule.fixed_top_k)
+        self._settle_hyper_experts()
         for layer in range(self.num_hidden_layers):
             check_layer(self, layer)
         self._settle_shared_width()
@@ -256,6 +258,32 @@ class ModelConfig:
         require(min(sizes[0], sizes[3]) >= 1, f"allocation {allocation!r} needs experts; num_experts is 0")
         self.num_experts, dense_width = allocate(allocation, self.num_hidden_layers, *sizes, self.intermediate_size)
         self.intermediate_size = dense_width or self.intermediate_size
+
+    def _settle_hyper_experts(self) -> None:
+        """Checked; the controls that are a shared expert become one, as wide as they ask for beside what is there."""
+        settings = self.hyper_experts = HyperExperts.of(self.hyper_experts)
+        if settings is None:
+            return
+        layers = [self.layer(index) for index in self.moe_layers]
+        require(bool(layers), "hyper_experts stand beside experts, but num_experts is 0; leave them out")
+        if settings.adapters == "free":
+            require(
+                self._rule.fixed_top_k and all(layer.num_experts_per_tok == 1 for layer in layers),
+                "hyper_experts.adapters free has an adapter for each expert, which needs num_experts_per_tok 1, and a "
+                f"router with a fixed K; here they are {self.num_experts_per_tok} and {self.router}",
+            )
+        if not settings.adapters.startswith("shared_"):
+            return
+        shared = {(layer.num_shared_experts, layer.shared_intermediate_size) for layer in layers}
+        require(
+            len(shared) == 1,
+            f"hyper_experts.adapters {settings.adapters} is a shared expert, but layers have shared experts of "
+            "different widths; give them one",
+        )
+        count, width = shared.pop()
+        width += settings.shared_width(self.hidden_size, [layer.num_experts for layer in layers])
+        self.num_shared_experts, self.shared_expert_intermediate_size = max(1, count), width
+        self.hyper_experts = None
 
     def _settle_shared_width(self) -> None:
         """A width that is a number of experts is said by that number alone, so that one model has one config."""

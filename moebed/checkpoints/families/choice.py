@@ -13,7 +13,18 @@ from moebed.model.config import ModelConfig
 # Plainest first; only those that transformers has a class for.
 IN_TRANSFORMERS = {
     False: ("llama", "mistral", "qwen2"),
-    True: ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "granitemoe", "granitemoeshared"),
+    True: (
+        "mixtral",
+        "olmoe",
+        "qwen2_moe",
+        "qwen3_moe",
+        "granitemoe",
+        "granitemoeshared",
+        "dots1",
+        "glm4_moe",
+        "minimax_m2",
+        "ernie4_5_moe",
+    ),
 }
 
 

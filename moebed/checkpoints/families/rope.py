@@ -13,12 +13,12 @@ from typing import Any
 
 from moebed.errors import ConfigError
 from moebed.model.config import ModelConfig
-from moebed.model.rope import KINDS, ORIGINAL, Kind, positive
+from moebed.model.rope_config import KINDS, ORIGINAL, Kind, kept, positive
 
 BLOCKS = ("rope_scaling", "rope_parameters")
 _BESIDE = ("rope_theta", "partial_rotary_factor")  # in a block of any kind
 ROPE_KEYS = (*BLOCKS, *_BESIDE, ORIGINAL)
-_PLAIN = Kind(lambda scaling, frequency, theta, longest: frequency)  # rope_type default
+_PLAIN = Kind(kept)  # rope_type default
 _SUPPORTED = "; ".join(f"{name!r} with {', '.join(kind.needed)}" for name, kind in KINDS.items())
 
 
@@ -111,8 +111,8 @@ def _read_partial(
     if default is None:
         if value not in (None, 1):
             rope.uncomputed.append(f"{name} is {value!r}; only whole heads turn in this family")
-    elif value is None:
-        rope.partial = default
+    elif value is None and not inside:
+        rope.partial = 1.0 if "partial_rotary_factor" in settings else default  # null is the whole
     elif positive(value) and value <= 1:
         rope.partial = float(value)
     else:

@@ -38,6 +38,8 @@ COMMON = {
 }
 MOE = {"num_experts": 4, "num_experts_per_tok": 2}
 SPARSE = {**MOE, "moe_intermediate_size": 16, "norm_topk_prob": False}
+FINE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_shared_experts": 1,
+        "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1, "routed_scaling_factor": 2.0}  # fmt: skip
 SIZES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},  # left out, its class has it null
     "olmoe": {**MOE, "norm_topk_prob": False},

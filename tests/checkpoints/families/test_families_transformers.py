@@ -1,6 +1,7 @@
 """Every family that transformers has, against it: logits of what it wrote, and of what we wrote for it."""
 
 import json
+from copy import deepcopy
 
 import pytest
 import torch
@@ -79,16 +80,35 @@ CASES |= {
 }
 
 
+FINE = {"n_routed_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "n_shared_experts": 2,
+        "routed_scaling_factor": 1.5, "first_k_dense_replace": 1}  # fmt: skip
+GROUPS = {**FINE, "n_routed_experts": 8, "n_group": 4, "topk_group": 2}
+M2 = {"num_local_experts": 6, "num_experts_per_tok": 2, "head_dim": 8}
+ERNIE = {"moe_num_experts": 6, "moe_k": 3, "moe_intermediate_size": 24, "moe_num_shared_experts": 2}
+CASES |= {
+    "glm4_moe": ("glm4_moe", {**FINE, "head_dim": 8, "use_qk_norm": True, "attention_bias": True}),
+    "glm4_moe-groups": ("glm4_moe", {**GROUPS, "head_dim": 16, "norm_topk_prob": False, "partial_rotary_factor": 0.25}),
+    "dots1": ("dots1", {**GROUPS, "norm_topk_prob": True}),
+    "dots1-window": ("dots1", {**FINE, "sliding_window": 5, "max_window_layers": 0, "first_k_dense_replace": 0}),
+    "minimax_m2": ("minimax_m2", {**M2, "rotary_dim": 4, **ROPE}),
+    "minimax_m2-whole": ("minimax_m2", M2),
+    "ernie4_5_moe": ("ernie4_5_moe", {**ERNIE, "tie_word_embeddings": True}),
+    "ernie4_5_moe-steps": ("ernie4_5_moe", {**ERNIE, "moe_layer_interval": 2, "moe_num_shared_experts": 0, **ROPE}),
+}  # fmt: skip
+
+
 @pytest.fixture(params=CASES)
 def theirs(request):
     model_type, changes = CASES[request.param]
     torch.manual_seed(1)
-    config = transformers.AutoConfig.for_model(model_type, **COMMON, **changes)
+    config = transformers.AutoConfig.for_model(model_type, **COMMON, **deepcopy(changes))
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():  # biases and norm scales too, which start as 0 and 1
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.normal_(1.0, 0.3)
+        for name, tensor in model.state_dict().items():
+            if name.endswith("e_score_correction_bias"):
+                tensor.normal_(0.0, 0.1)
+            elif tensor.ndim == 1:
+                tensor.normal_(1.0, 0.3)
     return model
 
 
@@ -161,17 +181,16 @@ def test_text_streams_through_it_with_a_few_experts_in_memory(theirs, tmp_path):
     same(last.logits, logits(theirs, ids).flatten(0, 1))
 
 
-@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "granitemoe", "granitemoeshared"])
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "granitemoe", "granitemoeshared",
+                                    "glm4_moe", "dots1", "minimax_m2", "ernie4_5_moe"])  # fmt: skip
 def test_what_transformers_writes_as_it_holds_it_is_read(family, tmp_path):
     """Experts fused, and routers under other names."""
-    config = transformers.AutoConfig.for_model(family, **COMMON, **CASES[family][1])
+    config = transformers.AutoConfig.for_model(family, **COMMON, **deepcopy(CASES[family][1]))
     model = transformers.AutoModelForCausalLM.from_config(config)
     model.save_pretrained(tmp_path / "original")
     model.save_pretrained(tmp_path / "held", save_original_format=False)
     held = load_file(tmp_path / "held" / "model.safetensors")
-    assert set(held) == set(dict(model.named_parameters())) - (
-        {"lm_head.weight"} if config.tie_word_embeddings else set()
-    )
+    assert set(held) == set(model.state_dict()) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
     decoders = [load_decoder(tmp_path / name) for name in ("held", "original")]
     assert all(torch.equal(a, b) for a, b in zip(*(one.parameters() for one in decoders), strict=True))
     ids = torch.randint(3, 80, (2, 12))
