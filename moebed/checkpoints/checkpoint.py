@@ -7,6 +7,7 @@ is an error for whoever runs the model, and a note for who looks at its weights 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moebed.checkpoints.families.base import Family
+from moebed.checkpoints.families.base import Family, Stored
 from moebed.checkpoints.families.declared import HARMLESS_TENSORS
 from moebed.checkpoints.families.keys import KeyMap, TensorPart
 from moebed.checkpoints.families.own import RUN
@@ -112,8 +113,14 @@ class Checkpoint:
         found = [f"{where}: {one}" for one in uncomputed]
         used = {part.name for part in self.keys.everything()}
         if self.config.tie_word_embeddings:  # compared already
-            used.add(self.family.tensors["lm_head.weight"])
+            used.add(Stored.of(self.family.tensors["lm_head.weight"]).name)
         spare = sorted(name for name in self.entries if name not in used and not HARMLESS_TENSORS.search(name))
+        if self.family.further is not None:
+            further = re.compile(self.family.further.format(layers=self.config.num_hidden_layers))
+            left = [name for name in spare if further.search(name)]
+            spare = [name for name in spare if name not in set(left)]
+            if left:
+                self.notes.append(f"{left[0]} and its like ({len(left)}) predict further tokens and are left aside")
         if spare:
             more = f" and {len(spare) - 3} more" if len(spare) > 3 else ""
             layers = f"{self.config.num_hidden_layers} layers"
@@ -218,7 +225,7 @@ def _settle_head(
     Raises:
         UserError: One of the two ends is missing, and the flag says that it is not the one that is there.
     """
-    embedding, head = family.tensors["embed_tokens.weight"], family.tensors["lm_head.weight"]
+    embedding, head = (Stored.of(family.tensors[f"{end}.weight"]).name for end in ("embed_tokens", "lm_head"))
     ends = [name in entries for name in (embedding, head)]
     if config.tie_word_embeddings:
         if all(ends) and not _equal(entries[embedding], entries[head]):

@@ -126,10 +126,9 @@ class StreamedModel:
         self.pool.enter(self.plan.group(index, f"{self.role}block"))
         state = {}
         for name, piece in block_pieces(self.checkpoint, index).items():
-            weights = self.precision.seen(self.pool.get(piece))
-            vector = len(piece.part.shape) == 1
-            exact = vector or name.startswith(_ROUTER)
-            weights = weights.view(piece.part.shape)
+            shape = self.checkpoint.keys.shapes[f"layers.{index}.{name}"]
+            weights = self.precision.seen(self.pool.get(piece)).view(shape)
+            exact = len(shape) == 1 or name.startswith(_ROUTER)
             state[name] = weights.to(torch.float32 if exact else self.precision.compute)
             if state[name].data_ptr() == weights.data_ptr():
                 state[name] = state[name].clone()  # the pool will read over it
@@ -164,7 +163,8 @@ class StreamedModel:
         for name, piece in block_pieces(self.checkpoint, index).items():
             if name.startswith(_ROUTER):
                 weights = self.pool.get(piece) if planned else self.checkpoint.read(piece.part)
-                state[name.removeprefix(_ROUTER)] = self.precision.seen(weights).float().clone().view(piece.part.shape)
+                shape = self.checkpoint.keys.shapes[f"layers.{index}.{name}"]
+                state[name.removeprefix(_ROUTER)] = self.precision.seen(weights).float().clone().view(shape)
         router.load_state_dict(state, assign=True)
         gate = router.gate()
         return None if gate is None else gate.detach()

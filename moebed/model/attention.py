@@ -1,4 +1,4 @@
-"""Self-attention with rotary embeddings, and the key-value cache of generation.
+"""Self-attention, and the key-value cache of generation.
 
 B sequences, S positions, A query heads, G key-value heads, D head width, H hidden.
 """
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moebed.model import fused
 from moebed.model.config import ModelConfig
 from moebed.model.native import attention as native
+from moebed.model.rope import Rope
 
 _LOGITS_AT_A_TIME = 1 << 22  # numbers, where no gradient is taken: beyond that they would be most of the memory
 
@@ -35,34 +36,18 @@ class RMSNorm(nn.Module):
         return fused.rms_norm(x, self.weight, self.eps)
 
 
-class RotaryEmbedding(nn.Module):
-    """Cosines and sines of the rotary position embedding (RoFormer 2104.09864), in the half-rotation layout."""
+def turned(x: Tensor, rope: Rope, interleaved: bool = False) -> Tensor:
+    """x (B, heads, S, D) with its first d dimensions turned by cos and sin (S, d) of their positions.
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        assert config.head_dim is not None
-        self.head_dim, self.theta, self.scaling = config.head_dim, config.rope_theta, config.rope_scaling
-
-    def forward(self, start: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Cos and sin of positions start to start + length: each (S, D), float32."""
-        exponent = torch.arange(0, self.head_dim, 2, device=device, dtype=torch.float32) / self.head_dim
-        position = torch.arange(start, start + length, device=device, dtype=torch.float32)
-        angle = torch.outer(position, self._stretched(self.theta**-exponent))
-        angle = torch.cat([angle, angle], dim=-1)
-        return angle.cos(), angle.sin()
-
-    def _stretched(self, frequency: Tensor) -> Tensor:
-        """Frequencies (D/2,) by Llama 3's rule: slow ones divided by the factor, fast ones kept, between them blended.
-
-        A dimension is slow that turns fewer than low_freq_factor times within the original positions, and fast that
-        turns more than high_freq_factor times (The Llama 3 Herd of Models 2407.21783; the released reference code).
-        """
-        if self.scaling is None:
-            return frequency
-        low, high = self.scaling["low_freq_factor"], self.scaling["high_freq_factor"]
-        turns = self.scaling["original_max_position_embeddings"] * frequency / (2 * torch.pi)
-        kept = ((turns - low) / (high - low)).clamp(0, 1)
-        return kept * frequency + (1 - kept) * frequency / self.scaling["factor"]
+    Interleaved ones, of which neighbours turn together, are put half of d apart, as they are then in queries and keys.
+    """
+    width = rope[0].shape[-1]
+    first = x[..., :width]
+    if interleaved:
+        first = first.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+    if width == x.shape[-1]:
+        return fused.rotate(first, *rope)
+    return torch.cat([fused.rotate(first, *rope), x[..., width:]], dim=-1)
 
 
 class KVCache:
@@ -94,9 +79,10 @@ class Attention(nn.Module):
         assert config.num_key_value_heads is not None
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
-        self.scale = config.attention_multiplier or config.head_dim**-0.5
+        scale = config.attention_multiplier
+        self.scale = config.head_dim**-0.5 if scale is None else scale
         self.cap, self.window = config.attn_logit_softcapping, config.sliding_window
-        self.backend = config.attention_backend
+        self.backend, self.interleaved = config.attention_backend, config.rope_interleave
         q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
@@ -109,16 +95,17 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(self.head_dim if self.norm_heads else q_size, config.rms_norm_eps)
             self.k_norm = RMSNorm(self.head_dim if self.norm_heads else kv_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, cache: KVCache | None = None) -> Tensor:
         """Attend within x (B, S, H), and to what the cache holds before it: (B, S, H)."""
         query, key, value = self._linears(x, self.q_proj, self.k_proj, self.v_proj)
         query = self._heads(query, self.q_norm)  # (B, A, S, D)
         key = self._heads(key, self.k_norm)  # (B, G, S, D)
         value = self._heads(value, None)
-        if cache is None and self._uses_native(query, key):
+        turns_within = rope[0].shape[-1] == self.head_dim and not self.interleaved
+        if cache is None and turns_within and self._uses_native(query, key):
             mixed = self._mix_native(query, key, value, rope)
         else:
-            query, key = fused.rotate(query, *rope), fused.rotate(key, *rope)
+            query, key = turned(query, rope, self.interleaved), turned(key, rope, self.interleaved)
             if cache is not None:
                 key, value = cache.append(key, value)
             mixed = self._mix(query, key, value).transpose(1, 2)
@@ -166,9 +153,7 @@ class Attention(nn.Module):
         ]
         return torch.cat(mixed).unflatten(0, heads)
 
-    def _mix_native(
-        self, query: Tensor, key: Tensor, value: Tensor, rope: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
+    def _mix_native(self, query: Tensor, key: Tensor, value: Tensor, rope: Rope | None = None) -> Tensor:
         """(B, S, A, D) from queries and keys that are turned already, or are now."""
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         return native.causal_attention(query, key, value, self.scale, rope)

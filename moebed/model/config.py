@@ -16,12 +16,11 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from moebed.errors import ConfigError, did_you_mean
 from moebed.model.allocation import allocate
+from moebed.model.checks import check_layer, check_numbers, check_ranks, check_sizes, require
 from moebed.model.hyper_config import HyperExperts
+from moebed.model.rope_config import scaling_of
 
 PerLayer = int | list[int]
-
-
-ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def setting(
@@ -106,8 +105,11 @@ class ModelConfig:
         ranks_per_node: Of these ranks; must divide them.
         rms_norm_eps: Added to the mean square in every RMSNorm.
         rope_theta: Base of the rotary position embedding.
-        rope_scaling: Llama 3's stretching of the rotary embedding's slow dimensions: factor, low_freq_factor,
-            high_freq_factor and original_max_position_embeddings; none if not given.
+        rope_scaling: How the rotary embedding is stretched to longer texts: rope_type and its settings, as
+            transformers calls them (linear, dynamic, llama3, yarn, longrope; see moebed.model.rope_config); not at all
+            if not given.
+        partial_rotary_factor: Share of a head's dimensions that turn, the first ones (GLM-4.5: .5).
+        rope_interleave: Turn neighbouring dimensions together, not those half a head apart (ERNIE 4.5, DeepSeek-V3).
         max_position_embeddings: Longest sequence, in tokens.
         sliding_window: Tokens that a token may look back at, itself included; all of them if not given.
         attention_bias: Biases on the query, key and value projections (Qwen2).
@@ -116,6 +118,7 @@ class ModelConfig:
         attention_multiplier: Scale of the attention logits; 1 / sqrt(head_dim) if not given.
         attn_logit_softcapping: Attention logits become cap * tanh(logits / cap), in float32 (Grok-1: 30).
         embedding_multiplier: Scale of the embeddings (Grok-1).
+        residual_multiplier: Scale of what attention and FFN or MoE add to the residual stream (Granite).
         logits_multiplier: Scale of the output logits (Grok-1).
         tie_word_embeddings: The head uses the embedding's weights.
         initializer_range: Standard deviation of initial weights.
@@ -161,7 +164,9 @@ class ModelConfig:
     ranks_per_node: int = 1
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: dict[str, float] | None = None
+    rope_scaling: dict[str, Any] | None = None
+    partial_rotary_factor: float = 1.0
+    rope_interleave: bool = False
     max_position_embeddings: int = 4096
     sliding_window: int | None = None
     attention_bias: bool = False
@@ -170,6 +175,7 @@ class ModelConfig:
     attention_multiplier: float | None = None
     attn_logit_softcapping: float | None = None
     embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
     logits_multiplier: float = 1.0
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
@@ -180,52 +186,13 @@ class ModelConfig:
     def __post_init__(self, allocation: str | dict[str, int] | list[float] | None) -> None:
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "max_position_embeddings",
-        ):
-            self._require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.head_dim is None:
-            self._require(
-                self.hidden_size % self.num_attention_heads == 0,
-                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}; "
-                "change one of them or give head_dim",
-            )
-            self.head_dim = self.hidden_size // self.num_attention_heads
-        self._require(self.head_dim % 2 == 0, f"head_dim is {self.head_dim}; rotary embeddings need an even number")
-        if self.rope_scaling is not None:
-            self._require(
-                set(self.rope_scaling) == set(ROPE_SCALING) and all(value > 0 for value in self.rope_scaling.values()),
-                f"rope_scaling is {self.rope_scaling!r}; it needs {', '.join(ROPE_SCALING)}, each above 0",
-            )
-            self._require(
-                self.rope_scaling["low_freq_factor"] < self.rope_scaling["high_freq_factor"],
-                f"rope_scaling is {self.rope_scaling!r}; low_freq_factor must be below high_freq_factor",
-            )
-        self._require(
-            self.num_key_value_heads >= 1 and self.num_attention_heads % self.num_key_value_heads == 0,
-            f"num_attention_heads {self.num_attention_heads} is not a multiple of "
-            f"num_key_value_heads {self.num_key_value_heads}",
-        )
-        for name in ("sliding_window", "intermediate_size", "shared_expert_intermediate_size"):
-            value = getattr(self, name)
-            self._require(value is None or value >= 1, f"{name} is {value}; it must be at least 1")
-        for name in (
-            "router_aux_loss_coef",
-            "router_z_loss_coef",
-            "output_diversity_loss_coef",
-            "weight_diversity_loss_coef",
-            "locality_loss_coef",
-            "initializer_range",
-        ):
-            self._require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
+        check_sizes(self)
+        self._settle_heads()
+        check_numbers(self)
         for name, choices in _choices(ModelConfig).items():
             self._check_choice(name, choices)
         self._check_router()
-        self._require(
+        require(
             self.attention_backend != "sdpa" or self.attn_logit_softcapping is None,
             "attention_backend sdpa cannot apply attn_logit_softcapping; use auto or math",
         )
@@ -233,10 +200,25 @@ class ModelConfig:
             self._allocate(allocation)
         self._settle_hyper_experts()
         for layer in range(self.num_hidden_layers):
-            self._check_layer(layer)
+            check_layer(self, layer)
         self._settle_shared_width()
-        self._check_ranks()
+        check_ranks(self)
         _routers().ROUTERS[self.router].check(self)
+
+    def _settle_heads(self) -> None:
+        if self.head_dim is None:
+            require(
+                self.hidden_size % self.num_attention_heads == 0,
+                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}; "
+                "change one of them or give head_dim",
+            )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        require(
+            self.rotary_dim % 2 == 0 and 2 <= self.rotary_dim <= self.head_dim,
+            f"head_dim is {self.head_dim}, of which {self.rotary_dim} dimensions turn (partial_rotary_factor "
+            f"{self.partial_rotary_factor}); rotary embeddings need an even number",
+        )
+        self.rope_scaling = scaling_of(self.rope_scaling, self.rotary_dim, self.rope_theta)
 
     def _check_router(self) -> None:
         routers = _routers()
@@ -245,11 +227,11 @@ class ModelConfig:
         self.router_options = routers.options_of(self)
         if self.norm_topk_prob is None:
             self.norm_topk_prob = rule.default_norm_topk_prob
-        self._require(
+        require(
             self.experts_backend not in rule.experts_class.kernels_alone or rule.experts_class.has_kernel(),
             f"experts_backend {self.experts_backend} has no kernel for the experts of router {self.router}; use auto",
         )
-        self._require(
+        require(
             rule.fixed_top_k or not self.output_diversity_loss_coef,
             f"output_diversity_loss_coef compares the K experts of a token, but router {self.router} has no fixed K; "
             "set it to 0",
@@ -263,36 +245,19 @@ class ModelConfig:
     def _allocate(self, allocation: str | dict[str, int] | list[float]) -> None:
         for name in ("num_experts", "num_experts_per_tok", "num_shared_experts", "moe_intermediate_size"):
             value = getattr(self, name)
-            self._require(
+            require(
                 isinstance(value, int),
                 f"allocation {allocation!r} spreads one number over the layers, but {name} is {value}",
             )
-        self._require(
+        require(
             self.shared_expert_intermediate_size is None,
             f"allocation {allocation!r} counts shared experts; leave shared_expert_intermediate_size out",
         )
         layer = self.layer(0)
         sizes = layer.num_experts, layer.num_experts_per_tok, layer.num_shared_experts, layer.moe_intermediate_size
-        self._require(min(sizes[0], sizes[3]) >= 1, f"allocation {allocation!r} needs experts; num_experts is 0")
+        require(min(sizes[0], sizes[3]) >= 1, f"allocation {allocation!r} needs experts; num_experts is 0")
         self.num_experts, dense_width = allocate(allocation, self.num_hidden_layers, *sizes, self.intermediate_size)
         self.intermediate_size = dense_width or self.intermediate_size
-
-    def _check_layer(self, layer: int) -> None:
-        ffn = self.layer(layer)
-        where = f"layer {layer}"
-        self._require(ffn.num_experts >= 0, f"num_experts is {ffn.num_experts} in {where}; use 0 for a dense layer")
-        if ffn.num_experts == 0:
-            self._require(
-                self.intermediate_size is not None, f"{where} has no experts: give intermediate_size for its dense FFN"
-            )
-            return
-        self._require(ffn.moe_intermediate_size >= 1, f"{where} has experts: give moe_intermediate_size, their width")
-        self._require(
-            1 <= ffn.num_experts_per_tok <= ffn.num_experts,
-            f"num_experts_per_tok is {ffn.num_experts_per_tok} but {where} has {ffn.num_experts} experts; "
-            "choose between 1 and the number of experts",
-        )
-        self._require(ffn.num_shared_experts >= 0, f"num_shared_experts is {ffn.num_shared_experts} in {where}")
 
     def _settle_hyper_experts(self) -> None:
         """Checked; the controls that are a shared expert become one, as wide as they ask for beside what is there."""
@@ -300,9 +265,9 @@ class ModelConfig:
         if settings is None:
             return
         layers = [self.layer(index) for index in self.moe_layers]
-        self._require(bool(layers), "hyper_experts stand beside experts, but num_experts is 0; leave them out")
+        require(bool(layers), "hyper_experts stand beside experts, but num_experts is 0; leave them out")
         if settings.adapters == "free":
-            self._require(
+            require(
                 self._rule.fixed_top_k and all(layer.num_experts_per_tok == 1 for layer in layers),
                 "hyper_experts.adapters free has an adapter for each expert, which needs num_experts_per_tok 1, and a "
                 f"router with a fixed K; here they are {self.num_experts_per_tok} and {self.router}",
@@ -310,7 +275,7 @@ class ModelConfig:
         if not settings.adapters.startswith("shared_"):
             return
         shared = {(layer.num_shared_experts, layer.shared_intermediate_size) for layer in layers}
-        self._require(
+        require(
             len(shared) == 1,
             f"hyper_experts.adapters {settings.adapters} is a shared expert, but layers have shared experts of "
             "different widths; give them one",
@@ -320,34 +285,13 @@ class ModelConfig:
         self.num_shared_experts, self.shared_expert_intermediate_size = max(1, count), width
         self.hyper_experts = None
 
-    def _check_ranks(self) -> None:
-        ranks, on_node = self.expert_ranks, self.ranks_per_node
-        self._require(ranks >= 1, f"expert_ranks is {ranks}; it must be at least 1")
-        self._require(
-            on_node >= 1 and ranks % on_node == 0, f"ranks_per_node is {on_node}; it must divide expert_ranks {ranks}"
-        )
-        self._require(
-            0 < self.locality_epsilon < 1,
-            f"locality_epsilon is {self.locality_epsilon}; it must be above 0, where the loss is infinite, and below 1",
-        )
-        for index in self.moe_layers if ranks > 1 else ():
-            experts = self.layer(index).num_experts
-            self._require(
-                experts >= ranks // on_node,
-                f"layer {index} has {experts} experts for {ranks // on_node} nodes (expert_ranks {ranks}, "
-                f"ranks_per_node {on_node}): a node without one has nowhere to keep its tokens; give one a node",
-            )
-            self._require(
-                experts % ranks == 0, f"expert_ranks is {ranks}; it must divide the {experts} experts of layer {index}"
-            )
-
     def _settle_shared_width(self) -> None:
         """A width that is a number of experts is said by that number alone, so that one model has one config."""
         width, one = self.shared_expert_intermediate_size, self.moe_intermediate_size
         if width is None:
             return
         shared = any(self.layer(i).num_shared_experts for i in self.moe_layers)
-        self._require(shared, f"shared_expert_intermediate_size is {width}, but num_shared_experts is 0")
+        require(shared, f"shared_expert_intermediate_size is {width}, but num_shared_experts is 0")
         if isinstance(self.num_shared_experts, int) and isinstance(one, int) and width % one == 0:
             self.num_shared_experts, self.shared_expert_intermediate_size = width // one, None
 
@@ -355,12 +299,7 @@ class ModelConfig:
         value = getattr(self, name)
         near = did_you_mean(value, choices)
         hint = f" ({near})" if near else ""
-        self._require(value in choices, f"{name} is {value!r}; choose one of {', '.join(choices)}{hint}{more}")
-
-    @staticmethod
-    def _require(condition: bool, message: str) -> None:
-        if not condition:
-            raise ConfigError(f"model config: {message}")
+        require(value in choices, f"{name} is {value!r}; choose one of {', '.join(choices)}{hint}{more}")
 
     def layer(self, index: int) -> LayerConfig:
         """The FFN or MoE of one layer, with per-layer lists resolved."""
@@ -377,11 +316,17 @@ class ModelConfig:
         value = getattr(self, name)
         if isinstance(value, int):
             return value
-        self._require(
+        require(
             len(value) == self.num_hidden_layers,
             f"{name} lists {len(value)} numbers for {self.num_hidden_layers} layers; give one number a layer",
         )
         return value[index]
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of a head that turn with the position."""
+        assert self.head_dim is not None
+        return int(self.head_dim * self.partial_rotary_factor)
 
     @property
     def diversity_losses(self) -> dict[str, float]:

@@ -17,13 +17,14 @@ from torch.utils.checkpoint import checkpoint
 
 from moebed.errors import UserError
 from moebed.machine.float32 import exact_products
-from moebed.model.attention import Attention, KVCache, RMSNorm, RotaryEmbedding
+from moebed.model.attention import Attention, KVCache, RMSNorm
 from moebed.model.config import LayerConfig, ModelConfig
 from moebed.model.experts import weighted_sum
 from moebed.model.fused import ACTIVATIONS
 from moebed.model.hyper_experts import AdapterGenerator, build_adapters, build_generator
 from moebed.model.locality import Placement
 from moebed.model.losses import output_similarity, weight_similarity
+from moebed.model.rope import Rope, RotaryEmbedding
 from moebed.model.routers import Router, Routing, TokenContext, build_router
 
 
@@ -130,6 +131,7 @@ class Block(nn.Module):
         self.post_attn_norm = norm() if config.post_norms else nn.Identity()
         self.post_ffn_norm = norm() if config.post_norms else nn.Identity()
         self.self_attn = Attention(config)
+        self.residual_multiplier = config.residual_multiplier
         self.mlp: MoE | FeedForward
         if layer.num_experts:
             self.mlp = MoE(config, layer, generator)
@@ -137,9 +139,9 @@ class Block(nn.Module):
             assert config.intermediate_size is not None
             self.mlp = FeedForward(config, config.intermediate_size)
 
-    def attend(self, hidden: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None = None) -> Tensor:
+    def attend(self, hidden: Tensor, rope: Rope, cache: KVCache | None = None) -> Tensor:
         """Residual stream after attention, (B, S, H)."""
-        return hidden + self.post_attn_norm(self.self_attn(self.pre_attn_norm(hidden), rope, cache))
+        return self._added(hidden, self.post_attn_norm(self.self_attn(self.pre_attn_norm(hidden), rope, cache)))
 
     def feed_forward(self, x: Tensor, context: TokenContext | None = None) -> tuple[Tensor, Routing | None]:
         """Output of the FFN or MoE on its normalised input x (B, S, H), and the routing of an MoE."""
@@ -148,17 +150,24 @@ class Block(nn.Module):
             return out.view_as(x), routing
         return self.mlp(x), None
 
+    def leave(self, hidden: Tensor, output: Tensor) -> Tensor:
+        """Residual stream that leaves the layer, from that after attention and what FFN or MoE makes, all (..., H)."""
+        return self._added(hidden, self.post_ffn_norm(output))
+
+    def _added(self, hidden: Tensor, output: Tensor) -> Tensor:
+        return hidden + _scaled(output, self.residual_multiplier)
+
     def forward(
         self,
         hidden: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rope: Rope,
         cache: KVCache | None = None,
         context: TokenContext | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """hidden (B, S, H) of tokens of a context (B, S) -> (B, S, H) and the routing of an MoE layer."""
         hidden = self.attend(hidden, rope, cache)
         out, routing = self.feed_forward(self.pre_ffn_norm(hidden), context)
-        return hidden + self.post_ffn_norm(out), routing
+        return self.leave(hidden, out), routing
 
 
 class Decoder(nn.Module):
@@ -263,7 +272,7 @@ class Decoder(nn.Module):
         """The layers, in order."""
         return cast(list[Block], list(self.layers))
 
-    def embed(self, input_ids: Tensor, start: int = 0) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def embed(self, input_ids: Tensor, start: int = 0) -> tuple[Tensor, Rope]:
         """Residual stream (B, S, H) that enters the first layer, and the rotary cos and sin of its positions."""
         stop = start + input_ids.shape[1]
         if stop > self.config.max_position_embeddings:

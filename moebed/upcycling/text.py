@@ -18,10 +18,11 @@ from moebed.checkpoints.checkpoint import Checkpoint
 from moebed.checkpoints.families.keys import KeyMap, Placed
 from moebed.checkpoints.writer import read_bands
 from moebed.machine.float32 import exact_products
-from moebed.model.attention import RMSNorm, RotaryEmbedding
+from moebed.model.attention import RMSNorm
 from moebed.model.config import ModelConfig
 from moebed.model.decoder import Block
 from moebed.model.losses import token_losses
+from moebed.model.rope import RotaryEmbedding
 from moebed.model.routers import TokenContext
 from moebed.views.layer import ProbeText
 from moebed.views.text_pass import attention_groups, require_finite
@@ -44,10 +45,13 @@ class TextWalk:
         self.source, self.text, self.config = source, text, source.config
         self.targets = text.targets
         lengths = text.token_mask.sum(dim=1)
-        self._rope = RotaryEmbedding(self.config)(0, int(lengths.max()), torch.device("cpu"))
+        rotary = RotaryEmbedding(self.config)
+        self._rope = rotary.table(int(lengths.max()), torch.device("cpu"))
         self.tokens_at_a_time = max(1, _ACTIVATIONS // max(self.config.intermediate_size or 0, self.config.hidden_size))
         self._groups = [
-            rows for group in attention_groups(lengths) for rows in group.split(self._rows_at_a_time(group.shape[1]))
+            rows
+            for group in attention_groups(lengths, rotary.boundary)
+            for rows in group.split(self._rows_at_a_time(group.shape[1]))
         ]
 
     def _rows_at_a_time(self, length: int) -> int:
@@ -83,7 +87,7 @@ class TextWalk:
         with exact_products():
             for group in self._groups:
                 valid = group >= 0
-                attended[group[valid]] = block.attend(hidden[group.clamp(min=0)], self._rotation(group))[valid]
+                attended[group[valid]] = block.attend(hidden[group.clamp(min=0)], self._rope(group.shape[1]))[valid]
         return attended
 
     def feed_forward(self, block: Block, attended: Tensor, ffn: FFN | None = None) -> Tensor:
@@ -94,7 +98,7 @@ class TextWalk:
                 x = block.pre_ffn_norm(attended[rows])
                 known = TokenContext(ids[rows])
                 made = ffn(x, known) if ffn is not None else block.feed_forward(x.unsqueeze(0), known)[0][0]
-                out[rows] = attended[rows] + block.post_ffn_norm(made)
+                out[rows] = block.leave(attended[rows], made)
         require_finite(out, "the hidden states of the text")
         return out
 
@@ -120,7 +124,7 @@ class TextWalk:
                 assert isinstance(down, nn.Module)
                 catching = down.register_forward_pre_hook(lambda _, given: activated.append(given[0]))  # noqa: B023
                 try:
-                    left, _ = block(entered, self._rotation(group))
+                    left, _ = block(entered, self._rope(group.shape[1]))
                 finally:
                     catching.remove()
                 before, of_activated = torch.autograd.grad(left, [entered, activated[0]], behind)
@@ -128,9 +132,6 @@ class TextWalk:
             watch(group[valid], activated[0].detach()[valid], of_activated[valid])
         require_finite(found, "the gradients of the text")
         return found
-
-    def _rotation(self, group: Tensor) -> tuple[Tensor, Tensor]:
-        return self._rope[0][: group.shape[1]], self._rope[1][: group.shape[1]]
 
     def loss(self, hidden: Tensor) -> float:
         """Mean cross entropy of the next tokens in nats, of what leaves the last layer (T, H)."""

@@ -20,9 +20,9 @@ from torch import Tensor
 from moebed.errors import UserError
 from moebed.machine.finite import all_finite
 from moebed.machine.mapped import new_array
-from moebed.model.attention import RotaryEmbedding
 from moebed.model.config import ModelConfig
 from moebed.model.decoder import Block, MoE
+from moebed.model.rope import RotaryEmbedding
 from moebed.model.routers import Routing
 from moebed.views.layer import HeadView, LayerView, LayerWeights, ProbeText
 
@@ -203,8 +203,9 @@ class _Way:
                 stream = Stream(0, model.embed(text.token_ids).float())
         self.stream = stream
         device = stream.hidden.device
-        self._rope = RotaryEmbedding(model.config)(0, longest, device)
-        self._groups = [group.to(device) for group in attention_groups(lengths)]
+        rotary = RotaryEmbedding(model.config)
+        self._rope = rotary.table(longest, device)
+        self._groups = [group.to(device) for group in attention_groups(lengths, rotary.boundary)]
         self._block: Block | None = None
         self._attended = stream.hidden  # (T, H) residual stream between attention and FFN
 
@@ -216,7 +217,7 @@ class _Way:
             self._attended = torch.empty_like(hidden)
             for group in self._groups:
                 valid = group >= 0
-                rope = (self._rope[0][: group.shape[1]], self._rope[1][: group.shape[1]])
+                rope = self._rope(group.shape[1])
                 self._attended[group[valid]] = block.attend(hidden[group.clamp(min=0)], rope)[valid].float()
             x = block.pre_ffn_norm(self._attended)
             require_finite(x, f"the hidden states at layer {self.stream.layer}")
@@ -241,7 +242,7 @@ class _Way:
         """What enters the next layer if this one makes this output (T, H)."""
         assert self._block is not None
         with self.model.computing():
-            return Stream(self.stream.layer + 1, self._attended + self._block.post_ffn_norm(output))
+            return Stream(self.stream.layer + 1, self._block.leave(self._attended, output))
 
     def head(self, text: ProbeText, with_logits: bool, scratch: Path | None) -> HeadView:
         """Predictions and losses, over the vocabulary a band at a time."""
@@ -273,11 +274,12 @@ def band_rows(num_tokens: int) -> int:
     return max(256, _BAND_LOGITS // max(1, num_tokens))
 
 
-def attention_groups(lengths: Tensor) -> list[Tensor]:
+def attention_groups(lengths: Tensor, boundary: int | None = None) -> list[Tensor]:
     """Which sequences attend together: of similar length, so that little padding is computed.
 
     Args:
         lengths: (B,) valid tokens of each sequence.
+        boundary: Sequences up to this length are apart from longer ones (``RotaryEmbedding.boundary``).
 
     Returns:
         (b, s) int64 each: index among the T valid tokens, -1 where a shorter sequence has ended.
@@ -289,7 +291,12 @@ def attention_groups(lengths: Tensor) -> list[Tensor]:
         if groups:
             group, longest = groups[-1], sizes[groups[-1][0]]
             tokens = (len(group) + 1) * longest
-            if tokens <= _ATTENDED_TOKENS and tokens <= _PADDED_SHARE * (sum(sizes[r] for r in group) + sizes[row]):
+            apart = boundary is not None and sizes[row] <= boundary < longest
+            if (
+                not apart
+                and tokens <= _ATTENDED_TOKENS
+                and tokens <= _PADDED_SHARE * (sum(sizes[r] for r in group) + sizes[row])
+            ):
                 group.append(row)
                 continue
         groups.append([row])

@@ -16,7 +16,7 @@ from moebed.training.module import MoEModule
 
 SIZES = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "intermediate_size": 24, "max_position_embeddings": 32}  # fmt: skip
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
+PROPORTIONAL = {"rope_type": "proportional", "factor": 4.0}  # no kind of ours
 BIAS = "model.layers.1.self_attn.q_proj.bias"
 
 
@@ -42,7 +42,7 @@ def run(capsys, *arguments):
 
 
 ODD = {
-    "rope_scaling": {"settings": {"rope_scaling": YARN}},
+    "rope_scaling": {"settings": {"rope_scaling": PROPORTIONAL}},
     BIAS: {"tensors": {BIAS: torch.ones(32)}},
     "e_score_correction_bias": {"tensors": {"model.layers.0.mlp.gate.e_score_correction_bias": torch.ones(4)}},
     "partial_rotary_factor": {"settings": {"partial_rotary_factor": 0.5}},

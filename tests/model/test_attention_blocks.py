@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from moebed.model import attention
-from moebed.model.attention import Attention, RotaryEmbedding
+from moebed.model.attention import Attention
+from moebed.model.rope import RotaryEmbedding
 from tests.conftest import tiny_config
 
 CASES = {

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from moebed.model import native
-from moebed.model.attention import Attention, KVCache, RotaryEmbedding
+from moebed.model.attention import Attention, KVCache
 from moebed.model.native import attention
+from moebed.model.rope import RotaryEmbedding
 from tests.conftest import tiny_config
 
 # sequences, positions, query heads, key-value heads, head width

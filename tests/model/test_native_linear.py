@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from moebed.model import fused, native
-from moebed.model.attention import Attention, RotaryEmbedding
+from moebed.model.attention import Attention
 from moebed.model.native import linear, rowwise
+from moebed.model.rope import RotaryEmbedding
 from tests.conftest import tiny_config
 
 # rows, inputs, outputs of each matrix

@@ -35,7 +35,7 @@ COMMON_FIELDS = {
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 _READ_ACTIVATIONS = {theirs: ours for ours, theirs in ACTIVATIONS.items()} | {"swish": "silu", "gelu_new": "gelu_tanh"}
 
-# How a model is trained or computed, not what it is: a checkpoint does not keep these.
+# How a model is trained or computed, not what it is: a checkpoint does not keep these. The last one is a router's.
 NOT_IN_CHECKPOINTS = frozenset(
     {
         "router_aux_loss_coef",
@@ -50,6 +50,7 @@ NOT_IN_CHECKPOINTS = frozenset(
         "initializer_range",
         "experts_backend",
         "attention_backend",
+        "bias_update_rate",
     }
 )
 
@@ -71,6 +72,27 @@ class ExpertNames:
     down: str
     gate_up_fused: str | None = None
     down_fused: str | None = None
+
+
+class Stored(NamedTuple):
+    """Where a parameter lies that is no tensor by itself, or one of another shape.
+
+    Args:
+        name: The tensor; ``{i}`` is the layer.
+        band: Which of the equal bands of rows it is.
+        bands: Of how many, one above the other.
+        before: Leading sizes of the tensor that the parameter has not.
+    """
+
+    name: str
+    band: int = 0
+    bands: int = 1
+    before: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, stored: str | Stored) -> Stored:
+        """A tensor that is the parameter, where there is only a name."""
+        return cls(stored) if isinstance(stored, str) else stored
 
 
 class Reading(NamedTuple):
@@ -103,7 +125,8 @@ class Family:
     Args:
         model_type: What ``config.json`` calls it.
         architecture: Name of its class in Hugging Face terms.
-        tensors: Our parameter -> their tensor; ``{i}`` is the layer. Routed experts are in ``experts``.
+        tensors: Our parameter -> their tensor, or which part of one; ``{i}`` is the layer. Routed experts are in
+            ``experts``.
         experts: Names of the routed experts' matrices; None for a dense family.
         fields: Our config field -> their key, beside the common ones.
         fixed: Our config fields that are the same in every model of the family.
@@ -112,7 +135,12 @@ class Family:
         reads: Their keys that ``decode`` and ``uncomputed`` read, beside those that have a default.
         harmless: Their keys that change nothing of what a trained model computes, beside those of every family.
         same: Another name of a key -> the key.
-        other_names: Our parameter -> what else their tensor may be called; the one that is stored is taken.
+        other_names: Our parameter, those of all experts too, -> what else their tensor may be called; the one that is
+            stored is taken.
+        partial_rotary: The share of a head that turns where ``config.json`` does not say it as others do, from their
+            settings; None of a family whose heads turn as a whole.
+        further: A pattern of the names of tensors that predict further tokens, with ``{layers}`` for their number; such
+            tensors are passed over with a note, as transformers does.
         in_transformers: Whether transformers has a class for it. That class passes over settings that it does not know,
             and so does moebed, with a note; of another family they are an error for whoever runs the model.
         uncomputed: What the decoder does not compute of their settings, in words, beside ``accepts``.
@@ -124,7 +152,7 @@ class Family:
 
     model_type: str
     architecture: str
-    tensors: Mapping[str, str]
+    tensors: Mapping[str, str | Stored]
     experts: ExpertNames | None = None
     fields: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
@@ -134,6 +162,8 @@ class Family:
     harmless: tuple[str, ...] = ()
     same: Mapping[str, str] = field(default_factory=dict)
     other_names: Mapping[str, str] = field(default_factory=dict)
+    partial_rotary: Callable[[Settings], float] | None = None
+    further: str | None = None
     in_transformers: bool = True
     uncomputed: Callable[[Settings], list[str]] = lambda settings: []
     decode: Callable[[Settings], dict[str, Any]] = lambda settings: {}
@@ -178,23 +208,24 @@ class Family:
         for key in QUANTISED_SETTINGS:
             if found.get(key) is not None:
                 raise ConfigError(f"{key} says that the weights are quantised; get the checkpoint without quantisation")
-        accepts = {**_ACCEPTS, **self.accepts}
+        names = {**COMMON_FIELDS, **self.fields}
+        accepts = {key: good for key, good in {**_ACCEPTS, **self.accepts}.items() if key not in names.values()}
         uncomputed = []
         for key, accepted in accepts.items():
             if key in found and not any(type(found[key]) is type(one) and found[key] == one for one in accepted):
                 wanted = " or ".join(repr(value) for value in accepted)
                 uncomputed.append(f"{key} is {found[key]!r}; {self.model_type} is supported with {wanted} only")
         uncomputed += self.uncomputed(found)
-        names = {**COMMON_FIELDS, **self.fields}
         missing = [theirs for theirs in names.values() if theirs not in found]
         if missing:
             raise ConfigError(f"{missing[0]} is missing; a {self.model_type} config has it")
-        rope = read_rope(settings, self.defaults.get("rope_theta", 10000.0))
+        partial = None if self.partial_rotary is None else self.partial_rotary(found)
+        rope = read_rope(settings, self.defaults.get("rope_theta", 10000.0), partial)
         values: dict[str, Any] = {ours: found[theirs] for ours, theirs in names.items()}
         values["head_dim"] = found.get("head_dim")
         for ours, value in values.items():
             _require_kind(ours, names.get(ours, ours), value)
-        values |= {"rope_theta": rope.theta, "rope_scaling": rope.scaling}
+        values |= {"rope_theta": rope.theta, "rope_scaling": rope.scaling, "partial_rotary_factor": rope.partial}
         values["hidden_act"] = _READ_ACTIVATIONS.get(str(found["hidden_act"]))
         if values["hidden_act"] is None:
             known = ", ".join(_READ_ACTIVATIONS)
@@ -235,7 +266,7 @@ class Family:
         settings: dict[str, Any] = {"model_type": self.model_type, "architectures": [self.architecture]}
         settings |= {theirs: one_number(config, ours) for ours, theirs in {**COMMON_FIELDS, **self.fields}.items()}
         settings |= {"head_dim": config.head_dim, "hidden_act": ACTIVATIONS[config.hidden_act]}
-        settings |= {**write_rope(config), **self.encode(config)}
+        settings |= {**write_rope(config, self.partial_rotary is not None), **self.encode(config)}
         back = self.read_config(settings, f"{self.model_type} config").to_dict()
         values = config.to_dict()
         for name in dict.fromkeys((*_PER_LAYER, *values)):
@@ -314,13 +345,15 @@ def _plain(config: ModelConfig, name: str, value: Any) -> Any:
     """A field's value in a model such as config: the same where it means the same, None where it means nothing."""
     layers, moe = config.num_hidden_layers, config.moe_layers
     if name == "attention_multiplier":
-        return value or (config.head_dim or 1) ** -0.5
+        return (config.head_dim or 1) ** -0.5 if value is None else value
     if name == "intermediate_size" and len(moe) == layers:
         return None
     if name in ("norm_topk_prob", "router", "router_options") and not moe:
         return None
     if name == "shared_expert_gate" and not any(config.layer(i).num_shared_experts for i in moe):
         return None
+    if name == "router_options":
+        return {key: one for key, one in value.items() if key not in NOT_IN_CHECKPOINTS}
     if name not in _PER_LAYER:
         return value
     values = value if isinstance(value, list) else [value] * layers

@@ -11,7 +11,21 @@ from moebed.errors import ConfigError
 from moebed.model.config import ModelConfig
 
 # Plainest first; only those that transformers has a class for.
-IN_TRANSFORMERS = {False: ("llama", "mistral", "qwen2"), True: ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")}
+IN_TRANSFORMERS = {
+    False: ("llama", "mistral", "qwen2"),
+    True: (
+        "mixtral",
+        "olmoe",
+        "qwen2_moe",
+        "qwen3_moe",
+        "granitemoe",
+        "granitemoeshared",
+        "dots1",
+        "glm4_moe",
+        "minimax_m2",
+        "ernie4_5_moe",
+    ),
+}
 
 
 class Choice(NamedTuple):

@@ -13,13 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from moebed.checkpoints.families.base import Family
+from moebed.checkpoints.families.base import Family, Stored
 from moebed.errors import ConfigError
 from moebed.model.config import ModelConfig
 from moebed.model.decoder import Decoder
 from moebed.model.routers import ROUTERS
 
 _LAYER = re.compile(r"^layers\.(\d+)\.")
+_GATE_UP, _DOWN = "layers.{i}.mlp.experts.gate_up_proj", "layers.{i}.mlp.experts.down_proj"
 
 
 class TensorPart(NamedTuple):
@@ -64,11 +65,21 @@ class KeyMap:
         self.shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
         self.state = frozenset(name for name, tensor in stored.items() if not isinstance(tensor, nn.Parameter))
         always = family.experts is not None and not family.experts.gate
-        self._fused = {layer for layer in config.moe_layers if always or self._fused_name(layer) in present}
+        self._fused = {layer for layer in config.moe_layers if always or self._fused_name(_GATE_UP, layer) in present}
 
-    def _fused_name(self, layer: int) -> str | None:
+    def _fused_name(self, template: str, layer: int) -> str | None:
+        """What the tensor of all experts of a layer is called; None where a family has none."""
         experts = self.family.experts
-        return experts.gate_up_fused.format(i=layer) if experts and experts.gate_up_fused else None
+        name = None if experts is None else experts.gate_up_fused if template == _GATE_UP else experts.down_fused
+        return None if name is None else self._named(template, name, layer)
+
+    def _named(self, template: str, name: str, layer: int) -> str:
+        """A name, or another one that a parameter's tensor may have and that is there."""
+        names = [name, *([self.family.other_names[template]] if template in self.family.other_names else [])]
+        if template == "embed_tokens.weight" and self.config.tie_word_embeddings:
+            names.append(Stored.of(self.family.tensors["lm_head.weight"]).name)
+        named = [one.format(i=layer) for one in names]
+        return next((one for one in named if one in self._present), named[0])
 
     def parameter(self, name: str) -> list[Placed]:
         """The parts that make up a parameter of the decoder.
@@ -79,31 +90,24 @@ class KeyMap:
         found = _LAYER.match(name)
         layer = int(found.group(1)) if found else -1
         template = _LAYER.sub("layers.{i}.", name)
-        if template == "layers.{i}.mlp.experts.gate_up_proj":
+        if template == _GATE_UP:
             width = self.config.layer(layer).moe_intermediate_size
             halves = {"gate": slice(0, width), "up": slice(width, 2 * width)}
             experts = range(self.config.layer(layer).num_experts)
             return [Placed(self.expert(layer, m, e), (e, half)) for e in experts for m, half in halves.items()]
-        if template == "layers.{i}.mlp.experts.down_proj":
+        if template == _DOWN:
             return [Placed(self.expert(layer, "down", e), (e,)) for e in range(self.config.layer(layer).num_experts)]
         return [Placed(self._whole(template, layer), ())]
 
     def _whole(self, template: str, layer: int) -> TensorPart:
         if template not in self.family.tensors:
             raise ConfigError(f"a {self.family.model_type} checkpoint has no tensor for the parameter {template}")
-        shape = self.shapes[template.format(i=layer)]
+        stored, shape = Stored.of(self.family.tensors[template]), self.shapes[template.format(i=layer)]
         rows = math.prod(shape[:-1])
-        return TensorPart(self._name(template, layer), shape, 0, rows)
-
-    def _name(self, template: str, layer: int) -> str:
-        """What a parameter's tensor is called; of several names, the one that is there."""
-        names = [self.family.tensors[template]]
-        if template in self.family.other_names:
-            names.append(self.family.other_names[template])
-        if template == "embed_tokens.weight" and self.config.tie_word_embeddings:
-            names.append(self.family.tensors["lm_head.weight"])
-        named = [name.format(i=layer) for name in names]
-        return next((name for name in named if name in self._present), named[0])
+        whole = (*stored.before, *shape)
+        if stored.bands > 1:
+            whole = (shape[0] * stored.bands, *shape[1:])
+        return TensorPart(self._named(template, stored.name, layer), whole, stored.band * rows, rows)
 
     def expert(self, layer: int, matrix: str, expert: int) -> TensorPart:
         """One routed expert's ``gate`` or ``up`` (F, H), or ``down`` (H, F)."""
@@ -115,14 +119,11 @@ class KeyMap:
         if layer not in self._fused:
             name = {"gate": names.gate, "up": names.up, "down": names.down}[matrix].format(i=layer, e=expert)
             return TensorPart(name, (rows, columns), 0, rows)
-        assert names.gate_up_fused is not None
-        assert names.down_fused is not None
-        if matrix == "down":
-            shape = (sizes.num_experts, hidden, width)
-            return TensorPart(names.down_fused.format(i=layer), shape, expert * hidden, hidden)
-        first = (2 * expert + (matrix == "up")) * width
-        shape = (sizes.num_experts, 2 * width, hidden)
-        return TensorPart(names.gate_up_fused.format(i=layer), shape, first, width)
+        template, stacked = (_DOWN, rows) if matrix == "down" else (_GATE_UP, 2 * rows)
+        fused = self._fused_name(template, layer)
+        assert fused is not None
+        first = expert * stacked + (rows if matrix == "up" else 0)
+        return TensorPart(fused, (sizes.num_experts, stacked, columns), first, rows)
 
     def factors(self, layer: int, matrix: str, expert: int) -> list[TensorPart]:
         """The parts whose product is one routed expert's matrix: itself, where the router's experts have no factors."""

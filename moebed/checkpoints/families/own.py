@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from moebed.checkpoints.families.base import ExpertNames, Family, Reading, Settings
+from moebed.checkpoints.families.base import ExpertNames, Family, Reading, Settings, Stored
 from moebed.errors import ConfigError
 from moebed.model.config import ModelConfig
 
 
-class _Prefixed(Mapping[str, str]):
+class _Prefixed(Mapping[str, str | Stored]):
     """Every parameter's own name, after a prefix."""
 
     def __init__(self, prefix: str) -> None:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from moebed.checkpoints.families.base import Family
 from moebed.checkpoints.families.deepseek import DEEPSEEK
+from moebed.checkpoints.families.dots1 import DOTS1
+from moebed.checkpoints.families.ernie import ERNIE
+from moebed.checkpoints.families.glm4_moe import GLM4_MOE
+from moebed.checkpoints.families.granite import GRANITE, GRANITE_SHARED
 from moebed.checkpoints.families.grok1 import GROK1
 from moebed.checkpoints.families.llama import LLAMA_FAMILY
+from moebed.checkpoints.families.minimax_m2 import MINIMAX_M2
 from moebed.checkpoints.families.mistral import MISTRAL
 from moebed.checkpoints.families.mixtral import MIXTRAL
 from moebed.checkpoints.families.olmoe import OLMOE
@@ -17,7 +22,23 @@ from moebed.errors import ConfigError
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
-    for family in (MIXTRAL, MISTRAL, LLAMA_FAMILY, QWEN2, DEEPSEEK, GROK1, OLMOE, QWEN2_MOE, QWEN3_MOE)
+    for family in (
+        MIXTRAL,
+        MISTRAL,
+        LLAMA_FAMILY,
+        QWEN2,
+        DEEPSEEK,
+        GROK1,
+        OLMOE,
+        QWEN2_MOE,
+        QWEN3_MOE,
+        GRANITE,
+        GRANITE_SHARED,
+        GLM4_MOE,
+        DOTS1,
+        MINIMAX_M2,
+        ERNIE,
+    )
 }
 
 

@@ -38,11 +38,20 @@ COMMON = {
 }
 MOE = {"num_experts": 4, "num_experts_per_tok": 2}
 SPARSE = {**MOE, "moe_intermediate_size": 16, "norm_topk_prob": False}
+FINE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_shared_experts": 1,
+        "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1, "routed_scaling_factor": 2.0}  # fmt: skip
 SIZES: dict[str, dict[str, Any]] = {
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},  # left out, its class has it null
     "olmoe": {**MOE, "norm_topk_prob": False},
     "qwen2_moe": {**SPARSE, "shared_expert_intermediate_size": 24, "mlp_only_layers": [0]},
     "qwen3_moe": {**SPARSE, "head_dim": 8, "mlp_only_layers": [0]},
+    "granitemoe": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 6.0,
+    },
+    "granitemoeshared": {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 20},
     "mistral": {"sliding_window": 6},
     "llama": {},
     "qwen2": {},
@@ -51,6 +60,9 @@ SIZES: dict[str, dict[str, Any]] = {
 SAME = (" left out", "=null", "=null added", "={}", "={} added", "partial_rotary_factor=1.0 added",
         'rope_parameters={"rope_type": "default"}')  # fmt: skip
 IDS = torch.randint(3, 48, (2, 12), generator=torch.Generator().manual_seed(2))
+YARN = {"rope_type": "yarn", "rope_theta": 300.0, "factor": 4.0, "original_max_position_embeddings": 8}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 300.0, "factor": 4.0, "original_max_position_embeddings": 8,
+            "short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [2.0, 4.0, 6.0, 8.0]}  # fmt: skip
 # Another value of a setting that is not its kind's: where only some mean anything, or the file leaves it null.
 VALUES: dict[str, list[Any]] = {
     "hidden_act": ["gelu", "gelu_pytorch_tanh", "relu", "quick_gelu"],
@@ -70,7 +82,22 @@ VALUES: dict[str, list[Any]] = {
         {"rope_type": "default"},
         {},
         None,
-        {"rope_type": "yarn", "rope_theta": 300.0, "factor": 4.0, "original_max_position_embeddings": 8},
+        YARN,
+        {**YARN, "beta_fast": 4.0, "beta_slow": 0.5, "attention_factor": 1.5},
+        {**YARN, "beta_fast": None, "mscale": 0.7, "mscale_all_dim": 1.0, "truncate": False},
+        {**YARN, "mscale": 0, "mscale_all_dim": 1.0, "truncate": None},
+        {**YARN, "factor": None},
+        {**YARN, "factor": "4"},
+        {"rope_type": "yarn", "rope_theta": 300.0, "factor": 4.0},
+        {"rope_type": "yarn", "rope_theta": 300.0},
+        LONGROPE,
+        {**LONGROPE, "factor": None, "attention_factor": 0.5},
+        {**LONGROPE, "original_max_position_embeddings": 32},
+        {**LONGROPE, "long_factor": [1.0]},
+        {"rope_type": "longrope", "rope_theta": 300.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
+        {"rope_type": "proportional", "rope_theta": 300.0, "factor": 4.0},
+        {"rope_type": "linear", "rope_theta": 300.0},
+        {"rope_type": "linear", "rope_theta": 300.0, "factor": 4.0, "beta_fast": 2.0},
         {"rope_type": "linear", "rope_theta": 300.0, "factor": 4.0},
         {"rope_type": "dynamic", "rope_theta": 300.0, "factor": 4.0},
         {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.5},
@@ -88,6 +115,9 @@ ADDED: dict[str, list[Any]] = {
         {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8},
         {"type": "linear", "factor": 4.0},
         {key: value for key, value in LLAMA3.items() if key != "rope_theta"},
+        {key: value for key, value in LONGROPE.items() if key != "rope_theta"},
+        {"type": "yarn", "factor": 4.0},
+        {"rope_type": "dynamic", "factor": 4.0},
         None,
         {},
     ],

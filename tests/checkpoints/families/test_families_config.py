@@ -30,9 +30,12 @@ SETTINGS = {
 @pytest.mark.parametrize(
     ("family", "key", "value"),
     [
-        ("mixtral", "rope_scaling", {"rope_type": "yarn", "factor": 4}),
+        ("mixtral", "rope_scaling", {"rope_type": "yarn"}),
+        ("mixtral", "rope_scaling", {"rope_type": "yarn", "factor": 4, "attention_factor": "1"}),
         ("llama", "rope_parameters", {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8}),
-        ("llama", "rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("llama", "rope_scaling", {"type": "linear", "factor": 0.0}),
+        ("llama", "rope_scaling", {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0] * 4}),
+        ("llama", "rope_scaling", {"rope_type": "proportional", "factor": 2.0}),
         ("llama", "attention_bias", True),
         ("llama", "mlp_bias", True),
         ("qwen2", "layer_types", ["full_attention", "sliding_attention"]),
@@ -60,7 +63,7 @@ def test_llama_3_scaling_is_read_from_its_old_place():
     }
     settings = {**SETTINGS, "rope_theta": 500000.0, "rope_scaling": {"rope_type": "llama3", **scaling}}
     config = FAMILIES["llama"].read_config(settings)
-    assert (config.rope_theta, config.rope_scaling) == (500000.0, scaling)
+    assert (config.rope_theta, config.rope_scaling) == (500000.0, {"rope_type": "llama3", **scaling})
 
 
 def test_one_expert_of_a_deepseek_token_keeps_its_weight():
@@ -160,6 +163,7 @@ def test_logits_of_the_oracles(name, length):
     np.testing.assert_allclose(found, wanted["logits"], rtol=1e-4, atol=1e-4 * np.abs(wanted["logits"]).max())
 
 
+FINE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_shared_experts": 1}
 OWN = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
@@ -168,6 +172,12 @@ OWN = {
     "qwen2_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
                   "shared_expert_intermediate_size": 20},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "glm4_moe": FINE,
+    "dots1": FINE,
+    "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "granitemoeshared": {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 20},
 }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Every family that transformers has, against it: logits of what it wrote, and of what we wrote for it."""
 
 import json
+from copy import deepcopy
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ import transformers
 from safetensors.torch import load_file
 
 from moebed.checkpoints import Checkpoint, load_decoder, write_checkpoint
+from moebed.checkpoints.pretrained import PretrainedMoE
+from moebed.views.layer import HeadView, Need, ProbeText
 
 COMMON = {
     "vocab_size": 80,
@@ -33,6 +36,18 @@ LLAMA3 = {
     "high_freq_factor": 0.5,
     "original_max_position_embeddings": 4,
 }
+FOUR = {"factor": 4.0, "original_max_position_embeddings": 8}
+ROPES = {
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+    "yarn": {"rope_type": "yarn", **FOUR, "beta_fast": 2.0, "beta_slow": 0.5},
+    "longrope": {
+        "rope_type": "longrope",
+        **FOUR,
+        "short_factor": [1.0, 1.5, 2.0, 3.0],
+        "long_factor": [2.0, 4.0, 6.0, 8.0],
+    },
+}
 MOE = {"num_experts": 6, "num_experts_per_tok": 2}
 SPARSE = {**MOE, "moe_intermediate_size": 24}
 CASES = {
@@ -44,6 +59,7 @@ CASES = {
     "llama": ("llama", {"tie_word_embeddings": True}),
     "llama-gelu": ("llama", {"hidden_act": "gelu_pytorch_tanh", **ROPE}),
     "llama-3": ("llama", {"rope_parameters": LLAMA3}),
+    **{f"llama-{name}": ("llama", {"rope_parameters": {**rope, "rope_theta": 30.0}}) for name, rope in ROPES.items()},
     "qwen2": ("qwen2", ROPE),
     "olmoe": ("olmoe", {**MOE, "norm_topk_prob": False, **ROPE}),
     "olmoe-normed": ("olmoe", {**MOE, "norm_topk_prob": True}),
@@ -55,16 +71,44 @@ CASES = {
 }  # fmt: skip
 
 
+GRANITE = {"num_local_experts": 6, "num_experts_per_tok": 2, "embedding_multiplier": 3.0, "attention_multiplier": 0.25,
+           "residual_multiplier": 0.22, "logits_scaling": 6.0}  # fmt: skip
+CASES |= {
+    "granitemoe": ("granitemoe", {**GRANITE, "tie_word_embeddings": True, **ROPE}),
+    "granitemoeshared": ("granitemoeshared", {**GRANITE, "shared_intermediate_size": 50}),
+    "granitemoeshared-none": ("granitemoeshared", {**GRANITE, "shared_intermediate_size": 0}),
+}
+
+
+FINE = {"n_routed_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "n_shared_experts": 2,
+        "routed_scaling_factor": 1.5, "first_k_dense_replace": 1}  # fmt: skip
+GROUPS = {**FINE, "n_routed_experts": 8, "n_group": 4, "topk_group": 2}
+M2 = {"num_local_experts": 6, "num_experts_per_tok": 2, "head_dim": 8}
+ERNIE = {"moe_num_experts": 6, "moe_k": 3, "moe_intermediate_size": 24, "moe_num_shared_experts": 2}
+CASES |= {
+    "glm4_moe": ("glm4_moe", {**FINE, "head_dim": 8, "use_qk_norm": True, "attention_bias": True}),
+    "glm4_moe-groups": ("glm4_moe", {**GROUPS, "head_dim": 16, "norm_topk_prob": False, "partial_rotary_factor": 0.25}),
+    "dots1": ("dots1", {**GROUPS, "norm_topk_prob": True}),
+    "dots1-window": ("dots1", {**FINE, "sliding_window": 5, "max_window_layers": 0, "first_k_dense_replace": 0}),
+    "minimax_m2": ("minimax_m2", {**M2, "rotary_dim": 4, **ROPE}),
+    "minimax_m2-whole": ("minimax_m2", M2),
+    "ernie4_5_moe": ("ernie4_5_moe", {**ERNIE, "tie_word_embeddings": True}),
+    "ernie4_5_moe-steps": ("ernie4_5_moe", {**ERNIE, "moe_layer_interval": 2, "moe_num_shared_experts": 0, **ROPE}),
+}  # fmt: skip
+
+
 @pytest.fixture(params=CASES)
 def theirs(request):
     model_type, changes = CASES[request.param]
     torch.manual_seed(1)
-    config = transformers.AutoConfig.for_model(model_type, **COMMON, **changes)
+    config = transformers.AutoConfig.for_model(model_type, **COMMON, **deepcopy(changes))
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():  # biases and norm scales too, which start as 0 and 1
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.normal_(1.0, 0.3)
+        for name, tensor in model.state_dict().items():
+            if name.endswith("e_score_correction_bias"):
+                tensor.normal_(0.0, 0.1)
+            elif tensor.ndim == 1:
+                tensor.normal_(1.0, 0.3)
     return model
 
 
@@ -102,16 +146,51 @@ def test_transformers_loads_what_we_write(theirs, tmp_path):
     )
 
 
-@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe"])
+def test_gradients_of_every_weight_are_transformers(theirs, tmp_path):
+    """A checkpoint whose weights are transformers' gradients, read as ours, holds ours."""
+    ids, wanted = torch.randint(3, 80, (2, 12)), torch.randn(2, 12, 80)
+    theirs.save_pretrained(tmp_path / "weights")
+    decoder = load_decoder(tmp_path / "weights")
+    (decoder(ids).logits * wanted).sum().backward()
+    theirs.set_experts_implementation("eager")
+    (theirs(ids).logits * wanted).sum().backward()
+    for parameter in theirs.parameters():
+        parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    theirs.save_pretrained(tmp_path / "gradients")
+    wanted = dict(load_decoder(tmp_path / "gradients").named_parameters())
+    for name, parameter in decoder.named_parameters():
+        scale = wanted[name].abs().max().item()
+        assert scale > 1e-3 or decoder.config.num_experts == 1, name  # what has no choice learns nothing
+        different = (parameter.grad - wanted[name].detach()).abs().max().item()
+        assert different <= 1e-4 * max(scale, 1), f"{name}: {different} of {scale}"
+
+
+def test_text_streams_through_it_with_a_few_experts_in_memory(theirs, tmp_path):
+    ids = torch.randint(3, 80, (2, 12))
+    theirs.save_pretrained(tmp_path)
+    text = ProbeText(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros(2, dtype=torch.int64))
+    model = PretrainedMoE(str(tmp_path), text=text)
+    head = 80 * 32 * 4  # bytes; the largest thing, of which two must fit
+    model.memory_budget = model._text_bytes(text) + 3 * head
+    needs = frozenset({Need.ROUTING, Need.LOGITS})
+    *_, last = model.views(text, needs)
+    held = model._pool.most
+    model.close()
+    assert 0 < held <= 3 * head < sum(one.numel() * one.itemsize for one in theirs.parameters())
+    assert isinstance(last, HeadView)
+    same(last.logits, logits(theirs, ids).flatten(0, 1))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "granitemoe", "granitemoeshared",
+                                    "glm4_moe", "dots1", "minimax_m2", "ernie4_5_moe"])  # fmt: skip
 def test_what_transformers_writes_as_it_holds_it_is_read(family, tmp_path):
-    """Experts fused, and Mixtral's router under another name."""
-    config = transformers.AutoConfig.for_model(family, **COMMON, **CASES[family][1])
+    """Experts fused, and routers under other names."""
+    config = transformers.AutoConfig.for_model(family, **COMMON, **deepcopy(CASES[family][1]))
     model = transformers.AutoModelForCausalLM.from_config(config)
     model.save_pretrained(tmp_path / "original")
     model.save_pretrained(tmp_path / "held", save_original_format=False)
     held = load_file(tmp_path / "held" / "model.safetensors")
-    assert "model.layers.2.mlp.experts.gate_up_proj" in held
-    assert "model.layers.2.mlp.gate.weight" in held
+    assert set(held) == set(model.state_dict()) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
     decoders = [load_decoder(tmp_path / name) for name in ("held", "original")]
     assert all(torch.equal(a, b) for a, b in zip(*(one.parameters() for one in decoders), strict=True))
     ids = torch.randint(3, 80, (2, 12))

@@ -1,0 +1,83 @@
+"""What the numbers of a ModelConfig must be; each raises ConfigError in one line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moebed.errors import ConfigError
+
+Config = Any  # a ModelConfig, whose file imports this one
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+_OPTIONAL_SIZES = ("sliding_window", "intermediate_size", "shared_expert_intermediate_size")
+_COEFFICIENTS = (
+    "router_aux_loss_coef",
+    "router_z_loss_coef",
+    "output_diversity_loss_coef",
+    "weight_diversity_loss_coef",
+    "locality_loss_coef",
+    "initializer_range",
+)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ConfigError with a message where a condition does not hold."""
+    if not condition:
+        raise ConfigError(f"model config: {message}")
+
+
+def check_sizes(config: Config) -> None:
+    """What must be given is at least 1."""
+    for name in _SIZES:
+        require(getattr(config, name) >= 1, f"{name} is {getattr(config, name)}; it must be at least 1")
+
+
+def check_numbers(config: Config) -> None:
+    """What may be left out is at least 1, coefficients are not negative, heads can be shared."""
+    heads, key_heads = config.num_attention_heads, config.num_key_value_heads
+    require(
+        key_heads is not None and key_heads >= 1 and heads % key_heads == 0,
+        f"num_attention_heads {heads} is not a multiple of num_key_value_heads {key_heads}",
+    )
+    for name in _OPTIONAL_SIZES:
+        value = getattr(config, name)
+        require(value is None or value >= 1, f"{name} is {value}; it must be at least 1")
+    for name in _COEFFICIENTS:
+        require(getattr(config, name) >= 0, f"{name} is {getattr(config, name)}; it must not be negative")
+
+
+def check_layer(config: Config, layer: int) -> None:
+    """A layer has a dense FFN, or experts and as many as a token is sent to."""
+    ffn = config.layer(layer)
+    where = f"layer {layer}"
+    require(ffn.num_experts >= 0, f"num_experts is {ffn.num_experts} in {where}; use 0 for a dense layer")
+    if ffn.num_experts == 0:
+        require(
+            config.intermediate_size is not None, f"{where} has no experts: give intermediate_size for its dense FFN"
+        )
+        return
+    require(ffn.moe_intermediate_size >= 1, f"{where} has experts: give moe_intermediate_size, their width")
+    require(
+        1 <= ffn.num_experts_per_tok <= ffn.num_experts,
+        f"num_experts_per_tok is {ffn.num_experts_per_tok} but {where} has {ffn.num_experts} experts; "
+        "choose between 1 and the number of experts",
+    )
+    require(ffn.num_shared_experts >= 0, f"num_shared_experts is {ffn.num_shared_experts} in {where}")
+
+
+def check_ranks(config: Config) -> None:
+    """Experts can be spread over the ranks and nodes that are thought of."""
+    ranks, on_node = config.expert_ranks, config.ranks_per_node
+    require(ranks >= 1, f"expert_ranks is {ranks}; it must be at least 1")
+    require(on_node >= 1 and ranks % on_node == 0, f"ranks_per_node is {on_node}; it must divide expert_ranks {ranks}")
+    require(
+        0 < config.locality_epsilon < 1,
+        f"locality_epsilon is {config.locality_epsilon}; it must be above 0, where the loss is infinite, and below 1",
+    )
+    for index in config.moe_layers if ranks > 1 else ():
+        experts = config.layer(index).num_experts
+        require(
+            experts >= ranks // on_node,
+            f"layer {index} has {experts} experts for {ranks // on_node} nodes (expert_ranks {ranks}, "
+            f"ranks_per_node {on_node}): a node without one has nowhere to keep its tokens; give one a node",
+        )
+        require(experts % ranks == 0, f"expert_ranks is {ranks}; it must divide the {experts} experts of layer {index}")
