@@ -111,7 +111,7 @@ class Checkpoint:
         notes: list[str],
         runs: bool,
     ) -> Checkpoint:
-        """Check what a ``config.json``, or what stands for it, says against the tensors; found beside it if not given."""
+        """Check what a ``config.json``, or what stands for it, says against the tensors, which may lie beside it."""
         family = family_of(settings.get("model_type"), str(where))
         reading = family.read(settings, str(where))
         if not entries:
@@ -236,7 +236,7 @@ def _find(folder: Path) -> tuple[dict[str, TensorEntry], list[str]]:
 
 
 def _settle_head(
-    family: Family, config: ModelConfig, entries: Mapping[str, TensorEntry], path: Path
+    family: Family, config: ModelConfig, entries: Mapping[str, TensorEntry], where: Path
 ) -> tuple[ModelConfig, list[str]]:
     """The model with its head tied to the embedding or not, as transformers does where flag and files disagree.
 
@@ -257,8 +257,8 @@ def _settle_head(
     elif any(ends) and not all(ends):
         absent, there = (embedding, head) if ends[1] else (head, embedding)
         raise UserError(
-            f"{path.parent}: tensor {absent} is missing and tie_word_embeddings is false; set it to true in config.json if "
-            f"{there} serves as both"
+            f"{where.parent}: tensor {absent} is missing and tie_word_embeddings is false; set it to true in "
+            f"{where.name} if {there} serves as both"
         )
     return config, []
 

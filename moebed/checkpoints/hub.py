@@ -1,4 +1,4 @@
-"""Where a checkpoint is: a folder or file, or a repository on the Hugging Face hub, of which what it needs is fetched."""
+"""Where a checkpoint is: a folder, a file, or a repository on the Hugging Face hub, which is fetched in part."""
 
 from __future__ import annotations
 
@@ -55,7 +55,9 @@ def find_checkpoint(name: str) -> Path:
             return folder
     kinds = _listed(repository, revision)
     if kinds:
-        raise UserError(f"{name} is a repository of GGUF files; name one, as in {repository}:{kinds[0]}: {_said(kinds)}")
+        raise UserError(
+            f"{name} is a repository of GGUF files; name one, as in {repository}:{kinds[0]}: {_said(kinds)}"
+        )
     return folder
 
 
@@ -69,7 +71,9 @@ def _find_gguf(name: str, repository: str, kind: str, revision: str | None) -> P
     if len(models) == 1:
         return folder / models[0][0]
     if models:
-        raise UserError(f"{name} is {len(models)} models: {_said([files[0] for files in models])}; give the path of one")
+        raise UserError(
+            f"{name} is {len(models)} models: {_said([files[0] for files in models])}; give the path of one"
+        )
     kinds = _listed(repository, revision)
     there = f": it has {_said(kinds)}" if kinds else ""
     raise UserError(f"{repository} has no GGUF file of kind {kind}{there}")
@@ -96,9 +100,13 @@ def _listed(repository: str, revision: str | None) -> list[str]:
         files = list(list_repo_files(repository, revision=revision))
     except Exception:  # noqa: BLE001  a better message is all that is lost
         return []
-    names = [re.sub(r"-\d{5}-of-\d{5}$", "", model[0].removesuffix(".gguf")) for model in models_among(
-        file for file in files if file.endswith(".gguf"))]
-    return list(dict.fromkeys(re.split(r"[-./]", name)[-1] for name in names))
+    names = [model[0].removesuffix(".gguf") for model in models_among(one for one in files if one.endswith(".gguf"))]
+    return list(dict.fromkeys(_kind_in(name) for name in names))
+
+
+def _kind_in(name: str) -> str:
+    """The kind that a file's name ends with, or that its folder is called."""
+    return name.partition("/")[0] if "/" in name else re.split(r"[-.]", re.sub(r"-\d{5}-of-\d{5}$", "", name))[-1]
 
 
 def _said(names: Sequence[str]) -> str:

@@ -258,7 +258,11 @@ def llama3_scaling(divisors: Sequence[float], theta: float) -> dict[str, float]:
 
 def _require_plain_routing(facts: Facts) -> None:
     """Weights of the chosen experts are a softmax, and that alone, in all of these architectures."""
-    plain = {"expert_gating_func": (int, _SOFTMAX), "expert_weights_scale": (float, 1.0), "expert_group_count": (int, 1)}
+    plain = {
+        "expert_gating_func": (int, _SOFTMAX),
+        "expert_weights_scale": (float, 1.0),
+        "expert_group_count": (int, 1),
+    }
     for name, (kind, wanted) in plain.items():
         if (found := facts.get(name, kind, wanted)) not in (wanted, 0):
             raise ConfigError(f"{facts.where}: {name} is {found}; supported is {wanted} only")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moebed.checkpoints.files import PackedEntry, RawEntry, RawFile, TensorEntry, UnknownEntry
+from moebed.checkpoints.files import PackedEntry, RawEntry, RawFile, TensorEntry
 from moebed.checkpoints.gguf.header import TensorInfo
 from moebed.checkpoints.gguf.types import unpack
 
@@ -59,7 +59,7 @@ class GgufEntry(PackedEntry):
         for begin in range(0, len(out), band):
             rows = out[begin : begin + band]
             codes = memory[: len(rows) * size]
-            self._file.read(self.position + (first + begin) * size, memoryview(codes))
+            self._file.read(self.position + (first + begin) * size, memoryview(codes.data))
             if self._info.kind.packed:
                 rows.copy_(torch.from_numpy(unpack(self._info.kind, codes.reshape(len(rows), size))))
             else:
@@ -70,8 +70,7 @@ def entry_of(
     file: RawFile, info: TensorInfo, shape: tuple[int, ...], first: int = 0, head: int | None = None
 ) -> TensorEntry:
     """The entry of some rows of a tensor; arguments as for :class:`GgufEntry`."""
-    if info.kind.dtype is None:
-        return UnknownEntry(info.path, shape, info.kind.name)
+    assert info.kind.dtype is not None
     if info.kind.packed or head is not None:
         return GgufEntry(file, info, shape, first, head)
     return RawEntry(file, shape, info.kind.dtype, info.offset + first * info.row_bytes)

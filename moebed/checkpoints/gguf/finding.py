@@ -63,7 +63,9 @@ def files_of(path: Path) -> Sequence[Path]:
     files = [f"{found['name']}-{number:05d}-of-{found['count']}.gguf" for number in range(1, min(count, 1 << 12) + 1)]
     missing = [name for name in files if name not in there]
     if missing or count != len(files):
-        raise UserError(f"{path.parent / (missing or files)[0]} is missing; the model is {count} files: get all of them")
+        raise UserError(
+            f"{path.parent / (missing or files)[0]} is missing; the model is {count} files: get all of them"
+        )
     return [path.parent / name for name in files]
 
 

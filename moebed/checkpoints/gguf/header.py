@@ -43,7 +43,7 @@ class Stretch(NamedTuple):
     """An array that was walked over: the type of its elements, how many, and where they begin."""
 
     kind: int
-    count: int
+    length: int
     offset: int
 
 
@@ -141,8 +141,8 @@ class Header:
         with _mapped(self.path) as data:
             cursor = _Cursor(self.path, data, found.offset)
             if text:
-                return [cursor.text(errors="replace") for _ in range(found.count)]
-            return list(cursor.numbers(_NUMBERS[found.kind], found.count))
+                return [cursor.text(errors="replace") for _ in range(found.length)]
+            return list(cursor.numbers(_NUMBERS[found.kind], found.length))
 
 
 def is_gguf(path: Path) -> bool:
@@ -243,7 +243,7 @@ class _Cursor:
 
     def fail(self, why: str) -> None:
         """Raise UserError."""
-        raise UserError(f"{self.path} has a damaged header: {why[:200]}; download it again")
+        raise UserError(f"{self.path} has a damaged GGUF header: {why[:200]}; download it again")
 
     def require_count(self, count: int, least: int, most: int, what: str) -> None:
         """Raise UserError if so many things, of ``least`` bytes each, cannot be there."""

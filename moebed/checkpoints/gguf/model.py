@@ -104,13 +104,17 @@ def _read_all(path: Path) -> tuple[Header, dict[Path, RawFile]]:
     first = headers[0]
     count = first.get("split.count", int, 1)
     if count != len(paths):
-        raise UserError(f"{paths[0]} is one of {count} files by its metadata; their names must end as in 00001-of-00002")
+        raise UserError(
+            f"{paths[0]} is one of {count} files by its metadata; their names must end as in 00001-of-00002"
+        )
     for number, header in enumerate(headers):
         if len(headers) > 1 and header.get("split.no", int, number) != number:
             raise UserError(f"{header.path} is file {header.get('split.no', int)} by its metadata, counted from 0")
         for name, info in header.tensors.items():
             if first.tensors.setdefault(name, info) is not info:
-                raise UserError(f"tensor {name} is in {first.tensors[name].path} and in {info.path}; get the files again")
+                raise UserError(
+                    f"tensor {name} is in {first.tensors[name].path} and in {info.path}; get the files again"
+                )
     total = first.get("split.tensors.count", int, len(first.tensors))
     if len(headers) > 1 and total != len(first.tensors):
         raise UserError(f"{path}: {len(first.tensors)} tensors are there of {total}; get the files again")
@@ -142,6 +146,8 @@ def _named(
     settings: Mapping[str, Any],
 ) -> Iterator[tuple[str, TensorEntry]]:
     """The family's tensors that one of the file is."""
+    if info.kind.dtype is None:
+        raise UserError(f"{info.path}: tensor {stored} is stored as {info.kind.name}, which is not read here")
     found = _LAYER.fullmatch(stored)
     layer, name = (int(found[1]), found[2]) if found else (-1, stored)
     if family.experts is not None and (one := _ONE_EXPERT.fullmatch(name)):

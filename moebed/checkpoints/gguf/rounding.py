@@ -58,8 +58,8 @@ def _expected(kinds: dict[str, list[GgmlType]]) -> str:
     measured = [error for error in ffn.values() if error]
     if not measured or None in ffn.values():
         return (
-            "whose error was not measured here: nothing that is small beside it can be told from it. Routers, norms and "
-            "biases are as they were"
+            "whose error was not measured here: what is small may be the packing's. Routers, norms and biases are as "
+            "they were"
         )
     error = max(measured)
     others = [f"{short(one)} of {name}" for name, one in ffn.items() if one and one != error]
@@ -67,8 +67,8 @@ def _expected(kinds: dict[str, list[GgmlType]]) -> str:
     factor = short(cosine_factor(error), 4) if error > 0.01 else "more than .9999"
     return (
         f"expected relative error {short(error)}{beside}. A cosine of two matrices or neurons is seen as {factor} of "
-        f"what it was: copies as {factor}, and copies that differ by less than {short(error)} of their length as hardly "
-        f"further. A small cosine stays as small, and of two neurons of {_NEURON:,} numbers gains noise of "
+        f"what it was: copies as {factor}, and copies that differ by less than {short(error)} of their length as "
+        f"hardly further. A small cosine stays as small, and of two neurons of {_NEURON:,} numbers gains noise of "
         f"{short(cosine_noise(error, _NEURON))}. Routers, norms and biases are as they were"
     )
 

@@ -82,7 +82,9 @@ class GgufTokenizer:
         for special, kind in ((True, _CONTROL), (False, _USER_DEFINED)):
             added = [token for token, found in zip(self.tokens, kinds, strict=False) if found == kind and token]
             self.backend.add_tokens([AddedToken(token, normalized=False, special=special) for token in added])
-        self.settings = self._settings(header, model == "llama" or header.get("tokenizer.ggml.pre", str) in _WHOLE_WORDS)
+        self.settings = self._settings(
+            header, model == "llama" or header.get("tokenizer.ggml.pre", str) in _WHOLE_WORDS
+        )
         self._add_ends()
 
     def _settings(self, header: Header, begins: bool) -> dict[str, Any]:
@@ -98,7 +100,9 @@ class GgufTokenizer:
 
     def _add_ends(self) -> None:
         """Put the tokens that begin and end a text where the file wants them."""
-        wanted = [self.settings.get(f"{end}_token") if self.settings[f"add_{end}_token"] else None for end in ("bos", "eos")]
+        wanted = [
+            self.settings.get(f"{end}_token") if self.settings[f"add_{end}_token"] else None for end in ("bos", "eos")
+        ]
         if any(wanted):
             begin, end = wanted
             ends = [token for token in dict.fromkeys(wanted) if token]

@@ -299,7 +299,7 @@ def test_divisors_that_are_no_stretching_of_llama_3_are_refused(tmp_path):
     folder = saved("llama", tmp_path / "folder")
     more = {"rope_freqs.weight": np.linspace(1, 8, 32, dtype=np.float32)}
     path = write_gguf(folder, tmp_path / "model.gguf", more=more)
-    with pytest.raises(UserError, match="rope_freqs.weight divides frequency"):
+    with pytest.raises(UserError, match=r"rope_freqs\.weight divides frequency"):
         Checkpoint.open(path)
 
 
