@@ -67,9 +67,10 @@ def _expected(kinds: dict[str, list[GgmlType]]) -> str:
     factor = short(cosine_factor(error), 4) if error > 0.01 else "more than .9999"
     return (
         f"expected relative error {short(error)}{beside}. A cosine of two matrices or neurons is seen as {factor} of "
-        f"what it was: copies as {factor}, and copies that differ by less than {short(error)} of their length as "
-        f"hardly further. A small cosine stays as small, and of two neurons of {_NEURON:,} numbers gains noise of "
-        f"{short(cosine_noise(error, _NEURON))}. Routers, norms and biases are as they were"
+        "what it was, since their errors have nothing in common; only of copies packed alike it stays 1, and what they "
+        f"differ by below {short(error)} of their length is lost. A small cosine stays as small, and of two neurons of "
+        f"{_NEURON:,} numbers gains noise of {short(cosine_noise(error, _NEURON))}. Routers, norms and biases are as "
+        "they were"
     )
 
 
