@@ -102,6 +102,14 @@ def test_upcycled_from_gguf_as_from_safetensors(method, tmp_path):
     torch.testing.assert_close(found, wanted, atol=2e-3 * wanted.abs().max().item(), rtol=0)
 
 
+def test_equal_experts_that_are_packed_stay_equal(tmp_path):
+    dense = saved(tmp_path / "dense", "llama")
+    assert main(["upcycle", str(dense), "--out", str(tmp_path / "moe"), "--method", "copy"]) == 0
+    packed = Checkpoint.open(write_gguf(tmp_path / "moe", tmp_path / "moe.gguf", "Q4_K"))
+    first, second = (packed.read(packed.keys.expert(0, "down", expert)) for expert in (0, 1))
+    assert torch.equal(first, second)
+
+
 def test_exported_from_gguf(tmp_path):
     path = write_gguf(saved(tmp_path / "moe"), tmp_path / "moe.gguf", "Q4_K")
     assert main(["export", str(path), "--out", str(tmp_path / "out")]) == 0
