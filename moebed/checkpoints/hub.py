@@ -1,10 +1,13 @@
-"""Where a checkpoint is: a folder, or a repository on the Hugging Face hub, of which weights and config are fetched."""
+"""Where a checkpoint is: a folder, a file, or a repository on the Hugging Face hub, which is fetched in part."""
 
 from __future__ import annotations
 
+import fnmatch
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
+from moebed.checkpoints.gguf.finding import models_among
 from moebed.errors import UserError
 from moebed.machine.storage import standing
 
@@ -22,13 +25,17 @@ _WEIGHTS = (
     ["model*.safetensors", "model.safetensors.index.json"],
     ["pytorch_model*.bin", "pytorch_model.bin.index.json"],
 )
+_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+?)(:(?P<kind>[\w.-]+))?(@(?P<revision>[\w.-]+))?")
+# Where a repository of GGUF files, of which most hold a model in ten kinds, says the kind.
+_KIND = ("*[-._/]{kind}.gguf", "*[-._/]{kind}-?????-of-?????.gguf", "{kind}.gguf", "{kind}/*.gguf")
 
 
 def find_checkpoint(name: str) -> Path:
-    """The folder of a checkpoint.
+    """The folder or the file of a checkpoint.
 
     Args:
-        name: A folder, or a hub id such as ``mistralai/Mixtral-8x7B-v0.1``, optionally with ``@revision``.
+        name: A folder or file, or a hub id such as ``mistralai/Mixtral-8x7B-v0.1``, optionally with ``@revision``. Of a
+            repository of GGUF files the id goes on with the kind that is wanted, as in ``org/name:Q4_K_M``.
 
     Raises:
         UserError: There is no such folder, or the hub cannot give it.
@@ -36,20 +43,71 @@ def find_checkpoint(name: str) -> Path:
     here = standing(Path(name))
     if here.exists():
         return here
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", name) or name.startswith((".", "/")):
+    found = _ID.fullmatch(name)
+    if found is None or name.startswith((".", "/")):
         raise UserError(f"{name} does not exist; give the folder of a checkpoint or a hub id such as org/name")
+    repository, kind, revision = found["repository"], found["kind"], found["revision"]
+    if kind is not None:
+        return _find_gguf(name, repository, kind, revision)
+    for weights in _WEIGHTS:
+        folder = _fetch(name, repository, revision, _PLAIN + weights)
+        if any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")):
+            return folder
+    kinds = _listed(repository, revision)
+    if kinds:
+        raise UserError(
+            f"{name} is a repository of GGUF files; name one, as in {repository}:{kinds[0]}: {_said(kinds)}"
+        )
+    return folder
+
+
+def _find_gguf(name: str, repository: str, kind: str, revision: str | None) -> Path:
+    """The file of the kind that is wanted, the first one where the model is several; none of the others is fetched."""
+    spelled = list(dict.fromkeys((kind, kind.upper(), kind.lower())))
+    patterns = [pattern.format(kind=one) for one in spelled for pattern in _KIND]
+    folder = _fetch(name, repository, revision, patterns)
+    files = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.gguf"))]
+    models = models_among(file for file in files if any(fnmatch.fnmatchcase(file, pattern) for pattern in patterns))
+    if len(models) == 1:
+        return folder / models[0][0]
+    if models:
+        raise UserError(
+            f"{name} is {len(models)} models: {_said([files[0] for files in models])}; give the path of one"
+        )
+    kinds = _listed(repository, revision)
+    there = f": it has {_said(kinds)}" if kinds else ""
+    raise UserError(f"{repository} has no GGUF file of kind {kind}{there}")
+
+
+def _fetch(name: str, repository: str, revision: str | None, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
-    repository, _, revision = name.partition("@")
-    for weights in _WEIGHTS:
-        try:
-            folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=_PLAIN + weights))
-        except Exception as error:
-            said = " ".join(str(error).split())[:160]
-            raise UserError(
-                f"{name} is no folder here, and the hub cannot give it ({type(error).__name__}: {said}); check the id "
-                "and the network, or give the folder of a copy"
-            ) from error
-        if any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")):
-            break
-    return folder
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
+    except Exception as error:
+        said = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"{name} is no folder here, and the hub cannot give it ({type(error).__name__}: {said}); check the id "
+            "and the network, or give the folder of a copy"
+        ) from error
+
+
+def _listed(repository: str, revision: str | None) -> list[str]:
+    """What the GGUF files of a repository add to their common name; empty where the hub cannot be asked."""
+    from huggingface_hub import list_repo_files
+
+    try:
+        files = list(list_repo_files(repository, revision=revision))
+    except Exception:  # noqa: BLE001  a better message is all that is lost
+        return []
+    names = [model[0].removesuffix(".gguf") for model in models_among(one for one in files if one.endswith(".gguf"))]
+    return list(dict.fromkeys(_kind_in(name) for name in names))
+
+
+def _kind_in(name: str) -> str:
+    """The kind that a file's name ends with, or that its folder is called."""
+    return name.partition("/")[0] if "/" in name else re.split(r"[-.]", re.sub(r"-\d{5}-of-\d{5}$", "", name))[-1]
+
+
+def _said(names: Sequence[str]) -> str:
+    return ", ".join(names[:12]) + (" and more" if len(names) > 12 else "")

@@ -38,8 +38,13 @@ class Piece(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Size in memory and on disk."""
+        """Size in memory."""
         return self.checkpoint.num_bytes(self.part)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Size on disk."""
+        return self.checkpoint.stored_bytes(self.part)
 
 
 @dataclass
@@ -83,12 +88,13 @@ class WeightPool:
         self.limit = limit_of(budget, spoken_for)
         self._limit_ahead = min(self.limit, int((budget - spoken_for) * _AHEAD_SHARE))
         self._sizes = [sum(piece.num_bytes for piece in group) for group in plan]
-        self._before = [0, *accumulate(self._sizes)]  # bytes of all groups before each
+        self._stored = [sum(piece.stored_bytes for piece in group) for group in plan]
+        self._before = [0, *accumulate(self._stored)]  # bytes on disk of all groups before each
         self.total = self._before[-1]
         self.most = max((self._most(group) for group in range(len(plan))), default=0)  # bytes held at most
         self._on_read = on_read
         self._group = -1
-        self._finished = self._read = 0  # bytes of the groups left behind, and of this one
+        self._finished = self._read = 0  # bytes on disk of the groups left behind, and of this one
         self._held: dict[Piece, _Held] = {}
         self._spare: list[Tensor] = []  # memory of groups left behind, to be used again
         self._reader = ThreadPoolExecutor(1, "moebed-reader")
@@ -169,7 +175,7 @@ class WeightPool:
             if not looked_at:
                 piece.checkpoint.require_finite(piece.part, held.buffer)
             held.checked = True
-            self._count(piece.num_bytes)
+            self._count(piece.stored_bytes)
         return held.buffer
 
     def rows(self, piece: Piece, rows: slice) -> Tensor:
@@ -184,12 +190,12 @@ class WeightPool:
         else:
             found = mapped
             piece.checkpoint.require_finite(part, found)
-        self._count(piece.checkpoint.num_bytes(part))
+        self._count(piece.checkpoint.stored_bytes(part))
         return found
 
     def _count(self, more: int) -> None:
         """Tell how far the reading is; what is read more than once counts once."""
-        self._read = min(self._read + more, self._size(self._group))
+        self._read = min(self._read + more, self._stored[self._group])
         self._on_read(self._finished + self._read)
 
     def _start(self, piece: Piece, group: int) -> None:

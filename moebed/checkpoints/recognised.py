@@ -32,11 +32,9 @@ _WANTED = "moebed reads float32, float16 and bfloat16: get the checkpoint as it 
 
 
 def require_no_other_file(path: Path) -> None:
-    """Raise UserError for a file that is a part of a checkpoint, or a GGUF, where a run's ``.ckpt`` may be given."""
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if magic == b"GGUF":
-        raise UserError(f"{path} is a GGUF file, which moebed does not read; get the model in safetensors")
+    """Raise UserError for a file that is a part of a checkpoint where a run's ``.ckpt`` may be given."""
+    if path.suffix == ".gguf":
+        raise UserError(f"{path} does not begin as GGUF files do; download it again")
     if path.suffix in _PARTS:
         raise UserError(f"{path} is one file of a checkpoint; give the folder that it lies in, with its config.json")
 
@@ -58,8 +56,6 @@ def require_no_adapter(folder: Path) -> None:
 
 def other_folder(folder: Path) -> str | None:
     """What a folder is that has no ``config.json`` or no weights of ours; None where nothing tells."""
-    if found := sorted(path.name for path in folder.glob("*.gguf")):
-        return f"{folder} holds a GGUF file ({found[0]}), which moebed does not read; get the model in safetensors"
     original = sorted(path.name for path in folder.glob("consolidated*"))
     if original or (folder / "params.json").is_file():
         return (

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from moebed.checkpoints.files import MappedEntry, TensorEntry, load_mapped
+from moebed.checkpoints.gguf.header import is_gguf
 from moebed.checkpoints.sharded import entries, is_sharded, read_rest
 from moebed.errors import UserError
 from moebed.model.config import ModelConfig
@@ -17,7 +18,7 @@ from moebed.model.config import ModelConfig
 
 def is_run(path: Path) -> bool:
     """Whether a checkpoint is a run's: a file, or a folder to which ranks wrote their parts."""
-    return path.is_file() or is_sharded(path)
+    return is_sharded(path) or (path.is_file() and not is_gguf(path))
 
 
 def run_folder(checkpoint: Path) -> Path:

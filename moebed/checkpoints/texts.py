@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moebed.checkpoints.gguf.finding import gguf_at
 from moebed.checkpoints.run import is_run, run_folder
 from moebed.errors import ConfigError, UserError
 from moebed.model.config import ModelConfig
@@ -67,13 +68,13 @@ class TextOptions:
 
 
 class CheckpointTokenizer:
-    """The tokenizer that lies beside a checkpoint; code of its own is never run.
+    """The tokenizer that lies beside a checkpoint, or in it; code of its own is never run.
 
     ``encode`` has the special tokens that the tokenizer adds, ``encode_plain`` none; ``prefix_id``, where there is one,
     stands before the first token of a text.
 
     Args:
-        checkpoint: Folder, hub snapshot, or ``.ckpt`` file of a run, whose folder holds the tokenizer.
+        checkpoint: Folder, hub snapshot, GGUF file, or ``.ckpt`` file of a run, whose folder holds the tokenizer.
 
     Raises:
         UserError: There is none, or it cannot be read.
@@ -92,6 +93,12 @@ class CheckpointTokenizer:
             self.encode: Callable[[str], list[int]] = own.encode
             self.encode_plain, self.prefix_id = own.encode, own.eos_id if own.bos_id is None else own.bos_id
             self.decode: Callable[[list[int]], str] = own.decode
+            return
+        if (file := gguf_at(checkpoint)) is not None:
+            from moebed.checkpoints.gguf.tokenizer import GgufTokenizer
+
+            inside = GgufTokenizer(file)
+            self.encode, self._decode = inside.encode, inside.decode
             return
         import transformers
 

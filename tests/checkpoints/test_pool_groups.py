@@ -21,6 +21,9 @@ class _Counted:
         self.asked[part.name] += 1
         return part.rows * part.columns * 4
 
+    def stored_bytes(self, part):
+        return part.rows * part.columns
+
     def dtype(self, part):
         return torch.float32
 
