@@ -11,7 +11,7 @@ from moebed.checkpoints.whole import fill, load_decoder, write_checkpoint
 from moebed.model import hyper_experts
 from moebed.model.decoder import Decoder
 from moebed.model.locality import locality_loss
-from moebed.model.losses import router_stats
+from moebed.model.losses import router_stats, sequence_balancing_loss
 from moebed.model.routers import ROUTERS, RouterSteps
 from moebed.model.spread import whole
 from moebed.parallel.config import ParallelConfig
@@ -50,6 +50,7 @@ def _steps(decoder: Decoder, ids: torch.Tensor, rank: int, world_size: int) -> l
         loss = logits.float().logsumexp(-1).mean()
         for routing in routings:
             loss = loss + routing.router_probs.square().mean()
+            loss = loss + sequence_balancing_loss(routing, mask, len(share))
             loss = loss + sum(asked.mean() for asked in (routing.losses or {}).values())
             coefficient = decoder.config.locality_loss_coef
             loss = loss + coefficient * locality_loss(routing.router_probs, mask, decoder.placement, 0.1)
