@@ -62,7 +62,9 @@ class StepTerms(NamedTuple):
     router_losses: list[dict[str, Tensor]]  # () by name, what a layer asks for beside
     router_sums: list[dict[str, Tensor]]  # (E,) by name, what a layer's losses of the batch are made of
     domain_counts: Tensor | None = None  # (D, E) of each domain in the last MoE layer, where the data ask for it
-    sequence_losses: Sequence[Tensor] = ()  # () load-balancing loss of each sequence by itself; in training alone
+    # In training alone:
+    sequence_losses: Sequence[Tensor] = ()  # () load-balancing loss of each sequence by itself
+    statistics: Sequence[dict[str, Tensor]] = ()  # by name, what a router adapts to beside its load
 
 
 class MoEModule(LightningModule):
@@ -253,7 +255,7 @@ class MoEModule(LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Routers learn which optimizer step this is part of; the log of the one before is closed."""
-        self._router_steps.begin(self.global_step, self.global_rank)
+        self._router_steps.begin(self.global_step, self.global_rank, self.trainer.world_size)
         if self._begins_step:
             self._begins_step = False
             self._step_log.clear()
@@ -271,7 +273,7 @@ class MoEModule(LightningModule):
         self._note("bits_per_byte", bits_per_byte(nats, batch["label_bytes"].sum()))
         self._note("learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
         total = loss + self._balancing_losses(terms) + self._router_losses(terms) + self._batch_losses(terms)
-        self._router_steps.add(terms.counts, tokens)
+        self._router_steps.add(terms.counts, tokens, terms.statistics)
         if terms.domain_counts is not None:
             self._mixing.add(terms.domain_counts)
         self.not_finite.watch(total, terms.z_losses)
@@ -301,12 +303,17 @@ class MoEModule(LightningModule):
             [layer.sums for layer in stats],
             None if domain is None else domain_counts(routings[-1], mask, domain, domains),
             self._sequence_losses(routings, mask, len(input_ids)) if self.training else (),
+            self._statistics(routings, mask) if self.training else (),
         )
 
     def _sequence_losses(self, routings: Sequence[Routing], mask: Tensor, num_sequences: int) -> list[Tensor]:
         """Of each layer; where they are not the loss, only the log asks for them, without a gradient."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.router_aux_loss_scope == "sequence"):
             return [sequence_balancing_loss(routing, mask, num_sequences) for routing in routings]
+
+    def _statistics(self, routings: Sequence[Routing], mask: Tensor) -> list[dict[str, Tensor]]:
+        routers = self.decoder.routers
+        return [router.statistics(routing, mask) for router, routing in zip(routers, routings, strict=True)]
 
     def _balancing_losses(self, terms: StepTerms) -> Tensor:
         """Weighted sum of the balancing losses, each a mean over the MoE layers; logs them unweighted."""

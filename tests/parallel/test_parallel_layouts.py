@@ -1,6 +1,7 @@
 """Layouts of a decoder over two ranks: values, gradients and initial weights are those of one process."""
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -39,27 +40,37 @@ RANKS = {"expert_ranks": 2, "router_options": {"d_low": 8, "competition_rate": 1
 
 
 def _steps(decoder: Decoder, ids: torch.Tensor, rank: int, world_size: int) -> list[float]:
-    """Two optimizer steps with clipping on this rank's share of the sequences: loss and norm of each, then weights."""
+    """Two optimizer steps with clipping on this rank's share of the sequences: loss and norm of each, then weights.
+
+    Routers adapt after each, to what all ranks counted.
+    """
     optimizer = build_adamw(decoder, OptimizerConfig(learning_rate=0.05))
     routers, found = RouterSteps(decoder.routers), []
     for step in range(2):
         share = ids.chunk(world_size)[rank]
-        routers.begin(step, rank)
+        routers.begin(step, rank, world_size)
         logits, routings = decoder(share, domain=(share[:, :1] + torch.arange(share.shape[1]) // 5) % 2)
         mask = torch.ones(share.numel(), dtype=torch.bool)
         loss = logits.float().logsumexp(-1).mean()
         for routing in routings:
             loss = loss + routing.router_probs.square().mean()
-            loss = loss + sequence_balancing_loss(routing, mask, len(share))
+            if decoder.config.router_aux_loss_scope == "sequence":
+                loss = loss + sequence_balancing_loss(routing, mask, len(share))
             loss = loss + sum(asked.mean() for asked in (routing.losses or {}).values())
             coefficient = decoder.config.locality_loss_coef
             loss = loss + coefficient * locality_loss(routing.router_probs, mask, decoder.placement, 0.1)
-        sums = [router_stats(routing, mask).sums for routing in routings]
+        layers = [router_stats(routing, mask) for routing in routings]
+        asked = zip(decoder.routers, routings, strict=True)
+        statistics = [router.statistics(routing, mask) for router, routing in asked]
+        routers.add([layer.counts for layer in layers], mask.sum(), statistics)
+        sums = [layer.sums for layer in layers]
         if world_size > 1 and any(sums):
             sums = BatchSums().of_all(sums)
         for router, layer in zip(decoder.routers, sums, strict=True):
             loss = loss + sum(router.batch_losses(layer).values())
         loss.backward()
+        with mock.patch("torch.distributed.is_initialized", return_value=world_size > 1):
+            routers.end()
         norm = gradient_norm(decoder.parameters())
         scale_gradients(decoder.parameters(), (0.5 / norm).clamp(max=1.0))
         optimizer.step()
@@ -92,6 +103,12 @@ def _work(rank: int, world_size: int, options: dict, changes: dict, meta: bool) 
         # In norm: where a gradient is nearly 0, Adam's step has the size of the others whatever its sign.
         difference = torch.dist(whole(parameter.detach()), wanted[name].detach())
         assert difference < 1e-4 * wanted[name].norm(), (name, float(difference / wanted[name].norm()))
+    state = dict(alone.named_buffers())
+    for name, buffer in spread.named_buffers():
+        torch.testing.assert_close(buffer, state[name], rtol=1e-4, atol=1e-5, msg=name)
+    if any(router.adaptive for router in alone.routers):
+        fresh = Decoder(config).named_buffers()
+        assert any(not torch.equal(state[name], buffer) for name, buffer in fresh)
 
 
 @pytest.mark.parametrize(
@@ -106,6 +123,11 @@ def _work(rank: int, world_size: int, options: dict, changes: dict, meta: bool) 
         ({}, {"weight_diversity_loss_coef": 1.0, "output_diversity_loss_coef": 1.0}, True),
         ({"expert": 2}, {"weight_diversity_loss_coef": 1.0, "output_diversity_loss_coef": 1.0}, True),
         *(
+            ({**layout, "shard": shard}, {"router_aux_loss_scope": "sequence"}, shard)
+            for layout in ({}, {"expert": 2})
+            for shard in (True, False)
+        ),
+        *(
             (layout, {**RANKS, "router": router, "locality_loss_coef": local}, True)
             for layout in ({}, {"expert": 2})
             for router, local in (*((name, 0.0) for name in ROUTERS), ("softmax_topk", 1.0), ("grap", 1.0))
@@ -113,7 +135,7 @@ def _work(rank: int, world_size: int, options: dict, changes: dict, meta: bool) 
         *(
             ({"shard": False}, {**RANKS, "router": name}, False)
             for name, router in ROUTERS.items()
-            if router.needs_context
+            if router.needs_context or router.adaptive
         ),
     ],
 )

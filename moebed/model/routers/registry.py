@@ -13,16 +13,23 @@ from moebed.model.routers.competition import CompeteSMoE, CompeteSMoEv2, ExpertN
 from moebed.model.routers.contract import Router
 from moebed.model.routers.controls import Balanced, FactorisedGate, FrozenGate, Hash
 from moebed.model.routers.grap import GrAP
+from moebed.model.routers.kmeans import KMeans
 from moebed.model.routers.locmoe_plus import LocMoEPlus
 from moebed.model.routers.noisy import NoisyTopK
+from moebed.model.routers.quantile import Quantile
 from moebed.model.routers.reference import AntiOracle, Oracle, OracleHash
 from moebed.model.routers.relu import ReLU
 from moebed.model.routers.sigmoid import SigmoidTopK
 from moebed.model.routers.softmax import SoftmaxTopK
+from moebed.model.routers.threshold import ExpertChoice, Threshold
 
 ROUTERS: dict[str, type[Router]] = {
     "softmax_topk": SoftmaxTopK,
     "sigmoid_topk": SigmoidTopK,
+    "quantile": Quantile,
+    "threshold": Threshold,
+    "expert_choice": ExpertChoice,
+    "kmeans": KMeans,
     "expert_norm": ExpertNorm,
     "competesmoe": CompeteSMoE,
     "competesmoe_v2": CompeteSMoEv2,
