@@ -90,7 +90,7 @@ def test_quantile_weighs_by_the_score_alone():
     torch.testing.assert_close(routing.topk_weight, logits.softmax(-1)[:, [0, 3]])
 
 
-@pytest.mark.parametrize(("rate", "most"), [(1.0, 3), (0.5, 9), (0.25, 18)])
+@pytest.mark.parametrize(("rate", "most"), [(1.0, 3), (0.5, 8), (0.25, 16)])
 @pytest.mark.parametrize(("experts", "chosen"), [(4, 1), (8, 1), (8, 2), (64, 8)])
 def test_quantile_evens_out_what_a_gate_makes_uneven_at_any_rate(rate, most, experts, chosen):
     """On fresh tokens each time, of experts of which some are far more likely; the smaller the rate, the later."""
