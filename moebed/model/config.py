@@ -98,6 +98,18 @@ class ModelConfig:
             passes; 0 turns it off. It takes each output by itself, which costs memory.
         weight_diversity_loss_coef: Coefficient of the mean squared cosine between the experts' mean neurons; 0 turns
             it off.
+        output_orthogonality_loss_coef: Coefficient of the squared length of each of a token's expert outputs within
+            what its others span (2505.22323); 0 turns it off. It takes each output by itself, and grows with them.
+        probability_variance_loss_coef: Coefficient of the negative variance over the experts of a token's router
+            probabilities, which makes the router decide (2505.22323); 0 turns it off.
+        router_orthogonality_loss_coef: Coefficient of a loss that keeps gate embeddings at right angles; 0 turns it
+            off.
+        router_orthogonality: Which one: ernie, the mean squared cosine (ERNIE 4.5), or simbal, which pulls their
+            lengths to 1 as well, and with which they begin orthogonal (SimBal).
+        router_coupling_loss_coef: Coefficient of the expert-router coupling loss (ERC): each expert is to answer to its
+            own gate embedding more than to others, and more than others do; 0 turns it off.
+        router_coupling_alpha: Share of its answer to its own embedding that an expert's answers to others may reach.
+        router_coupling_gradient: Whether that loss moves the gate embeddings too; else it moves the experts alone.
         locality_loss_coef: Coefficient of the locality loss, which keeps the tokens of a rank on the experts of its
             node; 0 turns it off (see moebed.model.locality).
         locality_epsilon: Share of a rank's tokens that the locality loss leaves to other nodes; above 0 and below 1.
@@ -156,6 +168,13 @@ class ModelConfig:
     router_z_loss_coef: float = 0.0
     output_diversity_loss_coef: float = 0.0
     weight_diversity_loss_coef: float = 0.0
+    output_orthogonality_loss_coef: float = 0.0
+    probability_variance_loss_coef: float = 0.0
+    router_orthogonality_loss_coef: float = 0.0
+    router_orthogonality: Literal["ernie", "simbal"] = "ernie"
+    router_coupling_loss_coef: float = 0.0
+    router_coupling_alpha: float = 1.0
+    router_coupling_gradient: bool = False
     locality_loss_coef: float = 0.0
     locality_epsilon: float = 0.1
     expert_ranks: int = 1
@@ -219,6 +238,11 @@ class ModelConfig:
             "router_z_loss_coef",
             "output_diversity_loss_coef",
             "weight_diversity_loss_coef",
+            "output_orthogonality_loss_coef",
+            "probability_variance_loss_coef",
+            "router_orthogonality_loss_coef",
+            "router_coupling_loss_coef",
+            "router_coupling_alpha",
             "locality_loss_coef",
             "initializer_range",
         ):
@@ -250,11 +274,11 @@ class ModelConfig:
             self.experts_backend not in rule.experts_class.kernels_alone or rule.experts_class.has_kernel(),
             f"experts_backend {self.experts_backend} has no kernel for the experts of router {self.router}; use auto",
         )
-        self._require(
-            rule.fixed_top_k or not self.output_diversity_loss_coef,
-            f"output_diversity_loss_coef compares the K experts of a token, but router {self.router} has no fixed K; "
-            "set it to 0",
-        )
+        for name in ("output_diversity_loss_coef", "output_orthogonality_loss_coef"):
+            self._require(
+                rule.fixed_top_k or not getattr(self, name),
+                f"{name} compares the K experts of a token, but router {self.router} has no fixed K; set it to 0",
+            )
 
     @property
     def _rule(self) -> Any:
@@ -386,10 +410,14 @@ class ModelConfig:
 
     @property
     def diversity_losses(self) -> dict[str, float]:
-        """Coefficients of the diversity losses, by name."""
+        """Coefficients of the losses that keep experts and gate embeddings apart, or together, by name."""
         return {
             "output_diversity": self.output_diversity_loss_coef,
             "weight_diversity": self.weight_diversity_loss_coef,
+            "output_orthogonality": self.output_orthogonality_loss_coef,
+            "probability_variance": self.probability_variance_loss_coef,
+            "router_orthogonality": self.router_orthogonality_loss_coef,
+            "router_coupling": self.router_coupling_loss_coef,
         }
 
     @property

@@ -36,6 +36,13 @@ HYPER = {
     "shared_equal_flops": {"hyper_experts": {**SIZES, "adapters": "shared_equal_flops"}},
 }
 # Where the two ranks are told apart: experts on either, and what routers draw.
+APART = {
+    "output_orthogonality_loss_coef": 1.0,
+    "probability_variance_loss_coef": 1.0,
+    "router_orthogonality_loss_coef": 1.0,
+    "router_coupling_loss_coef": 1.0,
+    "router_coupling_gradient": True,
+}
 RANKS = {"expert_ranks": 2, "router_options": {"d_low": 8, "competition_rate": 1.0, "jitter": 0.1, "num_domains": 2}}
 
 
@@ -123,6 +130,11 @@ def _work(rank: int, world_size: int, options: dict, changes: dict, meta: bool) 
         ({}, {"weight_diversity_loss_coef": 1.0, "output_diversity_loss_coef": 1.0}, True),
         ({"expert": 2}, {"weight_diversity_loss_coef": 1.0, "output_diversity_loss_coef": 1.0}, True),
         *(
+            ({**layout, "shard": shard}, {**APART, "router_orthogonality": kind}, shard)
+            for layout in ({}, {"expert": 2})
+            for shard, kind in ((True, "simbal"), (False, "ernie"))
+        ),
+        *(
             ({**layout, "shard": shard}, {"router_aux_loss_scope": "sequence"}, shard)
             for layout in ({}, {"expert": 2})
             for shard in (True, False)
@@ -167,6 +179,31 @@ def _uneven(rank: int, world_size: int) -> None:
         assert grad is not None
         norms = whole(grad).flatten(1).norm(dim=1)
         assert int((norms > 0).sum()) == 1
+
+
+def _narrow(rank: int, world_size: int) -> None:
+    """Where experts are gathered in bfloat16, routers are laid out by themselves, in float32."""
+    config = tiny_config(router_orthogonality_loss_coef=1.0, router_orthogonality="simbal")
+    ids = torch.randint(0, 96, (2, 24), generator=torch.Generator().manual_seed(1))
+    models = []
+    for spread in (False, True):
+        torch.manual_seed(5)
+        decoder = Decoder(config)
+        with torch.no_grad():
+            for router in decoder.routers:
+                router.weight.add_(0.1)
+        if spread:
+            Layout(ParallelConfig(gather_dtype="bfloat16"), world_size, "cpu").apply(decoder, torch.device("cpu"))
+        losses = [routing.losses["router_orthogonality"].mean() for routing in decoder(ids).routings]
+        sum(losses).backward()
+        gradients = [whole(router.weight.grad) for router in decoder.routers]
+        models.append([*(loss.detach() for loss in losses), *gradients])
+    for one, other in zip(*models, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_losses_on_gate_embeddings_see_them_whole():
+    call(_narrow, 2)
 
 
 def test_a_rank_without_tokens():

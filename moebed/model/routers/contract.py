@@ -75,6 +75,7 @@ class Router(Float32Buffers):
     other_teacher = False
     # Whose tokens these are, set before begin_step: the number of the micro-batch within the optimizer step, and of the
     # rank, whose tokens follow those of the ranks before it, and how many ranks there are.
+    step: int | Tensor = 0  # the optimizer step; a tensor, so that a compiled pass is not compiled anew for each
     micro_batch = 0
     rank = 0
     ranks = 1
@@ -132,6 +133,11 @@ class Router(Float32Buffers):
     def gate(self) -> Tensor | None:
         """Gate embeddings W_g (E, H), where the logits are x W_gᵀ; None otherwise."""
         return None
+
+    def gate_copy(self) -> Tensor | None:
+        """The same in float32, a copy for losses to look at: ranks that share a router have it whole within a call."""
+        gate = self.gate()
+        return None if gate is None else gate.to(torch.float32, copy=True)
 
     def build_experts(self, config: ModelConfig, layer: LayerConfig) -> Experts:
         """The experts of its layer."""

@@ -129,6 +129,12 @@ def untaught(config: ModelConfig) -> str | None:
 def cautions(config: ModelConfig) -> list[str]:
     """What a person should know of a config's router before it is trained."""
     said = [untaught(config), ROUTERS[config.router].caution(config)]
+    if config.moe_layers and all(config.layer(index).num_experts_per_tok == 1 for index in config.moe_layers):
+        said += [
+            f"{name} compares a token's experts with each other, but num_experts_per_tok is 1: the loss is 0"
+            for name in ("output_diversity_loss_coef", "output_orthogonality_loss_coef")
+            if getattr(config, name)
+        ]
     if config.locality_loss_coef and config.expert_ranks == config.ranks_per_node:
         said.append(
             f"locality_loss_coef is {config.locality_loss_coef:g}, but expert_ranks {config.expert_ranks} with "

@@ -35,7 +35,9 @@ class RouterSteps:
         """A micro-batch of an optimizer step begins on this rank, one of so many."""
         self._micro_batch = self._micro_batch + 1 if step == self._step else 0
         self._step = step
+        number = torch.tensor(step)
         for router in self._routers:
+            router.step = number
             router.micro_batch, router.rank, router.ranks = self._micro_batch, rank, ranks
             router.begin_step(step)
 
