@@ -141,11 +141,10 @@ def test_a_pilot_runs_few_and_says_what_more_take(tmp_path, capsys):
             "sequence_length": 16,
             "batch_size": 4,
             "max_validation_windows": 8,
-            "sources": [{"name": "d", "kind": "planted", "planted": {"domains": 1, "max_bytes": 20_000}}],
+            "sources": [{"name": "d", "kind": "planted", "max_bytes": 200_000, "planted": {"domains": 1}}],
             "cache_dir": str(tmp_path / "cache"),
         },
     }
-    base["data"]["sources"][0] = {"name": "d", "kind": "planted", "max_bytes": 20_000, "planted": {"domains": 1}}
     base["model"]["config"] |= {"num_experts": 4, "moe_intermediate_size": 16}
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
     arms = {"topk": {}, "wide": {"model.config.moe_intermediate_size": 32}, "random": {"model.config.router": "random"}}
