@@ -14,6 +14,11 @@ _COEFFICIENTS = (
     "router_z_loss_coef",
     "output_diversity_loss_coef",
     "weight_diversity_loss_coef",
+    "output_orthogonality_loss_coef",
+    "probability_variance_loss_coef",
+    "router_orthogonality_loss_coef",
+    "router_coupling_loss_coef",
+    "router_coupling_alpha",
     "locality_loss_coef",
     "initializer_range",
 )

@@ -90,12 +90,25 @@ class ModelConfig:
             if not given, as in the router's paper.
         router_aux_loss_coef: Coefficient of the load-balancing loss; 0 turns it off.
         router_aux_loss_scope: Tokens over which the load-balancing loss counts assignments: micro (one forward pass
-            of one rank) or global (summed over data-parallel ranks and over the accumulation steps so far).
+            of one rank), global (summed over data-parallel ranks and over the accumulation steps so far) or sequence
+            (each sequence is to be balanced by itself, which leaves no room to specialise by domain).
         router_z_loss_coef: Coefficient of the router z-loss; 0 turns it off.
         output_diversity_loss_coef: Coefficient of the mean cosine between the outputs of the experts that a token
             passes; 0 turns it off. It takes each output by itself, which costs memory.
         weight_diversity_loss_coef: Coefficient of the mean squared cosine between the experts' mean neurons; 0 turns
             it off.
+        output_orthogonality_loss_coef: Coefficient of the squared length of each of a token's expert outputs within
+            what its others span (2505.22323); 0 turns it off. It takes each output by itself, and grows with them.
+        probability_variance_loss_coef: Coefficient of the negative variance over the experts of a token's router
+            probabilities, which makes the router decide (2505.22323); 0 turns it off.
+        router_orthogonality_loss_coef: Coefficient of a loss that keeps gate embeddings at right angles; 0 turns it
+            off.
+        router_orthogonality: Which one: ernie, the mean squared cosine (ERNIE 4.5), or simbal, which pulls their
+            lengths to 1 as well, and with which they begin orthogonal (SimBal).
+        router_coupling_loss_coef: Coefficient of the expert-router coupling loss (ERC): each expert is to answer to its
+            own gate embedding more than to others, and more than others do; 0 turns it off.
+        router_coupling_alpha: Share of its answer to its own embedding that an expert's answers to others may reach.
+        router_coupling_gradient: Whether that loss moves the gate embeddings too; else it moves the experts alone.
         locality_loss_coef: Coefficient of the locality loss, which keeps the tokens of a rank on the experts of its
             node; 0 turns it off (see moebed.model.locality).
         locality_epsilon: Share of a rank's tokens that the locality loss leaves to other nodes; above 0 and below 1.
@@ -154,10 +167,17 @@ class ModelConfig:
     router_options: RouterOptions = field(default_factory=dict)  # type: ignore[assignment]
     norm_topk_prob: bool | None = None
     router_aux_loss_coef: float = 0.01
-    router_aux_loss_scope: Literal["micro", "global"] = "micro"
+    router_aux_loss_scope: Literal["micro", "global", "sequence"] = "micro"
     router_z_loss_coef: float = 0.0
     output_diversity_loss_coef: float = 0.0
     weight_diversity_loss_coef: float = 0.0
+    output_orthogonality_loss_coef: float = 0.0
+    probability_variance_loss_coef: float = 0.0
+    router_orthogonality_loss_coef: float = 0.0
+    router_orthogonality: Literal["ernie", "simbal"] = "ernie"
+    router_coupling_loss_coef: float = 0.0
+    router_coupling_alpha: float = 1.0
+    router_coupling_gradient: bool = False
     locality_loss_coef: float = 0.0
     locality_epsilon: float = 0.1
     expert_ranks: int = 1
@@ -231,11 +251,11 @@ class ModelConfig:
             self.experts_backend not in rule.experts_class.kernels_alone or rule.experts_class.has_kernel(),
             f"experts_backend {self.experts_backend} has no kernel for the experts of router {self.router}; use auto",
         )
-        require(
-            rule.fixed_top_k or not self.output_diversity_loss_coef,
-            f"output_diversity_loss_coef compares the K experts of a token, but router {self.router} has no fixed K; "
-            "set it to 0",
-        )
+        for name in ("output_diversity_loss_coef", "output_orthogonality_loss_coef"):
+            require(
+                rule.fixed_top_k or not getattr(self, name),
+                f"{name} compares the K experts of a token, but router {self.router} has no fixed K; set it to 0",
+            )
 
     @property
     def _rule(self) -> Any:
@@ -330,10 +350,14 @@ class ModelConfig:
 
     @property
     def diversity_losses(self) -> dict[str, float]:
-        """Coefficients of the diversity losses, by name."""
+        """Coefficients of the losses that keep experts and gate embeddings apart, or together, by name."""
         return {
             "output_diversity": self.output_diversity_loss_coef,
             "weight_diversity": self.weight_diversity_loss_coef,
+            "output_orthogonality": self.output_orthogonality_loss_coef,
+            "probability_variance": self.probability_variance_loss_coef,
+            "router_orthogonality": self.router_orthogonality_loss_coef,
+            "router_coupling": self.router_coupling_loss_coef,
         }
 
     @property

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moebed.errors import UserError
+from moebed.errors import ConfigError, UserError
 from moebed.machine.float32 import exact_products
 from moebed.model.attention import Attention, KVCache, RMSNorm
 from moebed.model.config import LayerConfig, ModelConfig
@@ -24,8 +24,17 @@ from moebed.model.fused import ACTIVATIONS
 from moebed.model.hyper_experts import AdapterGenerator, build_adapters, build_generator
 from moebed.model.locality import Placement
 from moebed.model.losses import output_similarity, weight_similarity
+from moebed.model.orthogonality import (
+    coupling_loss,
+    gram_distance,
+    negative_variance,
+    perturbed,
+    projections,
+    squared_cosines,
+)
 from moebed.model.rope import Rope, RotaryEmbedding
 from moebed.model.routers import Router, Routing, TokenContext, build_router
+from moebed.model.routers.controls import uniform_numbers
 
 
 class DecoderOutput(NamedTuple):
@@ -64,7 +73,24 @@ class MoE(nn.Module):
             if config.shared_expert_gate:
                 self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
         self.hyper_experts = build_adapters(config, layer, generator)
+        self.config, self.index = config, layer.index
         self.diversity_losses = frozenset(name for name, coefficient in config.diversity_losses.items() if coefficient)
+        self._check_gate()
+
+    def _check_gate(self) -> None:
+        """Refuse losses on gate embeddings that the router has not; SimBal's begin orthogonal."""
+        asked = self.diversity_losses & {"router_orthogonality", "router_coupling"}
+        if not asked:
+            return
+        if self.router.gate() is None:
+            raise ConfigError(
+                f"model config: {min(asked)}_loss_coef is of gate embeddings, but router {self.config.router} has "
+                "none; set it to 0"
+            )
+        if "router_orthogonality" in asked and self.config.router_orthogonality == "simbal":
+            for parameter in self.router.parameters():
+                if parameter.ndim == 2:
+                    parameter.draw = nn.init.orthogonal_  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor, context: TokenContext | None = None) -> tuple[Tensor, Routing]:
         """Tokens x (T, H) of which a context (T,) is known -> outputs (T, H) and the router's decisions."""
@@ -75,16 +101,40 @@ class MoE(nn.Module):
         return self.combine(x, routing, outputs), routing.without_precomputed()
 
     def _with_diversity(self, x: Tensor, routing: Routing, outputs: Tensor | None) -> tuple[Routing, Tensor | None]:
-        """The routing with the diversity losses that are on, and the outputs (T, K, H) that one of them looks at."""
-        losses = dict(routing.losses or {})
-        if "weight_diversity" in self.diversity_losses:
-            # Here, not from outside, since only here are a sharded layer's weights whole.
-            losses["weight_diversity"] = weight_similarity(list(self.experts.mean_neurons().values())).expand(len(x))
-        if "output_diversity" in self.diversity_losses:
-            if outputs is None:
-                outputs = self.experts.each(x, routing.topk_index, routing.precomputed)
+        """The routing with the losses that are on, and the outputs (T, K, H) that some of them look at."""
+        asked, losses = self.diversity_losses, dict(routing.losses or {})
+        losses |= {name: value.expand(len(x)) for name, value in self._parameter_losses().items()}
+        if "probability_variance" in asked:
+            losses["probability_variance"] = negative_variance(routing.router_probs)
+        if asked & {"output_diversity", "output_orthogonality"} and outputs is None:
+            outputs = self.experts.each(x, routing.topk_index, routing.precomputed)
+        if "output_diversity" in asked:
+            assert outputs is not None
             losses["output_diversity"] = output_similarity(outputs)
+        if "output_orthogonality" in asked:
+            assert outputs is not None
+            losses["output_orthogonality"] = projections(outputs)
         return routing._replace(losses=losses), outputs
+
+    def _parameter_losses(self) -> dict[str, Tensor]:
+        """Those () of parameters alone; here, not from outside, since only here are a sharded layer's weights whole."""
+        asked, losses = self.diversity_losses, {}
+        gate = self.router.gate_copy() if asked & {"router_orthogonality", "router_coupling"} else None
+        if "weight_diversity" in asked:
+            losses["weight_diversity"] = weight_similarity(list(self.experts.mean_neurons().values()))
+        if "router_orthogonality" in asked:
+            assert gate is not None
+            losses["router_orthogonality"] = (
+                gram_distance(gate) if self.config.router_orthogonality == "simbal" else squared_cosines(gate)
+            )
+        if "router_coupling" in asked:
+            assert gate is not None
+            # Of the step and the layer, so that all ranks and a recomputed pass draw the same.
+            uniform = uniform_numbers((self.index, self.router.step), gate.shape, gate.device)
+            asking = perturbed(gate if self.config.router_coupling_gradient else gate.detach(), uniform)
+            answers = self.experts.responses(asking)
+            losses["router_coupling"] = coupling_loss(answers, self.config.router_coupling_alpha)
+        return losses
 
     def combine(self, x: Tensor, routing: Routing, outputs: Tensor | None = None) -> Tensor:
         """Outputs (T, H) for tokens x (T, H) that are routed already; from the chosen experts' (T, K, H), if given."""

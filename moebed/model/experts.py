@@ -26,6 +26,7 @@ from moebed.model.grouped import (
     sort_by_expert,
     to_slots,
 )
+from moebed.model.orthogonality import responses
 from moebed.model.routing import Routing
 
 # Rows in segments, and matrices (E, B, A) of all experts -> each row's product with its own expert's.
@@ -146,6 +147,11 @@ class Experts(nn.Module):
         if self.exchange is None:
             return means
         return {name: self.exchange.of_all(mean) for name, mean in means.items()}
+
+    def responses(self, vectors: Tensor) -> Tensor:
+        """How strongly each expert's ``gate`` answers to each of some vectors (N, H): lengths (E, N) float32."""
+        found = responses(vectors, self.matrix("gate"))
+        return found if self.exchange is None else self.exchange.of_all(found)
 
     def matrix(self, name: str) -> Tensor:
         """One matrix of all experts here: ``gate`` and ``up`` (E, F, H), ``down`` (E, H, F); a view, not a copy."""

@@ -107,6 +107,8 @@ def flops_per_token(config: ModelConfig, sequence_length: int, training: bool = 
     matrices = active - norms - (0 if config.tie_word_embeddings else config.vocab_size * hidden)
     keys = sequence_length / 2 if config.sliding_window is None else min(sequence_length / 2, config.sliding_window)
     attention = 4 * keys * config.num_attention_heads * config.head_dim * config.num_hidden_layers
+    rule = ROUTERS[config.router]
+    matrices += sum(rule.other_products(config, config.layer(index)) for index in config.moe_layers)
     return int(2 * matrices + attention)
 
 

@@ -128,6 +128,27 @@ def load_balancing_loss(mean_probs: Tensor, counts: Tensor) -> Tensor:
     return len(counts) * (counts / counts.sum().clamp(min=1) * mean_probs).sum()
 
 
+def sequence_balancing_loss(routing: Routing, token_mask: Tensor, num_sequences: int) -> Tensor:
+    """The load-balancing loss of each sequence by itself, mean over sequences; () float32.
+
+    As DeepSeek's ``seq_aux``, Megatron-LM's ``seq_aux_loss`` and OLMo-core's ``instance`` have it, but that sequences
+    weigh as many tokens as they have. Less the loss of all of them together it is E · Σ_i Cov(f_i, P_i) over sequences,
+    where each has as many assignments as the others: what specialisation by sequence costs under this scope alone.
+
+    Args:
+        routing: Of one layer.
+        token_mask: (T,) bool, tokens that count.
+        num_sequences: B, which lie one after another.
+    """
+    mask = token_mask.view(num_sequences, -1)
+    one_by_one = torch.arange(num_sequences, device=mask.device)
+    counts = domain_counts(routing, token_mask, one_by_one, num_sequences)  # (B, E)
+    probs = routing.router_probs.view(*mask.shape, -1)
+    sums = (mask.unsqueeze(-1) * probs).sum(dim=1)  # (B, E), of probabilities
+    each = (counts / counts.sum(dim=1, keepdim=True).clamp(min=1) * sums).sum(dim=1)  # Σ f_i P_i, times the tokens
+    return counts.shape[1] * each.sum() / mask.sum().clamp(min=1)
+
+
 def squared_variation(values: Tensor) -> Tensor:
     """The squared coefficient of variation of values (E,), () float32: unbiased variance over squared mean.
 

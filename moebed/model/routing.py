@@ -51,6 +51,9 @@ class Routing(NamedTuple):
     # By name, (T, E): what the router's losses of a batch need of each token and expert; summed over the tokens of a
     # batch it goes to Router.batch_losses.
     sums: dict[str, Tensor] | None = None
+    statistics: dict[str, Tensor] | None = (
+        None  # by name, of all tokens together and without a gradient: Router.statistics
+    )
 
     @property
     def assigned(self) -> Tensor:
@@ -61,3 +64,21 @@ class Routing(NamedTuple):
         """The routing without what the experts alone need, so that keeping it holds no memory of their size."""
         # Not _replace, through which torch 2.11's compiler loses the class.
         return Routing(*self[:4], None, *self[5:])
+
+
+def ragged(logits: Tensor, probs: Tensor, weights: Tensor, training: bool) -> Routing:
+    """The decision of a router that gives each token to any number of experts: those of which its weight is not 0.
+
+    There are as many columns as the busiest token needs, or E in evaluation and in a graph, whose shapes are static.
+
+    Args:
+        logits: (T, E).
+        probs: (T, E).
+        weights: (T, E) as applied to every expert's output.
+        training: Whether it is of a training step.
+    """
+    weight, index = weights.sort(dim=-1, descending=True, stable=True)
+    if training and not torch.compiler.is_compiling():
+        columns = max(1, int((weight > 0).any(dim=0).sum()))
+        weight, index = weight[:, :columns], index[:, :columns]
+    return Routing(logits, probs, index, weight, ragged=True)

@@ -57,15 +57,21 @@ class TokenExchange:
         rank = torch.where(routing.assigned, routing.topk_index // own, self.size)  # (T, K)
         at_rank = rank.unsqueeze(2) == torch.arange(self.size, device=x.device)  # (T, K, X)
         goes = at_rank.any(1)  # (T, X)
-        counts = torch.stack([goes.sum(0), at_rank.sum((0, 1))], dim=1)  # (X, 2) trips, and assignments of them
+        columns = torch.full_like(goes[0], top_k, dtype=torch.int64)
+        counts = torch.stack([goes.sum(0), at_rank.sum((0, 1)), columns], dim=1)  # (X, 3) trips, assignments, K
         received = self._swap(counts, None, None)  # the same from each rank
         # The one moment at which this rank waits for its device.
         leaving, coming = torch.stack([counts, received]).tolist()
-        outward, inward = [trips for trips, _ in leaving], [trips for trips, _ in coming]
+        outward, inward = [trips for trips, *_ in leaving], [trips for trips, *_ in coming]
+        # As many columns as the busiest token of any rank has experts, where their number differs.
+        more = (0, max(columns for *_, columns in coming) - top_k)
+        top_k += more[1]
+        rank, weights = F.pad(rank, more, value=self.size), F.pad(routing.topk_weight, more)  # (T, K)
         trips = Slots.of(goes.T, sum(outward))
         goes_to, token = trips.order // len(x), trips.order % len(x)  # (N,)
         is_there = rank.index_select(0, token) == goes_to.unsqueeze(1)  # (N, K)
-        index = torch.where(is_there, routing.topk_index.index_select(0, token) - own * goes_to.unsqueeze(1), -1)
+        chosen_there = F.pad(routing.topk_index, more).index_select(0, token) - own * goes_to.unsqueeze(1)
+        index = torch.where(is_there, chosen_there, -1)
 
         def send(rows: Tensor, back: bool = False) -> Tensor:
             splits = (outward, inward) if back else (inward, outward)
@@ -73,11 +79,11 @@ class TokenExchange:
 
         travelling = Slots(token, trips.slot.T.sort(dim=1).values[:, : min(top_k, self.size)])
         rows = send(travelling.spread(x.to(compute_dtype(x))))  # (N, H) of this rank's experts
-        weight = send(routing.topk_weight.index_select(0, token) * is_there)  # (N, K)
+        weight = send(weights.index_select(0, token) * is_there)  # (N, K)
         index = self._swap(index.int(), inward, outward)  # (N, K)
 
         def finish() -> Tensor:
-            assigned = sum(number for _, number in coming)
+            assigned = sum(number for _, number, _ in coming)
             # Where nothing came, a row of weight 0: the experts then have a gradient here as on other ranks.
             absent = (0, 0, 0, 0 if assigned else 1)
             given, scales, chosen = F.pad(rows, absent), F.pad(weight, absent).flatten(), F.pad(index, absent)

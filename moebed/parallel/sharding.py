@@ -82,9 +82,11 @@ class Layout:
                     # Not the axis that ranks of `expert` split.
                     shard_placement_fn=lambda parameter: Shard(1),
                 )
-                register_fsdp_forward_method(block.mlp.experts, "mean_neurons")
+                for method in ("mean_neurons", "responses"):
+                    register_fsdp_forward_method(block.mlp.experts, method)
                 if narrow is not None:
                     fully_shard(block.mlp.router, mesh=self.for_all_else, mp_policy=wide, reshard_after_forward=again)
+                    register_fsdp_forward_method(block.mlp.router, "gate_copy")
             fully_shard(block, mesh=self.for_all_else, mp_policy=policy, reshard_after_forward=again)
         _materialise(decoder, decoder, "", device)
         fully_shard(decoder, mesh=self.for_all_else, mp_policy=policy)

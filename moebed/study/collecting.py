@@ -74,6 +74,7 @@ def _read_run(run: Run, arm: Arm, out: Path) -> dict[str, Any]:
         "guessing_loss": guessing,
         "curve": _validation_curve(curves),
         "tokens_per_second": _median(curves.get("train/tokens_per_second")),
+        "seconds": (read_json(status_path(out, run.name, "json")) or {}).get("seconds"),
         "headlines": _headlines(load_history(folder)) if folder.is_dir() else {},
     }
     return found

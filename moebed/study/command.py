@@ -15,6 +15,8 @@ from moebed.plugins import named_plugins
 from moebed.study.files import STUDY_FILE
 from moebed.study.recipe import StudyRecipe, read_recipe
 
+PAIRS = 3  # of a pilot, of each arm: two leave the deviation open by a factor of 70, three by one of 12
+
 if TYPE_CHECKING:
     from moebed.study.runs import Run, StudyPlan
 
@@ -38,6 +40,18 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--slurm", action="store_true", help="print a script that runs the study as a SLURM job array")
     parser.add_argument("--run", type=int, metavar="I", help="run only the I-th run, and what it needs")
     parser.add_argument("--collect", action="store_true", help="run nothing; compare what is there")
+    parser.add_argument(
+        "--pilot",
+        type=int,
+        nargs="?",
+        const=PAIRS,
+        metavar="N",
+        help=f"run no more than what gives each arm N pairs with the baseline (default {PAIRS}; what is finished "
+        "counts), and say from how they scatter how many seeds a difference takes, and how long",
+    )
+    parser.add_argument(
+        "--difference", type=float, metavar="NATS", help="with --pilot: the difference that is wanted; default several"
+    )
     return parser
 
 
@@ -55,6 +69,10 @@ def run(command: str, arguments: Sequence[str]) -> None:
         return
     if options.jobs < 1:
         raise UserError(f"--jobs is {options.jobs}; give at least 1")
+    if options.difference is not None and (options.pilot is None or options.difference <= 0):
+        raise UserError(f"--difference is {options.difference:g}; give it with --pilot, and above 0")
+    if options.pilot is not None and (options.run is not None or options.slurm):
+        raise UserError("--pilot goes with neither --run nor --slurm; give it alone")
     recipe = read_recipe(options.study)
     arms = _read_arms(options.arms, recipe)
     count = len(recipe.arms) * len(recipe.seeds)
@@ -63,6 +81,9 @@ def run(command: str, arguments: Sequence[str]) -> None:
     out = options.out or Path("runs/studies") / recipe.name
     # Heavy imports wait until the file is known to be well formed.
     from moebed.study.collecting import collect
+    from moebed.study.comparison import compare_arms
+    from moebed.study.files import load_study
+    from moebed.study.pilot import WANTED, pilot_runs, print_pilot
     from moebed.study.precision import keep_precision
     from moebed.study.runner import Outcome, check_unchanged, run_all
     from moebed.study.runs import plan_study
@@ -83,12 +104,19 @@ def run(command: str, arguments: Sequence[str]) -> None:
     if plan.precision_said:
         say(plan.precision_said)
     check_unchanged(list(plan.runs.values()), out)  # all, since all that are finished are compared
-    runs, outcome = _choose(plan, arms, options.run, out), Outcome()
+    final = list(plan.final) if options.run is None else [list(plan.final)[options.run]]
+    final = [(arm, seed) for arm, seed in final if arm in arms]
+    if options.pilot is not None:
+        final = pilot_runs(compare_arms(load_study(collect(plan, out))), arms, options.pilot)
+    runs, outcome = _choose(plan, final, out), Outcome()
     if not options.collect:
         trained = sum(run.name in plan.final.values() for run in runs)
         say(f"study {recipe.name}: {trained} runs of {len(recipe.arms)} arms and {len(recipe.seeds)} seeds in {out}")
         outcome = run_all(runs, out, options.jobs)
-    if options.run is None:
+    if options.pilot is not None:
+        wanted = WANTED if options.difference is None else (options.difference,)
+        print_pilot(compare_arms(load_study(collect(plan, out))), wanted, options.jobs)
+    elif options.run is None:
         collect(plan, out)
         _present(out)
     for name, said in outcome.diverged.items():
@@ -109,14 +137,13 @@ def _read_arms(text: str | None, recipe: StudyRecipe) -> list[str]:
     return [*names, recipe.baseline]
 
 
-def _choose(plan: StudyPlan, arms: Sequence[str], index: int | None, out: Path) -> list[Run]:
-    """The runs that are asked for, in order, with those that they still need."""
+def _choose(plan: StudyPlan, final: Sequence[tuple[str, int]], out: Path) -> list[Run]:
+    """The runs of these arms and seeds, in order, with those that they still need."""
     from moebed.study.runner import is_finished
 
-    final = list(plan.final) if index is None else [list(plan.final)[index]]
     wanted: set[str] = set()
     for arm, seed in final:
-        name: str | None = plan.final[arm, seed] if arm in arms else None
+        name: str | None = plan.final[arm, seed]
         while name is not None:
             wanted.add(name)
             name = None if is_finished(plan.runs[name], out) else plan.runs[name].needs

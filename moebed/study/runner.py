@@ -62,6 +62,7 @@ class Process:
     process: subprocess.Popen[bytes]
     lock: RunLock
     log_begin: int  # bytes of the log that are of earlier processes
+    started: float  # on the clock of time.monotonic
 
 
 @dataclass
@@ -205,8 +206,9 @@ def _start(
     if is_finished(run, out):  # the other process came to its end between the two looks
         lock.release()
         return None
-    record = {"hash": run.hash, "identity": dict(run.identity)}
-    write_json(status_path(out, run.name, "json"), record)
+    path = status_path(out, run.name, "json")
+    before = (read_json(path) or {}).get("seconds", 0.0)
+    write_json(path, {"hash": run.hash, "identity": dict(run.identity), "seconds": before})
     environment = {**os.environ, **placement.take(run.name, run.devices)}
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     with log.open("ab") as file:
@@ -217,21 +219,24 @@ def _start(
         process = subprocess.Popen(
             command(run), env=environment, stdout=file, stderr=file, start_new_session=True, **inherited
         )
-    return Process(run, process, lock, begin)
+    return Process(run, process, lock, begin, time.monotonic())
 
 
 def _settle(process: Process, out: Path, outcome: Outcome, bar: StudyBar) -> None:
-    """Note what came of a process that has ended."""
-    process.lock.release()
+    """Note what came of a process that has ended, and how long it took, with those that it went on from."""
     name, code = process.run.name, process.process.returncode
+    path = status_path(out, name, "json")
+    record = read_json(path)
+    record["seconds"] += time.monotonic() - process.started
+    write_json(path, record)
+    process.lock.release()
     bar.finish(name)
     if code == 0 and is_finished(process.run, out):
         outcome.finished.append(name)
         bar.say(f"done: {name}")
         return
     said = last_words(status_path(out, name, "log"), process.log_begin)
-    path = status_path(out, name, "json")
-    write_json(path, {**read_json(path), "exit_code": code, "said": said})
+    write_json(path, {**record, "exit_code": code, "said": said})
     if code == DivergedError.exit_code:
         outcome.diverged[name] = said
     else:

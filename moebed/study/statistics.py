@@ -89,21 +89,22 @@ def deviation_range(deviation: float, freedom: int) -> tuple[float, float]:
     return low, high
 
 
-def detectable(deviation: float, pairs: int) -> float:
+def detectable(deviation: float, pairs: int, comparisons: int = 1) -> float:
     """The mean difference at which a two-sided paired t-test at 5 % has 80 % power.
 
     Args:
         deviation: Standard deviation of the paired differences (σ).
         pairs: n ≥ 2.
+        comparisons: m, which are to hold together: the test is then at 5 % / m, as the first step of Holm's is.
 
     Returns:
-        δ with P(|Z + δ·sqrt(n) / σ| > t_{.975, n-1} · S) = .8, Z normal and S² chi-square over its n - 1 degrees.
+        δ with P(|Z + δ·sqrt(n) / σ| > t_{1 - .025/m, n-1} · S) = .8, Z normal and S² chi-square over its n - 1 degrees.
     """
-    return _detectable_shift(pairs) * deviation / math.sqrt(pairs)
+    return _detectable_shift(pairs, comparisons) * deviation / math.sqrt(pairs)
 
 
 @lru_cache
-def _detectable_shift(pairs: int) -> float:
+def _detectable_shift(pairs: int, comparisons: int) -> float:
     """δ·sqrt(n) / σ."""
     from scipy import optimize, stats
 
@@ -111,17 +112,17 @@ def _detectable_shift(pairs: int) -> float:
     # The chance given S is a difference of normal ones; its mean over 4000 equally likely values of S is plain and
     # sure where scipy's noncentral t is not a number.
     scale = np.sqrt(stats.chi2.ppf((np.arange(4000) + 0.5) / 4000, freedom) / freedom)
-    critical = stats.t.ppf(TAIL, freedom) * scale
+    critical = stats.t.ppf(1 - (1 - TAIL) / comparisons, freedom) * scale
 
     def missing(shift: float) -> float:
         return float((stats.norm.cdf(shift - critical) + stats.norm.cdf(-shift - critical)).mean()) - POWER
 
-    return float(optimize.brentq(missing, 0.0, 100.0))
+    return float(optimize.brentq(missing, 0.0, 100.0 * comparisons))
 
 
-def pairs_needed(deviation: float, difference: float, most: int = 200) -> int | None:
+def pairs_needed(deviation: float, difference: float, most: int = 200, comparisons: int = 1) -> int | None:
     """The fewest pairs whose :func:`detectable` difference is at most this one; None if more than ``most``."""
-    return next((n for n in range(2, most + 1) if detectable(deviation, n) <= difference), None)
+    return next((n for n in range(2, most + 1) if detectable(deviation, n, comparisons) <= difference), None)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

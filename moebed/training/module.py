@@ -5,7 +5,7 @@ B sequences, S positions, T = B·S tokens, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -25,8 +25,15 @@ from moebed.machine.progress import say
 from moebed.model.config import ModelConfig
 from moebed.model.decoder import Decoder, MoE, evaluating
 from moebed.model.locality import Placement, locality_loss
-from moebed.model.losses import IGNORE_INDEX, domain_counts, load_balancing_loss, router_stats, token_losses
-from moebed.model.routers import RouterSteps, cautions
+from moebed.model.losses import (
+    IGNORE_INDEX,
+    domain_counts,
+    load_balancing_loss,
+    router_stats,
+    sequence_balancing_loss,
+    token_losses,
+)
+from moebed.model.routers import RouterSteps, Routing, cautions
 from moebed.model.routers.locmoe_plus import choosing_tokens
 from moebed.model.routers.reference import check_domains
 from moebed.parallel.gathered import GatheredModel
@@ -55,6 +62,9 @@ class StepTerms(NamedTuple):
     router_losses: list[dict[str, Tensor]]  # () by name, what a layer asks for beside
     router_sums: list[dict[str, Tensor]]  # (E,) by name, what a layer's losses of the batch are made of
     domain_counts: Tensor | None = None  # (D, E) of each domain in the last MoE layer, where the data ask for it
+    # In training alone:
+    sequence_losses: Sequence[Tensor] = ()  # () load-balancing loss of each sequence by itself
+    statistics: Sequence[dict[str, Tensor]] = ()  # by name, what a router adapts to beside its load
 
 
 class MoEModule(LightningModule):
@@ -245,7 +255,7 @@ class MoEModule(LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Routers learn which optimizer step this is part of; the log of the one before is closed."""
-        self._router_steps.begin(self.global_step, self.global_rank)
+        self._router_steps.begin(self.global_step, self.global_rank, self.trainer.world_size)
         if self._begins_step:
             self._begins_step = False
             self._step_log.clear()
@@ -263,7 +273,7 @@ class MoEModule(LightningModule):
         self._note("bits_per_byte", bits_per_byte(nats, batch["label_bytes"].sum()))
         self._note("learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
         total = loss + self._balancing_losses(terms) + self._router_losses(terms) + self._batch_losses(terms)
-        self._router_steps.add(terms.counts, tokens)
+        self._router_steps.add(terms.counts, tokens, terms.statistics)
         if terms.domain_counts is not None:
             self._mixing.add(terms.domain_counts)
         self.not_finite.watch(total, terms.z_losses)
@@ -292,7 +302,18 @@ class MoEModule(LightningModule):
             [layer.losses for layer in stats],
             [layer.sums for layer in stats],
             None if domain is None else domain_counts(routings[-1], mask, domain, domains),
+            self._sequence_losses(routings, mask, len(input_ids)) if self.training else (),
+            self._statistics(routings, mask) if self.training else (),
         )
+
+    def _sequence_losses(self, routings: Sequence[Routing], mask: Tensor, num_sequences: int) -> list[Tensor]:
+        """Of each layer; where they are not the loss, only the log asks for them, without a gradient."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.router_aux_loss_scope == "sequence"):
+            return [sequence_balancing_loss(routing, mask, num_sequences) for routing in routings]
+
+    def _statistics(self, routings: Sequence[Routing], mask: Tensor) -> list[dict[str, Tensor]]:
+        routers = self.decoder.routers
+        return [router.statistics(routing, mask) for router, routing in zip(routers, routings, strict=True)]
 
     def _balancing_losses(self, terms: StepTerms) -> Tensor:
         """Weighted sum of the balancing losses, each a mean over the MoE layers; logs them unweighted."""
@@ -301,9 +322,12 @@ class MoEModule(LightningModule):
             return zero
         counts = self._global_counts(terms.counts) if self.config.router_aux_loss_scope == "global" else terms.counts
         pairs = zip(terms.mean_probs, counts, strict=True)
-        balance = torch.stack([load_balancing_loss(probs, count) for probs, count in pairs]).mean()
+        together = torch.stack([load_balancing_loss(probs, count) for probs, count in pairs]).mean()
+        by_sequence = torch.stack(list(terms.sequence_losses)).mean()
+        balance = by_sequence if self.config.router_aux_loss_scope == "sequence" else together
         z_loss = torch.stack(terms.z_losses).mean()
         self._note("load_balancing_loss", balance)
+        self._note("sequence_specialisation", (by_sequence - together).detach())
         self._note("router_z_loss", z_loss)
         violation = torch.stack([count.max() / count.mean() - 1 for count in terms.counts]).mean()
         self._note("max_violation", violation)

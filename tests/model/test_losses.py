@@ -1,11 +1,12 @@
 """Balancing losses against hand-made cases and against transformers' formula."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
-from moebed.model.losses import load_balancing_loss, router_stats, token_losses
+from moebed.model.losses import load_balancing_loss, router_stats, sequence_balancing_loss, token_losses
 from moebed.model.routers import Routing
 
 
@@ -52,6 +53,57 @@ def test_padding_counts_nowhere():
     padded, short = router_stats(_routing(logits, 2), mask), router_stats(_routing(logits[:6], 2), _all(6))
     for one, other in zip(padded, short, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_two_sequences_that_specialise():
+    """Each all to an expert of its own: even together, as uneven as can be one by one; the covariance is the rest."""
+    routing = _routing(torch.tensor([[50.0, 0.0]] * 3 + [[0.0, 50.0]] * 3), 1)
+    stats = router_stats(routing, _all(6))
+    assert load_balancing_loss(stats.mean_probs, stats.counts).item() == pytest.approx(1.0)
+    assert sequence_balancing_loss(routing, _all(6), 2).item() == pytest.approx(2.0)
+    f = routing.router_probs.view(2, 3, 2).mean(1)  # the same as P here
+    assert 2 * (f * f - f.mean(0).square()).mean(0).sum() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("chosen", [1, 3])
+def test_sequence_scope_exceeds_the_whole_by_the_covariance(chosen):
+    """Whatever the routing: L_sequence − L = E · Σ_i Cov(f_i, P_i) over sequences of equal length."""
+    routing = _routing(torch.randn(5 * 12, 6) + torch.randn(5, 6).repeat_interleave(12, 0), chosen)
+    stats = router_stats(routing, _all(60))
+    f = torch.stack([torch.bincount(i.flatten(), minlength=6) / (12 * chosen) for i in routing.topk_index.split(12)])
+    p = torch.stack([one.mean(0) for one in routing.router_probs.split(12)])
+    covariance = (f * p).mean(0) - f.mean(0) * p.mean(0)
+    found = sequence_balancing_loss(routing, _all(60), 5) - load_balancing_loss(stats.mean_probs, stats.counts)
+    torch.testing.assert_close(found, 6 * covariance.sum())
+    assert found > 0.1
+
+
+def test_sequence_scope_is_deepseek_s():
+    """DeepSeekMoE's released MoEGate with seq_aux on, its default, of texts of equal length."""
+    routing = _routing(torch.randn(4 * 10, 8), 3)
+    rows = routing.topk_index.view(4, -1)
+    ce = torch.zeros(4, 8).scatter_add_(1, rows, torch.ones(4, 30)).div_(10 * 3 / 8)
+    theirs = (ce * routing.router_probs.view(4, 10, 8).mean(dim=1)).sum(dim=1).mean()
+    torch.testing.assert_close(sequence_balancing_loss(routing, _all(40), 4), theirs)
+
+
+def test_padding_leaves_a_sequence_shorter():
+    """A sequence weighs as many tokens as it has, and one of padding alone weighs nothing."""
+    logits = torch.randn(3 * 8, 4)
+    mask = (torch.arange(8) < torch.tensor([8, 4, 0]).unsqueeze(1)).flatten()
+    found = sequence_balancing_loss(_routing(logits, 2), mask, 3)
+    whole, half = (sequence_balancing_loss(_routing(logits[at], 2), mask[at], 1) for at in (slice(8), slice(8, 12)))
+    torch.testing.assert_close(found, (8 * whole + 4 * half) / 12)
+    assert sequence_balancing_loss(_routing(logits, 2), torch.zeros(24, dtype=torch.bool), 3) == 0
+
+
+def test_the_gradient_of_the_sequence_scope_flows_through_probabilities_alone():
+    logits = torch.randn(2 * 6, 4, requires_grad=True)
+    routing = _routing(logits, 2)
+    (found,) = torch.autograd.grad(sequence_balancing_loss(routing, _all(12), 2), logits, retain_graph=True)
+    counts = torch.stack([torch.bincount(i.flatten(), minlength=4) / 12 for i in routing.topk_index.split(6)])
+    plain = 4 * (counts.repeat_interleave(6, 0) * routing.router_probs / 12).sum()
+    torch.testing.assert_close(found, torch.autograd.grad(plain, logits)[0])
 
 
 # The balancing losses of others, for one layer: logits (T, E), K.
@@ -112,6 +164,8 @@ def test_an_exported_coefficient_pulls_in_transformers_as_it_did_here(chosen):
     torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (ours, theirs)))
     deepseek = family_of("deepseek", "family").balancing(config)
     assert deepseek == {"aux_loss_alpha": 0.04, "seq_aux": False}
+    by_sequence = dataclasses.replace(config, router_aux_loss_scope="sequence")
+    assert family_of("deepseek", "family").balancing(by_sequence) == {"aux_loss_alpha": 0.04, "seq_aux": True}
 
 
 def test_equals_transformers_formula():

@@ -1,6 +1,7 @@
 """Layouts of a decoder over two ranks: values, gradients and initial weights are those of one process."""
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from moebed.checkpoints.whole import fill, load_decoder, write_checkpoint
 from moebed.model import hyper_experts
 from moebed.model.decoder import Decoder
 from moebed.model.locality import locality_loss
-from moebed.model.losses import router_stats
+from moebed.model.losses import router_stats, sequence_balancing_loss
 from moebed.model.routers import ROUTERS, RouterSteps
 from moebed.model.spread import whole
 from moebed.parallel.config import ParallelConfig
@@ -35,30 +36,48 @@ HYPER = {
     "shared_equal_flops": {"hyper_experts": {**SIZES, "adapters": "shared_equal_flops"}},
 }
 # Where the two ranks are told apart: experts on either, and what routers draw.
+APART = {
+    "output_orthogonality_loss_coef": 1.0,
+    "probability_variance_loss_coef": 1.0,
+    "router_orthogonality_loss_coef": 1.0,
+    "router_coupling_loss_coef": 1.0,
+    "router_coupling_gradient": True,
+}
 RANKS = {"expert_ranks": 2, "router_options": {"d_low": 8, "competition_rate": 1.0, "jitter": 0.1, "num_domains": 2}}
 
 
 def _steps(decoder: Decoder, ids: torch.Tensor, rank: int, world_size: int) -> list[float]:
-    """Two optimizer steps with clipping on this rank's share of the sequences: loss and norm of each, then weights."""
+    """Two optimizer steps with clipping on this rank's share of the sequences: loss and norm of each, then weights.
+
+    Routers adapt after each, to what all ranks counted.
+    """
     optimizer = build_adamw(decoder, OptimizerConfig(learning_rate=0.05))
     routers, found = RouterSteps(decoder.routers), []
     for step in range(2):
         share = ids.chunk(world_size)[rank]
-        routers.begin(step, rank)
+        routers.begin(step, rank, world_size)
         logits, routings = decoder(share, domain=(share[:, :1] + torch.arange(share.shape[1]) // 5) % 2)
         mask = torch.ones(share.numel(), dtype=torch.bool)
         loss = logits.float().logsumexp(-1).mean()
         for routing in routings:
             loss = loss + routing.router_probs.square().mean()
+            if decoder.config.router_aux_loss_scope == "sequence":
+                loss = loss + sequence_balancing_loss(routing, mask, len(share))
             loss = loss + sum(asked.mean() for asked in (routing.losses or {}).values())
             coefficient = decoder.config.locality_loss_coef
             loss = loss + coefficient * locality_loss(routing.router_probs, mask, decoder.placement, 0.1)
-        sums = [router_stats(routing, mask).sums for routing in routings]
+        layers = [router_stats(routing, mask) for routing in routings]
+        asked = zip(decoder.routers, routings, strict=True)
+        statistics = [router.statistics(routing, mask) for router, routing in asked]
+        routers.add([layer.counts for layer in layers], mask.sum(), statistics)
+        sums = [layer.sums for layer in layers]
         if world_size > 1 and any(sums):
             sums = BatchSums().of_all(sums)
         for router, layer in zip(decoder.routers, sums, strict=True):
             loss = loss + sum(router.batch_losses(layer).values())
         loss.backward()
+        with mock.patch("torch.distributed.is_initialized", return_value=world_size > 1):
+            routers.end()
         norm = gradient_norm(decoder.parameters())
         scale_gradients(decoder.parameters(), (0.5 / norm).clamp(max=1.0))
         optimizer.step()
@@ -91,6 +110,12 @@ def _work(rank: int, world_size: int, options: dict, changes: dict, meta: bool) 
         # In norm: where a gradient is nearly 0, Adam's step has the size of the others whatever its sign.
         difference = torch.dist(whole(parameter.detach()), wanted[name].detach())
         assert difference < 1e-4 * wanted[name].norm(), (name, float(difference / wanted[name].norm()))
+    state = dict(alone.named_buffers())
+    for name, buffer in spread.named_buffers():
+        torch.testing.assert_close(buffer, state[name], rtol=1e-4, atol=1e-5, msg=name)
+    if any(router.adaptive for router in alone.routers):
+        fresh = Decoder(config).named_buffers()
+        assert any(not torch.equal(state[name], buffer) for name, buffer in fresh)
 
 
 @pytest.mark.parametrize(
@@ -105,6 +130,16 @@ def _work(rank: int, world_size: int, options: dict, changes: dict, meta: bool) 
         ({}, {"weight_diversity_loss_coef": 1.0, "output_diversity_loss_coef": 1.0}, True),
         ({"expert": 2}, {"weight_diversity_loss_coef": 1.0, "output_diversity_loss_coef": 1.0}, True),
         *(
+            ({**layout, "shard": shard}, {**APART, "router_orthogonality": kind}, shard)
+            for layout in ({}, {"expert": 2})
+            for shard, kind in ((True, "simbal"), (False, "ernie"))
+        ),
+        *(
+            ({**layout, "shard": shard}, {"router_aux_loss_scope": "sequence"}, shard)
+            for layout in ({}, {"expert": 2})
+            for shard in (True, False)
+        ),
+        *(
             (layout, {**RANKS, "router": router, "locality_loss_coef": local}, True)
             for layout in ({}, {"expert": 2})
             for router, local in (*((name, 0.0) for name in ROUTERS), ("softmax_topk", 1.0), ("grap", 1.0))
@@ -112,7 +147,7 @@ def _work(rank: int, world_size: int, options: dict, changes: dict, meta: bool) 
         *(
             ({"shard": False}, {**RANKS, "router": name}, False)
             for name, router in ROUTERS.items()
-            if router.needs_context
+            if router.needs_context or router.adaptive
         ),
     ],
 )
@@ -144,6 +179,31 @@ def _uneven(rank: int, world_size: int) -> None:
         assert grad is not None
         norms = whole(grad).flatten(1).norm(dim=1)
         assert int((norms > 0).sum()) == 1
+
+
+def _narrow(rank: int, world_size: int) -> None:
+    """Where experts are gathered in bfloat16, routers are laid out by themselves, in float32."""
+    config = tiny_config(router_orthogonality_loss_coef=1.0, router_orthogonality="simbal")
+    ids = torch.randint(0, 96, (2, 24), generator=torch.Generator().manual_seed(1))
+    models = []
+    for spread in (False, True):
+        torch.manual_seed(5)
+        decoder = Decoder(config)
+        with torch.no_grad():
+            for router in decoder.routers:
+                router.weight.add_(0.1)
+        if spread:
+            Layout(ParallelConfig(gather_dtype="bfloat16"), world_size, "cpu").apply(decoder, torch.device("cpu"))
+        losses = [routing.losses["router_orthogonality"].mean() for routing in decoder(ids).routings]
+        sum(losses).backward()
+        gradients = [whole(router.weight.grad) for router in decoder.routers]
+        models.append([*(loss.detach() for loss in losses), *gradients])
+    for one, other in zip(*models, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_losses_on_gate_embeddings_see_them_whole():
+    call(_narrow, 2)
 
 
 def test_a_rank_without_tokens():

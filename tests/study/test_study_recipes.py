@@ -21,7 +21,8 @@ from moebed.upcycling.methods import METHODS, Settings
 EXPERIMENTS = ("routing", "allocation", "scheme", "measurement", "granularity")
 FOLDER = Path(__file__).parents[2] / "recipes" / "studies"
 NAMES = [f"{name}_{size}" for name in EXPERIMENTS for size in ("small", "gpu", "paper")]
-NAMES += ["allocation_shapes_small", "related_small", "locality_small", "planted_small"]
+NAMES += ["allocation_shapes_small", "related_small", "locality_small"]
+NAMES += ["planted_small", "balance_planted_small", "null_planted_small"]
 NAMES += ["allocation_shapes_planted", "scheme_planted"]
 STUDIES = {name: FOLDER / f"{name}.yaml" for name in NAMES}
 

@@ -100,12 +100,13 @@ def _losses_by_step(record):
     return [record.steps[step]["train/loss"] for step in sorted(record.steps)]
 
 
-@pytest.mark.parametrize("scope", ["micro", "global"])
-def test_gradient_accumulation_gives_the_same_run(tmp_path, data, scope):
-    """z-loss and LM loss are means over tokens; the load-balancing loss is off, being no mean (see the next test)."""
+@pytest.mark.parametrize(("scope", "coefficient"), [("micro", 0.0), ("global", 0.0), ("sequence", 0.1)])
+def test_gradient_accumulation_gives_the_same_run(tmp_path, data, scope, coefficient):
+    """z-loss and LM loss are means over tokens, that of sequences a mean over them; where the load-balancing loss is
+    neither, it is off (see the next test)."""
     weights = []
     for batch_size, accumulate in ((4, 1), (2, 2)):
-        module = _module(router_aux_loss_coef=0.0, router_z_loss_coef=1e-3, router_aux_loss_scope=scope)
+        module = _module(router_aux_loss_coef=coefficient, router_z_loss_coef=1e-3, router_aux_loss_scope=scope)
         _trainer(tmp_path, 6, accumulate_grad_batches=accumulate).fit(module, datamodule=data(batch_size))
         weights.append(torch.cat([parameter.detach().flatten() for parameter in module.parameters()]))
     start = torch.cat([parameter.detach().flatten() for parameter in _module().parameters()])
@@ -132,6 +133,24 @@ def test_global_scope_counts_the_whole_window(tmp_path, data):
     assert seen[1][0].sum() == 4 * 32 * 2
     for one, other in zip(seen[1], seen[2], strict=True):
         assert torch.equal(one, other)
+
+
+def test_the_scope_decides_what_is_balanced_and_the_log_says_what_it_punishes(tmp_path, data):
+    """Specialisation by sequence costs the one scope and not the other, and sinks where it does."""
+    last = {}
+    for scope in ("micro", "sequence"):
+        record = Record()
+        module = _module(router_aux_loss_coef=1.0, router_aux_loss_scope=scope, num_experts=8)
+        _trainer(tmp_path, 60, record).fit(module, datamodule=data())
+        last[scope] = [record.steps[step] for step in range(40, 61)]
+    specialised = {
+        scope: sum(step["train/sequence_specialisation"] for step in steps) / 21 for scope, steps in last.items()
+    }
+    assert specialised["sequence"] < 0.8 * specialised["micro"]
+    assert specialised["sequence"] > 0
+    by_sequence = last["sequence"][-1]
+    # What is minimised is the loss of all together and, on top, the covariance.
+    assert by_sequence["train/load_balancing_loss"] - by_sequence["train/sequence_specialisation"] >= 0.99
 
 
 def test_the_logged_loss_is_the_language_model_loss_alone(tmp_path, data):

@@ -66,5 +66,8 @@ DEEPSEEK = Family(
     decode=_decode,
     encode=_encode,
     # Its shares add up to 1, as ours do; by itself it would take them of each sequence.
-    balancing=lambda config: {"aux_loss_alpha": config.router_aux_loss_coef, "seq_aux": False},
+    balancing=lambda config: {
+        "aux_loss_alpha": config.router_aux_loss_coef,
+        "seq_aux": config.router_aux_loss_scope == "sequence",
+    },
 )

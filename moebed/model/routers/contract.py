@@ -5,6 +5,8 @@ T tokens, E experts, K experts per token, H hidden.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import torch
@@ -30,6 +32,7 @@ class Load(NamedTuple):
 
     counts: Tensor  # (E,) float32, to each expert of a layer
     density: Tensor  # () assignments of all MoE layers together, over the T·K that are meant
+    statistics: Mapping[str, Tensor] = MappingProxyType({})  # what the layer's router asked to have summed
 
 
 def drawn(*shape: int) -> nn.Parameter:
@@ -71,9 +74,11 @@ class Router(Float32Buffers):
     # Whether its parameters learn from more than the weights on the experts' outputs, or there are none to learn.
     other_teacher = False
     # Whose tokens these are, set before begin_step: the number of the micro-batch within the optimizer step, and of the
-    # rank, whose tokens follow those of the ranks before it.
+    # rank, whose tokens follow those of the ranks before it, and how many ranks there are.
+    step: int | Tensor = 0  # the optimizer step; a tensor, so that a compiled pass is not compiled anew for each
     micro_batch = 0
     rank = 0
+    ranks = 1
 
     def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
         super().__init__()
@@ -129,6 +134,11 @@ class Router(Float32Buffers):
         """Gate embeddings W_g (E, H), where the logits are x W_gᵀ; None otherwise."""
         return None
 
+    def gate_copy(self) -> Tensor | None:
+        """The same in float32, a copy for losses to look at: ranks that share a router have it whole within a call."""
+        gate = self.gate()
+        return None if gate is None else gate.to(torch.float32, copy=True)
+
     def build_experts(self, config: ModelConfig, layer: LayerConfig) -> Experts:
         """The experts of its layer."""
         return self.experts_class(config, layer)
@@ -155,6 +165,11 @@ class Router(Float32Buffers):
         return 0
 
     @classmethod
+    def other_products(cls, config: ModelConfig, layer: LayerConfig) -> int:
+        """Multiply-adds of a token that no parameter stands for."""
+        return 0
+
+    @classmethod
     def width_of_equal_flops(cls, config: ModelConfig) -> int:
         """Width of experts with which a layer takes the FLOPs of a softmax gate and experts as wide as the config's."""
         return config.layer(0).moe_intermediate_size
@@ -171,6 +186,21 @@ class Router(Float32Buffers):
     def loss_coefficients(self) -> dict[str, float | Tensor]:
         """What each of ``Routing.losses`` and of ``batch_losses`` is multiplied with in the training loss."""
         return {}
+
+    def statistics(self, routing: Routing, token_mask: Tensor) -> dict[str, Tensor]:
+        """What :meth:`end_step` is to know of a micro-batch beside the load, summed over all of a step.
+
+        Sums over tokens, or counts, and never means or extremes, which depend on how a batch is cut. Taken from what a
+        forward pass gave back and not while it runs, so that a pass that is recomputed does not count twice.
+
+        Args:
+            routing: This layer's.
+            token_mask: (T,) bool, tokens that count.
+
+        Returns:
+            float32 tensors without a gradient, by name; the same names and shapes in each micro-batch.
+        """
+        return routing.statistics or {}
 
     def reset_state(self) -> None:
         """Set the state that is not learned by gradient to its initial value."""

@@ -5,6 +5,7 @@ T tokens, E experts, K experts per token, H hidden, C = d_low.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -115,3 +116,14 @@ def mixed(number: Number) -> Number:
     for _ in range(2):
         number = ((number ^ (number >> 16)) * 0x45D9F3B) & (2**_BITS - 1)
     return number ^ (number >> 16)
+
+
+def uniform_numbers(key: Sequence[int | Tensor], shape: Sequence[int], device: torch.device) -> Tensor:
+    """Numbers in (0, 1) of a matrix's shape (rows, columns), float32: the same for the same key, whoever asks."""
+    number: int | Tensor = 0
+    for part in key:
+        number = mixed(number ^ mixed(part))
+    rows, columns = (torch.arange(size, device=device) for size in shape)
+    of_row = mixed(rows ^ number)
+    drawn_bits = mixed(mixed(of_row).unsqueeze(1) ^ mixed(columns))
+    return ((drawn_bits >> (_BITS - 23)).to(torch.float32) + 0.5) / 2**23

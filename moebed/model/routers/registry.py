@@ -14,18 +14,25 @@ from moebed.model.routers.contract import Router
 from moebed.model.routers.controls import Balanced, FactorisedGate, FrozenGate, Hash
 from moebed.model.routers.grap import GrAP
 from moebed.model.routers.groups import GroupLimitedTopK
+from moebed.model.routers.kmeans import KMeans
 from moebed.model.routers.locmoe_plus import LocMoEPlus
 from moebed.model.routers.noisy import NoisyTopK
+from moebed.model.routers.quantile import Quantile
 from moebed.model.routers.reference import AntiOracle, Oracle, OracleHash
 from moebed.model.routers.relu import ReLU
 from moebed.model.routers.sigmoid import SigmoidTopK, SoftmaxBiasTopK
 from moebed.model.routers.softmax import SoftmaxTopK
+from moebed.model.routers.threshold import ExpertChoice, Threshold
 
 ROUTERS: dict[str, type[Router]] = {
     "softmax_topk": SoftmaxTopK,
     "sigmoid_topk": SigmoidTopK,
     "softmax_bias_topk": SoftmaxBiasTopK,
     "group_limited_topk": GroupLimitedTopK,
+    "quantile": Quantile,
+    "threshold": Threshold,
+    "expert_choice": ExpertChoice,
+    "kmeans": KMeans,
     "expert_norm": ExpertNorm,
     "competesmoe": CompeteSMoE,
     "competesmoe_v2": CompeteSMoEv2,
@@ -125,6 +132,12 @@ def untaught(config: ModelConfig) -> str | None:
 def cautions(config: ModelConfig) -> list[str]:
     """What a person should know of a config's router before it is trained."""
     said = [untaught(config), ROUTERS[config.router].caution(config)]
+    if config.moe_layers and all(config.layer(index).num_experts_per_tok == 1 for index in config.moe_layers):
+        said += [
+            f"{name} compares a token's experts with each other, but num_experts_per_tok is 1: the loss is 0"
+            for name in ("output_diversity_loss_coef", "output_orthogonality_loss_coef")
+            if getattr(config, name)
+        ]
     if config.locality_loss_coef and config.expert_ranks == config.ranks_per_node:
         said.append(
             f"locality_loss_coef is {config.locality_loss_coef:g}, but expert_ranks {config.expert_ranks} with "

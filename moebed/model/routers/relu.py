@@ -13,7 +13,7 @@ from torch import Tensor
 from moebed.model.config import LayerConfig, ModelConfig, RouterOptions, setting
 from moebed.model.routers.contract import Load
 from moebed.model.routers.softmax import GatedRouter
-from moebed.model.routing import Routing
+from moebed.model.routing import Routing, ragged
 
 
 class ReLU(GatedRouter):
@@ -50,14 +50,10 @@ class ReLU(GatedRouter):
     def choose(self, logits: Tensor) -> Routing:
         """The decision that follows from logits (T, E)."""
         weights = logits.relu()  # (T, E)
-        weight, index = weights.sort(dim=-1, descending=True, stable=True)
-        if self.training and not torch.compiler.is_compiling():
-            columns = max(1, int((weight > 0).any(dim=0).sum()))
-            weight, index = weight[:, :columns], index[:, :columns]
         total = weights.sum(dim=-1, keepdim=True)
         probs = weights / total.clamp_min(torch.finfo(total.dtype).tiny)
         losses = {self.LOSS: weights.sum(dim=-1)} if self.training else None
-        return Routing(logits, probs, index, weight, losses=losses, ragged=True)
+        return ragged(logits, probs, weights, self.training)._replace(losses=losses)
 
     def loss_coefficients(self) -> dict[str, float | Tensor]:
         """λ."""

@@ -5,7 +5,7 @@ E experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -26,22 +26,31 @@ class RouterSteps:
     def __init__(self, routers: Sequence[Router]) -> None:
         self._routers = list(routers)
         self._adaptive = any(router.adaptive for router in routers)
-        self._sums: Tensor | None = None  # assignments of every layer one after another, then the tokens
+        # Assignments of every layer one after another, the tokens, and what routers ask for beside, by layer and name.
+        self._sums: Tensor | None = None
+        self._asked: list[tuple[int, str, torch.Size]] = []
         self._step, self._micro_batch = -1, 0
 
-    def begin(self, step: int, rank: int = 0) -> None:
-        """A micro-batch of an optimizer step begins on this rank."""
+    def begin(self, step: int, rank: int = 0, ranks: int = 1) -> None:
+        """A micro-batch of an optimizer step begins on this rank, one of so many."""
         self._micro_batch = self._micro_batch + 1 if step == self._step else 0
         self._step = step
+        number = torch.tensor(step)
         for router in self._routers:
-            router.micro_batch, router.rank = self._micro_batch, rank
+            router.step = number
+            router.micro_batch, router.rank, router.ranks = self._micro_batch, rank, ranks
             router.begin_step(step)
 
-    def add(self, counts: Sequence[Tensor], num_tokens: Tensor) -> None:
-        """Count in a micro-batch: assignments (E,) of each layer, and its tokens ()."""
+    def add(
+        self, counts: Sequence[Tensor], num_tokens: Tensor, statistics: Sequence[Mapping[str, Tensor]] = ()
+    ) -> None:
+        """Count in a micro-batch: assignments (E,) of each layer, its tokens (), and each router's statistics."""
         if self._adaptive:
-            sums = torch.cat([*(count.detach().float() for count in counts), num_tokens.detach().float().view(1)])
+            asked = [(layer, name, value) for layer, found in enumerate(statistics) for name, value in found.items()]
+            parts = [*counts, num_tokens.view(1), *(value.flatten() for *_, value in asked)]
+            sums = torch.cat([part.detach().float() for part in parts])
             self._sums = sums if self._sums is None else self._sums + sums
+            self._asked = [(layer, name, value.shape) for layer, name, value in asked]
 
     def forget(self) -> None:
         """The optimizer step is not taken: what was counted is dropped, and the routers stay as they are."""
@@ -54,12 +63,17 @@ class RouterSteps:
         sums, self._sums = self._sums, None
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(sums)
-        *counts, tokens = sums.split([router.num_experts for router in self._routers] + [1])
+        sizes = [router.num_experts for router in self._routers]
+        *counts, tokens, asked = sums.split([*sizes, 1, len(sums) - sum(sizes) - 1])
+        statistics: list[dict[str, Tensor]] = [{} for _ in self._routers]
+        parts = asked.split([shape.numel() for *_, shape in self._asked])
+        for (layer, name, shape), part in zip(self._asked, parts, strict=True):
+            statistics[layer][name] = part.view(shape)
         meant = tokens.squeeze(0) * sum(router.num_experts_per_tok for router in self._routers)
         density = torch.cat(counts).sum() / meant.clamp(min=1)
         numbers: dict[str, list[Tensor]] = {}
-        for router, count in zip(self._routers, counts, strict=True):
-            router.end_step(Load(count, density))
+        for router, count, found in zip(self._routers, counts, statistics, strict=True):
+            router.end_step(Load(count, density, found))
             for name, value in router.numbers().items():
                 numbers.setdefault(name, []).append(value)
         return {name: torch.stack(values).mean() for name, values in numbers.items()}

@@ -17,7 +17,7 @@ from moebed.model.routers import ROUTERS, SoftmaxTopK, TokenContext, register
 from tests.model.routers.router_cases import ALL, BY_DOMAIN, COMPILED, config_of, domains_of, router_of
 
 CARELESS = ("balanced", "hash", "oracle_hash", "random")  # learn nothing in the router
-WITHOUT_PARAMETERS = ("expert_norm", "grap", "locmoe_plus")
+WITHOUT_PARAMETERS = ("expert_norm", "grap", "locmoe_plus", "kmeans")
 
 
 def _decoder(name: str, **changes) -> Decoder:
@@ -191,9 +191,11 @@ def test_parameters_and_flops_are_those_of_the_model(name):
     with torch.device("meta"):
         assert sum(p.numel() for p in Decoder(config).parameters()) == count_parameters(config)[0]
     decoder = Decoder(config).eval()
-    if name == "relu":  # make it choose K of the 8, as it would be taught to
-        for router in decoder.routers:
+    for router in decoder.routers:  # make those without a fixed K choose 2 of the 8, as they would come to
+        if name == "relu":
             router.choose = lambda logits, choose=router.choose: choose(logits - logits.topk(3).values[:, 2:])
+        elif name in ("threshold", "expert_choice"):
+            router.served = lambda scores: scores > scores.topk(3).values[:, 2:]
 
     ids = torch.randint(0, 96, (1, tokens))
 

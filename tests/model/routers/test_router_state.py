@@ -22,6 +22,12 @@ from moebed.views.text_pass import TextPass
 from tests.model.routers.router_cases import ALL, config_of, domains_of
 
 SEQUENCE = 16
+STATES = {
+    "quantile": ("expert_bias",),
+    "threshold": (".threshold", ".steps"),
+    "expert_choice": (".threshold", ".steps"),
+    "kmeans": (".centroids", ".started"),
+}
 
 
 @pytest.fixture
@@ -101,6 +107,17 @@ def test_the_bias_moves_once_an_optimizer_step_with_the_load_of_all_of_it(data):
             assert torch.equal(one, same)
 
 
+@pytest.mark.parametrize("name", STATES)
+def test_validation_leaves_what_routers_learn_alone(name, data):
+    """As often as it comes, the run is the same."""
+    found = []
+    for every in (1, 1000):
+        module = _module(name)
+        _fit(module, data(), 3, val_check_interval=every)
+        found.append(module.state_dict())
+    assert all(torch.equal(value, found[1][key]) for key, value in found[0].items())
+
+
 def test_no_optimizer_and_no_reset_but_its_own_touches_the_bias(data):
     module = _module("sigmoid_topk", router_options={"bias_update_rate": 0.0})
     for router in module.decoder.routers:
@@ -116,9 +133,10 @@ def test_no_optimizer_and_no_reset_but_its_own_touches_the_bias(data):
     assert all(router.expert_bias.abs().sum() == 0 for router in module.decoder.routers)
 
 
-def test_a_step_that_is_skipped_leaves_the_routers_alone(data):
-    """Its loss is not a number: neither weights nor bias may move, and its counts may not enter the next step's."""
-    module, biases = _module("sigmoid_topk"), []
+@pytest.mark.parametrize("name", ["sigmoid_topk", *STATES])
+def test_a_step_that_is_skipped_leaves_the_routers_alone(name, data):
+    """Its loss is not a number: neither weights nor state may move, and its counts may not enter the next step's."""
+    module, states = _module(name), []
     module.not_finite.choice = "skip"
     told, forward = _watch(module), module._forward_terms
 
@@ -128,14 +146,17 @@ def test_a_step_that_is_skipped_leaves_the_routers_alone(data):
 
     class Keep(Callback):
         def on_train_batch_end(self, trainer, pl_module, *_):
-            biases.append(module.decoder.routers[0].expert_bias.clone())
+            kept = module.decoder.routers[0].state_dict()
+            states.append(torch.cat([value.flatten().clone() for value in kept.values()]))
 
     module._forward_terms = third_is_nan
     _fit(module, data(), 4, Keep())
-    assert len(biases) == 4
-    assert torch.equal(biases[1], biases[2])
-    assert not torch.equal(biases[2], biases[3])
-    assert [load.counts.sum() for load in told] == [4 * SEQUENCE * 2] * 3
+    assert len(states) == 4
+    assert torch.equal(states[1], states[2])
+    assert not torch.equal(states[2], states[3])
+    assert len(told) == 3
+    if module.decoder.routers[0].fixed_top_k:
+        assert [load.counts.sum() for load in told] == [4 * SEQUENCE * 2] * 3
 
 
 def test_counts_are_summed_over_ranks(monkeypatch):
@@ -174,7 +195,9 @@ class Losses(Callback):
             trainer.save_checkpoint(self.path)
 
 
-@pytest.mark.parametrize("name", ["sigmoid_topk", "relu", "competesmoe_v2", "noisy_topk", "grap", "locmoe_plus"])
+@pytest.mark.parametrize(
+    "name", ["sigmoid_topk", "relu", "competesmoe_v2", "noisy_topk", "grap", "locmoe_plus", *STATES]
+)
 def test_a_resumed_run_is_bit_identical(name, tmp_path, data):
     """State, coins and losses after 3 steps, a checkpoint and 3 more are those of 6 at a stretch."""
     options = {"router_options": {"competition_rate": 0.5, "jitter": 0.2}}
@@ -199,8 +222,11 @@ def test_a_resumed_run_is_bit_identical(name, tmp_path, data):
         _fit(still, data(), 6)
         assert any(not torch.equal(value, still.state_dict()[key]) for key, value in ours.items())
     else:
-        state = [key for key in ours if key.endswith(("expert_bias", "l1_coefficient"))]
-        assert len(state) == 2
+        kept = STATES.get(name, ("expert_bias", "l1_coefficient"))
+        state = [key for key in ours if key.endswith(kept)]
+        assert len(state) in (2, 4)  # one or two of each layer
+        begun = _module(name, **options).state_dict()
+        assert all(not torch.equal(ours[key], begun[key]) for key in state)
 
 
 def test_router_losses_are_added_and_logged_apart(data):
@@ -227,6 +253,8 @@ def _decoder(name, **changes):
     for router in decoder.routers:
         for state in router.buffers():
             torch.nn.init.uniform_(state, -0.2, 0.2)
+        if name == "expert_choice":  # whose thresholds are of logarithms
+            router.threshold += router.first_threshold()
     return decoder
 
 
@@ -283,7 +311,9 @@ def test_what_a_walk_shows_is_what_the_model_computes(name):
     """The walk's loss is the forward pass's."""
     decoder = _decoder(name).eval()
     views = list(walk(decoder, TEXT, NEEDS))
-    assert (views[0].gate is None) == (name in ("expert_norm", "autonomy", "hash", "noisy_topk", "oracle_hash"))
+    assert (views[0].gate is None) == (
+        name in ("expert_norm", "autonomy", "hash", "noisy_topk", "oracle_hash", "kmeans")
+    )
     with torch.no_grad():
         for row in range(3):
             length = int(TEXT.token_mask[row].sum())
