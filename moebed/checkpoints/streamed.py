@@ -6,7 +6,7 @@ T tokens, N some tokens or rows, E experts, K experts per token, H hidden, F exp
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,9 +22,10 @@ from moebed.machine.float32 import exact_products
 from moebed.model.attention import RMSNorm
 from moebed.model.config import ModelConfig
 from moebed.model.decoder import Block, MoE
-from moebed.model.fused import ACTIVATIONS
+from moebed.model.fused import ACTIVATIONS, Activation
 from moebed.model.hyper_experts import AdapterGenerator, build_generator
 from moebed.model.routers import Routing, build_router
+from moebed.views.beside import ExpertSums, Rows
 from moebed.views.layer import MATRICES, ExpertKind, ExpertView, Watch
 from moebed.views.text_pass import band_rows
 
@@ -222,13 +223,27 @@ class StreamedWeights:
         piece = dense_piece(self._reference.checkpoint, self._layer, name) if self._reference is not None else None
         return None if piece is None else self._seen(name, piece)
 
-    def run_experts(self, x: Tensor, watch: Watch | None = None) -> Iterator[ExpertView]:
+    def run_experts(
+        self, x: Tensor, watch: Watch | None = None, beside: ExpertSums | None = None
+    ) -> Iterator[ExpertView]:
         """What every expert, the shared one last, makes of tokens x (T, H); each expert's weights are read once."""
-        count = self._config.num_experts
+        count, runs = self._config.num_experts, [len(x)] if beside is None else [len(x), beside.num_rows]
+        if beside is not None:
+            beside.begin()
         for index in range(count):
-            yield ExpertView(index, self._run(index, x, None if watch is None else partial(watch, index)))
+            ffn = self._open(index, runs)
+            output = ffn.run(x, None if watch is None else partial(watch, index))
+            if beside is not None:
+                beside.add(index, ffn.run, ffn.most)
+            yield ExpertView(index, output)
         if self._config.num_shared_experts:
-            yield ExpertView(count, self._run("shared", x) * self._shared_gate(x), ExpertKind.SHARED)
+            ffn = self._open("shared", runs)
+            output = ffn.run(x) * self._shared_gate(x)
+            if beside is not None:
+                self._add_shared(ffn, beside)
+            yield ExpertView(count, output, ExpertKind.SHARED)
+        if beside is not None:
+            self._add_adapted(beside)
 
     def each(self, x: Tensor, topk_index: Tensor) -> Tensor:
         """What the experts topk_index (T, K) make of tokens x (T, H): (T, K, H) float32."""
@@ -236,24 +251,33 @@ class StreamedWeights:
         for index in range(self._config.num_experts):
             token, choice = torch.where(topk_index == index)
             if len(token):
-                outputs[token, choice] = self._run(index, x[token], step=routing_step(index))
+                outputs[token, choice] = self._open(index, [len(token)], routing_step(index)).run(x[token])
         return outputs
 
-    def combine(self, x: Tensor, routing: Routing | None) -> Tensor:
-        """What the layer makes of tokens x (T, H) by the chosen experts alone, or by its dense FFN: (T, H)."""
+    def combine(self, parts: Sequence[Rows]) -> list[Tensor]:
+        """What the layer makes of streams by the chosen experts alone, or by its dense FFN: (T, H) of each."""
+        sums = ExpertSums(parts).begin()
         if not self._config.num_experts:
-            return self._run(f"{self._model.role}ffn", x)
-        assert routing is not None
-        total = torch.zeros_like(x)
+            ffn = self._open(f"{self._model.role}ffn", [len(part.x) for part in parts])
+            sums.add_to_all(ffn.run, ffn.most)
+            return sums.totals
         for index in range(self._config.num_experts):
-            token, choice = torch.where((routing.topk_index == index) & routing.assigned)
-            if len(token):
-                output = self._run(index, x[token])
-                total.index_add_(0, token, output * routing.topk_weight[token, choice, None])
+            if rows := sums.rows_of(index):
+                ffn = self._open(index, [rows])
+                sums.add(index, ffn.run, ffn.most)
         if self._config.num_shared_experts:
-            total += self._run("shared", x) * self._shared_gate(x)
-        adapted = self.adapted(x, routing)
-        return total if adapted is None else total + adapted
+            self._add_shared(self._open("shared", [len(part.x) for part in parts]), sums)
+        self._add_adapted(sums)
+        return sums.totals
+
+    def _add_shared(self, ffn: _OpenFfn, sums: ExpertSums) -> None:
+        sums.add_to_all(lambda rows: ffn.run(rows) * self._shared_gate(rows), ffn.most)
+
+    def _add_adapted(self, sums: ExpertSums) -> None:
+        for part, total in zip(sums.parts, sums.totals, strict=True):
+            adapted = None if part.routing is None else self.adapted(part.x, part.routing)
+            if adapted is not None:
+                total += adapted
 
     def adapted(self, x: Tensor, routing: Routing) -> Tensor | None:
         """What HyperMoE's adapters add for tokens x (T, H): (T, H)."""
@@ -263,40 +287,18 @@ class StreamedWeights:
         with self._model.computing():
             return mlp.hyper_experts(x, routing).float()
 
-    def _run(
-        self,
-        ffn: int | str,
-        x: Tensor,
-        watch: Callable[[slice, Tensor], None] | None = None,
-        step: Hashable | None = None,
-    ) -> Tensor:
-        """Output (N, H) of one FFN for tokens x (N, H), float32; its activations are shown, some tokens at a time.
+    def _open(self, ffn: int | str, runs: Sequence[int], step: Hashable | None = None) -> _OpenFfn:
+        """One FFN, read.
 
-        The step of the plan is called as the FFN is, if not given.
+        Args:
+            ffn: An expert's index, ``shared`` or ``ffn``.
+            runs: Rows of each run that it is opened for.
+            step: Of the plan; called as the FFN is, if not given.
         """
         model, weights = self._model, ffn_pieces(self._model.checkpoint, self._layer, ffn)
         model.pool.enter(model.plan.group(self._layer, ffn if step is None else step))
         matrices = {name: [model.pool.get(piece) for piece in pieces] for name, pieces in weights.items()}
-        blocks = torch.arange(len(x)).split(tokens_at_a_time(len(matrices["gate"][0])))
-        used = model.precision.used
-        # All are moved and cast once; for one block, each when it is needed, in the same memory.
-        ready = {n: [used(f, f"{n}{i}") for i, f in enumerate(fs)] for n, fs in matrices.items() if len(blocks) > 1}
-
-        def through(name: str, x: Tensor) -> Tensor:
-            """x (N, ·) times the transpose of a matrix, which is the product of its factors."""
-            for factor in reversed(ready.get(name, matrices[name])):
-                x = F.linear(x, factor if ready else used(factor))
-            return x
-
-        output = torch.empty_like(x)
-        with model.computing():
-            for rows in blocks:
-                part = slice(int(rows[0]), int(rows[-1]) + 1)
-                activated = self._activation(through("gate", x[part]))
-                if watch is not None:
-                    watch(part, activated.float())
-                output[part] = through("down", activated * through("up", x[part])).float()
-        return output
+        return _OpenFfn(matrices, model.precision, self._activation, runs)
 
     def _shared_gate(self, x: Tensor) -> Tensor | float:
         mlp = self._model.current.mlp if self._model.current is not None else None
@@ -308,6 +310,46 @@ class StreamedWeights:
     def _seen(self, name: str, piece: Piece, rows: slice = slice(None)) -> Tensor:
         self._model.pool.enter(self._model.plan.group(self._layer, name))
         return self._model.precision.seen(self._model.pool.rows(piece, rows))
+
+
+class _OpenFfn:
+    """An FFN whose weights are in memory, until those of another are asked for.
+
+    Args:
+        matrices: Each the product of its factors.
+        precision: How it is computed.
+        activation: Of the gate.
+        runs: Rows of each run. For more than one block all weights are moved and cast once; for one block each is when
+            it is needed, in the same memory.
+    """
+
+    def __init__(
+        self, matrices: dict[str, list[Tensor]], precision: Precision, activation: Activation, runs: Sequence[int]
+    ) -> None:
+        self._precision, self._activation, self._matrices = precision, activation, matrices
+        self.most = tokens_at_a_time(len(matrices["gate"][0]))  # rows at a time
+        self._ready: dict[str, list[Tensor]] = {}
+        if len(runs) > 1 or runs[0] > self.most:
+            used = precision.used
+            self._ready = {n: [used(f, f"{n}{i}") for i, f in enumerate(fs)] for n, fs in matrices.items()}
+
+    def run(self, x: Tensor, watch: Callable[[slice, Tensor], None] | None = None) -> Tensor:
+        """Output (N, H) for rows x (N, H), float32; its activations are shown, some rows at a time."""
+        output = torch.empty_like(x)
+        with self._precision.computing():
+            for rows in torch.arange(len(x)).split(self.most):
+                part = slice(int(rows[0]), int(rows[-1]) + 1)
+                activated = self._activation(self._through("gate", x[part]))
+                if watch is not None:
+                    watch(part, activated.float())
+                output[part] = self._through("down", activated * self._through("up", x[part])).float()
+        return output
+
+    def _through(self, name: str, x: Tensor) -> Tensor:
+        """x (N, ·) times the transpose of a matrix, which is the product of its factors."""
+        for factor in reversed(self._ready.get(name, self._matrices[name])):
+            x = F.linear(x, factor if self._ready else self._precision.used(factor))
+        return x
 
 
 def tokens_at_a_time(width: int) -> int:
