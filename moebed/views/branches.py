@@ -220,13 +220,14 @@ def route(
     whole = router(torch.cat(list(streams)), experts, context.changed(lambda of: of.repeat(len(streams))))
     for start in range(0, len(whole.topk_index), len(streams[0])):
         part = slice(start, start + len(streams[0]))
-        yield Routing(*(one[part] if isinstance(one, Tensor) else one for one in whole))
+        rows = {name: one[part] for name, one in whole._asdict().items() if isinstance(one, Tensor)}
+        yield whole._replace(**rows)
 
 
 def _of_some(routing: Routing, tokens: Tensor) -> Routing:
-    """The routing of some tokens (T,) bool alone: the others go nowhere."""
+    """Where some tokens (T,) bool go; the others go nowhere. What only the router's losses need is let go."""
     weight = torch.where(routing.assigned & tokens.unsqueeze(1), routing.topk_weight, 0.0)
-    return routing._replace(topk_weight=weight, ragged=True, precomputed=None)
+    return Routing(weight, weight, routing.topk_index, weight, ragged=True)
 
 
 def require_different(interventions: Sequence[Intervention]) -> None:

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from moebed.errors import ConfigError, UserError, did_you_mean
+from moebed.machine import provenance
 from moebed.views import interventions
 from moebed.views.interventions import DROP_NORM, REFILL, REMOVALS, ZERO, Intervention, Layers
 
@@ -126,7 +127,8 @@ def _replay(rest: list[str], layers: Layers) -> Intervention:
         raise UserError(
             f"intervention replay: {path} has no choices to replay ({error}); give a results/routing.npz"
         ) from error
-    return interventions.replay(routings, layers, f"replay {path}")  # type: ignore[arg-type]
+    content = provenance.fingerprint([[part.tolist() for part in pair] for pair in routings.values()])[:8]
+    return interventions.replay(routings, layers, f"replay {path} ({content})")  # type: ignore[arg-type]
 
 
 _READERS: dict[str, Callable[[list[str], Layers], Intervention]] = {

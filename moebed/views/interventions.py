@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +26,8 @@ REMOVALS = (ZERO, REFILL, DROP_NORM)
 _STEER = 0.01  # how far a forced expert's logit is above the largest one (SteerMoE)
 
 
-class LayerContext(NamedTuple):
+@dataclass(frozen=True)
+class LayerContext:
     """What a change may ask of the layer that it is made at."""
 
     index: int
@@ -127,11 +127,13 @@ def keep(experts: Iterable[int] | Mapping[int, Iterable[int]], layers: Layers = 
         layers: Where; those of the mapping if not given.
         name: What it is called; by its experts if not given.
     """
+    by_layer: dict[int, tuple[int, ...]] = {}
+    named: tuple[int, ...] = ()
     if isinstance(experts, Mapping):
         by_layer = {index: tuple(sorted(set(some))) for index, some in experts.items()}
-        named, layers = (), sorted(by_layer) if layers is None else layers
+        layers = sorted(by_layer) if layers is None else layers
     else:
-        named, by_layer = tuple(sorted(set(experts))), {}
+        named = tuple(sorted(set(experts)))
 
     def change(routing: Routing, x: Tensor, layer: LayerContext) -> Routing:
         kept = _columns(routing, by_layer.get(layer.index, named))
