@@ -19,12 +19,12 @@ from torch import Tensor
 
 from moebed.checkpoints.checkpoint import Checkpoint
 from moebed.checkpoints.hub import find_checkpoint
+from moebed.checkpoints.open_ffn import Precision, tokens_at_a_time
 from moebed.checkpoints.pool import Piece, WeightPool, limit_of
 from moebed.checkpoints.reading_order import ReadingPlan
 from moebed.checkpoints.run import is_run
 from moebed.checkpoints.streamed import (
     HEAD,
-    Precision,
     StreamedModel,
     StreamedWeights,
     block_pieces,
@@ -32,7 +32,6 @@ from moebed.checkpoints.streamed import (
     head_pieces,
     matrix_pieces,
     routing_step,
-    tokens_at_a_time,
 )
 from moebed.checkpoints.texts import TextOptions, read_texts
 from moebed.errors import ConfigError, UserError

@@ -6,9 +6,8 @@ T tokens, N some tokens or rows, E experts, K experts per token, H hidden, F exp
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -16,66 +15,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moebed.checkpoints.checkpoint import Checkpoint
+from moebed.checkpoints.open_ffn import OpenFfn, Precision
 from moebed.checkpoints.pool import Piece, WeightPool
 from moebed.checkpoints.reading_order import ReadingPlan
-from moebed.machine.float32 import exact_products
 from moebed.model.attention import RMSNorm
 from moebed.model.config import ModelConfig
 from moebed.model.decoder import Block, MoE
-from moebed.model.fused import ACTIVATIONS, Activation
+from moebed.model.fused import ACTIVATIONS
 from moebed.model.hyper_experts import AdapterGenerator, build_generator
 from moebed.model.routers import Routing, build_router
 from moebed.views.beside import ExpertSums, Rows
 from moebed.views.layer import MATRICES, ExpertKind, ExpertView, Watch
 from moebed.views.text_pass import band_rows
 
-_ACTIVATIONS_AT_A_TIME = 1 << 25  # numbers
 _HEAD_BAND = 1 << 26  # bytes
 _GAP = 16  # rows of the embedding that are read for nothing rather than with a read of their own
 _FFN = re.compile(r"mlp\.(experts\.|shared_expert\.|(gate|up|down)_proj\.)")
 _ROUTER = "mlp.router."
 HEAD = -1  # in a plan, what comes after the last layer
-
-
-@dataclass
-class Precision:
-    """How weights are looked at, and how text is computed.
-
-    Args:
-        dtype: Weights are rounded to this; as they are stored if not given.
-        device: Where everything is computed.
-    """
-
-    dtype: torch.dtype | None
-    device: torch.device
-    _scratch: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def compute(self) -> torch.dtype:
-        """What products are computed in."""
-        return self.dtype or torch.float32
-
-    def seen(self, weights: Tensor) -> Tensor:
-        """Weights as probes see them."""
-        return weights.to(device=self.device, dtype=self.dtype or weights.dtype)
-
-    def used(self, weights: Tensor, name: str = "") -> Tensor:
-        """Weights (N, M) for a product; valid until the next ones of this name are asked for."""
-        weights = self.seen(weights)
-        if weights.dtype == self.compute:
-            return weights
-        scratch = self._scratch.get(name)
-        if scratch is None or scratch.numel() != weights.numel():  # kept: new memory costs more than the conversion
-            self._scratch.pop(name, None)
-            scratch = torch.empty(weights.numel(), dtype=self.compute, device=self.device)
-            self._scratch[name] = scratch
-        return scratch.view(weights.shape).copy_(weights)
-
-    def computing(self) -> AbstractContextManager[object]:
-        """Autocast where products are computed in less than float32; the residual stream always is float32."""
-        if self.compute == torch.float32:
-            return exact_products()
-        return torch.autocast(self.device.type, dtype=self.compute)
 
 
 class StreamedModel:
@@ -270,7 +227,7 @@ class StreamedWeights:
         self._add_adapted(sums)
         return sums.totals
 
-    def _add_shared(self, ffn: _OpenFfn, sums: ExpertSums) -> None:
+    def _add_shared(self, ffn: OpenFfn, sums: ExpertSums) -> None:
         sums.add_to_all(lambda rows: ffn.run(rows) * self._shared_gate(rows), ffn.most)
 
     def _add_adapted(self, sums: ExpertSums) -> None:
@@ -287,7 +244,7 @@ class StreamedWeights:
         with self._model.computing():
             return mlp.hyper_experts(x, routing).float()
 
-    def _open(self, ffn: int | str, runs: Sequence[int], step: Hashable | None = None) -> _OpenFfn:
+    def _open(self, ffn: int | str, runs: Sequence[int], step: Hashable | None = None) -> OpenFfn:
         """One FFN, read.
 
         Args:
@@ -298,7 +255,7 @@ class StreamedWeights:
         model, weights = self._model, ffn_pieces(self._model.checkpoint, self._layer, ffn)
         model.pool.enter(model.plan.group(self._layer, ffn if step is None else step))
         matrices = {name: [model.pool.get(piece) for piece in pieces] for name, pieces in weights.items()}
-        return _OpenFfn(matrices, model.precision, self._activation, runs)
+        return OpenFfn(matrices, model.precision, self._activation, runs)
 
     def _shared_gate(self, x: Tensor) -> Tensor | float:
         mlp = self._model.current.mlp if self._model.current is not None else None
@@ -310,51 +267,6 @@ class StreamedWeights:
     def _seen(self, name: str, piece: Piece, rows: slice = slice(None)) -> Tensor:
         self._model.pool.enter(self._model.plan.group(self._layer, name))
         return self._model.precision.seen(self._model.pool.rows(piece, rows))
-
-
-class _OpenFfn:
-    """An FFN whose weights are in memory, until those of another are asked for.
-
-    Args:
-        matrices: Each the product of its factors.
-        precision: How it is computed.
-        activation: Of the gate.
-        runs: Rows of each run. For more than one block all weights are moved and cast once; for one block each is when
-            it is needed, in the same memory.
-    """
-
-    def __init__(
-        self, matrices: dict[str, list[Tensor]], precision: Precision, activation: Activation, runs: Sequence[int]
-    ) -> None:
-        self._precision, self._activation, self._matrices = precision, activation, matrices
-        self.most = tokens_at_a_time(len(matrices["gate"][0]))  # rows at a time
-        self._ready: dict[str, list[Tensor]] = {}
-        if len(runs) > 1 or runs[0] > self.most:
-            used = precision.used
-            self._ready = {n: [used(f, f"{n}{i}") for i, f in enumerate(fs)] for n, fs in matrices.items()}
-
-    def run(self, x: Tensor, watch: Callable[[slice, Tensor], None] | None = None) -> Tensor:
-        """Output (N, H) for rows x (N, H), float32; its activations are shown, some rows at a time."""
-        output = torch.empty_like(x)
-        with self._precision.computing():
-            for rows in torch.arange(len(x)).split(self.most):
-                part = slice(int(rows[0]), int(rows[-1]) + 1)
-                activated = self._activation(self._through("gate", x[part]))
-                if watch is not None:
-                    watch(part, activated.float())
-                output[part] = self._through("down", activated * self._through("up", x[part])).float()
-        return output
-
-    def _through(self, name: str, x: Tensor) -> Tensor:
-        """x (N, ·) times the transpose of a matrix, which is the product of its factors."""
-        for factor in reversed(self._ready.get(name, self._matrices[name])):
-            x = F.linear(x, factor if self._ready else self._precision.used(factor))
-        return x
-
-
-def tokens_at_a_time(width: int) -> int:
-    """Tokens whose activations in an expert of this width are made at a time."""
-    return max(1, _ACTIVATIONS_AT_A_TIME // width)
 
 
 def block_pieces(checkpoint: Checkpoint, layer: int) -> dict[str, Piece]:

@@ -6,7 +6,7 @@ import torch
 from checkpoint_files import write
 from test_pretrained_text import CASES, Reads, make_text
 
-from moebed.checkpoints import streamed as opened
+from moebed.checkpoints import open_ffn
 from moebed.checkpoints.pretrained import PretrainedMoE
 from moebed.cli import main
 from moebed.views.intervention_names import parse
@@ -161,7 +161,7 @@ def test_a_copy_takes_twelve_bytes_a_token_and_channel(every, tmp_path, monkeypa
     """The stream, the experts' input, the sum of outputs; counted as allocated, by how it grows with S."""
     hidden, tokens = 256, 1200
     write(tmp_path, hidden_size=hidden, num_experts=4, num_experts_per_tok=2)
-    monkeypatch.setattr(opened, "_ACTIVATIONS_AT_A_TIME", 24 * 64)  # rows of one expert at a time: 64
+    monkeypatch.setattr(open_ffn, "_ACTIVATIONS_AT_A_TIME", 24 * 64)  # rows of one expert at a time: 64
     text = make_text(*[200] * 6)
     needs = frozenset({Need.PREDICTIONS, Need.OUTPUTS} if every else {Need.PREDICTIONS})
     names = [f"random_set {seed}" for seed in range(9)]
