@@ -16,7 +16,7 @@ import numpy as np
 from moebed.model.config import ModelConfig
 from moebed.views.branches import require_different
 from moebed.views.intervention_names import parse
-from moebed.views.interventions import Intervention, identity
+from moebed.views.interventions import Intervention, alone, identity
 from moebed.views.layer import HeadView, Need
 from probes.contract import Arrays, Headline, Probe, ProbeOptions, ProbeResult
 from probes.figures import effects as pictures
@@ -56,10 +56,12 @@ class Interventions(Probe):
             """Those that are asked for, and with them nothing at all, in the same layers."""
             asked = [parse(part.strip()) for part in self.apply.split(";") if part.strip()]
             require_different(asked)
-            changes = [one for one in asked if not _is_noise(one.name)]
-            everywhere = any(one.layers is None for one in changes or asked)
-            layers = None if everywhere else frozenset().union(*(one.layers or () for one in changes or asked))
-            return [identity(layers), *changes] if asked else []
+            changes = [one for one in asked if not _is_noise(one.name)] or asked
+            everywhere = any(one.layers is None for one in changes)
+            layers = None if everywhere else frozenset().union(*(one.layers or () for one in changes))
+            nothing = [identity(layers), alone(identity(layers))]
+            kinds = {one.is_alone for one in changes}
+            return [*(one for one in nothing if one.is_alone in kinds), *(c for c in changes if not _is_noise(c.name))]
 
     options: Options
 
@@ -94,21 +96,21 @@ class Interventions(Probe):
         if not arrays["tokens"].any():
             return ProbeResult(arrays, notes=["no token is followed by another: there is no loss that could change"])
         rows, notes = table(arrays), few_texts_of(arrays)
-        noise = next(row for row in rows if _is_noise(row.name))
+        noise = max(row.size for row in rows if _is_noise(row.name))
         failed = [row.name for row in rows if not np.isfinite(row.effect.mean)]
         notes += [f"{name}: hidden states overflow, and nothing is known of the loss" for name in failed]
         told = [row for row in rows if not _is_noise(row.name) and row.name not in failed]
-        scalars = {f"effect/{slug(row.name)}": row.effect.mean for row in told} | {"noise": noise.size}
+        scalars = {f"effect/{slug(row.name)}": row.effect.mean for row in told} | {"noise": noise}
         largest = sorted(told, key=lambda row: -abs(row.effect.mean))[:HEADLINES]
         if len(told) > HEADLINES:
             notes.append(f"{HEADLINES} of {len(told)} interventions are named here, those of the largest effects")
         headlines = {
-            slug(row.name): Headline(row.effect.mean, sentence(row, noise.size), row.effect.interval)
+            slug(row.name): Headline(row.effect.mean, sentence(row, noise), row.effect.interval)
             for row in told
             if row in largest
         }
         figures = {
-            "effects": partial(pictures.draw_effects, [(row.name, row.effect, row.called) for row in told], noise.size),
+            "effects": partial(pictures.draw_effects, [(row.name, row.effect, row.called) for row in told], noise),
             "by_confidence": partial(pictures.draw_by_confidence, by_confidence(arrays, [row.name for row in largest])),
         }
         return ProbeResult(arrays, scalars, headlines, figures if told else {}, notes)

@@ -26,8 +26,9 @@ from moebed.views.interventions import Intervention, LayerContext, assigned_weig
 
 _ROUNDING = 1e-6  # a weight that changes by less is that of the same rule, computed once more
 
-# Residual stream (T, H) after attention, of a stream before it and of which tokens (T,) it is wanted.
-Attend = Callable[[Tensor, Tensor], Tensor]
+# Residual stream (T, H) after attention, of a stream before it, of which tokens (T,) it is wanted, and whether these
+# attend to themselves and to the text as it is, rather than to the stream.
+Attend = Callable[[Tensor, Tensor, bool], Tensor]
 
 
 class HasTokens(Protocol):
@@ -45,7 +46,7 @@ class Branch:
 
     Args:
         intervention: It.
-        reached: (T,) bool, tokens that differ, or may: from the first change of their text on.
+        reached: (T,) bool, tokens that differ, or may: from the first change of their text on, or those changed alone.
         hidden: (T, H) residual stream; None before the first change, and once it is no number.
         x: (T, H) the experts' input at the layer that the text is in.
         routing: Where tokens go there.
@@ -100,7 +101,7 @@ class Branches:
         """
         for branch in self.begun:
             assert branch.hidden is not None
-            branch.hidden = attend(branch.hidden, branch.reached)
+            branch.hidden = attend(branch.hidden, branch.reached, branch.intervention.is_alone)
             branch.hidden[~branch.reached] = attended[~branch.reached]
             branch.x = block.pre_ffn_norm(branch.hidden)
             if not all_finite(branch.x):
@@ -124,15 +125,17 @@ class Branches:
             after = before
             if layer.index in self._where[branch.intervention.name]:
                 after = branch.intervention.apply(before, seen, layer)
-                branch.reached = branch.reached.to(x.device) | self._from_first(branch.intervention, before, after)
+                branch.reached = branch.reached.to(x.device) | self._newly_reached(branch.intervention, before, after)
             if begun or bool(branch.reached.any()):
                 branch.x, branch.routing = seen, _of_some(after, branch.reached)
 
-    def _from_first(self, intervention: Intervention, before: Routing, after: Routing) -> Tensor:
-        """Tokens (T,) from the first of their text on whose routing changed."""
+    def _newly_reached(self, intervention: Intervention, before: Routing, after: Routing) -> Tensor:
+        """Tokens (T,) whose routing changed, and unless each is alone those after the first such one of a text."""
         if intervention.everywhere:
             return torch.ones(len(before.topk_index), dtype=torch.bool, device=before.topk_index.device)
         differs = (assigned_weights(before) - assigned_weights(after)).abs().amax(dim=1) > _ROUNDING
+        if intervention.is_alone:
+            return differs
         sequence = self._sequence.to(differs.device)
         place = torch.arange(len(differs), device=differs.device)
         first = torch.full_like(place, len(place))  # by sequence

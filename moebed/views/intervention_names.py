@@ -11,7 +11,8 @@
     replay FILE.npz                         what a probe ``routing`` stored of another text or model
     identity                                nothing: the noise of the machinery
 
-``@ layer 5``, ``@ layers 4,5``; at all layers with experts if it is not said.
+``@ layer 5``, ``@ layers 4,5``; at all layers with experts if it is not said. ``alone`` at the end: at each token by
+itself, none of which sees another's change.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ def parse(text: str) -> Intervention:
         ConfigError: It says none.
         UserError: A file that it names cannot be read.
     """
-    what, at, where = (part.strip() for part in text.partition("@"))
+    stripped = text.strip()
+    if stripped.endswith(" alone"):
+        return interventions.alone(parse(stripped.removesuffix(" alone")))
+    what, at, where = (part.strip() for part in stripped.partition("@"))
     word, *rest = re.sub(r"\s*,\s*", ",", what).split() or [""]
     if word not in _READERS:
         hint = did_you_mean(word, _READERS, f"the known ones are {', '.join(_READERS)}")

@@ -12,7 +12,7 @@ T tokens, E experts, K experts per token, H hidden.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -59,6 +59,8 @@ class Intervention:
         experts: Those that it names, for :meth:`check`.
         objection: Why it means nothing at a layer, in words; empty where it does.
         everywhere: Every token is computed anew, whether or not its routing changed: what the machinery itself does.
+        is_alone: Each token is changed by itself, a row effect: it attends to the text as it is, and no token after it
+            sees the change. Else the whole text is changed, a stream effect.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Intervention:
     experts: tuple[int, ...] = ()
     objection: Objection = _none
     everywhere: bool = False
+    is_alone: bool = False
 
     def layers_of(self, config: ModelConfig) -> list[int]:
         """The layers of a model that it is made at, in order."""
@@ -95,6 +98,11 @@ class Intervention:
 
 
 Layers = Iterable[int] | None
+
+
+def alone(intervention: Intervention) -> Intervention:
+    """The same at each token by itself: the loss of the token that follows, had only this one's routing changed."""
+    return replace(intervention, name=f"{intervention.name} alone", is_alone=True)
 
 
 def identity(layers: Layers = None) -> Intervention:

@@ -156,6 +156,7 @@ class LayerView:
     text_error: UserError | None = None  # why the text did not come to this layer, whose weights can be looked at
     routing: Routing | None = None  # of the T valid tokens, as the layer applies it
     moe_input: Tensor | None = None  # (T, H) normalised input of router and experts
+    residual: Tensor | None = None  # (T, H) residual stream that the layer's output is added to
     reference_output: Tensor | None = None  # (T, H) what the dense reference's FFN made of its own hidden states
     # Loss (T,) of each token, NaN after the last of a sequence, with one expert masked out of the choice at this layer;
     # of expert -1, that of the model as it is. None where the model is not at hand as a whole.

@@ -21,7 +21,7 @@ from torch import Tensor
 from moebed.errors import UserError
 from moebed.machine.finite import all_finite
 from moebed.machine.mapped import new_array
-from moebed.model.attention import RotaryEmbedding
+from moebed.model.attention import KVCache, RotaryEmbedding
 from moebed.model.config import ModelConfig
 from moebed.model.decoder import Block, MoE
 from moebed.model.routers import Routing
@@ -187,6 +187,7 @@ class TextPass:
             text=self.text,
             routing=routing,
             moe_input=x,
+            residual=self._main.attended,
             reference_output=reference,
             ablate=ablate,
             beside=self._branches.sums(),
@@ -234,17 +235,17 @@ class _Way:
         self._rope = RotaryEmbedding(model.config)(0, longest, device)
         self._groups = [group.to(device) for group in attention_groups(lengths)]
         self._block: Block | None = None
-        self._attended = stream.hidden  # (T, H) residual stream between attention and FFN
+        self.attended = stream.hidden  # (T, H) residual stream between attention and FFN
 
     def enter(self, weights: LayerWeights | None, branches: Branches | None = None) -> tuple[Tensor, Routing | None]:
         """Through attention: the FFN's or MoE's normalised input (T, H), and the routing of an MoE."""
         self._block = block = self.model.block(self.stream.layer)
         with self.model.computing():
-            self._attended = self._attend(self.stream.hidden)
-            x = block.pre_ffn_norm(self._attended)
+            self.attended = self._attend(self.stream.hidden)
+            x = block.pre_ffn_norm(self.attended)
             require_finite(x, f"the hidden states at layer {self.stream.layer}")
             if branches is not None:
-                branches.attend(block, self._attend, self._attended)
+                branches.attend(block, self._attend, self.attended)
             if not isinstance(block.mlp, MoE):
                 return x, None
             assert weights is not None
@@ -256,9 +257,14 @@ class _Way:
                 branches.change(LayerContext(self.stream.layer, block.mlp.router), x, routing, routings)
             return x, routing
 
-    def _attend(self, hidden: Tensor, wanted: Tensor | None = None) -> Tensor:
-        """Residual stream after attention of a stream (T, H), at least of the tokens (T,) that are wanted."""
+    def _attend(self, hidden: Tensor, wanted: Tensor | None = None, alone: bool = False) -> Tensor:
+        """Residual stream after attention of a stream (T, H), at least of the tokens (T,) that are wanted.
+
+        Where they are alone, each attends to the text as it is, and to itself.
+        """
         assert self._block is not None
+        if wanted is not None and alone:
+            return self._attend_alone(hidden, wanted)
         attended = torch.empty_like(hidden)
         for group in self._groups:
             valid = group >= 0
@@ -268,6 +274,27 @@ class _Way:
             if len(group):
                 rope = (self._rope[0][: group.shape[1]], self._rope[1][: group.shape[1]])
                 attended[group[valid]] = self._block.attend(hidden[group.clamp(min=0)], rope)[valid].float()
+        return attended
+
+    def _attend_alone(self, hidden: Tensor, wanted: Tensor) -> Tensor:
+        """A token's key and value take the place of its own among those of the text; the last ones come first, so that
+        what stands before a token is as it was."""
+        assert self._block is not None
+        attended = torch.empty_like(hidden)
+        for group in self._groups:
+            at_work = wanted[group.clamp(min=0)] & (group >= 0)
+            group, at_work = group[at_work.any(dim=1)], at_work[at_work.any(dim=1)]
+            if not len(group):
+                continue
+            cache, length = KVCache(group.shape[1]), group.shape[1]
+            rope = (self._rope[0][:length], self._rope[1][:length])
+            self._block.attend(self.stream.hidden[group.clamp(min=0)], rope, cache)
+            for place in reversed(at_work.any(dim=0).nonzero().flatten().tolist()):
+                token, some = group[:, place].clamp(min=0), at_work[:, place]
+                cache.length = place
+                turn = (rope[0][place : place + 1], rope[1][place : place + 1])
+                found = self._block.attend(hidden[token].unsqueeze(1), turn, cache).squeeze(1)
+                attended[token[some]] = found[some].float()
         return attended
 
     def combine(self, view: LayerView) -> Tensor:
@@ -284,7 +311,7 @@ class _Way:
 
     def leave(self, output: Tensor, branches: Branches | None = None, beside: ExpertSums | None = None) -> None:
         """On to the next layer with the FFN's or MoE's output (T, H), and those of branches."""
-        attended = self._attended
+        attended = self.attended
         self.stream = self.after(output)
         require_finite(self.stream.hidden, f"the hidden states after layer {self.stream.layer - 1}")
         if branches is not None and beside is not None:
@@ -297,7 +324,7 @@ class _Way:
         """What enters the next layer if this one makes this output (T, H)."""
         assert self._block is not None
         with self.model.computing():
-            return Stream(self.stream.layer + 1, self._attended + self._block.post_ffn_norm(output))
+            return Stream(self.stream.layer + 1, self.attended + self._block.post_ffn_norm(output))
 
     def head(self, text: ProbeText, with_logits: bool, scratch: Path | None, branches: Branches) -> HeadView:
         """Predictions and losses, over the vocabulary a band at a time."""

@@ -60,3 +60,34 @@ def draw_by_confidence(rises: Mapping[str, np.ndarray]) -> Figure:
     ax.set_ylabel("change of the loss (nats)", fontsize=9)
     ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return fig
+
+
+def draw_keep_k(shares: Sequence[float], effects: Mapping[str, Sequence[Effect]]) -> Figure:
+    """The rise of the loss against the share of experts that are kept, a line a score; random ones with a band."""
+    from probes.figures import drawing
+
+    fig = drawing.new_figure(
+        8.5, 4.4, "The loss with some experts of each layer alone, on texts that chose none of them"
+    )
+    ax = fig.subplots()
+    drawing.style_axes(ax)
+    places = range(len(shares))
+    scores = [name for name in effects if name != "random"]
+    for name, colour in zip(scores, drawing.MANY, strict=False):
+        rows = effects[name]
+        ends = [row.interval or (row.mean, row.mean) for row in rows]
+        reach = [[row.mean - low for row, (low, _) in zip(rows, ends, strict=True)],
+                 [high - row.mean for row, (_, high) in zip(rows, ends, strict=True)]]  # fmt: skip
+        ax.errorbar(places, [row.mean for row in rows], yerr=reach, color=colour, marker="o", ms=4, lw=1.5,
+                    elinewidth=0.8, label=name)  # fmt: skip
+    chance = effects["random"]
+    ax.plot(places, [row.mean for row in chance], color=drawing.INK, lw=1.4, ls="--", label="random")
+    if all(row.interval is not None for row in chance):
+        low, high = zip(*(row.interval for row in chance if row.interval is not None), strict=True)
+        ax.fill_between(places, low, high, color=drawing.MUTED, alpha=0.18, lw=0)
+    ax.axhline(0, color=drawing.MUTED, lw=1, ls=":")
+    ax.set_xticks(places, [f"1/{1 / share:g}" for share in shares], fontsize=8)
+    ax.set_xlabel("experts kept in each layer", fontsize=9)
+    ax.set_ylabel("rise of the loss (nats per token)", fontsize=9)
+    ax.legend(fontsize=8, frameon=False)
+    return fig

@@ -200,6 +200,35 @@ def test_tokens_before_the_first_change_are_as_they_were(name):
     assert float((rise[after] != 0).float().mean()) > 0.9
 
 
+def at_token(one, token):
+    """The same intervention, at one token alone: as a change of the whole text."""
+
+    def change(routing, x, layer):
+        changed = one.apply(routing, x, layer)
+        weight, only = iv.assigned_weights(routing), iv.assigned_weights(changed)
+        weight[token] = only[token]
+        sorted_weight, index = weight.sort(dim=1, descending=True)
+        return routing._replace(topk_index=index, topk_weight=sorted_weight, ragged=True, precomputed=None)
+
+    return iv.Intervention(f"{one.name} at {token}", one.layers, change)
+
+
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": 4}, {"num_key_value_heads": 1, "post_norms": True}])
+@pytest.mark.parametrize("name", ["mask 2 zero @ layer 0", "swap @ layer 1", "random_set 3"])
+def test_a_token_changed_alone_is_the_text_changed_there_read_there(name, changes):
+    """At every token, the last of a text among them; of a change in all layers too."""
+    decoder, text = decoder_of(**changes), text_of(7, 5, 9)
+    one = parse(name)
+    rows = intervene(decoder, text, [iv.alone(one)])[f"{name} alone"]
+    tokens = [token for token in range(21) if text.targets[token] >= 0]
+    streams = intervene(decoder, text, [at_token(one, token) for token in tokens])
+    wanted = torch.stack([streams[f"{one.name} at {token}"][token] for token in tokens])
+    torch.testing.assert_close(rows[tokens], wanted, rtol=0, atol=1e-5)
+    assert float(wanted.abs().max()) > 1e-2
+    whole = intervene(decoder, text, [one])[one.name]
+    assert float((whole - rows).nan_to_num().abs().max()) > 1e-3  # another question has another answer
+
+
 def test_a_text_that_overflows_ends_one_branch_alone():
     decoder, text = decoder_of(), text_of(8)
     burst = iv.Intervention(
@@ -227,6 +256,8 @@ def test_a_text_that_overflows_ends_one_branch_alone():
         ("random_set 7 temperature 0.5", "random_set 7 temperature 0.5"),
         ("swap @ layer 2", "swap @ layer 2"),
         ("identity", "identity"),
+        ("mask 3 zero @ layer 5 alone", "mask 3 zero @ layer 5 alone"),
+        ("swap alone", "swap alone"),
     ],
 )
 def test_names_are_read_back(written, name):
