@@ -25,6 +25,7 @@ COMMANDS = {
     "tasks": ("moebed.commands.tasks", "evaluate a checkpoint on tasks of lm-eval, and its experts on their text"),
     "upcycle": ("moebed.upcycling.command", "make an MoE checkpoint from a dense one, a layer at a time"),
     "export": ("moebed.exporting.command", "write a run's checkpoint as a folder that transformers loads"),
+    "prune": ("moebed.commands.prune", "write a checkpoint with fewer experts, and its loss before and after"),
     "study": ("moebed.study.command", "run arms over seeds, then compare them with paired differences and intervals"),
     "law": ("moebed.laws.command", "fit a scaling law to runs, and say with intervals what follows from it"),
     "size": ("moebed.commands.size", "what a recipe's model has in each layer and what it costs; nothing is built"),

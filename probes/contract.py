@@ -7,7 +7,7 @@ a file as a training run does from memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moebed.errors import ConfigError
 from moebed.model.config import ModelConfig
+from moebed.views.interventions import Intervention
 from moebed.views.layer import ExpertView, HeadView, LayerView, Need
 
 if TYPE_CHECKING:
@@ -130,6 +131,13 @@ class Probe:
         Of what grows with the experts or the vocabulary alone: that is what fills disks, and is known before any work.
         """
         return 0
+
+    def interventions(self, config: ModelConfig) -> Sequence[Intervention]:
+        """Those whose effects it will ask for in ``update_head``, of ``head.under``, as far as they are known before.
+
+        In a pass over a checkpoint they go through the layers beside the text; others take passes of their own.
+        """
+        return ()
 
     def begin(self, step: int, earlier: Arrays) -> None:
         """Before a pass in training: the optimizer step, and the arrays that this probe stored at the probing before.

@@ -21,6 +21,8 @@ from probes.expert_outputs import ExpertOutputs
 from probes.expert_projection import ExpertProjection
 from probes.gate_projection import GateProjection
 from probes.gate_similarity import GateSimilarity
+from probes.interventions import Interventions
+from probes.keep_k import KeepK
 from probes.layer_diversity import LayerDiversity
 from probes.matrix_similarity import MatrixSimilarity
 from probes.neuron_matching import NeuronMatching
@@ -61,6 +63,8 @@ _WITH_TEXT: tuple[type[Probe], ...] = (
     LayerDiversity,
     Activations,
     ExpertImportance,
+    Interventions,
+    KeepK,
 )
 _STATIC: tuple[type[Probe], ...] = (
     MatrixSimilarity,
@@ -74,7 +78,8 @@ _STATIC: tuple[type[Probe], ...] = (
 )
 PROBES: dict[str, type[Probe]] = {probe.name: probe for probe in _WITH_TEXT + _STATIC}
 STATIC_PROBES: tuple[str, ...] = tuple(probe.name for probe in _STATIC)  # these need weights alone
-BY_NAME_ONLY = ("logits", "expert_importance")  # large to store; a forward pass for each expert of a live model
+# Large to store; forward passes beside that of the text.
+BY_NAME_ONLY = ("logits", "expert_importance", "interventions", "keep_k")
 TRAINING_ONLY = ("saturation",)  # follows a model over steps
 # What a training run measures unasked, every few hundred steps: nothing that takes longer than a step or two.
 DEFAULT_PROBES: tuple[str, ...] = (

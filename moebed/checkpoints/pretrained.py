@@ -5,22 +5,26 @@ E experts, H hidden, F expert intermediate.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
+from torch import Tensor
 
 from moebed.checkpoints.checkpoint import Checkpoint
 from moebed.checkpoints.hub import find_checkpoint
+from moebed.checkpoints.open_ffn import Precision, tokens_at_a_time
 from moebed.checkpoints.pool import Piece, WeightPool, limit_of
 from moebed.checkpoints.reading_order import ReadingPlan
 from moebed.checkpoints.run import is_run
 from moebed.checkpoints.streamed import (
     HEAD,
-    Precision,
     StreamedModel,
     StreamedWeights,
     block_pieces,
@@ -28,13 +32,14 @@ from moebed.checkpoints.streamed import (
     head_pieces,
     matrix_pieces,
     routing_step,
-    tokens_at_a_time,
 )
 from moebed.checkpoints.texts import TextOptions, read_texts
 from moebed.errors import ConfigError, UserError
 from moebed.machine import provenance
 from moebed.model.config import ModelConfig
 from moebed.model.routers import ROUTERS
+from moebed.views.branches import copy_bytes, require_different
+from moebed.views.interventions import Intervention
 from moebed.views.layer import MATRICES, HeadView, LayerView, Need, ProbeText
 from moebed.views.text_pass import Stream, TextPass
 
@@ -89,6 +94,8 @@ class PretrainedMoE(LightningModule):
         self._streams: tuple[Stream | None, Stream | None] = (None, None)
         self._skipped: frozenset[int] = frozenset()
         self._needs, self._every_expert = frozenset({Need.WEIGHTS}), False
+        self._interventions: Sequence[Intervention] = ()
+        self._told: Sequence[Intervention] = ()  # those of them that are in the pass
         self._views: Iterator[LayerView | HeadView] | None = None
         self._pool: WeightPool | None = None
         self.text = text if isinstance(text, ProbeText) else None
@@ -150,6 +157,7 @@ class PretrainedMoE(LightningModule):
         needs: frozenset[Need],
         streams: tuple[Stream | None, Stream | None] = (None, None),
         every_expert: bool = False,
+        interventions: Sequence[Intervention] = (),
     ) -> None:
         """Before a walk.
 
@@ -159,8 +167,14 @@ class PretrainedMoE(LightningModule):
             streams: Where the text was, in the model and in the reference, when an earlier walk was stopped.
             every_expert: Of the layers that are left out every expert was run: where the text goes through them
                 again, it is to come out with the same last digits.
+            interventions: Those whose effects will be asked for after the last layer; as many as memory takes go
+                through the layers beside the text.
         """
         self._skipped, self._needs, self._streams = frozenset(skipped), needs, streams
+        require_different(interventions)
+        for one in interventions:
+            one.check(self.config)
+        self._interventions = tuple(interventions)
         self._every_expert = every_expert
 
     def views(self, text: ProbeText | None, needs: frozenset[Need]) -> Iterator[LayerView | HeadView]:
@@ -178,31 +192,67 @@ class PretrainedMoE(LightningModule):
         """
         self.close()
         shown = frozenset(self.layers) - self._skipped
+        head = self._wants_head(needs)
         runs = text is not None and bool(needs - {Need.WEIGHTS})
+        told = self._interventions if runs and head else ()
         streams = self._streams if runs else (None, None)
+        earliest = min((layer for one in told for layer in one.layers_of(self.config)), default=math.inf)
         if streams[0] is not None and streams[0].layer > min(shown, default=self.config.num_hidden_layers):
             streams = (None, None)  # a layer that is wanted lies before: the text goes through from the start
+        if streams[0] is not None and streams[0].layer > earliest:
+            streams = (None, None)  # where a branch has begun, which is not kept
         first = streams[0].layer if streams[0] is not None else 0
         streams = tuple(None if s is None else Stream(s.layer, s.hidden.to(self.device)) for s in streams)  # type: ignore[assignment]
-        last = self.config.num_hidden_layers - 1 if runs and self._wants_head(needs) else max(shown, default=-1)
+        last = self.config.num_hidden_layers - 1 if runs and head else max(shown, default=-1)
         walked = range(first, last + 1)
-        runs = runs and (len(walked) > 0 or self._wants_head(needs))
-        spoken_for = self._text_bytes(text) if runs and text is not None else 0
-        plan = ReadingPlan(limit_of(self.memory_budget, spoken_for))
-        for layer in walked:
-            if runs or layer in shown:
-                self._plan_layer(plan, layer, Need.WEIGHTS in needs and layer in shown, runs)
-        if runs and self._wants_head(needs):
-            plan.add(HEAD, {number: [piece] for number, piece in enumerate(head_pieces(self.checkpoint))})
-        self._pool = pool = WeightPool(plan.groups, self.memory_budget, lambda done: self.on_read(done), spoken_for)
-        precision = Precision(self.weights_dtype, self.device)
-        model = StreamedModel(self.checkpoint, pool, plan, precision)
-        reference = StreamedModel(self.reference, pool, plan, precision, _REFERENCE) if self.reference else None
+        runs = runs and (len(walked) > 0 or head)
         if not runs or text is None:
+            model, reference = self._models(lambda limit: self._plan(limit, walked, shown, needs, None))
             return (self._view(model, reference, layer) for layer in walked if layer in shown)
-        self.text_pass = TextPass(model, text, reference, *streams)
+        self._told = self._riders(text, told, lambda limit: self._plan(limit, walked, shown, needs, text))
+        spoken_for = self._text_bytes(text, len(self._told))
+        model, reference = self._models(lambda limit: self._plan(limit, walked, shown, needs, text), spoken_for)
+        self.text_pass = TextPass(model, text, reference, *streams, interventions=self._told)
         self.text_pass.scratch = self.scratch
         return self._walk(self.text_pass, (self._view(model, reference, layer) for layer in walked), shown, needs)
+
+    def _models(
+        self, planned: Callable[[int], ReadingPlan], spoken_for: int = 0
+    ) -> tuple[StreamedModel, StreamedModel | None]:
+        """The checkpoint and the dense reference as text goes through them, read as a plan says within a limit."""
+        plan = planned(limit_of(self.memory_budget, spoken_for))
+        self._pool = pool = WeightPool(plan.groups, self.memory_budget, lambda done: self.on_read(done), spoken_for)
+        precision = Precision(self.weights_dtype, self.device)
+        reference = StreamedModel(self.reference, pool, plan, precision, _REFERENCE) if self.reference else None
+        return StreamedModel(self.checkpoint, pool, plan, precision), reference
+
+    def _plan(
+        self, limit: int, walked: range, shown: frozenset[int], needs: frozenset[Need], text: ProbeText | None
+    ) -> ReadingPlan:
+        """What is read of some layers, with text or for their weights alone, and of the head."""
+        plan = ReadingPlan(limit)
+        for layer in walked:
+            if text is not None or layer in shown:
+                self._plan_layer(plan, layer, Need.WEIGHTS in needs and layer in shown, text is not None)
+        if text is not None and self._wants_head(needs):
+            plan.add(HEAD, {number: [piece] for number, piece in enumerate(head_pieces(self.checkpoint))})
+        return plan
+
+    def _riders(
+        self, text: ProbeText, interventions: Sequence[Intervention], planned: Callable[[int], ReadingPlan]
+    ) -> Sequence[Intervention]:
+        """The interventions that one pass takes beside the text: as many as leave room to read everything once.
+
+        One is taken in any case. Those of early layers come first, as neighbours share a pass.
+        """
+        in_order = sorted(interventions, key=lambda one: one.layers_of(self.config)[0])
+        limit = limit_of(self.memory_budget, self._text_bytes(text))
+        sizes = [sum(piece.num_bytes for piece in group) for group in planned(limit).groups]
+        needed = max((size for size in sizes if size <= limit), default=0)
+        for count in range(len(in_order), 1, -1):
+            if limit_of(self.memory_budget, self._text_bytes(text, count)) >= needed:
+                return in_order[:count]
+        return in_order[:1]
 
     @torch.no_grad()
     def _walk(
@@ -211,21 +261,45 @@ class PretrainedMoE(LightningModule):
         yield from run.layers(views, shown, frozenset(self.layers) if self._every_expert else frozenset())
         head = run.head(Need.LOGITS in needs) if self._wants_head(needs) else None
         if head is not None:
-            yield head
+            assert head.under is not None
+            known = head.under(self._told)
+            yield replace(head, under=partial(self._effects, head.text, known))
+
+    @torch.no_grad()
+    def _effects(
+        self, text: ProbeText, known: dict[str, Tensor], interventions: Sequence[Intervention]
+    ) -> dict[str, Tensor]:
+        """By how much losses rise: of those that the walk was told of, and in passes of their own of the others."""
+        require_different(interventions)
+        needs, layers, nothing = frozenset({Need.PREDICTIONS}), range(self.config.num_hidden_layers), frozenset[int]()
+        left = [one for one in interventions if one.name not in known]
+        while left:
+            some = self._riders(text, left, lambda limit: self._plan(limit, layers, nothing, needs, text))
+            self.close()
+            model, _ = self._models(
+                lambda limit: self._plan(limit, layers, nothing, needs, text), self._text_bytes(text, len(some))
+            )
+            run = TextPass(model, text, interventions=some)
+            for _ in run.layers(self._view(model, None, layer) for layer in layers):
+                pass
+            known |= run.effects(some)
+            left = [one for one in left if one.name not in known]
+        return {one.name: known[one.name] for one in interventions}
 
     def _wants_head(self, needs: frozenset[Need]) -> bool:
         return bool(needs & {Need.PREDICTIONS, Need.LOGITS}) and self.config.num_hidden_layers not in self._skipped
 
-    def _text_bytes(self, text: ProbeText) -> int:
-        """About what the text's states and the weights at work take, beside what the pool holds."""
+    def _text_bytes(self, text: ProbeText, copies: int = 0) -> int:
+        """About what the text's states, with so many copies, and the weights at work take, beside the pool."""
         config = self.config
         widths = [config.layer(i).moe_intermediate_size for i in config.moe_layers] + [config.intermediate_size or 0]
         attention = sum(piece.part.rows * piece.part.columns for piece in block_pieces(self.checkpoint, 0).values())
         tokens = int(text.token_mask.sum())
         # In the type of the products: one at a time, and of an expert whose tokens are many all three beside it.
-        matrices = 4 if tokens > tokens_at_a_time(max(widths)) else 1
+        matrices = 4 if copies or tokens > tokens_at_a_time(max(widths)) else 1
         states = 8 * tokens * config.hidden_size
-        return 4 * (matrices * max(widths) * config.hidden_size + attention + states)
+        beside = copies * copy_bytes(tokens, config.hidden_size)
+        return 4 * (matrices * max(widths) * config.hidden_size + attention + states) + beside
 
     @property
     def bytes_total(self) -> int:

@@ -6,9 +6,8 @@ T tokens, N some tokens or rows, E experts, K experts per token, H hidden, F exp
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -16,65 +15,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moebed.checkpoints.checkpoint import Checkpoint
+from moebed.checkpoints.open_ffn import OpenFfn, Precision
 from moebed.checkpoints.pool import Piece, WeightPool
 from moebed.checkpoints.reading_order import ReadingPlan
-from moebed.machine.float32 import exact_products
 from moebed.model.attention import RMSNorm
 from moebed.model.config import ModelConfig
 from moebed.model.decoder import Block, MoE
 from moebed.model.fused import ACTIVATIONS
 from moebed.model.hyper_experts import AdapterGenerator, build_generator
 from moebed.model.routers import Routing, build_router
+from moebed.views.beside import ExpertSums, Rows
 from moebed.views.layer import MATRICES, ExpertKind, ExpertView, Watch
 from moebed.views.text_pass import band_rows
 
-_ACTIVATIONS_AT_A_TIME = 1 << 25  # numbers
 _HEAD_BAND = 1 << 26  # bytes
 _GAP = 16  # rows of the embedding that are read for nothing rather than with a read of their own
 _FFN = re.compile(r"mlp\.(experts\.|shared_expert\.|(gate|up|down)_proj\.)")
 _ROUTER = "mlp.router."
 HEAD = -1  # in a plan, what comes after the last layer
-
-
-@dataclass
-class Precision:
-    """How weights are looked at, and how text is computed.
-
-    Args:
-        dtype: Weights are rounded to this; as they are stored if not given.
-        device: Where everything is computed.
-    """
-
-    dtype: torch.dtype | None
-    device: torch.device
-    _scratch: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def compute(self) -> torch.dtype:
-        """What products are computed in."""
-        return self.dtype or torch.float32
-
-    def seen(self, weights: Tensor) -> Tensor:
-        """Weights as probes see them."""
-        return weights.to(device=self.device, dtype=self.dtype or weights.dtype)
-
-    def used(self, weights: Tensor, name: str = "") -> Tensor:
-        """Weights (N, M) for a product; valid until the next ones of this name are asked for."""
-        weights = self.seen(weights)
-        if weights.dtype == self.compute:
-            return weights
-        scratch = self._scratch.get(name)
-        if scratch is None or scratch.numel() != weights.numel():  # kept: new memory costs more than the conversion
-            self._scratch.pop(name, None)
-            scratch = torch.empty(weights.numel(), dtype=self.compute, device=self.device)
-            self._scratch[name] = scratch
-        return scratch.view(weights.shape).copy_(weights)
-
-    def computing(self) -> AbstractContextManager[object]:
-        """Autocast where products are computed in less than float32; the residual stream always is float32."""
-        if self.compute == torch.float32:
-            return exact_products()
-        return torch.autocast(self.device.type, dtype=self.compute)
 
 
 class StreamedModel:
@@ -222,13 +180,27 @@ class StreamedWeights:
         piece = dense_piece(self._reference.checkpoint, self._layer, name) if self._reference is not None else None
         return None if piece is None else self._seen(name, piece)
 
-    def run_experts(self, x: Tensor, watch: Watch | None = None) -> Iterator[ExpertView]:
+    def run_experts(
+        self, x: Tensor, watch: Watch | None = None, beside: ExpertSums | None = None
+    ) -> Iterator[ExpertView]:
         """What every expert, the shared one last, makes of tokens x (T, H); each expert's weights are read once."""
-        count = self._config.num_experts
+        count, runs = self._config.num_experts, [len(x)] if beside is None else [len(x), beside.num_rows]
+        if beside is not None:
+            beside.begin()
         for index in range(count):
-            yield ExpertView(index, self._run(index, x, None if watch is None else partial(watch, index)))
+            ffn = self._open(index, runs)
+            output = ffn.run(x, None if watch is None else partial(watch, index))
+            if beside is not None:
+                beside.add(index, ffn.run, ffn.most)
+            yield ExpertView(index, output)
         if self._config.num_shared_experts:
-            yield ExpertView(count, self._run("shared", x) * self._shared_gate(x), ExpertKind.SHARED)
+            ffn = self._open("shared", runs)
+            output = ffn.run(x) * self._shared_gate(x)
+            if beside is not None:
+                self._add_shared(ffn, beside)
+            yield ExpertView(count, output, ExpertKind.SHARED)
+        if beside is not None:
+            self._add_adapted(beside)
 
     def each(self, x: Tensor, topk_index: Tensor) -> Tensor:
         """What the experts topk_index (T, K) make of tokens x (T, H): (T, K, H) float32."""
@@ -236,24 +208,33 @@ class StreamedWeights:
         for index in range(self._config.num_experts):
             token, choice = torch.where(topk_index == index)
             if len(token):
-                outputs[token, choice] = self._run(index, x[token], step=routing_step(index))
+                outputs[token, choice] = self._open(index, [len(token)], routing_step(index)).run(x[token])
         return outputs
 
-    def combine(self, x: Tensor, routing: Routing | None) -> Tensor:
-        """What the layer makes of tokens x (T, H) by the chosen experts alone, or by its dense FFN: (T, H)."""
+    def combine(self, parts: Sequence[Rows]) -> list[Tensor]:
+        """What the layer makes of streams by the chosen experts alone, or by its dense FFN: (T, H) of each."""
+        sums = ExpertSums(parts).begin()
         if not self._config.num_experts:
-            return self._run(f"{self._model.role}ffn", x)
-        assert routing is not None
-        total = torch.zeros_like(x)
+            ffn = self._open(f"{self._model.role}ffn", [len(part.x) for part in parts])
+            sums.add_to_all(ffn.run, ffn.most)
+            return sums.totals
         for index in range(self._config.num_experts):
-            token, choice = torch.where((routing.topk_index == index) & routing.assigned)
-            if len(token):
-                output = self._run(index, x[token])
-                total.index_add_(0, token, output * routing.topk_weight[token, choice, None])
+            if rows := sums.rows_of(index):
+                ffn = self._open(index, [rows])
+                sums.add(index, ffn.run, ffn.most)
         if self._config.num_shared_experts:
-            total += self._run("shared", x) * self._shared_gate(x)
-        adapted = self.adapted(x, routing)
-        return total if adapted is None else total + adapted
+            self._add_shared(self._open("shared", [len(part.x) for part in parts]), sums)
+        self._add_adapted(sums)
+        return sums.totals
+
+    def _add_shared(self, ffn: OpenFfn, sums: ExpertSums) -> None:
+        sums.add_to_all(lambda rows: ffn.run(rows) * self._shared_gate(rows), ffn.most)
+
+    def _add_adapted(self, sums: ExpertSums) -> None:
+        for part, total in zip(sums.parts, sums.totals, strict=True):
+            adapted = None if part.routing is None else self.adapted(part.x, part.routing)
+            if adapted is not None:
+                total += adapted
 
     def adapted(self, x: Tensor, routing: Routing) -> Tensor | None:
         """What HyperMoE's adapters add for tokens x (T, H): (T, H)."""
@@ -263,40 +244,18 @@ class StreamedWeights:
         with self._model.computing():
             return mlp.hyper_experts(x, routing).float()
 
-    def _run(
-        self,
-        ffn: int | str,
-        x: Tensor,
-        watch: Callable[[slice, Tensor], None] | None = None,
-        step: Hashable | None = None,
-    ) -> Tensor:
-        """Output (N, H) of one FFN for tokens x (N, H), float32; its activations are shown, some tokens at a time.
+    def _open(self, ffn: int | str, runs: Sequence[int], step: Hashable | None = None) -> OpenFfn:
+        """One FFN, read.
 
-        The step of the plan is called as the FFN is, if not given.
+        Args:
+            ffn: An expert's index, ``shared`` or ``ffn``.
+            runs: Rows of each run that it is opened for.
+            step: Of the plan; called as the FFN is, if not given.
         """
         model, weights = self._model, ffn_pieces(self._model.checkpoint, self._layer, ffn)
         model.pool.enter(model.plan.group(self._layer, ffn if step is None else step))
         matrices = {name: [model.pool.get(piece) for piece in pieces] for name, pieces in weights.items()}
-        blocks = torch.arange(len(x)).split(tokens_at_a_time(len(matrices["gate"][0])))
-        used = model.precision.used
-        # All are moved and cast once; for one block, each when it is needed, in the same memory.
-        ready = {n: [used(f, f"{n}{i}") for i, f in enumerate(fs)] for n, fs in matrices.items() if len(blocks) > 1}
-
-        def through(name: str, x: Tensor) -> Tensor:
-            """x (N, ·) times the transpose of a matrix, which is the product of its factors."""
-            for factor in reversed(ready.get(name, matrices[name])):
-                x = F.linear(x, factor if ready else used(factor))
-            return x
-
-        output = torch.empty_like(x)
-        with model.computing():
-            for rows in blocks:
-                part = slice(int(rows[0]), int(rows[-1]) + 1)
-                activated = self._activation(through("gate", x[part]))
-                if watch is not None:
-                    watch(part, activated.float())
-                output[part] = through("down", activated * through("up", x[part])).float()
-        return output
+        return OpenFfn(matrices, model.precision, self._activation, runs)
 
     def _shared_gate(self, x: Tensor) -> Tensor | float:
         mlp = self._model.current.mlp if self._model.current is not None else None
@@ -308,11 +267,6 @@ class StreamedWeights:
     def _seen(self, name: str, piece: Piece, rows: slice = slice(None)) -> Tensor:
         self._model.pool.enter(self._model.plan.group(self._layer, name))
         return self._model.precision.seen(self._model.pool.rows(piece, rows))
-
-
-def tokens_at_a_time(width: int) -> int:
-    """Tokens whose activations in an expert of this width are made at a time."""
-    return max(1, _ACTIVATIONS_AT_A_TIME // width)
 
 
 def block_pieces(checkpoint: Checkpoint, layer: int) -> dict[str, Piece]:

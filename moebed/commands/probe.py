@@ -36,6 +36,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="PROBE.NAME=VALUE",
         help="a setting of a probe, such as traffic.ranks=8; may be repeated",
     )
+    parser.add_argument(
+        "--intervene",
+        action="append",
+        metavar="WHAT",
+        help="what the loss becomes where routers decide otherwise, such as 'mask 3 @ layer 5'; may be repeated, and "
+        "all go through the layers in one pass",
+    )
     text = parser.add_argument_group("text to run through it; without any, only weights are looked at")
     text.add_argument(
         "--text",
@@ -78,6 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
 _DEFAULTS: dict[str, Any] = {
     "probes": "all",
     "probe_option": [],
+    "intervene": [],
     "reference_dense": None,
     "layers": "all",
     "dtype": None,
@@ -134,6 +142,11 @@ def run(command: str, arguments: Sequence[str]) -> None:
             raise ConfigError("--save-logits needs text; give --text, --input-ids or --domain")
         chosen.append("logits")
     settings = _probe_options(options["probe_option"])
+    if options["intervene"]:
+        if not text:
+            raise ConfigError("--intervene needs text; give --text, --input-ids or --domain")
+        chosen.append("interventions")
+        settings = settings | {"interventions": {"apply": "; ".join(_several(options["intervene"]))}}
     make_probes(probes_for(chosen, bool(text)), settings)
     if options["device"] == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device is available here; use --device cpu")

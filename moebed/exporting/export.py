@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from moebed.checkpoints.checkpoint import Checkpoint
 from moebed.checkpoints.companions import copy_tokenizer, special_ids
 from moebed.checkpoints.families.base import Family
 from moebed.checkpoints.families.choice import IN_TRANSFORMERS, choose_family
-from moebed.checkpoints.families.keys import KeyMap, Placed
+from moebed.checkpoints.families.keys import KeyMap
 from moebed.checkpoints.families.own import MOEBED
 from moebed.checkpoints.families.registry import family_of
 from moebed.checkpoints.run import is_run
-from moebed.checkpoints.writer import FolderWriter, read_bands, stored_dtypes
+from moebed.checkpoints.writer import FolderWriter, stored_dtypes
 from moebed.exporting.card import Run, model_card
+from moebed.exporting.content import Copied, Kept, Pruned
+from moebed.model.config import ModelConfig
 
 
 class Plan(NamedTuple):
@@ -39,40 +40,26 @@ class Plan(NamedTuple):
         return any(self.family.model_type in names for names in IN_TRANSFORMERS.values())
 
 
-def plan_export(source: Checkpoint, family: str | None = None) -> Plan:
+def plan_export(source: Checkpoint, family: str | None = None, config: ModelConfig | None = None) -> Plan:
     """The family in whose layout a checkpoint is written.
 
     Args:
         source: The checkpoint.
         family: Its ``model_type``; the first that transformers loads and that expresses the model, if not given.
+        config: What is written of its model; all of it if not given.
 
     Raises:
         ConfigError: The family is unknown, or cannot express the model.
     """
+    config = config or source.config
     if family is None:
-        found = choose_family(source.config)
+        found = choose_family(config)
         return Plan(found.family, found.note)
     plan = Plan(family_of(family, "family"), "")
-    plan.family.write_config(source.config)
+    plan.family.write_config(config)
     if plan.in_transformers:
         return plan
     return plan._replace(note=f"transformers has no class for {family}; moebed reads it")
-
-
-class _Copied:
-    """What each region of the model's parameters holds, from a checkpoint of the same model."""
-
-    def __init__(self, source: Checkpoint) -> None:
-        self.source = source
-        self._name = ""
-        self._parts: dict[str, Placed] = {}
-
-    def __call__(self, name: str, placed: Placed) -> Iterator[Tensor]:
-        """Bands of rows of a region of the parameter ``name``."""
-        if name != self._name:
-            self._name = name
-            self._parts = {str(found.region): found for found in self.source.keys.parameter(name)}
-        return read_bands(self.source, self._parts[str(placed.region)].part)
 
 
 @torch.no_grad()
@@ -84,6 +71,7 @@ def export(
     dtype: torch.dtype | None = None,
     on_start: Callable[[int], None] = lambda total: None,
     on_write: Callable[[int], None] = lambda count: None,
+    pruned: Pruned | None = None,
 ) -> list[str]:
     """Write weights, config, tokenizer, generation config and model card.
 
@@ -95,6 +83,7 @@ def export(
         dtype: What the weights are stored in; each as in the checkpoint, if not given.
         on_start: Called with the bytes that will be written.
         on_write: Called with the bytes of every band that is written.
+        pruned: The experts that are written; all of them if not given.
 
     Returns:
         Notes for the person who asked.
@@ -102,7 +91,7 @@ def export(
     Raises:
         UserError: A weight is NaN or Inf, or the folder cannot be written.
     """
-    config = source.config
+    config = source.config if pruned is None else pruned.config
     dtypes = stored_dtypes(source)
     stored = dtype or dtypes["embed_tokens.weight"]
     notes = [note for note in (plan.note, _precision_note(dtypes, dtype)) if note]
@@ -128,7 +117,7 @@ def export(
         card = model_card(name, config, plan.family, plan.in_transformers, run, tokenizer is not None)
         (partial / "README.md").write_text(card, encoding="utf-8")
 
-    writer.write(folder, _Copied(source), finish, on_write)
+    writer.write(folder, Copied(source) if pruned is None else Kept(source, pruned), finish, on_write)
     return notes
 
 

@@ -10,7 +10,8 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from moebed.study.gain import ROLES, GainShare, gain_share
-from moebed.study.statistics import Difference, compare, deviation_range, holm, pairs_needed, t_interval
+from moebed.study.statistics import Difference, compare, deviation_range, pairs_needed, t_interval
+from probes.measures.significance import holm
 
 Run = Mapping[str, Any]
 T = TypeVar("T")

@@ -3,9 +3,9 @@
 n pairs, usually 3 to 12; a pair is two runs of one seed, so of one data order and one draw of the initial weights.
 
 Everything follows from Student's t of the paired differences: the interval, the call (the interval excludes 0), p
-(below .05 exactly where it does), Holm's adjustment of it, and what could have been seen. Intervals of another kind
-beside them would contradict them in some studies. Differences of means of many tokens are near enough to normal; the
-tests simulate what the interval covers where they are not.
+(below .05 exactly where it does), and what could have been seen. Intervals of another kind beside them would contradict
+them in some studies. Differences of means of many tokens are near enough to normal; the tests simulate what the
+interval covers where they are not.
 """
 
 from __future__ import annotations
@@ -123,13 +123,3 @@ def _detectable_shift(pairs: int, comparisons: int) -> float:
 def pairs_needed(deviation: float, difference: float, most: int = 200, comparisons: int = 1) -> int | None:
     """The fewest pairs whose :func:`detectable` difference is at most this one; None if more than ``most``."""
     return next((n for n in range(2, most + 1) if detectable(deviation, n, comparisons) <= difference), None)
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjustment: each is at most 5 % with 5 % chance that any is, if no arm differs (Holm 1979)."""
-    adjusted = [0.0] * len(p_values)
-    largest = 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[index] = largest
-    return adjusted

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
@@ -20,11 +20,14 @@ from torch import Tensor
 from moebed.errors import UserError
 from moebed.machine.finite import all_finite
 from moebed.model.routers import Routing, TokenContext
+from moebed.views.beside import ExpertSums, Rows
+from moebed.views.interventions import Intervention
 
 MATRICES = ("up", "gate", "down")
 EVERY_ROW = slice(None)
 # Is shown the activations act(x W_gateᵀ) (t, F) float32 of a routed expert, by its index, for some of the tokens.
 Watch = Callable[[int, slice, Tensor], None]
+Effects = Callable[[Sequence[Intervention]], dict[str, Tensor]]
 
 
 class Need(Enum):
@@ -153,10 +156,14 @@ class LayerView:
     text_error: UserError | None = None  # why the text did not come to this layer, whose weights can be looked at
     routing: Routing | None = None  # of the T valid tokens, as the layer applies it
     moe_input: Tensor | None = None  # (T, H) normalised input of router and experts
+    residual: Tensor | None = None  # (T, H) residual stream that the layer's output is added to
     reference_output: Tensor | None = None  # (T, H) what the dense reference's FFN made of its own hidden states
     # Loss (T,) of each token, NaN after the last of a sequence, with one expert masked out of the choice at this layer;
     # of expert -1, that of the model as it is. None where the model is not at hand as a whole.
     ablate: Callable[[int], Tensor] | None = field(default=None, repr=False)
+
+    # Other streams whose tokens go through the experts while those run for the text.
+    beside: ExpertSums | None = field(default=None, repr=False)
 
     # (T, H) what the layer makes of its input, shared experts and adapters included: set by the view itself, once all
     # experts have run.
@@ -207,7 +214,7 @@ class LayerView:
         assert self.moe_input is not None
         routing = self.routing
         total = torch.zeros_like(self.moe_input) if routing is not None else None  # (T, H)
-        for expert in self.weights.run_experts(self.moe_input, watch):
+        for expert in self.weights.run_experts(self.moe_input, watch, self.beside):
             if not all_finite(expert.output):
                 raise UserError(f"an output of expert {expert.label} at layer {self.index} is NaN or Inf on this text")
             if total is not None and routing is not None:
@@ -238,6 +245,10 @@ class HeadView:
     predicted: Tensor  # (T,) int64, the most probable next token
     loss: Tensor  # (T,) float32, nats of the token that follows; NaN after the last of a sequence
     logits: Tensor | None = None  # (T, V) float32, where they were asked for
+    # By how much the loss (T,) of each token rises under interventions, by their names: 0 before the first token of its
+    # text that one reaches, NaN after the last of a sequence, and NaN everywhere where the text did not come through.
+    # Those that the pass was told of are known; for others the text goes through the model again.
+    under: Effects | None = field(default=None, repr=False)
 
 
 class LayerWeights(Protocol):
@@ -262,8 +273,13 @@ class LayerWeights(Protocol):
         """The matrix of the dense reference model's FFN at this layer."""
         ...
 
-    def run_experts(self, x: Tensor, watch: Watch | None = None) -> Iterator[ExpertView]:
-        """What every expert, the shared one last, makes of tokens x (T, H)."""
+    def run_experts(
+        self, x: Tensor, watch: Watch | None = None, beside: ExpertSums | None = None
+    ) -> Iterator[ExpertView]:
+        """What every expert, the shared one last, makes of tokens x (T, H).
+
+        To the sums beside it adds what the chosen ones make of other streams; at its end those are whole.
+        """
         ...
 
     def each(self, x: Tensor, topk_index: Tensor) -> Tensor:
@@ -274,6 +290,6 @@ class LayerWeights(Protocol):
         """What HyperMoE's adapters add for tokens x (T, H) that are routed: (T, H) float32; None without any."""
         ...
 
-    def combine(self, x: Tensor, routing: Routing | None) -> Tensor:
-        """What the layer makes of tokens x (T, H) by the chosen experts alone, or by its dense FFN: (T, H)."""
+    def combine(self, parts: Sequence[Rows]) -> list[Tensor]:
+        """What the layer makes of streams by the chosen experts alone, or by its dense FFN: (T, H) of each."""
         ...

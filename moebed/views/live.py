@@ -5,9 +5,9 @@ E experts, K experts per token, H hidden, F expert intermediate, T valid tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -18,8 +18,13 @@ from moebed.errors import UserError
 from moebed.model.config import ModelConfig
 from moebed.model.decoder import Block, Decoder, FeedForward, MoE, evaluating
 from moebed.model.routers import Routing
+from moebed.views.beside import ExpertSums, Rows
+from moebed.views.branches import copy_bytes, require_different
+from moebed.views.interventions import Intervention, LayerContext, mask
 from moebed.views.layer import ExpertKind, ExpertView, HeadView, LayerView, LayerWeights, Need, ProbeText, Watch
 from moebed.views.text_pass import TextModel, TextPass, band_rows
+
+_COPIES = 1 << 30  # bytes of all interventions' copies of a text at a time
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,9 @@ class ModuleWeights:
         """A live model has no reference."""
         return None
 
-    def run_experts(self, x: Tensor, watch: Watch | None = None) -> Iterator[ExpertView]:
+    def run_experts(
+        self, x: Tensor, watch: Watch | None = None, beside: ExpertSums | None = None
+    ) -> Iterator[ExpertView]:
         """Run the modules."""
         assert isinstance(self.mlp, MoE)
         routed, shared = self.mlp.experts, self.mlp.shared_expert
@@ -61,6 +68,8 @@ class ModuleWeights:
             yield ExpertView(index, routed.finish(index, x, activated).float())
         if shared is not None:
             yield ExpertView(routed.num_experts, self.mlp.shared_output(x).float(), ExpertKind.SHARED)
+        if beside is not None:  # whose weights are at hand anyway
+            beside.totals = self.combine(beside.parts)
 
     def each(self, x: Tensor, topk_index: Tensor) -> Tensor:
         """Run the modules."""
@@ -73,8 +82,11 @@ class ModuleWeights:
         adapters = self.mlp.hyper_experts
         return None if adapters is None else adapters(x.to(self.mlp.experts.down_proj.dtype), routing).float()
 
-    def combine(self, x: Tensor, routing: Routing | None) -> Tensor:
+    def combine(self, parts: Sequence[Rows]) -> list[Tensor]:
         """Run the modules on the chosen experts alone."""
+        return [self._combined(*part).float() for part in parts]
+
+    def _combined(self, x: Tensor, routing: Routing | None) -> Tensor:
         if not isinstance(self.mlp, MoE):
             return self.mlp(x.to(self.mlp.down_proj.weight.dtype))
         assert routing is not None
@@ -108,31 +120,68 @@ def walk_model(model: TextModel, text: ProbeText | None, needs: frozenset[Need])
         yield from views
         return
     run = TextPass(model, text)
-    yield from run.layers(views, ablation=partial(_ablation, model, run))
+    yield from run.layers(views, ablation=_Ablations(model, run))
     head = run.head(Need.LOGITS in needs) if needs & {Need.PREDICTIONS, Need.LOGITS} else None
     if head is not None:
-        yield head
+        yield replace(head, under=partial(_effects, model, text))
 
 
-def _ablation(model: TextModel, run: TextPass, index: int, x: Tensor, routing: Routing) -> Callable[[int], Tensor]:
-    """Loss (T,) of each token with one expert masked out of the choice at a layer, -1 for none."""
-    mlp = model.block(index).mlp
-    assert isinstance(mlp, MoE)
+@torch.no_grad()
+def intervene(decoder: Decoder, text: ProbeText, interventions: Sequence[Intervention]) -> dict[str, Tensor]:
+    """By how much the loss (T,) of each token rises under interventions, by their names; NaN where none follows.
 
-    def loss(expert: int) -> Tensor:
-        chosen = routing
-        if expert >= 0:
-            masked = routing.router_logits.index_fill(1, torch.tensor(expert, device=x.device), -torch.inf)
-            chosen = mlp.router.choose(masked)
-        rest = run.continued(ModuleWeights(mlp).combine(x, chosen).float())
-        for _ in rest.layers(_views(model, index + 1)):
+    Raises:
+        UserError: The text does not come through the model as it is, or an intervention does not fit it.
+    """
+    with evaluating(decoder):
+        return _effects(LiveModel(decoder), text, interventions)
+
+
+@torch.no_grad()
+def _effects(model: TextModel, text: ProbeText, interventions: Sequence[Intervention]) -> dict[str, Tensor]:
+    """The same of any model that hands out its layers in order, so many at a time as _COPIES take memory."""
+    require_different(interventions)
+    found: dict[str, Tensor] = {}
+    most = max(1, _COPIES // copy_bytes(int(text.token_mask.sum()), model.config.hidden_size))
+    for start in range(0, len(interventions), most):
+        some = interventions[start : start + most]
+        run = TextPass(model, text, interventions=some)
+        for _ in run.layers(_views(model, 0)):
+            pass
+        found |= run.effects(some)
+    return found
+
+
+class _Ablations:
+    """Makes, of a layer, what the loss (T,) of each token is without one of its experts; -1 is with all."""
+
+    def __init__(self, model: TextModel, run: TextPass) -> None:
+        self._model, self._run = model, run
+        self._whole: Tensor | None = None  # the same at every layer
+
+    def __call__(self, index: int, x: Tensor, routing: Routing) -> Callable[[int], Tensor]:
+        mlp = self._model.block(index).mlp
+        assert isinstance(mlp, MoE)
+        layer = LayerContext(index, mlp.router)
+
+        def loss(expert: int) -> Tensor:
+            if expert >= 0:
+                return self._after(index, mlp, x, mask(expert).apply(routing, x, layer))
+            if self._whole is None:
+                self._whole = self._after(index, mlp, x, routing)
+            return self._whole
+
+        return loss
+
+    def _after(self, index: int, mlp: MoE, x: Tensor, routing: Routing) -> Tensor:
+        (output,) = ModuleWeights(mlp).combine([Rows(x, routing)])
+        rest = self._run.continued(output)
+        for _ in rest.layers(_views(self._model, index + 1)):
             pass
         head = rest.head()
         if head is None:
             raise rest.stopped or UserError("the text did not come to the head")
         return head.loss
-
-    return loss
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ T valid tokens, B sequences, S positions, E experts, K experts per token, H hidd
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -20,10 +21,14 @@ from torch import Tensor
 from moebed.errors import UserError
 from moebed.machine.finite import all_finite
 from moebed.machine.mapped import new_array
+from moebed.model.attention import KVCache
 from moebed.model.config import ModelConfig
 from moebed.model.decoder import Block, MoE
 from moebed.model.rope import RotaryEmbedding
 from moebed.model.routers import Routing
+from moebed.views.beside import ExpertSums, Rows
+from moebed.views.branches import Branches, route
+from moebed.views.interventions import Intervention, LayerContext
 from moebed.views.layer import HeadView, LayerView, LayerWeights, ProbeText
 
 _ATTENDED_TOKENS = 8192  # at a time, padding included
@@ -89,9 +94,11 @@ class TextPass:
         reference: A dense model that sees the same text; its FFN's outputs are offered beside the experts'.
         stream: Where an earlier pass was stopped; from the start if not given.
         reference_stream: The same of the reference.
+        interventions: Under each of which the text goes through the layers as well, beside the text as it is;
+            ``stream`` is where none of them has begun.
 
     Raises:
-        UserError: The text does not fit the model.
+        UserError: The text does not fit the model, or an intervention does not.
     """
 
     def __init__(
@@ -101,8 +108,10 @@ class TextPass:
         reference: TextModel | None = None,
         stream: Stream | None = None,
         reference_stream: Stream | None = None,
+        interventions: Sequence[Intervention] = (),
     ) -> None:
         self.text = text
+        self._branches = Branches(interventions, text, model.config)
         self.scratch: Path | None = None  # folder where large logits are kept; in memory if not given
         self.stopped: UserError | None = None
         self._main = _Way(model, text, stream)
@@ -147,23 +156,43 @@ class TextPass:
         if self.stopped is not None:
             return None
         try:
-            return self._main.head(self.text, with_logits, self.scratch)
+            return self._main.head(self.text, with_logits, self.scratch, self._branches)
         except UserError as error:
             self.stopped = error
             return None
+
+    def effects(self, interventions: Sequence[Intervention]) -> dict[str, Tensor]:
+        """By how much the loss (T,) rises under those of the pass; see ``HeadView.under``.
+
+        Raises:
+            UserError: The text did not come to the end as it is.
+        """
+        head = self.head()
+        if head is None or head.under is None:
+            raise self.stopped or UserError("the text did not come to the head")
+        return head.under(interventions)
 
     def _enter(self, view: LayerView, ablation: Ablation | None) -> LayerView:
         """The view of a layer with what text did there, or why it did not come there."""
         if self.stopped is not None:
             return replace(view, text_error=self.stopped)
         try:
-            x, routing = self._main.enter(view.weights)
+            x, routing = self._main.enter(view.weights, self._branches)
             reference = self._reference_output(view.index)
         except UserError as error:
             self.stopped = error
             return replace(view, error=error, text_error=error)
         ablate = ablation(view.index, x, routing) if ablation and routing is not None and view.num_experts > 1 else None
-        return replace(view, text=self.text, routing=routing, moe_input=x, reference_output=reference, ablate=ablate)
+        return replace(
+            view,
+            text=self.text,
+            routing=routing,
+            moe_input=x,
+            residual=self._main.attended,
+            reference_output=reference,
+            ablate=ablate,
+            beside=self._branches.sums(),
+        )
 
     def _reference_output(self, layer: int) -> Tensor | None:
         """What the dense reference's FFN makes of its own hidden states (T, H); None where it has no such layer."""
@@ -171,7 +200,7 @@ class TextPass:
             return None
         x, _ = self._reference.enter(None)
         with self._reference.model.computing():
-            output = self._reference.model.layer_weights(layer).combine(x, None).float()
+            (output,) = self._reference.model.layer_weights(layer).combine([Rows(x, None)])
         require_finite(output, f"the reference's FFN output at layer {layer}")
         return output
 
@@ -179,7 +208,8 @@ class TextPass:
         if self.stopped is not None:
             return
         try:
-            self._main.leave(view.moe_output if view.moe_output is not None else self._main.combine(view))
+            output = view.moe_output if view.moe_output is not None else self._main.combine(view)
+            self._main.leave(output, self._branches, view.beside)
             if self._reference is not None and view.reference_output is not None:
                 self._reference.leave(view.reference_output)
         except UserError as error:
@@ -207,55 +237,125 @@ class _Way:
         self._rope = rotary.table(longest, device)
         self._groups = [group.to(device) for group in attention_groups(lengths, rotary.boundary)]
         self._block: Block | None = None
-        self._attended = stream.hidden  # (T, H) residual stream between attention and FFN
+        self.attended = stream.hidden  # (T, H) residual stream between attention and FFN
 
-    def enter(self, weights: LayerWeights | None) -> tuple[Tensor, Routing | None]:
+    def enter(self, weights: LayerWeights | None, branches: Branches | None = None) -> tuple[Tensor, Routing | None]:
         """Through attention: the FFN's or MoE's normalised input (T, H), and the routing of an MoE."""
         self._block = block = self.model.block(self.stream.layer)
-        hidden = self.stream.hidden
         with self.model.computing():
-            self._attended = torch.empty_like(hidden)
-            for group in self._groups:
-                valid = group >= 0
-                rope = self._rope(group.shape[1])
-                self._attended[group[valid]] = block.attend(hidden[group.clamp(min=0)], rope)[valid].float()
-            x = block.pre_ffn_norm(self._attended)
+            self.attended = self._attend(self.stream.hidden)
+            x = block.pre_ffn_norm(self.attended)
             require_finite(x, f"the hidden states at layer {self.stream.layer}")
+            if branches is not None:
+                branches.attend(block, self._attend, self.attended)
             if not isinstance(block.mlp, MoE):
                 return x, None
             assert weights is not None
-            return x, block.mlp.router(x, weights, self._context.changed(lambda of_token: of_token.to(x.device)))
+            others = [] if branches is None else [branch.x for branch in branches.begun if branch.x is not None]
+            context = self._context.changed(lambda of_token: of_token.to(x.device))
+            routings = route(block.mlp.router, weights, [x, *others], context)
+            routing = next(routings)
+            if branches is not None:
+                branches.change(LayerContext(self.stream.layer, block.mlp.router), x, routing, routings)
+            return x, routing
+
+    def _attend(self, hidden: Tensor, wanted: Tensor | None = None, alone: bool = False) -> Tensor:
+        """Residual stream after attention of a stream (T, H), at least of the tokens (T,) that are wanted.
+
+        Where they are alone, each attends to the text as it is, and to itself.
+        """
+        assert self._block is not None
+        if wanted is not None and alone:
+            return self._attend_alone(hidden, wanted)
+        attended = torch.empty_like(hidden)
+        for group in self._groups:
+            valid = group >= 0
+            if wanted is not None:
+                some = (wanted[group.clamp(min=0)] & valid).any(dim=1)
+                group, valid = group[some], valid[some]
+            if len(group):
+                rope = self._rope(group.shape[1])
+                attended[group[valid]] = self._block.attend(hidden[group.clamp(min=0)], rope)[valid].float()
+        return attended
+
+    def _attend_alone(self, hidden: Tensor, wanted: Tensor) -> Tensor:
+        """A token's key and value take the place of its own among those of the text; the last ones come first, so that
+        what stands before a token is as it was."""
+        assert self._block is not None
+        attended = torch.empty_like(hidden)
+        for group in self._groups:
+            at_work = wanted[group.clamp(min=0)] & (group >= 0)
+            group, at_work = group[at_work.any(dim=1)], at_work[at_work.any(dim=1)]
+            if not len(group):
+                continue
+            cache, length = KVCache(group.shape[1]), group.shape[1]
+            rope = self._rope(length)
+            self._block.attend(self.stream.hidden[group.clamp(min=0)], rope, cache)
+            for place in reversed(at_work.any(dim=0).nonzero().flatten().tolist()):
+                token, some = group[:, place].clamp(min=0), at_work[:, place]
+                cache.length = place
+                turn = (rope[0][place : place + 1], rope[1][place : place + 1])
+                found = self._block.attend(hidden[token].unsqueeze(1), turn, cache).squeeze(1)
+                attended[token[some]] = found[some].float()
+        return attended
 
     def combine(self, view: LayerView) -> Tensor:
-        """The layer's output (T, H), by the chosen experts alone."""
+        """The layer's output (T, H), by the chosen experts alone, and what they make of streams beside the text."""
         assert view.moe_input is not None
+        beside = view.beside
         with self.model.computing():
-            return self.model.layer_weights(view.index).combine(view.moe_input, view.routing).float()
+            weights = self.model.layer_weights(view.index)
+            parts = [Rows(view.moe_input, view.routing), *([] if beside is None else beside.parts)]
+            output, *others = weights.combine(parts)
+        if beside is not None:
+            beside.totals = others
+        return output
 
-    def leave(self, output: Tensor) -> None:
-        """On to the next layer with the FFN's or MoE's output (T, H)."""
+    def leave(self, output: Tensor, branches: Branches | None = None, beside: ExpertSums | None = None) -> None:
+        """On to the next layer with the FFN's or MoE's output (T, H), and those of branches."""
+        attended = self.attended
         self.stream = self.after(output)
         require_finite(self.stream.hidden, f"the hidden states after layer {self.stream.layer - 1}")
+        if branches is not None and beside is not None:
+            assert self._block is not None
+            with self.model.computing():
+                branches.leave(attended, self.stream.hidden, self._block.leave, beside)
         self._block = None
 
     def after(self, output: Tensor) -> Stream:
         """What enters the next layer if this one makes this output (T, H)."""
         assert self._block is not None
         with self.model.computing():
-            return Stream(self.stream.layer + 1, self._block.leave(self._attended, output))
+            return Stream(self.stream.layer + 1, self._block.leave(self.attended, output))
 
-    def head(self, text: ProbeText, with_logits: bool, scratch: Path | None) -> HeadView:
+    def head(self, text: ProbeText, with_logits: bool, scratch: Path | None, branches: Branches) -> HeadView:
         """Predictions and losses, over the vocabulary a band at a time."""
-        hidden = self.stream.hidden
+        hidden, tokens = self.stream.hidden, len(self.stream.hidden)
         targets = text.targets.to(hidden.device)
+        others, rows = branches.last(targets)
+        if others:
+            hidden = torch.cat([hidden, *rows])
+            rows.clear()
+            targets = torch.cat([targets, *(targets[token] for token in others)])
+        shape = (tokens, self.model.config.vocab_size)
+        kept = torch.from_numpy(new_array(shape, np.dtype(np.float32), scratch)) if with_logits else None
+        predicted, loss = self._predict(hidden, targets, kept)
+        mine, *theirs = loss.split([tokens, *map(len, others)])
+        effects = branches.effects(mine, others, theirs)
+        return HeadView(text, predicted[:tokens], mine, kept, partial(_known, effects))
+
+    def _predict(self, hidden: Tensor, targets: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The most probable ids (N,) after rows (N, H), and the losses (N,) of targets (N,), NaN where those are -1.
+
+        Logits of the first rows are written to ``kept``.
+        """
         best = hidden.new_full((len(hidden),), -torch.inf)
         predicted = torch.zeros_like(targets)
         total, wanted = best.clone(), torch.full_like(best, torch.nan)
-        shape, start = (len(hidden), self.model.config.vocab_size), 0
-        kept = torch.from_numpy(new_array(shape, np.dtype(np.float32), scratch)) if with_logits else None
+        start = 0
         with self.model.computing():
             for band in self.model.head(hidden):
-                logits = band.float()  # (T, v)
+                logits = band.float()  # (N, v)
                 most, at = logits.max(dim=1)
                 predicted = torch.where(most > best, at + start, predicted)
                 best, total = torch.maximum(most, best), torch.logaddexp(total, logits.logsumexp(dim=1))
@@ -263,10 +363,15 @@ class _Way:
                 found = logits.gather(1, (targets - start).clamp(0, logits.shape[1] - 1).unsqueeze(1)).squeeze(1)
                 wanted = torch.where(inside, found, wanted)
                 if kept is not None:
-                    kept[:, start : start + logits.shape[1]].copy_(logits)
+                    kept[:, start : start + logits.shape[1]].copy_(logits[: len(kept)])
                 start += logits.shape[1]
         require_finite(total, "the logits")
-        return HeadView(text, predicted, total - wanted, kept)
+        return predicted, total - wanted
+
+
+def _known(effects: dict[str, Tensor], interventions: Sequence[Intervention]) -> dict[str, Tensor]:
+    """Those of the effects that are asked for."""
+    return {one.name: effects[one.name] for one in interventions}
 
 
 def band_rows(num_tokens: int) -> int:

@@ -84,7 +84,8 @@ class CheckpointPass:
             raise UserError(f"{out} holds the results of {other}; choose another folder for those of {model.name}")
         probes = make_probes(names, options)
         record = {**model.record(), "device": device, "layers": model.layers}
-        self.provenance = Provenance(record | ({"options": options} if options else {}))
+        told = _told(probes, options or {}, model)
+        self.provenance = Provenance(record | ({"options": told} if told else {}))
         self._kept = KeptLayers(out, {name: self.provenance.inputs(name) for name in names}, self.provenance.streams)
         if fresh:
             self._kept.forget()
@@ -108,7 +109,9 @@ class CheckpointPass:
         self._pass = ProbePass(probes, self.timing, shown)
         self._with_head = [probe for probe in shown if probe.name in with_head]
         skipped = [end if place == HEAD else place for place in done]
-        model.prepare(skipped, needs_of(shown), self._kept.load_streams(self._way), self._every_expert)
+        streams = self._kept.load_streams(self._way)
+        asked = {one.name: one for probe in shown for one in probe.interventions(model.config)}
+        model.prepare(skipped, needs_of(shown), streams, self._every_expert, list(asked.values()))
 
     def _require_room(self, out: Path, shown: Sequence[Probe], done: Collection[int]) -> None:
         """Set ``room``: what the probes will keep, where sizes tell; refuse a disk that has no room for it.
@@ -176,3 +179,13 @@ class CheckpointPass:
     def finish(self) -> None:
         """After the results are written: nothing is kept twice."""
         self._kept.hand_over()
+
+
+def _told(probes: Sequence[Probe], options: Settings, model: PretrainedMoE) -> Settings:
+    """The settings of probes, and what they will change: a name that reads a file stands for its content."""
+    found = {name: dict(given) for name, given in options.items()}
+    for probe in probes:
+        names = [one.name for one in probe.interventions(model.config)]
+        if names:
+            found[probe.name] = {**found.get(probe.name, {}), "interventions": names}
+    return found

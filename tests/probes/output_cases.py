@@ -17,7 +17,7 @@ class GivenOutputs:
     def __init__(self, outputs: Tensor, others: dict[str, Tensor] | None = None, acts: Tensor | None = None) -> None:
         self.outputs, self.others, self.acts = outputs, others or {}, acts
 
-    def run_experts(self, x: Tensor, watch: Watch | None = None) -> Iterator[ExpertView]:
+    def run_experts(self, x: Tensor, watch: Watch | None = None, beside: None = None) -> Iterator[ExpertView]:
         for index, output in enumerate(self.outputs):
             for start in range(0, len(x), 2) if watch is not None else ():  # two tokens at a time
                 acts = self.acts[index] if self.acts is not None else torch.ones(len(x), 4)

@@ -72,7 +72,7 @@ def test_saturation_and_vocabulary_leave_it_out_too():
 
 def test_importance_counts_tokens_of_a_weight():
     class Weights:
-        def run_experts(self, x, watch=None):
+        def run_experts(self, x, watch=None, beside=None):
             for expert in range(4):
                 yield ExpertView(expert, torch.full((5, 2), float(expert + 1)))
 
@@ -175,7 +175,7 @@ def test_where_nothing_can_be_ranked_it_says_so(tied):
     """Exact copies of one expert, or equal rows of the gate: neither a correlation nor a share of the largest."""
 
     class Weights:
-        def run_experts(self, x, watch=None):
+        def run_experts(self, x, watch=None, beside=None):
             for expert in range(4):
                 yield ExpertView(expert, x * (1.0 if tied == "norms" else expert + 1.0))
 

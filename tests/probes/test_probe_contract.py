@@ -70,7 +70,7 @@ class Seen(Probe):
 
 def test_a_layer_begins_anew_after_one_that_failed_halfway():
     class Broken(GivenOutputs):
-        def run_experts(self, x, watch=None):
+        def run_experts(self, x, watch=None, beside=None):
             yield from list(super().run_experts(x, watch))[:2]
             raise UserError("unreadable")
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from simulate_coverage import SHAPES, coverage
 
-from moebed.study.statistics import compare, detectable, deviation_range, holm
+from moebed.study.statistics import compare, detectable, deviation_range
+from probes.measures.significance import holm
 
 ROOT = Path(__file__).resolve().parents[2]
 SIMULATED = 1000

@@ -8,7 +8,7 @@ from checkpoint_files import SIZES, write
 from test_pretrained_text import make_text
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moebed.checkpoints import streamed
+from moebed.checkpoints import open_ffn
 from moebed.checkpoints.pretrained import PretrainedMoE
 from probes.registry import PROBES
 from probes.running.driver import needs_of, run_probes
@@ -38,7 +38,7 @@ def test_an_expert_is_cast_once(tmp_path, tokens, monkeypatch):
     text = make_text(30, 30)
     found = []
     for limit in (1 << 25, tokens * SIZES["moe_intermediate_size"]):
-        monkeypatch.setattr(streamed, "_ACTIVATIONS_AT_A_TIME", limit)
+        monkeypatch.setattr(open_ffn, "_ACTIVATIONS_AT_A_TIME", limit)
         model = PretrainedMoE(str(tmp_path / "model"), text=text)
         probes = [PROBES["activations"]()]
         with _Casts() as casts:
