@@ -91,6 +91,10 @@ class Browser:
             time.sleep(0.2)
         raise TimeoutError(f"{script} did not become true in {seconds:.0f} s")
 
+    def lines(self) -> list[str]:
+        """What the page says now, from top to bottom."""
+        return self.evaluate(TEXT)
+
     def screenshot(self, path: Path, whole: bool = False) -> Path:
         """Keep a PNG of the window, or of the whole page."""
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,15 +146,23 @@ class Browser:
         self.close()
 
 
-# Every element of a page, those within web components too, as TensorBoard is made of them.
-EVERYWHERE = """
+# What a page says, a line an element, within web components too, of which TensorBoard is made.
+TEXT = """
 (function () {
-  const found = [];
-  const walk = (root) => root.querySelectorAll('*').forEach((element) => {
-    found.push(element);
-    if (element.shadowRoot) walk(element.shadowRoot);
-  });
-  walk(document);
-  return found;
+  const lines = [];
+  const walk = (node) => {
+    if (node.nodeType === Node.TEXT_NODE) {
+      if (node.data.trim()) lines.push(node.data.trim());
+      return;
+    }
+    if (node.nodeType === Node.ELEMENT_NODE) {
+      if (['STYLE', 'SCRIPT', 'TEMPLATE'].includes(node.tagName)) return;
+      if (node.checkVisibility && !node.checkVisibility() && getComputedStyle(node).display !== 'contents') return;
+      if (node.tagName === 'SLOT' && node.assignedNodes().length) return node.assignedNodes().forEach(walk);
+    }
+    (node.shadowRoot || node).childNodes.forEach(walk);
+  };
+  walk(document.body);
+  return lines;
 })()
 """

@@ -94,7 +94,7 @@ def log_texts(trainer: Trainer, kind: str, texts: Mapping[str, str], step: int) 
             for tag, text in texts.items():
                 logger.experiment.add_text(tag, text, step)
         elif isinstance(logger, WandbLogger):
-            logger.log_text(kind, ["step", "what", "text"], [[step, *row] for row in texts.items()], step=step)
+            logger.log_text(kind, ["step", "what", "text"], [[str(step), *row] for row in texts.items()], step=step)
         elif isinstance(logger, MLFlowLogger):
             page = "\n\n".join(f"## {tag}\n\n{text}" for tag, text in texts.items())
             logger.experiment.log_text(logger.run_id, page, f"{kind}/step_{step:08d}.md")
