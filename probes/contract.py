@@ -18,7 +18,7 @@ from torch import Tensor
 from moebed.errors import ConfigError
 from moebed.model.config import ModelConfig
 from moebed.views.interventions import Intervention
-from moebed.views.layer import ExpertView, HeadView, LayerView, Need
+from moebed.views.layer import ExpertView, HeadView, LayerView, Need, layer_tag
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,7 +51,7 @@ class ProbeResult:
 
     Args:
         arrays: ``<key>/<layer>[/<matrix>]`` -> array; what is stored in ``results/<probe>.npz``.
-        scalars: ``<quantity>/layer_07`` or ``<quantity>`` -> number; TensorBoard's tag adds ``probes/<probe>/``.
+        scalars: ``<quantity>/layer_07`` or ``<quantity>`` -> number; how they are logged is in ``probes.running.tags``.
         headlines: The few numbers a person asks for first, by name.
         figures: Name -> function that draws it; nothing is drawn until it is called.
         notes: What was left out, and why.
@@ -185,11 +185,6 @@ class Probe:
     def describe(cls, arrays: Arrays) -> ProbeResult:
         """Scalars, headlines and figures of stored arrays."""
         return ProbeResult(arrays)
-
-
-def layer_tag(layer: int) -> str:
-    """``layer_07``: sorts well in TensorBoard."""
-    return f"layer_{layer:02d}"
 
 
 class ArrayName(NamedTuple):

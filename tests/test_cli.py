@@ -67,9 +67,11 @@ def test_fit_writes_a_whole_run_folder_and_continues(recipe, tmp_path, capsys):
     assert {"train/loss", "train/bits_per_byte", "train/load_balancing_loss", "val/bits_per_byte"} <= set(
         tags["scalars"]
     )
-    assert any(tag.startswith("probes/balance/max_violation/layer_00") for tag in tags["scalars"])
-    assert any(tag.startswith("probes/matrix_similarity/") for tag in tags["images"])
-    assert {"config/text_summary", "computed_in/text_summary", "samples/text_summary"} <= set(tags["tensors"])
+    assert any(tag.startswith("layers/balance/max_violation/layer_00") for tag in tags["scalars"])
+    assert any(tag.startswith("matrix_similarity/") for tag in tags["images"])
+    assert {"run/config/text_summary", "run/computed_in/text_summary", "run/samples/text_summary"} <= set(
+        tags["tensors"]
+    )
 
     _fails(capsys, ["fit", "--config", path], "already holds a run", "--ckpt_path last")
     before = (run / "run_summary.json").read_text()

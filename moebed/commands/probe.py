@@ -113,7 +113,6 @@ def run(command: str, arguments: Sequence[str]) -> None:
     import torch
     from lightning.pytorch import Trainer
     from lightning.pytorch.callbacks import LambdaCallback
-    from lightning.pytorch.loggers import TensorBoardLogger
 
     from moebed.checkpoints.pretrained import PretrainedMoE
     from moebed.checkpoints.reading_bar import ReadingBar
@@ -122,6 +121,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
     from moebed.machine.allocator import keep_freed_blocks
     from moebed.machine.termination import ending_on_sigterm
     from moebed.training.command_line import require_writable, say
+    from moebed.training.loggers import EventLog
     from probes.registry import make_probes
     from probes.report.page import left_out, write_report
     from probes.running.callback import ProbeCallback
@@ -175,7 +175,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
         accelerator="cpu" if options["device"] == "cpu" else "gpu",
         devices=1,
         default_root_dir=out,
-        logger=TensorBoardLogger(out, name="tensorboard", version="", default_hp_metric=False),
+        logger=EventLog(out),
         callbacks=[ReadingBar(), probing, *([keeping] if chooses else [])],
         enable_checkpointing=False,
         enable_model_summary=False,

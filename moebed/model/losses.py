@@ -80,10 +80,11 @@ class RouterStats(NamedTuple):
     z_loss: Tensor  # () mean of logsumexp(logits)²  (ST-MoE 2202.08906, eq. 5)
     losses: dict[str, Tensor]  # () means of the layer's own losses, by name
     sums: dict[str, Tensor]  # (E,) what the router's losses of a batch are made of, by name
+    entropy: Tensor  # () mean entropy of the tokens' router probabilities, in nats; no gradient
 
 
 def router_stats(routing: Routing, token_mask: Tensor) -> RouterStats:
-    """Counts, mean probabilities and z-loss of one layer over the tokens of token_mask (T,) bool."""
+    """Counts, mean probabilities, z-loss and entropy of one layer over the tokens of token_mask (T,) bool."""
     weight = token_mask.to(torch.float32)  # (T,)
     num_tokens = weight.sum().clamp(min=1)
     counts = torch.zeros(routing.router_probs.shape[-1], dtype=torch.float32, device=weight.device)
@@ -94,7 +95,8 @@ def router_stats(routing: Routing, token_mask: Tensor) -> RouterStats:
     z_loss = (weight * routing.router_logits.logsumexp(dim=-1).square()).sum() / num_tokens
     losses = {name: (weight * values).sum() / num_tokens for name, values in (routing.losses or {}).items()}
     sums = {name: (weight.unsqueeze(1) * values).sum(dim=0) for name, values in (routing.sums or {}).items()}
-    return RouterStats(counts.detach(), mean_probs, z_loss, losses, sums)
+    entropy = (weight * torch.special.entr(routing.router_probs.detach()).sum(dim=-1)).sum() / num_tokens
+    return RouterStats(counts.detach(), mean_probs, z_loss, losses, sums, entropy)
 
 
 def domain_counts(routing: Routing, token_mask: Tensor, domain: Tensor, num_domains: int) -> Tensor:

@@ -10,6 +10,7 @@ from moebed.machine import storage
 from moebed.machine.templates import render
 from moebed.study.comparison import Comparison, compare_arms, power
 from moebed.study.files import STUDY_FILE, load_study
+from moebed.study.hparams import write_hparams
 from moebed.study.tables import (
     COLUMNS,
     DOMAIN_NOTE,
@@ -37,7 +38,7 @@ def is_study(folder: Path) -> bool:
 
 
 def present(folder: Path) -> list[Path]:
-    """Write ``study.md``, ``figures/`` and ``report.html`` beside a study.json, and print the table.
+    """Write ``study.md``, ``figures/``, ``report.html`` and ``hparams/`` beside a study.json, and print the table.
 
     Returns:
         What was written.
@@ -58,7 +59,7 @@ def present(folder: Path) -> list[Path]:
     text = storage.write_text(folder / "study.md", markdown(found, names))
     report = write_report([], folder / "report.html", {found.study["name"]: section(folder, found, pictures)})
     print_table(found)
-    return [text, *written, report]
+    return [text, *written, report, write_hparams(found.study, folder)]
 
 
 def sections(folders: Sequence[Path]) -> dict[str, Markup]:

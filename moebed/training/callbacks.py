@@ -18,6 +18,7 @@ from moebed.model.generate import generate
 from moebed.parallel.strategy import MeshStrategy
 from moebed.training.event_files import forget_between
 from moebed.training.lightning_private import log_under
+from moebed.training.loggers import event_folders, log_texts, takes_text
 from moebed.training.step_log import is_logged
 
 
@@ -178,9 +179,8 @@ class UnbrokenLog(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log it once more, where that step is one that is logged."""
         if self._written is not None and trainer.is_global_zero:
-            for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    forget_between(Path(logger.log_dir), self._written, self._began)
+            for folder in event_folders(trainer):
+                forget_between(Path(folder), self._written, self._began)
         metrics = self._last.get("metrics")
         if metrics and (self._last["step"] + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             for logger in trainer.loggers:
@@ -203,7 +203,7 @@ def validation_is_due(trainer: Trainer) -> bool:
 
 
 class SampleText(Callback):
-    """At each validation, continues the beginning of one validation sequence of each domain (TensorBoard's text page).
+    """At each validation, continues the beginning of one validation sequence of each domain; logged as ``run/samples``.
 
     Args:
         prompt_tokens: Length of the prompt.
@@ -225,8 +225,7 @@ class SampleText(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sample, with a generator of its own so that training draws what it would have drawn without."""
         together = isinstance(trainer.strategy, MeshStrategy)  # then a forward pass takes every rank
-        loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        if trainer.sanity_checking or not loggers or not (trainer.is_global_zero or together):
+        if trainer.sanity_checking or not takes_text(trainer.loggers) or not (trainer.is_global_zero or together):
             return
         if pl_module.decoder.needs_context:  # type: ignore[union-attr]
             return  # text that is not written yet has no domain
@@ -244,8 +243,8 @@ class SampleText(Callback):
                 _quoted(data.tokenizer.decode(prompt)) + "\n\n*continues:*\n\n" + _quoted(data.tokenizer.decode(rest))
             )
             sections.append(f"**{data.domains[domain]}**\n\n{text}")
-        for logger in loggers if trainer.is_global_zero else ():
-            logger.experiment.add_text("samples", "\n\n".join(sections), trainer.global_step)
+        if trainer.is_global_zero:
+            log_texts(trainer, "samples", {"run/samples": "\n\n".join(sections)}, trainer.global_step)
 
 
 def _quoted(text: str) -> str:

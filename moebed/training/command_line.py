@@ -17,7 +17,6 @@ import torch
 from jsonargparse import ActionConfigFile
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from moebed.checkpoints.families.base import beside_experts
 from moebed.data.datamodule import TextDataModule
@@ -34,6 +33,7 @@ from moebed.plan.plan import make_plan, setup_of
 from moebed.plan.table import print_plan
 from moebed.training.callbacks import AtomicCheckpointIO, SampleText, TrainingRate, UnbrokenLog
 from moebed.training.jsonargparse_private import PresentNames, option_names
+from moebed.training.loggers import EventLog, log_texts
 from moebed.training.module import MoEModule
 from moebed.training.progress import ProgressBar, ProgressLines
 from moebed.training.saving import RunCheckpoint, require_whole_steps
@@ -86,7 +86,7 @@ def _user_error_behind(error: BaseException | None) -> UserError | None:
 
 
 class RunFolder(SaveConfigCallback):
-    """Writes the run's config beside its results once training starts: ``config.yaml``, and TensorBoard's text page."""
+    """Writes the run's config beside its results once training starts: ``config.yaml``, and where it logs text."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Nothing is written before every check of model and data has passed."""
@@ -104,11 +104,9 @@ class RunFolder(SaveConfigCallback):
         storage.write_text(folder / "config.yaml", text)
         with storage.new_folder(folder / "tokenizer", sole=True) as tokenizer:
             trainer.datamodule.save_tokenizer(tokenizer)  # type: ignore[attr-defined]
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                indented = "\n".join("    " + line for line in text.splitlines())
-                logger.experiment.add_text("config", indented, trainer.global_step)
-                logger.experiment.add_text("computed_in", computed_in(trainer.precision), trainer.global_step)
+        indented = "\n".join("    " + line for line in text.splitlines())
+        said = {"run/config": indented, "run/computed_in": computed_in(trainer.precision)}
+        log_texts(trainer, "run", said, trainer.global_step)
 
 
 class TrainingCLI(LightningCLI):
@@ -208,9 +206,7 @@ class TrainingCLI(LightningCLI):
         """A Trainer that logs into the run folder."""
         config = self._get(self.config_init, "trainer")
         if config.get("logger") is None:
-            kwargs["logger"] = self.subcommand == "fit" and TensorBoardLogger(
-                config.default_root_dir, name="tensorboard", version="", default_hp_metric=False
-            )
+            kwargs["logger"] = self.subcommand == "fit" and EventLog(config.default_root_dir)
         # First those whose clocks stop before other callbacks begin to work.
         callbacks: list[Callback] = [TrainingRate(), *self._progress(), PrecisionOfRun(), UnbrokenLog()]
         kwargs["callbacks"] = [*callbacks, *(config.get("callbacks") or [])]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
@@ -41,11 +42,13 @@ from moebed.parallel.strategy import MeshStrategy
 from moebed.training.batch_sums import BatchSums
 from moebed.training.callbacks import validation_is_due
 from moebed.training.lightning_private import forget_step_values
+from moebed.training.loggers import log_numbers
 from moebed.training.metrics import TextLoss, bits_per_byte
 from moebed.training.not_finite import NotFinite
 from moebed.training.optim import OptimizerConfig, build_adamw, gradient_norm, scale_gradients
+from moebed.training.routing_log import COUNTS, ENTROPY, StepRouting
 from moebed.training.schedule import SchedulePlan
-from moebed.training.step_log import StepLog, is_logged
+from moebed.training.step_log import StepLog, is_due, is_logged
 from moebed.views.layer import HeadView, LayerView, Need, ProbeText
 from moebed.views.live import walk, walk_model
 
@@ -61,6 +64,7 @@ class StepTerms(NamedTuple):
     z_losses: list[Tensor]  # ()
     router_losses: list[dict[str, Tensor]]  # () by name, what a layer asks for beside
     router_sums: list[dict[str, Tensor]]  # (E,) by name, what a layer's losses of the batch are made of
+    entropies: list[Tensor]  # () mean entropy of the router probabilities
     domain_counts: Tensor | None = None  # (D, E) of each domain in the last MoE layer, where the data ask for it
     # In training alone:
     sequence_losses: Sequence[Tensor] = ()  # () load-balancing loss of each sequence by itself
@@ -118,6 +122,7 @@ class MoEModule(LightningModule):
         self._window_counts: list[Tensor] = []
         self._batch_sums = BatchSums()
         self._step_log = StepLog()
+        self.step_routing: StepRouting | None = None  # of the last step that was logged
         self._begins_step = True
         self._plan: SchedulePlan | None = None
         self._former_plan: dict[str, Any] = {}
@@ -301,6 +306,7 @@ class MoEModule(LightningModule):
             [layer.z_loss for layer in stats],
             [layer.losses for layer in stats],
             [layer.sums for layer in stats],
+            [layer.entropy for layer in stats],
             None if domain is None else domain_counts(routings[-1], mask, domain, domains),
             self._sequence_losses(routings, mask, len(input_ids)) if self.training else (),
             self._statistics(routings, mask) if self.training else (),
@@ -331,6 +337,8 @@ class MoEModule(LightningModule):
         self._note("router_z_loss", z_loss)
         violation = torch.stack([count.max() / count.mean() - 1 for count in terms.counts]).mean()
         self._note("max_violation", violation)
+        self._step_log.note(COUNTS, torch.cat(terms.counts))
+        self._step_log.note(ENTROPY, torch.stack(terms.entropies))
         for coefficient, value in (
             (self.config.router_aux_loss_coef, balance),
             (self.config.router_z_loss_coef, z_loss),
@@ -377,14 +385,29 @@ class MoEModule(LightningModule):
     def _log_step(self) -> None:
         """The step has ended: log it, means over its micro-batches and over ranks, if it is one that is logged."""
         self._begins_step = True
-        if is_logged(self.trainer, self.global_step + 1):
-            for name, value in self.step_metrics().items():
-                shown = name in ("train/loss", "train/bits_per_byte")
-                self.log(name, torch.tensor(value), prog_bar=shown)  # in main memory: nobody waits to show it
+        if not is_logged(self.trainer, self.global_step + 1):
+            return
+        numbers, vectors = self._step_log.read(self.trainer.world_size)
+        self.step_routing = self._routing_of(vectors)
+        if self.step_routing is not None:
+            numbers |= self.step_routing.numbers()
+            if is_due(self.trainer, self.global_step + 1):
+                log_numbers(self.trainer, self.step_routing.by_layer(), self.global_step)
+        for name, value in numbers.items():
+            shown = name in ("train/loss", "train/bits_per_byte")
+            self.log(name, torch.tensor(value), prog_bar=shown)  # in main memory: nobody waits to show it
+
+    def _routing_of(self, vectors: dict[str, np.ndarray]) -> StepRouting | None:
+        """What the routers did in the step; None of a dense model."""
+        if COUNTS not in vectors:
+            return None
+        layers = self.config.moe_layers
+        sizes = [self.config.layer(layer).num_experts for layer in layers]
+        return StepRouting.of(layers, sizes, vectors[COUNTS], vectors[ENTROPY])
 
     def step_metrics(self) -> dict[str, float]:
         """Numbers of the last step, whether it was logged or not; all ranks call this together."""
-        return self._step_log.read(self.trainer.world_size)
+        return self._step_log.read(self.trainer.world_size)[0]
 
     def _global_counts(self, counts: list[Tensor]) -> list[Tensor]:
         """Counts summed over ranks, and over this window's accumulation steps so far."""

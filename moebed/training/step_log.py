@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
@@ -18,7 +19,7 @@ class StepLog:
         self._numbers: dict[str, float] = {}
 
     def note(self, name: str, value: Tensor | float) -> None:
-        """Keep a number of this step: a tensor () of this rank, or what all ranks know alike."""
+        """Keep a number of this step: a tensor () of this rank, or what all ranks know alike; or a vector (N,)."""
         if isinstance(value, Tensor):
             self._tensors.setdefault(name, []).append(value.detach())
         else:
@@ -29,15 +30,23 @@ class StepLog:
         self._tensors, self._numbers = {}, {}
 
     @torch.no_grad()
-    def read(self, world_size: int) -> dict[str, float]:
-        """What was noted since the step began; all ranks call this together, having noted the same names."""
+    def read(self, world_size: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """What was noted since the step began; all ranks call this together, having noted the same names.
+
+        Returns:
+            The numbers, and the vectors (N,).
+        """
         if not self._tensors:
-            return dict(self._numbers)
-        means = torch.stack([torch.stack([v.float() for v in values]).mean() for values in self._tensors.values()])
+            return dict(self._numbers), {}
+        means = [torch.stack([value.float() for value in values]).mean(dim=0) for values in self._tensors.values()]
+        joined = torch.cat([mean.flatten() for mean in means])
         if world_size > 1:
-            torch.distributed.all_reduce(means)
-            means /= world_size
-        return {**dict(zip(self._tensors, means.tolist(), strict=True)), **self._numbers}
+            torch.distributed.all_reduce(joined)
+            joined /= world_size
+        parts = np.split(joined.cpu().numpy(), np.cumsum([mean.numel() for mean in means])[:-1])
+        found = [(name, part, mean.dim()) for (name, part, mean) in zip(self._tensors, parts, means, strict=True)]
+        numbers = {name: float(part[0]) for name, part, dim in found if dim == 0}
+        return {**numbers, **self._numbers}, {name: part for name, part, dim in found if dim}
 
 
 def is_logged(trainer: Trainer, step: int) -> bool:
@@ -47,6 +56,11 @@ def is_logged(trainer: Trainer, step: int) -> bool:
         trainer: Of the run.
         step: Number of steps done with it, from 1 on.
     """
-    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
     is_free = trainer.world_size == 1 and trainer.strategy.root_device.type == "cpu"
-    return is_free or (every > 0 and step % every == 0) or bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+    return is_free or is_due(trainer, step)
+
+
+def is_due(trainer: Trainer, step: int) -> bool:
+    """Whether ``log_every_n_steps`` names an optimizer step, from 1 on."""
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return (every > 0 and step % every == 0) or bool(trainer.fast_dev_run)  # type: ignore[attr-defined]

@@ -13,8 +13,8 @@ from moebed.machine import storage
 from moebed.machine.precision import COMPUTED_IN
 from moebed.machine.templates import render
 from probes.contract import Headline
+from probes.questions import QUESTIONS, Question
 from probes.registry import PROBES
-from probes.report.answers import QUESTIONS, Question
 from probes.running import store
 from probes.running.published import PUBLISHED, paper_model, published
 from probes.running.run_folder import RunFolder, read_run

@@ -7,14 +7,13 @@ and modes alone, and runs the plain decoder where training runs a compiled one.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -25,10 +24,11 @@ from moebed.errors import ConfigError, UserError
 from moebed.machine import provenance, storage
 from moebed.model.config import ModelConfig
 from moebed.parallel.strategy import MeshStrategy
+from moebed.training.loggers import log_numbers, log_picture, log_texts
 from moebed.views.layer import ProbeText
 from probes.contract import ProbeResult
 from probes.registry import PROBES, TRAINING_ONLY, make_probes, resolve_probes
-from probes.running import store
+from probes.running import store, tags
 from probes.running.checkpoint_pass import CheckpointPass, probes_for
 from probes.running.driver import Timing, needs_of, run_probes
 from probes.running.provenance import Provenance, note_of
@@ -41,10 +41,9 @@ class ProbeCallback(Callback):
     ``Trainer.predict``.
 
     The module offers ``views(text, needs)``, and ``notes`` where a person should know something of it; the datamodule
-    ``probe_batch(num_sequences)`` and ``domains``. Scalars go to every TensorBoard logger as
-    ``probes/<probe>/<quantity>/layer_07``, pictures as ``probes/<probe>/<figure>``, and what probing costs as
-    ``probes_cost/``. Arrays, history and summary go to ``out``. The model is probed on rank 0; of one that ranks share,
-    the others hand it a layer at a time.
+    ``probe_batch(num_sequences)`` and ``domains``. Numbers, sentences and pictures go to every logger that takes them,
+    under the names of ``probes.running.tags``. Arrays, history and summary go to ``out``. The model is probed on rank
+    0; of one that ranks share, the others hand it a layer at a time.
 
     A checkpoint's layers are probed as ``Trainer.predict`` comes to them, by all probes that need weights alone if none
     are named. What is finished is kept, and a second run continues there. ``missing`` has the layers that cannot be
@@ -254,18 +253,13 @@ class ProbeCallback(Callback):
 
     def _log(self, trainer: Trainer, results: Mapping[str, ProbeResult], timing: Timing, step: int) -> None:
         elapsed = time.perf_counter() - self._started
+        cost = {"forward_seconds": timing.forward, "share_of_wall_time": self._seconds / elapsed}
         for name in results:
             self._probe_seconds[name] = self._probe_seconds.get(name, 0.0) + timing.probe[name]
-        for writer in _writers(trainer):
-            for name, result in results.items():
-                for key, value in result.scalars.items():
-                    writer.add_scalar(f"probes/{name}/{key}", value, step)
-                for key, headline in result.headlines.items():
-                    writer.add_text(f"probes/{name}/{key}", headline.sentence, step)
-                writer.add_scalar(f"probes_cost/{name}_seconds", timing.probe[name], step)
-                writer.add_scalar(f"probes_cost/{name}_share", self._probe_seconds[name] / elapsed, step)
-            writer.add_scalar("probes_cost/forward_seconds", timing.forward, step)
-            writer.add_scalar("probes_cost/share_of_wall_time", self._seconds / elapsed, step)
+            cost |= {f"{name}_seconds": timing.probe[name], f"{name}_share": self._probe_seconds[name] / elapsed}
+        numbers = tags.scalars(results) | {f"{tags.COST}/{name}": value for name, value in cost.items()}
+        log_numbers(trainer, numbers, step)
+        log_texts(trainer, "sentences", tags.sentences(results), step)
 
     def _draw(self, trainer: Trainer, results: Mapping[str, ProbeResult], step: int) -> None:
         from probes.figures.drawing import to_png
@@ -275,22 +269,8 @@ class ProbeCallback(Callback):
             for key, build in result.figures.items():
                 picture = to_png(build())
                 storage.write_bytes(store.picture_path(self.out, name, key), picture)
-                for writer in _writers(trainer):
-                    _add_png(writer, f"probes/{name}/{key}", picture, step)
-
-
-def _add_png(writer: Any, tag: str, picture: bytes, step: int) -> None:
-    """Log a picture as it is; ``add_image`` would take its pixels and encode them once more."""
-    from tensorboard.compat.proto.summary_pb2 import Summary
-
-    width, height = (int.from_bytes(picture[at : at + 4], "big") for at in (16, 20))  # PNG's header
-    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=picture)
-    writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
-
-
-def _writers(trainer: Trainer) -> Iterator[Any]:
-    """The event writer of every TensorBoard logger."""
-    return (logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger))
+                for tag in tags.picture_tags(name, key):
+                    log_picture(trainer, tag, picture, step)
 
 
 def probe_text(trainer: Trainer, num_sequences: int) -> ProbeText:

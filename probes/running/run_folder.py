@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from moebed.errors import UserError
+from moebed.former_names import present_tag
 from probes.contract import ProbeResult
 from probes.registry import PROBES
 from probes.running import store
 from probes.running.provenance import Provenance, read_note
+from probes.running.tags import is_of_probes
 
 Curve = tuple[list[int], list[float]]  # steps, values
 
@@ -97,7 +99,7 @@ def _read_numbers(path: Path) -> dict[str, Any]:
 
 
 def read_curves(folder: Path) -> dict[str, Curve]:
-    """Scalars of all TensorBoard event files under a folder.
+    """Scalars of all TensorBoard event files under a run's folder, without those of its probes.
 
     A resumed run writes some steps again, into another file: of each step the value written last is kept.
     """
@@ -108,13 +110,15 @@ def read_curves(folder: Path) -> dict[str, Curve]:
 
     scalars_only = {"scalars": 0, "images": 1, "tensors": 1, "histograms": 1, "compressedHistograms": 1, "audio": 1}
     latest: dict[str, dict[int, tuple[float, float]]] = {}
+    probes = {*PROBES, *(path.stem for path in store.results_dir(folder).glob("*.npz"))}  # plug-ins' as well
     for path in paths:
         events = EventAccumulator(str(path), size_guidance=scalars_only, purge_orphaned_data=False).Reload()
-        for tag in events.Tags()["scalars"]:
-            if tag.startswith(("probes/", "probes_cost/")):
+        for logged in events.Tags()["scalars"]:
+            tag = present_tag(logged)
+            if is_of_probes(tag, probes):
                 continue
             steps = latest.setdefault(tag, {})
-            for event in events.Scalars(tag):
+            for event in events.Scalars(logged):
                 if event.step not in steps or event.wall_time >= steps[event.step][0]:
                     steps[event.step] = (event.wall_time, event.value)
     return {

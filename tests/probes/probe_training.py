@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader
 
 from moebed.model.config import ModelConfig
+from moebed.training.loggers import EventLog
 from moebed.training.module import MoEModule
 
 LENGTH = 12
@@ -72,7 +72,7 @@ def train(folder: Path, callbacks: list, steps: int, ckpt_path: Path | None = No
         max_steps=steps,
         max_epochs=-1,
         callbacks=callbacks,
-        logger=TensorBoardLogger(folder, name="", version="tensorboard"),
+        logger=EventLog(folder),
         enable_progress_bar=False,
         enable_model_summary=False,
         log_every_n_steps=1,

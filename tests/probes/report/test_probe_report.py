@@ -14,8 +14,8 @@ from routed_cases import chosen_view, text_of
 from torch.utils.tensorboard import SummaryWriter
 
 from moebed.errors import UserError
+from moebed.views.layer import layer_tag
 from moebed.views.live import walk
-from probes.contract import layer_tag
 from probes.registry import PROBES
 from probes.report.charts import layer_series
 from probes.report.page import write_report

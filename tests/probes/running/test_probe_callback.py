@@ -14,6 +14,7 @@ from moebed.errors import ConfigError, UserError
 from probes.registry import DEFAULT_PROBES, PROBES
 from probes.running import store
 from probes.running.callback import ProbeCallback
+from probes.running.tags import picture_tags
 
 FEW = ["balance", "gate_similarity"]
 
@@ -36,20 +37,26 @@ def test_events_hold_the_tags_and_the_pictures(tmp_path):
     train(tmp_path, [ProbeCallback(every_n_steps=2, num_sequences=2)], 4)
     events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0, "scalars": 0}).Reload()
     tags = events.Tags()
-    expected = {"probes/balance/max_violation", "probes/balance/max_violation/layer_01", "probes/router_state/margin",
-                "probes/norm_vs_score/spearman/layer_00", "probes/matrix_similarity/mean_cos_up/layer_01",
-                "probes/gate_similarity/mean_cos", "probes/routing/topk_mass", "probes_cost/balance_seconds",
+    expected = {"balance/max_violation", "layers/balance/max_violation/layer_01", "router_state/margin",
+                "layers/norm_vs_score/spearman/layer_00", "layers/matrix_similarity/mean_cos_up/layer_01",
+                "gate_similarity/mean_cos", "routing/topk_mass", "probes_cost/balance_seconds",
                 "probes_cost/forward_seconds", "probes_cost/share_of_wall_time"}  # fmt: skip
     assert expected <= set(tags["scalars"])
-    assert [event.step for event in events.Scalars("probes/balance/cv/layer_00")] == [0, 2, 4]
+    assert [event.step for event in events.Scalars("layers/balance/cv/layer_00")] == [0, 2, 4]
     assert 0 < events.Scalars("probes_cost/share_of_wall_time")[-1].value < 1
     arrays = store.load_arrays(tmp_path, "balance")
-    assert events.Scalars("probes/balance/cv/layer_00")[-1].value == pytest.approx(float(arrays["cv/0"]))
+    assert events.Scalars("layers/balance/cv/layer_00")[-1].value == pytest.approx(float(arrays["cv/0"]))
     results = {name: PROBES[name].describe(store.load_arrays(tmp_path, name)) for name in DEFAULT_PROBES}
-    pictures = {f"probes/{name}/{figure}" for name, result in results.items() for figure in result.figures}
+    drawn = [(name, figure) for name, result in results.items() for figure in result.figures]
+    pictures = {tag for name, figure in drawn for tag in picture_tags(name, figure)}
     assert len(pictures) >= len(DEFAULT_PROBES)
     assert pictures == set(tags["images"])
-    image = events.Images("probes/balance/load")
+    assert {
+        "balance/figures/load",
+        "norm_vs_score/figures/rank_counts",
+        "answers/1_norm/figures/rank_counts",
+    } <= pictures
+    image = events.Images("balance/figures/load")
     assert [event.step for event in image] == [4]
     assert image[0].encoded_image_string.startswith(b"\x89PNG")
     assert image[0].width > 300
@@ -103,7 +110,7 @@ def test_when_it_probes(tmp_path, options, steps):
 def test_figures_at_steps_and_at_the_end(tmp_path):
     train(tmp_path, [ProbeCallback(["balance"], every_n_steps=2, num_sequences=1, figures_every_n_steps=4)], 6)
     events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0}).Reload()
-    assert [event.step for event in events.Images("probes/balance/load")] == [0, 4, 6]
+    assert [event.step for event in events.Images("balance/figures/load")] == [0, 4, 6]
 
 
 def test_a_resumed_run_probes_nothing_twice(tmp_path):

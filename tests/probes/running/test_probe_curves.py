@@ -8,6 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from probes.running import store
 from probes.running.callback import ProbeCallback
+from probes.running.tags import scalar_tag
 
 WANTED = {
     "matrix_similarity": ["mean_cos_up", "mean_cos_gate", "mean_cos_down"],
@@ -31,6 +32,6 @@ def test_experts_are_followed_through_training(tmp_path):
             for tag in (f"{probe}/{quantity}", f"{probe}/{quantity}/layer_01"):
                 curve = [line["scalars"][tag] for line in history]
                 assert len(set(curve)) == 3, tag  # training moves it
-                points = events.Scalars(f"probes/{tag}")
+                points = events.Scalars(scalar_tag(probe, tag.removeprefix(f"{probe}/")))
                 assert [point.step for point in points] == [0, 2, 4]
                 assert [point.value for point in points] == pytest.approx(curve, rel=1e-6)

@@ -36,21 +36,21 @@ def test_scalars_pictures_and_sentences_come_back(served):
     out, ask = served
     scalars = json.loads(ask("plugin/scalars/tags"))
     run = next(iter(scalars))
-    wanted = {"probes/balance/max_violation/layer_01", "probes/norm_vs_score/spearman", "probes_cost/balance_share",
+    wanted = {"layers/balance/max_violation/layer_01", "norm_vs_score/spearman", "probes_cost/balance_share",
               "probes_cost/share_of_wall_time"}  # fmt: skip
     assert wanted <= set(scalars[run])
-    points = json.loads(ask("plugin/scalars/scalars", run=run, tag="probes/balance/max_violation/layer_01"))
+    points = json.loads(ask("plugin/scalars/scalars", run=run, tag="layers/balance/max_violation/layer_01"))
     assert [step for _, step, _ in points] == [0, 2, 4]
     history = [line["scalars"]["balance/max_violation/layer_01"] for line in store.load_history(out)]
     assert [value for *_, value in points] == pytest.approx(history, rel=1e-6)
 
     pictures = json.loads(ask("plugin/images/tags"))[run]
-    assert "probes/balance/load" in pictures
-    [entry] = json.loads(ask("plugin/images/images", run=run, tag="probes/balance/load", sample=0))
+    assert "balance/figures/load" in pictures
+    [entry] = json.loads(ask("plugin/images/images", run=run, tag="balance/figures/load", sample=0))
     shown = Image.open(io.BytesIO(ask("plugin/images/individualImage", entry["query"])))
     drawn = Image.open(out / "figures" / "balance_load.png")
     assert shown.convert("RGB").tobytes() == drawn.convert("RGB").tobytes()
 
-    sentences = json.loads(ask("plugin/text/text", run=run, tag="probes/balance/max_violation/text_summary"))
+    sentences = json.loads(ask("plugin/text/text", run=run, tag="balance/max_violation/text_summary"))
     said = json.loads((out / "summary.json").read_text())["probes"]["balance"]["headlines"]["max_violation"]["sentence"]
     assert said in sentences[-1]["text"]

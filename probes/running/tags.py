@@ -1,0 +1,82 @@
+"""How what the probes found is called in a log.
+
+The first part of a tag is what TensorBoard groups by. There is one group a probe, which holds what is of all layers
+together, and one group for all that is of single layers, however many there are; the custom-scalars dashboard has the
+latter, a chart a quantity and a line a layer (:class:`moebed.training.loggers.EventLog`).
+
+    answers/1_norm               the questions of a report, in its order: sentences, curves, pictures
+    balance/cv                   a probe's quantity, mean over layers, and its sentence, if it has one
+    balance/figures/load         a probe's picture
+    layers/balance/cv/layer_07   the same of one layer
+    probes_cost/balance_seconds  what probing costs
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from moebed.training.loggers import LAYERS, TRAIN
+from probes.contract import ProbeResult
+from probes.questions import QUESTIONS, Question, asked_of
+
+ANSWERS, COST, FIGURES = "answers", "probes_cost", "figures"
+_OF_LAYER = re.compile(r".+/layer_\d+")
+
+
+def scalar_tag(probe: str, key: str) -> str:
+    """The tag of ``<quantity>`` or ``<quantity>/layer_07`` of a probe."""
+    return f"{LAYERS}/{probe}/{key}" if _OF_LAYER.fullmatch(key) else f"{probe}/{key}"
+
+
+def scalars(results: Mapping[str, ProbeResult]) -> dict[str, float]:
+    """All numbers of a probing by tag: what answers the questions, and each probe's quantities."""
+    found = {
+        f"{_answer_tag(question)}/{name.rpartition('/')[2]}": float(headline.value)
+        for question in asked_of(results)
+        for name, headline in question.answers(results).items()
+    }
+    return found | {scalar_tag(name, key): value for name, one in results.items() for key, value in one.scalars.items()}
+
+
+def sentences(results: Mapping[str, ProbeResult]) -> dict[str, str]:
+    """Markdown by tag: each question with its answers and what was published, then each probe's own sentences."""
+    found = {}
+    for question in asked_of(results):
+        if answers := question.answers(results).values():
+            said = [f"{one.sentence}{_interval(one.interval)}" for one in answers]
+            found[_answer_tag(question)] = "\n\n".join(
+                [f"**{question.text}**", *said, f"*Published:* {question.paper}"]
+            )
+    for name, result in results.items():
+        found |= {f"{name}/{key}": headline.sentence for key, headline in result.headlines.items()}
+    return found
+
+
+def picture_tags(probe: str, figure: str) -> list[str]:
+    """The tags of a picture: that of the question that it answers, if it does, and its probe's.
+
+    Neither is a number's, which may have the same name: TensorBoard takes all events of a tag for one kind.
+    """
+    answered = [question for question in QUESTIONS if f"{probe}/{figure}" in question.pictures]
+    return [f"{group}/{FIGURES}/{figure}" for group in (*map(_answer_tag, answered), probe)]
+
+
+def is_of_probes(tag: str, probes: Iterable[str]) -> bool:
+    """Whether a tag is of a probing, and not of training.
+
+    Args:
+        tag: As it is now (:func:`moebed.former_names.present_tag`).
+        probes: Names of the probes that are known.
+    """
+    group, _, rest = tag.partition("/")
+    return group in (ANSWERS, COST, *probes) or (group == LAYERS and not rest.startswith(f"{TRAIN}/"))
+
+
+def _answer_tag(question: Question) -> str:
+    """With its number, which keeps the order where tags are sorted."""
+    return f"{ANSWERS}/{QUESTIONS.index(question) + 1}_{question.name}"
+
+
+def _interval(interval: tuple[float, float] | None) -> str:
+    return f" (95 %: {interval[0]:.3g} to {interval[1]:.3g})" if interval is not None else ""
