@@ -58,11 +58,11 @@ class KVCache:
         self.keys = self.values = torch.empty(0)
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store keys and values (B, G, S, D) of new positions; returns those of all positions."""
+        """Store keys and values (B, G, S, ·) of new positions; returns those of all positions."""
         if self.length == 0:
-            batch, heads, _, width = keys.shape
-            self.keys = keys.new_empty(batch, heads, self.max_length, width)
-            self.values = values.new_empty(batch, heads, self.max_length, width)
+            self.keys, self.values = (
+                one.new_empty(*one.shape[:2], self.max_length, one.shape[3]) for one in (keys, values)
+            )
         stop = self.length + keys.shape[2]
         self.keys[:, :, self.length : stop] = keys
         self.values[:, :, self.length : stop] = values
@@ -71,7 +71,7 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """Causal multi-head or grouped-query attention."""
+    """Causal multi-head or grouped-query attention; other kinds make queries, keys and values otherwise."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -83,11 +83,15 @@ class Attention(nn.Module):
         self.scale = config.head_dim**-0.5 if scale is None else scale
         self.cap, self.window = config.attn_logit_softcapping, config.sliding_window
         self.backend, self.interleaved = config.attention_backend, config.rope_interleave
+        self.o_proj = nn.Linear(self.num_heads * config.value_head_dim, config.hidden_size, bias=False)
+        self._build(config)
+
+    def _build(self, config: ModelConfig) -> None:
+        """What makes queries, keys and values."""
         q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
-        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
         self.norm_heads = config.qk_norm == "head"
         self.q_norm: nn.Module = nn.Identity()
         self.k_norm: nn.Module = nn.Identity()
@@ -95,21 +99,24 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(self.head_dim if self.norm_heads else q_size, config.rms_norm_eps)
             self.k_norm = RMSNorm(self.head_dim if self.norm_heads else kv_size, config.rms_norm_eps)
 
+    def _project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor, Rope | None]:
+        """Queries (B, A, S, D), keys and values (B, G, S, ·) of x (B, S, H), and what they have yet to be turned by."""
+        query, key, value = self._linears(x, self.q_proj, self.k_proj, self.v_proj)
+        return self._heads(query, self.q_norm), self._heads(key, self.k_norm), self._heads(value, None), rope
+
     def forward(self, x: Tensor, rope: Rope, cache: KVCache | None = None) -> Tensor:
         """Attend within x (B, S, H), and to what the cache holds before it: (B, S, H)."""
-        query, key, value = self._linears(x, self.q_proj, self.k_proj, self.v_proj)
-        query = self._heads(query, self.q_norm)  # (B, A, S, D)
-        key = self._heads(key, self.k_norm)  # (B, G, S, D)
-        value = self._heads(value, None)
-        turns_within = rope[0].shape[-1] == self.head_dim and not self.interleaved
-        if cache is None and turns_within and self._uses_native(query, key):
-            mixed = self._mix_native(query, key, value, rope)
+        query, key, value, left = self._project(x, rope)
+        turns_within = left is None or (left[0].shape[-1] == self.head_dim and not self.interleaved)
+        if cache is None and turns_within and self._uses_native(query, key, value):
+            mixed = self._mix_native(query, key, value, left)
         else:
-            query, key = turned(query, rope, self.interleaved), turned(key, rope, self.interleaved)
+            if left is not None:
+                query, key = turned(query, left, self.interleaved), turned(key, left, self.interleaved)
             if cache is not None:
                 key, value = cache.append(key, value)
             mixed = self._mix(query, key, value).transpose(1, 2)
-        return self._linears(mixed.flatten(2), self.o_proj)[0]  # of mixed (B, S, A, D)
+        return self._linears(mixed.flatten(2), self.o_proj)[0]  # of mixed (B, S, A, ·)
 
     @staticmethod
     def _linears(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
@@ -129,7 +136,7 @@ class Attention(nn.Module):
 
     def _mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         length, total = query.shape[2], key.shape[2]
-        if self._uses_native(query, key):
+        if self._uses_native(query, key, value):
             return self._mix_native(query, key, value).transpose(1, 2)
         if self.num_kv_heads != self.num_heads:
             repeat = self.num_heads // self.num_kv_heads
@@ -170,12 +177,12 @@ class Attention(nn.Module):
             logits = self.cap * torch.tanh(logits / self.cap) + hidden
         return logits.softmax(dim=-1).to(value.dtype) @ value
 
-    def _uses_native(self, query: Tensor, key: Tensor) -> bool:
+    def _uses_native(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
         """Whether the compiled attention serves: where it fits and is asked for, or was measured to be the fastest."""
         sees_all_before = self.window is None or key.shape[2] <= self.window
         if self.backend not in ("auto", "native") or self.cap is not None or not sees_all_before:
             return False
-        if native.unfit(query, key) is not None:
+        if native.unfit(query, key) is not None or key.shape != value.shape:
             return False
         return native.is_there() if self.backend == "native" else native.is_fastest(len(key) * self.num_kv_heads)
 

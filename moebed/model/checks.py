@@ -9,6 +9,7 @@ from moebed.errors import ConfigError
 Config = Any  # a ModelConfig, whose file imports this one
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 _OPTIONAL_SIZES = ("sliding_window", "intermediate_size", "shared_expert_intermediate_size")
+_LATENT = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 _COEFFICIENTS = (
     "router_aux_loss_coef",
     "router_z_loss_coef",
@@ -34,6 +35,30 @@ def check_sizes(config: Config) -> None:
     """What must be given is at least 1."""
     for name in _SIZES:
         require(getattr(config, name) >= 1, f"{name} is {getattr(config, name)}; it must be at least 1")
+
+
+def check_latent(config: Config) -> bool:
+    """Whether attention is latent; what it needs is given with it alone, and nothing that it does not compute."""
+    given = [name for name in _LATENT if getattr(config, name) is not None]
+    require(
+        len(given) == len(_LATENT) or (not given and config.q_lora_rank is None),
+        f"{', '.join(given) or 'q_lora_rank'} is given; latent attention needs all of {', '.join(_LATENT)}",
+    )
+    for name in (*given, "q_lora_rank"):
+        value = getattr(config, name)
+        require(value is None or value >= 1, f"{name} is {value}; it must be at least 1")
+    if given:
+        width = config.qk_nope_head_dim + config.qk_rope_head_dim
+        for name, wanted in (
+            ("head_dim", (None, width)),
+            ("num_key_value_heads", (config.num_attention_heads,)),
+            ("attention_bias", (False,)),
+            ("qk_norm", ("none",)),
+            ("partial_rotary_factor", (1,)),
+        ):
+            value = getattr(config, name)
+            require(value in wanted, f"{name} is {value!r}; with latent attention (kv_lora_rank) it is {wanted[-1]!r}")
+    return bool(given)
 
 
 def check_numbers(config: Config) -> None:

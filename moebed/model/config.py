@@ -16,8 +16,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from moebed.errors import ConfigError, did_you_mean
 from moebed.model.allocation import allocate
-from moebed.model.checks import check_layer, check_numbers, check_ranks, check_sizes, require
-from moebed.model.hyper_config import HyperExperts
+from moebed.model.checks import check_latent, check_layer, check_numbers, check_ranks, check_sizes, require
+from moebed.model.hyper_config import HyperExperts, settle_hyper_experts
 from moebed.model.rope_config import scaling_of
 
 PerLayer = int | list[int]
@@ -124,6 +124,12 @@ class ModelConfig:
         partial_rotary_factor: Share of a head's dimensions that turn, the first ones (GLM-4.5: .5).
         rope_interleave: Turn neighbouring dimensions together, not those half a head apart (ERNIE 4.5, DeepSeek-V3).
         max_position_embeddings: Longest sequence, in tokens.
+        kv_lora_rank: Width of the latent of which keys and values are made (multi-head latent attention, DeepSeek-V2);
+            none if not given. With it the three widths of a head are, and head_dim is the sum of the first two.
+        q_lora_rank: Width of the latent of which queries are made; of none if not given.
+        qk_nope_head_dim: Dimensions of a head's queries and keys that do not turn.
+        qk_rope_head_dim: Those that do; of keys, all heads have the same.
+        v_head_dim: Dimensions of a head's values.
         sliding_window: Tokens that a token may look back at, itself included; all of them if not given.
         attention_bias: Biases on the query, key and value projections (Qwen2).
         qk_norm: RMSNorm of queries and keys: none, head (each by itself, Qwen3) or full (all heads together, OLMoE).
@@ -188,6 +194,11 @@ class ModelConfig:
     partial_rotary_factor: float = 1.0
     rope_interleave: bool = False
     max_position_embeddings: int = 4096
+    kv_lora_rank: int | None = None
+    q_lora_rank: int | None = None
+    qk_nope_head_dim: int | None = None
+    qk_rope_head_dim: int | None = None
+    v_head_dim: int | None = None
     sliding_window: int | None = None
     attention_bias: bool = False
     qk_norm: Literal["none", "head", "full"] = "none"
@@ -218,7 +229,7 @@ class ModelConfig:
         )
         if allocation is not None:
             self._allocate(allocation)
-        self._settle_hyper_experts()
+        settle_hyper_experts(self, self._rule.fixed_top_k)
         for layer in range(self.num_hidden_layers):
             check_layer(self, layer)
         self._settle_shared_width()
@@ -226,6 +237,8 @@ class ModelConfig:
         _routers().ROUTERS[self.router].check(self)
 
     def _settle_heads(self) -> None:
+        if check_latent(self):
+            self.head_dim, self.num_key_value_heads = self.qk_head_dim, self.num_attention_heads
         if self.head_dim is None:
             require(
                 self.hidden_size % self.num_attention_heads == 0,
@@ -279,32 +292,6 @@ class ModelConfig:
         self.num_experts, dense_width = allocate(allocation, self.num_hidden_layers, *sizes, self.intermediate_size)
         self.intermediate_size = dense_width or self.intermediate_size
 
-    def _settle_hyper_experts(self) -> None:
-        """Checked; the controls that are a shared expert become one, as wide as they ask for beside what is there."""
-        settings = self.hyper_experts = HyperExperts.of(self.hyper_experts)
-        if settings is None:
-            return
-        layers = [self.layer(index) for index in self.moe_layers]
-        require(bool(layers), "hyper_experts stand beside experts, but num_experts is 0; leave them out")
-        if settings.adapters == "free":
-            require(
-                self._rule.fixed_top_k and all(layer.num_experts_per_tok == 1 for layer in layers),
-                "hyper_experts.adapters free has an adapter for each expert, which needs num_experts_per_tok 1, and a "
-                f"router with a fixed K; here they are {self.num_experts_per_tok} and {self.router}",
-            )
-        if not settings.adapters.startswith("shared_"):
-            return
-        shared = {(layer.num_shared_experts, layer.shared_intermediate_size) for layer in layers}
-        require(
-            len(shared) == 1,
-            f"hyper_experts.adapters {settings.adapters} is a shared expert, but layers have shared experts of "
-            "different widths; give them one",
-        )
-        count, width = shared.pop()
-        width += settings.shared_width(self.hidden_size, [layer.num_experts for layer in layers])
-        self.num_shared_experts, self.shared_expert_intermediate_size = max(1, count), width
-        self.hyper_experts = None
-
     def _settle_shared_width(self) -> None:
         """A width that is a number of experts is said by that number alone, so that one model has one config."""
         width, one = self.shared_expert_intermediate_size, self.moe_intermediate_size
@@ -345,8 +332,22 @@ class ModelConfig:
     @property
     def rotary_dim(self) -> int:
         """Dimensions of a head that turn with the position."""
+        if self.qk_rope_head_dim is not None:
+            return self.qk_rope_head_dim
         assert self.head_dim is not None
         return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Dimensions of a head's queries and keys in latent attention."""
+        assert self.qk_nope_head_dim is not None
+        return self.qk_nope_head_dim + self.rotary_dim
+
+    @property
+    def value_head_dim(self) -> int:
+        """Dimensions of a head's values."""
+        assert self.head_dim is not None
+        return self.head_dim if self.v_head_dim is None else self.v_head_dim
 
     @property
     def diversity_losses(self) -> dict[str, float]:

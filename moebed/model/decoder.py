@@ -17,11 +17,12 @@ from torch.utils.checkpoint import checkpoint
 
 from moebed.errors import ConfigError, UserError
 from moebed.machine.float32 import exact_products
-from moebed.model.attention import Attention, KVCache, RMSNorm
+from moebed.model.attention import KVCache, RMSNorm
 from moebed.model.config import LayerConfig, ModelConfig
 from moebed.model.experts import weighted_sum
 from moebed.model.fused import ACTIVATIONS
 from moebed.model.hyper_experts import AdapterGenerator, build_adapters, build_generator
+from moebed.model.latent_attention import build_attention
 from moebed.model.locality import Placement
 from moebed.model.losses import output_similarity, weight_similarity
 from moebed.model.orthogonality import (
@@ -180,7 +181,7 @@ class Block(nn.Module):
         self.pre_attn_norm, self.pre_ffn_norm = norm(), norm()
         self.post_attn_norm = norm() if config.post_norms else nn.Identity()
         self.post_ffn_norm = norm() if config.post_norms else nn.Identity()
-        self.self_attn = Attention(config)
+        self.self_attn = build_attention(config)
         self.residual_multiplier = config.residual_multiplier
         self.mlp: MoE | FeedForward
         if layer.num_experts:

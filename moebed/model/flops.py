@@ -12,6 +12,7 @@ import torch
 
 from moebed.model.config import ModelConfig
 from moebed.model.hyper_experts import num_sets
+from moebed.model.latent_attention import build_attention
 from moebed.model.routers import ROUTERS, build_router
 
 Shapes = dict[str, list[tuple[int, ...]]]  # of parameters, by part
@@ -33,16 +34,11 @@ def outer_shapes(config: ModelConfig) -> Shapes:
 def layer_shapes(config: ModelConfig, index: int) -> Shapes:
     """Shapes of the parameters of one layer; those of "experts" have E as their first axis."""
     hidden, layer = config.hidden_size, config.layer(index)
-    assert config.head_dim is not None
-    assert config.num_key_value_heads is not None
-    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    attention: list[tuple[int, ...]] = [(queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries)]
-    if config.attention_bias:
-        attention += [(queries,), (keys,), (keys,)]
-    norms: list[tuple[int, ...]] = [(hidden,)] * (4 if config.post_norms else 2)
-    if config.qk_norm != "none":
-        norms += [(config.head_dim,)] * 2 if config.qk_norm == "head" else [(queries,), (keys,)]
-    shapes: Shapes = {"attention": attention, "norms": norms}
+    with torch.device("meta"):
+        attention = build_attention(config).named_parameters()
+    shapes: Shapes = {"attention": [], "norms": [(hidden,)] * (4 if config.post_norms else 2)}
+    for name, parameter in attention:
+        shapes["norms" if "norm" in name else "attention"].append(tuple(parameter.shape))
     if layer.num_experts == 0:
         assert config.intermediate_size is not None
         return shapes | {"dense FFN": _gated_ffn(hidden, config.intermediate_size)}
@@ -106,7 +102,8 @@ def flops_per_token(config: ModelConfig, sequence_length: int, training: bool = 
     norms = hidden * (1 + config.num_hidden_layers * (4 if config.post_norms else 2))
     matrices = active - norms - (0 if config.tie_word_embeddings else config.vocab_size * hidden)
     keys = sequence_length / 2 if config.sliding_window is None else min(sequence_length / 2, config.sliding_window)
-    attention = 4 * keys * config.num_attention_heads * config.head_dim * config.num_hidden_layers
+    widths = config.head_dim + config.value_head_dim
+    attention = 2 * keys * config.num_attention_heads * widths * config.num_hidden_layers
     rule = ROUTERS[config.router]
     matrices += sum(rule.other_products(config, config.layer(index)) for index in config.moe_layers)
     return int(2 * matrices + attention)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from moebed.errors import ConfigError, did_you_mean
+from moebed.model.checks import Config, require
 
 Adapters = Literal["unchosen", "constant", "free", "shared_equal_flops", "shared_equal_parameters"]
 Shape = tuple[int, ...]
@@ -119,6 +120,41 @@ class HyperExperts:
             return round(4 * self.adapter_size / 6)
         whole = HyperExperts(**{**vars(self), "adapters": "unchosen"})
         return round(whole.parameters(hidden, num_experts) / (3 * hidden * len(num_experts)))
+
+
+def settle_hyper_experts(config: Config, fixed_top_k: bool) -> None:
+    """Check a config's; the controls that are a shared expert become one, as wide as they ask for beside what is there.
+
+    Args:
+        config: Whose ``hyper_experts`` are plain data, or none.
+        fixed_top_k: Whether its router sends every token to as many experts.
+
+    Raises:
+        ConfigError: They do not fit the model.
+    """
+    settings = config.hyper_experts = HyperExperts.of(config.hyper_experts)
+    if settings is None:
+        return
+    layers = [config.layer(index) for index in config.moe_layers]
+    require(bool(layers), "hyper_experts stand beside experts, but num_experts is 0; leave them out")
+    if settings.adapters == "free":
+        require(
+            fixed_top_k and all(layer.num_experts_per_tok == 1 for layer in layers),
+            "hyper_experts.adapters free has an adapter for each expert, which needs num_experts_per_tok 1, and a "
+            f"router with a fixed K; here they are {config.num_experts_per_tok} and {config.router}",
+        )
+    if not settings.adapters.startswith("shared_"):
+        return
+    shared = {(layer.num_shared_experts, layer.shared_intermediate_size) for layer in layers}
+    require(
+        len(shared) == 1,
+        f"hyper_experts.adapters {settings.adapters} is a shared expert, but layers have shared experts of "
+        "different widths; give them one",
+    )
+    count, width = shared.pop()
+    width += settings.shared_width(config.hidden_size, [layer.num_experts for layer in layers])
+    config.num_shared_experts, config.shared_expert_intermediate_size = max(1, count), width
+    config.hyper_experts = None
 
 
 def _linear(inputs: int, outputs: int) -> list[Shape]:

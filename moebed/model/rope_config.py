@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -109,7 +109,7 @@ KINDS = {
 }
 
 
-def positive(value: Any) -> bool:
+def positive(value: Any) -> TypeGuard[float]:
     """Whether it is a number above 0; JSON's true is none."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 

@@ -49,12 +49,7 @@ def attention(setup: Setup) -> int:
     c·T·A·S (a soft cap: tanh's and softmax's in float32, and the cast copy), fused attention 4·T·A.
     """
     config, c, tokens = setup.config, setup.stream.compute, setup.tokens
-    assert config.head_dim is not None
-    assert config.num_key_value_heads is not None
-    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    total = _stream_norm(setup) + _matrix_inputs(setup, 3) + 4 * c * tokens * queries
-    if config.qk_norm != "none":
-        total += _product_norm(setup, queries) + _product_norm(setup, keys)
+    total = _stream_norm(setup) + (_projected(setup) if config.kv_lora_rank is None else _latent(setup))
     if config.post_norms:
         total += _product_norm(setup, config.hidden_size)
     pairs = tokens * config.num_attention_heads * setup.sequence_length
@@ -63,6 +58,32 @@ def attention(setup: Setup) -> int:
     if config.attn_logit_softcapping is None:
         return total + c * pairs
     return total + 8 * pairs + (c * pairs if c < 4 else 0)
+
+
+def _projected(setup: Setup) -> int:
+    """Queries, keys and values by a map each, and what is mixed of them."""
+    config = setup.config
+    assert config.head_dim is not None
+    assert config.num_key_value_heads is not None
+    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    total = _matrix_inputs(setup, 3) + 4 * setup.stream.compute * setup.tokens * queries
+    if config.qk_norm != "none":
+        total += _product_norm(setup, queries) + _product_norm(setup, keys)
+    return total
+
+
+def _latent(setup: Setup) -> int:
+    """The latents before and after their norms, Q and K of n + r dimensions a head, V beside the n of which K is made
+    (n + v), and what is mixed (v)."""
+    config, c, tokens = setup.config, setup.stream.compute, setup.tokens
+    assert config.head_dim is not None
+    assert config.kv_lora_rank is not None
+    heads, rank = config.num_attention_heads, config.kv_lora_rank
+    values, plain = config.value_head_dim, config.head_dim - config.rotary_dim
+    total = _matrix_inputs(setup, 2) + _product_norm(setup, rank + config.rotary_dim) + c * tokens * rank
+    if config.q_lora_rank is not None:
+        total += _product_norm(setup, config.q_lora_rank) + c * tokens * config.q_lora_rank
+    return total + c * tokens * heads * (2 * config.head_dim + plain + 2 * values)
 
 
 def router(setup: Setup, index: int) -> int:

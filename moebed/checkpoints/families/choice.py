@@ -24,6 +24,8 @@ IN_TRANSFORMERS = {
         "glm4_moe",
         "minimax_m2",
         "ernie4_5_moe",
+        "deepseek_v2",
+        "deepseek_v3",
     ),
 }
 

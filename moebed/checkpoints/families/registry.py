@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from moebed.checkpoints.families.base import Family
 from moebed.checkpoints.families.deepseek import DEEPSEEK
+from moebed.checkpoints.families.deepseek_v2 import DEEPSEEK_V2, DEEPSEEK_V3
 from moebed.checkpoints.families.dots1 import DOTS1
 from moebed.checkpoints.families.ernie import ERNIE
 from moebed.checkpoints.families.glm4_moe import GLM4_MOE
@@ -38,6 +39,8 @@ FAMILIES: dict[str, Family] = {
         DOTS1,
         MINIMAX_M2,
         ERNIE,
+        DEEPSEEK_V2,
+        DEEPSEEK_V3,
     )
 }
 

@@ -37,21 +37,25 @@ COMMON = {
     "eos_token_id": 2,
 }
 MOE = {"num_experts": 4, "num_experts_per_tok": 2}
+LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
 SPARSE = {**MOE, "moe_intermediate_size": 16, "norm_topk_prob": False}
 FINE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_shared_experts": 1,
         "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1, "routed_scaling_factor": 2.0}  # fmt: skip
+LATENT = {"num_key_value_heads": 4, "kv_lora_rank": 12, "q_lora_rank": 10, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4,
+          "v_head_dim": 6}  # fmt: skip
 SIZES: dict[str, dict[str, Any]] = {
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},  # left out, its class has it null
+    "mixtral": {**LOCAL, "head_dim": 8},  # left out, its class has it null
     "olmoe": {**MOE, "norm_topk_prob": False},
     "qwen2_moe": {**SPARSE, "shared_expert_intermediate_size": 24, "mlp_only_layers": [0]},
     "qwen3_moe": {**SPARSE, "head_dim": 8, "mlp_only_layers": [0]},
-    "granitemoe": {
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "residual_multiplier": 0.22,
-        "logits_scaling": 6.0,
-    },
-    "granitemoeshared": {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 20},
+    "granitemoe": {**LOCAL, "residual_multiplier": 0.22, "logits_scaling": 6.0},
+    "granitemoeshared": {**LOCAL, "shared_intermediate_size": 20},
+    "glm4_moe": {**FINE, "head_dim": 8, "use_qk_norm": True},
+    "dots1": FINE,
+    "minimax_m2": {**LOCAL, "head_dim": 8, "rotary_dim": 4},
+    "deepseek_v2": {**FINE, **LATENT, "topk_method": "group_limited_greedy"},
+    "deepseek_v3": {**FINE, **LATENT},
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16, "moe_num_shared_experts": 1},
     "mistral": {"sliding_window": 6},
     "llama": {},
     "qwen2": {},
@@ -156,7 +160,7 @@ class Case(NamedTuple):
 def write_base(family: str, folder: Path) -> transformers.PreTrainedConfig:
     """A tiny model as transformers writes it."""
     torch.manual_seed(1)
-    config = transformers.AutoConfig.for_model(family, **COMMON, **SIZES[family])
+    config = transformers.AutoConfig.for_model(family, **COMMON | SIZES[family])
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -164,6 +164,8 @@ def test_logits_of_the_oracles(name, length):
 
 
 FINE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_shared_experts": 1}
+LATENT = {"num_key_value_heads": 4, "kv_lora_rank": 12, "q_lora_rank": None, "qk_nope_head_dim": 8,
+          "qk_rope_head_dim": 4, "v_head_dim": 6}  # fmt: skip
 OWN = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
@@ -174,6 +176,8 @@ OWN = {
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
     "glm4_moe": FINE,
     "dots1": FINE,
+    "deepseek_v2": {**FINE, **LATENT},
+    "deepseek_v3": {**FINE, **LATENT, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
     "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16},
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},

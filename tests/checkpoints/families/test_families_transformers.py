@@ -9,6 +9,7 @@ import transformers
 from safetensors.torch import load_file
 
 from moebed.checkpoints import Checkpoint, load_decoder, write_checkpoint
+from moebed.checkpoints.families.choice import IN_TRANSFORMERS
 from moebed.checkpoints.pretrained import PretrainedMoE
 from moebed.views.layer import HeadView, Need, ProbeText
 
@@ -95,13 +96,24 @@ CASES |= {
     "ernie4_5_moe": ("ernie4_5_moe", {**ERNIE, "tie_word_embeddings": True}),
     "ernie4_5_moe-steps": ("ernie4_5_moe", {**ERNIE, "moe_layer_interval": 2, "moe_num_shared_experts": 0, **ROPE}),
 }  # fmt: skip
+LATENT = {"num_key_value_heads": 4, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
+MSCALE = {"rope_parameters": {**ROPES["yarn"], "rope_theta": 30.0, "mscale": 0.707, "mscale_all_dim": 0.9}}
+CASES |= {
+    "deepseek_v2": ("deepseek_v2", {**FINE, **LATENT, "q_lora_rank": None, "routed_scaling_factor": 1.0, **MSCALE}),
+    "deepseek_v2-scale": ("deepseek_v2", {**FINE, **LATENT, "q_lora_rank": 12, **ROPE}),
+    "deepseek_v2-groups": ("deepseek_v2", {**GROUPS, **LATENT, "q_lora_rank": 12,
+                                           "topk_method": "group_limited_greedy", "routed_scaling_factor": 16.0}),
+    "deepseek_v3": ("deepseek_v3", {**GROUPS, **LATENT, "q_lora_rank": 12, "norm_topk_prob": True, **MSCALE}),
+    "deepseek_v3-halves": ("deepseek_v3", {**FINE, **LATENT, "q_lora_rank": None, "n_group": 1, "topk_group": 1,
+                                           "norm_topk_prob": False, "rope_interleave": False, **ROPE}),
+}  # fmt: skip
 
 
 @pytest.fixture(params=CASES)
 def theirs(request):
     model_type, changes = CASES[request.param]
     torch.manual_seed(1)
-    config = transformers.AutoConfig.for_model(model_type, **COMMON, **deepcopy(changes))
+    config = transformers.AutoConfig.for_model(model_type, **COMMON | deepcopy(changes))
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():  # biases and norm scales too, which start as 0 and 1
         for name, tensor in model.state_dict().items():
@@ -181,11 +193,10 @@ def test_text_streams_through_it_with_a_few_experts_in_memory(theirs, tmp_path):
     same(last.logits, logits(theirs, ids).flatten(0, 1))
 
 
-@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "granitemoe", "granitemoeshared",
-                                    "glm4_moe", "dots1", "minimax_m2", "ernie4_5_moe"])  # fmt: skip
+@pytest.mark.parametrize("family", IN_TRANSFORMERS[True])
 def test_what_transformers_writes_as_it_holds_it_is_read(family, tmp_path):
     """Experts fused, and routers under other names."""
-    config = transformers.AutoConfig.for_model(family, **COMMON, **deepcopy(CASES[family][1]))
+    config = transformers.AutoConfig.for_model(family, **COMMON | deepcopy(CASES[family][1]))
     model = transformers.AutoModelForCausalLM.from_config(config)
     model.save_pretrained(tmp_path / "original")
     model.save_pretrained(tmp_path / "held", save_original_format=False)
