@@ -24,6 +24,7 @@ from moebed.checkpoints.files import PackedEntry, RawEntry, TensorEntry, Unknown
 from moebed.checkpoints.finding import find_entries, read_json
 from moebed.checkpoints.gguf.finding import gguf_at
 from moebed.checkpoints.gguf.model import open_gguf
+from moebed.checkpoints.quantised import quantisation_of, unquantised
 from moebed.checkpoints.recognised import (
     other_folder,
     prefix_of,
@@ -114,9 +115,12 @@ class Checkpoint:
     ) -> Checkpoint:
         """Check what a ``config.json``, or what stands for it, says against the tensors, which may lie beside it."""
         family = family_of(settings.get("model_type"), str(where))
+        settings, quantisation = quantisation_of(settings, str(where))
         reading = family.read(settings, str(where))
         if not entries:
             entries, notes = _find(where.parent)
+        entries, unpacked = unquantised(entries, quantisation, str(where))
+        notes = notes + unpacked
         require_unquantised(entries)
         config, tied = _settle_head(family, reading.config, entries, where)
         checkpoint = cls(name, family, config, settings, entries, notes + tied, where.name)

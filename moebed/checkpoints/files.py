@@ -17,7 +17,7 @@ import struct
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,7 +26,10 @@ from moebed.checkpoints.cached import map_cached
 from moebed.errors import UserError
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_LARGEST_HEADER = 100 << 20
+CODES = ("F8_E4M3", "F8_E8M0", "U8")
+_ITEMSIZE = {**{name: dtype.itemsize for name, dtype in DTYPES.items()}, **dict.fromkeys(CODES, 1)}
+_LARGEST_HEADER = 32 << 20  # twice that of DeepSeek-V3, were it one file
+_MOST_DIMENSIONS = 8
 _READ_AT_ONCE = 16 << 20  # where bytes are copied on their way
 
 
@@ -112,11 +115,20 @@ class RawFile:
         return len(found)
 
 
+class _Described(NamedTuple):
+    """What a safetensors header says of a tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
 def open_safetensors(path: Path) -> dict[str, TensorEntry]:
     """Entries of a safetensors file by name.
 
     Raises:
-        UserError: The file is not safetensors, is cut short, or holds a dtype that is not known.
+        UserError: The file is not safetensors, is cut short, or says what cannot be.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -126,29 +138,51 @@ def open_safetensors(path: Path) -> dict[str, TensorEntry]:
     try:
         header = json.loads(text)
         header.pop("__metadata__", None)
-        tensors = {name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+        tensors = {name: _described(entry) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(
             f"{path} has no whole safetensors header ({size} bytes in all); download the file again"
         ) from None
-    for name, (dtype, shape, begin, end) in sorted(tensors.items(), key=lambda item: item[1][2]):
-        if 8 + length + end > size:
+    before, reached = "", 0
+    for name, found in sorted(tensors.items(), key=lambda item: item[1][2:]):
+        if 8 + length + found.end > size:
             raise UserError(
-                f"{path} is cut short: tensor {name} ends at byte {8 + length + end} but the file has {size}; "
+                f"{path} is cut short: tensor {name} ends at byte {8 + length + found.end} but the file has {size}; "
                 "download the file again"
             )
-        if dtype in DTYPES and end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
-            raise UserError(f"{path}: tensor {name} has {end - begin} bytes, which is not {dtype} {list(shape)}")
-    wanted = 8 + length + max((end for *_, end in tensors.values()), default=0)
+        count = math.prod(found.shape) * _ITEMSIZE.get(found.dtype, 0)
+        if found.dtype in _ITEMSIZE and found.end - found.begin != count:
+            raise UserError(
+                f"{path}: tensor {name} has {found.end - found.begin} bytes, which is not {found.dtype} "
+                f"{list(found.shape)}"
+            )
+        if found.begin < reached and found.end > found.begin:
+            raise UserError(f"{path}: tensors {before} and {name} lie over each other; download the file again")
+        before, reached = name, max(reached, found.end)
+    wanted = 8 + length + reached
     if size != wanted:
         raise UserError(f"{path} has {size} bytes but its header describes {wanted}; download the file again")
     opened = RawFile(path)
-    return {
-        name: RawEntry(opened, shape, DTYPES[dtype], 8 + length + begin)
-        if dtype in DTYPES
-        else UnknownEntry(path, shape, dtype)
-        for name, (dtype, shape, begin, _) in tensors.items()
-    }
+    return {name: _entry(opened, found, 8 + length) for name, found in tensors.items()}
+
+
+def _described(entry: Mapping[str, Any]) -> _Described:
+    """What a header says of a tensor; ValueError where it says what cannot be."""
+    (begin, end), shape = entry["data_offsets"], entry["shape"]
+    numbers = [begin, end, *shape]
+    if not isinstance(entry["dtype"], str) or len(shape) > _MOST_DIMENSIONS or begin > end:
+        raise ValueError
+    if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
+        raise ValueError
+    return _Described(entry["dtype"], tuple(shape), begin, end)
+
+
+def _entry(file: RawFile, found: _Described, data: int) -> TensorEntry:
+    if found.dtype in DTYPES:
+        return RawEntry(file, found.shape, DTYPES[found.dtype], data + found.begin)
+    if found.dtype in CODES:
+        return CodeEntry(file, found.shape, found.dtype, data + found.begin)
+    return UnknownEntry(file.path, found.shape, found.dtype)
 
 
 class UnknownEntry:
@@ -162,6 +196,18 @@ class UnknownEntry:
     def read(self, first: int, out: Tensor) -> None:
         """Not possible."""
         raise UserError(f"{self.path} is stored as {self.stored}, which cannot be read")
+
+
+class CodeEntry(UnknownEntry):
+    """A tensor of codes of 8 bits, which are numbers only together with what lies beside them."""
+
+    def __init__(self, file: RawFile, shape: tuple[int, ...], stored: str, offset: int) -> None:
+        super().__init__(file.path, shape, stored)
+        self._file, self.position = file, offset
+
+    def read_codes(self, first: int, out: Tensor) -> None:
+        """Fill out (rows, columns) uint8 with the rows from ``first`` on."""
+        RawEntry(self._file, self.shape, torch.uint8, self.position).read(first, out)
 
 
 class MappedEntry:

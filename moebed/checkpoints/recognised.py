@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from moebed.checkpoints.files import TensorEntry, UnknownEntry
+from moebed.checkpoints.files import CodeEntry, TensorEntry, UnknownEntry
 from moebed.errors import UserError
 
 _PARTS = (".safetensors", ".bin", ".json", ".model", ".txt", ".pth", ".msgpack", ".h5")  # of a checkpoint's folder
@@ -28,7 +28,7 @@ _QUANTISED = re.compile(
     r"|weight\.(nested_)?(absmax|quant_map)|weight\.quant_state\..+)|_(scales|blocks|scale_inv))$"
 )
 _CODES = re.compile(r"^(F[48]_|F6_|[IU](4|8|16|32)$|float[48]|u?int(8|16|32)$)")
-_WANTED = "moebed reads float32, float16 and bfloat16: get the checkpoint as it was before quantisation"
+WAYS_OUT = "get the model in bfloat16, in fp8 with its scales, or as a GGUF file"
 
 
 def require_no_other_file(path: Path) -> None:
@@ -81,13 +81,16 @@ def prefix_of(missing: Iterable[str], present: Iterable[str]) -> str | None:
     return None
 
 
+def quantised_names(entries: Mapping[str, TensorEntry], needed: Iterable[str] = ()) -> list[str]:
+    """Tensors that only come with codes or are codes; of the ``needed`` ones also those of integer types."""
+    beside = [tensor for tensor, entry in entries.items() if _QUANTISED.search(tensor) or isinstance(entry, CodeEntry)]
+    found = ((tensor, entries.get(tensor)) for tensor in needed)
+    return beside + [name for name, entry in found if isinstance(entry, UnknownEntry) and _CODES.match(entry.stored)]
+
+
 def require_unquantised(entries: Mapping[str, TensorEntry], needed: Iterable[str] = ()) -> None:
-    """Raise UserError if weights are stored as codes; tensors that only come with codes tell, and integer types."""
-    for tensor in entries:
-        if _QUANTISED.search(tensor):
-            path = entries[tensor].path
-            raise UserError(f"{path}: the weights are quantised (there is a tensor {tensor}); {_WANTED}")
-    for tensor in needed:
-        entry = entries.get(tensor)
-        if isinstance(entry, UnknownEntry) and _CODES.match(entry.stored):
-            raise UserError(f"{entry.path}: the weights are quantised (tensor {tensor} is {entry.stored}); {_WANTED}")
+    """Raise UserError if weights are stored as codes that nothing was made of."""
+    for tensor in quantised_names(entries, needed):
+        entry = entries[tensor]
+        kind = f" as {entry.stored}" if isinstance(entry, UnknownEntry) else ""
+        raise UserError(f"{entry.path}: the weights are quantised (there is a tensor {tensor}{kind}); {WAYS_OUT}")

@@ -188,7 +188,7 @@ def in_place(*names):
     "change",
     [
         codes(".weight_scale"),
-        codes(".weight_scale_inv", torch.float8_e4m3fn),
+        codes(".weight_scale_inv", torch.float8_e5m2),
         codes(".weight_scale", torch.int8),
         codes(".scales", torch.uint8),
         codes(".SCB", torch.int8),
