@@ -26,7 +26,7 @@ from moebed.model.config import ModelConfig
 from moebed.model.decoder import Decoder
 from moebed.model.losses import token_losses
 from moebed.model.routers import RouterSteps
-from moebed.training.optim import OptimizerConfig, build_adamw
+from moebed.training.optim import OptimizerConfig, build_optimizer
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _precision(precision: str, device: torch.device) -> contextlib.AbstractConte
 def _training_step(
     model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], device: torch.device, precision: str
 ) -> Step:
-    optimizer = build_adamw(model, OptimizerConfig())
+    optimizer = build_optimizer(model, OptimizerConfig())
 
     def step(input_ids: Tensor, labels: Tensor) -> float:
         with _precision(precision, device):

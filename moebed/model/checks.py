@@ -8,7 +8,13 @@ from moebed.errors import ConfigError
 
 Config = Any  # a ModelConfig, whose file imports this one
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
-_OPTIONAL_SIZES = ("sliding_window", "intermediate_size", "shared_expert_intermediate_size")
+_OPTIONAL_SIZES = (
+    "sliding_window",
+    "intermediate_size",
+    "shared_expert_intermediate_size",
+    "base_hidden_size",
+    "base_moe_intermediate_size",
+)
 _LATENT = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 _COEFFICIENTS = (
     "router_aux_loss_coef",

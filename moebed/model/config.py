@@ -141,6 +141,10 @@ class ModelConfig:
         logits_multiplier: Scale of the output logits (Grok-1).
         tie_word_embeddings: The head uses the embedding's weights.
         initializer_range: Standard deviation of initial weights.
+        base_hidden_size: Hidden size at which initializer_range and the learning rate were chosen: both are then
+            scaled to this model's by the role of each parameter (muP, see moebed.model.width); left as they are if not
+            given.
+        base_moe_intermediate_size: Width of an expert there; if not given, it has grown as the hidden size has.
         experts_backend: How the expert products are computed: auto, grouped_mm, loop, native (compiled on first
             use, for CPUs with AVX2 or more) or triton (see moebed.model.experts). On a GPU auto is triton from the size
             on at which `moebed check` has found it right and faster there, and grouped_mm otherwise.
@@ -210,6 +214,8 @@ class ModelConfig:
     logits_multiplier: float = 1.0
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
+    base_hidden_size: int | None = None
+    base_moe_intermediate_size: int | None = None
     experts_backend: Literal["auto", "grouped_mm", "loop", "native", "triton"] = "auto"
     attention_backend: Literal["auto", "sdpa", "math", "native"] = "auto"
     allocation: InitVar[str | dict[str, int] | list[float] | None] = None

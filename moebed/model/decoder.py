@@ -36,6 +36,7 @@ from moebed.model.orthogonality import (
 from moebed.model.rope import Rope, RotaryEmbedding
 from moebed.model.routers import Router, Routing, TokenContext, build_router
 from moebed.model.routers.controls import uniform_numbers
+from moebed.model.width import Factors, width_factors
 
 
 class DecoderOutput(NamedTuple):
@@ -245,6 +246,7 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
         self.adapter_generator = generator
         self.needs_context = any(router.needs_context for router in self.routers)  # for more than the ids of tokens
+        self.width_factors = width_factors(self, config)  # by name
         self.reset_parameters()
 
     @torch.no_grad()
@@ -284,7 +286,8 @@ class Decoder(nn.Module):
         digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
         draw = draw or partial(nn.init.normal_, mean=0.0, std=self.config.initializer_range)
-        return draw(value, generator=generator)
+        factor = self.width_factors.get(name, Factors()).initial
+        return draw(value, generator=generator) if factor == 1 else draw(value, generator=generator).mul_(factor)
 
     def _own_router(self, name: str, parameter: Tensor) -> Router | None:
         """The router that decides by itself how a parameter begins."""

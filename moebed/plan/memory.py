@@ -28,6 +28,8 @@ NOT_CAST = (
 )  # used in float32, or looked up, whatever the precision
 
 
+BY_MUON = ("attention", "dense FFN", "router", "experts", "shared experts")  # but for vectors
+
 # cuBLAS's, of the thread that goes forward and of autograd's: on an H100 or H200 PyTorch gives each 32 MiB, and less on
 # what is older.
 WORKSPACES = 2 * 2**25
@@ -68,6 +70,11 @@ def unsharded_elements(setup: Setup, shapes: Shapes) -> int:
     return sum(map(count, shapes.values())) - experts + experts // setup.layout.expert
 
 
+def matrices(shapes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Those of two dimensions and more."""
+    return [shape for shape in shapes if len(shape) > 1]
+
+
 def all_shapes(setup: Setup) -> list[Shapes]:
     """Of everything outside the layers, then of each layer."""
     config = setup.config
@@ -77,12 +84,21 @@ def all_shapes(setup: Setup) -> list[Shapes]:
 def state(setup: Setup) -> Parts:
     """What stays over a whole step beside gradients: P, AdamW's two moments 2·P, and what the strategy adds.
 
+    Muon has one moment of what it trains.
+
     DDP copies gradients into buckets of the same size. FSDP2 keeps embedding, last norm and head gathered, the block
     in use and the next one (prefetched), in the dtype that they are gathered in.
     """
     shapes, parameter = all_shapes(setup), setup.precision.parameter
     own = parameter * sum(rank_elements(setup, part) for part in shapes)
     parts = {"parameters": own, "Adam's moments": 2 * own}
+    if setup.optimizer == "muon":
+        hidden = [
+            {part: matrices(part_shapes) for part, part_shapes in one.items() if part in BY_MUON} for one in shapes
+        ]
+        by_muon = parameter * sum(rank_elements(setup, part) for part in hidden)
+        parts["Adam's moments"] = 2 * (own - by_muon)
+        parts["Muon's momentum"] = by_muon
     if setup.gathers:
         outer, *blocks = [setup.gathered_bytes * unsharded_elements(setup, part) for part in shapes]
         parts["gathered: embedding, head"] = outer

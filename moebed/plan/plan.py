@@ -159,6 +159,7 @@ def setup_of(recipe: Any, cuda_devices: int) -> Setup:
         checkpointing=model.activation_checkpointing,
         device="gpu" if _on_gpu(trainer, cuda_devices) else "cpu",
         max_steps=trainer.max_steps if trainer.max_steps > 0 else None,
+        optimizer="adamw" if model.optimizer is None else model.optimizer.name,
     )
 
 

@@ -60,6 +60,7 @@ class Setup:
         device: Where it runs; a CPU pads the rows of experts, and keeps attention probabilities up to 1024 positions,
             where products are narrower than float32.
         max_steps: Optimizer steps of the run; unknown if not given.
+        optimizer: What it trains with.
     """
 
     config: ModelConfig
@@ -71,6 +72,7 @@ class Setup:
     checkpointing: bool = False
     device: Literal["cpu", "gpu"] = "gpu"
     max_steps: int | None = None
+    optimizer: Literal["adamw", "muon"] = "adamw"
 
     @property
     def world_size(self) -> int:

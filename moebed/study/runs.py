@@ -137,6 +137,7 @@ def plan_study(recipe: StudyRecipe, out: Path) -> StudyPlan:
         for name in recipe.arms:
             _add_runs(plan, name, resolved[name], seed, out)
     plan.notes += [f"arm {name!r}: {said}" for name, arm in plan.arms.items() for said in cautions(arm.config)]
+    plan.notes += _widths(plan.arms, recipe.baseline)
     plan.notes += _notes(recipe, {name: steps[-1].identity for name, steps in resolved.items()})
     return plan
 
@@ -302,6 +303,24 @@ def _add_runs(plan: StudyPlan, arm: str, steps: Sequence[_CheckedStep], seed: in
         needs = run
     assert needs is not None
     plan.final[arm, seed] = needs.name
+
+
+def _widths(arms: Mapping[str, Arm], baseline: str) -> list[str]:
+    """Arms whose widths are not the baseline's, at one learning rate."""
+    base = arms[baseline].config
+    found = []
+    for key in ("hidden_size", "moe_intermediate_size"):
+        other = [
+            name
+            for name, arm in arms.items()
+            if getattr(arm.config, key) != getattr(base, key) and arm.config.base_hidden_size is None
+        ]
+        if other:
+            found.append(
+                f"{', '.join(other)}: another {key} than {baseline} at one learning rate, which suits one width more "
+                "than another; model.config.base_hidden_size scales it (muP)"
+            )
+    return found
 
 
 def _notes(recipe: StudyRecipe, identities: Mapping[str, Mapping[str, Any]]) -> list[str]:

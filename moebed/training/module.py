@@ -45,7 +45,7 @@ from moebed.training.lightning_private import forget_step_values
 from moebed.training.loggers import log_numbers
 from moebed.training.metrics import TextLoss, bits_per_byte
 from moebed.training.not_finite import NotFinite
-from moebed.training.optim import OptimizerConfig, build_adamw, gradient_norm, scale_gradients
+from moebed.training.optim import OptimizerConfig, build_optimizer, gradient_norm, scale_gradients
 from moebed.training.routing_log import COUNTS, ENTROPY, StepRouting
 from moebed.training.schedule import SchedulePlan
 from moebed.training.step_log import StepLog, is_due, is_logged
@@ -76,7 +76,7 @@ class MoEModule(LightningModule):
 
     Args:
         config: Shape and behaviour of the decoder.
-        optimizer: AdamW and its schedule.
+        optimizer: The optimizer and its schedule.
         activation_checkpointing: Recompute each block in the backward pass instead of keeping its activations.
         compile: Compile the forward pass and the loss with torch.compile, with static shapes and without graph breaks;
             more recompilations than its limit are an error, not a silent fall back to eager. The first step takes
@@ -224,8 +224,8 @@ class MoEModule(LightningModule):
         return checkpoint
 
     def configure_optimizers(self) -> Any:
-        """Fused AdamW and its schedule, stepped once an optimizer step."""
-        optimizer = build_adamw(self.decoder, self.optimizer_config)
+        """The optimizer and its schedule, stepped once an optimizer step."""
+        optimizer = build_optimizer(self.decoder, self.optimizer_config)
         self._plan = SchedulePlan.of(self.optimizer_config, self.trainer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._plan.build(optimizer), "interval": "step"}}
 
@@ -276,7 +276,8 @@ class MoEModule(LightningModule):
         loss = nats / tokens
         self._note("loss", loss)
         self._note("bits_per_byte", bits_per_byte(nats, batch["label_bytes"].sum()))
-        self._note("learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
+        group = self.trainer.optimizers[0].param_groups[0]
+        self._note("learning_rate", group["lr"] / group.get("width", 1.0))
         total = loss + self._balancing_losses(terms) + self._router_losses(terms) + self._batch_losses(terms)
         self._router_steps.add(terms.counts, tokens, terms.statistics)
         if terms.domain_counts is not None:

@@ -1,11 +1,11 @@
-"""AdamW with decay groups, and learning-rate schedules."""
+"""AdamW with decay groups, Muon beside it, and learning-rate schedules."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,18 +13,23 @@ from torch.distributed.tensor import DTensor
 
 from moebed.errors import ConfigError
 from moebed.model.experts import Experts
+from moebed.training.muon import Muon, muon_parameters
 
 
 @dataclass
 class OptimizerConfig:
-    """AdamW and its schedule.
+    """The optimizer and its schedule.
 
     Args:
+        name: adamw, or muon: matrices that map hidden states take the orthogonalised momentum as their step, each
+            expert's by itself, and AdamW trains the rest; both by one learning rate and decay (moebed.training.muon).
         learning_rate: Peak learning rate.
         weight_decay: Decoupled weight decay of matrices; norm scales and biases are not decayed.
         beta1: Decay of the first moment.
         beta2: Decay of the second moment.
         eps: Added to the denominator of the update.
+        momentum: Decay of Muon's momentum.
+        nesterov: Whether Muon's step looks ahead, to gradient + momentum.
         warmup_steps: Optimizer steps of linear warm-up from 0.
         schedule: After the warm-up: cosine, wsd (stable, then a linear decay over the last decay_fraction of the
             steps) or constant.
@@ -32,11 +37,14 @@ class OptimizerConfig:
         min_lr_ratio: Last learning rate as a share of the peak.
     """
 
+    name: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-3
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
+    momentum: float = 0.95
+    nesterov: bool = True
     warmup_steps: int = 50
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     decay_fraction: float = 0.2
@@ -48,8 +56,8 @@ class OptimizerConfig:
                 raise ConfigError(f"optimizer: {name} is {getattr(self, name)}; it must not be negative")
 
 
-def build_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Fused AdamW; parameters of two or more dimensions decay, the others do not.
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """Fused AdamW, or Muon with it; parameters of two or more dimensions decay, the others do not.
 
     Routed experts have a group of their own: they may lie on another mesh of ranks than the rest. Groups and their
     order are the same whatever the layout, so that a checkpoint fits any.
@@ -57,14 +65,39 @@ def build_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     experts = {id(p) for module in model.modules() if isinstance(module, Experts) for p in module.parameters()}
     parameters = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in parameters if p.ndim >= 2]
-    groups = [
-        {"params": [p for p in matrices if id(p) not in experts], "weight_decay": config.weight_decay},
-        {"params": [p for p in matrices if id(p) in experts], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    betas = (config.beta1, config.beta2)
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.eps, fused=True)
+    joined = muon_parameters(model) if config.name == "muon" else {}
+    groups: list[dict[str, Any]] = []
+    for are_experts in (False, True):
+        own = [p for p in matrices if (id(p) in experts) == are_experts]
+        groups.append({"params": [p for p in own if id(p) not in joined], "weight_decay": config.weight_decay})
+        for count in sorted(set(joined.values())):
+            stacks = [p for p in own if joined.get(id(p)) == count]
+            groups.append({"params": stacks, "weight_decay": config.weight_decay, "joined": count})
+    groups.append({"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0})
+    groups = [one for group in groups for one in _by_rate(model, group) if one["params"]]
+    for group in groups:
+        group["lr"] = config.learning_rate * group.get("width", 1.0)
+    adamw: dict[str, Any] = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    if config.name == "muon":
+        if any("width" in group for group in groups):
+            raise ConfigError(
+                "optimizer: name is muon, whose steps have one size at any width, but model.config.base_hidden_size "
+                "scales learning rates as Adam needs them; leave it out, or choose adamw"
+            )
+        return Muon(groups, config.momentum, config.nesterov, fused=True, **adamw)
+    return torch.optim.AdamW(groups, fused=True, **adamw)
+
+
+def _by_rate(model: nn.Module, group: dict[str, Any]) -> list[dict[str, Any]]:
+    """A group, or one for each learning rate over the optimizer's: ``"width"`` is the factor, in descending order."""
+    factors = getattr(model, "width_factors", {})
+    rates = {id(parameter): factors[name].rate for name, parameter in model.named_parameters() if name in factors}
+    if not rates:
+        return [group]
+    found: dict[float, list[Tensor]] = {}
+    for parameter in group["params"]:
+        found.setdefault(rates.get(id(parameter), 1.0), []).append(parameter)
+    return [group | {"params": found[rate], "width": rate} for rate in sorted(found, reverse=True)]
 
 
 @torch.no_grad()

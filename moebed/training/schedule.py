@@ -80,10 +80,10 @@ class SchedulePlan:
 
     def hold(self, optimizer: torch.optim.Optimizer, schedule: Any) -> None:
         """Have an optimizer that was restored from a checkpoint do what the plan says."""
-        schedule.base_lrs = [self.config.learning_rate] * len(optimizer.param_groups)
-        for group in optimizer.param_groups:
+        schedule.base_lrs = [self.config.learning_rate * group.get("width", 1.0) for group in optimizer.param_groups]
+        for group, rate in zip(optimizer.param_groups, schedule.base_lrs, strict=True):
             decays = group["params"] and group["params"][0].ndim >= 2
-            group["initial_lr"] = self.config.learning_rate
-            group["lr"] = self.config.learning_rate * self.factor(schedule.last_epoch)
+            group["initial_lr"] = rate
+            group["lr"] = rate * self.factor(schedule.last_epoch)
             group["betas"], group["eps"] = (self.config.beta1, self.config.beta2), self.config.eps
             group["weight_decay"] = self.config.weight_decay if decays else 0.0

@@ -19,7 +19,7 @@ from moebed.parallel.config import ParallelConfig
 from moebed.parallel.gathered import GatheredModel
 from moebed.parallel.sharding import Layout, reshard
 from moebed.training.batch_sums import BatchSums
-from moebed.training.optim import OptimizerConfig, build_adamw, gradient_norm, scale_gradients
+from moebed.training.optim import OptimizerConfig, build_optimizer, gradient_norm, scale_gradients
 from moebed.views.layer import Need, ProbeText
 from moebed.views.live import walk, walk_model
 from tests.conftest import tiny_config
@@ -46,12 +46,12 @@ APART = {
 RANKS = {"expert_ranks": 2, "router_options": {"d_low": 8, "competition_rate": 1.0, "jitter": 0.1, "num_domains": 2}}
 
 
-def _steps(decoder: Decoder, ids: torch.Tensor, rank: int, world_size: int) -> list[float]:
+def _steps(decoder: Decoder, ids: torch.Tensor, rank: int, world_size: int, optimizer: str = "adamw") -> list[float]:
     """Two optimizer steps with clipping on this rank's share of the sequences: loss and norm of each, then weights.
 
     Routers adapt after each, to what all ranks counted.
     """
-    optimizer = build_adamw(decoder, OptimizerConfig(learning_rate=0.05))
+    optimizer = build_optimizer(decoder, OptimizerConfig(name=optimizer, learning_rate=0.05))
     routers, found = RouterSteps(decoder.routers), []
     for step in range(2):
         share = ids.chunk(world_size)[rank]
@@ -89,12 +89,12 @@ def _steps(decoder: Decoder, ids: torch.Tensor, rank: int, world_size: int) -> l
     return found
 
 
-def _work(rank: int, world_size: int, options: dict, changes: dict, meta: bool) -> None:
+def _work(rank: int, world_size: int, options: dict, changes: dict, meta: bool, optimizer: str = "adamw") -> None:
     config = tiny_config(num_shared_experts=1, **changes)
     ids = torch.randint(0, 96, (4, 24), generator=torch.Generator().manual_seed(1))
     torch.manual_seed(5)
     alone = Decoder(config)
-    expected = _steps(alone, ids, 0, 1)
+    expected = _steps(alone, ids, 0, 1, optimizer)
     torch.manual_seed(5)
     with torch.device("meta" if meta else "cpu"):
         spread = Decoder(config)
@@ -102,7 +102,7 @@ def _work(rank: int, world_size: int, options: dict, changes: dict, meta: bool) 
     parallel.check(world_size, config)
     Layout(parallel, world_size, "cpu").apply(spread, torch.device("cpu"))
     spread.stand_for(rank, world_size)
-    found = _steps(spread, ids, rank, world_size)
+    found = _steps(spread, ids, rank, world_size, optimizer)
     assert found == pytest.approx(expected, rel=1e-5)
     reshard(spread)
     wanted = dict(alone.named_parameters())
@@ -153,6 +153,15 @@ def _work(rank: int, world_size: int, options: dict, changes: dict, meta: bool) 
 )
 def test_two_ranks_train_as_one(options, changes, meta):
     call(_work, 2, options, changes, meta)
+
+
+@pytest.mark.parametrize("options", [{}, {"shard": False}, {"expert": 2}, {"expert": 2, "shard": False}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"router": "autonomy", "router_options": {"d_low": 8}}], ids=["gate", "stacks"]
+)
+def test_two_ranks_train_with_muon_as_one(options, changes):
+    """Whole matrices are made orthogonal, whichever part of them a rank has."""
+    call(_work, 2, options, changes, options.get("shard", True), "muon")
 
 
 @pytest.mark.parametrize("options", [{}, {"shard": False}, {"expert": 2}, {"expert": 2, "shard": False}])

@@ -22,7 +22,7 @@ import moebed.commands.fit
 import moebed.training.command_line
 from moebed.model.config import ModelConfig
 from moebed.training.module import MoEModule
-from moebed.training.optim import OptimizerConfig, build_adamw
+from moebed.training.optim import OptimizerConfig, build_optimizer
 
 
 class MallInfo(ctypes.Structure):
@@ -75,7 +75,7 @@ def warm_up() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             loss = module._forward_terms(ids, ids).nats.sum()
         loss.backward()
-        build_adamw(module, OptimizerConfig()).step()
+        build_optimizer(module, OptimizerConfig()).step()
 
 
 if __name__ == "__main__":

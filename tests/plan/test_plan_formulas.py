@@ -16,7 +16,7 @@ from moebed.plan import activations, memory, traffic
 from moebed.plan.plan import make_plan
 from moebed.plan.setup import PRECISIONS, Setup
 from moebed.training.module import MoEModule
-from moebed.training.optim import OptimizerConfig, build_adamw
+from moebed.training.optim import OptimizerConfig, build_optimizer
 
 SIZES = {
     "vocab_size": 512,
@@ -82,6 +82,24 @@ def test_parameters_of_a_rank_are_those_of_the_model(kind, layout):
     assert plan.rank_parameters == expected
     assert plan.total_parameters == sum(parameter.numel() for parameter in decoder.parameters())
     assert plan.total_parameters == count_parameters(config)[0]
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "dense", "grok"])
+def test_muon_keeps_one_moment_of_what_it_trains(kind):
+    """The state that a step leaves behind."""
+    config = config_of(kind)
+    decoder = Decoder(config)
+    optimizer = build_optimizer(decoder, OptimizerConfig(name="muon"))
+    decoder(torch.arange(8).view(1, 8)).logits.square().mean().backward()
+    optimizer.step()
+    kept = {"momentum": 0, "exp_avg": 0, "exp_avg_sq": 0}
+    for state in optimizer.state.values():
+        for name in kept.keys() & state.keys():
+            kept[name] += 4 * state[name].numel()
+    parts = memory.state(Setup(config, 1, 8, optimizer="muon"))
+    assert parts["Muon's momentum"] == kept["momentum"]
+    assert parts["Adam's moments"] == kept["exp_avg"] + kept["exp_avg_sq"]
+    assert parts["Adam's moments"] < memory.state(Setup(config, 1, 8))["Adam's moments"]
 
 
 def saved_bytes(config: ModelConfig, setup: Setup, precision: str, casts: bool) -> int:
@@ -183,7 +201,7 @@ def live_peak(config: ModelConfig, setup: Setup) -> int:
     """Most bytes alive in the second of two steps, taken as the trainer takes them."""
     with Live() as live:
         module = MoEModule(config, activation_checkpointing=setup.checkpointing)
-        optimizer = build_adamw(module.decoder, OptimizerConfig())
+        optimizer = build_optimizer(module.decoder, OptimizerConfig())
         ids = torch.randint(0, config.vocab_size, (setup.batch_size, setup.sequence_length))
         for _ in range(2):
             live.most = 0

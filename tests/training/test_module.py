@@ -13,7 +13,7 @@ from moebed.errors import ConfigError, UserError
 from moebed.training.callbacks import AtomicCheckpointIO
 from moebed.training.metrics import TextLoss
 from moebed.training.module import MoEModule
-from moebed.training.optim import OptimizerConfig, build_adamw, learning_rate_factor
+from moebed.training.optim import OptimizerConfig, build_optimizer, learning_rate_factor
 from tests.conftest import tiny_config
 
 
@@ -82,7 +82,7 @@ def test_overfits_one_batch(data):
     module, module_data = _module(router_aux_loss_coef=0.01), data(sequence_length=16)
     module_data.setup()
     batch = next(iter(module_data.train_dataloader()))
-    optimizer = build_adamw(module.decoder, OptimizerConfig(learning_rate=1e-2, weight_decay=0.0))
+    optimizer = build_optimizer(module.decoder, OptimizerConfig(learning_rate=1e-2, weight_decay=0.0))
     for _ in range(150):
         terms = module._forward_terms(batch["input_ids"], batch["labels"])
         loss = terms.nats.sum() / batch["labels"].numel()
@@ -301,7 +301,7 @@ def test_schedules():
 
 
 def test_norms_and_biases_do_not_decay():
-    rest, experts, scales = build_adamw(_module(attention_bias=True).decoder, OptimizerConfig()).param_groups
+    rest, experts, scales = build_optimizer(_module(attention_bias=True).decoder, OptimizerConfig()).param_groups
     assert all(parameter.ndim >= 2 for parameter in [*rest["params"], *experts["params"]])
     assert all(parameter.ndim == 3 for parameter in experts["params"])
     assert all(parameter.ndim < 2 for parameter in scales["params"])

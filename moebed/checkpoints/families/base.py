@@ -55,6 +55,8 @@ NOT_IN_CHECKPOINTS = frozenset(
         "expert_ranks",
         "ranks_per_node",
         "initializer_range",
+        "base_hidden_size",
+        "base_moe_intermediate_size",
         "experts_backend",
         "attention_backend",
         "bias_update_rate",

@@ -47,14 +47,14 @@ class GrAP(Router):
     other_teacher = True  # no parameters
     has_plan_formula = True
     keeps_input = False  # a mean's backward pass knows its input's shape alone
-    step: Tensor
+    noise_step: Tensor
 
     def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
         super().__init__(config, layer)
         self.hidden_size = config.hidden_size
         self.salt = mixed(mixed(self.options.seed) ^ layer.index)
         # A tensor, so that a compiled graph holds for every step; float32 has whole numbers to 16 million.
-        self.register_buffer("step", torch.zeros((), dtype=torch.float32), persistent=False)
+        self.register_buffer("noise_step", torch.zeros((), dtype=torch.float32), persistent=False)
 
     @classmethod
     def check(cls, config: ModelConfig) -> None:
@@ -86,7 +86,7 @@ class GrAP(Router):
     def begin_step(self, step: int) -> None:
         """The noise is that of this step."""
         if self.options.jitter:
-            self.step.fill_(step)
+            self.noise_step.fill_(step)
 
     def forward(self, hidden_states: Tensor, experts: ExpertOutputs, context: TokenContext | None = None) -> Routing:
         """Route hidden_states (T, H)."""
@@ -100,7 +100,7 @@ class GrAP(Router):
         if context is None:
             raise TypeError("the jitter of router grap needs a TokenContext: pass it to the block or MoE")
         expert = torch.arange(self.num_experts, device=context.ids.device)
-        number = mixed(mixed(context.ids.unsqueeze(1) ^ mixed(self.step.long() ^ self.salt)) ^ expert)  # (T, E)
+        number = mixed(mixed(context.ids.unsqueeze(1) ^ mixed(self.noise_step.long() ^ self.salt)) ^ expert)  # (T, E)
         return means + self.options.jitter * (number.to(torch.float32) * _UNIT - 1)
 
     def choose(self, logits: Tensor) -> Routing:
@@ -115,7 +115,7 @@ class GrAP(Router):
 
     def gate(self) -> Tensor:
         """ω (E, H)."""
-        place = "cpu" if self.step.is_meta else self.step.device
+        place = "cpu" if self.noise_step.is_meta else self.noise_step.device
         return block_means(self.num_experts, self.hidden_size, place)
 
 

@@ -43,6 +43,7 @@ class KMeans(Router):
     centroids: Tensor
     started: Tensor
     places: Tensor
+    idle_centroids: Tensor
 
     def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
         super().__init__(config, layer)

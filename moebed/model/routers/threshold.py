@@ -49,6 +49,8 @@ class Threshold(GatedRouter):
     SCORES, UNSERVED = "scores", "unserved"
     threshold: Tensor
     steps: Tensor
+    experts_per_token: Tensor
+    unserved_share: Tensor
 
     def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
         super().__init__(config, layer)

@@ -15,7 +15,7 @@ from moebed.model.decoder import Decoder
 from moebed.model.routers import RouterSteps
 from moebed.training.callbacks import AtomicCheckpointIO
 from moebed.training.module import MoEModule
-from moebed.training.optim import OptimizerConfig, build_adamw
+from moebed.training.optim import OptimizerConfig, build_optimizer
 from moebed.views.layer import HeadView, LayerView, Need, ProbeText
 from moebed.views.live import LiveModel, walk, walk_model
 from moebed.views.text_pass import TextPass
@@ -122,7 +122,7 @@ def test_no_optimizer_and_no_reset_but_its_own_touches_the_bias(data):
     module = _module("sigmoid_topk", router_options={"bias_update_rate": 0.0})
     for router in module.decoder.routers:
         router.expert_bias.copy_(torch.tensor([0.1, -0.2, 0.3, 0.0]))
-    groups = build_adamw(module.decoder, OptimizerConfig()).param_groups
+    groups = build_optimizer(module.decoder, OptimizerConfig()).param_groups
     optimized = {id(parameter) for group in groups for parameter in group["params"]}
     assert not any(id(router.expert_bias) in optimized for router in module.decoder.routers)
     _fit(module, data(), 3)  # with weight decay .5 and clipping at 1e-3
