@@ -6,16 +6,20 @@ import torch
 from checkpoint_files import write
 from test_pretrained_text import CASES, Reads, make_text
 
-from moebed.checkpoints import open_ffn
+from moebed.checkpoints import load_decoder, open_ffn
 from moebed.checkpoints.pretrained import PretrainedMoE
 from moebed.cli import main
+from moebed.views.beside import Rows
 from moebed.views.intervention_names import parse
 from moebed.views.interventions import LayerContext
 from moebed.views.layer import HeadView, Need
-from moebed.views.live import LiveModel, ModuleWeights, _views, evaluating
-from moebed.views.text_pass import Rows, TextPass
+from moebed.views.live import LiveModel, ModuleWeights, _views, evaluating, intervene
+from moebed.views.text_pass import TextPass
+from probes.figures.drawing import to_rgb
 from probes.registry import PROBES
 from probes.running import store
+from probes.running.driver import needs_of, run_probes
+from tests.conftest import ORACLES
 
 THREE = ("identity", "mask 2 refill @ layer 1", "random_set 5 @ layer 1")
 MANY = (
@@ -105,6 +109,36 @@ def test_all_kinds_are_what_other_routers_would_have_done(case, tmp_path):
     for name in MANY:
         wanted = by_the_router(decoder, text, parse(name))
         torch.testing.assert_close(found[name], wanted, rtol=0, atol=1e-5, equal_nan=True, msg=name)
+
+
+@pytest.mark.shared("oracles")
+@pytest.mark.parametrize("name", ["mixtral", "deepseekmoe", "grok-1"])
+def test_the_oracles(name):
+    """Published layouts: the effects of a live model, and every probe that asks for effects, pictures drawn."""
+    model = PretrainedMoE(str(ORACLES / name))
+    decoder, config = load_decoder(model.checkpoint).eval(), model.config
+    layer = config.moe_layers[-1]
+    text = make_text(16, 16, 16, 16, vocab_size=config.vocab_size)
+    names = [f"mask 1 zero @ layer {layer}", "mask 1", "swap", f"random_set 2 @ layer {layer}", "drop_top 1 alone"]
+    found = streamed(ORACLES / name, text, names)
+    for one in names[:-1]:
+        wanted = by_the_router(decoder, text, parse(one))
+        torch.testing.assert_close(found[one], wanted, rtol=0, atol=1e-5, equal_nan=True, msg=one)
+    alone = intervene(decoder, text, [parse(names[-1])])
+    torch.testing.assert_close(found[names[-1]], alone[names[-1]], rtol=0, atol=1e-5, equal_nan=True)
+    probes = [PROBES[probe]() for probe in ("interventions", "keep_k", "super_experts")]
+    probes[0].options = probes[0].Options("swap; drop_top 1 alone")
+    with_text = PretrainedMoE(str(ORACLES / name), text=text)
+    try:
+        results = run_probes(with_text.views(text, needs_of(probes)), probes)
+    finally:
+        with_text.close()
+    for probe in probes:
+        result = results[probe.name]
+        assert result.headlines
+        assert all(np.isfinite(value) for value in result.scalars.values())
+        for build in result.figures.values():
+            to_rgb(build())
 
 
 @pytest.mark.parametrize("probed", [False, True])
