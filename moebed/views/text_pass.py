@@ -260,7 +260,7 @@ class _Way:
         with self.model.computing():
             weights = self.model.layer_weights(view.index)
             parts = [Rows(view.moe_input, view.routing), *([] if beside is None else beside.parts)]
-            output, *others = weights.combine(parts)
+            output, *others = (total.float() for total in weights.combine(parts))
         if beside is not None:
             beside.totals = others
         return output
