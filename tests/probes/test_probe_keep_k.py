@@ -118,6 +118,13 @@ def test_it_judges_on_texts_that_chose_nothing(make_decoder):
     )
 
 
+def test_shares_that_leave_the_same_are_one(make_decoder):
+    arrays = run(make_decoder(), text_of(1), "2,4,8,16").arrays
+    assert arrays["count/0"].tolist() == [2, 1, 1, 1]
+    assert arrays["share"].tolist() == [0.5, 0.25]
+    assert arrays["keep_loss/reap"].shape == (2, 4)
+
+
 def test_what_it_says(make_decoder):
     result = run(make_decoder(), text_of(2), "2,4")
     assert {"rise_reap", "area_reap", "rise_domain"} <= set(result.headlines)

@@ -31,7 +31,8 @@ def test_a_planted_one_is_found_with_its_place(make_decoder, texts):
         decoder.embed_tokens.weight[word, 0] = 8
         for block in decoder.layers:
             block.mlp.router.weight.zero_()
-            block.mlp.router.weight[2, 0], block.mlp.router.weight[0, 1] = 9.0, 0.1
+            block.mlp.router.weight[2, 0] = 9.0
+            block.mlp.router.weight[0, 1], block.mlp.router.weight[1, 1] = 0.1, -0.1  # the other words: one of these
             block.mlp.experts.down_proj[:, 0] = 0
         decoder.layers[1].mlp.experts.down_proj[2, 5] *= 1e3
     result = run(decoder, texts)

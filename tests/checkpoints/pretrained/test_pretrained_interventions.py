@@ -119,7 +119,8 @@ def test_the_oracles(name):
     decoder, config = load_decoder(model.checkpoint).eval(), model.config
     layer = config.moe_layers[-1]
     text = make_text(16, 16, 16, 16, vocab_size=config.vocab_size)
-    names = [f"mask 1 zero @ layer {layer}", "mask 1", "swap", f"random_set 2 @ layer {layer}", "drop_top 1 alone"]
+    names = [f"mask 1 zero @ layer {layer}", "mask 1 refill", "swap", f"random_set 2 @ layer {layer}"]
+    names.append("drop_top 1 zero alone")
     found = streamed(ORACLES / name, text, names)
     for one in names[:-1]:
         wanted = by_the_router(decoder, text, parse(one))
