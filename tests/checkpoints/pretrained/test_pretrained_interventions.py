@@ -1,5 +1,7 @@
 """Interventions on a streamed checkpoint: the effects of a live model, whatever S; each weight once; memory counted."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,8 @@ from test_pretrained_text import CASES, Reads, make_text
 from moebed.checkpoints import load_decoder, open_ffn
 from moebed.checkpoints.pretrained import PretrainedMoE
 from moebed.cli import main
+from moebed.commands.probe import read_options
+from moebed.model.config import ModelConfig
 from moebed.views.beside import Rows
 from moebed.views.intervention_names import parse
 from moebed.views.interventions import LayerContext
@@ -21,6 +25,7 @@ from probes.running import store
 from probes.running.driver import needs_of, run_probes
 from tests.conftest import ORACLES
 
+RECIPES = Path(__file__).resolve().parents[3] / "recipes"
 THREE = ("identity", "mask 2 refill @ layer 1", "random_set 5 @ layer 1")
 MANY = (
     *THREE,
@@ -261,3 +266,11 @@ def test_what_cannot_be_changed_is_one_line(options, said, tmp_path, capsys):
     assert said in capsys.readouterr().err.splitlines()[-1]
     assert main([*asked[:4], "--intervene", "swap"]) == 2
     assert "--intervene needs text" in capsys.readouterr().err
+
+
+def test_the_recipe_says_what_can_be_read():
+    options = read_options(["--config", str(RECIPES / "probe_interventions_mixtral_8x7b.yaml")])
+    asked = [parse(one) for one in options["intervene"]]
+    assert len({one.name for one in asked}) == len(asked) > 5
+    for one in asked:
+        one.check(ModelConfig(num_hidden_layers=32, num_experts=8, moe_intermediate_size=8))
