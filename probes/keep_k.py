@@ -66,7 +66,7 @@ class KeepK(Probe):
     def begin_layer(self, view: LayerView) -> None:
         """Scores of this layer."""
         self._scores: LayerScores | None = None
-        if view.routing is not None and view.text is not None and view.num_experts > 1:
+        if view.routing is not None and view.residual is not None and view.num_experts > 1:
             self._scores = LayerScores(view, _calibration_tokens(view))
 
     def update_expert(self, view: LayerView, expert: ExpertView) -> None:
@@ -128,7 +128,7 @@ class KeepK(Probe):
         """Curves of all scores beside random ones, and what lies between them."""
         if "share" not in arrays:
             return ProbeResult(arrays, notes=["no layer with two or more experts has seen text that was predicted"])
-        if not _apart(arrays).any():
+        if not (_apart(arrays).any() and arrays["calibration"].any()):
             return ProbeResult(arrays, notes=[ONE_TEXT])
         effects, notes = curves(arrays), few_texts(_strata(arrays))
         shares = [float(share) for share in arrays["share"]]

@@ -16,7 +16,7 @@ from moebed.views.layer import ExpertKind, ExpertView, HeadView, LayerView, Need
 from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, numbers, per_layer
 from probes.figures import importance
 from probes.measures.effects import Texts, effect_of
-from probes.measures.resampling import SEED, few_texts
+from probes.measures.resampling import SEED, few_texts, unit_notes
 
 QUANTILE, OF_LARGEST = 99.5, 10  # above this percentile of all experts, and a tenth of the largest
 MASSIVE, OVER_MEDIAN = 100.0, 1000.0  # a residual stream with such a number has massive activations
@@ -128,7 +128,7 @@ class SuperExperts(Probe):
                 no_interval="no interval, as it counts what is above a percentile of them all",
             )
         }
-        notes = []
+        notes = unit_notes(arrays, headlines)
         if count < 200:
             notes.append(f"the 99.5th percentile of {count} experts always leaves one above it")
         if "super_rise" in arrays and arrays["tokens"].any():

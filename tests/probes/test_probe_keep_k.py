@@ -104,7 +104,7 @@ def test_it_judges_on_texts_that_chose_nothing(make_decoder):
     decoder, text = make_decoder().eval(), text_of(1, texts=6)
     arrays = dict(run(decoder, text).arrays)
     other = text.input_ids.clone()
-    other[1::2] = other[1::2].flip(1)
+    other[::2] = other[::2].flip(1)  # those that are kept apart
     again = run(decoder, ProbeText(other, text.token_mask, text.domain, text.domains)).arrays
     for key in arrays:
         if key.startswith(("score/", "kept/")):
