@@ -15,7 +15,7 @@ import torch
 from moebed.errors import ConfigError
 from moebed.views.interventions import Intervention, assigned_weights, keep
 from moebed.views.layer import ExpertView, HeadView, LayerView, Need
-from probes.contract import Arrays, Headline, Probe, ProbeOptions, ProbeResult, by_part
+from probes.contract import Arrays, Headline, Probe, ProbeOptions, ProbeResult, by_layer, by_part
 from probes.figures import effects as pictures
 from probes.measures.effects import Effect, Texts, effect_of
 from probes.measures.expert_scores import RANDOM, SCORES, LayerScores, best, calibration_texts, random_scores
@@ -31,10 +31,11 @@ class KeepK(Probe):
 
     Every other text of a domain is scored on. Removed experts lose their logit, the next best move up, and of fewer
     than K all run. Stored for each layer: ``score (E,)`` by name, ``kept (D, E)`` bool by name, ``count (D,)``. Stored
-    once: ``keep_loss (D, B)`` by name, sums of the loss over the predicted tokens of each text; ``loss (B,)``, the same
-    of the model as it is; ``tokens (B,)``, ``text_domain (B,)``, ``calibration (B,)`` bool, ``domain_names``, ``share
-    (D,)``. Names are those of ``probes.measures.expert_scores``, ``random_0`` to ``random_4``, and where there are
-    several domains ``domain_0``, ...: the frequency on that domain's texts alone.
+    once, of shares that leave another number in some layer: ``keep_loss (D, B)`` by name, sums of the loss over the
+    predicted tokens of each text; ``share (D,)``. ``loss (B,)``, the same of the model as it is; ``tokens (B,)``,
+    ``text_domain (B,)``, ``calibration (B,)`` bool, ``domain_names``. Names are those of
+    ``probes.measures.expert_scores``, ``random_0`` to ``random_4``, and where there are several domains ``domain_0``,
+    ...: the frequency on that domain's texts alone.
     """
 
     name = "keep_k"
@@ -65,7 +66,7 @@ class KeepK(Probe):
     def begin_layer(self, view: LayerView) -> None:
         """Scores of this layer."""
         self._scores: LayerScores | None = None
-        if view.routing is not None and view.text is not None and view.num_experts > 1:
+        if view.routing is not None and view.residual is not None and view.num_experts > 1:
             self._scores = LayerScores(view, _calibration_tokens(view))
 
     def update_expert(self, view: LayerView, expert: ExpertView) -> None:
@@ -100,11 +101,12 @@ class KeepK(Probe):
         kept = by_part(self.arrays, "kept")
         if head.under is None or not kept:
             return
+        rows = distinct_rows(by_layer(self.arrays, "count"))
         texts, calibration = Texts(head.text, head.loss), calibration_texts(head.text.domain.cpu().numpy())
         as_it_is = texts.sums(head.loss.nan_to_num()).rise
-        rises = head.under([one for name in kept for one in self._sets(name)])
+        rises = head.under([one for name in kept for one in self._sets(name, rows)])
         for name in kept:
-            rise = np.stack([texts.sums(rises[one.name]).rise for one in self._sets(name)])
+            rise = np.stack([texts.sums(rises[one.name]).rise for one in self._sets(name, rows)])
             self.put("keep_loss", None, as_it_is + rise, name)
         self.arrays |= {
             "loss": as_it_is.astype(np.float32),
@@ -112,14 +114,13 @@ class KeepK(Probe):
             "text_domain": texts.domain,
             "calibration": calibration,
             "domain_names": np.array(head.text.domains, dtype=np.str_),
-            "share": np.array(self.options.shares(), dtype=np.float32),
+            "share": np.array([self.options.shares()[row] for row in rows], dtype=np.float32),
         }
 
-    def _sets(self, name: str) -> Iterator[Intervention]:
-        """The interventions of a score, one a share."""
-        by_layer = by_part(self.arrays, "kept")[name]
-        for row in range(len(self.options.shares())):
-            sets = {layer: np.flatnonzero(kept[row]).tolist() for layer, kept in by_layer.items()}
+    def _sets(self, name: str, rows: list[int]) -> Iterator[Intervention]:
+        """The interventions of a score, one for each of some shares."""
+        for row in rows:
+            sets = {n: np.flatnonzero(of[row]).tolist() for n, of in by_layer(self.arrays, "kept", name).items()}
             yield keep(sets, name=f"keep by {name} {row}")
 
     @classmethod
@@ -127,7 +128,7 @@ class KeepK(Probe):
         """Curves of all scores beside random ones, and what lies between them."""
         if "share" not in arrays:
             return ProbeResult(arrays, notes=["no layer with two or more experts has seen text that was predicted"])
-        if not _apart(arrays).any():
+        if not (_apart(arrays).any() and arrays["calibration"].any()):
             return ProbeResult(arrays, notes=[ONE_TEXT])
         effects, notes = curves(arrays), few_texts(_strata(arrays))
         shares = [float(share) for share in arrays["share"]]
@@ -164,6 +165,12 @@ class KeepK(Probe):
         notes += ["with fewer experts than a token has, it also computes less"]
         figures = {"keep_k": partial(pictures.draw_keep_k, shares, effects)}
         return ProbeResult(arrays, scalars, headlines, figures, notes)
+
+
+def distinct_rows(counts: dict[int, np.ndarray]) -> list[int]:
+    """The shares that leave another number of experts than those before, from counts (D,) by layer."""
+    columns = np.stack(list(counts.values()), axis=1)  # (D, layers)
+    return [row for row in range(len(columns)) if row == 0 or (columns[row] != columns[row - 1]).any()]
 
 
 def _calibration_tokens(view: LayerView) -> torch.Tensor:

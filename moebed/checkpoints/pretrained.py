@@ -36,6 +36,7 @@ from moebed.checkpoints.streamed import (
 from moebed.checkpoints.texts import TextOptions, read_texts
 from moebed.errors import ConfigError, UserError
 from moebed.machine import provenance
+from moebed.machine.progress import say
 from moebed.model.config import ModelConfig
 from moebed.model.routers import ROUTERS
 from moebed.views.branches import copy_bytes, require_different
@@ -217,11 +218,12 @@ class PretrainedMoE(LightningModule):
         return self._walk(self.text_pass, (self._view(model, reference, layer) for layer in walked), shown, needs)
 
     def _models(
-        self, planned: Callable[[int], ReadingPlan], spoken_for: int = 0
+        self, planned: Callable[[int], ReadingPlan], spoken_for: int = 0, on_read: Callable[[int], None] | None = None
     ) -> tuple[StreamedModel, StreamedModel | None]:
         """The checkpoint and the dense reference as text goes through them, read as a plan says within a limit."""
         plan = planned(limit_of(self.memory_budget, spoken_for))
-        self._pool = pool = WeightPool(plan.groups, self.memory_budget, lambda done: self.on_read(done), spoken_for)
+        tell = on_read or (lambda done: self.on_read(done))  # which another may have set by then
+        self._pool = pool = WeightPool(plan.groups, self.memory_budget, tell, spoken_for)
         precision = Precision(self.weights_dtype, self.device)
         reference = StreamedModel(self.reference, pool, plan, precision, _REFERENCE) if self.reference else None
         return StreamedModel(self.checkpoint, pool, plan, precision), reference
@@ -275,9 +277,12 @@ class PretrainedMoE(LightningModule):
         left = [one for one in interventions if one.name not in known]
         while left:
             some = self._riders(text, left, lambda limit: self._plan(limit, layers, nothing, needs, text))
+            say(f"once more over the weights, for {len(some)} of {len(left)} interventions")
             self.close()
             model, _ = self._models(
-                lambda limit: self._plan(limit, layers, nothing, needs, text), self._text_bytes(text, len(some))
+                lambda limit: self._plan(limit, layers, nothing, needs, text),
+                self._text_bytes(text, len(some)),
+                lambda done: None,
             )
             run = TextPass(model, text, interventions=some)
             for _ in run.layers(self._view(model, None, layer) for layer in layers):

@@ -90,7 +90,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
     for note in model.notes:
         say(f"note: {note}")
     apart = ~calibration_texts(model.text.domain.numpy())
-    if not apart.any():
+    if apart.all():
         raise UserError(f"moebed prune: {ONE_TEXT}")
     every = {index: range(model.config.layer(index).num_experts) for index in model.config.moe_layers}
     prune(model.config, every)  # refused before anything runs

@@ -24,8 +24,9 @@ from moebed.model.decoder import Block
 from moebed.model.losses import token_losses
 from moebed.model.rope import RotaryEmbedding
 from moebed.model.routers import TokenContext
+from moebed.views.attending import attention_groups
 from moebed.views.layer import ProbeText
-from moebed.views.text_pass import attention_groups, require_finite
+from moebed.views.text_pass import require_finite
 
 _ACTIVATIONS = 1 << 22  # numbers of one activation of an FFN, at a time
 _LOGITS = 1 << 24  # at a time

@@ -21,14 +21,11 @@ from moebed.model.config import ModelConfig
 from moebed.model.decoder import Block
 from moebed.model.routers import Router, Routing, TokenContext
 from moebed.model.routers.contract import ExpertOutputs
+from moebed.views.attending import TextAttention
 from moebed.views.beside import ExpertSums, Rows
 from moebed.views.interventions import Intervention, LayerContext, assigned_weights
 
 _ROUNDING = 1e-6  # a weight that changes by less is that of the same rule, computed once more
-
-# Residual stream (T, H) after attention, of a stream before it, of which tokens (T,) it is wanted, and whether these
-# attend to themselves and to the text as it is, rather than to the stream.
-Attend = Callable[[Tensor, Tensor, bool], Tensor]
 
 
 class HasTokens(Protocol):
@@ -91,17 +88,21 @@ class Branches:
         """Those that have a stream of their own."""
         return [branch for branch in self.branches if branch.hidden is not None]
 
-    def attend(self, block: Block, attend: Attend, attended: Tensor) -> None:
+    def attend(self, block: Block, attention: TextAttention, text: Tensor, attended: Tensor) -> None:
         """Through attention, and the norm after it.
 
         Args:
             block: The layer.
-            attend: Its attention.
-            attended: (T, H) what it made of the text as it is.
+            attention: Of the text's tokens.
+            text: (T, H) residual stream before it of the text as it is.
+            attended: (T, H) and after it.
         """
         for branch in self.begun:
             assert branch.hidden is not None
-            branch.hidden = attend(branch.hidden, branch.reached, branch.intervention.is_alone)
+            if branch.intervention.is_alone:
+                branch.hidden = attention.attend_alone(block, branch.hidden, branch.reached, text)
+            else:
+                branch.hidden = attention.attend(block, branch.hidden, branch.reached)
             branch.hidden[~branch.reached] = attended[~branch.reached]
             branch.x = block.pre_ffn_norm(branch.hidden)
             if not all_finite(branch.x):

@@ -118,7 +118,7 @@ def mask_set(experts: Iterable[int], how: str = REFILL, layers: Layers = None) -
         layers,
         lambda routing, x, layer: remove(routing, layer.router, _columns(routing, gone), how),
         experts=gone,
-        objection=lambda layer: "" if len(gone) < layer.num_experts else "no expert would be left",
+        objection=lambda layer: "no expert would be left" if how == REFILL and len(gone) >= layer.num_experts else "",
     )
 
 

@@ -21,18 +21,15 @@ from torch import Tensor
 from moebed.errors import UserError
 from moebed.machine.finite import all_finite
 from moebed.machine.mapped import new_array
-from moebed.model.attention import KVCache
 from moebed.model.config import ModelConfig
 from moebed.model.decoder import Block, MoE
-from moebed.model.rope import RotaryEmbedding
 from moebed.model.routers import Routing
+from moebed.views.attending import TextAttention
 from moebed.views.beside import ExpertSums, Rows
 from moebed.views.branches import Branches, route
 from moebed.views.interventions import Intervention, LayerContext
 from moebed.views.layer import HeadView, LayerView, LayerWeights, ProbeText
 
-_ATTENDED_TOKENS = 8192  # at a time, padding included
-_PADDED_SHARE = 1.25  # sequences attend together where that makes them no longer than this, on average
 _BAND_LOGITS = 1 << 25  # at a time
 
 
@@ -232,10 +229,7 @@ class _Way:
             with model.computing():
                 stream = Stream(0, model.embed(text.token_ids).float())
         self.stream = stream
-        device = stream.hidden.device
-        rotary = RotaryEmbedding(model.config)
-        self._rope = rotary.table(longest, device)
-        self._groups = [group.to(device) for group in attention_groups(lengths, rotary.boundary)]
+        self._attention = TextAttention(model.config, lengths, stream.hidden.device)
         self._block: Block | None = None
         self.attended = stream.hidden  # (T, H) residual stream between attention and FFN
 
@@ -243,11 +237,11 @@ class _Way:
         """Through attention: the FFN's or MoE's normalised input (T, H), and the routing of an MoE."""
         self._block = block = self.model.block(self.stream.layer)
         with self.model.computing():
-            self.attended = self._attend(self.stream.hidden)
+            self.attended = self._attention.attend(block, self.stream.hidden)
             x = block.pre_ffn_norm(self.attended)
             require_finite(x, f"the hidden states at layer {self.stream.layer}")
             if branches is not None:
-                branches.attend(block, self._attend, self.attended)
+                branches.attend(block, self._attention, self.stream.hidden, self.attended)
             if not isinstance(block.mlp, MoE):
                 return x, None
             assert weights is not None
@@ -259,46 +253,6 @@ class _Way:
                 branches.change(LayerContext(self.stream.layer, block.mlp.router), x, routing, routings)
             return x, routing
 
-    def _attend(self, hidden: Tensor, wanted: Tensor | None = None, alone: bool = False) -> Tensor:
-        """Residual stream after attention of a stream (T, H), at least of the tokens (T,) that are wanted.
-
-        Where they are alone, each attends to the text as it is, and to itself.
-        """
-        assert self._block is not None
-        if wanted is not None and alone:
-            return self._attend_alone(hidden, wanted)
-        attended = torch.empty_like(hidden)
-        for group in self._groups:
-            valid = group >= 0
-            if wanted is not None:
-                some = (wanted[group.clamp(min=0)] & valid).any(dim=1)
-                group, valid = group[some], valid[some]
-            if len(group):
-                rope = self._rope(group.shape[1])
-                attended[group[valid]] = self._block.attend(hidden[group.clamp(min=0)], rope)[valid].float()
-        return attended
-
-    def _attend_alone(self, hidden: Tensor, wanted: Tensor) -> Tensor:
-        """A token's key and value take the place of its own among those of the text; the last ones come first, so that
-        what stands before a token is as it was."""
-        assert self._block is not None
-        attended = torch.empty_like(hidden)
-        for group in self._groups:
-            at_work = wanted[group.clamp(min=0)] & (group >= 0)
-            group, at_work = group[at_work.any(dim=1)], at_work[at_work.any(dim=1)]
-            if not len(group):
-                continue
-            cache, length = KVCache(group.shape[1]), group.shape[1]
-            rope = self._rope(length)
-            self._block.attend(self.stream.hidden[group.clamp(min=0)], rope, cache)
-            for place in reversed(at_work.any(dim=0).nonzero().flatten().tolist()):
-                token, some = group[:, place].clamp(min=0), at_work[:, place]
-                cache.length = place
-                turn = (rope[0][place : place + 1], rope[1][place : place + 1])
-                found = self._block.attend(hidden[token].unsqueeze(1), turn, cache).squeeze(1)
-                attended[token[some]] = found[some].float()
-        return attended
-
     def combine(self, view: LayerView) -> Tensor:
         """The layer's output (T, H), by the chosen experts alone, and what they make of streams beside the text."""
         assert view.moe_input is not None
@@ -306,7 +260,7 @@ class _Way:
         with self.model.computing():
             weights = self.model.layer_weights(view.index)
             parts = [Rows(view.moe_input, view.routing), *([] if beside is None else beside.parts)]
-            output, *others = weights.combine(parts)
+            output, *others = (total.float() for total in weights.combine(parts))
         if beside is not None:
             beside.totals = others
         return output
@@ -377,40 +331,6 @@ def _known(effects: dict[str, Tensor], interventions: Sequence[Intervention]) ->
 def band_rows(num_tokens: int) -> int:
     """Rows of the vocabulary whose logits for so many tokens are made at a time."""
     return max(256, _BAND_LOGITS // max(1, num_tokens))
-
-
-def attention_groups(lengths: Tensor, boundary: int | None = None) -> list[Tensor]:
-    """Which sequences attend together: of similar length, so that little padding is computed.
-
-    Args:
-        lengths: (B,) valid tokens of each sequence.
-        boundary: Sequences up to this length are apart from longer ones (``RotaryEmbedding.boundary``).
-
-    Returns:
-        (b, s) int64 each: index among the T valid tokens, -1 where a shorter sequence has ended.
-    """
-    starts = (lengths.cumsum(0) - lengths).tolist()
-    sizes = lengths.tolist()
-    groups: list[list[int]] = []
-    for row in sorted((row for row, size in enumerate(sizes) if size), key=lambda row: -sizes[row]):
-        if groups:
-            group, longest = groups[-1], sizes[groups[-1][0]]
-            tokens = (len(group) + 1) * longest
-            apart = boundary is not None and sizes[row] <= boundary < longest
-            if (
-                not apart
-                and tokens <= _ATTENDED_TOKENS
-                and tokens <= _PADDED_SHARE * (sum(sizes[r] for r in group) + sizes[row])
-            ):
-                group.append(row)
-                continue
-        groups.append([row])
-    found = []
-    for group in groups:
-        position = torch.arange(sizes[group[0]])
-        rows = [torch.where(position < sizes[row], position + starts[row], -1) for row in sorted(group)]
-        found.append(torch.stack(rows))
-    return found
 
 
 def require_finite(values: Tensor, what: str) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def _strip(ax: Axes, rows: dict[int, np.ndarray], title: str, **image: Any) -> Any:
+def strip(ax: Axes, rows: dict[int, np.ndarray], title: str, **image: Any) -> Any:
     """A row a layer, a column an expert; grey where a layer has fewer experts than the widest."""
     from probes.figures import drawing
 
@@ -32,7 +32,7 @@ def _strip(ax: Axes, rows: dict[int, np.ndarray], title: str, **image: Any) -> A
     return drawn
 
 
-def _size(rows: dict[int, np.ndarray]) -> tuple[float, float]:
+def strip_size(rows: dict[int, np.ndarray]) -> tuple[float, float]:
     widest = max(map(len, rows.values()))
     return min(13.0, max(9.0, 2.2 + 0.16 * widest)), min(9.0, max(2.9, 1.5 + 0.2 * len(rows)))
 
@@ -42,13 +42,13 @@ def draw_reap(relative: dict[int, np.ndarray], counts: dict[int, np.ndarray]) ->
     from probes.figures import drawing
 
     fig = drawing.new_figure(
-        *_size(relative),
+        *strip_size(relative),
         "What an expert adds to its own tokens: mean of weight × output norm (REAP), over its layer's mean\n"
         "(grey with a cross: no token went there; grey: no such expert)",
     )
     ax = fig.subplots()
     norm = drawing.ratio_norm(list(relative.values()), share=0.995)
-    image = _strip(ax, relative, "expert", cmap="RdBu_r", norm=norm)
+    image = strip(ax, relative, "expert", cmap="RdBu_r", norm=norm)
     idle = [(row, e) for row, count in enumerate(counts.values()) for e in np.flatnonzero(count == 0)]
     if idle:
         row, column = np.array(idle).T
@@ -62,11 +62,11 @@ def draw_ablation(rises: dict[int, np.ndarray]) -> Figure:
     from probes.figures import drawing
 
     fig = drawing.new_figure(
-        *_size(rises), "By how much the loss rises with one expert masked out of the choice (nats per token)"
+        *strip_size(rises), "By how much the loss rises with one expert masked out of the choice (nats per token)"
     )
     most = max(float(np.abs(values).max()) for values in rises.values()) or 1.0
     ax = fig.subplots()
-    image = _strip(ax, rises, "expert masked out", cmap="RdBu_r", vmin=-most, vmax=most)
+    image = strip(ax, rises, "expert masked out", cmap="RdBu_r", vmin=-most, vmax=most)
     drawing.colour_bar(fig, image, ax, "rise of the loss")
     return fig
 
@@ -89,4 +89,29 @@ def draw_agreement(arrays: Arrays) -> Figure:
         ax.set_title(f"layer {layer}", fontsize=10)
         ax.set_xlabel("sum of weight × norm", fontsize=8)
         ax.set_ylabel("rise of the loss (nats)", fontsize=8)
+    return fig
+
+
+def draw_largest(sizes: dict[int, np.ndarray], found: np.ndarray) -> Figure:
+    """The largest number (E,) in each expert's outputs, by layer; a ring around those that stand out (n, 2)."""
+    from matplotlib.colors import LogNorm
+
+    from probes.figures import drawing
+
+    fig = drawing.new_figure(
+        *strip_size(sizes),
+        "The largest number in an expert's outputs for its own tokens (a ring: it stands out; grey: no token)",
+    )
+    ax = fig.subplots()
+    seen = (
+        np.concatenate([of[of > 0] for of in sizes.values()]) if any((of > 0).any() for of in sizes.values()) else [1]
+    )
+    shown = {layer: np.where(of > 0, of, np.nan) for layer, of in sizes.items()}
+    image = strip(ax, shown, "expert", cmap="viridis", norm=LogNorm(float(np.min(seen)), float(np.max(seen)) * 1.01))
+    rows = {layer: row for row, layer in enumerate(sizes)}
+    ax.scatter(
+        [expert for _, expert in found], [rows[int(layer)] for layer, _ in found], s=60, facecolors="none",
+        edgecolors=drawing.SERIES[1], linewidth=1.6,
+    )  # fmt: skip
+    drawing.colour_bar(fig, image, ax, "largest size of a number")
     return fig

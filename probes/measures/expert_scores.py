@@ -102,8 +102,11 @@ def best_over_layers(scores: Mapping[int, np.ndarray], share: float) -> dict[int
 
 
 def calibration_texts(domain: np.ndarray) -> np.ndarray:
-    """Which texts (B,) of these domains are scored on: every other one of each domain; the rest are kept apart."""
+    """Which texts (B,) of these domains are scored on: every other one of each domain; the rest are kept apart.
+
+    A text that is alone in its domain is kept apart.
+    """
     taken = np.zeros(len(domain), bool)
     for number in np.unique(domain):
-        taken[np.flatnonzero(domain == number)[::2]] = True
+        taken[np.flatnonzero(domain == number)[1::2]] = True
     return taken

@@ -132,4 +132,4 @@ def test_the_best_of_one_layer_and_of_all():
     scores = {0: np.array([1.0, 1, 1, 1]), 2: np.array([8.0, 0, 0, 0])}
     assert best_over_layers(scores, 0.5) == {0: (0, 1, 2), 2: (0,)}
     assert best_over_layers(scores, 0.01) == {0: (0,), 2: (0,)}
-    assert calibration_texts(np.array([0, 1, 0, 1, 0])).tolist() == [True, True, False, False, True]
+    assert calibration_texts(np.array([0, 1, 0, 1, 0])).tolist() == [False, False, True, True, False]

@@ -104,7 +104,7 @@ def test_it_judges_on_texts_that_chose_nothing(make_decoder):
     decoder, text = make_decoder().eval(), text_of(1, texts=6)
     arrays = dict(run(decoder, text).arrays)
     other = text.input_ids.clone()
-    other[1::2] = other[1::2].flip(1)
+    other[::2] = other[::2].flip(1)  # those that are kept apart
     again = run(decoder, ProbeText(other, text.token_mask, text.domain, text.domains)).arrays
     for key in arrays:
         if key.startswith(("score/", "kept/")):
@@ -116,6 +116,13 @@ def test_it_judges_on_texts_that_chose_nothing(make_decoder):
         np.mean([r.mean - s.mean for r, s in zip(curves(arrays)["random"], curves(arrays)["reap"], strict=True)]),
         abs=1e-6,
     )
+
+
+def test_shares_that_leave_the_same_are_one(make_decoder):
+    arrays = run(make_decoder(), text_of(1), "2,4,8,16").arrays
+    assert arrays["count/0"].tolist() == [2, 1, 1, 1]
+    assert arrays["share"].tolist() == [0.5, 0.25]
+    assert arrays["keep_loss/reap"].shape == (2, 4)
 
 
 def test_what_it_says(make_decoder):

@@ -1,22 +1,31 @@
 """Interventions on a streamed checkpoint: the effects of a live model, whatever S; each weight once; memory counted."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from checkpoint_files import write
 from test_pretrained_text import CASES, Reads, make_text
 
-from moebed.checkpoints import open_ffn
+from moebed.checkpoints import load_decoder, open_ffn
 from moebed.checkpoints.pretrained import PretrainedMoE
 from moebed.cli import main
+from moebed.commands.probe import read_options
+from moebed.model.config import ModelConfig
+from moebed.views.beside import Rows
 from moebed.views.intervention_names import parse
 from moebed.views.interventions import LayerContext
 from moebed.views.layer import HeadView, Need
-from moebed.views.live import LiveModel, ModuleWeights, _views, evaluating
-from moebed.views.text_pass import Rows, TextPass
+from moebed.views.live import LiveModel, ModuleWeights, _views, evaluating, intervene
+from moebed.views.text_pass import TextPass
+from probes.figures.drawing import to_rgb
 from probes.registry import PROBES
 from probes.running import store
+from probes.running.driver import needs_of, run_probes
+from tests.conftest import ORACLES
 
+RECIPES = Path(__file__).resolve().parents[3] / "recipes"
 THREE = ("identity", "mask 2 refill @ layer 1", "random_set 5 @ layer 1")
 MANY = (
     *THREE,
@@ -105,6 +114,37 @@ def test_all_kinds_are_what_other_routers_would_have_done(case, tmp_path):
     for name in MANY:
         wanted = by_the_router(decoder, text, parse(name))
         torch.testing.assert_close(found[name], wanted, rtol=0, atol=1e-5, equal_nan=True, msg=name)
+
+
+@pytest.mark.shared("oracles")
+@pytest.mark.parametrize("name", ["mixtral", "deepseekmoe", "grok-1"])
+def test_the_oracles(name):
+    """Published layouts: the effects of a live model, and every probe that asks for effects, pictures drawn."""
+    model = PretrainedMoE(str(ORACLES / name))
+    decoder, config = load_decoder(model.checkpoint).eval(), model.config
+    layer = config.moe_layers[-1]
+    text = make_text(16, 16, 16, 16, vocab_size=config.vocab_size)
+    names = [f"mask 1 zero @ layer {layer}", "mask 1 refill", "swap", f"random_set 2 @ layer {layer}"]
+    names.append("drop_top 1 zero alone")
+    found = streamed(ORACLES / name, text, names)
+    for one in names[:-1]:
+        wanted = by_the_router(decoder, text, parse(one))
+        torch.testing.assert_close(found[one], wanted, rtol=0, atol=1e-5, equal_nan=True, msg=one)
+    alone = intervene(decoder, text, [parse(names[-1])])
+    torch.testing.assert_close(found[names[-1]], alone[names[-1]], rtol=0, atol=1e-5, equal_nan=True)
+    probes = [PROBES[probe]() for probe in ("interventions", "keep_k", "super_experts")]
+    probes[0].options = probes[0].Options("swap; drop_top 1 alone")
+    with_text = PretrainedMoE(str(ORACLES / name), text=text)
+    try:
+        results = run_probes(with_text.views(text, needs_of(probes)), probes)
+    finally:
+        with_text.close()
+    for probe in probes:
+        result = results[probe.name]
+        assert result.headlines
+        assert all(np.isfinite(value) for value in result.scalars.values())
+        for build in result.figures.values():
+            to_rgb(build())
 
 
 @pytest.mark.parametrize("probed", [False, True])
@@ -226,3 +266,11 @@ def test_what_cannot_be_changed_is_one_line(options, said, tmp_path, capsys):
     assert said in capsys.readouterr().err.splitlines()[-1]
     assert main([*asked[:4], "--intervene", "swap"]) == 2
     assert "--intervene needs text" in capsys.readouterr().err
+
+
+def test_the_recipe_says_what_can_be_read():
+    options = read_options(["--config", str(RECIPES / "probe_interventions_mixtral_8x7b.yaml")])
+    asked = [parse(one) for one in options["intervene"]]
+    assert len({one.name for one in asked}) == len(asked) > 5
+    for one in asked:
+        one.check(ModelConfig(num_hidden_layers=32, num_experts=8, moe_intermediate_size=8))

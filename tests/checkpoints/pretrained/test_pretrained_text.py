@@ -11,9 +11,9 @@ from checkpoint_files import write
 from moebed.checkpoints.checkpoint import Checkpoint
 from moebed.checkpoints.pretrained import PretrainedMoE
 from moebed.cli import main
+from moebed.views.attending import attention_groups
 from moebed.views.layer import Need, ProbeText
 from moebed.views.live import walk
-from moebed.views.text_pass import attention_groups
 from probes.registry import PROBES, resolve_probes
 from probes.running import store
 from probes.running.checkpoint_pass import probes_for
