@@ -23,6 +23,8 @@ from probes.running.run_folder import RunFolder, read_run
 if TYPE_CHECKING:
     from markupsafe import Markup
 
+ALERTS = "alerts"  # of run_summary.json: sentences
+
 
 def write_report(
     run_dirs: Sequence[Path], out: Path, first: Mapping[str, Markup] | None = None, kind: str = "Study"
@@ -109,6 +111,7 @@ def _said(runs: Sequence[RunFolder]) -> list[str]:
 
 def _notes(runs: Sequence[RunFolder]) -> list[str]:
     notes = [(run.name, note) for run in runs for note in run.summary.get("notes", ())]
+    notes += [(run.name, f"alert: {said}") for run in runs for said in run.numbers.get(ALERTS, ())]
     return [f"{name}: {note}" if len(runs) > 1 else note for name, note in notes] + left_out(runs)
 
 
@@ -179,7 +182,7 @@ def _paper_model(model: Any) -> str | None:
 def _numbers(runs: Sequence[RunFolder]) -> dict[str, list[list[str]]]:
     """Rows of the key numbers by group: what it is, and that of each run."""
     groups: dict[str, list[dict[str, Any]]] = {
-        "The run": [run.numbers for run in runs],
+        "The run": [{key: value for key, value in run.numbers.items() if key != ALERTS} for run in runs],
         "Last logged": [_last_logged(run) for run in runs],
         "The probes": [
             {f"{n}: {k}": h.value for n, result in run.results.items() for k, h in result.headlines.items()}
