@@ -35,7 +35,19 @@ COMMANDS = {
         "moebed.check.command",
         "what this machine can do, kernels and all, within minutes; a second run continues",
     ),
+    "completion": ("moebed.commands.completion", "print a script that completes commands and options in a shell"),
 }
+
+# What a person can do who knows nothing of it yet.
+FIRST_STEPS = """moebed trains and probes Mixture-of-Experts language models. Five things to do:
+
+  moebed fit --config recipes/demo.yaml                  train a small one, with probes; minutes on a CPU
+  moebed report runs/demo                                see what was found, on one page
+  moebed probe CHECKPOINT --out DIR                      probe a pretrained checkpoint
+  moebed study recipes/studies/router_tiny.yaml          compare settings over seeds
+  moebed check                                           what this machine can do
+
+`moebed --help` lists all commands, `moebed COMMAND --help` the options of one."""
 
 SPINCOUNT = 30_000  # with 10 000 a step on quiet cores takes longer
 
@@ -61,6 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         _require_utf8()
         _spin_briefly()
+    if not (sys.argv[1:] if argv is None else argv):
+        print(FIRST_STEPS)
+        return 0
     options = build_parser().parse_args(argv)
     verbose = options.verbose or bool({"-v", "--verbose"} & set(options.arguments))
     arguments = [argument for argument in options.arguments if argument not in ("-v", "--verbose")]

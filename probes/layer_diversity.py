@@ -70,6 +70,17 @@ class LayerDiversity(Probe):
                 mean = off_diagonal(values[:count, :count]).mean(dtype=np.float64)
                 self.put("diversity", layer, 1 - mean, kind)
 
+    @staticmethod
+    def of_weights(similarity: Arrays) -> dict[str, np.ndarray]:
+        """What follows from the arrays of ``matrix_similarity`` alone, where this probe did not run."""
+        probe, counts = LayerDiversity(), num_experts(similarity)
+        for name, layers in by_part(similarity, "matrix_cos").items():
+            for layer, values in layers.items():
+                if (count := counts[layer]) >= 2:
+                    mean = off_diagonal(values[:count, :count]).mean(dtype=np.float64)
+                    probe.put("diversity", layer, 1 - mean, f"matrix_{name}")
+        return probe.arrays
+
     @classmethod
     def describe(cls, arrays: Arrays) -> ProbeResult:
         """Whether diversity rises, whether the last layer stands out, and the curves over depth."""
@@ -88,7 +99,7 @@ class LayerDiversity(Probe):
                 headlines[f"last_layer_{subject}"] = _last_headline(subject, values)
         notes = []
         if not headlines:
-            mean = scalars.get("diversity_outputs", math.nan)
+            mean = scalars.get("diversity_outputs", math.nan)  # where text was seen
             sentence = f"The experts' outputs have diversity {mean:.3f} on average (0 all the same, 0.5 unrelated)."
             ends = interval_of(arrays, "outputs", mean, within=SHARE)
             headlines = {"diversity_outputs": Headline(mean, sentence, ends)} if math.isfinite(mean) else {}
@@ -185,15 +196,17 @@ def _last_headline(subject: str, values: Mapping[int, float]) -> Headline:
 def _draw_over_depth(every: Mapping[str, Mapping[int, float]]) -> Figure:
     from probes.figures import drawing
 
-    fig = drawing.new_figure(
-        11.5, 3.4, "Diversity of the experts over depth: 1 − mean similarity over pairs; dashed: if unrelated"
-    )
     panels = {
         "flattened matrices (cosine)": ([f"matrix_{name}" for name in MATRICES], 1.0),
         "average neurons (cosine)": ([f"neuron_{name}" for name in MATRICES], 1.0),
         "outputs (angular similarity)": (["outputs"], 0.5),
     }
-    for ax, (title, (kinds, unrelated)) in zip(fig.subplots(1, len(panels)), panels.items(), strict=True):
+    panels = {title: panel for title, panel in panels.items() if any(kind in every for kind in panel[0])}
+    fig = drawing.new_figure(
+        max(6.5, 3.85 * len(panels)), 3.4, "Diversity of experts over depth: 1 − mean similarity; dashed: if unrelated"
+    )
+    axes = fig.subplots(1, len(panels), squeeze=False)[0]
+    for ax, (title, (kinds, unrelated)) in zip(axes, panels.items(), strict=True):
         shown = [kind for kind in kinds if kind in every]
         for kind, colour in zip(shown, drawing.SERIES if len(kinds) > 1 else drawing.SERIES[3:], strict=False):
             drawing.depth_line(ax, every[kind], colour, kind.rpartition("_")[2])

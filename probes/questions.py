@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from probes.contract import Headline, ProbeResult
+from probes.layer_diversity import LayerDiversity
 
 
 class Question(NamedTuple):
@@ -79,6 +80,16 @@ QUESTIONS = (
         "To some extent, by comparing heat maps of weights and of outputs (2406.18219, section 5.1).",
     ),
 )
+
+
+def with_what_follows(results: Mapping[str, ProbeResult]) -> dict[str, ProbeResult]:
+    """Results, and what follows from them without looking at the model: a run need not probe for it."""
+    found = dict(results)
+    if LayerDiversity.name not in found and "matrix_similarity" in found:
+        arrays = LayerDiversity.of_weights(found["matrix_similarity"].arrays)
+        if arrays:
+            found[LayerDiversity.name] = LayerDiversity.describe(arrays)
+    return found
 
 
 def asked_of(results: Mapping[str, ProbeResult]) -> list[Question]:

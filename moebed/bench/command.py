@@ -19,9 +19,9 @@ from moebed.machine.progress import say
 PACKAGES = ("torch", "transformers", "triton", "lightning", "numpy", "scipy")
 
 
-def run(command: str, arguments: Sequence[str]) -> None:
-    """Measure, print a table, and keep the figures where asked."""
-    parser = argparse.ArgumentParser(prog=f"moebed {command}", description=__doc__)
+def build_parser() -> argparse.ArgumentParser:
+    """The options of each kind."""
+    parser = argparse.ArgumentParser(prog="moebed bench", description=__doc__)
     kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     train = kinds.add_parser("train", help="tokens/s of a training step, beside transformers and our dense model")
     train.add_argument("--size", action="append", help="A, F or B (see moebed/bench/train.py); may be repeated")
@@ -66,7 +66,12 @@ def run(command: str, arguments: Sequence[str]) -> None:
         kind.add_argument("--steps", type=int, default=3, help="steps of each contestant in a round")
     for kind in (train, routers, probe, kernels, experts):
         kind.add_argument("--json", type=Path, metavar="FILE", help="keep the figures, with versions and machine")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def run(command: str, arguments: Sequence[str]) -> None:
+    """Measure, print a table, and keep the figures where asked."""
+    options = build_parser().parse_args(arguments)
     if options.json is not None and not options.json.parent.is_dir():
         raise UserError(f"--json {options.json}: the folder {options.json.parent} does not exist; make it first")
     parts = {"train": _train, "routers": _routers, "probe": _probe, "kernels": _kernels, "experts": _experts}

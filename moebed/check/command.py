@@ -22,17 +22,11 @@ class FoundWrong(UserError):
     exit_code = 1
 
 
-def run(command: str, arguments: Sequence[str]) -> None:
-    """Climb the ladder, show a table, and write the page.
-
-    Raises:
-        FoundWrong: A row has another result than its reference, or ended with an error.
-        UserError: It could not be begun.
-    """
-    steps = {step.name: step for rung in LADDER for step in rung}
-    names = "\n".join(f"  {name:<18}{step.question}" for name, step in steps.items())
+def build_parser() -> argparse.ArgumentParser:
+    """The options."""
+    names = "\n".join(f"  {step.name:<18}{step.question}" for rung in LADDER for step in rung)
     parser = argparse.ArgumentParser(
-        prog=f"moebed {command}",
+        prog="moebed check",
         description=__doc__,
         epilog=f"steps:\n{names}\n\nEach step is a process with its own time, and keeps what it found in DIR/steps, so "
         f"that the same command goes on where it was.\n{EXIT_CODES}.",
@@ -42,7 +36,18 @@ def run(command: str, arguments: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/check"), metavar="DIR", help="default %(default)s")
     parser.add_argument("--only", default="", metavar="STEP,...", help="these steps alone")
     parser.add_argument("--fresh", action="store_true", help="measure again what is kept in DIR")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def run(command: str, arguments: Sequence[str]) -> None:
+    """Climb the ladder, show a table, and write the page.
+
+    Raises:
+        FoundWrong: A row has another result than its reference, or ended with an error.
+        UserError: It could not be begun.
+    """
+    steps = {step.name: step for rung in LADDER for step in rung}
+    options = build_parser().parse_args(arguments)
     if not options.minutes > 0:
         raise UserError(f"--minutes {options.minutes:g}: give more than 0")
     only = [name.strip() for name in options.only.split(",") if name.strip()]

@@ -44,6 +44,8 @@ def print_closing_table(numbers: dict[str, Any], folder: Path, report: Path) -> 
 
     table = Table(title=f"{folder}", show_header=False)
     for name, value in numbers.items():
+        if name == "alerts":
+            continue  # below, as they are long
         table.add_row(name, f"{value:,.4f}" if isinstance(value, float) else str(value))
     table.add_section()
     for name, where in (
@@ -54,7 +56,10 @@ def print_closing_table(numbers: dict[str, Any], folder: Path, report: Path) -> 
         ("curves and images", f"tensorboard --logdir {folder.parent}"),
     ):
         table.add_row(name, str(where))
-    Console(stderr=True).print(table)
+    console = Console(stderr=True)
+    console.print(table)
+    for sentence in numbers.get("alerts", ()):
+        console.print(f"alert: {sentence}", markup=False, highlight=False)
 
 
 def run(command: str, arguments: Sequence[str]) -> None:

@@ -6,15 +6,22 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from moebed.arguments import OneLineParser
 
-def run(command: str, arguments: Sequence[str]) -> None:
-    """Write one HTML file about one or several run folders; the studies among them come first."""
-    parser = argparse.ArgumentParser(prog=f"moebed {command}", description=__doc__)
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options."""
+    parser = OneLineParser(prog="moebed report", description=__doc__)
     parser.add_argument(
         "folders", nargs="+", type=Path, metavar="DIR", help="folder of a run or study, such as runs/demo"
     )
     parser.add_argument("--out", type=Path, help="HTML file; report.html in the first folder if not given")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def run(command: str, arguments: Sequence[str]) -> None:
+    """Write one HTML file about one or several run folders; the studies among them come first."""
+    options = build_parser().parse_args(arguments)
     from moebed.study.page import is_study, sections
     from probes.report.page import write_report
 

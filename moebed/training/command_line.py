@@ -31,6 +31,7 @@ from moebed.parallel.config import ParallelConfig
 from moebed.parallel.strategy import MeshStrategy
 from moebed.plan.plan import make_plan, setup_of
 from moebed.plan.table import print_plan
+from moebed.training.alerts import Alerts
 from moebed.training.callbacks import AtomicCheckpointIO, SampleText, TrainingRate, UnbrokenLog
 from moebed.training.jsonargparse_private import PresentNames, option_names
 from moebed.training.loggers import EventLog, log_texts
@@ -113,7 +114,7 @@ class TrainingCLI(LightningCLI):
     """LightningCLI for MoEModule and TextDataModule, with moebed's defaults."""
 
     def __init__(self, args: Sequence[str]) -> None:
-        self._command = args[0]
+        self._command, self.alerts = args[0], Alerts()
         super().__init__(
             MoEModule,
             TextDataModule,
@@ -208,7 +209,7 @@ class TrainingCLI(LightningCLI):
         if config.get("logger") is None:
             kwargs["logger"] = self.subcommand == "fit" and EventLog(config.default_root_dir)
         # First those whose clocks stop before other callbacks begin to work.
-        callbacks: list[Callback] = [TrainingRate(), *self._progress(), PrecisionOfRun(), UnbrokenLog()]
+        callbacks: list[Callback] = [TrainingRate(), *self._progress(), PrecisionOfRun(), UnbrokenLog(), self.alerts]
         kwargs["callbacks"] = [*callbacks, *(config.get("callbacks") or [])]
         kwargs["enable_progress_bar"] = any(isinstance(callback, ProgressBar) for callback in callbacks)
         kwargs["plugins"] = [AtomicCheckpointIO(), *(config.get("plugins") or [])]
@@ -280,6 +281,7 @@ class TrainingCLI(LightningCLI):
             numbers["gzip -9 bits per byte"] = self.datamodule.gzip_bits_per_byte()["all"]
             numbers["bits per byte over gzip's"] = numbers["val/bits_per_byte"] / numbers["gzip -9 bits per byte"]
         numbers |= self._over_the_floor(numbers)
+        numbers |= {"alerts": self.alerts.said} if self.alerts.said else {}
         storage.write_text(path, json.dumps(numbers, indent=2) + "\n")
         return numbers
 

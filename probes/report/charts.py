@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from moebed.training.loggers import LAYERS
 from probes.figures import drawing
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ FIRST_TAGS = (
     *(tag for tags in LOSSES.values() for tag in tags),
     "train/load_balancing_loss",
     "train/max_violation",
+    "train/max_violation_worst",
+    "train/idle_experts",
+    "train/router_entropy",
     "train/router_z_loss",
     "train/grad_norm",
 )
@@ -42,7 +46,12 @@ def run_colours(runs: Sequence[RunFolder]) -> dict[str, str]:
 def tags_in_order(runs: Sequence[RunFolder]) -> list[str]:
     """Tags of all runs that are worth a small chart; those of ``draw_losses`` are not among them."""
     drawn = {*LEFT_OUT, *(tag for tags in LOSSES.values() for tag in tags)}
-    found = {tag for run in runs for tag, (steps, _) in run.curves.items() if len(steps) > 1 and tag not in drawn}
+    found = {
+        tag
+        for run in runs
+        for tag, (steps, _) in run.curves.items()
+        if len(steps) > 1 and tag not in drawn and not tag.startswith(f"{LAYERS}/")
+    }
     rest = sorted(found - set(FIRST_TAGS))
     return [tag for tag in FIRST_TAGS if tag in found] + rest
 
@@ -114,6 +123,16 @@ def _smooth(values: np.ndarray) -> np.ndarray:
             total, weight = decay * total + value, decay * weight + 1
         out[index] = total / weight if weight else np.nan
     return out
+
+
+def trained_layers(curves: Mapping[str, Curve]) -> dict[str, dict[int, Curve]]:
+    """What a run logged by layer at its steps: ``train/<quantity>`` -> layer -> curve."""
+    found: dict[str, dict[int, Curve]] = {}
+    for tag, curve in curves.items():
+        quantity, _, layer = tag.rpartition("/layer_")
+        if quantity.startswith(f"{LAYERS}/") and layer.isdigit():
+            found.setdefault(quantity.removeprefix(f"{LAYERS}/"), {})[int(layer)] = curve
+    return found
 
 
 def layer_series(history: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, Curve]]:

@@ -5,23 +5,25 @@ It opens without a network: pictures, styles and all are inside.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moebed.machine import storage
 from moebed.machine.precision import COMPUTED_IN
 from moebed.machine.templates import render
-from probes.contract import Headline
-from probes.questions import QUESTIONS, Question
+from probes.contract import ProbeResult
+from probes.questions import QUESTIONS, Question, with_what_follows
 from probes.registry import PROBES
-from probes.running import store
+from probes.report.index import search_index
+from probes.report.pictures import drawn, png
 from probes.running.published import PUBLISHED, paper_model, published
 from probes.running.run_folder import RunFolder, read_run
 
 if TYPE_CHECKING:
     from markupsafe import Markup
-    from matplotlib.figure import Figure
+
+ALERTS = "alerts"  # of run_summary.json: sentences
 
 
 def write_report(
@@ -46,24 +48,38 @@ def write_report(
     path = out if out.suffix.lower() in (".html", ".htm") else out / "report.html"
     from probes.report.charts import run_colours
 
+    known = {run.name: with_what_follows(run.results) for run in runs}
+    questions = [one for one in QUESTIONS if any(set(one.probes) & known[run.name].keys() for run in runs)]
+    answered = {(run.name, one.name): _first_picture(run, known[run.name], one) for run in runs for one in questions}
+    parts: dict[str, Any] = {
+        "questions": questions,
+        "probes": {name: probe for name, probe in PROBES.items() if any(name in run.results for run in runs)},
+        "papers": [found for run in runs if (found := _beside_the_paper(run))[2]],
+        "numbers": _numbers(runs),
+        **_training(runs),
+        **_history(runs),
+    }
     page = render(
         "probes.report/page.html",
         title=", ".join([*(first or {}), *(run.name for run in runs)]),
         first={f"{kind} {title}": content for title, content in (first or {}).items()},
+        contents=_contents(parts, runs),
         runs=runs,
         colours=run_colours(runs),
         said=_said(runs),
         notes=_notes(runs),
-        questions=[question for question in QUESTIONS if any(_asked(run, question) for run in runs)],
-        answers=_answers,
-        reasons=lambda run, question: [note for name in _asked(run, question) for note in run.results[name].notes],
-        probes={name: probe for name, probe in PROBES.items() if any(name in run.results for run in runs)},
-        papers=[found for run in runs if (found := _beside_the_paper(run))[2]],
-        numbers=_numbers(runs),
+        known=known,
+        first_picture=lambda run, question: answered[run.name, question.name],
+        shown_above={
+            (run, shown.probe, shown.figure): question for (run, question), shown in answered.items() if shown
+        },
+        reasons=lambda run, question: [
+            note for name in question.probes if name in known[run.name] for note in known[run.name][name].notes
+        ],
         number=_format,
-        drawn=_drawn,
-        **_training(runs),
-        **_history(runs),
+        drawn=drawn,
+        index=search_index(runs),
+        **parts,
     )
     return storage.write_text(path, page)
 
@@ -95,6 +111,7 @@ def _said(runs: Sequence[RunFolder]) -> list[str]:
 
 def _notes(runs: Sequence[RunFolder]) -> list[str]:
     notes = [(run.name, note) for run in runs for note in run.summary.get("notes", ())]
+    notes += [(run.name, f"alert: {said}") for run in runs for said in run.numbers.get(ALERTS, ())]
     return [f"{name}: {note}" if len(runs) > 1 else note for name, note in notes] + left_out(runs)
 
 
@@ -108,16 +125,39 @@ def left_out(runs: Sequence[RunFolder]) -> list[str]:
     return lines
 
 
-def _asked(run: RunFolder, question: Question) -> list[str]:
-    """The probes of a run that a question is about."""
-    names = dict.fromkeys(name.partition("/")[0] for name in question.headlines)
-    return [name for name in names if name in run.results]
+class Shown(NamedTuple):
+    """A picture that lies beside an answer."""
+
+    probe: str
+    figure: str
+    png: bytes
+
+    @property
+    def alt(self) -> str:
+        """What it is."""
+        return f"{self.probe}: {self.figure}"
 
 
-def _answers(run: RunFolder, question: Question) -> list[Headline]:
-    parts = [name.partition("/")[::2] for name in question.headlines]
-    found = [run.results[probe].headlines.get(key) for probe, key in parts if probe in run.results]
-    return [headline for headline in found if headline is not None]
+def _first_picture(run: RunFolder, results: Mapping[str, ProbeResult], question: Question) -> Shown | None:
+    """The picture that shows the answer best, of those that there are."""
+    for name in question.pictures:
+        probe, _, figure = name.partition("/")
+        if probe in results and figure in results[probe].figures:
+            return Shown(probe, figure, drawn(run, probe, figure, results[probe].figures[figure]))
+    return None
+
+
+def _contents(parts: Mapping[str, Any], runs: Sequence[RunFolder]) -> dict[str, str]:
+    """The sections that there are, by the names that links to them have."""
+    there = {
+        "answers": ("What was found", parts["questions"]),
+        "training": ("Over training", parts["curves"] or parts["history"]),
+        "probes": ("Every probe", parts["probes"]),
+        "papers": ("Beside the papers", parts["papers"]),
+        "numbers": ("Key numbers", parts["numbers"]),
+        "configuration": ("Configuration", any(run.config for run in runs)),
+    }
+    return {link: title for link, (title, is_there) in there.items() if is_there}
 
 
 def _beside_the_paper(run: RunFolder) -> tuple[str, str, list[tuple[str, float, Any]]]:
@@ -142,7 +182,7 @@ def _paper_model(model: Any) -> str | None:
 def _numbers(runs: Sequence[RunFolder]) -> dict[str, list[list[str]]]:
     """Rows of the key numbers by group: what it is, and that of each run."""
     groups: dict[str, list[dict[str, Any]]] = {
-        "The run": [run.numbers for run in runs],
+        "The run": [{key: value for key, value in run.numbers.items() if key != ALERTS} for run in runs],
         "Last logged": [_last_logged(run) for run in runs],
         "The probes": [
             {f"{n}: {k}": h.value for n, result in run.results.items() for k, h in result.headlines.items()}
@@ -151,12 +191,21 @@ def _numbers(runs: Sequence[RunFolder]) -> dict[str, list[list[str]]]:
     }
     tables = {
         group: [
-            [str(key), *(_format(numbers.get(key, "")) for numbers in columns)]
+            [str(key), *_beside_the_first([numbers.get(key, "") for numbers in columns])]
             for key in dict.fromkeys(key for numbers in columns for key in numbers)
         ]
         for group, columns in groups.items()
     }
     return {group: rows for group, rows in tables.items() if rows}
+
+
+def _beside_the_first(values: Sequence[Any]) -> list[str]:
+    """Each run's number, and how far it is from the first one's."""
+    cells = [_format(value) for value in values]
+    for at, value in enumerate(values[1:], 1):
+        if all(isinstance(one, int | float) and not isinstance(one, bool) for one in (values[0], value)):
+            cells[at] += f" ({value - values[0]:+.3g})"
+    return cells
 
 
 def _last_logged(run: RunFolder) -> dict[str, float]:
@@ -179,11 +228,12 @@ def _training(runs: Sequence[RunFolder]) -> dict[str, Any]:
     """Pictures of what was logged, by what they show, and what is to be said of them."""
     from probes.report.charts import LOSSES, MOST_PANELS, draw_curves, draw_losses, tags_in_order
 
-    tags, curves = tags_in_order(runs), {}
+    tags: list[str] = tags_in_order(runs)
+    curves: dict[str, bytes] = {}
     if any(tag in run.curves for run in runs for pair in LOSSES.values() for tag in pair):
-        curves["loss curves"] = _png(draw_losses(runs))
+        curves["loss curves"] = png(draw_losses(runs))
     if tags:
-        curves["curves of the logged scalars"] = _png(draw_curves(runs, tags))
+        curves["curves of the logged scalars"] = png(draw_curves(runs, tags))
     further = f" {len(tags) - MOST_PANELS} further ones are in TensorBoard only." if len(tags) > MOST_PANELS else ""
     return {"curves": curves, "curves_note": further + _computed_in(runs)}
 
@@ -198,28 +248,20 @@ def _computed_in(runs: Sequence[RunFolder]) -> str:
 
 def _history(runs: Sequence[RunFolder]) -> dict[str, Any]:
     """Pictures of the headlines, and by layer those of each run that was probed more than once."""
-    from probes.report.charts import draw_headlines, draw_history, headline_series, layer_series
+    from probes.report.charts import draw_headlines, draw_history, headline_series, layer_series, trained_layers
 
-    if not any(len(run.history) > 1 for run in runs):
+    series = {run.name: trained_layers(run.curves) | layer_series(run.history) for run in runs}
+    series = {name: {key: one for key, one in found.items() if _moves(one)} for name, found in series.items()}
+    if not any(series.values()):
         return {"history": {}}
     columns = 4 if len(runs) == 1 else 2
-    series = {run.name: layer_series(run.history) if len(run.history) > 1 else {} for run in runs}
     headlines = headline_series(runs)
     return {
-        "headlines_png": _png(draw_headlines(headlines, runs)) if headlines else None,
-        "history": {name: _png(draw_history(one, columns)) if one else None for name, one in series.items()},
+        "headlines_png": png(draw_headlines(headlines, runs)) if headlines else None,
+        "history": {name: png(draw_history(one, columns)) if one else None for name, one in series.items()},
     }
 
 
-def _drawn(run: RunFolder, name: str, figure: str, build: Callable[[], Figure]) -> bytes:
-    """A probe's picture: the one that lies in the folder, where it is as new as the arrays, or one drawn now."""
-    drawn, arrays = store.picture_path(run.folder, name, figure), store.results_dir(run.folder) / f"{name}.npz"
-    if drawn.exists() and drawn.stat().st_mtime_ns >= arrays.stat().st_mtime_ns:
-        return drawn.read_bytes()
-    return _png(build())
-
-
-def _png(fig: Figure) -> bytes:
-    from probes.figures.drawing import to_png
-
-    return to_png(fig)
+def _moves(by_layer: Mapping[int, tuple[list[int], list[float]]]) -> bool:
+    """Whether some layer has more than one point."""
+    return any(len(steps) > 1 for steps, _ in by_layer.values())

@@ -24,6 +24,7 @@ from moebed.errors import ConfigError, UserError
 from moebed.machine import provenance, storage
 from moebed.model.config import ModelConfig
 from moebed.parallel.strategy import MeshStrategy
+from moebed.training.alerts import Alerts
 from moebed.training.loggers import log_numbers, log_picture, log_texts
 from moebed.views.layer import ProbeText
 from probes.contract import ProbeResult
@@ -34,6 +35,10 @@ from probes.running.driver import Timing, needs_of, run_probes
 from probes.running.provenance import Provenance, note_of
 
 IGNORE_INDEX = -100
+MOST_OF_TIME, LONG_ENOUGH = (
+    0.25,
+    60.0,
+)  # share of the time since the start, and the seconds from which it says something
 
 
 class ProbeCallback(Callback):
@@ -259,6 +264,15 @@ class ProbeCallback(Callback):
             cost |= {f"{name}_seconds": timing.probe[name], f"{name}_share": self._probe_seconds[name] / elapsed}
         numbers = tags.scalars(results) | {f"{tags.COST}/{name}": value for name, value in cost.items()}
         log_numbers(trainer, numbers, step)
+        if trainer.training and elapsed > LONG_ENOUGH and (share := self._seconds / elapsed) > MOST_OF_TIME:
+            dearest = max(self._probe_seconds, key=lambda name: self._probe_seconds[name])
+            sentence = (
+                f"step {step}: probing has taken {share:.0%} of the time, {dearest} most of it; look at {tags.COST}/, "
+                "and raise every_n_steps of the ProbeCallback or name fewer probes"
+            )
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, Alerts):
+                    callback.raise_once("probing", sentence)
         log_texts(trainer, "sentences", tags.sentences(results), step)
 
     def _draw(self, trainer: Trainer, results: Mapping[str, ProbeResult], step: int) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 
 from moebed.training.loggers import LAYERS, TRAIN
 from probes.contract import ProbeResult
-from probes.questions import QUESTIONS, Question, asked_of
+from probes.questions import QUESTIONS, Question, asked_of, with_what_follows
 
 ANSWERS, COST, FIGURES = "answers", "probes_cost", "figures"
 _OF_LAYER = re.compile(r".+/layer_\d+")
@@ -31,19 +31,20 @@ def scalar_tag(probe: str, key: str) -> str:
 
 def scalars(results: Mapping[str, ProbeResult]) -> dict[str, float]:
     """All numbers of a probing by tag: what answers the questions, and each probe's quantities."""
+    known = with_what_follows(results)
     found = {
         f"{_answer_tag(question)}/{name.rpartition('/')[2]}": float(headline.value)
-        for question in asked_of(results)
-        for name, headline in question.answers(results).items()
+        for question in asked_of(known)
+        for name, headline in question.answers(known).items()
     }
     return found | {scalar_tag(name, key): value for name, one in results.items() for key, value in one.scalars.items()}
 
 
 def sentences(results: Mapping[str, ProbeResult]) -> dict[str, str]:
     """Markdown by tag: each question with its answers and what was published, then each probe's own sentences."""
-    found = {}
-    for question in asked_of(results):
-        if answers := question.answers(results).values():
+    found, known = {}, with_what_follows(results)
+    for question in asked_of(known):
+        if answers := question.answers(known).values():
             said = [f"{one.sentence}{_interval(one.interval)}" for one in answers]
             found[_answer_tag(question)] = "\n\n".join(
                 [f"**{question.text}**", *said, f"*Published:* {question.paper}"]

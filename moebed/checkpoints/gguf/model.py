@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moebed.checkpoints.families.base import Family
+from moebed.checkpoints.families.base import Family, Stored
 from moebed.checkpoints.families.registry import family_of
 from moebed.checkpoints.files import RawFile, TensorEntry
 from moebed.checkpoints.gguf.architectures import ARCHITECTURES, Architecture, Facts, llama3_scaling, settings_of
@@ -167,7 +167,7 @@ def _named(
         shape = (1, *info.shape) if one_row else info.shape
         if head is not None and (head % 2 or info.shape[0] % head):
             raise UserError(f"{info.path}: tensor {stored} has {info.shape[0]} rows, which are no heads of {head}")
-        theirs = family.tensors[ours].format(i=layer) if ours in family.tensors else stored
+        theirs = Stored.of(family.tensors[ours]).name.format(i=layer) if ours in family.tensors else stored
         yield theirs, entry_of(file, info, shape, head=head)
 
 

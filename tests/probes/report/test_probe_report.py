@@ -1,5 +1,6 @@
 """The report: one file with all inside, from whatever a folder holds."""
 
+import io
 import json
 import re
 from html import escape
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from markupsafe import Markup
+from PIL import Image
 from probe_cases import all_needs, probe
 from routed_cases import chosen_view, text_of
 from torch.utils.tensorboard import SummaryWriter
@@ -16,9 +18,12 @@ from torch.utils.tensorboard import SummaryWriter
 from moebed.errors import UserError
 from moebed.views.layer import layer_tag
 from moebed.views.live import walk
+from probes.figures import drawing
+from probes.questions import with_what_follows
 from probes.registry import PROBES
 from probes.report.charts import layer_series
 from probes.report.page import write_report
+from probes.report.pictures import compact
 from probes.running import store
 from probes.running.run_folder import read_curves
 
@@ -29,7 +34,7 @@ SOME = ("balance", "routing", "matrix_similarity", "gate_projection")
 class Balanced(HTMLParser):
     """Counts elements, and fails where one is closed that is not open."""
 
-    VOID = ("img", "br", "meta")
+    VOID = ("img", "br", "meta", "input")
 
     def __init__(self):
         super().__init__()
@@ -82,10 +87,13 @@ def test_one_run(run):
     page = path.read_text().replace("&#34;", "&quot;").replace("&#39;", "&#x27;")  # as html.escape has them
     count = parse(path)
     pictures = sum(len(PROBES[name].describe(store.load_arrays(run, name)).figures) for name in SOME)
-    assert count["img"] == pictures + 4  # losses, other curves, headlines and probes over steps
+    # Losses, other curves, headlines and probes over steps; diversity over depth follows from the weights.
+    assert count["img"] == pictures + 5
     pages = sum(len(PROBES[name].describe(store.load_arrays(run, name)).pages) for name in SOME)
     assert pages > 0
-    assert page.count('<details class="section" open>') == 6  # all but the papers' questions and the papers' numbers
+    links = re.findall(r'<details class="section" id="(.*?)" open>', page)
+    assert links == ["answers", "training", "probes", "numbers", "configuration"]  # all but the papers' numbers
+    assert re.findall(r'<a href="#(.*?)">', page.split("</nav>")[0]) == links
     for name in SOME:
         for headline in PROBES[name].describe(store.load_arrays(run, name)).headlines.values():
             assert escape(headline.sentence) in page
@@ -112,18 +120,21 @@ def test_what_came_from_outside_is_text(tmp_path, make_decoder):
         (folder / "run_summary.json").write_text(json.dumps({HOSTILE: HOSTILE}))
     path = write_report(folders, tmp_path / "report.html", {HOSTILE: Markup("<p>ours</p>")})
     count = parse(path)
-    assert "script" not in count
+    assert count["script"] == 2  # the page's own, and what it searches
     page = path.read_text()
     assert "<p>ours</p>" in page
     # Two titles, the numbers' one key; and of each run name and family, note, number, domain, token, config.
     assert page.count("&lt;script&gt;alert(") == 3 + 2 * 7
+    (index,) = re.findall(r'<script type="application/json" id="index">(.*?)</script>', page, re.DOTALL)
+    assert not set("<&") & set(index)
+    assert [run["name"] for run in json.loads(index)] == ["1 <script>", "2 <script>"]
 
 
 def test_nothing_is_fetched(run):
     page = write_report([run], run).read_text()
-    assert not re.search(r'(src|href)="(?!data:)', page)
-    assert "http" not in re.sub(r"base64,[A-Za-z0-9+/=]+", "", page)
-    assert "<script" not in page
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
+    said = re.sub(r"base64,[A-Za-z0-9+/=]+", "", page)
+    assert not re.search(r"http|url\(|@import|fetch\(|XMLHttpRequest|import\(", said)
 
 
 def test_runs_side_by_side(run, tmp_path):
@@ -134,7 +145,7 @@ def test_runs_side_by_side(run, tmp_path):
     page = path.read_text()
     parse(path)
     assert "repeat(2," in page
-    assert page.count("Not probed.") == len(SOME)
+    assert page.count("Not probed.") == len(SOME) + 2  # and two questions, which its weights answer
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):
@@ -197,11 +208,54 @@ def test_the_papers_questions_come_first_with_numbers_and_what_was_published(tmp
     path = write_report([tmp_path / "one", tmp_path / "two"], tmp_path / "report.html")
     parse(path)
     page = path.read_text()
-    found = page.split("Every probe in a sentence", 1)[0]
+    found = page.split('id="training"', 1)[0]
     assert results["norm_vs_score"].headlines["spearman"].sentence in found
     low, _ = results["norm_vs_score"].headlines["spearman"].interval
-    assert f"[{low:.4g}, " in found
+    assert f"95 %: <b>{low:.4g} to " in found
+    answers = re.findall(r'id="question-(.*?)".*?(?=id="question-|$)', found, re.DOTALL)
+    assert answers == ["norm", "depth", "last_layer", "domains"]
+    (norm,) = re.findall(r'id="question-norm".*?id="question-depth"', found, re.DOTALL)
+    for part in ("<p>The router", 'class="sure"', 'alt="norm_vs_score: rank_counts"', "Published: Mixtral"):
+        assert norm.count(part) == (2 if part == 'class="sure"' else 1), part  # two headlines
+    assert page.count('alt="norm_vs_score: rank_counts"') == 1  # nowhere else once more
     assert "cannot be told whether diversity" in found  # three layers are too few
     assert found.count("Published: ") == 4
     assert "weights stand for what they do" not in found  # not probed
     assert "2401.04088" in found
+
+
+def test_numbers_of_a_second_run_say_how_far_they_are_from_the_first(tmp_path):
+    for name, last in (("one", 2.0), ("two", 1.5)):
+        log(tmp_path / name, "train/loss", [3.0, last])
+        (tmp_path / name / "run_summary.json").write_text(json.dumps({"val/loss": last, "computed in": "float32"}))
+    page = write_report([tmp_path / "one", tmp_path / "two"], tmp_path).read_text()
+    assert '<td>val/loss</td><td class="number">2</td><td class="number">1.5 (-0.5)</td>' in page
+    assert '<td>computed in</td><td class="number">float32</td><td class="number">float32</td>' in page
+
+
+def test_weights_answer_how_diversity_goes_with_depth(tmp_path, make_decoder, text):
+    """A run probes what experts answer only when asked; their weights it has compared already."""
+    results = probe(walk(make_decoder(num_hidden_layers=6), text, all_needs()), "matrix_similarity",
+                    "neuron_similarity", "expert_outputs", "layer_diversity")  # fmt: skip
+    whole = results.pop("layer_diversity")
+    store.save_arrays(tmp_path, "matrix_similarity", results["matrix_similarity"].arrays)
+    found = with_what_follows({"matrix_similarity": results["matrix_similarity"]})["layer_diversity"]
+    assert list(found.headlines) == ["rises_weights", "last_layer_weights"]
+    for name, headline in found.headlines.items():
+        assert headline.value == pytest.approx(whole.headlines[name].value, rel=1e-5)
+    assert escape(found.headlines["rises_weights"].sentence).replace("&#x27;", "&#39;") in write_report(
+        [tmp_path], tmp_path
+    ).read_text(encoding="utf-8")
+    assert with_what_follows(results | {"layer_diversity": whole})["layer_diversity"] is whole
+
+
+def test_a_picture_in_few_colours_is_the_same_to_the_eye():
+    figure = drawing.new_figure(9, 6, "heat map")
+    values = np.random.default_rng(0).normal(size=(64, 64))
+    drawing.heat_map(figure.subplots(), values, cmap="RdBu_r")
+    before = drawing.to_png(figure)
+    after = compact(before)
+    assert len(after) < 0.75 * len(before)
+    one, other = (np.asarray(Image.open(io.BytesIO(png)).convert("RGB"), np.int32) for png in (before, after))
+    assert np.abs(one - other).mean() < 2.0
+    assert compact(b"x" * 10) == b"x" * 10  # small ones are not looked at
