@@ -19,7 +19,10 @@ from tests.conftest import tiny_config
         ({"moe_intermediate_size": None}, "give moe_intermediate_size"),
         ({"num_experts": -1}, "num_experts is -1 in layer 0"),
         ({"hidden_act": "relu"}, "hidden_act is 'relu'; choose one of silu"),
-        ({"head_dim": 7}, "head_dim is 7; rotary embeddings need an even number"),
+        (
+            {"head_dim": 7},
+            "of which 7 dimensions turn (partial_rotary_factor 1.0); rotary embeddings need an even number",
+        ),
         ({"attention_backend": "sdpa", "attn_logit_softcapping": 30.0}, "sdpa cannot apply attn_logit_softcapping"),
         ({"router_aux_loss_coef": -1.0}, "router_aux_loss_coef is -1.0"),
         ({"output_diversity_loss_coef": -1.0}, "output_diversity_loss_coef is -1.0"),

@@ -10,7 +10,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from moebed.errors import ConfigError
 from moebed.model.attention import Attention, turned
 from moebed.model.rope import RotaryEmbedding
-from moebed.views.text_pass import attention_groups
+from moebed.views.attending import attention_groups
 from tests.conftest import tiny_config
 
 ORIGINAL = {"original_max_position_embeddings": 16}
