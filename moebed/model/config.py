@@ -252,10 +252,11 @@ class ModelConfig:
                 "change one of them or give head_dim",
             )
             self.head_dim = self.hidden_size // self.num_attention_heads
+        share = "qk_rope_head_dim" if self.kv_lora_rank else f"partial_rotary_factor {self.partial_rotary_factor}"
         require(
             self.rotary_dim % 2 == 0 and 2 <= self.rotary_dim <= self.head_dim,
-            f"head_dim is {self.head_dim}, of which {self.rotary_dim} dimensions turn (partial_rotary_factor "
-            f"{self.partial_rotary_factor}); rotary embeddings need an even number",
+            f"head_dim is {self.head_dim}, of which {self.rotary_dim} dimensions turn ({share}); rotary embeddings "
+            "need an even number",
         )
         self.rope_scaling = scaling_of(self.rope_scaling, self.rotary_dim, self.rope_theta)
 

@@ -39,6 +39,8 @@ KINDS = {
     },
     "qwen": {"num_shared_experts": 1, "shared_expert_gate": True, "attention_bias": True},
     "olmoe": {"qk_norm": "full", "num_key_value_heads": 2, "attention_backend": "sdpa"},
+    "latent": {"kv_lora_rank": 96, "qk_nope_head_dim": 40, "qk_rope_head_dim": 24, "v_head_dim": 56,
+               "q_lora_rank": 80, "router": "group_limited_topk", "router_options": {"n_group": 4, "topk_group": 2}},
     "noisy": {"router": "noisy_topk", "num_experts": 16, "num_experts_per_tok": 3},
     "every expert": {"router": "noisy_topk", "num_experts_per_tok": 8, "router_options": {"gate_layers": 1}},
     "grok": {
@@ -56,7 +58,7 @@ KINDS = {
         "num_experts_per_tok": 1,
         "norm_topk_prob": False,
     },
-}
+}  # fmt: skip
 
 
 def config_of(kind: str, **changes) -> ModelConfig:

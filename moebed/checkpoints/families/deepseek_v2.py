@@ -130,6 +130,7 @@ DEEPSEEK_V3 = Family(
     experts=EXPERTS,
     fields=_FIELDS,
     defaults={
+        "num_key_value_heads": 128,
         "first_k_dense_replace": 3,
         "n_group": 8,
         "topk_group": 4,

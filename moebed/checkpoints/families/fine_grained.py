@@ -33,13 +33,20 @@ def decode(settings: Settings) -> dict[str, Any]:
     scale = settings["routed_scaling_factor"]
     if isinstance(scale, bool) or not isinstance(scale, int | float) or scale < 0:
         raise ConfigError(f"routed_scaling_factor is {scale!r}; it must be a number, 0 or more")
+    groups, best = require_count(settings, "n_group"), require_count(settings, "topk_group")
+    chosen = require_count(settings, "num_experts_per_tok")
+    if experts % groups or best > groups or chosen > experts // groups * best:
+        raise ConfigError(
+            f"n_routed_experts {experts} in n_group {groups}, of which topk_group {best} hold the num_experts_per_tok "
+            f"{chosen} of a token: that cannot be"
+        )
     return {
         "num_experts": [experts if i >= first else 0 for i in range(settings["num_hidden_layers"])],
         "num_shared_experts": require_count(settings, "n_shared_experts"),
         "router": "sigmoid_topk",
         "router_options": {
-            "n_group": require_count(settings, "n_group"),
-            "topk_group": require_count(settings, "topk_group"),
+            "n_group": groups,
+            "topk_group": best,
             "routed_scaling_factor": scale,
         },
     }

@@ -66,7 +66,7 @@ def read_rope(settings: Mapping[str, Any], theta: float, partial: float | None =
     _read_partial(rope, key, block, settings, partial)
     name = block.get("rope_type", block.get("type", "default"))
     kind = {**KINDS, "default": _PLAIN}.get(name) if isinstance(name, str) else None
-    values = _values(kind, block, settings) if kind is not None else None
+    values = _values(kind, block, settings, rope.partial) if kind is not None else None
     if kind is None or values is None or any(isinstance(value, Mapping) for value in block.values()):
         rope.uncomputed.append(f"{key} is {dict(block)!r}; supported are rope_type 'default'; {_SUPPORTED}")
     if rope.uncomputed:
@@ -119,7 +119,7 @@ def _read_partial(
         raise ConfigError(f"{name} is {value!r}; it must be a number above 0 and 1 at most")
 
 
-def _values(kind: Kind, block: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any] | None:
+def _values(kind: Kind, block: Mapping[str, Any], settings: Mapping[str, Any], partial: float) -> dict[str, Any] | None:
     """What a kind has, as transformers finds it; None where something that it needs is missing or is no number."""
     found = {name: block[name] for name in kind.known if block.get(name) is not None}
     # 0 is none there, but of the factors.
@@ -133,13 +133,22 @@ def _values(kind: Kind, block: Mapping[str, Any], settings: Mapping[str, Any]) -
         if name in block:
             found[name] = bool(block[name])  # null is false
     lists = all(isinstance(found.get(name), list) and all(map(positive, found[name])) for name in kind.lists)
-    lists = lists and len({len(found[name]) for name in kind.lists}) <= 1
+    lists = lists and {len(found[name]) for name in kind.lists} <= {_pairs(settings, partial)}
     numbers = all(positive(found.get(name)) for name in kind.numbers)
     optional = all(positive(found[name]) for name in kind.optional if name in found)
     ordered = (
         "low_freq_factor" not in kind.numbers or not numbers or found["low_freq_factor"] < found["high_freq_factor"]
     )
     return found if lists and numbers and optional and ordered else None
+
+
+def _pairs(settings: Mapping[str, Any], partial: float) -> int | None:
+    """Pairs of dimensions that turn; None where the settings do not say."""
+    width = settings.get("qk_rope_head_dim") or settings.get("head_dim")
+    hidden, heads = settings.get("hidden_size"), settings.get("num_attention_heads")
+    if width is None and positive(hidden) and positive(heads):
+        width = hidden // heads
+    return int(width * partial) // 2 if positive(width) else None
 
 
 def _both(one: Any, other: Any) -> bool:

@@ -8,6 +8,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,11 +56,12 @@ SIZES: dict[str, dict[str, Any]] = {
     "minimax_m2": {**LOCAL, "head_dim": 8, "rotary_dim": 4},
     "deepseek_v2": {**FINE, **LATENT, "topk_method": "group_limited_greedy"},
     "deepseek_v3": {**FINE, **LATENT},
-    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16, "moe_num_shared_experts": 1},
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16, "moe_num_shared_experts": 1,
+                     "tie_word_embeddings": False},
     "mistral": {"sliding_window": 6},
     "llama": {},
     "qwen2": {},
-}
+}  # fmt: skip
 # Endings of cases that say what was said before: the default, or the value of another place.
 SAME = (" left out", "=null", "=null added", "={}", "={} added", "partial_rotary_factor=1.0 added",
         'rope_parameters={"rope_type": "default"}')  # fmt: skip
@@ -160,7 +162,7 @@ class Case(NamedTuple):
 def write_base(family: str, folder: Path) -> transformers.PreTrainedConfig:
     """A tiny model as transformers writes it."""
     torch.manual_seed(1)
-    config = transformers.AutoConfig.for_model(family, **COMMON | SIZES[family])
+    config = transformers.AutoConfig.for_model(family, **deepcopy(COMMON | SIZES[family]))
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():

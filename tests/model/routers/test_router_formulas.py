@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from moebed.errors import ConfigError
 from moebed.model.routers import Load, TokenContext
 from moebed.model.routers.autonomy import matched_width
 from moebed.model.routers.competition import coin, mean_cosine
@@ -27,6 +28,52 @@ def test_sigmoid_weighs_by_the_score_and_chooses_by_score_and_bias():
     assert bool((routing.topk_weight.diff(dim=1) <= 0).all())
     raw = router_of("sigmoid_topk", norm_topk_prob=False).choose(LOGITS)
     torch.testing.assert_close(raw.topk_weight, scores.topk(2).values)
+
+
+def test_softmax_with_a_bias_weighs_by_the_probability_and_chooses_by_it_and_the_bias():
+    router = router_of("softmax_bias_topk", router_options={"routed_scaling_factor": 2.0})
+    router.expert_bias.copy_(torch.tensor([0.0, 0.0, 0.0, 0.9]))
+    routing, probs = router.choose(LOGITS), LOGITS.softmax(-1)
+    assert routing.topk_index.tolist() == [[0, 3], [1, 3]]
+    expected = torch.stack([probs[0, [0, 3]], probs[1, [1, 3]]])
+    torch.testing.assert_close(routing.topk_weight, 2 * expected / expected.sum(-1, keepdim=True))
+    torch.testing.assert_close(routing.router_probs, probs)
+
+
+# By the sum of its two best the first group wins, by its best one the second.
+GROUPED = torch.tensor([[0.5, 0.4, -5.0, 0.6, -6.0, -7.0]])
+GROUPS = {"n_group": 2, "topk_group": 1, "routed_scaling_factor": 3.0}
+
+
+def test_sigmoid_chooses_within_the_groups_whose_two_best_sum_to_most():
+    router = router_of("sigmoid_topk", num_experts=6, router_options=GROUPS, norm_topk_prob=False)
+    routing = router.choose(GROUPED)
+    assert routing.topk_index.tolist() == [[0, 1]]
+    torch.testing.assert_close(routing.topk_weight, 3 * GROUPED[:, :2].sigmoid())
+    router.expert_bias[4] = 2.0
+    assert router.choose(GROUPED).topk_index.tolist() == [[3, 4]]
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_group_limited_chooses_within_the_groups_whose_best_is_most(normed):
+    router = router_of("group_limited_topk", num_experts=6, router_options=GROUPS, norm_topk_prob=normed)
+    routing, probs = router.choose(GROUPED), GROUPED.softmax(-1)
+    assert routing.topk_index.tolist() == [[3, 4]]
+    weight = probs[:, [3, 4]]
+    torch.testing.assert_close(routing.topk_weight, 3 * (weight / weight.sum() if normed else weight))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("sigmoid_topk", {"n_group": 3}, "n_group is 3"),
+        ("group_limited_topk", {"n_group": 2, "topk_group": 3}, "topk_group is 3"),
+        ("group_limited_topk", {"n_group": 4, "topk_group": 1}, "4 experts, 2 of them a token"),
+    ],
+)
+def test_groups_that_do_not_fit_are_refused(name, options, said):
+    with pytest.raises(ConfigError, match=said):
+        config_of(name, router_options=options)
 
 
 def test_sigmoid_never_chooses_a_masked_expert_whatever_its_bias():
