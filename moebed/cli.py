@@ -22,6 +22,7 @@ COMMANDS = {
         "moebed.commands.probe",
         "run probes on a pretrained checkpoint, a layer at a time; a second run continues",
     ),
+    "tasks": ("moebed.commands.tasks", "evaluate a checkpoint on tasks of lm-eval, and its experts on their text"),
     "upcycle": ("moebed.upcycling.command", "make an MoE checkpoint from a dense one, a layer at a time"),
     "export": ("moebed.exporting.command", "write a run's checkpoint as a folder that transformers loads"),
     "study": ("moebed.study.command", "run arms over seeds, then compare them with paired differences and intervals"),

@@ -28,7 +28,7 @@ FLOORS = (
     ("probes",),  # the analyses, and the registry of them
     ("probes.running",),
     ("probes.report",),
-    ("moebed.study", "moebed.bench"),
+    ("moebed.study", "moebed.bench", "moebed.tasks"),
     ("moebed.laws", "moebed.check"),  # over studies' tables; over what bench measures
     ("moebed.commands",),
 )

@@ -70,6 +70,9 @@ class TextOptions:
 class CheckpointTokenizer:
     """The tokenizer that lies beside a checkpoint, or in it; code of its own is never run.
 
+    ``encode`` has the special tokens that the tokenizer adds, ``encode_plain`` none; ``prefix_id``, where there is one,
+    stands before the first token of a text.
+
     Args:
         checkpoint: Folder, hub snapshot, GGUF file, or ``.ckpt`` file of a run, whose folder holds the tokenizer.
 
@@ -88,7 +91,8 @@ class CheckpointTokenizer:
                 raise UserError(f"{checkpoint}: {run} has no tokenizer/ of the run; give --input-ids instead of text")
             own = load_tokenizer(folder)
             self.encode: Callable[[str], list[int]] = own.encode
-            self._decode: Callable[[list[int]], str] = own.decode
+            self.encode_plain, self.prefix_id = own.encode, own.eos_id if own.bos_id is None else own.bos_id
+            self.decode: Callable[[list[int]], str] = own.decode
             return
         if (file := gguf_at(checkpoint)) is not None:
             from moebed.checkpoints.gguf.tokenizer import GgufTokenizer
@@ -111,11 +115,13 @@ class CheckpointTokenizer:
                 "tokenizer.json there, or give --input-ids instead of text"
             ) from error
         self.encode = lambda text: loaded(text)["input_ids"]
-        self._decode = lambda ids: str(loaded.decode(ids, skip_special_tokens=False))
+        self.encode_plain = lambda text: loaded(text, add_special_tokens=False)["input_ids"]
+        self.prefix_id = loaded.eos_token_id if loaded.bos_token_id is None else loaded.bos_token_id
+        self.decode = lambda ids: str(loaded.decode(ids, skip_special_tokens=False))
 
     def texts(self, ids: Sequence[int]) -> tuple[str, ...]:
         """What each id says by itself."""
-        known = {number: self._decode([number]) for number in set(ids)}
+        known = {number: self.decode([number]) for number in set(ids)}
         return tuple(known[number] for number in ids)
 
 

@@ -22,6 +22,7 @@ EXPERIMENTS = ("routing", "allocation", "scheme", "measurement", "granularity")
 FOLDER = Path(__file__).parents[2] / "recipes" / "studies"
 NAMES = [f"{name}_{size}" for name in EXPERIMENTS for size in ("small", "gpu", "paper")]
 NAMES += ["allocation_shapes_small", "related_small", "locality_small", "planted_small"]
+NAMES += ["allocation_shapes_planted", "scheme_planted"]
 STUDIES = {name: FOLDER / f"{name}.yaml" for name in NAMES}
 
 
@@ -173,21 +174,20 @@ def test_arms_of_locality_differ_in_router_loss_and_rows_alone():
     study, _ = _read("locality_small")
     arms = _arms("locality_small")
     found = {
-        (c.router, c.locality_loss_coef, study["arms"][name].get("data.rows_by_domain", True))
+        (c.router, c.locality_loss_coef, study["arms"][name].get("data.rows_by_domain", True), c.norm_topk_prob)
         for name, c in arms.items()
     }
     assert found >= {
-        ("softmax_topk", 0.0, True),
-        ("hash", 0.0, True),
-        ("grap", 0.0, True),
-        ("grap", 0.01, True),
-        ("softmax_topk", 0.01, True),
-        ("softmax_topk", 0.01, False),
+        ("softmax_topk", 0.0, True, False),
+        ("hash", 0.0, True, False),
+        ("grap", 0.0, True, False),
+        ("grap", 0.0, True, True),
+        ("grap", 0.01, True, False),
+        ("softmax_topk", 0.01, True, False),
+        ("softmax_topk", 0.01, False, False),
     }
     assert len(found) == len(arms)
-    assert {(c.num_experts_per_tok, c.norm_topk_prob, c.expert_ranks, c.ranks_per_node) for c in arms.values()} == {
-        (1, False, 4, 2)
-    }
+    assert {(c.num_experts_per_tok, c.expert_ranks, c.ranks_per_node) for c in arms.values()} == {(1, 4, 2)}
 
 
 @pytest.mark.parametrize("name", ["routing_small", "routing_paper"])
