@@ -36,10 +36,12 @@ class Quantisation(NamedTuple):
     """What a ``config.json`` says of its weights' quantisation.
 
     Args:
+        key: Where it says so.
         method: What it is called; the format with it, where that tells more.
         block: Rows and columns that share a scale.
     """
 
+    key: str
     method: str
     block: tuple[int, int]
 
@@ -57,17 +59,18 @@ def quantisation_of(settings: Mapping[str, Any], where: str) -> tuple[dict[str, 
         UserError: They are no settings.
     """
     rest = {key: value for key, value in settings.items() if key not in QUANTISED_SETTINGS}
-    given = next((settings[key] for key in QUANTISED_SETTINGS if settings.get(key) is not None), None)
-    if given is None:
+    key = next((key for key in QUANTISED_SETTINGS if settings.get(key) is not None), None)
+    if key is None:
         return rest, None
+    given = settings[key]
     if not isinstance(given, Mapping):
-        raise UserError(f"{where}: quantization_config is {json.dumps(given)[:60]}; it must be a block of settings")
+        raise UserError(f"{where}: {key} is {json.dumps(given)[:60]}; it must be a block of settings")
     method, form = given.get("quant_method", "a method without a name"), given.get("format")
     size = given.get("weight_block_size")
     block = tuple(size) if isinstance(size, list) else _BLOCK
     if len(block) != 2 or not all(type(one) is int and one > 0 for one in block):
         raise UserError(f"{where}: weight_block_size is {json.dumps(size)[:60]}; it must be two whole numbers above 0")
-    return rest, Quantisation(f"{method} {form}" if form else str(method), (block[0], block[1]))
+    return rest, Quantisation(key, f"{method} {form}" if form else str(method), (block[0], block[1]))
 
 
 def unquantised(
@@ -86,7 +89,7 @@ def unquantised(
     strange = quantised_names(entries)
     if not strange:
         said = "is passed over, as all tensors are stored as plain numbers"
-        return dict(entries), [f"{where}: quantization_config ({found.method}) {said}"] if found is not None else []
+        return dict(entries), [f"{where}: {found.key} ({found.method}) {said}"] if found is not None else []
     if found is not None and not found.read:
         raise UserError(
             f"{where}: the weights are quantised by {found.method}, which is not read (there is a tensor "

@@ -83,9 +83,13 @@ def prefix_of(missing: Iterable[str], present: Iterable[str]) -> str | None:
 
 def quantised_names(entries: Mapping[str, TensorEntry], needed: Iterable[str] = ()) -> list[str]:
     """Tensors that only come with codes or are codes; of the ``needed`` ones also those of integer types."""
-    beside = [tensor for tensor, entry in entries.items() if _QUANTISED.search(tensor) or isinstance(entry, CodeEntry)]
+    beside = [tensor for tensor, entry in entries.items() if _QUANTISED.search(tensor) or _is_fp8(entry)]
     found = ((tensor, entries.get(tensor)) for tensor in needed)
     return beside + [name for name, entry in found if isinstance(entry, UnknownEntry) and _CODES.match(entry.stored)]
+
+
+def _is_fp8(entry: TensorEntry) -> bool:
+    return isinstance(entry, CodeEntry) and entry.stored.startswith("F8")
 
 
 def require_unquantised(entries: Mapping[str, TensorEntry], needed: Iterable[str] = ()) -> None:

@@ -120,7 +120,7 @@ def test_fp8_is_within_the_stated_error(tmp_path):
 
 def entries_of(tensors, path, block=(128, 128)):
     save_file(tensors, path)
-    return unquantised(open_safetensors(path), Quantisation("fp8", block), "config.json")[0]
+    return unquantised(open_safetensors(path), Quantisation("quantization_config", "fp8", block), "config.json")[0]
 
 
 def whole(entry, first=0, rows=None):
