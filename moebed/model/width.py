@@ -11,9 +11,9 @@ n₀ and m₀ at which settings were chosen to the model's: n hidden, m of an ex
 | head | n₀/n | n₀/n |
 | embedding, norms, biases, all else | 1 | 1 |
 
-The paper begins gate embeddings at n₀/n and says that the power has no effect; ½ has the first routing as decided at
-any width. Transfers over width, number of experts and their width at one K/E, and not over K/E; nor over depth, since the residual
-is not scaled by it here.
+The paper begins gate embeddings at n₀/n and says that the power has no effect; with ½ the first routing is as decided
+at any width. Transfers over width, number of experts and their width at one K/E, and not over K/E; nor over depth,
+since the residual is not scaled by it here.
 """
 
 from __future__ import annotations
