@@ -105,20 +105,22 @@ def _changes(width: int, **changes) -> dict[str, float]:
 
 
 @pytest.mark.slow
-def test_five_steps_change_as_much_at_any_width():
+@pytest.mark.parametrize(("beginning", "most"), [(0.1, 1.5), (0.02, 2.0)])
+def test_five_steps_change_as_much_at_any_width(beginning, most):
     """The coordinate check: within a factor 1.5 from 64 to 512, where one learning rate for all is far outside it.
 
     Of router logits, experts' outputs and the residual stream. The model's own logits come to change less the wider it
-    is, as the share of the head's random beginning in it falls.
+    is, as the share of the head's random beginning in it falls. From weights so small that five steps make several
+    times as much, experts' outputs, which are products of three of them, are within a factor 2.
     """
     spread = {}
     for base in (None, 64):
-        found = [_changes(width, base_hidden_size=base) for width in WIDTHS]
+        found = [_changes(width, base_hidden_size=base, initializer_range=beginning) for width in WIDTHS]
         spread[base] = {name: max(one[name] for one in found) / min(one[name] for one in found) for name in found[0]}
         print(base, {name: [round(one[name], 4) for one in found] for name in found[0]}, spread[base])
     for name in ("router", "experts", "residual"):
-        assert spread[64][name] < 1.5 < 5 < spread[None][name]
-    assert spread[64]["logits"] < 2 < 3 < spread[None]["logits"]
+        assert spread[64][name] < most < 4 < spread[None][name]
+    assert spread[64]["logits"] < 2 < spread[None]["logits"]
 
 
 def test_muon_is_refused():
