@@ -132,7 +132,7 @@ class MoE(nn.Module):
         if "router_coupling" in asked:
             assert gate is not None
             # Of the step and the layer, so that all ranks and a recomputed pass draw the same.
-            uniform = uniform_numbers((self.index, self.router.step), gate.shape, gate.device)
+            uniform = uniform_numbers((self.index, self.router.optimizer_step), gate.shape, gate.device)
             asking = perturbed(gate if self.config.router_coupling_gradient else gate.detach(), uniform)
             answers = self.experts.responses(asking)
             losses["router_coupling"] = coupling_loss(answers, self.config.router_coupling_alpha)

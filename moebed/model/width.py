@@ -7,12 +7,13 @@ n₀ and m₀ at which settings were chosen to the model's: n hidden, m of an ex
 |---|---|---|
 | query, key, value, output; gate and up | (n₀/n)^½ | n₀/n |
 | down | (n/n₀)^½ · m₀/m | m₀/m |
-| gate embeddings, and what else a router learns | n₀/n | n₀/n |
+| gate embeddings, and what else a router learns | (n₀/n)^½ | n₀/n |
 | head | n₀/n | n₀/n |
 | embedding, norms, biases, all else | 1 | 1 |
 
-Transfers over width, number of experts and their width at one K/E, and not over K/E; nor over depth, since the residual
-is not scaled by it here.
+The paper begins gate embeddings at n₀/n and says that the power has no effect; with ½ the first routing is as decided
+at any width. Transfers over width, number of experts and their width at one K/E, and not over K/E; nor over depth,
+since the residual is not scaled by it here.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def width_factors(decoder: Any, config: ModelConfig) -> dict[str, Factors]:
     for index, block in enumerate(decoder.blocks):
         for module in block.modules():
             if isinstance(module, nn.Linear):
-                # A matrix that leads to one number, as a shared expert's gate, is of the router's kind.
+                # A matrix that leads to one number, as a shared expert's gate, is of the head's kind.
                 of_parameter[id(module.weight)] = hidden if module.out_features > 1 else into_few
         if not config.layer(index).num_experts:
             continue
@@ -52,6 +53,6 @@ def width_factors(decoder: Any, config: ModelConfig) -> dict[str, Factors]:
         for name, parameter in block.mlp.experts.named_parameters():
             down = Factors(narrower**-0.5 * slimmer, slimmer)
             of_parameter[id(parameter)] = down if name == "down_proj" else hidden
-        of_parameter |= {id(parameter): into_few for parameter in block.mlp.router.parameters()}
+        of_parameter |= {id(parameter): hidden for parameter in block.mlp.router.parameters()}
     named = decoder.named_parameters()
     return {name: of_parameter[id(p)] for name, p in named if p.ndim > 1 and id(p) in of_parameter}

@@ -98,6 +98,8 @@ class Muon(torch.optim.AdamW):
         state = self.state[parameter]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter)
+            state["step"] = torch.zeros((), dtype=torch.float32)  # which AdamW looks for in every state
+        state["step"] += 1
         weight, grad, momentum = map(_local, (parameter, gradient, state["momentum"]))
         moves = _moving(gradient)
         momentum.copy_(torch.where(moves, self.momentum * momentum + grad, momentum))

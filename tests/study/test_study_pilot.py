@@ -116,6 +116,27 @@ def test_one_pair_and_equal_pairs_say_so():
     assert sentences(compare_arms(study), [0.01], 1)[0].startswith("No arm has two pairs")
 
 
+def test_arms_of_other_widths_at_one_rate_carry_a_note():
+    from moebed.study.runs import Arm, _widths
+    from tests.conftest import tiny_config
+
+    def arm(**changes):
+        return Arm(tiny_config(**changes), {}, 1, 1, 1, 1, 1)
+
+    arms = {
+        "base": arm(),
+        "same": arm(num_experts=8),
+        "wide": arm(hidden_size=64),
+        "fine": arm(moe_intermediate_size=8),
+    }
+    said = _widths(arms, "base")
+    assert [line.split(" than base")[0] for line in said] == [
+        "wide: another hidden_size",
+        "fine: another moe_intermediate_size",
+    ]
+    assert not _widths({"base": arm(), "wide": arm(hidden_size=64, base_hidden_size=32)}, "base")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -1,5 +1,7 @@
 """Muon over stacks of experts: each matrix by itself, at one size of step, and not where there is no gradient."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -24,8 +26,13 @@ def _decoder(**changes):
 
 @pytest.mark.parametrize("shape", [(3, 32, 48), (3, 48, 32), (2, 32, 32)])
 def test_singular_values_come_near_one(shape):
-    found = torch.linalg.svdvals(orthogonalised(torch.randn(shape) * 17))
-    assert found.min() > 0.6 if shape[1] == shape[2] else found.min() > 0.7  # a square one begins with some near 0
+    """Of those that are .005 of the matrix's norm or more, to .68 to 1.2, which is where the polynomial leaves them."""
+    stack = torch.randn(shape) * 17
+    found = torch.linalg.svdvals(orthogonalised(stack))
+    before = torch.linalg.svdvals(stack)
+    counted = before / before.norm(dim=1, keepdim=True) > 0.005
+    assert counted.float().mean() > 0.9
+    assert found[counted].min() > 0.68
     assert found.max() < 1.2
     assert torch.equal(orthogonalised(torch.zeros(2, 4, 5)), torch.zeros(2, 4, 5))
 
@@ -155,7 +162,7 @@ def test_it_goes_on_from_its_state():
     again = _decoder()
     again.load_state_dict(decoder.state_dict())
     resumed = build_optimizer(again, config)
-    resumed.load_state_dict(optimizer.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for model, one in ((decoder, optimizer), (again, resumed)):
         step(model, one)
         found.append(list(model.parameters()))

@@ -28,7 +28,11 @@ def test_factors_by_hand():
     hidden, few = Factors(0.5, 0.25), Factors(0.25, 0.25)
     expected = {f"{layer}self_attn.{part}_proj.weight": hidden for part in "qkvo"}
     expected |= {f"{layer}mlp.shared_expert.{part}_proj.weight": hidden for part in ("gate", "up", "down")}
-    expected |= {f"{layer}mlp.shared_expert_gate.weight": few, f"{layer}mlp.router.weight": few, "lm_head.weight": few}
+    expected |= {
+        f"{layer}mlp.shared_expert_gate.weight": few,
+        f"{layer}mlp.router.weight": hidden,
+        "lm_head.weight": few,
+    }
     expected |= {f"{layer}mlp.experts.gate_up_proj": hidden, f"{layer}mlp.experts.down_proj": Factors(1.0, 0.5)}
     assert {key: found[key] for key in expected} == expected
     assert {key for key in found if key.startswith(layer) or "layers" not in key} == expected.keys()
@@ -101,16 +105,22 @@ def _changes(width: int, **changes) -> dict[str, float]:
 
 
 @pytest.mark.slow
-def test_five_steps_change_as_much_at_any_width():
-    """The coordinate check: within a factor 1.5 from 64 to 512, where one learning rate for all is far outside it."""
+@pytest.mark.parametrize(("beginning", "most"), [(0.1, 1.5), (0.02, 2.0)])
+def test_five_steps_change_as_much_at_any_width(beginning, most):
+    """The coordinate check: within a factor 1.5 from 64 to 512, where one learning rate for all is far outside it.
+
+    Of router logits, experts' outputs and the residual stream. The model's own logits come to change less the wider it
+    is, as the share of the head's random beginning in it falls. From weights so small that five steps make several
+    times as much, experts' outputs, which are products of three of them, are within a factor 2.
+    """
     spread = {}
     for base in (None, 64):
-        found = [_changes(width, base_hidden_size=base) for width in WIDTHS]
+        found = [_changes(width, base_hidden_size=base, initializer_range=beginning) for width in WIDTHS]
         spread[base] = {name: max(one[name] for one in found) / min(one[name] for one in found) for name in found[0]}
         print(base, {name: [round(one[name], 4) for one in found] for name in found[0]}, spread[base])
-    for name, ratio in spread[64].items():
-        assert ratio < 1.5, (name, ratio)
-    assert all(spread[None][name] > 1.5 for name in ("router", "experts", "logits"))
+    for name in ("router", "experts", "residual"):
+        assert spread[64][name] < most < 4 < spread[None][name]
+    assert spread[64]["logits"] < 2 < spread[None]["logits"]
 
 
 def test_muon_is_refused():

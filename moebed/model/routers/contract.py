@@ -75,7 +75,7 @@ class Router(Float32Buffers):
     other_teacher = False
     # Whose tokens these are, set before begin_step: the number of the micro-batch within the optimizer step, and of the
     # rank, whose tokens follow those of the ranks before it, and how many ranks there are.
-    step: int | Tensor = 0  # the optimizer step; a tensor, so that a compiled pass is not compiled anew for each
+    optimizer_step: int | Tensor = 0  # its number; a tensor, so that a compiled pass is not compiled anew for each
     micro_batch = 0
     rank = 0
     ranks = 1

@@ -37,7 +37,7 @@ class RouterSteps:
         self._step = step
         number = torch.tensor(step)
         for router in self._routers:
-            router.step = number
+            router.optimizer_step = number
             router.micro_batch, router.rank, router.ranks = self._micro_batch, rank, ranks
             router.begin_step(step)
 

@@ -107,16 +107,23 @@ def test_balancing_reaches_what_decides(name):
     assert any(key.startswith("layers.0") and decides in key for key in reached)
 
 
-def test_a_training_step_with_router_losses_is_one_graph():
+@pytest.mark.parametrize("name", ["relu", "quantile", "threshold", "expert_choice", "kmeans"])
+def test_a_training_step_with_router_losses_and_statistics_is_one_graph(name):
     from moebed.training.module import MoEModule
 
-    module = MoEModule(config_of("relu")).train()
+    module = MoEModule(config_of(name, router_aux_loss_scope="sequence")).train()
+    module._router_steps.begin(0)
     expected = module._forward_terms(IDS, IDS)
     torch._dynamo.reset()
     found = torch.compile(module._forward_terms, fullgraph=True, backend="eager", dynamic=False)(IDS, IDS)
     torch.testing.assert_close(found.nats, expected.nats)
     torch.testing.assert_close(found.router_losses, expected.router_losses)
-    assert expected.router_losses[0]["relu_l1"] > 0
+    for one, other in zip(found.statistics, expected.statistics, strict=True):
+        assert one.keys() == other.keys()
+        for key, value in one.items():
+            torch.testing.assert_close(value, other[key], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(list(found.sequence_losses), list(expected.sequence_losses))
+    assert name != "relu" or expected.router_losses[0]["relu_l1"] > 0
 
 
 @pytest.mark.slow
