@@ -134,7 +134,8 @@ class Branches:
         """Tokens (T,) whose routing changed, and unless each is alone those after the first such one of a text."""
         if intervention.everywhere:
             return torch.ones(len(before.topk_index), dtype=torch.bool, device=before.topk_index.device)
-        differs = (assigned_weights(before) - assigned_weights(after)).abs().amax(dim=1) > _ROUNDING
+        same = (assigned_weights(before) - assigned_weights(after)).abs() <= _ROUNDING  # which NaN never is
+        differs = ~same.all(dim=1)
         if intervention.is_alone:
             return differs
         sequence = self._sequence.to(differs.device)
