@@ -140,7 +140,7 @@ class Branches:
             return differs
         sequence = self._sequence.to(differs.device)
         place = torch.arange(len(differs), device=differs.device)
-        first = torch.full_like(place, len(place))  # by sequence
+        first = place.new_full((int(sequence.max()) + 1,), len(place))  # by sequence, some of which may be empty
         first.scatter_reduce_(0, sequence, torch.where(differs, place, len(place)), "amin")
         return place >= first[sequence]
 

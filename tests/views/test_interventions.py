@@ -229,6 +229,14 @@ def test_a_token_changed_alone_is_the_text_changed_there_read_there(name, change
     assert float((whole - rows).nan_to_num().abs().max()) > 1e-3  # another question has another answer
 
 
+def test_sequences_without_tokens_do_not_stand_in_the_way():
+    ids = torch.randint(64, (9, 4), generator=torch.Generator().manual_seed(1))
+    mask = torch.zeros(9, 4, dtype=torch.bool)
+    mask[7] = True
+    found = intervene(decoder_of(), ProbeText(ids, mask, torch.zeros(9, dtype=torch.long)), [iv.mask(1, layers=[1])])
+    assert int(found["mask 1 refill @ layer 1"].isfinite().sum()) == 3
+
+
 def test_a_text_that_overflows_ends_one_branch_alone():
     decoder, text = decoder_of(), text_of(8)
     burst = iv.Intervention(
