@@ -1,6 +1,6 @@
 """Interventions: what does the loss become where the router decides otherwise?
 
-B texts, S interventions, L layers, Q bins of the loss.
+B texts, S interventions, Q bins of the loss.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Interventions(Probe):
     Stored once, sums over the predicted tokens of each text: ``delta (S, B)``, of the loss's rise in nats; ``size (S,
     B)``, of its size; ``worse_share (S, B)``, the share of tokens whose loss rises; ``delta_by_bin (S, B, Q)`` and
     ``bin_tokens (B, Q)``, by fifths of the loss as it is, from the tokens that the model is surest of; ``tokens (B,)``;
-    ``text_domain (B,)``; ``names (S,)``; ``layers (S, L)`` bool, where each is made. Of one under which the text did
-    not come through, as its numbers overflow, all are NaN.
+    ``text_domain (B,)``; ``names (S,)``, which say where each is made. Of one under which the text did not come
+    through, as its numbers overflow, all are NaN.
     """
 
     name = "interventions"

@@ -30,12 +30,12 @@ class KeepK(Probe):
     """The loss with some experts of each layer alone, chosen by scores on some texts and judged on the others.
 
     Every other text of a domain is scored on. Removed experts lose their logit, the next best move up, and of fewer
-    than K all run. Stored for each layer: ``score (E,)`` by name, ``kept (D, E)`` bool by name, ``count (D,)``. Stored
-    once, of shares that leave another number in some layer: ``keep_loss (D, B)`` by name, sums of the loss over the
-    predicted tokens of each text; ``share (D,)``. ``loss (B,)``, the same of the model as it is; ``tokens (B,)``,
-    ``text_domain (B,)``, ``calibration (B,)`` bool, ``domain_names``. Names are those of
-    ``probes.measures.expert_scores``, ``random_0`` to ``random_4``, and where there are several domains ``domain_0``,
-    ...: the frequency on that domain's texts alone.
+    than K all run. Stored for each layer: ``score (E,)`` by name; ``kept (D, E)`` by name, 1 of those that stay;
+    ``count (D,)``. Stored once, of shares that leave another number in some layer: ``keep_loss (D, B)`` by name, sums
+    of the loss over the predicted tokens of each text; ``share (D,)``. ``loss (B,)``, the same of the model as it is;
+    ``tokens (B,)``; ``text_domain (B,)``; ``calibration (B,)``, 1 of texts that are scored on; ``domain_names``. Names
+    are those of ``probes.measures.expert_scores``, ``random_0`` to ``random_4``, and where there are several domains
+    ``domain_0``, ...: the frequency on that domain's texts alone.
     """
 
     name = "keep_k"
@@ -90,9 +90,9 @@ class KeepK(Probe):
         counts = [max(1, round(share * view.num_experts)) for share in self.options.shares()]
         for name, score in scores.items():
             self.put("score", view.index, score, name)
-            kept = np.zeros((len(counts), view.num_experts), bool)
+            kept = np.zeros((len(counts), view.num_experts), np.int8)
             for row, count in enumerate(counts):
-                kept[row, list(best(score, count))] = True
+                kept[row, list(best(score, count))] = 1
             self.put("kept", view.index, kept, name)
         self.put("count", view.index, np.array(counts))
 
@@ -112,7 +112,7 @@ class KeepK(Probe):
             "loss": as_it_is.astype(np.float32),
             "tokens": texts.tokens,
             "text_domain": texts.domain,
-            "calibration": calibration,
+            "calibration": calibration.astype(np.int8),
             "domain_names": np.array(head.text.domains, dtype=np.str_),
             "share": np.array([self.options.shares()[row] for row in rows], dtype=np.float32),
         }
@@ -181,7 +181,7 @@ def _calibration_tokens(view: LayerView) -> torch.Tensor:
 
 def _apart(arrays: Arrays) -> np.ndarray:
     """Texts (B,) that are judged on."""
-    return ~arrays["calibration"] & (arrays["tokens"] > 0)
+    return (arrays["calibration"] == 0) & (arrays["tokens"] > 0)
 
 
 def _strata(arrays: Arrays) -> np.ndarray:

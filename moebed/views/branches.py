@@ -134,12 +134,13 @@ class Branches:
         """Tokens (T,) whose routing changed, and unless each is alone those after the first such one of a text."""
         if intervention.everywhere:
             return torch.ones(len(before.topk_index), dtype=torch.bool, device=before.topk_index.device)
-        differs = (assigned_weights(before) - assigned_weights(after)).abs().amax(dim=1) > _ROUNDING
+        same = (assigned_weights(before) - assigned_weights(after)).abs() <= _ROUNDING  # which NaN never is
+        differs = ~same.all(dim=1)
         if intervention.is_alone:
             return differs
         sequence = self._sequence.to(differs.device)
         place = torch.arange(len(differs), device=differs.device)
-        first = torch.full_like(place, len(place))  # by sequence
+        first = place.new_full((int(sequence.max()) + 1,), len(place))  # by sequence, some of which may be empty
         first.scatter_reduce_(0, sequence, torch.where(differs, place, len(place)), "amin")
         return place >= first[sequence]
 

@@ -17,6 +17,7 @@ itself, none of which sees another's change.
 
 from __future__ import annotations
 
+import math
 import re
 import zipfile
 from collections.abc import Callable
@@ -102,8 +103,8 @@ def _alone(make: Callable[..., Intervention], rest: list[str], layers: Layers) -
 
 def _shift(rest: list[str], layers: Layers) -> Intervention:
     experts, by, amount = rest
-    if by != "by":
-        raise ValueError(by)
+    if by != "by" or not math.isfinite(float(amount)):
+        raise ValueError(rest)
     return interventions.shift(_numbers(experts), float(amount), layers)
 
 

@@ -60,6 +60,7 @@ def output_view(
         gate=None,
         routing=Routing(probs.log(), probs, choice, weight),
         moe_input=torch.zeros(tokens, outputs.shape[2]),
+        residual=torch.ones(tokens, outputs.shape[2]),
         text=plain_text([tokens]) if text is None else text,
         weights=GivenOutputs(outputs, others, acts),  # type: ignore[arg-type]
     )

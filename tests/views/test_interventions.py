@@ -229,13 +229,25 @@ def test_a_token_changed_alone_is_the_text_changed_there_read_there(name, change
     assert float((whole - rows).nan_to_num().abs().max()) > 1e-3  # another question has another answer
 
 
+def test_sequences_without_tokens_do_not_stand_in_the_way():
+    ids = torch.randint(64, (9, 4), generator=torch.Generator().manual_seed(1))
+    mask = torch.zeros(9, 4, dtype=torch.bool)
+    mask[7] = True
+    found = intervene(decoder_of(), ProbeText(ids, mask, torch.zeros(9, dtype=torch.long)), [iv.mask(1, layers=[1])])
+    assert int(found["mask 1 refill @ layer 1"].isfinite().sum()) == 3
+
+
 def test_a_text_that_overflows_ends_one_branch_alone():
     decoder, text = decoder_of(), text_of(8)
     burst = iv.Intervention(
         "burst", frozenset({0}), lambda routing, x, at: routing._replace(topk_weight=routing.topk_weight * torch.inf)
     )
-    found = intervene(decoder, text, [burst, iv.mask(1)])
+    nowhere = iv.Intervention(
+        "nowhere", frozenset({0}), lambda routing, x, at: routing._replace(topk_weight=routing.topk_weight * torch.nan)
+    )
+    found = intervene(decoder, text, [burst, nowhere, iv.mask(1)])
     assert bool(found["burst"].isnan().all())
+    assert bool(found["nowhere"].isnan().all())
     assert bool(found["mask 1 refill"].isfinite().any())
 
 
@@ -268,7 +280,7 @@ def test_names_are_read_back(written, name):
 @pytest.mark.parametrize(
     "written",
     ["", "msk 3", "mask", "mask x", "mask 3 gone", "mask 3 @ 5", "mask 3 @ layer", "keep_top 0", "keep_top 1 refill",
-     "shift 3 1.5", "random_set 1 temperature 0", "swap 3", "force", "identity 1"],
+     "shift 3 1.5", "shift 3 by nan", "random_set 1 temperature 0", "swap 3", "force", "identity 1"],
 )  # fmt: skip
 def test_what_says_nothing_is_refused(written):
     with pytest.raises(ConfigError, match="intervention"):
