@@ -74,12 +74,8 @@ def options_of(command: str) -> list[str]:
         keys += [f"model.config.{field.name}" for field in fields(ModelConfig)]
         keys += [f"data.{name}" for name in list(signature(TextDataModule.__init__).parameters)[1:]]
         return [f"--{key}" for key in (*keys, "help", "plugins")]
-    parser: argparse.ArgumentParser = importlib.import_module(COMMANDS[command][0]).build_parser()
-    found, waiting = ["--plugins"], [parser]
-    while waiting:
-        for action in waiting.pop()._actions:
-            found += [option for option in action.option_strings if option.startswith("--")]
-            if isinstance(action, argparse._SubParsersAction):
-                found += list(action.choices)
-                waiting += action.choices.values()
-    return list(dict.fromkeys(found))
+    from moebed.training.jsonargparse_private import long_options
+
+    return list(
+        dict.fromkeys(["--plugins", *long_options(importlib.import_module(COMMANDS[command][0]).build_parser())])
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser as PlainParser
+from argparse import _SubParsersAction as SubParsersAction
 from typing import Any
 
 from jsonargparse import ArgumentParser
@@ -29,3 +30,16 @@ def option_names(parser: PlainParser) -> list[str]:
 def subcommand_parser(cli: LightningCLI, name: str) -> ArgumentParser:
     """The parser of one subcommand."""
     return cli._parser(name)
+
+
+def long_options(parser: PlainParser) -> list[str]:
+    """Options with two dashes of a parser, its commands, and theirs."""
+    found: list[str] = []
+    waiting = [parser]
+    while waiting:
+        for action in waiting.pop()._actions:
+            found += [option for option in action.option_strings if option.startswith("--")]
+            if isinstance(action, SubParsersAction):
+                found += list(action.choices)
+                waiting += action.choices.values()
+    return found
