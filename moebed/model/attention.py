@@ -142,14 +142,11 @@ class Attention(nn.Module):
             repeat = self.num_heads // self.num_kv_heads
             key, value = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
         if self._uses_sdpa(query, total):
-            causal = length == total and (self.window is None or total <= self.window)
-            if causal or self._sees_all(length, total):
-                return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=self.scale)
-            found = []
-            for rows in _blocks(length, 1 if torch.is_grad_enabled() else total):
-                mask = self._mask(rows, length, total, query.device)
-                found.append(F.scaled_dot_product_attention(query[:, :, rows], key, value, mask, scale=self.scale))
-            return torch.cat(found, dim=2)
+            narrow, width = value.shape[-1], query.shape[-1]
+            if narrow >= width:
+                return self._sdpa(query, key, value)
+            # Of one width, or it would be done by plain products, which keep all logits for the backward pass.
+            return self._sdpa(query, key, F.pad(value, (0, width - narrow)))[..., :narrow]
         heads = query.shape[:2]
         query, key, value = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)  # (B·A, ., D)
         if torch.is_grad_enabled():  # the backward pass needs all logits anyhow
@@ -159,6 +156,18 @@ class Attention(nn.Module):
             for some in _blocks(len(query), length * total)
         ]
         return torch.cat(mixed).unflatten(0, heads)
+
+    def _sdpa(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """PyTorch's fused attention, with a mask where the window is shorter than what is seen: (B, A, S, D)."""
+        length, total = query.shape[2], key.shape[2]
+        causal = length == total and (self.window is None or total <= self.window)
+        if causal or self._sees_all(length, total):
+            return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=self.scale)
+        found = []
+        for rows in _blocks(length, 1 if torch.is_grad_enabled() else total):
+            mask = self._mask(rows, length, total, query.device)
+            found.append(F.scaled_dot_product_attention(query[:, :, rows], key, value, mask, scale=self.scale))
+        return torch.cat(found, dim=2)
 
     def _mix_native(self, query: Tensor, key: Tensor, value: Tensor, rope: Rope | None = None) -> Tensor:
         """(B, S, A, D) from queries and keys that are turned already, or are now."""

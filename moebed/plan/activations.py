@@ -73,17 +73,20 @@ def _projected(setup: Setup) -> int:
 
 
 def _latent(setup: Setup) -> int:
-    """The latents before and after their norms, Q and K of n + r dimensions a head, V beside the n of which K is made
-    (n + v), and what is mixed (v)."""
+    """The latents before and after their norms; Q and K of n + r dimensions a head, V (v), and what is mixed (v).
+
+    Fused attention has V and what it mixes as wide as Q, and keeps what is mixed both ways.
+    """
     config, c, tokens = setup.config, setup.stream.compute, setup.tokens
     assert config.head_dim is not None
     assert config.kv_lora_rank is not None
-    heads, rank = config.num_attention_heads, config.kv_lora_rank
-    values, plain = config.value_head_dim, config.head_dim - config.rotary_dim
+    rank, width, values = config.kv_lora_rank, config.head_dim, config.value_head_dim
     total = _matrix_inputs(setup, 2) + _product_norm(setup, rank + config.rotary_dim) + c * tokens * rank
     if config.q_lora_rank is not None:
         total += _product_norm(setup, config.q_lora_rank) + c * tokens * config.q_lora_rank
-    return total + c * tokens * heads * (2 * config.head_dim + plain + 2 * values)
+    plain = setup.keeps_attention_probabilities
+    of_head = 2 * width + 2 * values if plain else 4 * width + values
+    return total + c * tokens * config.num_attention_heads * of_head
 
 
 def router(setup: Setup, index: int) -> int:

@@ -17,6 +17,7 @@ CASES = {
     "plain queries": LATENT,
     "queries of a latent": {**LATENT, "q_lora_rank": 10},
     "neighbours turn": {**LATENT, "rope_interleave": True},
+    "values wider than keys": {**LATENT, "v_head_dim": 16},
     "a window": {**LATENT, "sliding_window": 5},
 }
 CPU = torch.device("cpu")
