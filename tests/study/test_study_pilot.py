@@ -170,7 +170,7 @@ def test_a_pilot_runs_few_and_says_what_more_take(tmp_path, capsys):
     base["model"]["optimizer"] = {"learning_rate": 1e-2, "warmup_steps": 2}  # better than guessing in the end
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
     arms = {"topk": {}, "wide": {"model.config.moe_intermediate_size": 32}, "random": {"model.config.router": "random"}}
-    study = {"base": "base.yaml", "seeds": [1, 2, 3, 4], "arms": arms}
+    study = {"base": "base.yaml", "seeds": [1, 2, 3, 4], "arms": arms, "baseline": "topk"}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
     arguments = ["study", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "out")]
     assert main([*arguments, "--pilot", "2", "--arms", "wide", "--difference", "0.5"]) == 0
