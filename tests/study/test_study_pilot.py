@@ -154,8 +154,8 @@ def test_refuses_in_one_line(arguments, words, capsys):
 @pytest.mark.slow
 def test_a_pilot_runs_few_and_says_what_more_take(tmp_path, capsys):
     base = {
-        "trainer": {"accelerator": "cpu", "devices": 1, "max_steps": 4, "val_check_interval": 4, "precision": 32},
-        "checkpoint": {"every_n_train_steps": 4},
+        "trainer": {"accelerator": "cpu", "devices": 1, "max_steps": 20, "val_check_interval": 20, "precision": 32},
+        "checkpoint": {"every_n_train_steps": 20},
         "model": {"config": {"vocab_size": 24, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}},
         "data": {
             "tokenizer": {"kind": "symbols"},
@@ -167,9 +167,10 @@ def test_a_pilot_runs_few_and_says_what_more_take(tmp_path, capsys):
         },
     }
     base["model"]["config"] |= {"num_experts": 4, "moe_intermediate_size": 16}
+    base["model"]["optimizer"] = {"learning_rate": 1e-2, "warmup_steps": 2}  # better than guessing in the end
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
     arms = {"topk": {}, "wide": {"model.config.moe_intermediate_size": 32}, "random": {"model.config.router": "random"}}
-    study = {"base": "base.yaml", "seeds": [1, 2, 3, 4], "arms": arms}
+    study = {"base": "base.yaml", "seeds": [1, 2, 3, 4], "arms": arms, "baseline": "topk"}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
     arguments = ["study", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "out")]
     assert main([*arguments, "--pilot", "2", "--arms", "wide", "--difference", "0.5"]) == 0
