@@ -25,7 +25,7 @@ from moebed.model.decoder import Decoder
 from moebed.model.routers import Routing
 from moebed.views.layer import HeadView, LayerView, Need, ProbeText
 from moebed.views.live import walk
-from probes.contract import Probe, ProbeResult
+from probes.contract import Probe, ProbeResult, in_order
 from probes.registry import BY_NAME_ONLY, PROBES, STATIC_PROBES
 from probes.running.driver import ProbePass, needs_of
 
@@ -188,6 +188,9 @@ def _held(
 ) -> dict[str, tuple[float, float]]:
     """Of intervals from some texts each, of what every one shows."""
     truth = whole.probed(every, names)
+    # The others only cost time: such as those that shuffle domains hundreds of times for a null.
+    shown = [name for name in names if any(one.interval is not None for one in truth[name].headlines.values())]
+    names = [name for name in in_order(shown, PROBES) if name in names]
     held, width = defaultdict(list), defaultdict(list)
     for chosen in some:
         for name, result in whole.probed(chosen, names).items():
