@@ -98,7 +98,7 @@ class CheckpointTokenizer:
             from moebed.checkpoints.gguf.tokenizer import GgufTokenizer
 
             inside = GgufTokenizer(file)
-            self.encode, self._decode = inside.encode, inside.decode
+            self.encode, self.decode = inside.encode, inside.decode
             return
         import transformers
 
