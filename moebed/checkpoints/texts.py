@@ -99,6 +99,7 @@ class CheckpointTokenizer:
 
             inside = GgufTokenizer(file)
             self.encode, self.decode = inside.encode, inside.decode
+            self.encode_plain, self.prefix_id = inside.encode_plain, inside.prefix_id
             return
         import transformers
 
