@@ -125,7 +125,8 @@ class GgufTokenizer:
     def prefix_id(self) -> int | None:
         """Id that a text may begin with: the token that begins one, or else ends one."""
         begin = self.settings.get("bos_token", self.settings.get("eos_token"))
-        return None if begin is None else int(self.backend.token_to_id(begin))
+        found: int | None = self.backend.token_to_id(begin) if begin is not None else None
+        return found
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens included."""
