@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,14 +92,16 @@ class CheckpointTokenizer:
                 raise UserError(f"{checkpoint}: {run} has no tokenizer/ of the run; give --input-ids instead of text")
             own = load_tokenizer(folder)
             self.encode: Callable[[str], list[int]] = own.encode
-            self.encode_plain, self.prefix_id = own.encode, own.eos_id if own.bos_id is None else own.bos_id
+            self.encode_plain = own.encode
+            self.prefix_id: Any = own.eos_id if own.bos_id is None else own.bos_id
             self.decode: Callable[[list[int]], str] = own.decode
             return
         if (file := gguf_at(checkpoint)) is not None:
             from moebed.checkpoints.gguf.tokenizer import GgufTokenizer
 
             inside = GgufTokenizer(file)
-            self.encode, self._decode = inside.encode, inside.decode
+            self.encode, self.decode = inside.encode, inside.decode
+            self.encode_plain, self.prefix_id = inside.encode_plain, inside.prefix_id
             return
         import transformers
 

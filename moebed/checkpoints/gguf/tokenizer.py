@@ -116,6 +116,18 @@ class GgufTokenizer:
         found: list[int] = self.backend.encode(text).ids
         return found
 
+    def encode_plain(self, text: str) -> list[int]:
+        """Ids of a text, without them."""
+        found: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+        return found
+
+    @property
+    def prefix_id(self) -> int | None:
+        """Id that a text may begin with: the token that begins one, or else ends one."""
+        begin = self.settings.get("bos_token", self.settings.get("eos_token"))
+        found: int | None = self.backend.token_to_id(begin) if begin is not None else None
+        return found
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens included."""
         return str(self.backend.decode(list(ids), skip_special_tokens=False))

@@ -115,6 +115,8 @@ def test_sentencepiece_merges_the_highest_score_first_and_has_bytes_for_the_rest
     found = CheckpointTokenizer(path)
     said = [PIECES[number] for number in found.encode("the fox é")]
     assert said == ["<s>", "▁the", "▁fox", "▁", "<0xC3>", "<0xA9>"]
+    assert [PIECES[number] for number in found.encode_plain("the fox")] == ["▁the", "▁fox"]
+    assert found.prefix_id == 1
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
     for text in ("the fox", "fox the the", "hex é"):
         assert found.encode(text) == theirs(text)["input_ids"]
