@@ -15,6 +15,8 @@ _LAZY = {
     "TextDataModule": "moebed.data.datamodule",
     "UserError": "moebed.errors",
     "ConfigError": "moebed.errors",
+    "load": "probes.running.interactive",
+    "probe": "probes.running.interactive",
 }
 __all__ = sorted(_LAZY)
 __version__ = "0.1.0"

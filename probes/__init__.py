@@ -17,6 +17,9 @@ _LAZY = {
     "run_probes": "probes.running.driver",
     "ProbeCallback": "probes.running.callback",
     "write_report": "probes.report.page",
+    "load": "probes.running.interactive",
+    "probe": "probes.running.interactive",
+    "Finding": "probes.running.interactive",
 }
 __all__ = sorted(_LAZY)
 __getattr__ = loaded_on_use(__name__, _LAZY)

@@ -159,6 +159,22 @@ def read_texts(options: TextOptions, checkpoint: Path, config: ModelConfig) -> t
             raise ConfigError(f"--domain {name}: there are two domains called {label}; give each a name of its own")
         sequences += [(ids, label, f"--domain {label}") for ids in found]
         notes.append(note)
+    return put_together(sequences, config, tokenizer or _tokenizer_or_none(checkpoint)), notes
+
+
+def put_together(
+    sequences: Sequence[tuple[Tensor, str, str]], config: ModelConfig, tokenizer: CheckpointTokenizer | None
+) -> ProbeText:
+    """Sequences of ids side by side, padded.
+
+    Args:
+        sequences: Ids (S,), the domain, and what an error calls it.
+        config: The model, whose vocabulary and positions they must fit.
+        tokenizer: Says what each token reads; without one pictures show none.
+
+    Raises:
+        UserError: A sequence is empty or does not fit the model.
+    """
     for ids, _, what in sequences:
         _require_fits(ids, what, config)
     domains = tuple(dict.fromkeys(domain for _, domain, _ in sequences))
@@ -168,10 +184,8 @@ def read_texts(options: TextOptions, checkpoint: Path, config: ModelConfig) -> t
     for row, (ids, _, _) in enumerate(sequences):
         padded[row, : len(ids)], mask[row, : len(ids)] = ids, True
     domain = torch.tensor([domains.index(name) for _, name, _ in sequences])
-    if tokenizer is None:
-        tokenizer = _tokenizer_or_none(checkpoint)
     said = tokenizer.texts(padded[mask].tolist()) if tokenizer is not None else ()
-    return ProbeText(padded, mask, domain, domains, said), notes
+    return ProbeText(padded, mask, domain, domains, said)
 
 
 def _require_fits(ids: Tensor, what: str, config: ModelConfig) -> None:
