@@ -46,7 +46,10 @@ def test_it_finds_what_the_command_finds(checkpoint, tmp_path):
     kept = np.load(tmp_path / "out" / "results" / "routing.npz")
     assert kept.files
     for key in kept.files:
-        np.testing.assert_allclose(found["routing"].arrays[key], kept[key], atol=1e-6)  # the order of sums differs
+        if kept[key].dtype.kind == "f":
+            np.testing.assert_allclose(found["routing"].arrays[key], kept[key], atol=1e-6)  # sums in another order
+        else:
+            np.testing.assert_array_equal(found["routing"].arrays[key], kept[key])
 
 
 def test_a_finding_says_and_draws_itself(checkpoint):
