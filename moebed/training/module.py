@@ -314,8 +314,11 @@ class MoEModule(LightningModule):
         )
 
     def _sequence_losses(self, routings: Sequence[Routing], mask: Tensor, num_sequences: int) -> list[Tensor]:
-        """Of each layer; where they are not the loss, only the log asks for them, without a gradient."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.router_aux_loss_scope == "sequence"):
+        """Of each layer; where they are not the loss only the log asks for them, of the steps that it shows."""
+        is_loss = self.config.router_aux_loss_scope == "sequence"
+        if not is_loss and not is_due(self.trainer, self.global_step + 1):
+            return []
+        with torch.set_grad_enabled(torch.is_grad_enabled() and is_loss):
             return [sequence_balancing_loss(routing, mask, num_sequences) for routing in routings]
 
     def _statistics(self, routings: Sequence[Routing], mask: Tensor) -> list[dict[str, Tensor]]:
@@ -330,11 +333,13 @@ class MoEModule(LightningModule):
         counts = self._global_counts(terms.counts) if self.config.router_aux_loss_scope == "global" else terms.counts
         pairs = zip(terms.mean_probs, counts, strict=True)
         together = torch.stack([load_balancing_loss(probs, count) for probs, count in pairs]).mean()
-        by_sequence = torch.stack(list(terms.sequence_losses)).mean()
-        balance = by_sequence if self.config.router_aux_loss_scope == "sequence" else together
+        balance = together
+        if terms.sequence_losses:
+            by_sequence = torch.stack(list(terms.sequence_losses)).mean()
+            self._note("sequence_specialisation", (by_sequence - together).detach())
+            balance = by_sequence if self.config.router_aux_loss_scope == "sequence" else together
         z_loss = torch.stack(terms.z_losses).mean()
         self._note("load_balancing_loss", balance)
-        self._note("sequence_specialisation", (by_sequence - together).detach())
         self._note("router_z_loss", z_loss)
         violation = torch.stack([count.max() / count.mean() - 1 for count in terms.counts]).mean()
         self._note("max_violation", violation)
