@@ -123,6 +123,7 @@ class MoEModule(LightningModule):
         self._batch_sums = BatchSums()
         self._step_log = StepLog()
         self.step_routing: StepRouting | None = None  # of the last step that was logged
+        self._is_shown = True  # whether the log shows this step
         self._begins_step = True
         self._plan: SchedulePlan | None = None
         self._former_plan: dict[str, Any] = {}
@@ -261,6 +262,7 @@ class MoEModule(LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Routers learn which optimizer step this is part of; the log of the one before is closed."""
         self._router_steps.begin(self.global_step, self.global_rank, self.trainer.world_size)
+        self._is_shown = is_due(self.trainer, self.global_step + 1)
         if self._begins_step:
             self._begins_step = False
             self._step_log.clear()
@@ -316,7 +318,7 @@ class MoEModule(LightningModule):
     def _sequence_losses(self, routings: Sequence[Routing], mask: Tensor, num_sequences: int) -> list[Tensor]:
         """Of each layer; where they are not the loss only the log asks for them, of the steps that it shows."""
         is_loss = self.config.router_aux_loss_scope == "sequence"
-        if not is_loss and not is_due(self.trainer, self.global_step + 1):
+        if not is_loss and not self._is_shown:
             return []
         with torch.set_grad_enabled(torch.is_grad_enabled() and is_loss):
             return [sequence_balancing_loss(routing, mask, num_sequences) for routing in routings]
