@@ -16,9 +16,10 @@ import numpy as np
 from torch import Tensor
 
 from moebed.errors import ConfigError
+from moebed.machine.tags import layer_tag
 from moebed.model.config import ModelConfig
 from moebed.views.interventions import Intervention
-from moebed.views.layer import ExpertView, HeadView, LayerView, Need, layer_tag
+from moebed.views.layer import ExpertView, HeadView, LayerView, Need
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -15,12 +15,12 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from moebed.machine.tags import LAYERS, TRAIN
+
 if TYPE_CHECKING:
     from PIL.Image import Image
     from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
-LAYERS = "layers"  # first part of the tag of what is of one layer: layers/balance/cv/layer_07
-TRAIN = "train"
 MLFLOW_AT_ONCE = 500  # numbers; a server takes a thousand in one message
 NOT_LOGGED = ("epoch", "hp_metric")  # steps are what is counted
 _LAYER = re.compile(rf"{LAYERS}/(([^/]+)/(.+))/layer_\d+")

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moebed.training.loggers import LAYERS, TRAIN
-from moebed.views.layer import layer_tag
+from moebed.machine.tags import LAYERS, TRAIN, layer_tag
 
 COUNTS, ENTROPY = "counts", "router_entropy"  # names of the vectors in a step's log
 MOST_LAYERS = 16  # that are logged one by one; of more, so many from the first to the last

@@ -43,7 +43,7 @@ class StepLog:
         if world_size > 1:
             torch.distributed.all_reduce(joined)
             joined /= world_size
-        parts = np.split(joined.cpu().numpy(), np.cumsum([mean.numel() for mean in means])[:-1])
+        parts = np.split(np.array(joined.tolist(), np.float32), np.cumsum([mean.numel() for mean in means])[:-1])
         found = [(name, part, mean.dim()) for (name, part, mean) in zip(self._tensors, parts, means, strict=True)]
         numbers = {name: float(part[0]) for name, part, dim in found if dim == 0}
         return {**numbers, **self._numbers}, {name: part for name, part, dim in found if dim}

@@ -30,11 +30,6 @@ Watch = Callable[[int, slice, Tensor], None]
 Effects = Callable[[Sequence[Intervention]], dict[str, Tensor]]
 
 
-def layer_tag(layer: int) -> str:
-    """``layer_07``: sorts well in TensorBoard."""
-    return f"layer_{layer:02d}"
-
-
 class Need(Enum):
     """What a probe asks of a layer view; nothing is computed that no probe asked for."""
 

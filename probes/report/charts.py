@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from moebed.training.loggers import LAYERS
+from moebed.machine.tags import LAYERS
 from probes.figures import drawing
 
 if TYPE_CHECKING:

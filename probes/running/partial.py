@@ -25,7 +25,7 @@ import torch
 
 from moebed.machine import storage
 from moebed.machine.mapped import checksums, mapped_arrays
-from moebed.views.layer import layer_tag
+from moebed.machine.tags import layer_tag
 from moebed.views.text_pass import Stream
 from probes.contract import ArrayName, Arrays, Probe
 from probes.running import store

@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from moebed.training.loggers import LAYERS, TRAIN
+from moebed.machine.tags import LAYERS, TRAIN
 from probes.contract import ProbeResult
 from probes.questions import QUESTIONS, Question, asked_of, with_what_follows
 

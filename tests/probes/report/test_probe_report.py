@@ -16,7 +16,7 @@ from routed_cases import chosen_view, text_of
 from torch.utils.tensorboard import SummaryWriter
 
 from moebed.errors import UserError
-from moebed.views.layer import layer_tag
+from moebed.machine.tags import layer_tag
 from moebed.views.live import walk
 from probes.figures import drawing
 from probes.questions import with_what_follows
