@@ -83,15 +83,15 @@ class Attention(nn.Module):
         self.scale = config.head_dim**-0.5 if scale is None else scale
         self.cap, self.window = config.attn_logit_softcapping, config.sliding_window
         self.backend, self.interleaved = config.attention_backend, config.rope_interleave
-        self.o_proj = nn.Linear(self.num_heads * config.value_head_dim, config.hidden_size, bias=False)
         self._build(config)
 
     def _build(self, config: ModelConfig) -> None:
-        """What makes queries, keys and values."""
+        """The layers, in the order by which the optimizer's state in a checkpoint finds them again."""
         q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
         self.norm_heads = config.qk_norm == "head"
         self.q_norm: nn.Module = nn.Identity()
         self.k_norm: nn.Module = nn.Identity()

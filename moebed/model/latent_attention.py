@@ -22,7 +22,7 @@ class LatentAttention(Attention):
     """
 
     def _build(self, config: ModelConfig) -> None:
-        """What makes queries, keys and values."""
+        """The layers."""
         assert config.kv_lora_rank is not None
         assert config.qk_nope_head_dim is not None
         self.latent, self.plain, self.turning = config.kv_lora_rank, config.qk_nope_head_dim, config.rotary_dim
@@ -39,6 +39,7 @@ class LatentAttention(Attention):
         self.kv_a_norm = RMSNorm(self.latent, _EPS)
         kv_size = self.num_heads * (self.plain + self.value_head_dim)
         self.kv_b_proj = nn.Linear(self.latent, kv_size, bias=False)
+        self.o_proj = nn.Linear(self.num_heads * self.value_head_dim, config.hidden_size, bias=False)
 
     def _project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor, Rope | None]:
         """Queries and keys (B, A, S, n + r), turned already, and values (B, A, S, v), of x (B, S, H)."""

@@ -206,3 +206,28 @@ def test_router_stays_in_float32_under_autocast():
     assert {value.dtype for value in (routing.router_logits, routing.router_probs, routing.topk_weight)} == {
         torch.float32
     }
+
+
+def test_parameters_keep_their_order():
+    """AdamW's state in a checkpoint knows a parameter by its number alone: in another order a run goes on wrongly."""
+    decoder = Decoder(tiny_config(num_hidden_layers=1, qk_norm="head", num_shared_experts=1))
+    names = [name.removeprefix("layers.0.").removesuffix(".weight") for name, _ in decoder.named_parameters()]
+    assert names == [
+        "embed_tokens",
+        "pre_attn_norm",
+        "pre_ffn_norm",
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "self_attn.q_norm",
+        "self_attn.k_norm",
+        "mlp.router",
+        "mlp.experts.gate_up_proj",
+        "mlp.experts.down_proj",
+        "mlp.shared_expert.gate_proj",
+        "mlp.shared_expert.up_proj",
+        "mlp.shared_expert.down_proj",
+        "norm",
+        "lm_head",
+    ]
