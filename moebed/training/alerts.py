@@ -24,7 +24,8 @@ MOST_NAMED = 4  # experts, or layers
 class Alerts(Callback):
     """Looks at loss and routing of the last steps, and says what is amiss: each thing once in a run.
 
-    They stand in the run's summary and in its report as well.
+    They stand in the run's summary and in its report as well. What was said, and what a run began with, go with its
+    checkpoints: a run that is continued neither forgets nor repeats it.
     """
 
     def __init__(self) -> None:
@@ -36,6 +37,20 @@ class Alerts(Callback):
         self._lowest_loss: float | None = None
         self._seen: StepRouting | None = None
         self._step = self._looked_at = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was said, and what later steps are compared with; the steps last looked at begin anew."""
+        return {
+            "said": list(self.said),
+            "kinds": sorted(self._kinds),
+            "first_entropy": self._first_entropy,
+            "lowest_loss": self._lowest_loss,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up where a checkpoint was written."""
+        self.said, self._kinds = list(state_dict["said"]), set(state_dict["kinds"])
+        self._first_entropy, self._lowest_loss = state_dict["first_entropy"], state_dict["lowest_loss"]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

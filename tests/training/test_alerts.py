@@ -18,9 +18,9 @@ def step(loads=None, entropy=2.0, seed=0):
     return StepRouting({**even, **(loads or {})}, dict.fromkeys(LAYERS, entropy))
 
 
-def watch(steps, losses=None):
-    """Alerts of a run that had these steps."""
-    alerts = Alerts()
+def watch(steps, losses=None, before=None):
+    """Alerts of a run that had these steps, after those that a checkpoint remembers."""
+    alerts = before or Alerts()
     for number, routing in enumerate(steps):
         loss = {"train/loss": torch.tensor(losses[number])} if losses is not None else {}
         trainer = SimpleNamespace(global_step=number + 1, is_global_zero=True, callback_metrics=loss)
@@ -50,6 +50,21 @@ def test_an_expert_with_a_token_now_and_then_is_not_idle():
         return {2: load}
 
     assert not any("no token" in said for said in watch([step(loads(n), seed=n) for n in range(2 * WINDOW)]))
+
+
+def test_a_run_that_is_continued_neither_forgets_nor_repeats(tmp_path):
+    """Entropy is compared with that of the run's start, not of where it goes on."""
+    idle = np.full(EXPERTS, 100.0)
+    idle[5] = 0
+    first = Alerts()
+    (said,) = watch([step({2: idle}, seed=n) for n in range(WINDOW)], before=first)
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    second = Alerts()
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    again = watch([step({2: idle}, entropy=0.3, seed=n) for n in range(WINDOW)], before=second)
+    assert again[0] == said
+    assert len(again) == 2
+    assert "router's entropy" in again[1]
 
 
 def test_one_layer_out_of_balance_is_named():
