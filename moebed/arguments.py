@@ -31,4 +31,6 @@ def read_yaml(path: Path, called: str = "") -> Any:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{called} {path} cannot be read ({' '.join(str(error).split())})".lstrip()) from error
+        raise ConfigError(
+            f"{called} {path} cannot be read as YAML ({' '.join(str(error).split())}); mend it there".lstrip()
+        ) from error

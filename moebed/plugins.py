@@ -74,7 +74,7 @@ def module_name(name: str) -> str:
 def _import(name: str) -> None:
     path = Path(name)
     if path.suffix == ".py" and not path.is_file():
-        raise UserError(f"plugin {name} does not exist")
+        raise UserError(f"plugin {name} does not exist; give the path of a Python file, or an importable module")
     module = module_name(name)
     if module in sys.modules:
         return

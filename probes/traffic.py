@@ -64,7 +64,9 @@ class TrafficOptions(ProbeOptions):
                 "and the second divides the first"
             )
         if min(self.itemsize, self.bandwidth_node, self.bandwidth_across) <= 0:
-            raise ConfigError("probes: traffic has an itemsize or a bandwidth that is not above 0")
+            raise ConfigError(
+                "probes: traffic has an itemsize or a bandwidth that is not above 0; give a number above 0"
+            )
 
 
 class Traffic(Probe):

@@ -195,7 +195,9 @@ class UnknownEntry:
 
     def read(self, first: int, out: Tensor) -> None:
         """Not possible."""
-        raise UserError(f"{self.path} is stored as {self.stored}, which cannot be read")
+        raise UserError(
+            f"{self.path} is stored as {self.stored}, which cannot be read; get it in float32, float16 or bfloat16"
+        )
 
 
 class CodeEntry(UnknownEntry):

@@ -26,9 +26,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise ConfigError(f"{path} cannot be read ({error})") from error
+        raise ConfigError(f"{path} cannot be read ({error}); download it again") from error
     if not isinstance(found, dict):
-        raise ConfigError(f"{path} holds no settings by name")
+        raise ConfigError(f"{path} holds no settings by name; download it again")
     return found
 
 
@@ -76,7 +76,9 @@ def _open_shards(folder: Path, index: Path, beside: str) -> dict[str, TensorEntr
         entries |= found
     for tensor, file in weight_map.items():
         if tensor not in entries:
-            raise UserError(f"{folder / file} has no tensor {tensor}, which {index.name} puts in it")
+            raise UserError(
+                f"{folder / file} has no tensor {tensor}, which {index.name} puts in it; download both again"
+            )
     return entries
 
 

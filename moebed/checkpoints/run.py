@@ -44,7 +44,10 @@ def open_run(path: Path) -> tuple[ModelConfig, dict[str, TensorEntry]]:
     found = read_run(path)
     config, state = found.get("model_config"), found.get("state_dict", {})
     if not isinstance(config, dict) or not isinstance(state, dict):
-        raise UserError(f"{path} is no checkpoint of a moebed run: it has no model_config and state_dict")
+        raise UserError(
+            f"{path} is no checkpoint of a moebed run: it has no model_config and state_dict; "
+            "give one of the run's checkpoints/"
+        )
     if is_sharded(path):
         return ModelConfig.from_dict(config), entries(path)
     mapped = {name: MappedEntry(path, value) for name, value in state.items() if isinstance(value, Tensor)}

@@ -147,7 +147,7 @@ def read_texts(options: TextOptions, checkpoint: Path, config: ModelConfig) -> t
         assert tokenizer is not None
         for number, text in enumerate(_read_text(name), 1):
             if not text.strip():
-                raise UserError(f"--text {name}: it holds no text")
+                raise UserError(f"--text {name}: it holds no text; give another file")
             ids = torch.tensor(tokenizer.encode(text), dtype=torch.int64)
             sequences.append((ids, "text", f"--text {name}" + (f", sequence {number}" if number > 1 else "")))
     for name in options.input_ids:
@@ -190,7 +190,7 @@ def put_together(
 
 def _require_fits(ids: Tensor, what: str, config: ModelConfig) -> None:
     if not len(ids):
-        raise UserError(f"{what}: no token comes out of it")
+        raise UserError(f"{what}: no token comes out of it; give a text with words")
     if len(ids) > config.max_position_embeddings:
         raise UserError(
             f"{what} has {len(ids)} tokens but the model has {config.max_position_embeddings} positions; shorten it"
@@ -223,7 +223,7 @@ def _decoded(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as text ({error})") from error
+        raise UserError(f"{path} cannot be read as text ({error}); save it as UTF-8") from error
 
 
 def _paper_long(path: Path | None) -> list[str]:
@@ -231,7 +231,9 @@ def _paper_long(path: Path | None) -> list[str]:
     if path is None:
         lines = _wikitext_lines()
     elif not path.is_file():
-        raise UserError(f"--text paper-long={path}: there is no such file")
+        raise UserError(
+            f"--text paper-long={path}: there is no such file; give WikiText-103's test set, a line of text a line"
+        )
     elif path.suffix == ".csv":
         csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
         lines = [
@@ -241,7 +243,10 @@ def _paper_long(path: Path | None) -> list[str]:
         lines = _decoded(path).splitlines()
     wanted = [line.strip() for line in lines if line.strip() and not line.strip().startswith("=")]
     if len(wanted) < PAPER_LONG_LINES:
-        raise UserError(f"paper-long: {path or _WIKITEXT[0]} has {len(wanted)} lines of text, not {PAPER_LONG_LINES}")
+        raise UserError(
+            f"paper-long: {path or _WIKITEXT[0]} has {len(wanted)} lines of text, not {PAPER_LONG_LINES}; "
+            "give WikiText-103's test set"
+        )
     return wanted[:PAPER_LONG_LINES]
 
 
@@ -281,11 +286,11 @@ def _read_domain(
     if not re.fullmatch(r"[\w.+ -]+", label):
         raise ConfigError(f"--domain {given}: a name has letters, digits, spaces and . + - _ only")
     if not Path(file).is_file():
-        raise UserError(f"--domain {given}: {file} does not exist")
+        raise UserError(f"--domain {given}: {file} does not exist; give a file of text")
     source = Source(SourceConfig(label, "files", path=file, text_field=options.text_field))
     documents = [text for text in source.documents() if text.strip()]
     if not documents:
-        raise UserError(f"--domain {given}: {file} holds no text")
+        raise UserError(f"--domain {given}: {file} holds no text; give another file, or leave the domain out")
     length = min(options.sequence_length, config.max_position_embeddings)
     wanted = min(len(documents), max(1, options.domain_tokens // length))
     taken = [documents[i] for i in np.linspace(0, len(documents) - 1, wanted).round().astype(int)]

@@ -179,7 +179,9 @@ class Source:
             )
             matches = [path for path in matches if path.is_file()]
             if not matches:
-                raise UserError(f"data source {self.config.name!r}: no file {pattern}")
+                raise UserError(
+                    f"data source {self.config.name!r}: there is no file {pattern}; set its path to one that is there"
+                )
             found += [path for path in matches if path not in found]
         for path in found:
             if _suffix(path) not in _SUFFIXES:
@@ -246,7 +248,10 @@ class Source:
                 try:
                     yield from self._file_documents(path, wanted)
                 except (OSError, EOFError, UnicodeDecodeError, csv.Error, ValueError) as error:
-                    raise UserError(f"data source {config.name!r}: cannot read {path}: {_one_line(error)}") from error
+                    raise UserError(
+                        f"data source {config.name!r}: cannot read {path}: {_one_line(error)}; "
+                        "mend the file, or leave it out of the path"
+                    ) from error
 
     def text_of(self, record: Any) -> str:
         """Returns a record's text; raises UserError, naming the columns there are, if it has no such field."""
@@ -311,7 +316,7 @@ class Source:
             name = " ".join(filter(None, [str(config.path), config.subset]))
             raise UserError(
                 f"data source {config.name!r}: cannot load data set {name!r}, split {config.split!r} "
-                f"({type(error).__name__}: {_one_line(error)})"
+                f"({type(error).__name__}: {_one_line(error)}); check its name and the network, or give files"
             ) from error
 
     def _require_text_builder(self, builder: Any) -> None:

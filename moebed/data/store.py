@@ -148,7 +148,10 @@ def build_domain(
             if config.streaming and writers["validation"].tokens > streaming_validation_tokens:
                 break
         if not any(writer.documents for writer in writers.values()):
-            raise UserError(f"data source {config.name!r} has no text: every document is empty, or there is none")
+            raise UserError(
+                f"data source {config.name!r} has no text: every document is empty, or there is none; "
+                "choose another file or text_field"
+            )
         made_by = {"moebed": moebed_version(), "data": [source.content()]}
         index = {
             "identity": identity,

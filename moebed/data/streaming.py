@@ -79,7 +79,10 @@ class DocumentStream:
             self._passes_without += 1
             if self._read == 0 or self._passes_without > self._num_rows:
                 name = self._source.config.name
-                raise UserError(f"data source {name!r} has no text to stream: no document is for training")
+                raise UserError(
+                    f"data source {name!r} has no text to stream: no document is for training; "
+                    "choose another split, or a smaller data.validation_fraction"
+                )
             self._passes, self._read, self._iterator = self._passes + 1, 0, None
             if self._dataset is not None:
                 self._dataset = self._source.load_dataset(streaming=True)

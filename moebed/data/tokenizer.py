@@ -238,11 +238,19 @@ class AutoTokenizer(Tokenizer):
             loaded: Any = transformers.AutoTokenizer.from_pretrained(str(path), use_fast=True, trust_remote_code=False)
         except Exception as error:  # network, hub, file format: one cause, said in one line
             cause = " ".join(str(error).split())[:300]
-            raise UserError(f"cannot load tokenizer {path} ({type(error).__name__}: {cause})") from error
+            raise UserError(
+                f"cannot load tokenizer {path} ({type(error).__name__}: {cause}); give a folder that has one"
+            ) from error
         if not loaded.is_fast:
-            raise UserError(f"tokenizer {path} has no fast version (tokenizer.json), which exact bits per byte need")
+            raise UserError(
+                f"tokenizer {path} has no fast version (tokenizer.json), which exact bits per byte need; "
+                "choose one that has, or kind bpe"
+            )
         if loaded.eos_token_id is None:
-            raise UserError(f"tokenizer {path} has no end-of-sequence token, which ends each document")
+            raise UserError(
+                f"tokenizer {path} has no end-of-sequence token, which ends each document; "
+                "choose one that has, or kind bpe"
+            )
         self._loaded = loaded
         self._backend: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(loaded.backend_tokenizer.to_str())
         self._backend.encode_special_tokens = True
@@ -337,14 +345,18 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         try:
             return SymbolsTokenizer(**json.loads(settings.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
-            raise UserError(f"cannot read the tokenizer {settings}: {' '.join(str(error).split())}") from error
+            raise UserError(
+                f"cannot read the tokenizer {settings}: {' '.join(str(error).split())}; get the folder again"
+            ) from error
     config = folder / "tokenizer_config.json"
     try:
         ours = config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("moebed_kind") == "bpe"
         if ours:
             return BpeTokenizer(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")))
     except Exception as error:  # the Rust library raises bare Exception
-        raise UserError(f"cannot read the tokenizer in {folder}: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(
+            f"cannot read the tokenizer in {folder}: {' '.join(str(error).split())[:300]}; get the folder again"
+        ) from error
     if not (folder / "tokenizer.json").is_file() and not config.is_file():
-        raise UserError(f"no tokenizer in {folder}: expected tokenizer.json, {_BYTES_FILE} or {_SYMBOLS_FILE}")
+        raise UserError(f"no tokenizer in {folder}; put there one of tokenizer.json, {_BYTES_FILE} or {_SYMBOLS_FILE}")
     return AutoTokenizer(folder)

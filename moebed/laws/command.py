@@ -123,7 +123,7 @@ def _read_fixed(given: Sequence[str], law: Law) -> dict[str, float]:
         if not abs(fixed[name]) < float("inf") or (known[name].positive and fixed[name] <= 0):
             raise UserError(f"--fix {text}: {name} must be finite{' and above 0' if known[name].positive else ''}")
     if len(fixed) == len(known):
-        raise UserError(f"--fix: all constants of {law.form} are given, so that nothing is left to fit")
+        raise UserError(f"--fix: all constants of {law.form} are given, so that nothing is left to fit; leave one out")
     return fixed
 
 

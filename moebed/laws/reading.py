@@ -100,7 +100,7 @@ def _read_csv(path: Path) -> RunTable:
     columns: dict[str, list[float]] = {ours: [] for ours in known}
     for number, row in rows[1:]:
         if len(row) != len(names):
-            raise UserError(f"{path}, line {number}: {len(row)} cells under {len(names)} columns")
+            raise UserError(f"{path}, line {number}: {len(row)} cells under {len(names)} columns; mend the line")
         for ours, index in known.items():
             columns[ours].append(_number(row[index], f"{path}, line {number}, column {names[index]}"))
     notes = [f"not used: column{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}"] if unknown else []
@@ -111,7 +111,7 @@ def _number(cell: str, where: str) -> float:
     try:
         value = float(cell)
     except ValueError:
-        raise UserError(f"{where}: {cell!r} is no number") from None
+        raise UserError(f"{where}: {cell!r} is no number; mend the cell, or take the line out") from None
     if not (np.isfinite(value) and value > 0):
         raise UserError(f"{where} is {cell.strip()}; it must be finite and above 0: leave out runs that diverged")
     return value
@@ -160,7 +160,10 @@ def select(law: Law, table: RunTable) -> RunTable:
     elif law.size and "N" in columns:
         notes.append(f"N is taken as {law.size_words}")
     if "K" in columns and "E" in columns and (columns["K"] > columns["E"]).any():
-        raise UserError(f"{table.name}: a run has more experts a token (K) than experts (E)")
+        raise UserError(
+            f"{table.name}: a run has more experts a token (K) than experts (E); "
+            "exchange the columns, or take the run out"
+        )
     if isinstance(law, LossLaw):
         _complete_shape(law, columns, table.runs, notes)
     if "E" in columns and "K" in columns:
@@ -221,7 +224,10 @@ def _leverage(columns: dict[str, Array], name: str, notes: list[str]) -> dict[st
     if outside:
         notes.append(f"left out: {outside} runs whose loss lies beyond those of the dense runs")
     if not within.any():
-        raise UserError(f"{name}: no run's loss lies between those of the dense runs, so that none can be compared")
+        raise UserError(
+            f"{name}: no run's loss lies between those of the dense runs, so that none can be compared; "
+            "train dense runs longer or of other sizes"
+        )
     needed = np.interp(columns["loss"][within], losses[first][::-1], np.log(flops[first])[::-1])
     kept = {key: np.asarray(value)[within] for key, value in columns.items()}
     return {**kept, "leverage": np.exp(needed) / kept["flops"]}

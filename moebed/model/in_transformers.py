@@ -43,7 +43,10 @@ def use_in(model: nn.Module) -> int:
     """
     experts = [module for module in model.modules() if _is_experts(module)]
     if not experts:
-        raise ConfigError(f"{type(model).__name__} has no experts that transformers can hand to another implementation")
+        raise ConfigError(
+            f"{type(model).__name__} has no experts that transformers can hand to another implementation; "
+            "its own code computes them"
+        )
     for module in experts:
         reason = why_not(module) or _why_not_here(module)
         if reason is not None:

@@ -77,7 +77,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
     arms = _read_arms(options.arms, recipe)
     count = len(recipe.arms) * len(recipe.seeds)
     if options.run is not None and not 0 <= options.run < count:
-        raise UserError(f"--run {options.run}: the study has runs 0 to {count - 1}")
+        raise UserError(f"--run {options.run}: the study has runs 0 to {count - 1}; give one of them")
     out = options.out or Path("runs/studies") / recipe.name
     # Heavy imports wait until the file is known to be well formed.
     from moebed.study.collecting import collect

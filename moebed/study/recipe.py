@@ -128,7 +128,8 @@ def study_content(path: Path) -> dict[str, Any]:
     shared = read_yaml(other, "study") if other.is_file() else None
     if not isinstance(shared, dict) or "like" in shared:
         raise ConfigError(
-            f"study {path.name}: like: {other} is no study with arms of its own, seen from the study's file"
+            f"study {path.name}: like: {other} is no study with arms of its own, seen from the study's file; "
+            "name one that has them"
         )
     if "base" in shared:
         shared["base"] = str(other.parent.resolve() / str(shared["base"]))
@@ -175,7 +176,9 @@ def _seeds(where: str, value: Any) -> list[int]:
     if not all(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0 for seed in seeds):
         raise ConfigError(f"{where}: seeds is {value!r}; give a list of whole numbers, such as [1, 2, 3, 4]")
     if len(set(seeds)) < len(seeds):
-        raise ConfigError(f"{where}: seeds {seeds} holds a number twice, which would be counted as two runs")
+        raise ConfigError(
+            f"{where}: seeds {seeds} holds a number twice, which would be counted as two runs; take it out once"
+        )
     return seeds
 
 

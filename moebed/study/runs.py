@@ -196,7 +196,8 @@ def _resolve_steps(recipe: StudyRecipe, steps: Sequence[Step], plan: StudyPlan, 
             steps_wanted, rest = divmod(recipe.tokens, resolved.tokens_per_step)
             if rest:
                 raise ConfigError(
-                    f"a budget of {recipe.tokens} tokens is no whole number of steps of {resolved.tokens_per_step}"
+                    f"a budget of {recipe.tokens} tokens is no whole number of steps of {resolved.tokens_per_step}; "
+                    "give a multiple"
                 )
             arguments += _budget(step, steps_wanted)
             resolved = resolve(arguments)
@@ -204,7 +205,9 @@ def _resolve_steps(recipe: StudyRecipe, steps: Sequence[Step], plan: StudyPlan, 
         if number < 1:
             raise ConfigError("trainer.max_steps is not set; give it in the base recipe, or the study a budget")
         if last and resolved.content["trainer"]["limit_val_batches"] == 0:
-            raise ConfigError("trainer.limit_val_batches is 0, but arms are compared by their loss on held-out text")
+            raise ConfigError(
+                "trainer.limit_val_batches is 0, but arms are compared by their loss on held-out text; take it out"
+            )
         flat = flatten(resolved.content)
         identity = {key: value for key, value in flat.items() if key not in (*_NOT_IDENTITY, *_SEEDS)} | after
         # Content tells the text of two days or two machines apart where paths do not.
@@ -241,7 +244,9 @@ def _code_identity() -> dict[str, Any]:
 
 def _budget(step: Step, steps: int) -> list[str]:
     if "trainer.max_steps" in step.settings:
-        raise ConfigError("sets trainer.max_steps, but the study's budget decides how long every arm is trained")
+        raise ConfigError(
+            "sets trainer.max_steps, but the study's budget decides how long every arm is trained; take it out"
+        )
     return [f"--trainer.max_steps={steps}"]
 
 

@@ -110,7 +110,10 @@ def _model(path: Path, checkpoint: Checkpoint, options: TaskOptions) -> DecoderL
 
     tokenizer = CheckpointTokenizer(path)
     if tokenizer.prefix_id is None:
-        raise UserError(f"{options.checkpoint}: its tokenizer has no token that begins or ends a text")
+        raise UserError(
+            f"{options.checkpoint}: its tokenizer has no token that begins or ends a text, which lm-eval puts first; "
+            "give a checkpoint with one"
+        )
     return DecoderLM(load_decoder(checkpoint).to(options.device), tokenizer, options.batch_tokens)
 
 
@@ -153,7 +156,7 @@ def _text_task(name: str, file: Path) -> dict[str, Any]:
 
     documents = [{"text": text} for text in Source(SourceConfig(name, "files", path=str(file))).documents() if text]
     if not documents:
-        raise UserError(f"--text {name}={file}: it holds no text")
+        raise UserError(f"--text {name}={file}: it holds no text; give another file")
     return {
         "task": name,
         "custom_dataset": lambda **metadata: {"test": Dataset.from_list(documents)},
@@ -193,7 +196,7 @@ def _source(name: str, options: TaskOptions) -> Any:
         return [name, str(options.include)]
     file = options.texts[name]
     if not file.is_file():
-        raise UserError(f"--text {name}={file}: there is no such file")
+        raise UserError(f"--text {name}={file}: there is no such file; give one of text")
     return [name, provenance.fingerprint(file.read_text(encoding="utf-8", errors="replace"))]
 
 

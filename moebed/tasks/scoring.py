@@ -71,7 +71,10 @@ def _window(decoder: Decoder, pair: Pair) -> list[int]:
     if not pair.context:
         raise UserError("a continuation without any token before it cannot be scored; give the id that begins a text")
     if len(pair.continuation) > positions:
-        raise UserError(f"a continuation has {len(pair.continuation)} tokens but the model has {positions} positions")
+        raise UserError(
+            f"a continuation has {len(pair.continuation)} tokens but the model has {positions} positions; "
+            "leave that task out"
+        )
     ids = [*pair.context, *pair.continuation]
     if wrong := [number for number in ids if not 0 <= number < vocabulary]:
         raise UserError(

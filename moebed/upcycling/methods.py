@@ -69,7 +69,9 @@ class Split(Copy):
         """E·G, K·G and D / G."""
         shards = settings.granularity
         if width % shards:
-            raise ConfigError(f"granularity is {shards}, which does not divide the dense FFN's {width} neurons")
+            raise ConfigError(
+                f"granularity is {shards}, which does not divide the dense FFN's {width} neurons; give a divisor"
+            )
         return settings.num_experts * shards, settings.num_experts_per_tok * shards, width // shards
 
     def expert(self, name: str, expert: int) -> Tensor:

@@ -96,7 +96,10 @@ def upcycled_config(
         raise ConfigError(f"{name} has experts already, in layer {dense.moe_layers[0]}; give a dense checkpoint")
     outside = [layer for layer in dense_layers if not 0 <= layer < dense.num_hidden_layers]
     if outside:
-        raise ConfigError(f"dense-layers: {name} has layers 0 to {dense.num_hidden_layers - 1}, not {outside[0]}")
+        raise ConfigError(
+            f"dense-layers: {name} has layers 0 to {dense.num_hidden_layers - 1}, not {outside[0]}; "
+            "name layers that are there"
+        )
     if shared_experts < 0:
         raise ConfigError(f"shared-experts is {shared_experts}; it must not be negative")
     assert dense.intermediate_size is not None

@@ -82,7 +82,9 @@ class Intervention:
     def check(self, config: ModelConfig) -> None:
         """Raise ConfigError where a model has not what it names."""
         if not config.moe_layers:
-            raise ConfigError(f"intervention {self.name!r}: the model has no layer with experts")
+            raise ConfigError(
+                f"intervention {self.name!r}: the model has no layer with experts; only an MoE can be asked"
+            )
         for index in self.layers_of(config):
             if index not in config.moe_layers:
                 has = f"it has {', '.join(map(str, config.moe_layers))}"

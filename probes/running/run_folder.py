@@ -94,7 +94,7 @@ def _read_numbers(path: Path) -> dict[str, Any]:
     try:
         numbers = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path} cannot be read ({error})") from error
+        raise UserError(f"{path} cannot be read ({error}); delete it, and probe or train again") from error
     return numbers if isinstance(numbers, dict) else {}
 
 

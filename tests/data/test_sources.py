@@ -149,7 +149,7 @@ def test_hub_kind_reads_with_datasets(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"kind": "files", "path": "nowhere/*.txt"}, "'mine': no file nowhere/"),
+        ({"kind": "files", "path": "nowhere/*.txt"}, "'mine': there is no file nowhere/"),
         ({"kind": "files", "path": "pyproject.toml"}, "cannot read .*pyproject.toml; known kinds: .txt"),
         ({"kind": "hub", "path": "json", "data_files": "nowhere.jsonl"}, "cannot load data set 'json', split 'train'"),
     ],

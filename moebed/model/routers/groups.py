@@ -29,7 +29,10 @@ def check_groups(config: ModelConfig, options: GroupOptions) -> None:
     """Raise ConfigError where a layer's experts cannot be cut into the groups, or too few may be chosen."""
     count, most = options.n_group, options.topk_group
     if most > count:
-        raise ConfigError(f"model config: router_options.topk_group is {most}, but there are {count} groups (n_group)")
+        raise ConfigError(
+            f"model config: router_options.topk_group is {most}, but there are {count} groups (n_group); "
+            "give that many at most"
+        )
     for index in config.moe_layers:
         layer = config.layer(index)
         if layer.num_experts % count or layer.num_experts_per_tok > layer.num_experts // count * most:
