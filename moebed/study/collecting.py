@@ -51,7 +51,12 @@ def collect(plan: StudyPlan, out: Path) -> Path:
                 "active_parameters": arm.active_parameters,
                 "active_flops_per_token": arm.active_flops,
                 "sizes": scaling_sizes(arm.config),
-                "runs": {str(seed): _read_run(plan.runs[plan.final[name, seed]], arm, out) for seed in recipe.seeds},
+                "runs": {
+                    str(seed): _read_run(
+                        plan.runs[plan.final[name, seed]], plan.runs.get(plan.tasks.get((name, seed), "")), arm, out
+                    )
+                    for seed in recipe.seeds
+                },
             }
             for name, arm in plan.arms.items()
         },
@@ -59,7 +64,7 @@ def collect(plan: StudyPlan, out: Path) -> Path:
     return write_json(out / STUDY_FILE, content)
 
 
-def _read_run(run: Run, arm: Arm, out: Path) -> dict[str, Any]:
+def _read_run(run: Run, tasks: Run | None, arm: Arm, out: Path) -> dict[str, Any]:
     folder = out / run.name
     curves = read_curves(folder) if folder.is_dir() else {}
     found: dict[str, Any] = {"folder": run.name, "config_hash": run.hash}
@@ -75,7 +80,7 @@ def _read_run(run: Run, arm: Arm, out: Path) -> dict[str, Any]:
         "curve": _validation_curve(curves),
         "tokens_per_second": _median(curves.get("train/tokens_per_second")),
         "seconds": (read_json(status_path(out, run.name, "json")) or {}).get("seconds"),
-        "headlines": _headlines(load_history(folder)) if folder.is_dir() else {},
+        "headlines": (_headlines(load_history(folder)) if folder.is_dir() else {}) | _tasks(tasks, arm.steps, out),
     }
     return found
 
@@ -120,6 +125,18 @@ def _headlines(history: list[dict[str, Any]]) -> dict[str, dict[str, list[Any]]]
                 series["step"].append(line["step"])
                 series["value"].append(value)
     return found
+
+
+def _tasks(run: Run | None, step: int, out: Path) -> dict[str, dict[str, list[Any]]]:
+    """``tasks/<task>/<metric>`` -> its value after the last step, without standard errors and counts."""
+    if run is None or not is_finished(run, out):
+        return {}
+    numbers = read_json(out / run.name / run.finished)
+    return {
+        name: {"step": [step], "value": [value]}
+        for name, value in numbers.items()
+        if not name.endswith(("_stderr", "/items"))
+    }
 
 
 def _median(curve: Curve | None) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,6 +89,8 @@ def run(command: str, arguments: Sequence[str]) -> None:
     from moebed.study.runner import Outcome, check_unchanged, run_all
     from moebed.study.runs import plan_study
 
+    if recipe.tasks and not options.collect and find_spec("lm_eval") is None:
+        raise UserError(f"study {options.study.name}: its tasks need lm-eval; pip install 'moebed[tasks]'")
     plan = plan_study(recipe, out)
     for note in plan.notes:
         say(f"note: {note}")
@@ -142,8 +145,9 @@ def _choose(plan: StudyPlan, final: Sequence[tuple[str, int]], out: Path) -> lis
     from moebed.study.runner import is_finished
 
     wanted: set[str] = set()
-    for arm, seed in final:
-        name: str | None = plan.final[arm, seed]
+    for pair in final:
+        wanted |= {plan.tasks[pair]} if pair in plan.tasks else set()
+        name: str | None = plan.final[pair]
         while name is not None:
             wanted.add(name)
             name = None if is_finished(plan.runs[name], out) else plan.runs[name].needs

@@ -23,6 +23,9 @@ RESERVED = (
     "ckpt_path",
     "model.init_from",
 )
+# Options of `moebed tasks` that a study may give: names, or whole numbers.
+TASK_NAMES = ("tasks", "text", "include")
+TASK_NUMBERS = ("limit", "num_fewshot", "batch_tokens")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 
 Overrides = Mapping[str, Any]  # dotted key, as on the command line -> value
@@ -54,6 +57,7 @@ class StudyRecipe:
         match: What must agree with the baseline: ``total_parameters``, ``active_flops``, both, or nothing.
         tolerance: Relative difference that counts as agreement.
         gain: Which arms are ``random`` and ``oracle``, if every arm's share of what lies between them is wanted.
+        tasks: Options of ``moebed tasks``, if every run's last checkpoint is to be evaluated by it.
     """
 
     name: str
@@ -68,6 +72,7 @@ class StudyRecipe:
     match: Sequence[str] = ()
     tolerance: float = 0.02
     gain: Mapping[str, str] = field(default_factory=dict)
+    tasks: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_recipe(path: Path) -> StudyRecipe:
@@ -106,6 +111,7 @@ def read_recipe(path: Path) -> StudyRecipe:
         match=_match(where, content.get("match")),
         tolerance=_number(where, "tolerance", content.get("tolerance", 0.02)),
         gain=_gain(where, content, arms),
+        tasks=_tasks(where, content),
     )
 
 
@@ -209,6 +215,17 @@ def _gain(where: str, content: Mapping[str, Any], arms: Mapping[str, Any]) -> di
         raise ConfigError(
             f"{where}: gain is {found}; name two arms, such as {{random: {next(iter(arms))}, oracle: {list(arms)[-1]}}}"
         )
+    return found
+
+
+def _tasks(where: str, content: Mapping[str, Any]) -> dict[str, Any]:
+    found = {str(key): value for key, value in _mapping(where, content, "tasks")}
+    _check_keys(f"{where}: tasks", found, [*TASK_NAMES, *TASK_NUMBERS])
+    if found and not (found.get("tasks") or found.get("text")):
+        raise ConfigError(f"{where}: tasks names none; give tasks, such as {{tasks: [moebed_recall]}}, or text")
+    for key in TASK_NUMBERS:
+        if key in found and not (isinstance(found[key], int) and found[key] >= 0):
+            raise ConfigError(f"{where}: tasks has {key} {found[key]!r}; give a whole number")
     return found
 
 

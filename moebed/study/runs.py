@@ -94,6 +94,7 @@ class StudyPlan:
         arms: By name.
         runs: By name, each after what it needs, seed by seed, so that pairs are complete early.
         final: (arm, seed) -> name of the run whose result counts.
+        tasks: (arm, seed) -> name of the run of ``moebed tasks`` over it; empty where none is wanted.
         notes: What a person should know before it starts.
         precision: What ``trainer.precision: auto`` is in all of its runs; None where none has it.
         precision_said: The same, for a person.
@@ -103,6 +104,7 @@ class StudyPlan:
     arms: dict[str, Arm] = field(default_factory=dict)
     runs: dict[str, Run] = field(default_factory=dict)
     final: dict[tuple[str, int], str] = field(default_factory=dict)
+    tasks: dict[tuple[str, int], str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     precision: str | None = None
     precision_said: str = ""
@@ -165,11 +167,7 @@ def _resolve_steps(recipe: StudyRecipe, steps: Sequence[Step], plan: StudyPlan, 
         if step.kind == "upcycle":
             dense = found[-1].config
             assert dense is not None
-            arguments = [
-                f"--{key.replace('_', '-')}={value}"
-                for key, given in step.settings.items()
-                for value in (given if isinstance(given, list) else [given])
-            ]
+            arguments = _as_options(step.settings)
             options = read_options(["DENSE", "--out=OUT", *arguments])
             shared, layers = options.get("shared_experts", 0), read_layers(options)
             settings = read_settings(options)
@@ -225,6 +223,15 @@ def _resolve_steps(recipe: StudyRecipe, steps: Sequence[Step], plan: StudyPlan, 
             )
         )
     return found
+
+
+def _as_options(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as options of a command; one that holds a list is given as often."""
+    return [
+        f"--{key.replace('_', '-')}={value}"
+        for key, given in settings.items()
+        for value in (given if isinstance(given, list) else [given])
+    ]
 
 
 def _precision(plan: StudyPlan, out: Path, resolved: Resolved) -> str:
@@ -308,6 +315,20 @@ def _add_runs(plan: StudyPlan, arm: str, steps: Sequence[_CheckedStep], seed: in
         needs = run
     assert needs is not None
     plan.final[arm, seed] = needs.name
+    if plan.recipe.tasks:
+        run = _tasks_run(plan.recipe.tasks, needs, f"tasks/{arm}/seed_{seed}", out)
+        plan.runs[run.name] = run
+        plan.tasks[arm, seed] = run.name
+
+
+def _tasks_run(settings: Mapping[str, Any], trained: Run, name: str, out: Path) -> Run:
+    """``moebed tasks`` over a run's last checkpoint."""
+    names = settings.get("tasks", [])
+    options = {**settings, "tasks": names if isinstance(names, str) else ",".join(map(str, names)), "probes": "none"}
+    checkpoint = str(out / trained.name / "checkpoints" / "last.ckpt")
+    arguments = ["tasks", checkpoint, f"--out={out / name}", *_as_options(options)]
+    identity = {**settings, "after": trained.hash, **_code_identity()}
+    return Run(name, arguments, identity, 0, "run_summary.json", trained.name)
 
 
 def _widths(arms: Mapping[str, Arm], baseline: str) -> list[str]:

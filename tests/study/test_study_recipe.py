@@ -265,3 +265,33 @@ def test_what_is_compared_was_run_with_this_config(study, tmp_path, capsys):
         "raw/seed_1 was begun with another config (model.config.num_experts was 8 and is 4)" in capsys.readouterr().err
     )
     assert not (out / "study.json").exists()
+
+
+def test_tasks_come_after_every_run_that_counts(study, tmp_path):
+    tasks = {"tasks": ["moebed_recall", "moebed_addition"], "limit": 5, "text": ["one=a.txt", "two=b.txt"]}
+    plan = plan_study(read_recipe(study(arms={"topk": {}, "copy": UPCYCLED}, tasks=tasks)), tmp_path / "out")
+    assert set(plan.tasks) == set(plan.final)
+    run = plan.runs[plan.tasks["copy", 2]]
+    assert (run.name, run.needs) == ("tasks/copy/seed_2", "runs/copy/seed_2")
+    checkpoint = tmp_path / "out" / "runs" / "copy" / "seed_2" / "checkpoints" / "last.ckpt"
+    assert run.arguments[:2] == ["tasks", str(checkpoint)]
+    wanted = {"--tasks=moebed_recall,moebed_addition", "--limit=5", "--text=one=a.txt", "--text=two=b.txt"}
+    assert wanted | {"--probes=none"} <= set(run.arguments)
+    assert list(plan.runs).index(run.name) > list(plan.runs).index(str(run.needs))
+    # Other tasks, another training: another run.
+    changed = read_recipe(study(arms={"topk": {}, "copy": UPCYCLED}, tasks={**tasks, "limit": 6}))
+    assert plan_study(changed, tmp_path / "out").runs[run.name].hash != run.hash
+    assert run.identity["after"] == plan.runs[str(run.needs)].hash
+
+
+@pytest.mark.parametrize(
+    ("tasks", "said"),
+    [
+        ({"task": "moebed_recall"}, "unknown key 'task'; did you mean 'tasks'?"),
+        ({"limit": 5}, "tasks names none"),
+        ({"tasks": "moebed_recall", "limit": "all"}, "limit 'all'; give a whole number"),
+    ],
+)
+def test_tasks_that_cannot_be_meant_are_refused(study, tasks, said):
+    with pytest.raises(ConfigError, match=said):
+        read_recipe(study(tasks=tasks))

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from moebed.checkpoints import Checkpoint, load_decoder
 from moebed.cli import main
@@ -140,3 +141,30 @@ def test_what_cannot_be_evaluated_is_refused_in_a_line(checkpoint, tmp_path, cap
     assert main(["tasks", str(checkpoint), "--out", str(tmp_path / "out"), *arguments]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("moebed: error")]
     assert said in line
+
+
+@pytest.mark.slow
+def test_a_study_compares_arms_on_tasks(tmp_path, capsys):
+    recipe = small_recipe(tmp_path)
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    content = {
+        "base": "base.yaml",
+        "arms": {"one": {}, "other": {"model.optimizer.learning_rate": 0.01}},
+        "seeds": [1, 2],
+        "tasks": {"tasks": ["moebed_addition"], "limit": 6},
+    }
+    (tmp_path / "try.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    out = tmp_path / "out"
+    command = ["study", str(tmp_path / "try.yaml"), "--out", str(out), "--jobs", "2"]
+    assert main(command) == 0
+    study = json.loads((out / "study.json").read_text(encoding="utf-8"))
+    for arm, seed in (("one", 1), ("other", 2)):
+        numbers = json.loads((out / "tasks" / arm / f"seed_{seed}" / "run_summary.json").read_text(encoding="utf-8"))
+        found = study["arms"][arm]["runs"][str(seed)]["headlines"]["tasks/moebed_addition/acc"]
+        assert found == {"step": [4], "value": [numbers["tasks/moebed_addition/acc"]]}
+        assert not [name for name in study["arms"][arm]["runs"][str(seed)]["headlines"] if "stderr" in name]
+    assert "tasks/moebed_addition/acc" in (out / "study.md").read_text(encoding="utf-8")
+    # The second time nothing is evaluated again.
+    before = {file: file.stat().st_mtime_ns for file in (out / "tasks").rglob("*.json")}
+    assert main(command) == 0
+    assert {file: file.stat().st_mtime_ns for file in (out / "tasks").rglob("*.json")} == before
