@@ -51,6 +51,19 @@ def test_a_cache_gives_what_the_whole_gives(case):
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", ["math", "sdpa", "native"])
+def test_a_compiled_layer_is_one_graph_with_the_same_gradients(backend):
+    found = []
+    for compiled in (False, True):
+        layer, x, rotary = layer_of(attention_backend=backend, **CASES["queries of a latent"])
+        torch._dynamo.reset()
+        run = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=False) if compiled else layer
+        run(x.requires_grad_(), rotary(0, 11, CPU)).square().sum().backward()
+        found.append([x.grad, *(one.grad for one in layer.parameters())])
+    for one, same in zip(*found, strict=True):  # in norm: the graph sums in another order
+        assert torch.dist(one, same) < 1e-6 * one.norm()
+
+
 def test_a_model_with_it_generates_and_its_parameters_are_counted():
     config = tiny_config(**LATENT, q_lora_rank=10)
     decoder = Decoder(config).eval()

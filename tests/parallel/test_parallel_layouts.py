@@ -43,6 +43,7 @@ APART = {
     "router_coupling_loss_coef": 1.0,
     "router_coupling_gradient": True,
 }
+LATENT = {"kv_lora_rank": 12, "q_lora_rank": 10, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
 RANKS = {"expert_ranks": 2, "router_options": {"d_low": 8, "competition_rate": 1.0, "jitter": 0.1, "num_domains": 2}}
 
 
@@ -127,6 +128,8 @@ def _work(rank: int, world_size: int, options: dict, changes: dict, meta: bool, 
         ({"expert": 2, "shard": False}, {"num_experts": [4, 2], "num_experts_per_tok": 1}, False),
         ({"expert": 2}, {"experts_backend": "loop", "tie_word_embeddings": True}, True),
         ({"expert": 2}, {"num_experts": [0, 2], "num_experts_per_tok": [0, 2], "intermediate_size": 48}, True),
+        ({}, {**LATENT, "num_key_value_heads": 4}, True),
+        ({"expert": 2, "shard": False}, {**LATENT, "num_key_value_heads": 4}, False),
         ({}, {"weight_diversity_loss_coef": 1.0, "output_diversity_loss_coef": 1.0}, True),
         ({"expert": 2}, {"weight_diversity_loss_coef": 1.0, "output_diversity_loss_coef": 1.0}, True),
         *(
