@@ -23,7 +23,8 @@ _COMPUTED_IN = {
     "bf16-true": "weights and products in bfloat16, losses from their results summed in float32",
 }
 SIDE = 256  # of the square matrices: as large as a small model's, and not minutes where bf16 is emulated
-SECONDS = 0.025  # spent on each type, after one product that warms up
+SECONDS = 0.025  # of a core, spent on each type, after one product that warms up
+LEAST = 5  # products of each type: one alone may be slowed down by what else a machine does
 # Mixed precision casts weights and activations besides. CPUs are far from this on either side: .7 or 2 and more.
 MARGIN = 1.2
 
@@ -105,8 +106,8 @@ def multiplies_bf16_faster() -> bool:
 def measured_rates() -> tuple[float, float]:
     """GFLOP/s of a core's products in float32 and bfloat16.
 
-    One thread and the shortest time, so that other work on the machine changes the figures little: threads that wait
-    for each other on busy cores would say more of that work than of the CPU.
+    One thread, the shortest time, and the clock of the thread, which stands while others have the core: so other work
+    on the machine changes the figures little, and a run on a busy machine computes in what it would on an idle one.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -123,10 +124,14 @@ def _product_seconds(types: Sequence[torch.dtype]) -> list[list[float]]:
     for pair in pairs:
         torch.mm(*pair)
     seconds: list[list[float]] = [[] for _ in types]
-    while min(map(sum, seconds)) < SECONDS:  # in turn, so that a slow moment of the machine falls on both
+    while any(map(_unfinished, seconds)):  # in turn, so that a slow moment of the machine falls on both
         for pair, found in zip(pairs, seconds, strict=True):
-            if sum(found) < SECONDS:
-                begin = time.perf_counter()
+            if _unfinished(found):
+                begin = time.thread_time()
                 torch.mm(*pair)
-                found.append(time.perf_counter() - begin)
+                found.append(time.thread_time() - begin)
     return seconds
+
+
+def _unfinished(seconds: Sequence[float]) -> bool:
+    return len(seconds) < LEAST or sum(seconds) < SECONDS

@@ -76,7 +76,7 @@ def test_the_measurement_is_short_and_leaves_the_threads(monkeypatch):
 
     monkeypatch.setattr(torch, "mm", product)
     clock = iter(0.004 * tick for tick in range(10_000))
-    monkeypatch.setattr(precision.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(precision.time, "thread_time", lambda: next(clock))
     precision.measured_rates.cache_clear()
     try:
         rates = precision.measured_rates()
@@ -87,6 +87,24 @@ def test_the_measurement_is_short_and_leaves_the_threads(monkeypatch):
     assert {count for _, count in products} == {1}
     assert len(products) == 2 * 8  # one of each to warm up, then 25 ms
     assert [dtype for dtype, _ in products[:2]] == [torch.float32, torch.bfloat16]
+
+
+def test_one_slow_moment_decides_nothing(monkeypatch):
+    """The first product in bf16 takes a second, as where something else had the core; the others a millisecond."""
+    now, calls = [0.0], []
+
+    def product(a, b):
+        calls.append(a.dtype)
+        now[0] += 1.0 if calls.count(torch.bfloat16) == 2 and a.dtype == torch.bfloat16 else 0.001
+
+    monkeypatch.setattr(torch, "mm", product)
+    monkeypatch.setattr(precision.time, "thread_time", lambda: now[0])
+    precision.measured_rates.cache_clear()
+    try:
+        float32, bfloat16 = precision.measured_rates()
+    finally:
+        precision.measured_rates.cache_clear()
+    assert bfloat16 == pytest.approx(float32)
 
 
 def test_this_machine_is_measured():
