@@ -21,7 +21,8 @@ from moebed.checkpoints.reading_order import ReadingPlan
 from moebed.model.attention import RMSNorm
 from moebed.model.config import ModelConfig
 from moebed.model.decoder import Block, MoE
-from moebed.model.fused import ACTIVATIONS
+from moebed.model.experts import bias_name
+from moebed.model.fused import GATINGS
 from moebed.model.hyper_experts import AdapterGenerator, build_generator
 from moebed.model.routers import Routing, build_router
 from moebed.views.beside import ExpertSums, Rows
@@ -155,7 +156,7 @@ class StreamedWeights:
     def __init__(self, model: StreamedModel, layer: int, reference: StreamedModel | None = None) -> None:
         self._model, self._layer, self._reference = model, layer, reference
         self._config = model.config.layer(layer)
-        self._activation = ACTIVATIONS[model.config.hidden_act]
+        self._gating = GATINGS[model.config.hidden_act]
 
     def expert_matrix(self, name: str, index: int, rows: slice) -> Tensor:
         """Rows of one routed expert's matrix, as stored or rounded."""
@@ -255,7 +256,7 @@ class StreamedWeights:
         model, weights = self._model, ffn_pieces(self._model.checkpoint, self._layer, ffn)
         model.pool.enter(model.plan.group(self._layer, ffn if step is None else step))
         matrices = {name: [model.pool.get(piece) for piece in pieces] for name, pieces in weights.items()}
-        return OpenFfn(matrices, model.precision, self._activation, runs)
+        return OpenFfn(matrices, model.precision, self._gating, runs)
 
     def _shared_gate(self, x: Tensor) -> Tensor | float:
         mlp = self._model.current.mlp if self._model.current is not None else None
@@ -286,10 +287,14 @@ def routing_step(expert: int) -> Hashable:
 def ffn_pieces(checkpoint: Checkpoint, layer: int, step: int | str) -> dict[str, list[Piece]]:
     """The three matrices of a routed expert, given by its index, of the shared expert, or of a dense layer's FFN.
 
-    Each is the product of its pieces, which is one piece for most.
+    Each is the product of its pieces, which is one piece for most. Beside them the biases of an expert that has some.
     """
     if isinstance(step, int):
-        return {name: factor_pieces(checkpoint, layer, name, step) for name in MATRICES}
+        weights = {name: factor_pieces(checkpoint, layer, name, step) for name in MATRICES}
+        if checkpoint.config.experts_bias:
+            biases = {name: checkpoint.keys.bias(layer, name, step) for name in MATRICES}
+            weights |= {bias_name(name): [Piece(checkpoint, part)] for name, part in biases.items()}
+        return weights
     found = {}
     for name in MATRICES:
         part = checkpoint.keys.shared(layer, name) if step == "shared" else checkpoint.keys.dense(layer, name)

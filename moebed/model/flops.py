@@ -101,9 +101,10 @@ def flops_per_token(config: ModelConfig, sequence_length: int, training: bool = 
     _, active = count_parameters(config, training)
     norms = hidden * (1 + config.num_hidden_layers * (4 if config.post_norms else 2))
     matrices = active - norms - (0 if config.tie_word_embeddings else config.vocab_size * hidden)
-    keys = sequence_length / 2 if config.sliding_window is None else min(sequence_length / 2, config.sliding_window)
+    windows = [config.window(index) or sequence_length for index in range(config.num_hidden_layers)]
+    keys = sum(min(sequence_length / 2, window) for window in windows)
     widths = config.head_dim + config.value_head_dim
-    attention = 2 * keys * config.num_attention_heads * widths * config.num_hidden_layers
+    attention = 2 * keys * config.num_attention_heads * widths
     rule = ROUTERS[config.router]
     matrices += sum(rule.other_products(config, config.layer(index)) for index in config.moe_layers)
     return int(2 * matrices + attention)

@@ -8,6 +8,7 @@ from moebed.checkpoints.families.deepseek_v2 import DEEPSEEK_V2, DEEPSEEK_V3
 from moebed.checkpoints.families.dots1 import DOTS1
 from moebed.checkpoints.families.ernie import ERNIE
 from moebed.checkpoints.families.glm4_moe import GLM4_MOE
+from moebed.checkpoints.families.gpt_oss import GPT_OSS
 from moebed.checkpoints.families.granite import GRANITE, GRANITE_SHARED
 from moebed.checkpoints.families.grok1 import GROK1
 from moebed.checkpoints.families.llama import LLAMA_FAMILY
@@ -41,6 +42,7 @@ FAMILIES: dict[str, Family] = {
         ERNIE,
         DEEPSEEK_V2,
         DEEPSEEK_V3,
+        GPT_OSS,
     )
 }
 

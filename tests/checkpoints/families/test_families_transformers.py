@@ -107,6 +107,15 @@ CASES |= {
     "deepseek_v3-halves": ("deepseek_v3", {**FINE, **LATENT, "q_lora_rank": None, "n_group": 1, "topk_group": 1,
                                            "norm_topk_prob": False, "rope_interleave": False, **ROPE}),
 }  # fmt: skip
+# Every other layer has the window; some gates and ups go beyond their limits.
+OSS = {"num_local_experts": 6, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 5, "initializer_range": 0.7}
+CASES |= {
+    "gpt_oss": ("gpt_oss", {**OSS, "rope_parameters": {**ROPES["yarn"], "rope_theta": 30.0, "truncate": False}}),
+    "gpt_oss-plain": ("gpt_oss", {**OSS, "attention_bias": False, "layer_types": ["full_attention"] * 3, **ROPE}),
+    "qwen2_moe-windows": ("qwen2_moe", {**SPARSE, "shared_expert_intermediate_size": 24, "sliding_window": 5,
+                                        "use_sliding_window": True, "max_window_layers": 1}),
+    "dots1-windows": ("dots1", {**FINE, "sliding_window": 5, "max_window_layers": 1}),
+}  # fmt: skip
 
 
 @pytest.fixture(params=CASES)
@@ -119,7 +128,7 @@ def theirs(request):
         for name, tensor in model.state_dict().items():
             if name.endswith("e_score_correction_bias"):
                 tensor.normal_(0.0, 0.1)
-            elif tensor.ndim == 1:
+            elif tensor.ndim == 1 or name.endswith("_bias"):
                 tensor.normal_(1.0, 0.3)
     return model
 
