@@ -58,8 +58,9 @@ class Experts(nn.Module):
 
     The matrices are stored fused as in Hugging Face's recent MoE classes: ``gate_up_proj (E, 2F, H)``, gate first,
     and ``down_proj (E, H, F)``; biases, where there are any, as ``gate_proj_bias`` and ``up_proj_bias (E, F)`` and
-    ``down_proj_bias (E, H)``, which a router's weight scales with the rest of an output. Where they are spread over ranks (see moebed.parallel) both are DTensors, split on
-    their first axis, and ``exchange`` takes tokens to their experts and back.
+    ``down_proj_bias (E, H)``, which a router's weight scales with the rest of an output. Where they are spread over
+    ranks (see moebed.parallel) all are DTensors, split on their first axis, and ``exchange`` takes tokens to their
+    experts and back.
 
     A router may have experts of its own (``Router.experts_class``), which go on from what it computed:
     ``Routing.precomputed`` is (T, K, ·) of what they say; of these, their outputs, not weighted.
@@ -95,7 +96,10 @@ class Experts(nn.Module):
     def shapes(cls, config: ModelConfig, layer: LayerConfig) -> dict[str, tuple[int, ...]]:
         """Of the parameters, by name; the first axis is the experts'."""
         experts, width, hidden = layer.num_experts, layer.moe_intermediate_size, config.hidden_size
-        matrices = {"gate_up_proj": (experts, 2 * width, hidden), "down_proj": (experts, hidden, width)}
+        matrices: dict[str, tuple[int, ...]] = {
+            "gate_up_proj": (experts, 2 * width, hidden),
+            "down_proj": (experts, hidden, width),
+        }
         if not config.experts_bias:
             return matrices
         return {**matrices, **{bias_name(name): (experts, hidden if name == "down" else width) for name in MATRICES}}
@@ -174,7 +178,7 @@ class Experts(nn.Module):
         return self.matrix(name)[expert]
 
     def bias(self, name: str) -> Tensor | None:
-        """What is added to the product with a matrix of all experts here: (E, F), of ``down`` (E, H); None if nothing."""
+        """What is added to products with a matrix of all experts here: (E, F), of ``down`` (E, H); None if nothing."""
         stored = self._parameters.get(bias_name(name))
         return None if stored is None else self.local(stored)
 

@@ -61,7 +61,7 @@ def read_rope(settings: Mapping[str, Any], theta: float, partial: float | None =
     rope = Rope(_theta(key, block, settings, theta))
     if settings.get("rope_theta") not in (None, rope.theta):
         rope.notes.append(f"{key}.rope_theta is taken and rope_theta beside it passed over, as transformers does")
-    if len(given) == 2 and settings["rope_scaling"] != settings["rope_parameters"]:
+    if len(given) == 2 and _differ(settings, *(settings[one] for one in BLOCKS)):
         rope.notes.append("rope_scaling is taken and rope_parameters beside it passed over, as transformers does")
     _read_partial(rope, key, block, settings, partial)
     name = block.get("rope_type", block.get("type", "default"))
@@ -80,6 +80,12 @@ def read_rope(settings: Mapping[str, Any], theta: float, partial: float | None =
     if settings.get(ORIGINAL) is not None and ORIGINAL not in kind.numbers:
         rope.notes.append(f"{ORIGINAL} means nothing to rope_type {name!r} and is passed over")
     return rope
+
+
+def _differ(settings: Mapping[str, Any], one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two blocks say different things, where what one leaves out may stand beside it."""
+    says = [{key: block.get(key, settings.get(key)) for key in {*one, *other}} for block in (one, other)]
+    return says[0] != says[1]
 
 
 def write_rope(config: ModelConfig, partial: bool = False) -> dict[str, Any]:

@@ -38,7 +38,9 @@ SETTINGS = {
         ("llama", "rope_scaling", {"rope_type": "proportional", "factor": 2.0}),
         ("llama", "attention_bias", True),
         ("llama", "mlp_bias", True),
-        ("qwen2", "layer_types", ["full_attention", "sliding_attention"]),
+        ("qwen2", "layer_types", ["full_attention", "chunked_attention"]),
+        ("gpt_oss", "swiglu_limit", 5.0),
+        ("gpt_oss", "sliding_window", None),
         ("olmoe", "clip_qkv", 8.0),
         ("deepseek", "scoring_func", "sigmoid"),
         ("mixtral", "quantization_config", {"bits": 4}),
@@ -120,6 +122,20 @@ def model(**changes):
         ("qwen2_moe", {"attention_bias": True}, "num_shared_experts"),
         ("grok-1", {"norm_topk_prob": False}, "post_norms"),
         ("llama", {}, "num_experts"),
+        ("gpt_oss", {"hidden_act": "clamped_swiglu", "experts_bias": True, "attention_sinks": True}, "router_options"),
+        ("mixtral", {"hidden_act": "clamped_swiglu"}, "hidden_act is 'clamped_swiglu'"),
+        ("mixtral", {"attention_sinks": True}, "attention_sinks"),
+        ("mixtral", {"experts_bias": True}, "experts_bias"),
+        (
+            "qwen2_moe",
+            {
+                "attention_bias": True,
+                "sliding_window": [4, 5, None],
+                "num_shared_experts": 1,
+                "shared_expert_gate": True,
+            },
+            "sliding_window",
+        ),
     ],
 )
 def test_what_a_family_cannot_express_is_refused_by_name(family, changes, name):
@@ -180,6 +196,7 @@ OWN = {
     "deepseek_v3": {**FINE, **LATENT, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
     "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "granitemoeshared": {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 20},
 }  # fmt: skip
