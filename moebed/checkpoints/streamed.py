@@ -6,19 +6,18 @@ T tokens, N some tokens or rows, E experts, K experts per token, H hidden, F exp
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from moebed.checkpoints.checkpoint import Checkpoint
 from moebed.checkpoints.open_ffn import OpenFfn, Precision
 from moebed.checkpoints.pool import Piece, WeightPool
 from moebed.checkpoints.reading_order import ReadingPlan
-from moebed.model.attention import RMSNorm
+from moebed.model.attention import build_norm
 from moebed.model.config import ModelConfig
 from moebed.model.decoder import Block, MoE
 from moebed.model.experts import bias_name
@@ -27,7 +26,7 @@ from moebed.model.hyper_experts import AdapterGenerator, build_generator
 from moebed.model.routers import Routing, build_router
 from moebed.views.beside import ExpertSums, Rows
 from moebed.views.layer import MATRICES, ExpertKind, ExpertView, Watch
-from moebed.views.text_pass import band_rows
+from moebed.views.text_pass import band_rows, logits_in_bands
 
 _HEAD_BAND = 1 << 26  # bytes
 _GAP = 16  # rows of the embedding that are read for nothing rather than with a read of their own
@@ -134,14 +133,17 @@ class StreamedModel:
 
     def head(self, hidden: Tensor) -> Iterator[Tensor]:
         """Logits (N, v), band after band of the vocabulary."""
-        norm = RMSNorm(self.config.hidden_size, self.config.rms_norm_eps)
-        part = self.checkpoint.keys.parameter("norm.weight")[0].part
-        norm.weight.data = self.precision.seen(self.checkpoint.read(part)).float()
+        norm, bias = final_norm(self.checkpoint, self.precision.seen), head_bias(self.checkpoint)
         x = norm(hidden)
+        bias = None if bias is None else self.precision.seen(bias)
+        yield from logits_in_bands(x, self._head_rows(len(x)), bias, self.config.logits_multiplier)
+
+    def _head_rows(self, num_tokens: int) -> Iterator[Tensor]:
+        """Rows (v, H) of the output embedding, band after band."""
         for number, piece in enumerate(head_pieces(self.checkpoint)):
             self.pool.enter(self.plan.group(HEAD, number))
-            for rows in self.precision.seen(self.pool.get(piece)).split(band_rows(len(x))):
-                yield F.linear(x, rows.to(self.precision.compute)) * self.config.logits_multiplier
+            for rows in self.precision.seen(self.pool.get(piece)).split(band_rows(num_tokens)):
+                yield rows.to(self.precision.compute)
 
 
 class StreamedWeights:
@@ -323,6 +325,21 @@ def dense_piece(checkpoint: Checkpoint | None, layer: int, name: str) -> Piece |
         return None
     part = checkpoint.keys.dense(layer, name)
     return Piece(checkpoint, part) if part is not None else None
+
+
+def final_norm(checkpoint: Checkpoint, seen: Callable[[Tensor], Tensor] = lambda weights: weights) -> nn.Module:
+    """The norm before the head, float32, of weights as they are seen; without gradients."""
+    norm = build_norm(checkpoint.config).requires_grad_(False)
+    for name, parameter in norm.named_parameters():
+        parameter.data = seen(checkpoint.read(checkpoint.keys.parameter(f"norm.{name}")[0].part)).float()
+    return norm
+
+
+def head_bias(checkpoint: Checkpoint) -> Tensor | None:
+    """The bias (V,) of the head, as it is stored; None without one."""
+    if not checkpoint.config.lm_head_bias:
+        return None
+    return checkpoint.read(checkpoint.keys.parameter("lm_head.bias")[0].part)
 
 
 def head_pieces(checkpoint: Checkpoint) -> list[Piece]:

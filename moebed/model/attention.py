@@ -38,6 +38,11 @@ class RMSNorm(nn.Module):
         return fused.rms_norm(x, self.weight, self.eps)
 
 
+def build_norm(config: ModelConfig) -> nn.Module:
+    """A norm of the residual stream."""
+    return (RMSNorm if config.norm_type == "rms" else nn.LayerNorm)(config.hidden_size, config.rms_norm_eps)
+
+
 def turned(x: Tensor, rope: Rope, interleaved: bool = False) -> Tensor:
     """x (B, heads, S, D) with its first d dimensions turned by cos and sin (S, d) of their positions.
 

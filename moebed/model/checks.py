@@ -78,6 +78,7 @@ def check_numbers(config: Config) -> None:
     for name in _OPTIONAL_SIZES:
         value = getattr(config, name)
         require(value is None or value >= 1, f"{name} is {value}; it must be at least 1")
+    require(config.pre_norms or config.post_norms, "pre_norms and post_norms are both false; a layer needs norms")
     windows = config.sliding_window if isinstance(config.sliding_window, list) else [config.sliding_window]
     for value in windows:
         require(value is None or value >= 1, f"sliding_window is {value}; it must be at least 1")

@@ -81,7 +81,8 @@ class ModelConfig:
             routers that choose among the tokens of a rank. A process stands for as many of them as its number leaves,
             and cuts its batch into so many parts; where parallel.expert is above 1 it must be the same.
         ranks_per_node: Of these ranks; must divide them.
-        rms_norm_eps: Added to the mean square in every RMSNorm.
+        norm_type: Of the residual stream's norms: rms (RMSNorm), or layer (LayerNorm with a bias, Phi-3.5-MoE).
+        rms_norm_eps: Added to the mean square in every RMSNorm, and to the variance in every LayerNorm.
         rope_theta: Base of the rotary position embedding.
         rope_scaling: How the rotary embedding is stretched to longer texts: rope_type and its settings, as
             transformers calls them (linear, dynamic, llama3, yarn, longrope; see moebed.model.rope_config); not at all
@@ -102,13 +103,16 @@ class ModelConfig:
         attention_sinks: One more logit in the softmax of each head, learned, which takes its share of the attention
             and brings no value (gpt-oss).
         qk_norm: RMSNorm of queries and keys: none, head (each by itself, Qwen3) or full (all heads together, OLMoE).
-        post_norms: RMSNorm also after attention and after the FFN or MoE, before the residual is added (Grok-1).
+        pre_norms: A norm before attention and one before the FFN or MoE, which without them see the residual stream
+            itself (FlexOlmo).
+        post_norms: A norm after attention and one after the FFN or MoE, before the residual is added (Grok-1).
         attention_multiplier: Scale of the attention logits; 1 / sqrt(head_dim) if not given.
         attn_logit_softcapping: Attention logits become cap * tanh(logits / cap), in float32 (Grok-1: 30).
         embedding_multiplier: Scale of the embeddings (Grok-1).
         residual_multiplier: Scale of what attention and FFN or MoE add to the residual stream (Granite).
         logits_multiplier: Scale of the output logits (Grok-1).
         tie_word_embeddings: The head uses the embedding's weights.
+        lm_head_bias: A bias on the output logits (Phi-3.5-MoE).
         initializer_range: Standard deviation of initial weights.
         base_hidden_size: Hidden size at which initializer_range and the learning rate were chosen: both are then
             scaled to this model's by the role of each parameter (muP, see moebed.model.width); left as they are if not
@@ -162,6 +166,7 @@ class ModelConfig:
     locality_epsilon: float = 0.1
     expert_ranks: int = 1
     ranks_per_node: int = 1
+    norm_type: Literal["rms", "layer"] = "rms"
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: dict[str, Any] | None = None
@@ -178,6 +183,7 @@ class ModelConfig:
     attention_output_bias: bool = False
     attention_sinks: bool = False
     qk_norm: Literal["none", "head", "full"] = "none"
+    pre_norms: bool = True
     post_norms: bool = False
     attention_multiplier: float | None = None
     attn_logit_softcapping: float | None = None
@@ -185,6 +191,7 @@ class ModelConfig:
     residual_multiplier: float = 1.0
     logits_multiplier: float = 1.0
     tie_word_embeddings: bool = False
+    lm_head_bias: bool = False
     initializer_range: float = 0.02
     base_hidden_size: int | None = None
     base_moe_intermediate_size: int | None = None
@@ -309,6 +316,11 @@ class ModelConfig:
     def window(self, index: int) -> int | None:
         """Tokens that a token may look back at in one layer, itself included; all of them if None."""
         return None if self.sliding_window is None else self._at("sliding_window", index)
+
+    @property
+    def norms_per_layer(self) -> int:
+        """Norms of the residual stream's width in a layer."""
+        return 2 * (self.pre_norms + self.post_norms)
 
     @property
     def needs_attention_logits(self) -> str | None:

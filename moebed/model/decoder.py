@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moebed.errors import ConfigError, UserError
 from moebed.machine.float32 import exact_products
-from moebed.model.attention import KVCache, RMSNorm
+from moebed.model.attention import KVCache, build_norm
 from moebed.model.config import LayerConfig, ModelConfig
 from moebed.model.experts import weighted_sum
 from moebed.model.fused import GATINGS
@@ -176,12 +176,11 @@ class Block(nn.Module):
         super().__init__()
         layer = config.layer(index)
 
-        def norm() -> nn.Module:
-            return RMSNorm(config.hidden_size, config.rms_norm_eps)
+        def norm(there: bool) -> nn.Module:
+            return build_norm(config) if there else nn.Identity()
 
-        self.pre_attn_norm, self.pre_ffn_norm = norm(), norm()
-        self.post_attn_norm = norm() if config.post_norms else nn.Identity()
-        self.post_ffn_norm = norm() if config.post_norms else nn.Identity()
+        self.pre_attn_norm, self.pre_ffn_norm = norm(config.pre_norms), norm(config.pre_norms)
+        self.post_attn_norm, self.post_ffn_norm = norm(config.post_norms), norm(config.post_norms)
         self.self_attn = build_attention(config, index)
         self.residual_multiplier = config.residual_multiplier
         self.mlp: MoE | FeedForward
@@ -240,8 +239,8 @@ class Decoder(nn.Module):
         self.rotary = RotaryEmbedding(config)
         generator = build_generator(config)
         self.layers = nn.ModuleList(Block(config, index, generator) for index in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.norm = build_norm(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self.adapter_generator = generator

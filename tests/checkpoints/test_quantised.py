@@ -215,7 +215,7 @@ def test_gpt_oss_as_it_was_published(tmp_path):
         for name, parameter in model.named_parameters():
             tensors[name] = (parameter.normal_() if name.endswith("_bias") else parameter).bfloat16()
             parameter.copy_(tensors[name])
-        for name, value in list(tensors.items()):
+        for name in list(tensors):
             if name.endswith(("gate_up_proj", "down_proj")):
                 codes, exponents, numbers = to_mxfp4(tensors.pop(name).float().transpose(1, 2))
                 tensors |= {f"{name}_blocks": codes.contiguous(), f"{name}_scales": exponents}

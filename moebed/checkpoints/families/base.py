@@ -162,6 +162,7 @@ class Family:
             stored is taken.
         partial_rotary: The share of a head that turns where ``config.json`` does not say it as others do, from their
             settings; None of a family whose heads turn as a whole.
+        rope_magnitudes: Whether LongRoPE's cos and sin are multiplied by numbers of its own (``rope.MAGNITUDES``).
         further: A pattern of the names of tensors that predict further tokens, with ``{layers}`` for their number; such
             tensors are passed over with a note, as transformers does.
         in_transformers: Whether transformers has a class for it. That class passes over settings that it does not know,
@@ -187,6 +188,7 @@ class Family:
     same: Mapping[str, str] = field(default_factory=dict)
     other_names: Mapping[str, str] = field(default_factory=dict)
     partial_rotary: Callable[[Settings], float] | None = None
+    rope_magnitudes: bool = False
     further: str | None = None
     in_transformers: bool = True
     uncomputed: Callable[[Settings], list[str]] = lambda settings: []
@@ -248,7 +250,8 @@ class Family:
         stretched = (
             {**settings, "rope_parameters": given[0]} if given and not settings.get("rope_scaling") else settings
         )
-        rope = read_rope(stretched, self.defaults.get("rope_theta", 10000.0), partial)
+        theta = self.defaults.get("rope_theta", 10000.0)
+        rope = read_rope(stretched, theta, partial, self.rope_magnitudes)
         values: dict[str, Any] = {ours: found[theirs] for ours, theirs in names.items()}
         values["head_dim"] = found.get("head_dim")
         for ours, value in values.items():
@@ -307,7 +310,12 @@ class Family:
         return settings
 
 
-_DEFAULTS = {"hidden_act": "silu", "num_key_value_heads": None, "tie_word_embeddings": False}
+_DEFAULTS = {
+    "hidden_act": "silu",
+    "num_key_value_heads": None,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+}
 # What only a forward pass needs, or what comes with tensors that have no place in the decoder.
 _ACCEPTS: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),

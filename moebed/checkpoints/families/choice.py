@@ -27,6 +27,8 @@ IN_TRANSFORMERS = {
         "deepseek_v2",
         "deepseek_v3",
         "gpt_oss",
+        "flex_olmo",
+        "phimoe",
     ),
 }
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from moebed.checkpoints.families import fine_grained
 from moebed.checkpoints.families.base import Family, Settings
-from moebed.checkpoints.families.layout import EXPERTS, QK_NORM
+from moebed.checkpoints.families.layout import ALL_ATTENTION_BIAS, BIASED_ATTENTION, EXPERTS, QK_NORM
 from moebed.checkpoints.families.windows import WINDOW_KEYS, uncomputed_windows, window_settings, windows_of
 from moebed.model.config import ModelConfig
 
@@ -28,9 +28,9 @@ def _encode(config: ModelConfig) -> dict[str, Any]:
 DOTS1 = Family(
     model_type="dots1",
     architecture="Dots1ForCausalLM",
-    tensors={**fine_grained.BIASED_TENSORS, **QK_NORM},
+    tensors={**fine_grained.BIASED_TENSORS, **ALL_ATTENTION_BIAS, **QK_NORM},
     experts=EXPERTS,
-    fields=fine_grained.FIELDS,
+    fields={**fine_grained.FIELDS, **BIASED_ATTENTION},
     fixed={"qk_norm": "head"},
     defaults={
         **fine_grained.DEFAULTS,

@@ -3,7 +3,7 @@
 from typing import Any
 
 from moebed.checkpoints.families.base import Family, Settings, Stacked
-from moebed.checkpoints.families.layout import ATTENTION_BIAS, EXPERTS, LLAMA
+from moebed.checkpoints.families.layout import ALL_ATTENTION_BIAS, BIASED_ATTENTION, EXPERTS, LLAMA
 from moebed.checkpoints.families.windows import WINDOW_KEYS, uncomputed_windows, window_settings, windows_of
 from moebed.model.config import ModelConfig
 
@@ -27,7 +27,6 @@ def _slides(settings: Settings, layer: int) -> bool:
 def _decode(settings: Settings) -> dict[str, Any]:
     return {
         "sliding_window": windows_of({**settings, **_USED}, _slides),
-        "attention_output_bias": settings["attention_bias"],
         "router_options": {"router_bias": True},
     }
 
@@ -43,8 +42,7 @@ GPT_OSS = Family(
     architecture="GptOssForCausalLM",
     tensors={
         **LLAMA,
-        **ATTENTION_BIAS,
-        "layers.{i}.self_attn.o_proj.bias": "model.layers.{i}.self_attn.o_proj.bias",
+        **ALL_ATTENTION_BIAS,
         "layers.{i}.self_attn.sinks": "model.layers.{i}.self_attn.sinks",
         "layers.{i}.mlp.router.weight": f"{_MLP}.router.weight",
         "layers.{i}.mlp.router.bias": f"{_MLP}.router.bias",
@@ -59,7 +57,7 @@ GPT_OSS = Family(
         "num_experts": "num_local_experts",
         "num_experts_per_tok": "num_experts_per_tok",
         "moe_intermediate_size": "intermediate_size",
-        "attention_bias": "attention_bias",
+        **BIASED_ATTENTION,
     },
     fixed={
         "norm_topk_prob": True,

@@ -13,7 +13,7 @@ from typing import Any
 
 from moebed.errors import ConfigError
 from moebed.model.config import ModelConfig
-from moebed.model.rope_config import KINDS, ORIGINAL, Kind, kept, positive
+from moebed.model.rope_config import KINDS, MAGNITUDES, ORIGINAL, Kind, kept, positive
 
 BLOCKS = ("rope_scaling", "rope_parameters")
 _BESIDE = ("rope_theta", "partial_rotary_factor")  # in a block of any kind
@@ -41,13 +41,16 @@ class Rope:
     notes: list[str] = field(default_factory=list)
 
 
-def read_rope(settings: Mapping[str, Any], theta: float, partial: float | None = None) -> Rope:
+def read_rope(
+    settings: Mapping[str, Any], theta: float, partial: float | None = None, magnitudes: bool = False
+) -> Rope:
     """The rotary embedding of a ``config.json``.
 
     Args:
         settings: Its content.
         theta: The base where it names none.
         partial: The share of a head that turns where it names none; None of a family whose heads turn as a whole.
+        magnitudes: Whether the family has LongRoPE's MAGNITUDES; to others they mean nothing.
 
     Raises:
         ConfigError: A base is no number, or a block is none.
@@ -66,6 +69,8 @@ def read_rope(settings: Mapping[str, Any], theta: float, partial: float | None =
     _read_partial(rope, key, block, settings, partial)
     name = block.get("rope_type", block.get("type", "default"))
     kind = {**KINDS, "default": _PLAIN}.get(name) if isinstance(name, str) else None
+    if kind is not None and not magnitudes:
+        kind = kind._replace(optional=tuple(name for name in kind.optional if name not in MAGNITUDES))
     values = _values(kind, block, settings, rope.partial) if kind is not None else None
     if kind is None or values is None or any(isinstance(value, Mapping) for value in block.values()):
         rope.uncomputed.append(f"{key} is {dict(block)!r}; supported are rope_type 'default'; {_SUPPORTED}")

@@ -62,6 +62,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {},
     "gpt_oss": {**LOCAL, "head_dim": 8, "sliding_window": 5, "initializer_range": 0.7},
+    "flex_olmo": {**MOE, "norm_topk_prob": True},
+    "phimoe": {**LOCAL, "attention_bias": True, "lm_head_bias": True},
 }  # fmt: skip
 # Endings of cases that say what was said before: the default, or the value of another place.
 SAME = (" left out", "=null", "=null added", "={}", "={} added", "partial_rotary_factor=1.0 added",
