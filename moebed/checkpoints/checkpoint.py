@@ -33,6 +33,7 @@ from moebed.checkpoints.recognised import (
     require_unquantised,
 )
 from moebed.checkpoints.run import is_run, open_run
+from moebed.checkpoints.stacked import unstacked
 from moebed.checkpoints.xai import open_release, release_folder
 from moebed.errors import ConfigError, UserError
 from moebed.machine import provenance
@@ -121,6 +122,7 @@ class Checkpoint:
             entries, notes = _find(where.parent)
         entries, unpacked = unquantised(entries, quantisation, str(where))
         notes = notes + unpacked
+        entries = unstacked(entries, family, reading.config)
         require_unquantised(entries)
         config, tied = _settle_head(family, reading.config, entries, where)
         checkpoint = cls(name, family, config, settings, entries, notes + tied, where.name)
@@ -221,9 +223,11 @@ class Checkpoint:
         """Raise UserError that names tensor and file if a part's values have NaN or Inf among them."""
         if all_finite(values):
             return
-        kind = "NaN" if bool(values.isnan().any()) else "Inf"
+        kind, entry = "NaN" if bool(values.isnan().any()) else "Inf", self.entries[part.name]
+        within = getattr(entry, "within", None)
+        of = f" (of {within})" if within else ""
         raise UserError(
-            f"tensor {part.name} in {self.entries[part.name].path} holds {kind}; download the file again, or probe the "
+            f"tensor {part.name}{of} in {entry.path} holds {kind}; download the file again, or probe the "
             "other layers with --layers"
         )
 

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moebed.machine.float32 import exact_products
-from moebed.model.fused import Activation
+from moebed.model.experts import bias_name
+from moebed.model.fused import Gating
 
 _ACTIVATIONS_AT_A_TIME = 1 << 25  # numbers
 
@@ -64,17 +65,17 @@ class OpenFfn:
     """An FFN whose weights are in memory, until those of another are asked for.
 
     Args:
-        matrices: Each the product of its factors.
+        matrices: Each the product of its factors; biases, where there are some, by the names of their parameters.
         precision: How it is computed.
-        activation: Of the gate.
+        gating: Of gate and up.
         runs: Rows of each run. For more than one block all weights are moved and cast once; for one block each is when
             it is needed, in the same memory.
     """
 
     def __init__(
-        self, matrices: dict[str, list[Tensor]], precision: Precision, activation: Activation, runs: Sequence[int]
+        self, matrices: dict[str, list[Tensor]], precision: Precision, gating: Gating, runs: Sequence[int]
     ) -> None:
-        self._precision, self._activation, self._matrices = precision, activation, matrices
+        self._precision, self._gating, self._matrices = precision, gating, matrices
         self.most = tokens_at_a_time(len(matrices["gate"][0]))  # rows at a time
         self._ready: dict[str, list[Tensor]] = {}
         if len(runs) > 1 or runs[0] > self.most:
@@ -87,17 +88,19 @@ class OpenFfn:
         with self._precision.computing():
             for rows in torch.arange(len(x)).split(self.most):
                 part = slice(int(rows[0]), int(rows[-1]) + 1)
-                activated = self._activation(self._through("gate", x[part]))
+                activated = self._gating.of_gate(self._through("gate", x[part]))
                 if watch is not None:
                     watch(part, activated.float())
-                output[part] = self._through("down", activated * self._through("up", x[part])).float()
+                entered = self._gating.entered(self._through("up", x[part]))
+                output[part] = self._through("down", activated * entered).float()
         return output
 
     def _through(self, name: str, x: Tensor) -> Tensor:
-        """x (N, ·) times the transpose of a matrix, which is the product of its factors."""
+        """x (N, ·) times the transpose of a matrix, which is the product of its factors, and its bias."""
         for factor in reversed(self._ready.get(name, self._matrices[name])):
             x = F.linear(x, factor if self._ready else self._precision.used(factor))
-        return x
+        bias = self._matrices.get(bias_name(name))
+        return x if bias is None else x + self._precision.seen(bias[0]).flatten().to(x.dtype)
 
 
 def tokens_at_a_time(width: int) -> int:

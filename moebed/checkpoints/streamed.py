@@ -6,27 +6,27 @@ T tokens, N some tokens or rows, E experts, K experts per token, H hidden, F exp
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from moebed.checkpoints.checkpoint import Checkpoint
 from moebed.checkpoints.open_ffn import OpenFfn, Precision
 from moebed.checkpoints.pool import Piece, WeightPool
 from moebed.checkpoints.reading_order import ReadingPlan
-from moebed.model.attention import RMSNorm
+from moebed.model.attention import build_norm
 from moebed.model.config import ModelConfig
 from moebed.model.decoder import Block, MoE
-from moebed.model.fused import ACTIVATIONS
+from moebed.model.experts import bias_name
+from moebed.model.fused import GATINGS
 from moebed.model.hyper_experts import AdapterGenerator, build_generator
 from moebed.model.routers import Routing, build_router
 from moebed.views.beside import ExpertSums, Rows
 from moebed.views.layer import MATRICES, ExpertKind, ExpertView, Watch
-from moebed.views.text_pass import band_rows
+from moebed.views.text_pass import band_rows, logits_in_bands
 
 _HEAD_BAND = 1 << 26  # bytes
 _GAP = 16  # rows of the embedding that are read for nothing rather than with a read of their own
@@ -133,14 +133,17 @@ class StreamedModel:
 
     def head(self, hidden: Tensor) -> Iterator[Tensor]:
         """Logits (N, v), band after band of the vocabulary."""
-        norm = RMSNorm(self.config.hidden_size, self.config.rms_norm_eps)
-        part = self.checkpoint.keys.parameter("norm.weight")[0].part
-        norm.weight.data = self.precision.seen(self.checkpoint.read(part)).float()
+        norm, bias = final_norm(self.checkpoint, self.precision.seen), head_bias(self.checkpoint)
         x = norm(hidden)
+        bias = None if bias is None else self.precision.seen(bias)
+        yield from logits_in_bands(x, self._head_rows(len(x)), bias, self.config.logits_multiplier)
+
+    def _head_rows(self, num_tokens: int) -> Iterator[Tensor]:
+        """Rows (v, H) of the output embedding, band after band."""
         for number, piece in enumerate(head_pieces(self.checkpoint)):
             self.pool.enter(self.plan.group(HEAD, number))
-            for rows in self.precision.seen(self.pool.get(piece)).split(band_rows(len(x))):
-                yield F.linear(x, rows.to(self.precision.compute)) * self.config.logits_multiplier
+            for rows in self.precision.seen(self.pool.get(piece)).split(band_rows(num_tokens)):
+                yield rows.to(self.precision.compute)
 
 
 class StreamedWeights:
@@ -155,7 +158,7 @@ class StreamedWeights:
     def __init__(self, model: StreamedModel, layer: int, reference: StreamedModel | None = None) -> None:
         self._model, self._layer, self._reference = model, layer, reference
         self._config = model.config.layer(layer)
-        self._activation = ACTIVATIONS[model.config.hidden_act]
+        self._gating = GATINGS[model.config.hidden_act]
 
     def expert_matrix(self, name: str, index: int, rows: slice) -> Tensor:
         """Rows of one routed expert's matrix, as stored or rounded."""
@@ -255,7 +258,7 @@ class StreamedWeights:
         model, weights = self._model, ffn_pieces(self._model.checkpoint, self._layer, ffn)
         model.pool.enter(model.plan.group(self._layer, ffn if step is None else step))
         matrices = {name: [model.pool.get(piece) for piece in pieces] for name, pieces in weights.items()}
-        return OpenFfn(matrices, model.precision, self._activation, runs)
+        return OpenFfn(matrices, model.precision, self._gating, runs)
 
     def _shared_gate(self, x: Tensor) -> Tensor | float:
         mlp = self._model.current.mlp if self._model.current is not None else None
@@ -286,10 +289,14 @@ def routing_step(expert: int) -> Hashable:
 def ffn_pieces(checkpoint: Checkpoint, layer: int, step: int | str) -> dict[str, list[Piece]]:
     """The three matrices of a routed expert, given by its index, of the shared expert, or of a dense layer's FFN.
 
-    Each is the product of its pieces, which is one piece for most.
+    Each is the product of its pieces, which is one piece for most. Beside them the biases of an expert that has some.
     """
     if isinstance(step, int):
-        return {name: factor_pieces(checkpoint, layer, name, step) for name in MATRICES}
+        weights = {name: factor_pieces(checkpoint, layer, name, step) for name in MATRICES}
+        if checkpoint.config.experts_bias:
+            biases = {name: checkpoint.keys.bias(layer, name, step) for name in MATRICES}
+            weights |= {bias_name(name): [Piece(checkpoint, part)] for name, part in biases.items()}
+        return weights
     found = {}
     for name in MATRICES:
         part = checkpoint.keys.shared(layer, name) if step == "shared" else checkpoint.keys.dense(layer, name)
@@ -318,6 +325,21 @@ def dense_piece(checkpoint: Checkpoint | None, layer: int, name: str) -> Piece |
         return None
     part = checkpoint.keys.dense(layer, name)
     return Piece(checkpoint, part) if part is not None else None
+
+
+def final_norm(checkpoint: Checkpoint, seen: Callable[[Tensor], Tensor] = lambda weights: weights) -> nn.Module:
+    """The norm before the head, float32, of weights as they are seen; without gradients."""
+    norm = build_norm(checkpoint.config).requires_grad_(False)
+    for name, parameter in norm.named_parameters():
+        parameter.data = seen(checkpoint.read(checkpoint.keys.parameter(f"norm.{name}")[0].part)).float()
+    return norm
+
+
+def head_bias(checkpoint: Checkpoint) -> Tensor | None:
+    """The bias (V,) of the head, as it is stored; None without one."""
+    if not checkpoint.config.lm_head_bias:
+        return None
+    return checkpoint.read(checkpoint.keys.parameter("lm_head.bias")[0].part)
 
 
 def head_pieces(checkpoint: Checkpoint) -> list[Piece]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from moebed.checkpoints.checkpoint import Checkpoint
 from moebed.checkpoints.families.keys import KeyMap, Placed, TensorPart
 from moebed.checkpoints.files import DTYPES
+from moebed.checkpoints.stacked import joined, places
 from moebed.errors import UserError
 from moebed.machine import storage
 
@@ -34,11 +35,15 @@ Content = Callable[[str, Placed], Iterable[Tensor]]
 
 @dataclass
 class _Planned:
-    """A tensor of the checkpoint, and the regions of parameters that fill it, in order of their rows."""
+    """A tensor of the checkpoint, and the regions of parameters that fill it.
+
+    In order of their rows; or where some lie in turn, so many of them, joined, after so many others.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    pieces: list[tuple[str, Placed]] = field(default_factory=list)
+    turns: int = 0
+    pieces: list[tuple[int, str, Placed]] = field(default_factory=list)  # the first number sorts them
 
     @property
     def numel(self) -> int:
@@ -47,6 +52,16 @@ class _Planned:
     @property
     def num_bytes(self) -> int:
         return self.numel * self.dtype.itemsize
+
+    def bands(self, content: Content) -> Iterator[Tensor]:
+        """Its numbers, some at a time; where some lie in turn, of as many pieces."""
+        if not self.turns:
+            for _, parameter, placed in self.pieces:
+                yield from content(parameter, placed)
+        for first in range(0, len(self.pieces) if self.turns else 0, max(1, self.turns)):
+            taken = self.pieces[first : first + self.turns]
+            matrices = [torch.cat(list(content(parameter, placed))) for _, parameter, placed in taken]
+            yield joined([one.view(placed.part.shape) for one, (*_, placed) in zip(matrices, taken, strict=True)])
 
 
 class FolderWriter:
@@ -73,13 +88,15 @@ class FolderWriter:
         self.settings = {**settings, "torch_dtype": name, "dtype": name}
         kept = {**dict.fromkeys(keys.state, torch.float32), **(dtypes or {})}
         planned: dict[str, _Planned] = {}
+        stacks = places(keys)
         for parameter in keys.shapes:
             for placed in keys.parameter(parameter):
-                part = placed.part
-                tensor = planned.setdefault(part.name, _Planned(part.shape, kept.get(parameter, dtype)))
-                tensor.pieces.append((parameter, placed))
+                part, where = placed.part, stacks.get(placed.part.name)
+                name, shape, order, turns = where or (part.name, part.shape, part.first, 0)
+                tensor = planned.setdefault(name, _Planned(shape, kept.get(parameter, dtype), turns))
+                tensor.pieces.append((order, parameter, placed))
         for tensor in planned.values():
-            tensor.pieces.sort(key=lambda piece: piece[1].part.first)
+            tensor.pieces.sort(key=lambda piece: piece[0])
         self._shards: list[dict[str, _Planned]] = [{}]
         size = 0
         for tensor_name, tensor in planned.items():
@@ -142,12 +159,11 @@ class FolderWriter:
         file.write(struct.pack("<Q", len(text)) + text)
         for name, tensor in shard.items():
             written = 0
-            for parameter, placed in tensor.pieces:
-                for band in content(parameter, placed):
-                    data = band.detach().to("cpu", tensor.dtype).contiguous()
-                    file.write(data.view(-1).view(torch.uint8).numpy().data)
-                    written += data.numel()
-                    on_write(data.numel() * data.element_size())
+            for band in tensor.bands(content):
+                data = band.detach().to("cpu", tensor.dtype).contiguous()
+                file.write(data.view(-1).view(torch.uint8).numpy().data)
+                written += data.numel()
+                on_write(data.numel() * data.element_size())
             if written != tensor.numel:
                 raise RuntimeError(f"{name} has {tensor.numel} numbers but {written} were written")
 

@@ -21,7 +21,7 @@ from moebed.model.config import ModelConfig
 from moebed.model.routers import build_router
 
 _IN_MOE = re.compile(r"layers\.(\d+)\.mlp\.(experts|router)\.(.+)")
-_BY_EXPERT, _OF_ALL = ("weight", "expert_bias"), ("l1_coefficient",)  # what routers store
+_BY_EXPERT, _OF_ALL = ("weight", "bias", "expert_bias"), ("l1_coefficient",)  # what routers store
 
 
 class Copied:

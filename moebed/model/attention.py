@@ -5,6 +5,8 @@ B sequences, S positions, A query heads, G key-value heads, D head width, H hidd
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,6 +36,11 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (..., size); same shape and dtype."""
         return fused.rms_norm(x, self.weight, self.eps)
+
+
+def build_norm(config: ModelConfig) -> nn.Module:
+    """A norm of the residual stream."""
+    return (RMSNorm if config.norm_type == "rms" else nn.LayerNorm)(config.hidden_size, config.rms_norm_eps)
 
 
 def turned(x: Tensor, rope: Rope, interleaved: bool = False) -> Tensor:
@@ -73,7 +80,9 @@ class KVCache:
 class Attention(nn.Module):
     """Causal multi-head or grouped-query attention; other kinds make queries, keys and values otherwise."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    sinks: nn.Parameter | None  # (A,)
+
+    def __init__(self, config: ModelConfig, index: int = 0) -> None:
         super().__init__()
         assert config.head_dim is not None
         assert config.num_key_value_heads is not None
@@ -81,8 +90,10 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         scale = config.attention_multiplier
         self.scale = config.head_dim**-0.5 if scale is None else scale
-        self.cap, self.window = config.attn_logit_softcapping, config.sliding_window
+        self.cap, self.window = config.attn_logit_softcapping, config.window(index)
+        self.needs_logits = config.needs_attention_logits is not None
         self.backend, self.interleaved = config.attention_backend, config.rope_interleave
+        self.register_parameter("sinks", None)
         self._build(config)
 
     def _build(self, config: ModelConfig) -> None:
@@ -91,13 +102,17 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
-        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.attention_output_bias)
         self.norm_heads = config.qk_norm == "head"
         self.q_norm: nn.Module = nn.Identity()
         self.k_norm: nn.Module = nn.Identity()
         if config.qk_norm != "none":
             self.q_norm = RMSNorm(self.head_dim if self.norm_heads else q_size, config.rms_norm_eps)
             self.k_norm = RMSNorm(self.head_dim if self.norm_heads else kv_size, config.rms_norm_eps)
+        if config.attention_sinks:
+            self.sinks = nn.Parameter(torch.zeros(self.num_heads))
+            draw = partial(nn.init.normal_, mean=0.0, std=config.initializer_range)
+            self.sinks.draw = draw  # type: ignore[attr-defined]
 
     def _project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor, Rope | None]:
         """Queries (B, A, S, D), keys and values (B, G, S, ·) of x (B, S, H), and what they have yet to be turned by."""
@@ -149,12 +164,13 @@ class Attention(nn.Module):
             return self._sdpa(query, key, F.pad(value, (0, width - narrow)))[..., :narrow]
         heads = query.shape[:2]
         query, key, value = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)  # (B·A, ., D)
+        sinks = None if self.sinks is None else self.sinks.repeat(heads[0])  # (B·A,)
         if torch.is_grad_enabled():  # the backward pass needs all logits anyhow
-            return self._attend(query, key, value, slice(0, length)).unflatten(0, heads)
-        mixed = [
-            torch.cat([self._attend(query[some], key[some], value[some], rows) for rows in _blocks(length, total)], 1)
-            for some in _blocks(len(query), length * total)
-        ]
+            return self._attend(query, key, value, sinks, slice(0, length)).unflatten(0, heads)
+        mixed = []
+        for some in _blocks(len(query), length * total):
+            own = query[some], key[some], value[some], None if sinks is None else sinks[some]
+            mixed.append(torch.cat([self._attend(*own, rows) for rows in _blocks(length, total)], 1))
         return torch.cat(mixed).unflatten(0, heads)
 
     def _sdpa(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -174,7 +190,7 @@ class Attention(nn.Module):
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         return native.causal_attention(query, key, value, self.scale, rope)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, rows: slice) -> Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, rows: slice) -> Tensor:
         """Plain products of some queries (n, S, D) with keys and values (n, S_total, D): (n, rows, D)."""
         length, total = query.shape[1], key.shape[1]
         query, mask = query[:, rows], self._mask(rows, length, total, query.device)
@@ -184,19 +200,21 @@ class Attention(nn.Module):
         else:
             logits = torch.bmm(query * self.scale, key.transpose(1, 2)).float()
             logits = self.cap * torch.tanh(logits / self.cap) + hidden
-        return logits.softmax(dim=-1).to(value.dtype) @ value
+        if sinks is not None:  # of which no value comes (Xiao 2309.17453 found that heads look for such a place)
+            logits = torch.cat([logits, sinks.to(logits.dtype).view(-1, 1, 1).expand(-1, logits.shape[1], 1)], dim=-1)
+        return logits.softmax(dim=-1)[..., :total].to(value.dtype) @ value
 
     def _uses_native(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
         """Whether the compiled attention serves: where it fits and is asked for, or was measured to be the fastest."""
         sees_all_before = self.window is None or key.shape[2] <= self.window
-        if self.backend not in ("auto", "native") or self.cap is not None or not sees_all_before:
+        if self.backend not in ("auto", "native") or self.needs_logits or not sees_all_before:
             return False
         if native.unfit(query, key) is not None or key.shape != value.shape:
             return False
         return native.is_there() if self.backend == "native" else native.is_fastest(len(key) * self.num_kv_heads)
 
     def _uses_sdpa(self, query: Tensor, total: int) -> bool:
-        if self.cap is not None or self.backend == "math":
+        if self.needs_logits or self.backend == "math":
             return False
         # On a CPU the backward pass of PyTorch's flash attention is slower in bf16 than the whole of plain products, as
         # long as their (S, S) logits are small; in float32 it is faster.

@@ -9,7 +9,6 @@ from moebed.errors import ConfigError
 Config = Any  # a ModelConfig, whose file imports this one
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 _OPTIONAL_SIZES = (
-    "sliding_window",
     "intermediate_size",
     "shared_expert_intermediate_size",
     "base_hidden_size",
@@ -59,6 +58,8 @@ def check_latent(config: Config) -> bool:
             ("head_dim", (None, width)),
             ("num_key_value_heads", (config.num_attention_heads,)),
             ("attention_bias", (False,)),
+            ("attention_output_bias", (False,)),
+            ("attention_sinks", (False,)),
             ("qk_norm", ("none",)),
             ("partial_rotary_factor", (1,)),
         ):
@@ -77,6 +78,10 @@ def check_numbers(config: Config) -> None:
     for name in _OPTIONAL_SIZES:
         value = getattr(config, name)
         require(value is None or value >= 1, f"{name} is {value}; it must be at least 1")
+    require(config.pre_norms or config.post_norms, "pre_norms and post_norms are both false; a layer needs norms")
+    windows = config.sliding_window if isinstance(config.sliding_window, list) else [config.sliding_window]
+    for value in windows:
+        require(value is None or value >= 1, f"sliding_window is {value}; it must be at least 1")
     for name in _COEFFICIENTS:
         require(getattr(config, name) >= 0, f"{name} is {getattr(config, name)}; it must not be negative")
 

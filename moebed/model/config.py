@@ -8,9 +8,8 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
-import operator
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import MISSING, InitVar, dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import InitVar, dataclass, field
 from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -19,46 +18,10 @@ from moebed.model.allocation import allocate
 from moebed.model.checks import check_latent, check_layer, check_numbers, check_ranks, check_sizes, require
 from moebed.model.hyper_config import HyperExperts, settle_hyper_experts
 from moebed.model.rope_config import scaling_of
+from moebed.model.router_options import RouterOptions as RouterOptions  # for plug-ins: what a router imports of configs
+from moebed.model.router_options import setting as setting
 
 PerLayer = int | list[int]
-
-
-def setting(
-    sentence: str,
-    default: Any = MISSING,
-    least: float | None = None,
-    most: float | None = None,
-    advice: Callable[[ModelConfig], str] | None = None,
-) -> Any:
-    """A field of a router's Options.
-
-    Args:
-        sentence: What it says in ``--help``.
-        default: What it is if not given; if there is none, it must be given.
-        least: Of a number.
-        most: Of a number.
-        advice: What to give in a model such as this one, for the error that says that it must be given.
-    """
-    return field(default=default, metadata={"sentence": sentence, "least": least, "most": most, "advice": advice})
-
-
-@dataclass
-class RouterOptions:
-    """What one router can be told: each router's class has its own as ``Options``, made of :func:`setting`.
-
-    Raises ConfigError where a number is outside its bounds.
-    """
-
-    def __post_init__(self) -> None:
-        for one in dataclasses.fields(self):
-            value = getattr(self, one.name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            for name, holds in (("least", operator.ge), ("most", operator.le)):
-                bound = one.metadata.get(name)
-                if bound is not None and not (number and holds(value, bound)):
-                    raise ConfigError(
-                        f"model config: router_options.{one.name} is {value}; it must be at {name} {bound}"
-                    )
 
 
 @dataclass
@@ -83,7 +46,9 @@ class ModelConfig:
             which layers there is one.
         shared_expert_gate: Scale the shared expert's output by a learned sigmoid gate (Qwen2-MoE).
         hyper_experts: HyperMoE, or one of its controls: an adapter beside the experts; none if not given.
-        hidden_act: Activation on the gate projection: silu (SwiGLU), gelu (GeGLU, exact) or gelu_tanh.
+        hidden_act: Activation on the gate projection: silu (SwiGLU), gelu (GeGLU, exact), gelu_tanh, or clamped_swiglu
+            of gate and up, (clamp(up, ±7) + 1) · g · sigmoid(1.702 g) with g = min(gate, 7) (gpt-oss).
+        experts_bias: Biases on the three projections of routed experts (gpt-oss).
         router: Name of the routing rule (moebed/README.md lists them), or of one that --plugins made known.
         router_options: Settings of the router; those of other routers are passed over.
         norm_topk_prob: Divide the weights of the chosen experts by their sum (Mixtral does, DeepSeek and Grok do not);
@@ -116,7 +81,8 @@ class ModelConfig:
             routers that choose among the tokens of a rank. A process stands for as many of them as its number leaves,
             and cuts its batch into so many parts; where parallel.expert is above 1 it must be the same.
         ranks_per_node: Of these ranks; must divide them.
-        rms_norm_eps: Added to the mean square in every RMSNorm.
+        norm_type: Of the residual stream's norms: rms (RMSNorm), or layer (LayerNorm with a bias, Phi-3.5-MoE).
+        rms_norm_eps: Added to the mean square in every RMSNorm, and to the variance in every LayerNorm.
         rope_theta: Base of the rotary position embedding.
         rope_scaling: How the rotary embedding is stretched to longer texts: rope_type and its settings, as
             transformers calls them (linear, dynamic, llama3, yarn, longrope; see moebed.model.rope_config); not at all
@@ -130,16 +96,23 @@ class ModelConfig:
         qk_nope_head_dim: Dimensions of a head's queries and keys that do not turn.
         qk_rope_head_dim: Those that do; of keys, all heads have the same.
         v_head_dim: Dimensions of a head's values.
-        sliding_window: Tokens that a token may look back at, itself included; all of them if not given.
+        sliding_window: Tokens that a token may look back at, itself included; all of them if not given. One number, or
+            a list of one a layer, null where a layer has none (gpt-oss).
         attention_bias: Biases on the query, key and value projections (Qwen2).
+        attention_output_bias: A bias on the output projection (gpt-oss).
+        attention_sinks: One more logit in the softmax of each head, learned, which takes its share of the attention
+            and brings no value (gpt-oss).
         qk_norm: RMSNorm of queries and keys: none, head (each by itself, Qwen3) or full (all heads together, OLMoE).
-        post_norms: RMSNorm also after attention and after the FFN or MoE, before the residual is added (Grok-1).
+        pre_norms: A norm before attention and one before the FFN or MoE, which without them see the residual stream
+            itself (FlexOlmo).
+        post_norms: A norm after attention and one after the FFN or MoE, before the residual is added (Grok-1).
         attention_multiplier: Scale of the attention logits; 1 / sqrt(head_dim) if not given.
         attn_logit_softcapping: Attention logits become cap * tanh(logits / cap), in float32 (Grok-1: 30).
         embedding_multiplier: Scale of the embeddings (Grok-1).
         residual_multiplier: Scale of what attention and FFN or MoE add to the residual stream (Granite).
         logits_multiplier: Scale of the output logits (Grok-1).
         tie_word_embeddings: The head uses the embedding's weights.
+        lm_head_bias: A bias on the output logits (Phi-3.5-MoE).
         initializer_range: Standard deviation of initial weights.
         base_hidden_size: Hidden size at which initializer_range and the learning rate were chosen: both are then
             scaled to this model's by the role of each parameter (muP, see moebed.model.width); left as they are if not
@@ -172,7 +145,8 @@ class ModelConfig:
     shared_expert_intermediate_size: int | None = None
     shared_expert_gate: bool = False
     hyper_experts: HyperExperts | None = None
-    hidden_act: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    hidden_act: Literal["silu", "gelu", "gelu_tanh", "clamped_swiglu"] = "silu"
+    experts_bias: bool = False
     router: str = "softmax_topk"
     router_options: RouterOptions = field(default_factory=dict)  # type: ignore[assignment]
     norm_topk_prob: bool | None = None
@@ -192,6 +166,7 @@ class ModelConfig:
     locality_epsilon: float = 0.1
     expert_ranks: int = 1
     ranks_per_node: int = 1
+    norm_type: Literal["rms", "layer"] = "rms"
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: dict[str, Any] | None = None
@@ -203,9 +178,12 @@ class ModelConfig:
     qk_nope_head_dim: int | None = None
     qk_rope_head_dim: int | None = None
     v_head_dim: int | None = None
-    sliding_window: int | None = None
+    sliding_window: int | list[int | None] | None = None
     attention_bias: bool = False
+    attention_output_bias: bool = False
+    attention_sinks: bool = False
     qk_norm: Literal["none", "head", "full"] = "none"
+    pre_norms: bool = True
     post_norms: bool = False
     attention_multiplier: float | None = None
     attn_logit_softcapping: float | None = None
@@ -213,6 +191,7 @@ class ModelConfig:
     residual_multiplier: float = 1.0
     logits_multiplier: float = 1.0
     tie_word_embeddings: bool = False
+    lm_head_bias: bool = False
     initializer_range: float = 0.02
     base_hidden_size: int | None = None
     base_moe_intermediate_size: int | None = None
@@ -226,12 +205,13 @@ class ModelConfig:
         check_sizes(self)
         self._settle_heads()
         check_numbers(self)
+        self._settle_windows()
         for name, choices in _choices(ModelConfig).items():
             self._check_choice(name, choices)
         self._check_router()
         require(
-            self.attention_backend != "sdpa" or self.attn_logit_softcapping is None,
-            "attention_backend sdpa cannot apply attn_logit_softcapping; use auto or math",
+            self.attention_backend != "sdpa" or self.needs_attention_logits is None,
+            f"attention_backend sdpa cannot apply {self.needs_attention_logits}; use auto or math",
         )
         if allocation is not None:
             self._allocate(allocation)
@@ -260,6 +240,12 @@ class ModelConfig:
         )
         self.rope_scaling = scaling_of(self.rope_scaling, self.rotary_dim, self.rope_theta)
 
+    def _settle_windows(self) -> None:
+        """A window that is the same in all layers is one number, so that one model has one config."""
+        windows = {self.window(index) for index in range(self.num_hidden_layers)}
+        if len(windows) == 1:
+            self.sliding_window = windows.pop()
+
     def _check_router(self) -> None:
         routers = _routers()
         self._check_choice("router", tuple(routers.ROUTERS), "; one of your own is made known by --plugins FILE.py")
@@ -267,9 +253,10 @@ class ModelConfig:
         self.router_options = routers.options_of(self)
         if self.norm_topk_prob is None:
             self.norm_topk_prob = rule.default_norm_topk_prob
+        reason = rule.experts_class.without_kernel(self)
         require(
-            self.experts_backend not in rule.experts_class.kernels_alone or rule.experts_class.has_kernel(),
-            f"experts_backend {self.experts_backend} has no kernel for the experts of router {self.router}; use auto",
+            reason is None or self.experts_backend not in rule.experts_class.kernels_alone,
+            f"experts_backend {self.experts_backend} has no kernel for these experts ({reason}); use auto",
         )
         for name in ("output_diversity_loss_coef", "output_orthogonality_loss_coef"):
             require(
@@ -326,7 +313,22 @@ class ModelConfig:
             index=index,
         )
 
-    def _at(self, name: str, index: int) -> int:
+    def window(self, index: int) -> int | None:
+        """Tokens that a token may look back at in one layer, itself included; all of them if None."""
+        return None if self.sliding_window is None else self._at("sliding_window", index)
+
+    @property
+    def norms_per_layer(self) -> int:
+        """Norms of the residual stream's width in a layer."""
+        return 2 * (self.pre_norms + self.post_norms)
+
+    @property
+    def needs_attention_logits(self) -> str | None:
+        """The setting for which attention needs its logits one by one, which no fused attention gives; None without."""
+        capped = self.attn_logit_softcapping is not None
+        return "attn_logit_softcapping" if capped else "attention_sinks" if self.attention_sinks else None
+
+    def _at(self, name: str, index: int) -> Any:
         value = getattr(self, name)
         if isinstance(value, int):
             return value

@@ -17,10 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 from moebed.errors import ConfigError, UserError
 from moebed.machine.float32 import exact_products
-from moebed.model.attention import KVCache, RMSNorm
+from moebed.model.attention import KVCache, build_norm
 from moebed.model.config import LayerConfig, ModelConfig
 from moebed.model.experts import weighted_sum
-from moebed.model.fused import ACTIVATIONS
+from moebed.model.fused import GATINGS
 from moebed.model.hyper_experts import AdapterGenerator, build_adapters, build_generator
 from moebed.model.latent_attention import build_attention
 from moebed.model.locality import Placement
@@ -36,7 +36,7 @@ from moebed.model.orthogonality import (
 from moebed.model.rope import Rope, RotaryEmbedding
 from moebed.model.routers import Router, Routing, TokenContext, build_router
 from moebed.model.routers.controls import uniform_numbers
-from moebed.model.width import Factors, width_factors
+from moebed.model.width import Factors, is_bias, width_factors
 
 
 class DecoderOutput(NamedTuple):
@@ -54,11 +54,11 @@ class FeedForward(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
-        self.activation = ACTIVATIONS[config.hidden_act]
+        self.gating = GATINGS[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., H) -> (..., H)."""
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.gating(self.gate_proj(x), self.up_proj(x)))
 
 
 class MoE(nn.Module):
@@ -176,13 +176,12 @@ class Block(nn.Module):
         super().__init__()
         layer = config.layer(index)
 
-        def norm() -> nn.Module:
-            return RMSNorm(config.hidden_size, config.rms_norm_eps)
+        def norm(there: bool) -> nn.Module:
+            return build_norm(config) if there else nn.Identity()
 
-        self.pre_attn_norm, self.pre_ffn_norm = norm(), norm()
-        self.post_attn_norm = norm() if config.post_norms else nn.Identity()
-        self.post_ffn_norm = norm() if config.post_norms else nn.Identity()
-        self.self_attn = build_attention(config)
+        self.pre_attn_norm, self.pre_ffn_norm = norm(config.pre_norms), norm(config.pre_norms)
+        self.post_attn_norm, self.post_ffn_norm = norm(config.post_norms), norm(config.post_norms)
+        self.self_attn = build_attention(config, index)
         self.residual_multiplier = config.residual_multiplier
         self.mlp: MoE | FeedForward
         if layer.num_experts:
@@ -240,8 +239,8 @@ class Decoder(nn.Module):
         self.rotary = RotaryEmbedding(config)
         generator = build_generator(config)
         self.layers = nn.ModuleList(Block(config, index, generator) for index in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.norm = build_norm(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self.adapter_generator = generator
@@ -279,7 +278,7 @@ class Decoder(nn.Module):
             return router.initial(name.rpartition(".router.")[2], parameter)
         value = torch.zeros(parameter.shape, dtype=parameter.dtype, device="cpu")
         draw = getattr(parameter, "draw", None)  # where a part says how its own begin
-        if draw is None and name.endswith("bias"):
+        if draw is None and is_bias(name):
             return value
         if draw is None and parameter.ndim == 1:
             return value.fill_(1.0)

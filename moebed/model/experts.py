@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from moebed.errors import ConfigError
 from moebed.model import measured, native
 from moebed.model.config import LayerConfig, ModelConfig
-from moebed.model.fused import ACTIVATIONS, Activation, gated
+from moebed.model.fused import GATINGS, gated
 from moebed.model.grouped import (
     alignment,
     compute_dtype,
@@ -31,6 +31,7 @@ from moebed.model.routing import Routing
 
 # Rows in segments, and matrices (E, B, A) of all experts -> each row's product with its own expert's.
 Product = Callable[[Tensor, Tensor], Tensor]
+MATRICES = ("up", "gate", "down")  # of an expert
 
 
 class Exchange(Protocol):
@@ -56,8 +57,10 @@ class Experts(nn.Module):
     """E gated FFNs side by side: E_e(x) = (act(x W_gateᵀ) ⊙ x W_upᵀ) W_downᵀ.
 
     The matrices are stored fused as in Hugging Face's recent MoE classes: ``gate_up_proj (E, 2F, H)``, gate first,
-    and ``down_proj (E, H, F)``. Where they are spread over ranks (see moebed.parallel) both are DTensors, split on
-    their first axis, and ``exchange`` takes tokens to their experts and back.
+    and ``down_proj (E, H, F)``; biases, where there are any, as ``gate_proj_bias`` and ``up_proj_bias (E, F)`` and
+    ``down_proj_bias (E, H)``, which a router's weight scales with the rest of an output. Where they are spread over
+    ranks (see moebed.parallel) all are DTensors, split on their first axis, and ``exchange`` takes tokens to their
+    experts and back.
 
     A router may have experts of its own (``Router.experts_class``), which go on from what it computed:
     ``Routing.precomputed`` is (T, K, ·) of what they say; of these, their outputs, not weighted.
@@ -75,21 +78,31 @@ class Experts(nn.Module):
         for name, shape in self.shapes(config, layer).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
         self.hidden_act: str = config.hidden_act
-        self.activation: Activation = ACTIVATIONS[config.hidden_act]
-        self.backend = resolve_backend(config.experts_backend)
-        self.are_plain = self.has_kernel()
+        self.gating = GATINGS[config.hidden_act]
+        self.no_kernel = self.without_kernel(config)
+        self.backend = resolve_backend(config.experts_backend, self.no_kernel)
         self.exchange: Exchange | None = None
 
     @classmethod
-    def has_kernel(cls) -> bool:
-        """Whether compiled kernels compute these experts: they know the plain ones."""
-        return cls.gate_and_up is Experts.gate_and_up
+    def without_kernel(cls, config: ModelConfig) -> str | None:
+        """Why compiled kernels do not compute these experts, as they know the plain ones alone; None if they do."""
+        if cls.gate_and_up is not Experts.gate_and_up:
+            return f"those of router {config.router} have a gate of their own"
+        if config.experts_bias:
+            return "experts_bias gives them biases"
+        return None if config.hidden_act in native.ACTIVATIONS else f"hidden_act is {config.hidden_act}"
 
     @classmethod
     def shapes(cls, config: ModelConfig, layer: LayerConfig) -> dict[str, tuple[int, ...]]:
         """Of the parameters, by name; the first axis is the experts'."""
         experts, width, hidden = layer.num_experts, layer.moe_intermediate_size, config.hidden_size
-        return {"gate_up_proj": (experts, 2 * width, hidden), "down_proj": (experts, hidden, width)}
+        matrices: dict[str, tuple[int, ...]] = {
+            "gate_up_proj": (experts, 2 * width, hidden),
+            "down_proj": (experts, hidden, width),
+        }
+        if not config.experts_bias:
+            return matrices
+        return {**matrices, **{bias_name(name): (experts, hidden if name == "down" else width) for name in MATRICES}}
 
     def forward(self, x: Tensor, routing: Routing, beside: Callable[[], Tensor] | None = None) -> Tensor:
         """Weighted sum of the chosen experts' outputs for tokens x (T, H): (T, H).
@@ -164,17 +177,40 @@ class Experts(nn.Module):
         """One expert's ``gate`` or ``up`` (F, H), or ``down`` (H, F)."""
         return self.matrix(name)[expert]
 
+    def bias(self, name: str) -> Tensor | None:
+        """What is added to products with a matrix of all experts here: (E, F), of ``down`` (E, H); None if nothing."""
+        stored = self._parameters.get(bias_name(name))
+        return None if stored is None else self.local(stored)
+
     def gate_and_up(self, rows: Tensor, product: Product) -> Tensor:
         """Both projections (R, 2F) of rows (R, H), gate first, by a product of rows and matrices."""
-        return product(rows, self.local(self.gate_up_proj))
+        found, gate, up = product(rows, self.local(self.gate_up_proj)), self.bias("gate"), self.bias("up")
+        if gate is None or up is None:
+            return found
+        # As matrices of one column, whose gradients are summed in the same order each time.
+        return found + product(rows.new_ones(len(rows), 1), torch.cat([gate, up], dim=1).unsqueeze(-1))
+
+    def down(self, inner: Tensor, weight: Tensor, product: Product) -> Tensor:
+        """Outputs (R, H) of rows (R, F) that are times a weight (R,) already; a bias is multiplied here."""
+        found, bias = product(inner, self.local(self.down_proj)), self.bias("down")
+        return found if bias is None else found + product(weight.unsqueeze(1), bias.unsqueeze(-1))
 
     def activate(self, expert: int, x: Tensor) -> Tensor:
         """act(x W_gateᵀ) of one expert on tokens x (T, H): (T, F)."""
-        return self.activation(F.linear(x, self.matrix("gate")[expert]))
+        return self.gating.of_gate(self._project("gate", expert, x))
 
     def finish(self, expert: int, x: Tensor, activated: Tensor) -> Tensor:
         """Output of one expert from its activations (T, F): (T, H), not weighted."""
-        return F.linear(activated * F.linear(x, self.matrix("up")[expert]), self.matrix("down")[expert])
+        return self._project("down", expert, activated * self.gating.entered(self._project("up", expert, x)))
+
+    def _project(self, name: str, expert: int, x: Tensor) -> Tensor:
+        bias = self.bias(name)
+        return F.linear(x, self.matrix(name)[expert], None if bias is None else bias[expert])
+
+
+def bias_name(matrix: str) -> str:
+    """What the parameter is called that is added to the products with a matrix."""
+    return f"{matrix}_proj_bias"
 
 
 def weighted_sum(weight: Tensor, outputs: Tensor) -> Tensor:
@@ -187,8 +223,9 @@ def _loop(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
     out = x.new_zeros(len(x), experts.down_proj.shape[1])
     for expert in range(experts.num_local_experts):
         token, choice = torch.where((routing.topk_index == expert) & routing.assigned)
-        gate, up = experts.gate_and_up(x[token], partial(_linear, expert)).chunk(2, dim=-1)
-        result = F.linear(experts.activation(gate) * up, experts.local(experts.down_proj)[expert])
+        product = partial(_linear, expert)
+        inner = experts.gating(*experts.gate_and_up(x[token], product).chunk(2, dim=-1))
+        result = experts.down(inner, inner.new_ones(len(inner)), product)
         weighted = result * routing.topk_weight[token, choice, None].to(result.dtype)
         out = out.index_add(0, token, weighted.to(out.dtype))
     return out
@@ -209,8 +246,9 @@ def _grouped_mm(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
 
     rows = to_slots(x.to(dtype), dispatch)  # (R, H)
     gate_up = experts.gate_and_up(rows, product)  # (R, 2F)
-    hidden = gated(gate_up, dispatch.slot_weight.to(dtype), experts.hidden_act)  # (R, F)
-    return from_slots(product(hidden, experts.local(experts.down_proj)), dispatch)
+    weight = dispatch.slot_weight.to(dtype)  # (R,)
+    hidden = gated(gate_up, weight, experts.hidden_act)  # (R, F)
+    return from_slots(experts.down(hidden, weight, product), dispatch)
 
 
 def _native(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
@@ -227,8 +265,8 @@ def _native(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
 
 def _native_unfit(experts: Experts, x: Tensor) -> str | None:
     """Why the compiled MLP is not made for these experts and tokens; None if it is."""
-    if not experts.are_plain:
-        return "these experts have a gate of their own"
+    if experts.no_kernel is not None:
+        return experts.no_kernel
     matrices = experts.local(experts.gate_up_proj), experts.local(experts.down_proj)
     return native.unfit(x, compute_dtype(x), *matrices)
 
@@ -250,7 +288,7 @@ def _auto(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
 def _takes_triton(experts: Experts, x: Tensor, routing: Routing) -> bool:
     matrices = experts.local(experts.gate_up_proj), experts.local(experts.down_proj)
     top_k, work = routing.topk_index.shape[1], routing.topk_index.numel() * matrices[1][0].numel()
-    if not experts.are_plain or work < measured.least_work(x.device, compute_dtype(x)):
+    if experts.no_kernel is not None or work < measured.least_work(x.device, compute_dtype(x)):
         return False
     from triton_kernels.mlp.checks import why_not
 
@@ -280,8 +318,13 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
-def resolve_backend(name: str) -> Backend:
-    """The backend that a config's name stands for; auto decides at each call, by its type and device."""
+def resolve_backend(name: str, no_kernel: str | None = None) -> Backend:
+    """The backend that a config's name stands for; auto decides at each call, by its type and device.
+
+    Args:
+        name: Of the backend.
+        no_kernel: Why compiled kernels do not compute the experts, if they do not.
+    """
     if name == "auto":
         return _auto
     if name not in BACKENDS:
@@ -290,7 +333,7 @@ def resolve_backend(name: str) -> Backend:
         )
     if name == "triton":
         _check_kernels_are_ours()
-    if name == "native" and (reason := native.load()) is not None:
+    if name == "native" and (reason := no_kernel or native.load()) is not None:
         say_once(f"experts_backend native is not to be had ({reason}); grouped_mm serves instead")
         return _grouped_mm
     return BACKENDS[name]

@@ -23,9 +23,11 @@ def outer_shapes(config: ModelConfig) -> Shapes:
     matrix = (config.vocab_size, config.hidden_size)
     shapes: Shapes = {
         "embedding": [matrix],
-        "norms": [(config.hidden_size,)],
+        "norms": _norms(config, 1),
         "head": [] if config.tie_word_embeddings else [matrix],
     }
+    if config.lm_head_bias:
+        shapes["head"].append((config.vocab_size,))
     if config.hyper_experts is not None:
         shapes["adapter generator"] = config.hyper_experts.generator_shapes(config.hidden_size)
     return shapes
@@ -36,7 +38,7 @@ def layer_shapes(config: ModelConfig, index: int) -> Shapes:
     hidden, layer = config.hidden_size, config.layer(index)
     with torch.device("meta"):
         attention = build_attention(config).named_parameters()
-    shapes: Shapes = {"attention": [], "norms": [(hidden,)] * (4 if config.post_norms else 2)}
+    shapes: Shapes = {"attention": [], "norms": _norms(config, config.norms_per_layer)}
     for name, parameter in attention:
         shapes["norms" if "norm" in name else "attention"].append(tuple(parameter.shape))
     if layer.num_experts == 0:
@@ -53,6 +55,11 @@ def layer_shapes(config: ModelConfig, index: int) -> Shapes:
         part = "adapter embeddings" if config.hyper_experts.is_generated else "adapters"
         shapes[part] = config.hyper_experts.layer_shapes(hidden, layer.num_experts)
     return shapes
+
+
+def _norms(config: ModelConfig, number: int) -> list[tuple[int, ...]]:
+    """Scales, and biases where norms have them."""
+    return [(config.hidden_size,)] * (number if config.norm_type == "rms" else 2 * number)
 
 
 def _gated_ffn(hidden: int, width: int) -> list[tuple[int, ...]]:
@@ -97,13 +104,13 @@ def flops_per_token(config: ModelConfig, sequence_length: int, training: bool = 
     In training a router may run more experts than in evaluation.
     """
     assert config.head_dim is not None
-    hidden = config.hidden_size
     _, active = count_parameters(config, training)
-    norms = hidden * (1 + config.num_hidden_layers * (4 if config.post_norms else 2))
-    matrices = active - norms - (0 if config.tie_word_embeddings else config.vocab_size * hidden)
-    keys = sequence_length / 2 if config.sliding_window is None else min(sequence_length / 2, config.sliding_window)
+    norms = count(_norms(config, 1 + config.num_hidden_layers * config.norms_per_layer))
+    matrices = active - norms - (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size)
+    windows = [config.window(index) or sequence_length for index in range(config.num_hidden_layers)]
+    keys = sum(min(sequence_length / 2, window) for window in windows)
     widths = config.head_dim + config.value_head_dim
-    attention = 2 * keys * config.num_attention_heads * widths * config.num_hidden_layers
+    attention = 2 * keys * config.num_attention_heads * widths
     rule = ROUTERS[config.router]
     matrices += sum(rule.other_products(config, config.layer(index)) for index in config.moe_layers)
     return int(2 * matrices + attention)

@@ -10,6 +10,7 @@ B sequences, S positions, A heads, D head width, R rows, F expert intermediate, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +19,69 @@ from torch.autograd.function import once_differentiable
 
 from moebed.model.native import linear, rowwise
 
-Activation = Callable[[Tensor], Tensor]
-
-ACTIVATIONS: dict[str, Activation] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-}
 _ELEMENTS_IN_CACHE = 2**19
+_LIMIT, _SLOPE = 7.0, 1.702  # of gpt-oss's gate and up
+
+
+class Gating(NamedTuple):
+    """How the two projections of a gated FFN become one: of_gate(gate) ⊙ of_up(up).
+
+    Args:
+        of_gate: The activation.
+        gate_gradient: Writes, of a gradient of that and of gate, the gradient of gate into a third.
+        of_up: What up goes through; nothing in most.
+        up_gradient: Of a gradient of that and of up, in place, the gradient of up.
+    """
+
+    of_gate: Callable[[Tensor], Tensor]
+    gate_gradient: Callable[[Tensor, Tensor, Tensor], object]
+    of_up: Callable[[Tensor], Tensor] | None = None
+    up_gradient: Callable[[Tensor, Tensor], object] = lambda grad, up: None
+
+    def entered(self, up: Tensor) -> Tensor:
+        """What gate's activation is multiplied with."""
+        return up if self.of_up is None else self.of_up(up)
+
+    def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Of gate and up (..., F): (..., F)."""
+        return self.of_gate(gate) * self.entered(up)
+
+
+def _silu_gradient(grad: Tensor, x: Tensor, out: Tensor) -> None:
+    torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=out)
+
+
+def _gelu_gradient(grad: Tensor, x: Tensor, out: Tensor) -> None:
+    torch.ops.aten.gelu_backward.grad_input(grad, x, approximate="none", grad_input=out)
+
+
+def _gelu_tanh_gradient(grad: Tensor, x: Tensor, out: Tensor) -> None:
+    torch.ops.aten.gelu_backward.grad_input(grad, x, approximate="tanh", grad_input=out)
+
+
+def _clamped(gate: Tensor) -> Tensor:
+    gate = gate.clamp(max=_LIMIT)
+    return gate * torch.sigmoid(gate * _SLOPE)
+
+
+def _clamped_gradient(grad: Tensor, x: Tensor, out: Tensor) -> None:
+    held = x.clamp(max=_LIMIT)
+    share = torch.sigmoid(held * _SLOPE)
+    slope = share * (1 + _SLOPE * held * (1 - share))
+    torch.mul(grad, slope.mul_(x <= _LIMIT), out=out)
+
+
+GATINGS: dict[str, Gating] = {
+    "silu": Gating(F.silu, _silu_gradient),
+    "gelu": Gating(F.gelu, _gelu_gradient),
+    "gelu_tanh": Gating(lambda x: F.gelu(x, approximate="tanh"), _gelu_tanh_gradient),
+    "clamped_swiglu": Gating(
+        _clamped,
+        _clamped_gradient,
+        lambda up: up.clamp(-_LIMIT, _LIMIT) + 1,
+        lambda grad, up: grad.mul_(up.abs() <= _LIMIT),
+    ),
+}
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -135,8 +191,7 @@ class _Linears(torch.autograd.Function):
 def gated(gate_up: Tensor, weight: Tensor, activation: str) -> Tensor:
     """act(gate) ⊙ up, each row times its weight: gate_up (R, 2F), gate first, and weight (R,) of one type -> (R, F)."""
     if torch.compiler.is_compiling():
-        gate, up = gate_up.chunk(2, dim=-1)
-        return ACTIVATIONS[activation](gate) * up * weight.unsqueeze(-1)
+        return GATINGS[activation](*gate_up.chunk(2, dim=-1)) * weight.unsqueeze(-1)
     return _Gated.apply(gate_up, weight, activation)
 
 
@@ -146,36 +201,30 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_up: Tensor, weight: Tensor, activation: str) -> Tensor:
         ctx.save_for_backward(gate_up, weight)
-        ctx.activation = activation
+        ctx.gating = gating = GATINGS[activation]
         out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
         for target, rows, row_weight in _parts(out, gate_up, weight.unsqueeze(-1)):
             gate, up = rows.chunk(2, dim=-1)
-            torch.mul(ACTIVATIONS[activation](gate).mul_(up), row_weight, out=target)
+            torch.mul(gating.of_gate(gate).mul_(gating.entered(up)), row_weight, out=target)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         gate_up, weight = ctx.saved_tensors
+        gating: Gating = ctx.gating
         out, grad_weight = torch.empty_like(gate_up), torch.empty_like(weight)
         parts = _parts(out, grad_weight, grad, gate_up, weight.unsqueeze(-1))
         for target, target_weight, given, rows, row_weight in parts:
             gate, up = rows.chunk(2, dim=-1)
             grad_gate, grad_up = target.chunk(2, dim=-1)
-            activated = ACTIVATIONS[ctx.activation](gate)
+            activated, entered = gating.of_gate(gate), gating.entered(up)
             scaled = given * row_weight
             torch.mul(scaled, activated, out=grad_up)
-            torch.sum(activated.mul_(up).mul_(given), dim=-1, out=target_weight)
-            _activation_backward(scaled.mul_(up), gate, ctx.activation, grad_gate)
+            gating.up_gradient(grad_up, up)
+            torch.sum(activated.mul_(entered).mul_(given), dim=-1, out=target_weight)
+            gating.gate_gradient(scaled.mul_(entered), gate, grad_gate)
         return out, grad_weight, None
-
-
-def _activation_backward(grad: Tensor, x: Tensor, activation: str, out: Tensor) -> None:
-    if activation == "silu":
-        torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=out)
-    else:
-        approximate = "tanh" if activation == "gelu_tanh" else "none"
-        torch.ops.aten.gelu_backward.grad_input(grad, x, approximate=approximate, grad_input=out)
 
 
 def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

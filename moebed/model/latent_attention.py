@@ -57,6 +57,6 @@ class LatentAttention(Attention):
         return query, torch.cat([key, shared], dim=-1), value, None
 
 
-def build_attention(config: ModelConfig) -> Attention:
+def build_attention(config: ModelConfig, index: int = 0) -> Attention:
     """The attention of a layer."""
-    return Attention(config) if config.kv_lora_rank is None else LatentAttention(config)
+    return (Attention if config.kv_lora_rank is None else LatentAttention)(config, index)

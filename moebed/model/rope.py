@@ -23,7 +23,6 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         self.width, self.theta, self.scaling = config.rotary_dim, config.rope_theta, config.rope_scaling
         self.frequencies = KINDS[self.scaling["rope_type"]].frequencies if self.scaling else kept
-        self.factor = attention_factor(self.scaling)
 
     def forward(self, start: int, length: int, device: torch.device) -> Rope:
         """Cos and sin of positions start to start + length: each (S, d), float32, pair j in columns j and j + d / 2."""
@@ -54,6 +53,7 @@ class RotaryEmbedding(nn.Module):
         frequency = self.frequencies(self.scaling or {}, self.theta**-exponent, self.theta, longest)
         angle = torch.outer(position, frequency)
         angle = torch.cat([angle, angle], dim=-1)
-        if self.factor == 1:
+        factor = attention_factor(self.scaling, longest)
+        if factor == 1:
             return angle.cos(), angle.sin()
-        return angle.cos() * self.factor, angle.sin() * self.factor
+        return angle.cos() * factor, angle.sin() * factor

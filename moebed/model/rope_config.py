@@ -16,6 +16,10 @@ from moebed.errors import ConfigError
 
 Scaling = Mapping[str, Any]  # rope_type and its settings
 ORIGINAL = "original_max_position_embeddings"
+MAGNITUDES = (
+    "short_mscale",
+    "long_mscale",
+)  # of LongRoPE's cos and sin, in place of a number for all lengths (Phi-3.5)
 
 
 def kept(scaling: Scaling, frequency: Tensor, theta: float, longest: int) -> Tensor:
@@ -105,7 +109,9 @@ KINDS = {
         ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
         flags=("truncate",),
     ),
-    "longrope": Kind(_longrope, ("factor", ORIGINAL), ("attention_factor",), ("short_factor", "long_factor")),
+    "longrope": Kind(
+        _longrope, ("factor", ORIGINAL), ("attention_factor", *MAGNITUDES), ("short_factor", "long_factor")
+    ),
 }
 
 
@@ -145,6 +151,8 @@ def scaling_of(given: Scaling | None, width: int, theta: float) -> dict[str, Any
             good, wanted = positive(value) and (key != ORIGINAL or value > 1), "a number above 0"
         if not good:
             raise ConfigError(f"model config: rope_scaling.{key} is {value!r}; it must be {wanted}")
+    if 0 < len(set(MAGNITUDES) & set(settings)) < len(MAGNITUDES):
+        raise ConfigError(f"model config: rope_scaling is {given!r}; {' and '.join(MAGNITUDES)} go together")
     if kind.frequencies is _llama3 and settings["low_freq_factor"] >= settings["high_freq_factor"]:
         raise ConfigError(f"model config: rope_scaling is {given!r}; low_freq_factor must be below high_freq_factor")
     if kind.frequencies is _yarn and theta <= 1:
@@ -157,8 +165,15 @@ def yarn_magnitude(factor: float, mscale: float = 1.0) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def attention_factor(scaling: Scaling | None) -> float:
-    """What cos and sin are multiplied by, and so the attention logits by its square, for a stretching."""
+def attention_factor(scaling: Scaling | None, longest: int) -> float:
+    """What cos and sin are multiplied by, and so the attention logits by its square, for a stretching.
+
+    Args:
+        scaling: It.
+        longest: The longest position of a call.
+    """
+    if scaling is not None and MAGNITUDES[0] in scaling:
+        return scaling[MAGNITUDES[longest > scaling[ORIGINAL]]]
     if scaling is None or "attention_factor" in scaling:
         return 1.0 if scaling is None else scaling["attention_factor"]
     factor = scaling.get("factor", 1.0)

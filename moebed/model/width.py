@@ -25,6 +25,11 @@ from torch import nn
 from moebed.model.config import ModelConfig
 
 
+def is_bias(name: str) -> bool:
+    """Whether a parameter of this name is a bias, or a stack of one for each expert, whatever its dimensions."""
+    return name.endswith("bias")
+
+
 class Factors(NamedTuple):
     """Of one parameter."""
 
@@ -52,7 +57,8 @@ def width_factors(decoder: Any, config: ModelConfig) -> dict[str, Factors]:
         slimmer = narrower if config.base_moe_intermediate_size is None else config.base_moe_intermediate_size / width
         for name, parameter in block.mlp.experts.named_parameters():
             down = Factors(narrower**-0.5 * slimmer, slimmer)
-            of_parameter[id(parameter)] = down if name == "down_proj" else hidden
+            if not is_bias(name):
+                of_parameter[id(parameter)] = down if name == "down_proj" else hidden
         of_parameter |= {id(parameter): hidden for parameter in block.mlp.router.parameters()}
     named = decoder.named_parameters()
     return {name: of_parameter[id(p)] for name, p in named if p.ndim > 1 and id(p) in of_parameter}

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moebed.model.attention import RMSNorm
+from moebed.model.attention import build_norm
 from moebed.model.config import ModelConfig
 from moebed.model.decoder import Block, Decoder
 from moebed.model.hyper_experts import AdapterGenerator
@@ -21,7 +21,7 @@ from moebed.model.spread import whole
 from moebed.parallel.sharding import reshard
 from moebed.views.layer import LayerWeights
 from moebed.views.live import ModuleWeights, computing_like
-from moebed.views.text_pass import band_rows
+from moebed.views.text_pass import band_rows, logits_in_bands
 
 _EMBEDDING, _HEAD, _DONE, _GENERATOR = -1, -2, -3, -4
 
@@ -90,12 +90,15 @@ class GatheredModel:
 
     def head(self, hidden: Tensor) -> Iterator[Tensor]:
         """Logits (N, v), band after band of the vocabulary."""
-        norm, table = self._gather(_HEAD)
-        rms = RMSNorm(len(norm), self.config.rms_norm_eps)
-        rms.weight = nn.Parameter(norm, requires_grad=False)
-        x = rms(hidden)
-        for band in table.split(band_rows(len(x))):
-            yield F.linear(x, band) * self.config.logits_multiplier
+        with torch.device("meta"):
+            norm = build_norm(self.config)
+        scales = len(list(norm.parameters()))
+        values = self._gather(_HEAD)
+        _set(norm, values[:scales])
+        table, *bias = values[scales:]
+        x = norm(hidden)
+        bands = table.split(band_rows(len(x)))
+        yield from logits_in_bands(x, bands, bias[0] if bias else None, self.config.logits_multiplier)
 
     def computing(self) -> AbstractContextManager[object]:
         """In float32, or in what the parameters are in."""
@@ -110,7 +113,7 @@ class GatheredModel:
         if part == _EMBEDDING:
             return [self._decoder.embed_tokens.weight]
         if part == _HEAD:
-            return [self._decoder.norm.weight, self._decoder.lm_head.weight]
+            return [*self._decoder.norm.parameters(), *self._decoder.lm_head.parameters()]
         if part == _GENERATOR:
             assert self._decoder.adapter_generator is not None
             return list(self._decoder.adapter_generator.parameters())

@@ -26,8 +26,22 @@ def _norm(setup: Setup, width: int, narrow: int) -> int:
 
 
 def _stream_norm(setup: Setup) -> int:
-    """Of the residual stream: r·T·H + 4·T."""
-    return _norm(setup, setup.config.hidden_size, setup.stream.parameter)
+    """Of the residual stream: r·T·H + 4·T; a LayerNorm has two numbers for each row."""
+    found = _norm(setup, setup.config.hidden_size, setup.stream.parameter)
+    return found if setup.config.norm_type == "rms" else found + 4 * setup.tokens
+
+
+def _pre_norm(setup: Setup) -> int:
+    """Before attention, FFN or MoE, where there is one."""
+    return _stream_norm(setup) if setup.config.pre_norms else 0
+
+
+def _post_norm(setup: Setup) -> int:
+    """After them, where there is one."""
+    if not setup.config.post_norms:
+        return 0
+    found = _product_norm(setup, setup.config.hidden_size)
+    return found if setup.config.norm_type == "rms" else found + 4 * setup.tokens
 
 
 def _product_norm(setup: Setup, width: int) -> int:
@@ -49,9 +63,8 @@ def attention(setup: Setup) -> int:
     c·T·A·S (a soft cap: tanh's and softmax's in float32, and the cast copy), fused attention 4·T·A.
     """
     config, c, tokens = setup.config, setup.stream.compute, setup.tokens
-    total = _stream_norm(setup) + (_projected(setup) if config.kv_lora_rank is None else _latent(setup))
-    if config.post_norms:
-        total += _product_norm(setup, config.hidden_size)
+    total = _pre_norm(setup) + (_projected(setup) if config.kv_lora_rank is None else _latent(setup))
+    total += _post_norm(setup)
     pairs = tokens * config.num_attention_heads * setup.sequence_length
     if not setup.keeps_attention_probabilities:
         return total + 4 * tokens * config.num_attention_heads
@@ -105,7 +118,7 @@ def router(setup: Setup, index: int) -> int:
         + weights
         + ROUTERS[setup.config.router].plan_bytes(setup.config, layer, setup.stream.parameter < 4)
     )
-    return _stream_norm(setup) + kept * tokens
+    return _pre_norm(setup) + kept * tokens
 
 
 def dispatch(setup: Setup, index: int, max_violation: float = 0.0) -> int:
@@ -169,7 +182,7 @@ def adapter_sets(setup: Setup, index: int) -> int:
 def dense_ffn(setup: Setup) -> int:
     """Norm, the input of gate and up, and the FFN between."""
     assert setup.config.intermediate_size is not None
-    return _stream_norm(setup) + _matrix_inputs(setup, 2) + _gated_ffn(setup, setup.config.intermediate_size)
+    return _pre_norm(setup) + _matrix_inputs(setup, 2) + _gated_ffn(setup, setup.config.intermediate_size)
 
 
 def block(setup: Setup, index: int, max_violation: float = 0.0) -> Parts:
@@ -185,9 +198,7 @@ def block(setup: Setup, index: int, max_violation: float = 0.0) -> Parts:
             parts["shared experts"] = shared
         if adapted := adapters(setup, index):
             parts["adapters"] = adapted
-    if setup.config.post_norms:
-        last = "dense FFN" if "dense FFN" in parts else "expert activations"
-        parts[last] += _product_norm(setup, setup.config.hidden_size)
+    parts["dense FFN" if "dense FFN" in parts else "expert activations"] += _post_norm(setup)
     return parts
 
 

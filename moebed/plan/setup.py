@@ -123,7 +123,7 @@ class Setup:
     def keeps_attention_probabilities(self) -> bool:
         """Whether attention is plain products, whose (S, S) probabilities the backward pass needs (see attention)."""
         config = self.config
-        if config.attn_logit_softcapping is not None or config.attention_backend == "math":
+        if config.needs_attention_logits is not None or config.attention_backend == "math":
             return True
         narrow_on_cpu = self.device == "cpu" and self.precision.compute < 4
         return config.attention_backend != "sdpa" and narrow_on_cpu and self.sequence_length <= 1024

@@ -21,6 +21,7 @@ from moebed.model.attention import Attention
 from moebed.model.decoder import FeedForward
 from moebed.model.experts import Experts
 from moebed.model.routers import Router
+from moebed.model.width import is_bias
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of K. Jordan's Newton-Schulz iteration (2024)
 _STEPS = 5
@@ -50,7 +51,7 @@ def muon_parameters(model: nn.Module) -> dict[int, int]:
     for module in model.modules():
         if isinstance(module, _HIDDEN):
             for name, parameter in module.named_parameters():
-                if parameter.ndim >= 2 and parameter.requires_grad:
+                if parameter.ndim >= 2 and parameter.requires_grad and not is_bias(name):
                     found[id(parameter)] = 2 if name.endswith("gate_up_proj") else 1
     return found
 

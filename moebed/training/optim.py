@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from moebed.errors import ConfigError
 from moebed.model.experts import Experts
+from moebed.model.width import is_bias
 from moebed.training.muon import Muon, muon_parameters
 
 
@@ -57,14 +58,15 @@ class OptimizerConfig:
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Fused AdamW, or Muon with it; parameters of two or more dimensions decay, the others do not.
+    """Fused AdamW, or Muon with it; parameters of two or more dimensions decay, vectors and biases do not.
 
     Routed experts have a group of their own: they may lie on another mesh of ranks than the rest. Groups and their
     order are the same whatever the layout, so that a checkpoint fits any.
     """
     experts = {id(p) for module in model.modules() if isinstance(module, Experts) for p in module.parameters()}
     parameters = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in parameters if p.ndim >= 2]
+    stacked = {id(p) for name, p in model.named_parameters() if is_bias(name) and p.ndim >= 2}  # a bias an expert
+    matrices = [p for p in parameters if p.ndim >= 2 and id(p) not in stacked]
     joined = muon_parameters(model) if config.name == "muon" else {}
     groups: list[dict[str, Any]] = []
     for are_experts in (False, True):
@@ -74,6 +76,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
             stacks = [p for p in own if joined.get(id(p)) == count]
             groups.append({"params": stacks, "weight_decay": config.weight_decay, "joined": count})
     groups.append({"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0})
+    groups.append({"params": [p for p in parameters if id(p) in stacked], "weight_decay": 0.0})
     groups = [one for group in groups for one in _by_rate(model, group) if one["params"]]
     for group in groups:
         group["lr"] = config.learning_rate * group.get("width", 1.0)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from moebed.checkpoints.checkpoint import Checkpoint
 from moebed.checkpoints.families.keys import KeyMap, Placed
+from moebed.checkpoints.streamed import final_norm, head_bias
 from moebed.checkpoints.writer import read_bands
 from moebed.machine.float32 import exact_products
-from moebed.model.attention import RMSNorm
 from moebed.model.config import ModelConfig
 from moebed.model.decoder import Block
 from moebed.model.losses import token_losses
@@ -140,13 +140,13 @@ class TextWalk:
 
     def loss_and_gradient(self, hidden: Tensor, gradient: bool = True) -> tuple[float, Tensor]:
         """The same, and its gradient (T, H)."""
-        norm, head = self._head()
+        norm, head, bias = self._head()
         total, grad = 0.0, torch.zeros_like(hidden) if gradient else hidden.new_empty(0)
         predicted = (self.targets >= 0).nonzero()[:, 0]
         for rows in predicted.split(max(1, _LOGITS // len(head))):
             with torch.set_grad_enabled(gradient), exact_products():
                 entered = hidden[rows].requires_grad_(gradient)
-                logits = F.linear(norm(entered), head) * self.config.logits_multiplier
+                logits = F.linear(norm(entered), head, bias) * self.config.logits_multiplier
                 labels = self.targets[rows].unsqueeze(0)
                 nats = token_losses(logits.unsqueeze(0), labels).sum() / len(predicted)
                 if gradient:
@@ -154,15 +154,13 @@ class TextWalk:
             total += float(nats.detach())
         return total, grad
 
-    def _head(self) -> tuple[nn.Module, Tensor]:
-        keys = self.source.keys
-        norm = RMSNorm(self.config.hidden_size, self.config.rms_norm_eps)
-        norm.weight = nn.Parameter(self.source.read(keys.parameter("norm.weight")[0].part).float(), requires_grad=False)
+    def _head(self) -> tuple[nn.Module, Tensor, Tensor | None]:
+        keys, bias = self.source.keys, head_bias(self.source)
         name = "lm_head.weight" if "lm_head.weight" in keys.shapes else "embed_tokens.weight"
         part = keys.parameter(name)[0].part
         head = torch.empty(part.rows, part.columns)
         _fill(head, read_bands(self.source, part))
-        return norm, head
+        return final_norm(self.source), head, None if bias is None else bias.float()
 
 
 def filled_block(keys: KeyMap, index: int, content: Content) -> Block:

@@ -74,7 +74,7 @@ def plan_upcycling(
         return Plan(config, chosen, "")
     found = choose_family(config)
     note = found.note
-    if note and config.attention_bias and not shared_experts:
+    if note and config.attention_bias and not (config.attention_output_bias or shared_experts):
         note += "; --shared-experts 1 adds what qwen2_moe wants"
     return Plan(config, found.family, note)
 

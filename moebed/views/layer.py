@@ -19,11 +19,11 @@ from torch import Tensor
 
 from moebed.errors import UserError
 from moebed.machine.finite import all_finite
+from moebed.model.experts import MATRICES as MATRICES
 from moebed.model.routers import Routing, TokenContext
 from moebed.views.beside import ExpertSums, Rows
 from moebed.views.interventions import Intervention
 
-MATRICES = ("up", "gate", "down")
 EVERY_ROW = slice(None)
 # Is shown the activations act(x W_gateᵀ) (t, F) float32 of a routed expert, by its index, for some of the tokens.
 Watch = Callable[[int, slice, Tensor], None]

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moebed.errors import UserError
@@ -22,7 +21,7 @@ from moebed.views.beside import ExpertSums, Rows
 from moebed.views.branches import copy_bytes, require_different
 from moebed.views.interventions import Intervention, LayerContext, mask
 from moebed.views.layer import ExpertKind, ExpertView, HeadView, LayerView, LayerWeights, Need, ProbeText, Watch
-from moebed.views.text_pass import TextModel, TextPass, band_rows
+from moebed.views.text_pass import TextModel, TextPass, band_rows, logits_in_bands
 
 _COPIES = 1 << 30  # bytes of all interventions' copies of a text at a time
 
@@ -210,9 +209,9 @@ class LiveModel:
 
     def head(self, hidden: Tensor) -> Iterator[Tensor]:
         """Logits (N, v), band after band of the vocabulary."""
-        x = self.decoder.norm(hidden)
-        for band in self.decoder.lm_head.weight.split(band_rows(len(x))):
-            yield F.linear(x, band) * self.config.logits_multiplier
+        x, head = self.decoder.norm(hidden), self.decoder.lm_head
+        bands = head.weight.split(band_rows(len(x)))
+        yield from logits_in_bands(x, bands, head.bias, self.config.logits_multiplier)
 
     def computing(self) -> AbstractContextManager[object]:
         """In float32, or in what the parameters are in."""

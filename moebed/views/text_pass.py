@@ -16,6 +16,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moebed.errors import UserError
@@ -331,6 +332,24 @@ def _known(effects: dict[str, Tensor], interventions: Sequence[Intervention]) ->
 def band_rows(num_tokens: int) -> int:
     """Rows of the vocabulary whose logits for so many tokens are made at a time."""
     return max(256, _BAND_LOGITS // max(1, num_tokens))
+
+
+def logits_in_bands(
+    x: Tensor, table: Iterable[Tensor], bias: Tensor | None, multiplier: float = 1.0
+) -> Iterator[Tensor]:
+    """Logits (N, v) of x (N, H), band after band of the vocabulary.
+
+    Args:
+        x: (N, H), normalised.
+        table: Rows (v, H) of the output embedding, band after band.
+        bias: (V,), or none.
+        multiplier: Of the logits.
+    """
+    start = 0
+    for rows in table:
+        stop = start + len(rows)
+        yield F.linear(x, rows, None if bias is None else bias[start:stop].to(rows.dtype)) * multiplier
+        start = stop
 
 
 def require_finite(values: Tensor, what: str) -> None:

@@ -7,7 +7,7 @@ and modes alone, and runs the plain decoder where training runs a compiled one.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from moebed.model.config import ModelConfig
 from moebed.parallel.strategy import MeshStrategy
 from moebed.training.alerts import Alerts
 from moebed.training.loggers import log_numbers, log_picture, log_texts
-from moebed.views.layer import ProbeText
+from moebed.views.layer import Need, ProbeText
 from probes.contract import ProbeResult
 from probes.registry import PROBES, TRAINING_ONLY, make_probes, resolve_probes
 from probes.running import store, tags
@@ -227,7 +227,7 @@ class ProbeCallback(Callback):
         assert self.out is not None
         for name, result in results.items():
             store.save_arrays(self.out, name, result.arrays, note_of(made_from, name, result.notes))
-        notes: Any = getattr(pl_module, "notes", ())
+        notes = [*getattr(pl_module, "notes", ()), *_left_out(getattr(pl_module, "config", None), results)]
         store.save_summary(self.out, step, results, model, notes, made_from.record)
 
     def _made_from(self, pl_module: LightningModule, step: int) -> Provenance:
@@ -308,3 +308,12 @@ def probe_text(trainer: Trainer, num_sequences: int) -> ProbeText:
     ids = text.token_ids.tolist()
     said = {number: tokenizer.decode([number]) for number in set(ids)}
     return replace(text, token_text=tuple(said[number] for number in ids))
+
+
+def _left_out(config: object, names: Collection[str]) -> list[str]:
+    """What probes of weights do not look at in a model, in words."""
+    if not isinstance(config, ModelConfig) or not any(Need.WEIGHTS in PROBES[name].needs for name in names):
+        return []
+    of = ["experts"] * config.experts_bias + ["gates"] * getattr(config.router_options, "router_bias", False)
+    what = " and ".join(of)
+    return [f"biases of {what} are left out where weights are compared; in what text does they are in"] if of else []

@@ -23,6 +23,7 @@ SIZES = {"vocab_size": 40, "hidden_size": 64, "num_hidden_layers": 2, "num_atten
          "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
 CASES = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 5},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "norm_topk_prob": True},
 }
 IDS = torch.randint(3, 40, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -204,6 +205,28 @@ def test_mxfp4_gives_the_logits_of_its_numbers(tmp_path):
         assert torch.equal(whole(checkpoint.entries[name]), values.bfloat16()), name
         assert torch.equal(whole(checkpoint.entries[name], 5, 20), values[5:25].bfloat16()), name
     same_as(load_decoder(checkpoint), model, left)
+
+
+def test_gpt_oss_as_it_was_published(tmp_path):
+    """Experts in MXFP4, their biases and all else in bfloat16: the logits of what its numbers are."""
+    model = saved(tmp_path, "gpt_oss")
+    tensors = {}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            tensors[name] = (parameter.normal_() if name.endswith("_bias") else parameter).bfloat16()
+            parameter.copy_(tensors[name])
+        for name in list(tensors):
+            if name.endswith(("gate_up_proj", "down_proj")):
+                codes, exponents, numbers = to_mxfp4(tensors.pop(name).float().transpose(1, 2))
+                tensors |= {f"{name}_blocks": codes.contiguous(), f"{name}_scales": exponents}
+                model.get_parameter(name).copy_(numbers.transpose(1, 2))
+    save_file(tensors, tmp_path / "model.safetensors")
+    configured(tmp_path, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["self_attn"]})
+    checkpoint = Checkpoint.open(tmp_path)
+    assert any("weights are read from MXFP4" in note for note in checkpoint.notes)
+    part = checkpoint.keys.expert(1, "up", 2)
+    assert checkpoint.stored_bytes(part) == part.rows * part.columns * 17 // 32
+    same_as(load_decoder(checkpoint), model, {})
 
 
 def test_mxfp4_is_what_transformers_makes_of_it(tmp_path):

@@ -5,6 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moebed.errors import ConfigError
+from moebed.model import experts as backends
 from moebed.model.experts import BACKENDS, Experts
 from moebed.model.grouped import grouped_mm, row_multiple, sort_by_expert, with_even_rows
 from moebed.model.routers import Routing
@@ -48,9 +50,40 @@ def _agree(experts: Experts, index: torch.Tensor, dtype=torch.float64):
         torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh"])
-def test_grouped_equals_loop(act):
-    _agree(_experts(8, hidden_act=act), _distinct(100, 8, 2))
+@pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh", "clamped_swiglu"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_grouped_equals_loop(act, bias):
+    experts = _experts(8, hidden_act=act, experts_bias=bias)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, std=1.0)  # so that some of clamped_swiglu's are clamped
+    _agree(experts, _distinct(100, 8, 2))
+
+
+def test_experts_without_a_kernel_go_to_what_can_compute_them(capfd):
+    """Said or refused by the name of the setting when they are made."""
+    for changes, words in (
+        ({"experts_bias": True}, "experts_bias gives them biases"),
+        ({"hidden_act": "clamped_swiglu"}, "hidden_act is clamped_swiglu"),
+    ):
+        with pytest.raises(ConfigError, match=f"triton has no kernel for these experts .{words}"):
+            tiny_config(experts_backend="triton", **changes)
+        backends._said.clear()
+        assert _experts(8, experts_backend="native", **changes).backend is BACKENDS["grouped_mm"]
+        assert f"native is not to be had ({words}); grouped_mm serves instead" in capfd.readouterr().err
+        auto, index = _experts(8, **changes), _distinct(1000, 8, 2)
+        with torch.no_grad():
+            found = auto(torch.randn(1000, 32), _routing(index, 8))
+        assert found.shape == (1000, 32)
+    with pytest.raises(ConfigError, match="autonomy's experts have no biases"):
+        tiny_config(router="autonomy", router_options={"d_low": 4}, experts_bias=True)
+
+
+def test_an_expert_by_itself_is_what_the_backends_make_of_it():
+    """As probes run it: activations first, then the rest."""
+    experts, x = _experts(4, hidden_act="clamped_swiglu", experts_bias=True), torch.randn(30, 32)
+    index = torch.full((30, 1), 2)
+    found = experts.finish(2, x, experts.activate(2, x))
+    torch.testing.assert_close(found, experts.each(x, index)[:, 0], rtol=1e-5, atol=1e-5)
 
 
 def test_empty_experts():

@@ -20,7 +20,7 @@ def _plain_rotation(x, cos, sin):
 
 def _plain_gate(gate_up, weight, activation):
     gate, up = gate_up.chunk(2, dim=-1)
-    return fused.ACTIVATIONS[activation](gate) * up * weight.unsqueeze(-1)
+    return fused.GATINGS[activation](gate, up) * weight.unsqueeze(-1)
 
 
 def _same(function, plain, inputs, *constants, **tolerance):
@@ -69,7 +69,7 @@ def test_rotation(dtype):
     )
 
 
-@pytest.mark.parametrize("activation", fused.ACTIVATIONS)
+@pytest.mark.parametrize("activation", fused.GATINGS)
 @pytest.mark.parametrize("rows", [0, 1, 700])
 def test_gate(activation, rows, monkeypatch):
     monkeypatch.setattr(fused, "_ELEMENTS_IN_CACHE", 2**13)  # several parts, the last one short

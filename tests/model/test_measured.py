@@ -65,7 +65,7 @@ def _choice(monkeypatch, tokens, width=24, gated=False):
     experts = Experts(config, config.layer(0))
     index = torch.zeros(tokens, 2, dtype=torch.int64)
     x, weight = torch.zeros(tokens, config.hidden_size), torch.ones(tokens, 2)
-    experts.are_plain = not gated
+    experts.no_kernel = "they have a gate of their own" if gated else None
     from triton_kernels.mlp import checks
 
     for name in ("has_triton", "runs_on_cpu"):

@@ -308,6 +308,18 @@ def test_norms_and_biases_do_not_decay():
     assert [group["weight_decay"] for group in (rest, experts, scales)] == [0.1, 0.1, 0.0]
 
 
+def test_biases_of_experts_neither_decay_nor_are_made_orthogonal():
+    """Stacks of vectors, which look like matrices; in a group of their own, as they lie where the experts do."""
+    decoder = _module(experts_bias=True).decoder
+    biases = {id(p) for name, p in decoder.named_parameters() if name.endswith("_proj_bias")}
+    for name in ("adamw", "muon"):
+        *_, last = build_optimizer(decoder, OptimizerConfig(name=name)).param_groups
+        assert {id(p) for p in last["params"]} == biases
+        assert last["weight_decay"] == 0.0
+        assert "joined" not in last
+    assert all(bool((p == 0).all()) for p in decoder.parameters() if id(p) in biases)
+
+
 def test_tokens_per_second_counts_waiting_for_data_and_nothing_else(tmp_path, data):
     """A fifth of a second for each micro-batch; as much again after each step for a callback, and for validation."""
     import time

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, get_args, get_type_hints
 
 from moebed.checkpoints.families.declared import HARMLESS_SETTINGS, QUANTISED_SETTINGS
-from moebed.checkpoints.families.rope import ROPE_KEYS, read_rope, write_rope
+from moebed.checkpoints.families.rope import BLOCKS, ROPE_KEYS, read_rope, write_rope
 from moebed.errors import ConfigError
 from moebed.model.config import ModelConfig
 
@@ -104,6 +104,19 @@ class Stored(NamedTuple):
         return cls(stored) if isinstance(stored, str) else stored
 
 
+class Stacked(NamedTuple):
+    """A tensor of all experts of a layer, transposed, in which matrices lie in turn (see moebed.checkpoints.stacked).
+
+    Args:
+        name: What it is called; ``{i}`` is the layer.
+        of: Names of one expert's n matrices (R, C) in it, or of its vectors (R,); ``{e}`` is the expert. The tensor is
+            (E, C, n·R), or (E, n·R): number n·r + k of one of its rows is of row r of the k-th.
+    """
+
+    name: str
+    of: tuple[str, ...]
+
+
 class Reading(NamedTuple):
     """What a ``config.json`` says.
 
@@ -137,6 +150,7 @@ class Family:
         tensors: Our parameter -> their tensor, or which part of one; ``{i}`` is the layer. Routed experts are in
             ``experts``.
         experts: Names of the routed experts' matrices; None for a dense family.
+        stacked: Tensors that hold those of all experts of a layer in an order of their own.
         fields: Our config field -> their key, beside the common ones.
         fixed: Our config fields that are the same in every model of the family.
         defaults: Their keys that ``config.json`` may leave out, and what that means.
@@ -148,6 +162,7 @@ class Family:
             stored is taken.
         partial_rotary: The share of a head that turns where ``config.json`` does not say it as others do, from their
             settings; None of a family whose heads turn as a whole.
+        rope_magnitudes: Whether LongRoPE's cos and sin are multiplied by numbers of its own (``rope.MAGNITUDES``).
         further: A pattern of the names of tensors that predict further tokens, with ``{layers}`` for their number; such
             tensors are passed over with a note, as transformers does.
         in_transformers: Whether transformers has a class for it. That class passes over settings that it does not know,
@@ -163,6 +178,7 @@ class Family:
     architecture: str
     tensors: Mapping[str, str | Stored]
     experts: ExpertNames | None = None
+    stacked: tuple[Stacked, ...] = ()
     fields: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -172,6 +188,7 @@ class Family:
     same: Mapping[str, str] = field(default_factory=dict)
     other_names: Mapping[str, str] = field(default_factory=dict)
     partial_rotary: Callable[[Settings], float] | None = None
+    rope_magnitudes: bool = False
     further: str | None = None
     in_transformers: bool = True
     uncomputed: Callable[[Settings], list[str]] = lambda settings: []
@@ -229,7 +246,12 @@ class Family:
         if missing:
             raise ConfigError(f"{missing[0]} is missing; a {self.model_type} config has it")
         partial = None if self.partial_rotary is None else self.partial_rotary(found)
-        rope = read_rope(settings, self.defaults.get("rope_theta", 10000.0), partial)
+        given = [block for key, block in self.defaults.items() if key in BLOCKS and settings.get(key) is None]
+        stretched = (
+            {**settings, "rope_parameters": given[0]} if given and not settings.get("rope_scaling") else settings
+        )
+        theta = self.defaults.get("rope_theta", 10000.0)
+        rope = read_rope(stretched, theta, partial, self.rope_magnitudes)
         values: dict[str, Any] = {ours: found[theirs] for ours, theirs in names.items()}
         values["head_dim"] = found.get("head_dim")
         for ours, value in values.items():
@@ -274,7 +296,7 @@ class Family:
         """
         settings: dict[str, Any] = {"model_type": self.model_type, "architectures": [self.architecture]}
         settings |= {theirs: one_number(config, ours) for ours, theirs in {**COMMON_FIELDS, **self.fields}.items()}
-        settings |= {"head_dim": config.head_dim, "hidden_act": ACTIVATIONS[config.hidden_act]}
+        settings |= {"head_dim": config.head_dim, "hidden_act": ACTIVATIONS.get(config.hidden_act, "silu")}
         settings |= {**write_rope(config, self.partial_rotary is not None), **self.encode(config)}
         back = self.read_config(settings, f"{self.model_type} config").to_dict()
         values = config.to_dict()
@@ -288,7 +310,12 @@ class Family:
         return settings
 
 
-_DEFAULTS = {"hidden_act": "silu", "num_key_value_heads": None, "tie_word_embeddings": False}
+_DEFAULTS = {
+    "hidden_act": "silu",
+    "num_key_value_heads": None,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+}
 # What only a forward pass needs, or what comes with tensors that have no place in the decoder.
 _ACCEPTS: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),

@@ -26,6 +26,9 @@ IN_TRANSFORMERS = {
         "ernie4_5_moe",
         "deepseek_v2",
         "deepseek_v3",
+        "gpt_oss",
+        "flex_olmo",
+        "phimoe",
     ),
 }
 

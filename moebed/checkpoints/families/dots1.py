@@ -4,8 +4,8 @@ from typing import Any
 
 from moebed.checkpoints.families import fine_grained
 from moebed.checkpoints.families.base import Family, Settings
-from moebed.checkpoints.families.layout import EXPERTS, QK_NORM
-from moebed.checkpoints.families.windows import WINDOW_KEYS, uncomputed_windows, window_of
+from moebed.checkpoints.families.layout import ALL_ATTENTION_BIAS, BIASED_ATTENTION, EXPERTS, QK_NORM
+from moebed.checkpoints.families.windows import WINDOW_KEYS, uncomputed_windows, window_settings, windows_of
 from moebed.model.config import ModelConfig
 
 _USED = {"use_sliding_window": True}  # there is no such setting: windows are used where they are
@@ -16,25 +16,21 @@ def _slides(settings: Settings, layer: int) -> bool:
 
 
 def _decode(settings: Settings) -> dict[str, Any]:
-    return {**fine_grained.decode(settings), "sliding_window": window_of({**settings, **_USED}, _slides)}
+    return {**fine_grained.decode(settings), "sliding_window": windows_of({**settings, **_USED}, _slides)}
 
 
 def _encode(config: ModelConfig) -> dict[str, Any]:
-    slides, layers = config.sliding_window is not None, config.num_hidden_layers
-    return {
-        **fine_grained.encode(config),
-        "sliding_window": config.sliding_window,
-        "max_window_layers": 0 if slides else layers,
-        "layer_types": ["sliding_attention" if slides else "full_attention"] * layers,
-    }
+    windows = window_settings(config)
+    first = 0 if windows["sliding_window"] else config.num_hidden_layers
+    return {**fine_grained.encode(config), **windows, "max_window_layers": first}
 
 
 DOTS1 = Family(
     model_type="dots1",
     architecture="Dots1ForCausalLM",
-    tensors={**fine_grained.BIASED_TENSORS, **QK_NORM},
+    tensors={**fine_grained.BIASED_TENSORS, **ALL_ATTENTION_BIAS, **QK_NORM},
     experts=EXPERTS,
-    fields=fine_grained.FIELDS,
+    fields={**fine_grained.FIELDS, **BIASED_ATTENTION},
     fixed={"qk_norm": "head"},
     defaults={
         **fine_grained.DEFAULTS,

@@ -3,7 +3,7 @@
 from typing import Any
 
 from moebed.checkpoints.families.base import ExpertNames, Family, Settings, Stored, require_count
-from moebed.checkpoints.families.layout import LLAMA
+from moebed.checkpoints.families.layout import ALL_ATTENTION_BIAS, BIASED_ATTENTION, LLAMA
 from moebed.errors import ConfigError
 from moebed.model.config import ModelConfig
 
@@ -56,7 +56,12 @@ def _granite(model_type: str, architecture: str, shared: bool) -> Family:
     return Family(
         model_type=model_type,
         architecture=architecture,
-        tensors={**LLAMA, "layers.{i}.mlp.router.weight": f"{_MOE}.router.layer.weight", **(beside if shared else {})},
+        tensors={
+            **LLAMA,
+            **ALL_ATTENTION_BIAS,
+            "layers.{i}.mlp.router.weight": f"{_MOE}.router.layer.weight",
+            **(beside if shared else {}),
+        },
         # All experts in one tensor.
         experts=ExpertNames("", "", "", f"{_MOE}.input_linear.weight", f"{_MOE}.output_linear.weight"),
         fields={
@@ -66,6 +71,7 @@ def _granite(model_type: str, architecture: str, shared: bool) -> Family:
             "embedding_multiplier": "embedding_multiplier",
             "residual_multiplier": "residual_multiplier",
             "attention_multiplier": "attention_multiplier",
+            **BIASED_ATTENTION,
         },
         fixed={"norm_topk_prob": True},
         defaults={

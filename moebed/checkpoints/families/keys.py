@@ -17,9 +17,11 @@ from moebed.checkpoints.families.base import Family, Stored
 from moebed.errors import ConfigError
 from moebed.model.config import ModelConfig
 from moebed.model.decoder import Decoder
+from moebed.model.experts import bias_name
 from moebed.model.routers import ROUTERS
 
 _LAYER = re.compile(r"^layers\.(\d+)\.")
+_BIAS = re.compile(r"layers\.\{i\}\.mlp\.experts\.(gate|up|down)_proj_bias")
 _GATE_UP, _DOWN = "layers.{i}.mlp.experts.gate_up_proj", "layers.{i}.mlp.experts.down_proj"
 
 
@@ -97,6 +99,8 @@ class KeyMap:
             return [Placed(self.expert(layer, m, e), (e, half)) for e in experts for m, half in halves.items()]
         if template == _DOWN:
             return [Placed(self.expert(layer, "down", e), (e,)) for e in range(self.config.layer(layer).num_experts)]
+        if bias := _BIAS.fullmatch(template):
+            return [Placed(self.bias(layer, bias[1], e), (e,)) for e in range(self.config.layer(layer).num_experts)]
         return [Placed(self._whole(template, layer), ())]
 
     def _whole(self, template: str, layer: int) -> TensorPart:
@@ -124,6 +128,14 @@ class KeyMap:
         assert fused is not None
         first = expert * stacked + (rows if matrix == "up" else 0)
         return TensorPart(fused, (sizes.num_experts, stacked, columns), first, rows)
+
+    def bias(self, layer: int, matrix: str, expert: int) -> TensorPart:
+        """What one routed expert adds to its products with a matrix: (F,), or (H,) of ``down``."""
+        template = f"layers.{{i}}.mlp.experts.{bias_name(matrix)}"
+        if layer in self._fused:
+            return self._whole(template, layer)._replace(first=expert, rows=1)
+        weights = self.expert(layer, matrix, expert).name
+        return TensorPart(f"{weights.removesuffix('.weight')}.bias", self.shapes[template.format(i=layer)][1:], 0, 1)
 
     def factors(self, layer: int, matrix: str, expert: int) -> list[TensorPart]:
         """The parts whose product is one routed expert's matrix: itself, where the router's experts have no factors."""

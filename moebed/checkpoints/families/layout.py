@@ -15,6 +15,16 @@ NORMS = {
 }
 ATTENTION = {f"layers.{{i}}.self_attn.{p}_proj.weight": f"model.layers.{{i}}.self_attn.{p}_proj.weight" for p in "qkvo"}
 ATTENTION_BIAS = {f"layers.{{i}}.self_attn.{p}_proj.bias": f"model.layers.{{i}}.self_attn.{p}_proj.bias" for p in "qkv"}
+ALL_ATTENTION_BIAS = {
+    **ATTENTION_BIAS,
+    "layers.{i}.self_attn.o_proj.bias": "model.layers.{i}.self_attn.o_proj.bias",
+}
+# Fields of ours -> their one setting, where it is of all four.
+BIASED_ATTENTION = {name: "attention_bias" for name in ("attention_bias", "attention_output_bias")}
+NORM_BIAS = {
+    ours.replace(".weight", ".bias"): theirs.replace(".weight", ".bias")
+    for ours, theirs in {"norm.weight": OUTSIDE["norm.weight"], **NORMS}.items()
+}
 QK_NORM = {f"layers.{{i}}.self_attn.{p}_norm.weight": f"model.layers.{{i}}.self_attn.{p}_norm.weight" for p in "qk"}
 DENSE_FFN = {
     f"layers.{{i}}.mlp.{m}_proj.weight": f"model.layers.{{i}}.mlp.{m}_proj.weight" for m in ("gate", "up", "down")

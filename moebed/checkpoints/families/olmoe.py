@@ -1,18 +1,26 @@
 """OLMoE (2409.02060): 64 experts, queries and keys normalised over all heads together."""
 
 from moebed.checkpoints.families.base import Family
-from moebed.checkpoints.families.layout import EXPERTS, LLAMA, QK_NORM, ROUTER
+from moebed.checkpoints.families.layout import (
+    ALL_ATTENTION_BIAS,
+    BIASED_ATTENTION,
+    EXPERTS,
+    LLAMA,
+    QK_NORM,
+    ROUTER,
+)
 
 OLMOE = Family(
     model_type="olmoe",
     architecture="OlmoeForCausalLM",
-    tensors={**LLAMA, **QK_NORM, **ROUTER},
+    tensors={**LLAMA, **ALL_ATTENTION_BIAS, **QK_NORM, **ROUTER},
     experts=EXPERTS,
     fields={
         "num_experts": "num_experts",
         "num_experts_per_tok": "num_experts_per_tok",
         "moe_intermediate_size": "intermediate_size",
         "norm_topk_prob": "norm_topk_prob",
+        **BIASED_ATTENTION,
     },
     fixed={"qk_norm": "full"},
     defaults={"rms_norm_eps": 1e-5, "norm_topk_prob": False},

@@ -4,7 +4,13 @@ from typing import Any
 
 from moebed.checkpoints.families.base import Family, Settings
 from moebed.checkpoints.families.layout import ATTENTION_BIAS, DENSE_FFN, LLAMA
-from moebed.checkpoints.families.windows import WINDOW_DEFAULTS, WINDOW_KEYS, uncomputed_windows, window_of
+from moebed.checkpoints.families.windows import (
+    WINDOW_DEFAULTS,
+    WINDOW_KEYS,
+    uncomputed_windows,
+    window_settings,
+    windows_of,
+)
 from moebed.model.config import ModelConfig
 
 
@@ -13,13 +19,13 @@ def _slides(settings: Settings, layer: int) -> bool:
 
 
 def _decode(settings: Settings) -> dict[str, Any]:
-    return {"sliding_window": window_of(settings, _slides)}
+    return {"sliding_window": windows_of(settings, _slides)}
 
 
 def _encode(config: ModelConfig) -> dict[str, Any]:
     if config.sliding_window is None:
         return {"use_sliding_window": False}
-    return {"use_sliding_window": True, "sliding_window": config.sliding_window, "max_window_layers": 0}
+    return {"use_sliding_window": True, "max_window_layers": 0, **window_settings(config)}
 
 
 QWEN2 = Family(

@@ -4,7 +4,13 @@ from typing import Any
 
 from moebed.checkpoints.families.base import Family, Settings, one_number, require_count
 from moebed.checkpoints.families.layout import ATTENTION_BIAS, DENSE_FFN, EXPERTS, LLAMA, ROUTER, shared_expert
-from moebed.checkpoints.families.windows import WINDOW_DEFAULTS, WINDOW_KEYS, uncomputed_windows, window_of
+from moebed.checkpoints.families.windows import (
+    WINDOW_DEFAULTS,
+    WINDOW_KEYS,
+    uncomputed_windows,
+    window_settings,
+    windows_of,
+)
 from moebed.errors import ConfigError
 from moebed.model.config import ModelConfig
 
@@ -40,7 +46,7 @@ def _slides(settings: Settings, layer: int) -> bool:
 
 def _decode(settings: Settings) -> dict[str, Any]:
     experts, shared = sparse_layers(settings), require_count(settings, "shared_expert_intermediate_size")
-    found: dict[str, Any] = {"num_experts": experts, "sliding_window": window_of(settings, _slides)}
+    found: dict[str, Any] = {"num_experts": experts, "sliding_window": windows_of(settings, _slides)}
     return found | ({"num_shared_experts": 1, "shared_expert_intermediate_size": shared} if any(experts) else {})
 
 
@@ -49,7 +55,8 @@ def _encode(config: ModelConfig) -> dict[str, Any]:
     width = config.layer(config.moe_layers[0]).shared_intermediate_size
     if not width:
         raise ConfigError("model config: num_shared_experts is 0, but a qwen2_moe checkpoint has a shared expert")
-    return {**settings, "shared_expert_intermediate_size": width}
+    windows = {} if config.sliding_window is None else {"use_sliding_window": True, **window_settings(config)}
+    return {**settings, **windows, "shared_expert_intermediate_size": width}
 
 
 SPARSE_FIELDS = {

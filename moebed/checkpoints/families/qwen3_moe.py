@@ -3,7 +3,15 @@
 from typing import Any
 
 from moebed.checkpoints.families.base import Family, Settings
-from moebed.checkpoints.families.layout import DENSE_FFN, EXPERTS, LLAMA, QK_NORM, ROUTER
+from moebed.checkpoints.families.layout import (
+    ALL_ATTENTION_BIAS,
+    BIASED_ATTENTION,
+    DENSE_FFN,
+    EXPERTS,
+    LLAMA,
+    QK_NORM,
+    ROUTER,
+)
 from moebed.checkpoints.families.qwen2_moe import SPARSE_DEFAULTS, SPARSE_FIELDS, sparse_layers, sparse_settings
 from moebed.errors import ConfigError
 from moebed.model.config import ModelConfig
@@ -25,9 +33,9 @@ def _encode(config: ModelConfig) -> dict[str, Any]:
 QWEN3_MOE = Family(
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
-    tensors={**LLAMA, **QK_NORM, **DENSE_FFN, **ROUTER},
+    tensors={**LLAMA, **ALL_ATTENTION_BIAS, **QK_NORM, **DENSE_FFN, **ROUTER},
     experts=EXPERTS,
-    fields=SPARSE_FIELDS,
+    fields={**SPARSE_FIELDS, **BIASED_ATTENTION},
     fixed={"qk_norm": "head"},
     same={"num_local_experts": "num_experts"},  # transformers writes the one or the other
     defaults={**SPARSE_DEFAULTS, "use_sliding_window": False, "sliding_window": 4096},

@@ -7,7 +7,9 @@ from moebed.checkpoints.families.deepseek import DEEPSEEK
 from moebed.checkpoints.families.deepseek_v2 import DEEPSEEK_V2, DEEPSEEK_V3
 from moebed.checkpoints.families.dots1 import DOTS1
 from moebed.checkpoints.families.ernie import ERNIE
+from moebed.checkpoints.families.flex_olmo import FLEX_OLMO
 from moebed.checkpoints.families.glm4_moe import GLM4_MOE
+from moebed.checkpoints.families.gpt_oss import GPT_OSS
 from moebed.checkpoints.families.granite import GRANITE, GRANITE_SHARED
 from moebed.checkpoints.families.grok1 import GROK1
 from moebed.checkpoints.families.llama import LLAMA_FAMILY
@@ -16,6 +18,7 @@ from moebed.checkpoints.families.mistral import MISTRAL
 from moebed.checkpoints.families.mixtral import MIXTRAL
 from moebed.checkpoints.families.olmoe import OLMOE
 from moebed.checkpoints.families.own import MOEBED
+from moebed.checkpoints.families.phimoe import PHIMOE
 from moebed.checkpoints.families.qwen2 import QWEN2
 from moebed.checkpoints.families.qwen2_moe import QWEN2_MOE
 from moebed.checkpoints.families.qwen3_moe import QWEN3_MOE
@@ -41,6 +44,9 @@ FAMILIES: dict[str, Family] = {
         ERNIE,
         DEEPSEEK_V2,
         DEEPSEEK_V3,
+        GPT_OSS,
+        FLEX_OLMO,
+        PHIMOE,
     )
 }
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from moebed.errors import ConfigError
 from moebed.model.config import ModelConfig
-from moebed.model.rope_config import KINDS, ORIGINAL, Kind, kept, positive
+from moebed.model.rope_config import KINDS, MAGNITUDES, ORIGINAL, Kind, kept, positive
 
 BLOCKS = ("rope_scaling", "rope_parameters")
 _BESIDE = ("rope_theta", "partial_rotary_factor")  # in a block of any kind
@@ -41,13 +41,16 @@ class Rope:
     notes: list[str] = field(default_factory=list)
 
 
-def read_rope(settings: Mapping[str, Any], theta: float, partial: float | None = None) -> Rope:
+def read_rope(
+    settings: Mapping[str, Any], theta: float, partial: float | None = None, magnitudes: bool = False
+) -> Rope:
     """The rotary embedding of a ``config.json``.
 
     Args:
         settings: Its content.
         theta: The base where it names none.
         partial: The share of a head that turns where it names none; None of a family whose heads turn as a whole.
+        magnitudes: Whether the family has LongRoPE's MAGNITUDES; to others they mean nothing.
 
     Raises:
         ConfigError: A base is no number, or a block is none.
@@ -61,11 +64,13 @@ def read_rope(settings: Mapping[str, Any], theta: float, partial: float | None =
     rope = Rope(_theta(key, block, settings, theta))
     if settings.get("rope_theta") not in (None, rope.theta):
         rope.notes.append(f"{key}.rope_theta is taken and rope_theta beside it passed over, as transformers does")
-    if len(given) == 2 and settings["rope_scaling"] != settings["rope_parameters"]:
+    if len(given) == 2 and _differ(settings, *(settings[one] for one in BLOCKS)):
         rope.notes.append("rope_scaling is taken and rope_parameters beside it passed over, as transformers does")
     _read_partial(rope, key, block, settings, partial)
     name = block.get("rope_type", block.get("type", "default"))
     kind = {**KINDS, "default": _PLAIN}.get(name) if isinstance(name, str) else None
+    if kind is not None and not magnitudes:
+        kind = kind._replace(optional=tuple(name for name in kind.optional if name not in MAGNITUDES))
     values = _values(kind, block, settings, rope.partial) if kind is not None else None
     if kind is None or values is None or any(isinstance(value, Mapping) for value in block.values()):
         rope.uncomputed.append(f"{key} is {dict(block)!r}; supported are rope_type 'default'; {_SUPPORTED}")
@@ -80,6 +85,12 @@ def read_rope(settings: Mapping[str, Any], theta: float, partial: float | None =
     if settings.get(ORIGINAL) is not None and ORIGINAL not in kind.numbers:
         rope.notes.append(f"{ORIGINAL} means nothing to rope_type {name!r} and is passed over")
     return rope
+
+
+def _differ(settings: Mapping[str, Any], one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two blocks say different things, where what one leaves out may stand beside it."""
+    says = [{key: block.get(key, settings.get(key)) for key in {*one, *other}} for block in (one, other)]
+    return says[0] != says[1]
 
 
 def write_rope(config: ModelConfig, partial: bool = False) -> dict[str, Any]:

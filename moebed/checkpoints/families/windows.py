@@ -1,7 +1,4 @@
-"""Sliding windows that a family gives to some of its layers: ``layer_types``, or a rule where it is left out.
-
-The decoder has one window for all layers or none.
-"""
+"""Sliding windows that a family gives to some of its layers: ``layer_types``, or a rule where it is left out."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ from typing import Any
 
 from moebed.checkpoints.families.base import require_count
 from moebed.errors import ConfigError
+from moebed.model.config import ModelConfig
 
 WINDOW_KEYS = ("sliding_window", "layer_types")
 WINDOW_DEFAULTS = {"use_sliding_window": False, "max_window_layers": 28}
@@ -25,10 +23,19 @@ def _layer_types(settings: Mapping[str, Any], slides: Slides) -> list[Any]:
     return [_SLIDING if used and slides(settings, i) else _FULL for i in range(layers if used else 1)]
 
 
-def window_of(settings: Mapping[str, Any], slides: Slides) -> int | None:
-    """The window of all layers; None where they look at everything, or differ."""
-    kinds = set(_layer_types(settings, slides))
-    return settings.get("sliding_window", 4096) if kinds == {_SLIDING} and settings["use_sliding_window"] else None
+def windows_of(settings: Mapping[str, Any], slides: Slides) -> list[int | None] | None:
+    """The window of each layer; None where all look at everything, or where that is not computed."""
+    kinds = _layer_types(settings, slides)
+    if uncomputed_windows(settings, slides) or _SLIDING not in kinds:
+        return None
+    return [settings.get("sliding_window", 4096) if kind == _SLIDING else None for kind in kinds]
+
+
+def window_settings(config: ModelConfig) -> dict[str, Any]:
+    """What :func:`windows_of` reads; of several windows the widest, and then a model is not read as it was."""
+    windows = [config.window(index) for index in range(config.num_hidden_layers)]
+    kinds = [_FULL if window is None else _SLIDING for window in windows]
+    return {"sliding_window": max((w for w in windows if w is not None), default=None), "layer_types": kinds}
 
 
 def uncomputed_windows(settings: Mapping[str, Any], slides: Slides) -> list[str]:
@@ -43,10 +50,10 @@ def uncomputed_windows(settings: Mapping[str, Any], slides: Slides) -> list[str]
     if set(kinds) == {_FULL}:
         return []
     whole = isinstance(window, int) and not isinstance(window, bool) and window >= 1
-    if set(kinds) == {_SLIDING} and settings["use_sliding_window"] and whole:
+    if set(kinds) <= {_FULL, _SLIDING} and settings["use_sliding_window"] and whole:
         return []
     said = "layer_types" if settings.get("layer_types") is not None else "use_sliding_window"
     return [
-        f"{said} is {settings[said]!r} with sliding_window {window!r}; layers with and without a window are not "
-        "supported beside each other"
+        f"{said} is {settings[said]!r} with sliding_window {window!r}; supported are layers of full_attention and of "
+        "sliding_attention with a window of 1 or more"
     ]

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moebed.errors import ConfigError
 from moebed.model.config import LayerConfig, ModelConfig, RouterOptions, setting
 from moebed.model.experts import Experts, Product
 from moebed.model.routers.contract import ExpertOutputs, Router, drawn
@@ -115,6 +116,12 @@ class Autonomy(Router):
     default_norm_topk_prob = False
     experts_class = FactorisedExperts
     other_teacher = True  # the experts go on from what it projects
+
+    @classmethod
+    def check(cls, config: ModelConfig) -> None:
+        """Raise ConfigError for experts that have biases."""
+        if config.experts_bias:
+            raise ConfigError("model config: experts_bias is true, but router autonomy's experts have no biases")
 
     def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
         super().__init__(config, layer)

@@ -22,6 +22,7 @@ from moebed.model.routers.reference import AntiOracle, Oracle, OracleHash
 from moebed.model.routers.relu import ReLU
 from moebed.model.routers.sigmoid import SigmoidTopK, SoftmaxBiasTopK
 from moebed.model.routers.softmax import SoftmaxTopK
+from moebed.model.routers.sparsemixer import SparseMixer
 from moebed.model.routers.threshold import ExpertChoice, Threshold
 
 ROUTERS: dict[str, type[Router]] = {
@@ -29,6 +30,7 @@ ROUTERS: dict[str, type[Router]] = {
     "sigmoid_topk": SigmoidTopK,
     "softmax_bias_topk": SoftmaxBiasTopK,
     "group_limited_topk": GroupLimitedTopK,
+    "sparsemixer": SparseMixer,
     "expert_norm": ExpertNorm,
     "competesmoe": CompeteSMoE,
     "competesmoe_v2": CompeteSMoEv2,

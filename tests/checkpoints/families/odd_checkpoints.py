@@ -61,6 +61,9 @@ SIZES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 6},
     "llama": {},
     "qwen2": {},
+    "gpt_oss": {**LOCAL, "head_dim": 8, "sliding_window": 5, "initializer_range": 0.7},
+    "flex_olmo": {**MOE, "norm_topk_prob": True},
+    "phimoe": {**LOCAL, "attention_bias": True, "lm_head_bias": True},
 }  # fmt: skip
 # Endings of cases that say what was said before: the default, or the value of another place.
 SAME = (" left out", "=null", "=null added", "={}", "={} added", "partial_rotary_factor=1.0 added",
@@ -165,8 +168,8 @@ def write_base(family: str, folder: Path) -> transformers.PreTrainedConfig:
     config = transformers.AutoConfig.for_model(family, **deepcopy(COMMON | SIZES[family]))
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1 or name.endswith("_bias"):
                 parameter.normal_(1.0, 0.3)
     model.save_pretrained(folder)
     return config

@@ -107,6 +107,25 @@ CASES |= {
     "deepseek_v3-halves": ("deepseek_v3", {**FINE, **LATENT, "q_lora_rank": None, "n_group": 1, "topk_group": 1,
                                            "norm_topk_prob": False, "rope_interleave": False, **ROPE}),
 }  # fmt: skip
+# Every other layer has the window; some gates and ups go beyond their limits.
+OSS = {"num_local_experts": 6, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 5, "initializer_range": 0.7}
+CASES |= {
+    "gpt_oss": ("gpt_oss", {**OSS, "rope_parameters": {**ROPES["yarn"], "rope_theta": 30.0, "truncate": False}}),
+    "gpt_oss-plain": ("gpt_oss", {**OSS, "attention_bias": False, "layer_types": ["full_attention"] * 3, **ROPE}),
+    "qwen2_moe-windows": ("qwen2_moe", {**SPARSE, "shared_expert_intermediate_size": 24, "sliding_window": 5,
+                                        "use_sliding_window": True, "max_window_layers": 1}),
+    "llama-biases": ("llama", {"attention_bias": True}),
+    "dots1-windows": ("dots1", {**FINE, "sliding_window": 5, "max_window_layers": 1, "attention_bias": True}),
+}  # fmt: skip
+LONG = {**ROPES["longrope"], "original_max_position_embeddings": 16, "short_mscale": 1.2, "long_mscale": 1.3}
+CASES |= {
+    "flex_olmo": ("flex_olmo", {**MOE, "attention_bias": True, **ROPE}),
+    # With the noise of the published model few tokens would teach the gate anything.
+    "phimoe": ("phimoe", {"num_local_experts": 6, "num_experts_per_tok": 2, "attention_bias": True, "router_jitter_noise": 0.3,
+                          "lm_head_bias": True, "rope_parameters": {**LONG, "rope_theta": 30.0}}),
+    "phimoe-plain": ("phimoe", {"num_local_experts": 6, "num_experts_per_tok": 2, "router_jitter_noise": 0.3,
+                                "sliding_window": 5, **ROPE}),
+}  # fmt: skip
 
 
 @pytest.fixture(params=CASES)
@@ -119,7 +138,7 @@ def theirs(request):
         for name, tensor in model.state_dict().items():
             if name.endswith("e_score_correction_bias"):
                 tensor.normal_(0.0, 0.1)
-            elif tensor.ndim == 1:
+            elif tensor.ndim == 1 or name.endswith("_bias"):
                 tensor.normal_(1.0, 0.3)
     return model
 
