@@ -1,4 +1,4 @@
-"""What accumulation makes of the balancing loss: its gradient by each scope beside that of one large batch, and the time.
+"""What accumulation makes of the balancing loss: its gradient by each scope beside that of a large batch, and the time.
 
     python -m tests.training.measure_scope DIR
 

@@ -117,7 +117,7 @@ def test_gradient_accumulation_gives_the_same_run(tmp_path, data, scope, coeffic
 
 
 def test_global_scope_counts_the_window_so_far_and_window_scope_all_of_it(tmp_path, data):
-    """With the first only the last micro-batch balances against the assignments of a large batch; with the other all."""
+    """With the first only the last micro-batch balances against the load of a large batch; with the other all do."""
     seen = {}
     for scope, batch_size, accumulate in (("global", 4, 1), ("global", 2, 2), ("window", 2, 2)):
         module = _module(router_aux_loss_coef=0.01, router_aux_loss_scope=scope)

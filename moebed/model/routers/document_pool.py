@@ -23,15 +23,15 @@ from moebed.model.routing import Routing, TokenContext
 class DocumentPool(SoftmaxTopK):
     """``softmax_topk`` whose documents have, in training, a pool of experts each (EMO, allenai/EMO@fb07783).
 
-    With p = softmax(x W_gᵀ), a document's pool is the P experts with the largest sum of p over its tokens. P is drawn for
-    each document and layer call, evenly from ``least_pool`` to ``most_pool``. Tokens are routed by the softmax within
-    the pool, and their K experts are of it; the balancing losses see what is routed by. The draw is a function of seed,
-    step, layer and the document's place in the step's batch, so that a resumed run, a recomputed pass and any layout of
-    ranks and micro-batches draw the same.
+    With p = softmax(x W_gᵀ), a document's pool is the P experts with the largest sum of p over its tokens. P is drawn
+    for each document and layer call, evenly from ``least_pool`` to ``most_pool``. Tokens are routed by the softmax
+    within the pool, and their K experts are of it; the balancing losses see what is routed by. The draw is a function
+    of seed, step, layer and the document's place in the step's batch, so that a resumed run, a recomputed pass and any
+    layout of ranks and micro-batches draw the same.
 
-    A pool follows from all tokens of its document, so in training a token's experts depend, a little, on later ones. In
-    evaluation there is no pool: the router is ``softmax_topk``, and generates text as that does. A document is here what
-    a window holds of it.
+    A pool follows from all tokens of its document, so in training a token's experts depend, a little, on later ones.
+    In evaluation there is no pool: the router is ``softmax_topk``, and generates text as that does. A document is here
+    what a window holds of it.
     """
 
     @dataclass

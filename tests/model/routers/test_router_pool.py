@@ -95,7 +95,7 @@ def test_evaluation_and_generation_know_no_document():
 
 
 def test_what_does_not_fit_is_said():
-    with pytest.raises(ConfigError, match="pools of 1 to 4 experts .* must lie between num_experts_per_tok 2 and"):
+    with pytest.raises(ConfigError, match=r"pools of 1 to 4 experts .* must lie between num_experts_per_tok 2 and"):
         config_of("document_pool", router_options={"least_pool": 1})
     (said,) = [text for text in cautions(config_of("document_pool", router_aux_loss_coef=0.1)) if "document" in text]
     assert "router_aux_loss_scope micro works against" in said
