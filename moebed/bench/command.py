@@ -124,7 +124,7 @@ def _routers(options: argparse.Namespace) -> list[dict[str, Any]]:
 
     _check_device(options.device)
     _check_choices("--size", options.size or [], train.SIZES)
-    measured = [name for name, rule in ROUTERS.items() if not rule.needs_context]  # random text has no domains
+    measured = [name for name, rule in ROUTERS.items() if not rule.needs_domain]  # random text has no domains
     _check_choices("--router", options.router or [], measured)
     precision = _precision(options)
     results = []

@@ -273,6 +273,18 @@ class TextDataModule(LightningDataModule):
             return self._train_loader.take(batch)
         return batch
 
+    def upcoming(self, count: int) -> list[Batch]:
+        """Returns the batches that training takes after the one it has, on this rank, as they are drawn by now.
+
+        Args:
+            count: How many.
+
+        Raises:
+            UserError: A source streams.
+        """
+        assert self._train_loader is not None
+        return self._train_loader.upcoming(count)
+
     def val_dataloader(self) -> ValidationLoader:
         """Returns the validation windows of all domains, in order."""
         rank, world_size = self._rank_and_world_size()

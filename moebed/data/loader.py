@@ -26,6 +26,7 @@ from torch import Tensor
 from moebed.data.mixture import DomainDraws, WindowOrder
 from moebed.data.store import TokenStream
 from moebed.data.streaming import StreamPacker, whole_state
+from moebed.errors import UserError
 
 IGNORED = -100
 _READ_AHEAD = 4  # batches
@@ -66,6 +67,23 @@ def collate(windows: Sequence[_Window], rows: int, sequence_length: int, padding
 def domains_of_tokens(batch: Batch) -> Tensor:
     """Returns which domain each input token of a batch is of (B, S): its own, or that of its sequence."""
     return batch.get("token_domain", batch["domain"].unsqueeze(1).expand_as(batch["input_ids"]))
+
+
+def documents_of_tokens(ids: Tensor, end: int) -> Tensor:
+    """Returns which document each token of a batch is of.
+
+    A document that goes on beyond a window, or stands in two of them, is one document in each.
+
+    Args:
+        ids: ``(B, S)``.
+        end: Id that ends a document, and belongs to it.
+
+    Returns:
+        ``(B, S)`` int64: S times the row, and the documents that ended before in the row.
+    """
+    ends = (ids == end).to(torch.int64)
+    rows = torch.arange(len(ids), device=ids.device).unsqueeze(1)
+    return rows * ids.shape[1] + ends.cumsum(dim=1) - ends
 
 
 def window_at(stream: TokenStream, domain: int, start: int, sequence_length: int) -> _Window:
@@ -201,23 +219,42 @@ class PackedLoader:
         self._go_back()
         self._ahead = deque(next(self._source) for _ in range(len(self._ahead)))
 
+    def upcoming(self, count: int) -> list[Batch]:
+        """Returns the batches that training takes next, without taking them.
+
+        Args:
+            count: How many.
+
+        Raises:
+            UserError: There are streaming domains, whose text is read once.
+        """
+        if self._packers:
+            raise UserError(
+                "model.config.router_aux_loss_scope window looks at the batches of a step before it trains on them, "
+                "which text that is streamed does not allow; use global, or data that do not stream"
+            )
+        size = self._batch_size * self._world_size
+        return [self._batch_at(self._consumed["position"] + number * size) for number in range(count)]
+
     def _next_batch(self) -> Batch:
-        first = self._rank * self._batch_size
-        samples = self._samples()
-        windows = [self._window(row, samples[row]) for row in range(first, first + self._batch_size)]
+        batch = self._batch_at(self._position)
         self._position += self._batch_size * self._world_size
+        return batch
+
+    def _batch_at(self, position: int) -> Batch:
+        first = self._rank * self._batch_size
+        samples = self._samples(position)
+        windows = [self._window(row, samples[row]) for row in range(first, first + self._batch_size)]
         return collate(windows, self._batch_size, self._sequence_length, padding_id=0)
 
-    def _samples(self) -> Sequence[int]:
-        """Which sample of the global batch each of its rows is."""
-        rows = range(self._batch_size * self._world_size)
-        if not self._rows_by_domain:
-            return rows
-        return sorted(rows, key=lambda sample: self._draws.domain(self._position + sample))
+    def _samples(self, position: int) -> Sequence[int]:
+        """Which sample each row of the global batch that begins there is."""
+        samples = range(position, position + self._batch_size * self._world_size)
+        return sorted(samples, key=self._draws.domain) if self._rows_by_domain else samples
 
     def _window(self, row: int, sample: int) -> _Window:
-        """The next window of a row of the global batch, which is one of its samples."""
-        domain, index = self._draws.locate(self._position + sample)
+        """The next window of a row of the global batch, which is this sample."""
+        domain, index = self._draws.locate(sample)
         if (packer := self._packers.get(domain)) is not None:
             ids, lengths, *token_domains = packer.next_window(row)
             return domain, ids, lengths, token_domains[0] if token_domains else None

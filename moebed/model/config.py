@@ -55,8 +55,10 @@ class ModelConfig:
             if not given, as in the router's paper.
         router_aux_loss_coef: Coefficient of the load-balancing loss; 0 turns it off.
         router_aux_loss_scope: Tokens over which the load-balancing loss counts assignments: micro (one forward pass
-            of one rank), global (summed over data-parallel ranks and over the accumulation steps so far) or sequence
-            (each sequence is to be balanced by itself, which leaves no room to specialise by domain).
+            of one rank), global (summed over data-parallel ranks and over the accumulation steps so far), window (over
+            all ranks and all accumulation steps, exactly: where batches are accumulated, each step begins with a
+            forward pass more over all of them) or sequence (each sequence is to be balanced by itself, which leaves no
+            room to specialise by domain).
         router_z_loss_coef: Coefficient of the router z-loss; 0 turns it off.
         output_diversity_loss_coef: Coefficient of the mean cosine between the outputs of the experts that a token
             passes; 0 turns it off. It takes each output by itself, which costs memory.
@@ -151,7 +153,7 @@ class ModelConfig:
     router_options: RouterOptions = field(default_factory=dict)  # type: ignore[assignment]
     norm_topk_prob: bool | None = None
     router_aux_loss_coef: float = 0.01
-    router_aux_loss_scope: Literal["micro", "global", "sequence"] = "micro"
+    router_aux_loss_scope: Literal["micro", "global", "window", "sequence"] = "micro"
     router_z_loss_coef: float = 0.0
     output_diversity_loss_coef: float = 0.0
     weight_diversity_loss_coef: float = 0.0

@@ -245,6 +245,7 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
         self.adapter_generator = generator
         self.needs_context = any(router.needs_context for router in self.routers)  # for more than the ids of tokens
+        self.needs_domain = any(router.needs_domain for router in self.routers)
         self.width_factors = width_factors(self, config)  # by name
         self.reset_parameters()
 
@@ -341,7 +342,11 @@ class Decoder(nn.Module):
         return _scaled(self.lm_head(self.norm(hidden)), self.config.logits_multiplier)
 
     def forward(
-        self, input_ids: Tensor, caches: list[KVCache] | None = None, domain: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        caches: list[KVCache] | None = None,
+        domain: Tensor | None = None,
+        document: Tensor | None = None,
     ) -> DecoderOutput:
         """Logits for every position of input_ids (B, S).
 
@@ -349,15 +354,16 @@ class Decoder(nn.Module):
             input_ids: (B, S) int64.
             caches: One for each layer; then input_ids are the positions that follow those already cached.
             domain: (B, S) which of the data's domains each token is of; only a router that ``needs_context`` asks.
+            document: (B, S) which document each token is of, as the loader numbers them; the same.
 
         Raises:
             UserError: A router needs what is not given.
         """
         context = TokenContext(input_ids)
-        if self.needs_context:
-            if caches:
-                raise UserError(f"router {self.config.router} needs the domain of each token: it cannot generate text")
-            context = TokenContext.of_batch(input_ids, domain)
+        if caches and self.needs_domain:
+            raise UserError(f"router {self.config.router} needs the domain of each token: it cannot generate text")
+        if self.needs_context and not caches:  # text that is not written yet is of no domain and no document
+            context = TokenContext.of_batch(input_ids, domain, document)
         hidden, rope = self.embed(input_ids, start=caches[0].length if caches else 0)
         recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         routings = []

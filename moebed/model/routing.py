@@ -21,14 +21,15 @@ class TokenContext(NamedTuple):
 
     ids: Tensor
     domain: Tensor | None = None  # which of the data's domains a token is of; None too where nobody knows
+    document: Tensor | None = None  # which document of this call a token is of, in training; below the number of tokens
     sequence: Tensor | None = None  # which sequence of this call a token is of
     position: Tensor | None = None  # of a token in its sequence
 
     @classmethod
-    def of_batch(cls, ids: Tensor, domain: Tensor | None = None) -> TokenContext:
-        """All that is known of sequences ids (B, S), of domains (B, S)."""
+    def of_batch(cls, ids: Tensor, domain: Tensor | None = None, document: Tensor | None = None) -> TokenContext:
+        """All that is known of sequences ids (B, S), of domains (B, S) and documents (B, S)."""
         rows, columns = (torch.arange(size, device=ids.device) for size in ids.shape)
-        return cls(ids, domain, rows.unsqueeze(1).expand_as(ids), columns.expand_as(ids))
+        return cls(ids, domain, document, rows.unsqueeze(1).expand_as(ids), columns.expand_as(ids))
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> TokenContext:
         """The same with each tensor changed in one way."""

@@ -227,7 +227,7 @@ class SampleText(Callback):
         together = isinstance(trainer.strategy, MeshStrategy)  # then a forward pass takes every rank
         if trainer.sanity_checking or not takes_text(trainer.loggers) or not (trainer.is_global_zero or together):
             return
-        if pl_module.decoder.needs_context:  # type: ignore[union-attr]
+        if pl_module.decoder.needs_domain:  # type: ignore[union-attr]
             return  # text that is not written yet has no domain
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         batch = data.probe_batch(len(data.domains))

@@ -5,7 +5,8 @@ B sequences, S positions, T = B·S tokens, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor
 from moebed.checkpoints.checkpoint import Checkpoint
 from moebed.checkpoints.families.base import NOT_IN_CHECKPOINTS, beside_experts, same_setting
 from moebed.checkpoints.whole import fill
-from moebed.data.loader import domains_of_tokens
+from moebed.data.loader import documents_of_tokens, domains_of_tokens
 from moebed.data.mixing import MixingConfig
 from moebed.data.mixing_rules import Static
 from moebed.errors import ConfigError, UserError
@@ -119,8 +120,7 @@ class MoEModule(LightningModule):
         self._router_steps = RouterSteps(self.decoder.routers)
         self._terms = torch.compile(self._forward_terms, fullgraph=True, dynamic=False) if compile else None
         self._laid_out = False
-        self._window_counts: list[Tensor] = []
-        self._batch_sums = BatchSums()
+        self._batch_counts, self._batch_sums = BatchSums(), BatchSums()  # assignments; what routers ask for
         self._step_log = StepLog()
         self.step_routing: StepRouting | None = None  # of the last step that was logged
         self._is_shown = True  # whether the log shows this step
@@ -238,7 +238,7 @@ class MoEModule(LightningModule):
         Lightning's own clipping refuses fused optimizers under mixed precision, although bf16 has no loss scaling.
         The norm before clipping is logged.
         """
-        self._window_counts = []
+        self._batch_counts.forget()
         self._batch_sums.forget()
         parameters = list(self.decoder.parameters())
         norm = gradient_norm(parameters)
@@ -272,7 +272,9 @@ class MoEModule(LightningModule):
         """Language-model loss plus the weighted balancing losses of one micro-batch."""
         input_ids, labels = batch["input_ids"], batch["labels"]
         domain = batch["domain"] if self._mixing.counts_load else None
-        terms = (self._terms or self._forward_terms)(input_ids, labels, domain, self._token_domain(batch))
+        if self.config.router_aux_loss_scope == "window" and self._router_steps.begins:
+            self._look_ahead(batch, batch_idx)
+        terms = (self._terms or self._forward_terms)(input_ids, labels, domain, self._told(batch))
         tokens = (labels != IGNORE_INDEX).sum()
         nats = terms.nats.sum()
         loss = nats / tokens
@@ -287,14 +289,58 @@ class MoEModule(LightningModule):
         self.not_finite.watch(total, terms.z_losses)
         return total
 
-    def _token_domain(self, batch: Batch) -> Tensor | None:
-        """The domain of each token (B, S), where a router asks for it."""
-        return domains_of_tokens(batch) if self.decoder.needs_context else None
+    @torch.no_grad()
+    def _look_ahead(self, batch: Batch, batch_idx: int) -> None:
+        """Route all micro-batches of the step that begins with this one, so that the balancing losses know its load.
+
+        The gradient of E · Σ f_i P_i over a step is exact only if each micro-batch knows f_i of all: f_i is a factor of
+        every P_i's gradient, of which micro-batches before have kept nothing. Nothing else is exact without keeping
+        their graphs, which is the memory that accumulation saves. What is drawn from torch's generators is drawn again.
+        """
+        left = self.trainer.num_training_batches - batch_idx  # an epoch may end within a step
+        count = int(min(self.trainer.accumulate_grad_batches, left))
+        if count == 1:
+            return
+        ahead = [self.transfer_batch_to_device(later, self.device, 0) for later in self._upcoming(count - 1)]
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            terms = [
+                self._forward_terms(one["input_ids"], one["labels"], told=self._told(one))
+                for one, _ in zip([batch, *ahead], self._router_steps.ahead(count), strict=True)
+            ]
+        self._batch_counts.know([_by_layer(one.counts) for one in terms])
+        if any(terms[0].router_sums):
+            self._batch_sums.know([one.router_sums for one in terms])
+
+    def _upcoming(self, count: int) -> list[Batch]:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not hasattr(data, "upcoming"):
+            raise UserError(
+                f"model.config.router_aux_loss_scope is window, but {type(data).__name__} does not say which batches "
+                "come next (upcoming); use global"
+            )
+        return data.upcoming(count)
+
+    def _told(self, batch: Batch) -> dict[str, Tensor]:
+        """What routers are told of the tokens beside their ids, where one asks for it: domain, and document, (B, S).
+
+        Documents are of training alone: evaluation routes as generation does, where later tokens are not there yet.
+        """
+        if not self.decoder.needs_context:
+            return {}
+        told = {"domain": domains_of_tokens(batch)}
+        if self.training:
+            end = self.trainer.datamodule.tokenizer.eos_id  # type: ignore[attr-defined]
+            told["document"] = documents_of_tokens(batch["input_ids"], end)
+        return told
 
     def _forward_terms(
-        self, input_ids: Tensor, labels: Tensor, domain: Tensor | None = None, token_domain: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        domain: Tensor | None = None,
+        told: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> StepTerms:
-        logits, routings = self.decoder(input_ids, domain=token_domain)
+        logits, routings = self.decoder(input_ids, **told)
         mask = (labels != IGNORE_INDEX).flatten()
         stats = [router_stats(routing, mask) for routing in routings]
         domains = len(self._mixing.domains)
@@ -332,7 +378,9 @@ class MoEModule(LightningModule):
         zero = terms.nats.new_zeros(())
         if not terms.counts:
             return zero
-        counts = self._global_counts(terms.counts) if self.config.router_aux_loss_scope == "global" else terms.counts
+        counts = terms.counts
+        if self._joins_batches:
+            counts = [layer["counts"] for layer in self._batch_counts.of_all(_by_layer(counts))]
         pairs = zip(terms.mean_probs, counts, strict=True)
         together = torch.stack([load_balancing_loss(probs, count) for probs, count in pairs]).mean()
         balance = together
@@ -375,7 +423,7 @@ class MoEModule(LightningModule):
         """Weighted sum over the layers of the routers' losses of a batch; logs each, unweighted, as a mean."""
         total = terms.nats.new_zeros(())
         sums = terms.router_sums
-        if self.config.router_aux_loss_scope == "global" and any(sums):
+        if self._joins_batches and any(sums):
             sums = self._batch_sums.of_all(sums)
         found: dict[str, list[Tensor]] = {}
         for router, layer in zip(self.decoder.routers, sums, strict=True):
@@ -417,16 +465,10 @@ class MoEModule(LightningModule):
         """Numbers of the last step, whether it was logged or not; all ranks call this together."""
         return self._step_log.read(self.trainer.world_size)[0]
 
-    def _global_counts(self, counts: list[Tensor]) -> list[Tensor]:
-        """Counts summed over ranks, and over this window's accumulation steps so far."""
-        joined = torch.cat(counts)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(joined)
-        summed = list(joined.split([len(count) for count in counts]))
-        if self._window_counts:
-            summed = [new + old for new, old in zip(summed, self._window_counts, strict=True)]
-        self._window_counts = summed
-        return summed
+    @property
+    def _joins_batches(self) -> bool:
+        """Whether balancing losses are of more than one micro-batch of one rank."""
+        return self.config.router_aux_loss_scope in ("global", "window")
 
     # Validation ----------------------------------------------------------------------------------------------------
 
@@ -439,8 +481,7 @@ class MoEModule(LightningModule):
                 self._add_text_loss(self._expert_choice_loss, batch)
 
     def _add_text_loss(self, total: TextLoss, batch: Batch) -> None:
-        token_domain = self._token_domain(batch)
-        nats = self._forward_terms(batch["input_ids"], batch["labels"], token_domain=token_domain).nats
+        nats = self._forward_terms(batch["input_ids"], batch["labels"], told=self._told(batch)).nats
         tokens = (batch["labels"] != IGNORE_INDEX).sum(dim=1)
         total.update(nats, tokens, batch["label_bytes"].sum(dim=1), batch["domain"])
 
@@ -480,7 +521,7 @@ class MoEModule(LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
         """``nats (B, S)`` of every next token, 0 where nothing is predicted; its ``labels`` and ``domain (B,)``."""
-        logits = self.decoder(batch["input_ids"], domain=self._token_domain(batch)).logits
+        logits = self.decoder(batch["input_ids"], **self._told(batch)).logits
         nats = token_losses(logits, batch["labels"])
         return {"nats": nats, "labels": batch["labels"], "domain": batch["domain"]}
 
@@ -531,3 +572,7 @@ class MoEModule(LightningModule):
             states = rng["cuda"]  # older checkpoints have those of all devices
             own = states if isinstance(states, Tensor) else states[min(self.device.index or 0, len(states) - 1)]
             torch.cuda.set_rng_state(own.cpu(), self.device)
+
+
+def _by_layer(counts: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+    return [{"counts": count} for count in counts]

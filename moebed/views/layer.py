@@ -95,7 +95,7 @@ class ProbeText:
     def context(self) -> TokenContext:
         """What routers may ask of the T valid tokens."""
         domain = None if self.token_domain is None else self.token_domain[self.token_mask]
-        return TokenContext(self.token_ids, domain, self.sequence, self.position)
+        return TokenContext(self.token_ids, domain, sequence=self.sequence, position=self.position)
 
     @property
     def targets(self) -> Tensor:

@@ -20,12 +20,16 @@ def is_probed(tag):
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(tmp_path):
-    """The same global batch, weights and data order: the same losses, balancing loss and validation, in float32."""
+@pytest.mark.parametrize(("scope", "accumulate"), [("global", 1), ("window", 2)])
+def test_two_processes_equal_one(scope, accumulate, tmp_path):
+    """The same global batch, weights and data order: the same losses, balancing loss and validation, in float32.
+
+    Of the window's scope even where the two accumulate what the one has at once.
+    """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     curves = []
-    for ranks in (1, 2):
+    for ranks, parts in ((1, 1), (2, accumulate)):
         content = yaml.safe_load((ROOT / "recipes" / "tiny_mixtral.yaml").read_text())
         run = tmp_path / f"ranks{ranks}"
         content["trainer"] |= {
@@ -34,17 +38,18 @@ def test_two_processes_equal_one(tmp_path):
             "devices": ranks,
             "strategy": "ddp",
             "precision": 32,
+            "accumulate_grad_batches": parts,
             "max_steps": 8,
             "val_check_interval": 4,
             "log_every_n_steps": 1,
             "enable_progress_bar": False,
         }
         content["trainer"]["callbacks"][0]["init_args"] = {"every_n_steps": 4, "num_sequences": 3}
-        content["model"]["config"] |= {"hidden_size": 64, "router_aux_loss_scope": "global"}
+        content["model"]["config"] |= {"hidden_size": 64, "router_aux_loss_scope": scope, "router_aux_loss_coef": 0.1}
         content["data"] |= {
             "sources": [{"name": domain, "max_bytes": 200_000} for domain in ("code", "prose", "math")],
             "sequence_length": 64,
-            "batch_size": 4 // ranks,
+            "batch_size": 4 // (ranks * parts),
             "max_validation_windows": 4,
             "cache_dir": str(tmp_path / "cache"),
         }

@@ -100,10 +100,12 @@ def _losses_by_step(record):
     return [record.steps[step]["train/loss"] for step in sorted(record.steps)]
 
 
-@pytest.mark.parametrize(("scope", "coefficient"), [("micro", 0.0), ("global", 0.0), ("sequence", 0.1)])
+@pytest.mark.parametrize(
+    ("scope", "coefficient"), [("micro", 0.0), ("global", 0.0), ("sequence", 0.1), ("window", 1.0)]
+)
 def test_gradient_accumulation_gives_the_same_run(tmp_path, data, scope, coefficient):
     """z-loss and LM loss are means over tokens, that of sequences a mean over them; where the load-balancing loss is
-    neither, it is off (see the next test)."""
+    of a micro-batch, it is off (see the next test)."""
     weights = []
     for batch_size, accumulate in ((4, 1), (2, 2)):
         module = _module(router_aux_loss_coef=coefficient, router_z_loss_coef=1e-3, router_aux_loss_scope=scope)
@@ -114,25 +116,48 @@ def test_gradient_accumulation_gives_the_same_run(tmp_path, data, scope, coeffic
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-5)
 
 
-def test_global_scope_counts_the_whole_window(tmp_path, data):
-    """The window's last micro-batch balances against the assignments of all of it, as one large batch would."""
+def test_global_scope_counts_the_window_so_far_and_window_scope_all_of_it(tmp_path, data):
+    """With the first only the last micro-batch balances against the load of a large batch; with the other all do."""
     seen = {}
-    for batch_size, accumulate in ((4, 1), (2, 2)):
-        module = _module(router_aux_loss_coef=0.01, router_aux_loss_scope="global")
+    for scope, batch_size, accumulate in (("global", 4, 1), ("global", 2, 2), ("window", 2, 2)):
+        module = _module(router_aux_loss_coef=0.01, router_aux_loss_scope=scope)
         windows = []
-        original = module._global_counts
+        original = module._batch_counts.of_all
 
-        def spy(counts, original=original, windows=windows):
-            windows.append(original(counts))
-            return windows[-1]
+        def spy(sums, original=original, windows=windows):
+            windows.append(torch.cat([layer["counts"] for layer in original(sums)]))
+            return [{"counts": part} for part in windows[-1].chunk(len(sums))]
 
-        module._global_counts = spy
+        module._batch_counts.of_all = spy
         _trainer(tmp_path, 1, accumulate_grad_batches=accumulate).fit(module, datamodule=data(batch_size))
-        seen[accumulate] = windows[-1]
-        assert module._window_counts == []
-    assert seen[1][0].sum() == 4 * 32 * 2
-    for one, other in zip(seen[1], seen[2], strict=True):
-        assert torch.equal(one, other)
+        seen[scope, accumulate] = windows
+        assert module._batch_counts._whole is module._batch_counts._so_far is None
+    (large,) = seen["global", 1]
+    assert large.sum() == 2 * 4 * 32 * 2
+    first, last = seen["global", 2]
+    assert torch.equal(last, large)
+    assert first.sum() == large.sum() / 2
+    assert all(torch.equal(counts, large) for counts in seen["window", 2])
+
+
+def test_window_scope_survives_a_step_that_is_left_out(tmp_path, data):
+    """What was counted for a step whose loss is not finite is of no other step."""
+
+    module = MoEModule(
+        tiny_config(vocab_size=260, router_aux_loss_coef=0.1, router_aux_loss_scope="window"), on_nan="skip"
+    )
+    original, known = module.training_step, []
+
+    def step(batch, batch_idx):
+        total = original(batch, batch_idx)
+        known.append(module._batch_counts._whole.clone())
+        return total * (float("nan") if batch_idx == 3 else 1)
+
+    module.training_step = step
+    _trainer(tmp_path, 3, accumulate_grad_batches=2).fit(module, datamodule=data(2))
+    assert len(known) == 6  # the second of three steps was left out
+    assert all(torch.equal(known[i], known[i + 1]) for i in (0, 2, 4))
+    assert not torch.equal(known[2], known[4])
 
 
 def test_the_scope_decides_what_is_balanced_and_the_log_says_what_it_punishes(tmp_path, data):

@@ -10,6 +10,7 @@ import yaml
 
 from moebed.cli import main
 from moebed.data.planted import PlantedConfig, PlantedLanguage
+from moebed.model.routers.document_pool import DocumentPool
 from tests.small_run import probing, small_recipe, write_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,7 +26,7 @@ def recipe(folder, switch=0.0, router="oracle", **sections):
     ]
     if switch:
         sources = [{**sources[0], "planted": {**LANGUAGE, "switch": switch}}]
-    options = {"num_domains": 2} if router != "softmax_topk" else {}
+    options = {"num_domains": 2} if router.startswith("oracle") else {}
     config = {
         "vocab_size": 13,
         "num_experts_per_tok": 1,
@@ -101,6 +102,22 @@ def test_a_checkpoint_is_not_probed_on_text_of_other_domains(tmp_path, capsys):
     said = capsys.readouterr()
     assert "needs the domain of each token, which is known in training and validation only" in said.err + said.out
     assert code == 2
+
+
+def test_documents_are_told_in_training_alone_and_a_window_holds_several(tmp_path, monkeypatch):
+    told, pools = [], DocumentPool.pools
+    monkeypatch.setattr(DocumentPool, "pools", lambda *given: told.append(given[2]) or pools(*given))
+    path = recipe(tmp_path, router="document_pool", config={"router_aux_loss_scope": "window"})
+    more = ["--trainer.accumulate_grad_batches", "2", "--trainer.max_steps", "2", "--trainer.val_check_interval", "1"]
+    assert main(["fit", "--config", str(path), *more]) == 0
+    assert len(told) == 2 * 2 * (2 + 2)  # steps, layers, micro-batches: once to look ahead and once to train
+    documents = torch.stack(told).view(-1, 4, 32)  # (calls, B, S)
+    assert torch.equal(documents[:, :, 0], torch.arange(0, 4 * 32, 32).expand(len(told), -1))
+    steps = documents.diff(dim=2)
+    assert set(steps.unique().tolist()) == {0, 1}
+    assert torch.equal(documents[0], documents[4])  # what was looked at ahead is what is trained on
+    assert torch.equal(documents[2], documents[6])
+    assert not torch.equal(documents[0], documents[2])
 
 
 def test_it_is_said_where_a_run_begins(tmp_path):

@@ -65,7 +65,8 @@ class Router(Float32Buffers):
     compiles = True  # whether its forward pass is one graph for torch.compile
     sees_batch = False  # whether a token's experts depend on the other tokens of a batch while `chooses_tokens`
     chooses_tokens = False  # of such a router: route as in training, in evaluation too
-    needs_context = False  # whether it asks for all of a TokenContext, the tokens' domains too; else it has their ids
+    needs_context = False  # whether it asks for all of a TokenContext that is known; else it has the tokens' ids
+    needs_domain = False  # whether, of that, it cannot route without their domains, so that it cannot generate text
     adaptive = False  # whether it has state that end_step changes; where no router of a model has, none is called
     # Whether one number added to all of a token's logits changes no choice and no weight, as with softmax.
     shift_invariant = True

@@ -118,12 +118,17 @@ def mixed(number: Number) -> Number:
     return number ^ (number >> 16)
 
 
-def uniform_numbers(key: Sequence[int | Tensor], shape: Sequence[int], device: torch.device) -> Tensor:
-    """Numbers in (0, 1) of a matrix's shape (rows, columns), float32: the same for the same key, whoever asks."""
+def uniform_numbers(
+    key: Sequence[int | Tensor], shape: Sequence[int], device: torch.device, first: int | Tensor = 0
+) -> Tensor:
+    """Numbers in (0, 1) of a matrix's shape (rows, columns), float32: the same for the same key, whoever asks.
+
+    With ``first`` they are those of the rows from that one on.
+    """
     number = torch.zeros((), dtype=torch.int64)
     for part in key:
         number = mixed(number ^ mixed(torch.as_tensor(part)))
     rows, columns = (torch.arange(size, device=device) for size in shape)
-    of_row = mixed(rows ^ number.to(device))
+    of_row = mixed((rows + torch.as_tensor(first, device=device)) ^ number.to(device))
     drawn_bits = mixed(mixed(of_row).unsqueeze(1) ^ mixed(columns))
     return ((drawn_bits >> (_BITS - 23)).to(torch.float32) + 0.5) / 2**23

@@ -44,7 +44,7 @@ def block_sizes(num_experts: int, shares: Sequence[float]) -> list[int]:
 class ByDomain(Router):
     """What the reference routers share: experts split into a block for each domain, in order."""
 
-    needs_context = True
+    needs_context = needs_domain = True
     options: Any
 
     def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:

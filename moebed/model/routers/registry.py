@@ -12,6 +12,7 @@ from moebed.model.routers.autonomy import Autonomy
 from moebed.model.routers.competition import CompeteSMoE, CompeteSMoEv2, ExpertNorm
 from moebed.model.routers.contract import Router
 from moebed.model.routers.controls import Balanced, FactorisedGate, FrozenGate, Hash
+from moebed.model.routers.document_pool import DocumentPool
 from moebed.model.routers.grap import GrAP
 from moebed.model.routers.groups import GroupLimitedTopK
 from moebed.model.routers.kmeans import KMeans
@@ -47,6 +48,7 @@ ROUTERS: dict[str, type[Router]] = {
     "hash": Hash,
     "factorised_gate": FactorisedGate,
     "balanced": Balanced,
+    "document_pool": DocumentPool,
     "oracle": Oracle,
     "oracle_hash": OracleHash,
     "anti_oracle": AntiOracle,

@@ -5,7 +5,7 @@ E experts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -30,16 +30,39 @@ class RouterSteps:
         self._sums: Tensor | None = None
         self._asked: list[tuple[int, str, torch.Size]] = []
         self._step, self._micro_batch = -1, 0
+        self._place = 0, 1  # rank, and of how many
 
     def begin(self, step: int, rank: int = 0, ranks: int = 1) -> None:
         """A micro-batch of an optimizer step begins on this rank, one of so many."""
         self._micro_batch = self._micro_batch + 1 if step == self._step else 0
         self._step = step
-        number = torch.tensor(step)
+        self._place = rank, ranks
+        self._tell(self._micro_batch)
+
+    @property
+    def begins(self) -> bool:
+        """Whether the micro-batch is the step's first."""
+        return self._micro_batch == 0
+
+    def _tell(self, micro_batch: int) -> None:
+        number = torch.tensor(self._step)
         for router in self._routers:
             router.optimizer_step = number
-            router.micro_batch, router.rank, router.ranks = self._micro_batch, rank, ranks
-            router.begin_step(step)
+            router.micro_batch, (router.rank, router.ranks) = micro_batch, self._place
+            router.begin_step(self._step)
+
+    def ahead(self, count: int) -> Iterator[int]:
+        """Let the routers route as in this micro-batch and in those after it, so many in all; then as in this again.
+
+        Yields:
+            The number of each, from 0.
+        """
+        try:
+            for number in range(count):
+                self._tell(self._micro_batch + number)
+                yield number
+        finally:
+            self._tell(self._micro_batch)
 
     def add(
         self, counts: Sequence[Tensor], num_tokens: Tensor, statistics: Sequence[Mapping[str, Tensor]] = ()

@@ -8,7 +8,7 @@ from tests.conftest import tiny_config
 
 OPTIONS = {"d_low": 8, "competition_rate": 1.0, "num_domains": 2}
 ALL = tuple(ROUTERS)
-BY_DOMAIN = tuple(name for name, router in ROUTERS.items() if router.needs_context)
+BY_DOMAIN = tuple(name for name, router in ROUTERS.items() if router.needs_domain)
 COMPILED = tuple(name for name, router in ROUTERS.items() if router.compiles)
 
 

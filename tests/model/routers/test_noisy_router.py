@@ -234,6 +234,20 @@ def test_earlier_micro_batches_have_no_gradient():
     assert second.grad.abs().sum() > 0
 
 
+def test_sums_that_are_known_give_the_gradient_of_one_large_batch():
+    parts = [torch.rand(4, requires_grad=True) for _ in range(3)]
+    squared_variation(sum(parts)).backward()
+    wanted, sums = parts[0].grad.clone(), BatchSums()
+    sums.know([[{"load": part}] for part in parts])
+    for part in parts:
+        part.grad = None
+        (found,) = sums.of_all([{"load": part}])
+        (squared_variation(found["load"]) / len(parts)).backward()  # gradients of micro-batches are averaged
+        torch.testing.assert_close(part.grad, wanted)
+    sums.forget()
+    assert torch.equal(sums.of_all([{"load": parts[0]}])[0]["load"], parts[0])
+
+
 def test_a_compiled_pass_is_not_compiled_anew_for_each_step():
     module = _module()
     steps = RouterSteps(module.decoder.routers)
