@@ -34,6 +34,7 @@ from probes.repeats import Repeats
 from probes.router_coupling import RouterCoupling
 from probes.router_state import RouterState
 from probes.routing import RoutingMap
+from probes.routing_ladder import RoutingLadder
 from probes.saturation import Saturation
 from probes.strength_vs_score import StrengthVsScore
 from probes.super_experts import SuperExperts
@@ -67,6 +68,7 @@ _WITH_TEXT: tuple[type[Probe], ...] = (
     Interventions,
     KeepK,
     SuperExperts,
+    RoutingLadder,
 )
 _STATIC: tuple[type[Probe], ...] = (
     MatrixSimilarity,
@@ -81,7 +83,7 @@ _STATIC: tuple[type[Probe], ...] = (
 PROBES: dict[str, type[Probe]] = {probe.name: probe for probe in _WITH_TEXT + _STATIC}
 STATIC_PROBES: tuple[str, ...] = tuple(probe.name for probe in _STATIC)  # these need weights alone
 # Large to store; forward passes beside that of the text.
-BY_NAME_ONLY = ("logits", "expert_importance", "interventions", "keep_k", "super_experts")
+BY_NAME_ONLY = ("logits", "expert_importance", "interventions", "keep_k", "super_experts", "routing_ladder")
 TRAINING_ONLY = ("saturation",)  # follows a model over steps
 # What a training run measures unasked, every few hundred steps: nothing that takes longer than a step or two.
 DEFAULT_PROBES: tuple[str, ...] = (
