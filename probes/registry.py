@@ -17,6 +17,7 @@ from probes.domain_purity import DomainPurity
 from probes.domain_share import DomainShare
 from probes.expert_geometry import ExpertGeometry
 from probes.expert_importance import ExpertImportance
+from probes.expert_lens import ExpertLens
 from probes.expert_outputs import ExpertOutputs
 from probes.expert_projection import ExpertProjection
 from probes.gate_projection import GateProjection
@@ -69,6 +70,7 @@ _WITH_TEXT: tuple[type[Probe], ...] = (
     KeepK,
     SuperExperts,
     RoutingLadder,
+    ExpertLens,
 )
 _STATIC: tuple[type[Probe], ...] = (
     MatrixSimilarity,
@@ -83,7 +85,15 @@ _STATIC: tuple[type[Probe], ...] = (
 PROBES: dict[str, type[Probe]] = {probe.name: probe for probe in _WITH_TEXT + _STATIC}
 STATIC_PROBES: tuple[str, ...] = tuple(probe.name for probe in _STATIC)  # these need weights alone
 # Large to store; forward passes beside that of the text.
-BY_NAME_ONLY = ("logits", "expert_importance", "interventions", "keep_k", "super_experts", "routing_ladder")
+BY_NAME_ONLY = (
+    "logits",
+    "expert_importance",
+    "interventions",
+    "keep_k",
+    "super_experts",
+    "routing_ladder",
+    "expert_lens",
+)
 TRAINING_ONLY = ("saturation",)  # follows a model over steps
 # What a training run measures unasked, every few hundred steps: nothing that takes longer than a step or two.
 DEFAULT_PROBES: tuple[str, ...] = (

@@ -97,6 +97,11 @@ class GatheredModel:
         for band in table.split(band_rows(len(x))):
             yield F.linear(x, band) * self.config.logits_multiplier
 
+    def head_rows(self, ids: Tensor) -> Tensor:
+        """Rows (N, H) of the head, with the last norm's scale."""
+        norm, table = self._gather(_HEAD)
+        return table[ids.to(self._device)].float() * (norm * self.config.logits_multiplier)
+
     def computing(self) -> AbstractContextManager[object]:
         """In float32, or in what the parameters are in."""
         return computing_like(next(self._decoder.parameters()))
