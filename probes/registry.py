@@ -13,6 +13,7 @@ from probes.capacity import Capacity
 from probes.chosen_vs_rest import ChosenVsRest
 from probes.coactivation import Coactivation
 from probes.contract import Probe, in_order
+from probes.control_content import ControlContent
 from probes.domain_purity import DomainPurity
 from probes.domain_share import DomainShare
 from probes.expert_geometry import ExpertGeometry
@@ -71,6 +72,7 @@ _WITH_TEXT: tuple[type[Probe], ...] = (
     SuperExperts,
     RoutingLadder,
     ExpertLens,
+    ControlContent,
 )
 _STATIC: tuple[type[Probe], ...] = (
     MatrixSimilarity,
@@ -93,6 +95,7 @@ BY_NAME_ONLY = (
     "super_experts",
     "routing_ladder",
     "expert_lens",
+    "control_content",
 )
 TRAINING_ONLY = ("saturation",)  # follows a model over steps
 # What a training run measures unasked, every few hundred steps: nothing that takes longer than a step or two.

@@ -106,7 +106,7 @@ class RoutingLadder(Probe):
         known = {key: self.arrays.pop(key) for key in ("token_ids", "targets", "position", "sequence") if choices}
         if choices:
             self._measure(
-                {n: Choices.of(index.astype(np.int64), experts[n]) for n, index in choices.items()},
+                {n: Choices(index.astype(np.int64), experts[n]) for n, index in choices.items()},
                 by_layer(self.arrays, "input"),
                 known,
             )
@@ -247,7 +247,7 @@ def _predicted(
     targets = ((choices.share > 0), logits)
     features = {name: Features(of, split, *targets) for name, of in known.features.items()}
     found: dict[str, np.ndarray] = {}
-    for fold in range(split.count):
+    for fold in range(split.folds):
         mine = np.flatnonzero(split.fold == fold)
         some = choices.taken(mine)
         for rung, logs in _column(Column(fold, split, choices), keys, features, known.before, split, choices):

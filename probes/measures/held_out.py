@@ -18,7 +18,7 @@ LEAST_TEXTS = 3  # one to judge on, one to choose on, one to learn from
 PSEUDO_TOKENS = (0.1, 1.0, 4.0, 16.0, 64.0)  # with which a key falls back on the predictor below it
 POWERS = (0.0, 0.25, 0.5, 1.0, 2.0)  # of a factor in a product of predictors
 PENALTIES = (1e-5, 1e-3, 1e-1)  # of a ridge, over the features' mean square
-SHARPNESS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # of scores over their standard deviation
+SHARPNESS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # of scores over their standard deviation
 
 
 class Split(NamedTuple):
@@ -26,12 +26,12 @@ class Split(NamedTuple):
 
     Args:
         fold: (T,) of each token.
-        count: G.
+        folds: G.
         learned: (T,) bool, tokens that may be learned from.
     """
 
     fold: np.ndarray
-    count: int
+    folds: int
     learned: np.ndarray
 
 
@@ -46,46 +46,48 @@ def split_of(domain: np.ndarray, sequence: np.ndarray) -> Split | None:
     return Split(of_text[sequence], count, np.ones(len(sequence), dtype=bool))
 
 
-class Choices(NamedTuple):
+class Choices:
     """Experts that tokens went to.
 
     Args:
-        index: (T, K), -1 where a token has no further one.
-        share: (T, E) float32, 1 over their number for each of a token's experts.
+        chosen: (T, K), -1 where a token has no further one.
+        experts: E.
     """
 
-    index: np.ndarray
-    share: np.ndarray
-
-    @classmethod
-    def of(cls, index: np.ndarray, experts: int) -> Choices:
-        """Of these indices (T, K)."""
-        share = np.zeros((len(index), experts + 1), np.float32)
-        np.put_along_axis(share, index, 1.0, axis=1)  # of none, the last column
-        share = share[:, :experts]
-        return cls(index, share / np.maximum(share.sum(axis=1, keepdims=True), 1))
-
-    @property
-    def number(self) -> np.ndarray:
-        """(T,) experts of each token."""
-        return (self.index >= 0).sum(axis=1)
+    def __init__(self, chosen: np.ndarray, experts: int) -> None:
+        self.chosen, self.experts = chosen, experts
+        self._there = chosen >= 0
+        self._all = bool(self._there.all())
+        self._flat = np.where(self._there, chosen, 0) + np.arange(len(chosen))[:, None] * experts
+        self.number = self._there.sum(axis=1)  # (T,) experts of each token
+        self.share = np.zeros((len(chosen), experts), np.float32)  # (T, E), 1 over their number for each of them
+        weight = 1 / np.maximum(self.number, 1)
+        self.share.ravel()[self._flat[self._there]] = np.broadcast_to(weight[:, None], chosen.shape)[self._there]
 
     def taken(self, order: np.ndarray) -> Choices:
         """Those of other tokens."""
-        return Choices(self.index[order], self.share[order])
+        return Choices(self.chosen[order], self.experts)
+
+    def of_chosen(self, values: np.ndarray) -> np.ndarray:
+        """Of values (T, E) of all experts those of the chosen ones (T, K)."""
+        return values.take(self._flat)
+
+    def mean_loss(self, logs: np.ndarray) -> np.ndarray:
+        """(T,) mean over a token's experts of less their log probabilities (T, K)."""
+        if not self._all:
+            logs = np.where(self._there, logs, 0.0)
+        return -logs.sum(axis=1, dtype=np.float64) / np.maximum(self.number, 1)
 
     def loss(self, logs: np.ndarray) -> np.ndarray:
-        """(T,) mean over a token's experts of less their log probability, of those of all experts (T, E)."""
-        there = self.index >= 0
-        found = np.take_along_axis(logs, np.where(there, self.index, 0), axis=1)
-        return -np.where(there, found, 0.0).sum(axis=1, dtype=np.float64) / np.maximum(self.number, 1)
+        """(T,) the same, of log probabilities of all experts (T, E)."""
+        return self.mean_loss(self.of_chosen(logs))
 
     def recall(self, logs: np.ndarray) -> np.ndarray:
         """(T,) share of a token's experts among as many that have the largest probabilities."""
         place = np.empty(logs.shape, np.int64)
         np.put_along_axis(place, np.argsort(-logs, axis=1, kind="stable"), np.arange(logs.shape[1])[None], axis=1)
-        found = np.take_along_axis(place, np.where(self.index >= 0, self.index, 0), axis=1) < self.number[:, None]
-        return (found & (self.index >= 0)).sum(axis=1) / np.maximum(self.number, 1)
+        found = (self.of_chosen(place) < self.number[:, None]) & self._there
+        return found.sum(axis=1) / np.maximum(self.number, 1)
 
 
 class Keys:
@@ -101,12 +103,12 @@ class Keys:
 
     def __init__(self, key: np.ndarray, split: Split, choices: Choices) -> None:
         every, number = np.unique(key, return_inverse=True)
-        in_fold = np.zeros((len(every), split.count), dtype=bool)
+        in_fold = np.zeros((len(every), split.folds), dtype=bool)
         in_fold[number[split.learned], split.fold[split.learned]] = True
         shared = (in_fold.sum(axis=1) > 1) & (every >= 0)
         self._row = np.where(shared, shared.cumsum() - 1, shared.sum())[number]  # (T,), the last row of all others
         self._split = split
-        self._count = np.zeros((int(shared.sum()) + 1, split.count, choices.share.shape[1]), np.float32)
+        self._count = np.zeros((int(shared.sum()) + 1, split.folds, choices.share.shape[1]), np.float32)
         used = split.learned & shared[number]
         np.add.at(self._count, (self._row[used], split.fold[used]), choices.share[used])
         self._total = self._count.sum(axis=1)
@@ -135,7 +137,7 @@ class Features:
         self._targets = [target.astype(np.float64) for target in targets]
         y = np.concatenate(self._targets, axis=1)
         self._split = split
-        rows = [np.flatnonzero((split.fold == fold) & split.learned) for fold in range(split.count)]
+        rows = [np.flatnonzero((split.fold == fold) & split.learned) for fold in range(split.folds)]
         self._gram = np.stack([self._x[some].T @ self._x[some] for some in rows])  # (G, R + 1, R + 1)
         self._answer = np.stack([self._x[some].T @ y[some] for some in rows])  # (G, R + 1, ·)
 
@@ -152,8 +154,8 @@ class Features:
 
     def _predicted(self, fold: int, penalty: float) -> list[np.ndarray]:
         found = np.zeros((len(self._x), self._answer.shape[2]))
-        for other in range(self._split.count):
-            left = [one for one in range(self._split.count) if one not in (fold, other)]
+        for other in range(self._split.folds):
+            left = [one for one in range(self._split.folds) if one not in (fold, other)]
             gram, answer = self._gram[left].sum(axis=0), self._answer[left].sum(axis=0)
             size = np.trace(gram[:-1, :-1]) / max(1, len(gram) - 1)
             ridge = np.full(len(gram), penalty * size + 1e-9)
@@ -178,9 +180,9 @@ class Column:
         self._fold, self._choices = fold, choices
         self._apart = split.fold != fold
         used, experts = split.learned, choices.share.shape[1]
-        by_fold = np.zeros((split.count, experts))
+        by_fold = np.zeros((split.folds, experts))
         np.add.at(by_fold, split.fold[used], choices.share[used])
-        left = by_fold.sum(axis=0) - by_fold[fold] - np.where(np.arange(split.count)[:, None] == fold, 0.0, by_fold)
+        left = by_fold.sum(axis=0) - by_fold[fold] - np.where(np.arange(split.folds)[:, None] == fold, 0.0, by_fold)
         left = np.maximum(left, 0.0) + 1 / experts
         self.marginal = np.log(left / left.sum(axis=1, keepdims=True)).astype(np.float32)[split.fold]
 
@@ -188,7 +190,14 @@ class Column:
         """By counts of a key, which fall back on a predictor below."""
         count, base = keys.without(self._fold), np.exp(below)
         size = count.sum(axis=1, keepdims=True)
-        return self._best(np.log((count + pseudo * base) / (size + pseudo)) for pseudo in PSEUDO_TOKENS)
+        seen, else_ = self._choices.of_chosen(count), self._choices.of_chosen(base)  # (T, K), all that a loss looks at
+
+        def missed(pseudo: float) -> float:
+            logs = np.log((seen + pseudo * else_) / (size + pseudo))
+            return float(self._choices.mean_loss(logs)[self._apart].sum())
+
+        pseudo = min(PSEUDO_TOKENS, key=missed)
+        return np.log((count + pseudo * base) / (size + pseudo))
 
     def times(self, below: np.ndarray, factor: np.ndarray) -> np.ndarray:
         """A predictor times another factor, in logarithms, to some power."""
@@ -197,11 +206,11 @@ class Column:
     def by_set(self, before: Choices, split: Split, choices: Choices) -> np.ndarray:
         """By the set of experts of another layer: the product over its experts, to some power."""
         chosen = (before.share > 0).astype(np.float32)
-        rows = [np.flatnonzero((split.fold == fold) & split.learned) for fold in range(split.count)]
+        rows = [np.flatnonzero((split.fold == fold) & split.learned) for fold in range(split.folds)]
         count = np.stack([chosen[some].T @ choices.share[some] for some in rows])  # (G, E', E)
         factor = np.zeros_like(choices.share)
-        for other in range(split.count):
-            left = [one for one in range(split.count) if one not in (self._fold, other)]
+        for other in range(split.folds):
+            left = [one for one in range(split.folds) if one not in (self._fold, other)]
             here = np.flatnonzero(split.fold == other)
             if len(here):
                 base = np.exp(self.marginal[here[0]])
@@ -263,9 +272,9 @@ def pairs(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 def accuracy(features: np.ndarray, label: np.ndarray, split: Split, labels: int) -> np.ndarray:
     """(T,) whether a ridge read-out names a token's label, of labels (T,) from 0 on; learned from other texts."""
-    sums = Features(features, split, Choices.of(label[:, None], labels).share)
+    sums = Features(features, split, Choices(label[:, None], labels).share)
     found = np.zeros(len(label), dtype=bool)
-    for fold in range(split.count):
+    for fold in range(split.folds):
         mine = split.fold == fold
         found[mine] = sums.without(fold)[0][mine].argmax(axis=1) == label[mine]
     return found
@@ -274,7 +283,7 @@ def accuracy(features: np.ndarray, label: np.ndarray, split: Split, labels: int)
 def most_common(label: np.ndarray, split: Split) -> np.ndarray:
     """(T,) whether a token's label is the most common one of the other folds."""
     found = np.zeros(len(label), dtype=bool)
-    for fold in range(split.count):
+    for fold in range(split.folds):
         mine = split.fold == fold
         found[mine] = label[mine] == np.bincount(label[~mine]).argmax()
     return found

@@ -33,9 +33,9 @@ def principal_basis(x: Tensor, count: int) -> Tensor:
 
 
 def sketched(x: Tensor, count: int) -> np.ndarray:
-    """Of hidden states x (T, H) at most so many principal coordinates (T, R), over their root mean square, float16."""
+    """Of hidden states x (T, H) at most so many principal coordinates (T, R), the leading first; see ``compact``."""
     x = x - x.mean(dim=0)
-    return compact(x if x.shape[1] <= count else x @ principal_basis(x, count))
+    return compact(x @ principal_basis(x, count))
 
 
 def compact(x: Tensor) -> np.ndarray:

@@ -84,9 +84,9 @@ def test_the_layers_own_input_is_a_ceiling_and_the_layer_before_tells_what_it_sh
 def test_counts_leave_out_the_tokens_own_fold_and_one_more():
     domain, sequence = np.zeros(6, int), np.repeat(np.arange(6), 4)
     split = split_of(domain, sequence)
-    choices = Choices.of(RNG.integers(3, size=(24, 1)), 3)
+    choices = Choices(RNG.integers(3, size=(24, 1)), 3)
     key = RNG.integers(3, size=24)
-    for fold in range(split.count):
+    for fold in range(split.folds):
         count = Keys(key, split, choices).without(fold)
         for token in range(24):
             left = (split.fold != fold) & (split.fold != split.fold[token]) & (key == key[token])
