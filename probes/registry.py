@@ -13,10 +13,12 @@ from probes.capacity import Capacity
 from probes.chosen_vs_rest import ChosenVsRest
 from probes.coactivation import Coactivation
 from probes.contract import Probe, in_order
+from probes.control_content import ControlContent
 from probes.domain_purity import DomainPurity
 from probes.domain_share import DomainShare
 from probes.expert_geometry import ExpertGeometry
 from probes.expert_importance import ExpertImportance
+from probes.expert_lens import ExpertLens
 from probes.expert_outputs import ExpertOutputs
 from probes.expert_projection import ExpertProjection
 from probes.gate_projection import GateProjection
@@ -34,6 +36,7 @@ from probes.repeats import Repeats
 from probes.router_coupling import RouterCoupling
 from probes.router_state import RouterState
 from probes.routing import RoutingMap
+from probes.routing_ladder import RoutingLadder
 from probes.saturation import Saturation
 from probes.strength_vs_score import StrengthVsScore
 from probes.super_experts import SuperExperts
@@ -67,6 +70,9 @@ _WITH_TEXT: tuple[type[Probe], ...] = (
     Interventions,
     KeepK,
     SuperExperts,
+    RoutingLadder,
+    ExpertLens,
+    ControlContent,
 )
 _STATIC: tuple[type[Probe], ...] = (
     MatrixSimilarity,
@@ -81,7 +87,16 @@ _STATIC: tuple[type[Probe], ...] = (
 PROBES: dict[str, type[Probe]] = {probe.name: probe for probe in _WITH_TEXT + _STATIC}
 STATIC_PROBES: tuple[str, ...] = tuple(probe.name for probe in _STATIC)  # these need weights alone
 # Large to store; forward passes beside that of the text.
-BY_NAME_ONLY = ("logits", "expert_importance", "interventions", "keep_k", "super_experts")
+BY_NAME_ONLY = (
+    "logits",
+    "expert_importance",
+    "interventions",
+    "keep_k",
+    "super_experts",
+    "routing_ladder",
+    "expert_lens",
+    "control_content",
+)
 TRAINING_ONLY = ("saturation",)  # follows a model over steps
 # What a training run measures unasked, every few hundred steps: nothing that takes longer than a step or two.
 DEFAULT_PROBES: tuple[str, ...] = (

@@ -39,10 +39,11 @@ from moebed.machine import provenance
 from moebed.machine.progress import say
 from moebed.model.config import ModelConfig
 from moebed.model.routers import ROUTERS
+from moebed.views.attribution import Words
 from moebed.views.branches import copy_bytes, require_different
 from moebed.views.interventions import Intervention
 from moebed.views.layer import MATRICES, HeadView, LayerView, Need, ProbeText
-from moebed.views.text_pass import Stream, TextPass
+from moebed.views.text_pass import Stream, TextPass, words
 
 _REFERENCE = "reference "  # its steps in the plan
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -96,6 +97,7 @@ class PretrainedMoE(LightningModule):
         self._skipped: frozenset[int] = frozenset()
         self._needs, self._every_expert = frozenset({Need.WEIGHTS}), False
         self._interventions: Sequence[Intervention] = ()
+        self._attributed = False
         self._told: Sequence[Intervention] = ()  # those of them that are in the pass
         self._views: Iterator[LayerView | HeadView] | None = None
         self._pool: WeightPool | None = None
@@ -192,6 +194,7 @@ class PretrainedMoE(LightningModule):
             UserError: The text does not fit the model, or the memory budget is too small.
         """
         self.close()
+        self._attributed = text is not None and Need.ATTRIBUTION in needs
         shown = frozenset(self.layers) - self._skipped
         head = self._wants_head(needs)
         runs = text is not None and bool(needs - {Need.WEIGHTS})
@@ -213,7 +216,9 @@ class PretrainedMoE(LightningModule):
         self._told = self._riders(text, told, lambda limit: self._plan(limit, walked, shown, needs, text))
         spoken_for = self._text_bytes(text, len(self._told))
         model, reference = self._models(lambda limit: self._plan(limit, walked, shown, needs, text), spoken_for)
-        self.text_pass = TextPass(model, text, reference, *streams, interventions=self._told)
+        self.text_pass = TextPass(
+            model, text, reference, *streams, interventions=self._told, attributed=self._attributed
+        )
         self.text_pass.scratch = self.scratch
         return self._walk(self.text_pass, (self._view(model, reference, layer) for layer in walked), shown, needs)
 
@@ -265,7 +270,17 @@ class PretrainedMoE(LightningModule):
         if head is not None:
             assert head.under is not None
             known = head.under(self._told)
-            yield replace(head, under=partial(self._effects, head.text, known))
+            yield replace(head, under=partial(self._effects, head.text, known), words=partial(self._words, head.text))
+
+    @torch.no_grad()
+    def _words(self, text: ProbeText, rows: Tensor, group: Tensor, top: int) -> Words:
+        """What rows of a residual stream say; the head is read once more."""
+        self.close()
+        needs = frozenset({Need.PREDICTIONS})
+        model, _ = self._models(
+            lambda limit: self._plan(limit, range(0), frozenset(), needs, text), 8 * rows.numel(), lambda done: None
+        )
+        return words(model, rows.to(self.device), group, top)
 
     @torch.no_grad()
     def _effects(
@@ -302,7 +317,7 @@ class PretrainedMoE(LightningModule):
         tokens = int(text.token_mask.sum())
         # In the type of the products: one at a time, and of an expert whose tokens are many all three beside it.
         matrices = 4 if copies or tokens > tokens_at_a_time(max(widths)) else 1
-        states = 8 * tokens * config.hidden_size
+        states = (8 + self._attributed) * tokens * config.hidden_size
         beside = copies * copy_bytes(tokens, config.hidden_size)
         return 4 * (matrices * max(widths) * config.hidden_size + attention + states) + beside
 

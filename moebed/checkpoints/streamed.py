@@ -60,7 +60,11 @@ class StreamedModel:
 
     def embed(self, ids: Tensor) -> Tensor:
         """Residual stream (N, H) of ids (N,): only the rows of these ids are read."""
-        part = self.checkpoint.keys.parameter("embed_tokens.weight")[0].part
+        return self._rows("embed_tokens.weight", ids) * self.config.embedding_multiplier
+
+    def _rows(self, name: str, ids: Tensor) -> Tensor:
+        """Rows (N, H) float32 of a table, of ids (N,)."""
+        part = self.checkpoint.keys.parameter(name)[0].part
         wanted, where = ids.cpu().unique(return_inverse=True)
         rows = torch.empty(len(wanted), part.columns, device=self.precision.device)
         numbers = wanted.tolist()
@@ -73,7 +77,7 @@ class StreamedModel:
             found = self.checkpoint.read(part._replace(first=first, rows=numbers[stop - 1] - first + 1))
             rows[start:stop] = self.precision.seen(found[wanted[start:stop] - first]).float()
             start = stop
-        return rows[where.to(rows.device)] * self.config.embedding_multiplier
+        return rows[where.to(rows.device)]
 
     def block(self, index: int) -> Block:
         """A layer's attention, norms and router, read; its experts or FFN have no weights here."""
@@ -144,6 +148,14 @@ class StreamedModel:
             self.pool.enter(self.plan.group(HEAD, number))
             for rows in self.precision.seen(self.pool.get(piece)).split(band_rows(num_tokens)):
                 yield rows.to(self.precision.compute)
+
+    def head_rows(self, ids: Tensor) -> Tensor:
+        """Rows (N, H) of the head, with the last norm's scale: only the rows of these ids are read."""
+        return self._rows(head_name(self.checkpoint), ids) * (self._last_scale() * self.config.logits_multiplier)
+
+    def _last_scale(self) -> Tensor:
+        """(H,) of the norm before the head."""
+        return final_norm(self.checkpoint, self.precision.seen).weight.view(-1)  # type: ignore[operator, union-attr]
 
 
 class StreamedWeights:
@@ -342,11 +354,14 @@ def head_bias(checkpoint: Checkpoint) -> Tensor | None:
     return checkpoint.read(checkpoint.keys.parameter("lm_head.bias")[0].part)
 
 
+def head_name(checkpoint: Checkpoint) -> str:
+    """The parameter that is the output embedding, which may be the input's."""
+    return "lm_head.weight" if "lm_head.weight" in checkpoint.keys.shapes else "embed_tokens.weight"
+
+
 def head_pieces(checkpoint: Checkpoint) -> list[Piece]:
-    """The output embedding, which may be the input's, in bands of rows."""
-    keys = checkpoint.keys
-    name = "lm_head.weight" if "lm_head.weight" in keys.shapes else "embed_tokens.weight"
-    whole = keys.parameter(name)[0].part
+    """The output embedding in bands of rows."""
+    whole = checkpoint.keys.parameter(head_name(checkpoint))[0].part
     band = max(1, _HEAD_BAND // (whole.columns * checkpoint.dtype(whole).itemsize))
     return [
         Piece(checkpoint, whole._replace(first=first, rows=min(band, whole.rows - first)))

@@ -100,6 +100,11 @@ class GatheredModel:
         bands = table.split(band_rows(len(x)))
         yield from logits_in_bands(x, bands, bias[0] if bias else None, self.config.logits_multiplier)
 
+    def head_rows(self, ids: Tensor) -> Tensor:
+        """Rows (N, H) of the head, with the last norm's scale."""
+        norm, table = self._gather(_HEAD)
+        return table[ids.to(self._device)].float() * (norm * self.config.logits_multiplier)
+
     def computing(self) -> AbstractContextManager[object]:
         """In float32, or in what the parameters are in."""
         return computing_like(next(self._decoder.parameters()))

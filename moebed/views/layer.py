@@ -21,6 +21,7 @@ from moebed.errors import UserError
 from moebed.machine.finite import all_finite
 from moebed.model.experts import MATRICES as MATRICES
 from moebed.model.routers import Routing, TokenContext
+from moebed.views.attribution import Attribution, Reading
 from moebed.views.beside import ExpertSums, Rows
 from moebed.views.interventions import Intervention
 
@@ -39,6 +40,7 @@ class Need(Enum):
     ACTIVATIONS = "activations"
     PREDICTIONS = "predictions"
     LOGITS = "logits"
+    ATTRIBUTION = "attribution"
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,9 @@ class LayerView:
     moe_input: Tensor | None = None  # (T, H) normalised input of router and experts
     residual: Tensor | None = None  # (T, H) residual stream that the layer's output is added to
     reference_output: Tensor | None = None  # (T, H) what the dense reference's FFN made of its own hidden states
+    attribution: Attribution | None = None  # how what the experts write adds to logits, where that was asked for
+    # What residual stream (T, H) leaves the layer if this (T, H) is its output; while the text is in the layer.
+    leave: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
     # Loss (T,) of each token, NaN after the last of a sequence, with one expert masked out of the choice at this layer;
     # of expert -1, that of the model as it is. None where the model is not at hand as a whole.
     ablate: Callable[[int], Tensor] | None = field(default=None, repr=False)
@@ -249,6 +254,8 @@ class HeadView:
     # text that one reaches, NaN after the last of a sequence, and NaN everywhere where the text did not come through.
     # Those that the pass was told of are known; for others the text goes through the model again.
     under: Effects | None = field(default=None, repr=False)
+    rms: Tensor | None = None  # (T,) root mean square of the stream, by which the last norm divides it
+    words: Reading | None = field(default=None, repr=False)  # reads rows of a residual stream
 
 
 class LayerWeights(Protocol):

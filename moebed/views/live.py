@@ -118,7 +118,7 @@ def walk_model(model: TextModel, text: ProbeText | None, needs: frozenset[Need])
     if text is None or not needs - {Need.WEIGHTS}:
         yield from views
         return
-    run = TextPass(model, text)
+    run = TextPass(model, text, attributed=Need.ATTRIBUTION in needs)
     yield from run.layers(views, ablation=_Ablations(model, run))
     head = run.head(Need.LOGITS in needs) if needs & {Need.PREDICTIONS, Need.LOGITS} else None
     if head is not None:
@@ -212,6 +212,11 @@ class LiveModel:
         x, head = self.decoder.norm(hidden), self.decoder.lm_head
         bands = head.weight.split(band_rows(len(x)))
         yield from logits_in_bands(x, bands, head.bias, self.config.logits_multiplier)
+
+    def head_rows(self, ids: Tensor) -> Tensor:
+        """Rows (N, H) of the head, with the last norm's scale."""
+        weight = self.decoder.lm_head.weight
+        return weight[ids.to(weight.device)].float() * (self.decoder.norm.weight * self.config.logits_multiplier)
 
     def computing(self) -> AbstractContextManager[object]:
         """In float32, or in what the parameters are in."""

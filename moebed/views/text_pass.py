@@ -26,6 +26,7 @@ from moebed.model.config import ModelConfig
 from moebed.model.decoder import Block, MoE
 from moebed.model.routers import Routing
 from moebed.views.attending import TextAttention
+from moebed.views.attribution import Attribution, Following, Words, most_raised, root_mean_square
 from moebed.views.beside import ExpertSums, Rows
 from moebed.views.branches import Branches, route
 from moebed.views.interventions import Intervention, LayerContext
@@ -56,6 +57,10 @@ class TextModel(Protocol):
 
     def head(self, hidden: Tensor) -> Iterator[Tensor]:
         """Logits (N, v) of one band of the vocabulary after another; see ``band_rows``."""
+        ...
+
+    def head_rows(self, ids: Tensor) -> Tensor:
+        """What ``head`` makes the logits of ids (N,) of: (N, H) float32, of a stream over its root mean square."""
         ...
 
     def computing(self) -> AbstractContextManager[object]:
@@ -94,6 +99,7 @@ class TextPass:
         reference_stream: The same of the reference.
         interventions: Under each of which the text goes through the layers as well, beside the text as it is;
             ``stream`` is where none of them has begun.
+        attributed: Whether views say how what a layer writes adds to logits.
 
     Raises:
         UserError: The text does not fit the model, or an intervention does not.
@@ -107,8 +113,10 @@ class TextPass:
         stream: Stream | None = None,
         reference_stream: Stream | None = None,
         interventions: Sequence[Intervention] = (),
+        attributed: bool = False,
     ) -> None:
         self.text = text
+        self._following = Following.of(model.head_rows, text.targets, model.config.norm_type) if attributed else None
         self._branches = Branches(interventions, text, model.config)
         self.scratch: Path | None = None  # folder where large logits are kept; in memory if not given
         self.stopped: UserError | None = None
@@ -190,6 +198,8 @@ class TextPass:
             reference_output=reference,
             ablate=ablate,
             beside=self._branches.sums(),
+            attribution=self._main.attribution(self._following),
+            leave=lambda output: self._main.after(output).hidden,
         )
 
     def _reference_output(self, layer: int) -> Tensor | None:
@@ -283,6 +293,12 @@ class _Way:
         with self.model.computing():
             return Stream(self.stream.layer + 1, self._block.leave(self.attended, output))
 
+    def attribution(self, following: Following | None) -> Attribution | None:
+        """How what this layer writes adds to logits."""
+        if following is None or self._block is None:
+            return None
+        return Attribution(following, self._block.residual_multiplier, self._block.post_ffn_norm)
+
     def head(self, text: ProbeText, with_logits: bool, scratch: Path | None, branches: Branches) -> HeadView:
         """Predictions and losses, over the vocabulary a band at a time."""
         hidden, tokens = self.stream.hidden, len(self.stream.hidden)
@@ -297,7 +313,9 @@ class _Way:
         predicted, loss = self._predict(hidden, targets, kept)
         mine, *theirs = loss.split([tokens, *map(len, others)])
         effects = branches.effects(mine, others, theirs)
-        return HeadView(text, predicted[:tokens], mine, kept, partial(_known, effects))
+        config = self.model.config
+        rms = root_mean_square(self.stream.hidden, config.rms_norm_eps, config.norm_type)
+        return HeadView(text, predicted[:tokens], mine, kept, partial(_known, effects), rms, partial(words, self.model))
 
     def _predict(self, hidden: Tensor, targets: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
         """The most probable ids (N,) after rows (N, H), and the losses (N,) of targets (N,), NaN where those are -1.
@@ -322,6 +340,12 @@ class _Way:
                 start += logits.shape[1]
         require_finite(total, "the logits")
         return predicted, total - wanted
+
+
+def words(model: TextModel, rows: Tensor, group: Tensor, top: int) -> Words:
+    """The ids whose logits rows (N, H) raise most over the mean of their group; see ``Reading``."""
+    with model.computing():
+        return most_raised(model.head(rows), group, top)
 
 
 def _known(effects: dict[str, Tensor], interventions: Sequence[Intervention]) -> dict[str, Tensor]:

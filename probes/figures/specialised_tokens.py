@@ -22,7 +22,7 @@ def draw_tokens(arrays: Arrays, kind: str, kinds: Mapping[str, str]) -> Figure:
     """The page's first table of each layer as an image: a line an expert, a column a layer."""
     from probes.figures import drawing
 
-    words = _words_of(arrays)
+    words = words_of(arrays)
     ids, shares = by_layer(arrays, "top_ids", kind), by_layer(arrays, "top_shares", kind)
     layers = first_middle_last(list(ids))
     rows = min(DRAWN_EXPERTS, max(len(ids[layer]) for layer in layers))
@@ -31,7 +31,7 @@ def draw_tokens(arrays: Arrays, kind: str, kinds: Mapping[str, str]) -> Figure:
     for ax, layer in zip(fig.subplots(1, len(layers), squeeze=False)[0], layers, strict=True):
         for row, expert in enumerate(drawing.pick(range(len(ids[layer])), DRAWN_EXPERTS)):
             own = zip(ids[layer][expert], shares[layer][expert], strict=True)
-            said = [f"{_word(words, int(one))[:DRAWN_LETTERS]} {value:.0%}" for one, value in own if one >= 0]
+            said = [f"{word_of(words, int(one))[:DRAWN_LETTERS]} {value:.0%}" for one, value in own if one >= 0]
             line = "   ".join(said[:DRAWN_IDS]) or "–"
             for place, text in ((0.0, str(expert)), (0.06, line)):
                 ax.text(place, row, text, fontsize=7.5, family="monospace", va="center", color=drawing.INK,
@@ -43,14 +43,14 @@ def draw_tokens(arrays: Arrays, kind: str, kinds: Mapping[str, str]) -> Figure:
     return fig
 
 
-def _words_of(arrays: Arrays) -> dict[int, str]:
+def words_of(arrays: Arrays) -> dict[int, str]:
     """What is known of the text of ids."""
     return dict(zip(arrays.get("text_ids", np.zeros(0)).tolist(), arrays.get("text_of_ids", ()), strict=True))
 
 
 def write_tokens(arrays: Arrays, kinds: Mapping[str, str]) -> str:
     """Tables: a row an expert, the tokens of which it takes most."""
-    words = _words_of(arrays)
+    words = words_of(arrays)
     ids, shares = by_part(arrays, "top_ids"), by_part(arrays, "top_shares")
     tables = [
         {
@@ -58,7 +58,7 @@ def write_tokens(arrays: Arrays, kinds: Mapping[str, str]) -> str:
             "kind": kinds[kind],
             "experts": [
                 [
-                    {"id": int(one), "word": _word(words, int(one)), "share": f"{value:.0%}"}
+                    {"id": int(one), "word": word_of(words, int(one)), "share": f"{value:.0%}"}
                     for one, value in zip(own, share, strict=True)
                     if one >= 0
                 ]
@@ -74,6 +74,6 @@ def write_tokens(arrays: Arrays, kinds: Mapping[str, str]) -> str:
     return render("probes.figures/specialised_tokens.html", tables=tables)
 
 
-def _word(words: dict[int, str], one: int) -> str:
+def word_of(words: dict[int, str], one: int) -> str:
     text = str(words.get(one, ""))
-    return text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣") if text else f"#{one}"
+    return text.replace("\n", "⏎").replace("\r", "␍").replace("\t", "⇥").replace(" ", "␣") if text else f"#{one}"

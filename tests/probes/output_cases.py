@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moebed.model.routers import Routing
+from moebed.views.attribution import Attribution, Following
 from moebed.views.layer import ExpertKind, ExpertView, LayerView, ProbeText, Watch
 
 
@@ -48,7 +49,9 @@ def output_view(
     probs: Tensor | None = None,
 ) -> LayerView:
     """A layer whose E experts made outputs (E, T, H) and whose router chose these experts (T, K)."""
-    experts, tokens, _ = outputs.shape
+    experts, tokens, hidden = outputs.shape
+    text = plain_text([tokens]) if text is None else text
+    following = Following.of(lambda ids: torch.ones(len(ids), hidden), text.targets)
     choice = torch.tensor(chosen)
     probs = torch.full((tokens, experts), 1 / experts) if probs is None else probs
     weight = torch.full(choice.shape, 1 / choice.shape[1]) if weight is None else weight
@@ -61,7 +64,9 @@ def output_view(
         routing=Routing(probs.log(), probs, choice, weight),
         moe_input=torch.zeros(tokens, outputs.shape[2]),
         residual=torch.ones(tokens, outputs.shape[2]),
-        text=plain_text([tokens]) if text is None else text,
+        text=text,
+        attribution=Attribution(following, 1.0, nn.Identity()),
+        leave=lambda output: 1 + output,
         weights=GivenOutputs(outputs, others, acts),  # type: ignore[arg-type]
     )
 
