@@ -23,7 +23,7 @@ FOLDER = Path(__file__).parents[2] / "recipes" / "studies"
 NAMES = [f"{name}_{size}" for name in EXPERIMENTS for size in ("small", "gpu", "paper")]
 NAMES += ["allocation_shapes_small", "related_small", "locality_small"]
 NAMES += ["planted_small", "balance_planted_small", "null_planted_small"]
-NAMES += ["allocation_shapes_planted", "scheme_planted"]
+NAMES += ["allocation_shapes_planted", "scheme_planted", "coupling_planted"]
 STUDIES = {name: FOLDER / f"{name}.yaml" for name in NAMES}
 
 
