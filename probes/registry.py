@@ -12,6 +12,7 @@ from probes.balance import Balance
 from probes.capacity import Capacity
 from probes.chosen_vs_rest import ChosenVsRest
 from probes.coactivation import Coactivation
+from probes.committee import Committee
 from probes.contract import Probe, in_order
 from probes.domain_purity import DomainPurity
 from probes.domain_share import DomainShare
@@ -29,7 +30,9 @@ from probes.neuron_matching import NeuronMatching
 from probes.neuron_similarity import NeuronSimilarity
 from probes.norm_origin import NormOrigin
 from probes.norm_vs_score import NormVsScore
+from probes.observed_vs_needed import ObservedVsNeeded
 from probes.prediction import Logits, Prediction
+from probes.random_routes import RandomRoutes
 from probes.repeats import Repeats
 from probes.router_coupling import RouterCoupling
 from probes.router_state import RouterState
@@ -49,6 +52,7 @@ _WITH_TEXT: tuple[type[Probe], ...] = (
     RoutingMap,
     DomainShare,
     DomainPurity,
+    Committee,
     Repeats,
     Coactivation,
     Vocabulary,
@@ -67,6 +71,8 @@ _WITH_TEXT: tuple[type[Probe], ...] = (
     Interventions,
     KeepK,
     SuperExperts,
+    ObservedVsNeeded,
+    RandomRoutes,
 )
 _STATIC: tuple[type[Probe], ...] = (
     MatrixSimilarity,
@@ -81,7 +87,15 @@ _STATIC: tuple[type[Probe], ...] = (
 PROBES: dict[str, type[Probe]] = {probe.name: probe for probe in _WITH_TEXT + _STATIC}
 STATIC_PROBES: tuple[str, ...] = tuple(probe.name for probe in _STATIC)  # these need weights alone
 # Large to store; forward passes beside that of the text.
-BY_NAME_ONLY = ("logits", "expert_importance", "interventions", "keep_k", "super_experts")
+BY_NAME_ONLY = (
+    "logits",
+    "expert_importance",
+    "interventions",
+    "keep_k",
+    "super_experts",
+    "observed_vs_needed",
+    "random_routes",
+)
 TRAINING_ONLY = ("saturation",)  # follows a model over steps
 # What a training run measures unasked, every few hundred steps: nothing that takes longer than a step or two.
 DEFAULT_PROBES: tuple[str, ...] = (
