@@ -12,6 +12,7 @@ from probes.balance import Balance
 from probes.capacity import Capacity
 from probes.chosen_vs_rest import ChosenVsRest
 from probes.coactivation import Coactivation
+from probes.committee import Committee
 from probes.contract import Probe, in_order
 from probes.control_content import ControlContent
 from probes.domain_purity import DomainPurity
@@ -31,7 +32,9 @@ from probes.neuron_matching import NeuronMatching
 from probes.neuron_similarity import NeuronSimilarity
 from probes.norm_origin import NormOrigin
 from probes.norm_vs_score import NormVsScore
+from probes.observed_vs_needed import ObservedVsNeeded
 from probes.prediction import Logits, Prediction
+from probes.random_routes import RandomRoutes
 from probes.repeats import Repeats
 from probes.router_coupling import RouterCoupling
 from probes.router_state import RouterState
@@ -52,6 +55,7 @@ _WITH_TEXT: tuple[type[Probe], ...] = (
     RoutingMap,
     DomainShare,
     DomainPurity,
+    Committee,
     Repeats,
     Coactivation,
     Vocabulary,
@@ -73,6 +77,8 @@ _WITH_TEXT: tuple[type[Probe], ...] = (
     RoutingLadder,
     ExpertLens,
     ControlContent,
+    ObservedVsNeeded,
+    RandomRoutes,
 )
 _STATIC: tuple[type[Probe], ...] = (
     MatrixSimilarity,
@@ -96,6 +102,8 @@ BY_NAME_ONLY = (
     "routing_ladder",
     "expert_lens",
     "control_content",
+    "observed_vs_needed",
+    "random_routes",
 )
 TRAINING_ONLY = ("saturation",)  # follows a model over steps
 # What a training run measures unasked, every few hundred steps: nothing that takes longer than a step or two.

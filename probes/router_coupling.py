@@ -220,12 +220,23 @@ def _headlines(arrays: Arrays, part: str, scalars: dict[str, float]) -> dict[str
     found["top1_expert"] = Headline(
         value, f"{value:.0%} of the router's rows are answered most by their own expert; {chance:.0%} by chance."
     )
+    for key, whose in {"matched": "its own", "unmatched": "another's"}.items():
+        value = scalars[key]
+        found[key] = Headline(
+            value, f"An expert answers {whose} {rows} {value:.3g} times as strongly as a direction at random."
+        )
     own, other = scalars["gate_cos_own"], scalars["gate_cos_other"]
     found["gate_cos_own"] = Headline(
         own,
         f"The cosine of a router's row with its own expert's gate neurons is {own:+.2g} on average, with another's "
         f"{other:+.2g}.",
     )
+    alike = finite(_by_depth(arrays, RAW)["row_cos"])
+    if alike:
+        value = sum(alike.values()) / len(alike)
+        found["row_cos_raw"] = Headline(
+            value, f"Two of the router's rows have cosine {value:+.2g} on average, with what all rows share."
+        )
     return found
 
 

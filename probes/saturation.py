@@ -5,6 +5,7 @@ T tokens, E experts, K experts per token, C probings of the run so far.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,8 @@ class Saturation(Probe):
 
     At most 64 probings and 32 MiB of choices are kept: when one is too many, the one nearest to its neighbours goes, so
     that they stay spread over training. The text must be the same at each probing; if it is not, the record starts
-    anew.
+    anew. Probings may be of checkpoints that were given: their names are then stored as ``step_names (C,)``, and
+    ``steps`` are their places.
     """
 
     name = "saturation"
@@ -47,10 +49,17 @@ class Saturation(Probe):
         self._step = 0
         self._earlier: dict[str, np.ndarray] = {}
         self._past: dict[int, np.ndarray] = {}  # choices by layer
+        self._name = ""
 
-    def begin(self, step: int, earlier: Arrays) -> None:
-        """Take over the choices of the probings before ``step``, thinned where they are many."""
-        self._step, self._earlier = step, {}
+    def begin(self, step: int, earlier: Arrays, name: str = "") -> None:
+        """Take over the choices of the probings before ``step``, thinned where they are many.
+
+        Args:
+            step: Of this probing.
+            earlier: Arrays of the probing before, or of checkpoints as :func:`joined`.
+            name: What this probing is called, where it is of a checkpoint.
+        """
+        self._step, self._earlier, self._name = step, {}, name
         if "steps" not in earlier or "token_ids" not in earlier:
             return
         choices, steps = by_layer(earlier, "topk_index"), earlier["steps"]
@@ -61,6 +70,8 @@ class Saturation(Probe):
             gap = steps[kept][2:] - steps[kept][:-2]  # that the removal of one would leave; the two ends stay
             kept = np.delete(kept, 1 + int(np.argmin(gap)))
         self._earlier = {"steps": steps[kept], "token_ids": earlier["token_ids"]}
+        if "step_names" in earlier:
+            self._earlier["step_names"] = earlier["step_names"][kept]
         self._past = {layer: value[kept] for layer, value in choices.items() if len(value)}
 
     def update(self, view: LayerView) -> None:
@@ -73,6 +84,9 @@ class Saturation(Probe):
                 self._earlier = {}
             before = self._earlier.get("steps", np.zeros(0, np.int64))
             self.arrays |= {"token_ids": ids, "steps": np.append(before, self._step).astype(np.int64)}
+            if self._name:
+                names = [*self._earlier.get("step_names", ()), self._name]
+                self.arrays["step_names"] = np.array(names, dtype=np.str_)
         now = np.sort(assignments(view), axis=1).astype(np.int16)  # (T, K)
         if view.routing.ragged:  # the busiest token has more experts at one probing than at another
             now = np.pad(now, ((0, 0), (view.num_experts - now.shape[1], 0)), constant_values=NONE)
@@ -101,6 +115,9 @@ class Saturation(Probe):
         steps = arrays["steps"]
         if len(steps) < 2:
             return ProbeResult(arrays, notes=["probed once: choices can be compared from the second probing on"])
+        called = [f"step {step}" for step in steps]
+        if "step_names" in arrays:
+            called = [f"checkpoint {name}" for name in arrays["step_names"]]
         blind = float(np.mean(list(numbers(arrays, "saturation_random").values())))
         first = finite({layer: float(v[0]) for layer, v in saturation.items()})
         previous = finite({layer: float(v[-1]) for layer, v in by_layer(arrays, "saturation_previous").items()})
@@ -112,23 +129,43 @@ class Saturation(Probe):
             settled = known.mean(axis=0) >= SETTLED
             start = len(settled) - int(np.argmin(settled[::-1])) if not settled.all() else 0
             value = float(steps[start] / steps[-1])
-            reached = "only now" if start == len(steps) - 1 else f"from step {steps[start]} of {steps[-1]} on"
+            until = f"of {len(steps)} given" if "step_names" in arrays else f"of {steps[-1]}"
+            reached = "only now" if start == len(steps) - 1 else f"from {called[start]} {until} on"
+            share = "" if "step_names" in arrays else f", {value:.0%} of the training so far"
             headlines["settled_at"] = Headline(
                 value,
-                f"{SETTLED:.0%} of the experts that tokens go to now were chosen {reached}, {value:.0%} of the "
-                f"training so far; choices at random agree in {blind:.0%}.",
+                f"{SETTLED:.0%} of the experts that tokens go to now were chosen {reached}{share}; choices at random "
+                f"agree in {blind:.0%}.",
                 no_interval="no interval, as it is one of few steps",
             )
         if previous:
             value = scalars["previous_to_now"]
             headlines["previous_to_now"] = Headline(
                 value,
-                f"{value:.0%} of the choices are as at step {steps[-2]}, the probing before; {blind:.0%} by chance.",
+                f"{value:.0%} of the choices are as at {called[-2]}, the probing before; {blind:.0%} by chance.",
                 interval_of(arrays, "previous", value, previous, SHARE),
             )
         return ProbeResult(
             arrays, scalars, headlines, {"over_steps": partial(_draw, arrays)}, unit_notes(arrays, headlines)
         )
+
+
+def joined(probings: Sequence[Arrays]) -> dict[str, np.ndarray]:
+    """What probings of single checkpoints stored, in order, as :meth:`Saturation.begin` takes it.
+
+    Of a layer whose choices have another shape in one of them than in the last, that one's are unknown.
+    """
+    if not probings:
+        return {}
+    every = [by_layer(arrays, "topk_index") for arrays in probings]
+    found = {"steps": np.arange(len(every)), "token_ids": probings[0]["token_ids"]}
+    found["step_names"] = np.array([str(arrays["step_names"][-1]) for arrays in probings], dtype=np.str_)
+    for layer, last in every[-1].items():
+        unknown = np.full_like(last[-1], UNKNOWN)
+        alike = [known[layer][-1] if layer in known else unknown for known in every]
+        stacked = [one if one.shape == unknown.shape else unknown for one in alike]
+        found[f"topk_index/{layer}"] = np.stack(stacked)
+    return found
 
 
 def overlap(one: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -168,7 +205,9 @@ def _draw(arrays: Arrays) -> Figure:
         for value in sorted({round(float(value), 6) for value in random.values()}):
             ax.axhline(value, color=drawing.MUTED, ls="--", lw=1, label="chance, K/E")
         drawing.style_axes(ax)
-        ax.set_xlabel("optimizer step", fontsize=9)
+        ax.set_xlabel("checkpoint" if "step_names" in arrays else "optimizer step", fontsize=9)
+        if "step_names" in arrays:
+            ax.set_xticks(steps, arrays["step_names"], fontsize=8, rotation=20, ha="right")
         ax.set_ylim(0, 1.04)
         ax.set_title(label, fontsize=10)
     axes[0].set_ylabel("share of a token's experts", fontsize=9)

@@ -43,6 +43,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="what the loss becomes where routers decide otherwise, such as 'mask 3 @ layer 5'; may be repeated, and "
         "all go through the layers in one pass",
     )
+    parser.add_argument(
+        "--earlier",
+        nargs="+",
+        metavar="CHECKPOINT",
+        help="checkpoints of the same model before this one, in order: when were the choices settled (probe "
+        "saturation)? Each is gone through as well, and kept in DIR/earlier",
+    )
     text = parser.add_argument_group("text to run through it; without any, only weights are looked at")
     text.add_argument(
         "--text",
@@ -86,6 +93,7 @@ _DEFAULTS: dict[str, Any] = {
     "probes": "all",
     "probe_option": [],
     "intervene": [],
+    "earlier": [],
     "reference_dense": None,
     "layers": "all",
     "dtype": None,
@@ -102,13 +110,41 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
+# What the checkpoints before are asked for, beside what they share with the one that is probed.
+_OF_EARLIER: dict[str, Any] = {
+    "probes": "saturation", "probe_option": [], "intervene": [], "reference_dense": None, "save_logits": False,
+}  # fmt: skip
+
+
 def run(command: str, arguments: Sequence[str]) -> None:
-    """Probe a checkpoint.
+    """Probe a checkpoint, after those before it.
 
     Raises:
         UserError: Nothing could be probed, or some layers could not; the results of the others are written then.
     """
     options = read_options(arguments)
+    folders: dict[str, Path] = {}
+    for checkpoint in _several(options["earlier"]):
+        name = Path(checkpoint).stem if checkpoint.endswith(".ckpt") else Path(checkpoint).name
+        if name in folders:
+            raise ConfigError(f"--earlier: two checkpoints are called {name}; give folders of other names")
+        folders[name] = Path(options["out"]) / "earlier" / name
+    if folders and not any(options[kind] for kind in ("text", "input_ids", "domain")):
+        raise ConfigError("--earlier needs text; give --text, --input-ids or --domain")
+    done: list[str] = []
+    for checkpoint, folder in zip(_several(options["earlier"]), folders.values(), strict=True):
+        _probe({**options, **_OF_EARLIER, "checkpoint": checkpoint, "out": str(folder)}, [])
+        done.append(str(folder))
+    _probe(options, done if folders else None)
+
+
+def _probe(options: dict[str, Any], earlier: list[str] | None) -> None:
+    """Probe one checkpoint.
+
+    Args:
+        options: All of the command.
+        earlier: Folders of those before it; None where it is not one of several.
+    """
     # Heavy imports wait until the options are known to be well formed.
     import torch
     from lightning.pytorch import Trainer
@@ -147,7 +183,9 @@ def run(command: str, arguments: Sequence[str]) -> None:
             raise ConfigError("--intervene needs text; give --text, --input-ids or --domain")
         chosen.append("interventions")
         settings = settings | {"interventions": {"apply": "; ".join(_several(options["intervene"]))}}
-    make_probes(probes_for(chosen, bool(text)), settings)
+    if earlier is not None:
+        chosen.append("saturation")
+    make_probes(probes_for(chosen, bool(text), earlier is not None), settings)
     if options["device"] == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device is available here; use --device cpu")
     require_writable(out)
@@ -166,7 +204,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
     )
     for note in model.notes:
         say(f"note: {note}")
-    probing = ProbeCallback(chosen, out=str(out), fresh=options["fresh"], options=settings)
+    probing = ProbeCallback(chosen, out=str(out), fresh=options["fresh"], options=settings, earlier=earlier)
     kept = json.dumps(options["dtype"]) + "\n"  # once the folder is known to be this model's
     keeping = LambdaCallback(on_predict_start=lambda *_: storage.write_text(_kept_dtype(out), kept))
     _quiet()

@@ -23,7 +23,7 @@ from moebed.model.routers import Router, Routing, TokenContext
 from moebed.model.routers.contract import ExpertOutputs
 from moebed.views.attending import TextAttention
 from moebed.views.beside import ExpertSums, Rows
-from moebed.views.interventions import Intervention, LayerContext, assigned_weights
+from moebed.views.interventions import Intervention, LayerContext, assigned_weights, drawn_tokens
 
 _ROUNDING = 1e-6  # a weight that changes by less is that of the same rule, computed once more
 
@@ -132,12 +132,13 @@ class Branches:
 
     def _newly_reached(self, intervention: Intervention, before: Routing, after: Routing) -> Tensor:
         """Tokens (T,) whose routing changed, and unless each is alone those after the first such one of a text."""
+        looked_at = drawn_tokens(len(before.topk_index), intervention.most).to(before.topk_index.device)
         if intervention.everywhere:
-            return torch.ones(len(before.topk_index), dtype=torch.bool, device=before.topk_index.device)
+            return looked_at
         same = (assigned_weights(before) - assigned_weights(after)).abs() <= _ROUNDING  # which NaN never is
         differs = ~same.all(dim=1)
         if intervention.is_alone:
-            return differs
+            return differs & looked_at
         sequence = self._sequence.to(differs.device)
         place = torch.arange(len(differs), device=differs.device)
         first = place.new_full((int(sequence.max()) + 1,), len(place))  # by sequence, some of which may be empty

@@ -23,6 +23,7 @@ from moebed.model.routers import Router, Routing
 
 ZERO, REFILL, DROP_NORM = "zero", "refill", "drop_norm"
 REMOVALS = (ZERO, REFILL, DROP_NORM)
+_DRAW = 20240618  # of the tokens that are looked at
 _STEER = 0.01  # how far a forced expert's logit is above the largest one (SteerMoE)
 
 
@@ -61,6 +62,7 @@ class Intervention:
         everywhere: Every token is computed anew, whether or not its routing changed: what the machinery itself does.
         is_alone: Each token is changed by itself, a row effect: it attends to the text as it is, and no token after it
             sees the change. Else the whole text is changed, a stream effect.
+        most: Where each is changed by itself, at how many tokens at most: those of :func:`drawn_tokens`.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Intervention:
     objection: Objection = _none
     everywhere: bool = False
     is_alone: bool = False
+    most: int | None = None
 
     def layers_of(self, config: ModelConfig) -> list[int]:
         """The layers of a model that it is made at, in order."""
@@ -102,9 +105,23 @@ class Intervention:
 Layers = Iterable[int] | None
 
 
-def alone(intervention: Intervention) -> Intervention:
-    """The same at each token by itself: the loss of the token that follows, had only this one's routing changed."""
-    return replace(intervention, name=f"{intervention.name} alone", is_alone=True)
+def alone(intervention: Intervention, most: int | None = None) -> Intervention:
+    """The same at each token by itself: the loss of the token that follows, had only this one's routing changed.
+
+    Args:
+        intervention: What is changed.
+        most: At how many tokens at most, all of them if not given; the others are as they were.
+    """
+    where = "" if most is None else f" at {most} tokens"
+    return replace(intervention, name=f"{intervention.name} alone{where}", is_alone=True, most=most)
+
+
+def drawn_tokens(count: int, most: int | None) -> Tensor:
+    """Which of so many tokens (T,) bool are looked at, of any text of that length the same; all if ``most`` is None."""
+    if most is None:
+        return torch.ones(count, dtype=torch.bool)
+    place = torch.randperm(count, generator=torch.Generator().manual_seed(_DRAW))
+    return place < most
 
 
 def identity(layers: Layers = None) -> Intervention:

@@ -122,15 +122,23 @@ def jackknife(
     """
     from scipy.stats import t as student
 
+    error, freedom = standard_error(values_without, stratum)
+    if not freedom:
+        return np.full((2, *error.shape), np.nan)
+    reach = student.ppf(TAIL, freedom) * error
+    ends = np.clip(np.stack([value - reach, value + reach]), *within)
+    return np.where(np.isfinite(ends), ends, np.nan)
+
+
+def standard_error(values_without: np.ndarray, stratum: np.ndarray) -> tuple[np.ndarray, int]:
+    """The standard errors (...) of such statistics, and the degrees of freedom of these; NaN where those are 0."""
     values, stratum = np.asarray(values_without, np.float64), np.asarray(stratum)
     groups = _compared(values, stratum)
     freedom = sum(len(mine) - 1 for mine in groups)
     if not freedom:
-        return np.full((2, *values.shape[1:]), np.nan)
+        return np.full(values.shape[1:], np.nan), 0
     variance = sum((len(mine) - 1) * mine.var(axis=0) for mine in groups) * len(values) / sum(map(len, groups))
-    reach = student.ppf(TAIL, freedom) * np.sqrt(variance)
-    ends = np.clip(np.stack([value - reach, value + reach]), *within)
-    return np.where(np.isfinite(ends), ends, np.nan)
+    return np.sqrt(variance), freedom
 
 
 def _compared(values: np.ndarray, stratum: np.ndarray) -> list[np.ndarray]:

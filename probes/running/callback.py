@@ -65,6 +65,8 @@ class ProbeCallback(Callback):
         out: Folder for the results; the trainer's default_root_dir if not given.
         fresh: Of a checkpoint, compute anew what is kept of an earlier probing.
         options: Settings of probes, by the probe's name: {traffic: {ranks: 8}}.
+        earlier: Of a checkpoint, folders where earlier ones of the same model were probed on the same text by
+            ``saturation``, in order, so that it can run; empty for the first of them.
 
     Raises:
         ConfigError: A probe's name or setting is unknown, or a number is out of range.
@@ -81,7 +83,9 @@ class ProbeCallback(Callback):
         out: str | None = None,
         fresh: bool = False,
         options: dict[str, dict[str, Any]] | None = None,
+        earlier: list[str] | None = None,
     ) -> None:
+        self.earlier = None if earlier is None else [Path(folder) for folder in earlier]
         self.probes, self._asked = resolve_probes(probes), probes
         self.options = options or {}
         make_probes(self.probes, self.options if probes is not None else None)  # refused before anything runs
@@ -119,9 +123,11 @@ class ProbeCallback(Callback):
                 raise UserError("a checkpoint is probed by one process; use trainer.devices 1")
             if self.out is None:
                 self.out = Path(trainer.default_root_dir)
-            self.probes = probes_for(self._asked, pl_module.text is not None)
+            self.probes = probes_for(self._asked, pl_module.text is not None, self.earlier is not None)
             device = trainer.strategy.root_device.type
-            self._checkpoint = CheckpointPass(pl_module, self.probes, self.out, device, self.fresh, self.options)
+            self._checkpoint = CheckpointPass(
+                pl_module, self.probes, self.out, device, self.fresh, self.options, self.earlier or ()
+            )
             self._started = time.perf_counter()
             if self._checkpoint.room:
                 rank_zero_info(f"probes: {self._checkpoint.room}")

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from moebed.checkpoints.pretrained import PretrainedMoE
 from moebed.errors import ConfigError, UserError
-from moebed.machine import storage
+from moebed.machine import provenance, storage
 from moebed.machine.allocator import release_freed_memory
 from moebed.machine.units import human
 from moebed.views.layer import HeadView, LayerView, Need
@@ -17,29 +19,34 @@ from probes.running import store
 from probes.running.driver import PER_EXPERT, ProbePass, Timing, needs_of
 from probes.running.partial import HEAD, KeptLayers, way_to
 from probes.running.provenance import Provenance
+from probes.saturation import joined
 
 HEAD_NEEDS = frozenset({Need.PREDICTIONS, Need.LOGITS})
 
 
-def probes_for(names: Sequence[str] | None, with_text: bool) -> tuple[str, ...]:
+def probes_for(names: Sequence[str] | None, with_text: bool, in_order_given: bool = False) -> tuple[str, ...]:
     """Names of the probes to run on a checkpoint: the ones named, or all that the inputs allow.
 
     Args:
         names: Names, ``all`` for all that the inputs allow; the same if not given.
         with_text: Whether there is text.
+        in_order_given: Whether it is one of several of a model, so that what follows a model over steps can run.
 
     Raises:
         ConfigError: A name is unknown, or its probe cannot run here.
     """
     possible = [name for name, probe in PROBES.items() if with_text or probe.needs <= {Need.WEIGHTS}]
-    allowed = [name for name in possible if name not in TRAINING_ONLY and set(in_order([name], PROBES)) <= {*possible}]
+    barred = () if in_order_given else TRAINING_ONLY
+    allowed = [name for name in possible if name not in barred and set(in_order([name], PROBES)) <= {*possible}]
     if names is None or "all" in names:
         named = [name for name in resolve_probes(names or []) if name in BY_NAME_ONLY and name in allowed]
         return tuple(name for name in allowed if name not in BY_NAME_ONLY or name in named)
     chosen = resolve_probes(names)
     for name in chosen:
-        if name in TRAINING_ONLY:
-            raise ConfigError(f"probes: {name} follows a model while it trains; a checkpoint does not have it")
+        if name in barred:
+            raise ConfigError(
+                f"probes: {name} follows a model while it trains; of checkpoints, give those before with --earlier"
+            )
         if name not in allowed:
             raise ConfigError(
                 f"probes: {name} needs text; give --text, --input-ids or --domain, or choose from {', '.join(allowed)}"
@@ -61,9 +68,11 @@ class CheckpointPass:
         device: Where it is computed.
         fresh: Forget what is kept.
         options: Settings of the probes.
+        earlier: Folders where earlier checkpoints were probed by what follows a model over steps, in order.
 
     Raises:
-        UserError: The folder holds the results of another model, or its disk has no room for these.
+        UserError: The folder holds the results of another model, its disk has no room for these, or an earlier
+            checkpoint was probed on another text.
     """
 
     def __init__(
@@ -74,17 +83,18 @@ class CheckpointPass:
         device: str = "cpu",
         fresh: bool = False,
         options: Settings | None = None,
+        earlier: Sequence[Path] = (),
     ) -> None:
         self.model, self.timing = model, Timing()
         model.scratch = store.results_dir(out)
         self.identity = model.identity
-        earlier = store.load_summary(out)
-        if earlier and earlier.get("model") != self.identity:
-            other = earlier.get("model", {}).get("name", "a training run")
+        there = store.load_summary(out)
+        if there and there.get("model") != self.identity:
+            other = there.get("model", {}).get("name", "a training run")
             raise UserError(f"{out} holds the results of {other}; choose another folder for those of {model.name}")
         probes = make_probes(names, options)
         record = {**model.record(), "device": device, "layers": model.layers}
-        told = _told(probes, options or {}, model)
+        told = {**_told(probes, options or {}, model), **self._begin(probes, earlier)}
         self.provenance = Provenance(record | ({"options": told} if told else {}))
         self._kept = KeptLayers(out, {name: self.provenance.inputs(name) for name in names}, self.provenance.streams)
         if fresh:
@@ -112,6 +122,22 @@ class CheckpointPass:
         streams = self._kept.load_streams(self._way)
         asked = {one.name: one for probe in shown for one in probe.interventions(model.config)}
         model.prepare(skipped, needs_of(shown), streams, self._every_expert, list(asked.values()))
+
+    def _begin(self, probes: Sequence[Probe], earlier: Sequence[Path]) -> Settings:
+        """Hand over what is known of earlier checkpoints; what stands for it."""
+        found = {}
+        for probe in probes:
+            if probe.name not in TRAINING_ONLY:
+                continue
+            known = {folder.name: store.load_arrays(folder, probe.name) for folder in earlier}
+            for folder, arrays in zip(earlier, known.values(), strict=True):
+                ids = None if self.model.text is None else self.model.text.token_ids.cpu().numpy()
+                if not np.array_equal(arrays.get("token_ids"), ids):
+                    raise UserError(f"{folder} holds what {probe.name} saw of another text; give one that is alike")
+            probe.begin(len(known), joined(list(known.values())), self.model.name)
+            files = {folder.name: store.arrays_path(folder, probe.name) for folder in earlier}
+            found[probe.name] = {"earlier": {n: provenance.content_record(path) for n, path in files.items()}}
+        return found
 
     def _require_room(self, out: Path, shown: Sequence[Probe], done: Collection[int]) -> None:
         """Set ``room``: what the probes will keep, where sizes tell; refuse a disk that has no room for it.

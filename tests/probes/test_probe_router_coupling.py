@@ -50,6 +50,8 @@ def test_experts_that_answer_their_own_row_alone():
     assert result.arrays["matched/0/raw"] == pytest.approx(2)
     assert result.arrays["unmatched/0/raw"] == result.arrays["row_cos/0/raw"] == 0
     assert result.arrays["coupling_p/0/raw"] == pytest.approx(1 / 24)
+    told = {key: result.headlines[key].value for key in ("matched", "unmatched", "row_cos_raw")}
+    assert told == pytest.approx({"matched": 2, "unmatched": 0, "row_cos_raw": 0}, abs=1e-6)
     assert not any("centred" in key for key in result.arrays)
 
 
@@ -64,6 +66,7 @@ def test_what_rows_share_changes_nothing_where_the_router_does_not_see_it(shared
     assert result.arrays["row_cos/0/centred"] == pytest.approx(-1 / 3, rel=1e-4)
     assert result.arrays["top1_expert/0/centred"] == 1
     if shared:
+        assert result.headlines["row_cos_raw"].value > -1 / 3 + 0.1  # which sees what is shared
         assert np.abs(result.arrays["response/0/raw"] - response).max() > 0.1
     np.testing.assert_allclose(
         result.arrays["response/0/raw"], ((rows + common) @ gate.transpose(1, 2)).norm(dim=2).T, rtol=1e-5

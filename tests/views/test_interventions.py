@@ -229,6 +229,22 @@ def test_a_token_changed_alone_is_the_text_changed_there_read_there(name, change
     assert float((whole - rows).nan_to_num().abs().max()) > 1e-3  # another question has another answer
 
 
+@pytest.mark.parametrize("name", ["swap @ layer 1", "identity @ layer 0", "random_set 3"])
+def test_of_a_text_some_tokens_alone_are_changed(name):
+    """The same ones as by themselves with all, and of the others nothing."""
+    decoder, text = decoder_of(), text_of(7, 5, 9)
+    one = parse(name)
+    asked = [iv.alone(one), iv.alone(one, 8)]
+    assert [each.name for each in asked] == [f"{name} alone", f"{name} alone at 8 tokens"]
+    every, some = intervene(decoder, text, asked).values()
+    drawn = iv.drawn_tokens(21, 8)
+    assert int(drawn.sum()) == 8
+    torch.testing.assert_close(some[drawn], every[drawn], rtol=0, atol=1e-6, equal_nan=True)
+    assert set(some[~drawn & (text.targets >= 0)].tolist()) == {0.0}
+    assert bool((some[drawn & (text.targets >= 0)] != 0).any())
+    assert bool(iv.drawn_tokens(5, 8).all())
+
+
 def test_sequences_without_tokens_do_not_stand_in_the_way():
     ids = torch.randint(64, (9, 4), generator=torch.Generator().manual_seed(1))
     mask = torch.zeros(9, 4, dtype=torch.bool)
