@@ -21,7 +21,7 @@ from moebed.model.routers import Routing
 from moebed.views.beside import ExpertSums, Rows
 from moebed.views.branches import copy_bytes, require_different
 from moebed.views.interventions import Intervention, LayerContext, mask
-from moebed.views.layer import ExpertKind, ExpertView, HeadView, LayerView, LayerWeights, Need, ProbeText, Watch
+from moebed.views.layer import ExpertKind, ExpertView, HeadView, LayerView, Need, PassedWeights, ProbeText, Watch
 from moebed.views.text_pass import TextModel, TextPass, band_rows
 
 _COPIES = 1 << 30  # bytes of all interventions' copies of a text at a time
@@ -204,7 +204,7 @@ class LiveModel:
         """The layer."""
         return self.decoder.blocks[index]
 
-    def layer_weights(self, index: int) -> LayerWeights:
+    def layer_weights(self, index: int) -> PassedWeights:
         """The layer's FFN or experts."""
         return ModuleWeights(self.decoder.blocks[index].mlp)
 

@@ -6,45 +6,18 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from moebed.checkpoints.pretrained import PretrainedMoE
-from moebed.errors import ConfigError, UserError
 from moebed.machine import storage
 from moebed.machine.allocator import release_freed_memory
 from moebed.machine.units import human
-from moebed.views.layer import HeadView, LayerView, Need
-from probes.contract import Probe, ProbeResult, in_order
-from probes.registry import BY_NAME_ONLY, PROBES, TRAINING_ONLY, Settings, make_probes, resolve_probes
+from moebed.views.layer import HeadView, LayerView
+from probes.contract import Probe, ProbeResult
+from probes.registry import Settings, make_probes
 from probes.running import store
+from probes.running.choosing import HEAD_NEEDS
 from probes.running.driver import PER_EXPERT, ProbePass, Timing, needs_of
 from probes.running.partial import HEAD, KeptLayers, way_to
 from probes.running.provenance import Provenance
-
-HEAD_NEEDS = frozenset({Need.PREDICTIONS, Need.LOGITS})
-
-
-def probes_for(names: Sequence[str] | None, with_text: bool) -> tuple[str, ...]:
-    """Names of the probes to run on a checkpoint: the ones named, or all that the inputs allow.
-
-    Args:
-        names: Names, ``all`` for all that the inputs allow; the same if not given.
-        with_text: Whether there is text.
-
-    Raises:
-        ConfigError: A name is unknown, or its probe cannot run here.
-    """
-    possible = [name for name, probe in PROBES.items() if with_text or probe.needs <= {Need.WEIGHTS}]
-    allowed = [name for name in possible if name not in TRAINING_ONLY and set(in_order([name], PROBES)) <= {*possible}]
-    if names is None or "all" in names:
-        named = [name for name in resolve_probes(names or []) if name in BY_NAME_ONLY and name in allowed]
-        return tuple(name for name in allowed if name not in BY_NAME_ONLY or name in named)
-    chosen = resolve_probes(names)
-    for name in chosen:
-        if name in TRAINING_ONLY:
-            raise ConfigError(f"probes: {name} follows a model while it trains; a checkpoint does not have it")
-        if name not in allowed:
-            raise ConfigError(
-                f"probes: {name} needs text; give --text, --input-ids or --domain, or choose from {', '.join(allowed)}"
-            )
-    return chosen
+from probes.running.writing import require_same_model
 
 
 class CheckpointPass:
@@ -78,10 +51,7 @@ class CheckpointPass:
         self.model, self.timing = model, Timing()
         model.scratch = store.results_dir(out)
         self.identity = model.identity
-        earlier = store.load_summary(out)
-        if earlier and earlier.get("model") != self.identity:
-            other = earlier.get("model", {}).get("name", "a training run")
-            raise UserError(f"{out} holds the results of {other}; choose another folder for those of {model.name}")
+        require_same_model(out, self.identity)
         probes = make_probes(names, options)
         record = {**model.record(), "device": device, "layers": model.layers}
         told = _told(probes, options or {}, model)
@@ -92,7 +62,7 @@ class CheckpointPass:
         layers, end = model.layers, model.config.num_hidden_layers
         self._every_expert = model.text is not None and bool(needs_of(probes) & PER_EXPERT)
         kept = {probe.name: self._kept.load(probe, [*layers, HEAD], self._way) for probe in probes}
-        with_head = {probe.name for probe in probes if probe.needs & HEAD_NEEDS}
+        with_head = {probe.name for probe in probes if (probe.needs | probe.wants) & HEAD_NEEDS}
         whole = {name for name in names if set(kept[name]) >= {*layers, *([HEAD] if name in with_head else [])}}
         shown = [probe for probe in probes if probe.name not in whole]
         done: list[int] = [
