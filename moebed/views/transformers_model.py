@@ -280,8 +280,9 @@ def _places(model: Any, num_hidden_layers: int) -> list[_Place]:
     modules = dict(model.named_modules())
     found = {name: module for name, module in modules.items() if is_experts(module)}
     if not found:
-        own = sorted({type(one).__name__ for one in modules.values() if _ALONE.search(type(one).__name__)})
-        why = f": {own[-1]} computes by itself" if own else ""
+        own = {type(one).__name__ for one in modules.values() if _ALONE.search(type(one).__name__)}
+        own_way = sorted(own, key=lambda name: (not name.endswith("Experts"), name))
+        why = f": {own_way[0]} computes by itself" if own else ""
         raise ConfigError(f"{kind} has no experts that go through transformers' experts interface{why}")
     places = []
     for name, experts in found.items():
