@@ -16,6 +16,29 @@ class OneLineParser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; `{self.prog} --help` lists the options")
 
 
+def add_text_options(group: argparse._ArgumentGroup) -> None:
+    """The options of a command that say which text; names are those of moebed.checkpoints.texts.TextOptions."""
+    group.add_argument(
+        "--text",
+        action="extend",
+        nargs="+",
+        metavar="FILE",
+        help="text files, a sequence each; or paper-short, paper-long[=FILE], paper-chosen",
+    )
+    group.add_argument("--input-ids", action="extend", nargs="+", metavar="FILE.npy", help="token ids, a sequence each")
+    group.add_argument(
+        "--domain",
+        action="append",
+        metavar="NAME=FILE",
+        help="a labelled domain for the domain probes; may be repeated",
+    )
+    group.add_argument("--sequence-length", type=int, metavar="N", help="tokens of a domain's sequences; default 256")
+    group.add_argument("--domain-tokens", type=int, metavar="N", help="tokens of each domain; default 8192")
+    group.add_argument(
+        "--text-field", metavar="KEY", help="column or key of a domain's text, if it holds records; default text"
+    )
+
+
 def read_yaml(path: Path, called: str = "") -> Any:
     """The content of a YAML file.
 

@@ -57,7 +57,7 @@ class Balance(Probe):
 
     name = "balance"
     question = "Do the experts share the work?"
-    needs = frozenset({Need.ROUTING})
+    needs = frozenset({Need.CHOICES})
 
     def update(self, view: LayerView) -> None:
         """Count the assignments of one layer."""

@@ -40,7 +40,7 @@ class Coactivation(Probe):
 
     name = "coactivation"
     question = "Which experts are chosen together?"
-    needs = frozenset({Need.ROUTING})
+    needs = frozenset({Need.CHOICES})
 
     def update(self, view: LayerView) -> None:
         """Count the pairs of a layer, and keep its choices for the next one."""

@@ -106,6 +106,7 @@ class Probe:
     name: ClassVar[str]
     question: ClassVar[str]
     needs: ClassVar[frozenset[Need]]
+    wants: ClassVar[frozenset[Need]] = frozenset()  # what it looks at as well, where it is there
     sources: ClassVar[tuple[str, ...]] = ()
     optional_sources: ClassVar[tuple[str, ...]] = ()
     # Its settings, and what they are in this pass. What ``describe`` needs of them is stored.

@@ -102,7 +102,7 @@ class ControlContent(Probe):
         shares = {
             "control_share": _share(x, control),
             "control_share_raw": _share(x, x @ control_basis(gate, False).to(x.device)),
-            "control_share_data": sum(_share(x, x @ one) for one in drawn) / DRAWS,
+            "control_share_data": np.mean([_share(x, x @ one) for one in drawn], axis=0),
         }
         for key, of_token in shares.items():
             keep(self, key, view.index, of_token.mean(), units.means_without(of_token))

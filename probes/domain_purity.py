@@ -93,7 +93,7 @@ class DomainPurity(Probe):
 
     name = "domain_purity"
     question = "Do experts belong to domains?"
-    needs = frozenset({Need.ROUTING})
+    needs = frozenset({Need.CHOICES})
 
     def update(self, view: LayerView) -> None:
         """Count assignments by expert and domain, and again with the domains shuffled."""

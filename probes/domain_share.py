@@ -83,7 +83,7 @@ class DomainShare(Probe):
 
     name = "domain_share"
     question = "Do experts specialise in domains?"
-    needs = frozenset({Need.ROUTING})
+    needs = frozenset({Need.CHOICES})
 
     def update(self, view: LayerView) -> None:
         """Count the choices of each sequence and sum them by domain."""

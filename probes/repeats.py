@@ -47,7 +47,7 @@ class Repeats(Probe):
 
     name = "repeats"
     question = "Do consecutive tokens go to the same experts?"
-    needs = frozenset({Need.ROUTING})
+    needs = frozenset({Need.CHOICES, Need.NEIGHBOURS})
 
     def update(self, view: LayerView) -> None:
         """Compare each token of a layer with the one before it."""

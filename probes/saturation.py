@@ -42,7 +42,7 @@ class Saturation(Probe):
 
     name = "saturation"
     question = "When in training are the choices settled?"
-    needs = frozenset({Need.ROUTING})
+    needs = frozenset({Need.CHOICES})
 
     def __init__(self) -> None:
         super().__init__()

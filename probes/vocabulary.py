@@ -41,7 +41,8 @@ class Vocabulary(Probe):
 
     name = "vocabulary"
     question = "Do experts own token ids?"
-    needs = frozenset({Need.ROUTING, Need.PREDICTIONS})
+    needs = frozenset({Need.CHOICES})
+    wants = frozenset({Need.PREDICTIONS})
 
     def update(self, view: LayerView) -> None:
         """Keep a layer's choices: what the tokens are sorted by is known when the last layer has passed."""

@@ -21,7 +21,7 @@ from moebed.study.recipe import read_recipe
 from moebed.study.runs import plan_study
 from probes import Probe
 from probes.registry import PROBES, resolve_probes
-from probes.running.checkpoint_pass import probes_for
+from probes.running.choosing import probes_for
 from probes.running.driver import ProbePass
 from tests.small_run import probing, small_recipe, write_recipe
 

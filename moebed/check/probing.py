@@ -21,7 +21,7 @@ from moebed.views.layer import ProbeText
 from moebed.views.live import walk
 from probes.contract import ProbeResult
 from probes.registry import PROBES
-from probes.running.checkpoint_pass import probes_for
+from probes.running.choosing import probes_for
 from probes.running.driver import needs_of, run_probes
 
 CONFIG = ModelConfig(

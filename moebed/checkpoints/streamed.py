@@ -155,7 +155,7 @@ class StreamedModel:
 
     def _last_scale(self) -> Tensor:
         """(H,) of the norm before the head."""
-        return final_norm(self.checkpoint, self.precision.seen).weight.view(-1)  # type: ignore[operator, union-attr]
+        return final_norm(self.checkpoint, self.precision.seen).weight.view(-1)  # type: ignore[operator]
 
 
 class StreamedWeights:

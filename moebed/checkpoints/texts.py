@@ -9,10 +9,10 @@ import csv
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,7 +21,6 @@ from torch import Tensor
 from moebed.checkpoints.gguf.finding import gguf_at
 from moebed.checkpoints.run import is_run, run_folder
 from moebed.errors import ConfigError, UserError
-from moebed.model.config import ModelConfig
 from moebed.views.layer import ProbeText
 
 PAPER_SHORT = "As an open source alternative to"
@@ -63,9 +62,29 @@ class TextOptions:
             if getattr(self, name) < 2:
                 raise ConfigError(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 2")
 
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> TextOptions:
+        """Those that are given among a command's options."""
+        names = {one.name for one in fields(cls)}
+        return cls(**{name: value for name, value in options.items() if name in names and value is not None})
+
     def __bool__(self) -> bool:
         """Whether any text was asked for."""
         return bool(self.text or self.input_ids or self.domain)
+
+
+class TextLimits(Protocol):
+    """What a model says of the texts that fit it, such as a ModelConfig."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids are below this."""
+        ...
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """Tokens of a sequence at most."""
+        ...
 
 
 class CheckpointTokenizer:
@@ -117,6 +136,16 @@ class CheckpointTokenizer:
                 f"{checkpoint} has no tokenizer that can be read ({type(error).__name__}: {cause}); put its "
                 "tokenizer.json there, or give --input-ids instead of text"
             ) from error
+        self._take(loaded)
+
+    @classmethod
+    def of(cls, loaded: Any) -> CheckpointTokenizer:
+        """One of transformers that is in memory."""
+        made = cls.__new__(cls)
+        made._take(loaded)
+        return made
+
+    def _take(self, loaded: Any) -> None:
         self.encode = lambda text: loaded(text)["input_ids"]
         self.encode_plain = lambda text: loaded(text, add_special_tokens=False)["input_ids"]
         self.prefix_id = loaded.eos_token_id if loaded.bos_token_id is None else loaded.bos_token_id
@@ -128,7 +157,7 @@ class CheckpointTokenizer:
         return tuple(known[number] for number in ids)
 
 
-def read_texts(options: TextOptions, checkpoint: Path, config: ModelConfig) -> tuple[ProbeText, list[str]]:
+def read_texts(options: TextOptions, checkpoint: Path, config: TextLimits) -> tuple[ProbeText, list[str]]:
     """The sequences that were asked for, and notes on what was left out.
 
     Args:
@@ -163,7 +192,7 @@ def read_texts(options: TextOptions, checkpoint: Path, config: ModelConfig) -> t
 
 
 def put_together(
-    sequences: Sequence[tuple[Tensor, str, str]], config: ModelConfig, tokenizer: CheckpointTokenizer | None
+    sequences: Sequence[tuple[Tensor, str, str]], config: TextLimits, tokenizer: CheckpointTokenizer | None
 ) -> ProbeText:
     """Sequences of ids side by side, padded.
 
@@ -188,7 +217,7 @@ def put_together(
     return ProbeText(padded, mask, domain, domains, said)
 
 
-def _require_fits(ids: Tensor, what: str, config: ModelConfig) -> None:
+def _require_fits(ids: Tensor, what: str, config: TextLimits) -> None:
     if not len(ids):
         raise UserError(f"{what}: no token comes out of it; give a text with words")
     if len(ids) > config.max_position_embeddings:
@@ -275,7 +304,7 @@ def _read_ids(path: Path) -> list[Tensor]:
 
 
 def _read_domain(
-    given: str, options: TextOptions, tokenizer: CheckpointTokenizer, config: ModelConfig
+    given: str, options: TextOptions, tokenizer: CheckpointTokenizer, config: TextLimits
 ) -> tuple[str, list[Tensor], str]:
     """A domain's name, its sequences, and a note on how much of the file they are."""
     from moebed.data.sources import Source, SourceConfig

@@ -9,12 +9,20 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moebed.arguments import OneLineParser, read_yaml
+from moebed.arguments import OneLineParser, add_text_options, read_yaml
 from moebed.errors import ConfigError, UserError, did_you_mean
 
-_CHOICES = {"dtype": ("float32", "bfloat16", "auto"), "device": ("cpu", "cuda")}
+if TYPE_CHECKING:
+    from moebed.checkpoints.texts import TextOptions
+
+_CHOICES = {
+    "dtype": ("float32", "bfloat16", "auto"),
+    "device": ("cpu", "cuda"),
+    "through": ("transformers",),
+    "trace_format": ("vllm", "megatron"),
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -24,7 +32,11 @@ def build_parser() -> argparse.ArgumentParser:
         description="Run probes on a pretrained checkpoint of any size and write what they found.",
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("checkpoint", nargs="?", help="folder of a checkpoint, its hub id, or a .ckpt file")
+    parser.add_argument(
+        "checkpoint",
+        nargs="?",
+        help="folder of a checkpoint, its hub id, or a .ckpt file; or a trace of routing, a .jsonl file",
+    )
     parser.add_argument("--config", metavar="FILE.yaml", help="a file with these options; those given here come first")
     parser.add_argument("--out", metavar="DIR", help="folder for results, figures, TensorBoard events and report.html")
     parser.add_argument(
@@ -51,27 +63,21 @@ def build_parser() -> argparse.ArgumentParser:
         "saturation)? Each is gone through as well, and kept in DIR/earlier",
     )
     text = parser.add_argument_group("text to run through it; without any, only weights are looked at")
-    text.add_argument(
-        "--text",
-        nargs="+",
-        metavar="FILE",
-        help="text files, a sequence each; or paper-short, paper-long[=FILE], paper-chosen",
-    )
-    text.add_argument("--input-ids", nargs="+", metavar="FILE.npy", help="token ids, a sequence each")
-    text.add_argument(
-        "--domain",
-        action="append",
-        metavar="NAME=FILE",
-        help="a labelled domain for the domain probes; may be repeated",
-    )
-    text.add_argument("--sequence-length", type=int, metavar="N", help="tokens of a domain's sequences; default 256")
-    text.add_argument("--domain-tokens", type=int, metavar="N", help="tokens of each domain; default 8192")
-    text.add_argument(
-        "--text-field",
-        metavar="KEY",
-        help="column or key of a domain's text, if it holds records; default text",
-    )
+    add_text_options(text)
     text.add_argument("--save-logits", action="store_true", help="keep the logits (T, V) in results/logits.npz")
+    text.add_argument("--save-trace", metavar="FILE.jsonl", help="write which experts each token of the text went to")
+    text.add_argument(
+        "--trace-format",
+        choices=_CHOICES["trace_format"],
+        help="vllm (the default), a line a sequence, or megatron, a line a layer",
+    )
+    parser.add_argument(
+        "--through",
+        choices=_CHOICES["through"],
+        help="transformers: any MoE whose experts go through its experts interface, read into memory whole and run by "
+        "its own code",
+    )
+    parser.add_argument("--num-experts", type=int, metavar="N", help="experts of a layer, where a trace does not say")
     parser.add_argument("--reference-dense", metavar="DENSE", help='dense checkpoint to compare with, the paper\'s "F"')
     parser.add_argument("--layers", metavar="0,5", help="all (the default), or some of them")
     parser.add_argument(
@@ -94,6 +100,10 @@ _DEFAULTS: dict[str, Any] = {
     "probe_option": [],
     "intervene": [],
     "earlier": [],
+    "through": None,
+    "num_experts": None,
+    "save_trace": None,
+    "trace_format": "vllm",
     "reference_dense": None,
     "layers": "all",
     "dtype": None,
@@ -102,9 +112,9 @@ _DEFAULTS: dict[str, Any] = {
     "text": [],
     "input_ids": [],
     "domain": [],
-    "sequence_length": 256,
-    "domain_tokens": 8192,
-    "text_field": "text",
+    "sequence_length": None,
+    "domain_tokens": None,
+    "text_field": None,
     "save_logits": False,
     "fresh": False,
 }
@@ -113,6 +123,7 @@ _DEFAULTS: dict[str, Any] = {
 # What the checkpoints before are asked for, beside what they share with the one that is probed.
 _OF_EARLIER: dict[str, Any] = {
     "probes": "saturation", "probe_option": [], "intervene": [], "reference_dense": None, "save_logits": False,
+    "save_trace": None,
 }  # fmt: skip
 
 
@@ -147,57 +158,92 @@ def _probe(options: dict[str, Any], earlier: list[str] | None) -> None:
     """
     # Heavy imports wait until the options are known to be well formed.
     import torch
+
+    from moebed.checkpoints.texts import TextOptions
+    from moebed.commands.probe_whole import probe_through_transformers, probe_trace, save_trace
+    from moebed.traces.files import is_trace
+    from moebed.training.command_line import require_writable, say
+    from probes.registry import make_probes
+    from probes.running.choosing import probes_for
+
+    out = Path(options["out"])
+    given = {name: _several(options[name]) for name in ("text", "input_ids")}
+    text = TextOptions.of({**options, **given, "domain": _domains(options["domain"])})
+    chosen, settings = _asked(options, bool(text))
+    if earlier is not None:
+        chosen.append("saturation")
+    if options["device"] == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device is available here; use --device cpu")
+    require_writable(out)
+    _quiet()
+    if is_trace(Path(options["checkpoint"])):
+        _refuse(options, ("probes", "probe_option", "num_experts", "save_trace", "trace_format", "fresh"), "a trace")
+        missing = probe_trace(options, chosen, settings)
+    else:
+        make_probes(probes_for(chosen, bool(text), earlier is not None), settings)
+        if options["num_experts"] is not None:
+            raise ConfigError("--num-experts is for traces; a checkpoint says how many experts it has")
+        if options["dtype"] == "auto":
+            options["dtype"], why = _dtype_of_run(out, options["device"], options["fresh"])
+            options["kept_dtype"] = json.dumps(options["dtype"]) + "\n"
+            say(f"dtype auto: {options['dtype'] or 'as stored, and products in float32'} ({why})")
+        if options["through"] is not None:
+            alone = ("reference_dense", "layers", "memory_budget", "intervene", "earlier")
+            _refuse(options, tuple(name for name in _DEFAULTS if name not in alone), "--through transformers")
+            missing = probe_through_transformers(options, text, chosen, settings)
+        else:
+            missing = _probe_streamed(options, text, chosen, settings, earlier)
+        if options["save_trace"]:
+            save_trace(out, Path(options["save_trace"]), options["trace_format"])
+    _finish(out, missing)
+
+
+def _asked(options: dict[str, Any], has_text: bool) -> tuple[list[str], dict[str, dict[str, Any]]]:
+    """The probes that are named, those that options name, and settings of them."""
+    chosen, settings = _listed(options["probes"]), _probe_options(options["probe_option"])
+    for option, probe in (("save_logits", "logits"), ("intervene", "interventions"), ("save_trace", "routing")):
+        if not options[option]:
+            continue
+        if not has_text and option != "save_trace":
+            raise ConfigError(f"--{option.replace('_', '-')} needs text; give --text, --input-ids or --domain")
+        chosen.append(probe)
+    if options["intervene"]:
+        settings = settings | {"interventions": {"apply": "; ".join(_several(options["intervene"]))}}
+    return chosen, settings
+
+
+def _refuse(options: dict[str, Any], known: Sequence[str], what: str) -> None:
+    """Raise ConfigError for an option that does nothing here."""
+    for name, default in _DEFAULTS.items():
+        if options[name] != default and name not in known:
+            raise ConfigError(f"--{name.replace('_', '-')} does nothing with {what}; leave it out")
+
+
+def _probe_streamed(
+    options: dict[str, Any],
+    text: TextOptions,
+    chosen: list[str],
+    settings: dict[str, dict[str, Any]],
+    earlier: list[str] | None,
+) -> dict[int, str]:
+    """Layer by layer, within the memory budget: layers that are missing, and why."""
     from lightning.pytorch import Trainer
     from lightning.pytorch.callbacks import LambdaCallback
 
     from moebed.checkpoints.pretrained import PretrainedMoE
     from moebed.checkpoints.reading_bar import ReadingBar
-    from moebed.checkpoints.texts import TextOptions
     from moebed.machine import storage
     from moebed.machine.allocator import keep_freed_blocks
     from moebed.machine.termination import ending_on_sigterm
-    from moebed.training.command_line import require_writable, say
+    from moebed.training.command_line import say
     from moebed.training.loggers import EventLog
-    from probes.registry import make_probes
-    from probes.report.page import left_out, write_report
     from probes.running.callback import ProbeCallback
-    from probes.running.checkpoint_pass import probes_for
-    from probes.running.run_folder import read_run
 
-    out = Path(options["out"])
-    text = TextOptions(
-        **{name: _several(options[name]) for name in ("text", "input_ids")},
-        domain=_domains(options["domain"]),
-        sequence_length=options["sequence_length"],
-        domain_tokens=options["domain_tokens"],
-        text_field=options["text_field"],
-    )
-    chosen = _listed(options["probes"])
-    if options["save_logits"]:
-        if not text:
-            raise ConfigError("--save-logits needs text; give --text, --input-ids or --domain")
-        chosen.append("logits")
-    settings = _probe_options(options["probe_option"])
-    if options["intervene"]:
-        if not text:
-            raise ConfigError("--intervene needs text; give --text, --input-ids or --domain")
-        chosen.append("interventions")
-        settings = settings | {"interventions": {"apply": "; ".join(_several(options["intervene"]))}}
-    if earlier is not None:
-        chosen.append("saturation")
-    make_probes(probes_for(chosen, bool(text), earlier is not None), settings)
-    if options["device"] == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device is available here; use --device cpu")
-    require_writable(out)
-    layers = _listed(options["layers"])
-    chooses = options["dtype"] == "auto"
-    if chooses:
-        options["dtype"], why = _dtype_of_run(out, options["device"], options["fresh"])
-        say(f"dtype auto: {options['dtype'] or 'as stored, and products in float32'} ({why})")
+    out, layers = Path(options["out"]), _listed(options["layers"])
     model = PretrainedMoE(
         options["checkpoint"],
         reference_dense=options["reference_dense"],
-        layers=None if "all" in layers else [_layer(text) for text in layers],
+        layers=None if "all" in layers else [_layer(one) for one in layers],
         memory_budget=options["memory_budget"],
         dtype=options["dtype"],
         text=text,
@@ -205,16 +251,16 @@ def _probe(options: dict[str, Any], earlier: list[str] | None) -> None:
     for note in model.notes:
         say(f"note: {note}")
     probing = ProbeCallback(chosen, out=str(out), fresh=options["fresh"], options=settings, earlier=earlier)
-    kept = json.dumps(options["dtype"]) + "\n"  # once the folder is known to be this model's
-    keeping = LambdaCallback(on_predict_start=lambda *_: storage.write_text(_kept_dtype(out), kept))
-    _quiet()
+    callbacks = [ReadingBar(), probing]
+    if kept := options.get("kept_dtype"):  # written once the folder is known to be this model's
+        callbacks.append(LambdaCallback(on_predict_start=lambda *_: storage.write_text(_kept_dtype(out), kept)))
     keep_freed_blocks()
     trainer = Trainer(
         accelerator="cpu" if options["device"] == "cpu" else "gpu",
         devices=1,
         default_root_dir=out,
         logger=EventLog(out),
-        callbacks=[ReadingBar(), probing, *([keeping] if chooses else [])],
+        callbacks=callbacks,
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=False,
@@ -227,12 +273,21 @@ def _probe(options: dict[str, Any], earlier: list[str] | None) -> None:
         raise
     finally:
         model.close()
+    return probing.missing
+
+
+def _finish(out: Path, missing: dict[int, str]) -> None:
+    """The report; raises UserError where layers are missing."""
+    from moebed.machine.progress import say
+    from probes.report.page import left_out, write_report
+    from probes.running.run_folder import read_run
+
     say(f"report: {write_report([out], out / 'report.html')}")
     for line in left_out([read_run(out)]):
         say(f"note: {line}")
-    if probing.missing:
-        first, why = next(iter(probing.missing.items()))
-        more = f" (and {len(probing.missing) - 1} more layers)" if len(probing.missing) > 1 else ""
+    if missing:
+        first, why = next(iter(missing.items()))
+        more = f" (and {len(missing) - 1} more layers)" if len(missing) > 1 else ""
         raise UserError(f"layer {first}{more} is missing from the results in {out}, at least in part: {why}")
 
 

@@ -12,7 +12,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moebed.arguments import OneLineParser
+from moebed.arguments import OneLineParser, add_text_options
 from moebed.errors import ConfigError, UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -47,11 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the draw, by random")
     text = parser.add_argument_group("text: several sequences, every other one of which experts are scored on")
-    text.add_argument("--text", nargs="+", default=[], metavar="FILE", help="text files, a sequence each")
-    text.add_argument("--input-ids", nargs="+", default=[], metavar="FILE.npy", help="token ids, a sequence each")
-    text.add_argument("--domain", action="append", default=[], metavar="NAME=FILE", help="a labelled domain")
-    text.add_argument("--sequence-length", type=int, default=256, metavar="N", help="of a domain's sequences")
-    text.add_argument("--domain-tokens", type=int, default=8192, metavar="N", help="tokens of each domain")
+    add_text_options(text)
     parser.add_argument("--memory-budget", default="8GiB", metavar="8GiB", help="for weights and the work on them")
     return parser
 
@@ -80,7 +76,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
     if options.by not in (*SCORES, RANDOM):
         hint = did_you_mean(options.by, (*SCORES, RANDOM), f"choose one of {', '.join((*SCORES, RANDOM))}")
         raise ConfigError(f"--by {options.by!r} is no score; {hint}")
-    text = TextOptions(options.text, options.input_ids, options.domain, options.sequence_length, options.domain_tokens)
+    text = TextOptions.of(vars(options))
     if not text:
         raise ConfigError("moebed prune needs text to score experts on and to judge by: --text, --input-ids, --domain")
     out = Path(options.out)

@@ -383,11 +383,11 @@ def _scaled(x: Tensor, factor: float) -> Tensor:
 
 
 @contextmanager
-def evaluating(decoder: Decoder) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without autocast and with exact products in float32, undone at the end."""
-    modes = [(module, module.training) for module in decoder.modules()]  # a part may be frozen in evaluation mode
-    device = decoder.embed_tokens.weight.device.type
-    decoder.eval()
+    modes = [(module, module.training) for module in model.modules()]  # a part may be frozen in evaluation mode
+    device = next(model.parameters()).device.type
+    model.eval()
     try:
         with torch.autocast(device, enabled=False), exact_products():
             yield

@@ -41,7 +41,7 @@ def use_in(model: nn.Module) -> int:
         ConfigError: It has no experts that transformers can hand on, or some that the kernels are not made for, or
             this machine cannot compute them; the model is left as it was.
     """
-    experts = [module for module in model.modules() if _is_experts(module)]
+    experts = [module for module in model.modules() if is_experts(module)]
     if not experts:
         raise ConfigError(
             f"{type(model).__name__} has no experts that transformers can hand to another implementation; "
@@ -57,15 +57,13 @@ def use_in(model: nn.Module) -> int:
 
 def why_not(module: Any) -> str | None:
     """Why the kernels do not compute what these experts of transformers do; None if they do."""
-    from transformers.integrations import moe
-
     facts = {
         "they have no gate": not module.has_gate,
         "gate and up are interleaved": not module.is_concatenated,
         "their matrices are transposed": module.is_transposed,
         "they have biases": module.has_bias,
         "a norm follows them": getattr(module, "has_post_expert_norm", False),
-        "they have a gate of their own": type(module)._apply_gate is not moe._default_apply_gate,
+        "they have a gate of their own": has_own_gate(module),
         "they are spread over ranks by transformers": getattr(module, "_is_expert_parallel", False),
     }
     reason = next((words for words, holds in facts.items() if holds), None)
@@ -108,9 +106,16 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     return out.to(hidden_states.dtype)
 
 
-def _is_experts(module: Any) -> bool:
+def is_experts(module: Any) -> bool:
     """Whether transformers' decorator for experts has made this module's class."""
     return hasattr(module, "_apply_gate") and hasattr(module, "has_gate")
+
+
+def has_own_gate(module: Any) -> bool:
+    """Whether experts of transformers join gate and up otherwise than act(gate) ⊙ up."""
+    from transformers.integrations import moe
+
+    return type(module)._apply_gate is not moe._default_apply_gate
 
 
 def _activation(module: Any) -> str | None:

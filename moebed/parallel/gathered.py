@@ -19,7 +19,7 @@ from moebed.model.decoder import Block, Decoder
 from moebed.model.hyper_experts import AdapterGenerator
 from moebed.model.spread import whole
 from moebed.parallel.sharding import reshard
-from moebed.views.layer import LayerWeights
+from moebed.views.layer import PassedWeights
 from moebed.views.live import ModuleWeights, computing_like
 from moebed.views.text_pass import band_rows, logits_in_bands
 
@@ -84,7 +84,7 @@ class GatheredModel:
             self._block = index, block
         return self._block[1]
 
-    def layer_weights(self, index: int) -> LayerWeights:
+    def layer_weights(self, index: int) -> PassedWeights:
         """The layer's FFN or experts."""
         return ModuleWeights(self.block(index).mlp)
 

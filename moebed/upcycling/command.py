@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moebed.arguments import OneLineParser
+from moebed.arguments import OneLineParser, add_text_options
 from moebed.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ METHOD_LINES = {
     "scratch": "random experts beside the dense model's attention and embeddings",
 }
 _FILES = ("text", "input_ids", "domain")
-_TEXT = (*_FILES, "sequence_length", "domain_tokens")  # which text
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -117,13 +116,7 @@ def _add_partition(parser: argparse.ArgumentParser) -> None:
 
 def _add_text(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("text, for the first loss, and where a method asks for it")
-    group.add_argument("--text", action="append", metavar="FILE", help="a text file, a sequence; may be repeated")
-    group.add_argument(
-        "--input-ids", action="append", metavar="FILE.npy", help="token ids (S,) or (B, S); may be repeated"
-    )
-    group.add_argument("--domain", action="append", metavar="NAME=FILE", help="a labelled domain; may be repeated")
-    group.add_argument("--sequence-length", type=int, metavar="S", help="tokens of a domain's sequences; default 256")
-    group.add_argument("--domain-tokens", type=int, metavar="T", help="tokens of a domain; default 8192")
+    add_text_options(group)
     group.add_argument("--memory-budget", metavar="SIZE", help="for weights and text at a time; default 8GiB")
 
 
@@ -196,7 +189,7 @@ def _ask_text(
     from moebed.machine.progress import Progress, say
     from moebed.upcycling.from_text import ask_text, layers_passed
 
-    wanted = TextOptions(**{name: options[name] for name in _TEXT if name in options})
+    wanted = TextOptions.of(options)
     if not wanted:
         return None, None
     text, notes = read_texts(wanted, path, source.config)

@@ -32,10 +32,16 @@ Effects = Callable[[Sequence[Intervention]], dict[str, Tensor]]
 
 
 class Need(Enum):
-    """What a probe asks of a layer view; nothing is computed that no probe asked for."""
+    """What a probe asks of a layer view; nothing is computed that no probe asked for.
+
+    Whoever hands out views may have less than all of it: a trace has no more than choices, and neighbours only where
+    it says which token follows which.
+    """
 
     WEIGHTS = "weights"
-    ROUTING = "routing"
+    CHOICES = "choices"  # the experts that each token goes to, the first one first
+    NEIGHBOURS = "neighbours"  # which tokens follow one another
+    ROUTING = "routing"  # all of a Routing, and what the router saw
     OUTPUTS = "outputs"
     ACTIVATIONS = "activations"
     PREDICTIONS = "predictions"
@@ -289,12 +295,16 @@ class LayerWeights(Protocol):
         """
         ...
 
-    def each(self, x: Tensor, topk_index: Tensor) -> Tensor:
-        """What the experts topk_index (T, K) make of tokens x (T, H), for a router that asks: (T, K, H)."""
-        ...
-
     def adapted(self, x: Tensor, routing: Routing) -> Tensor | None:
         """What HyperMoE's adapters add for tokens x (T, H) that are routed: (T, H) float32; None without any."""
+        ...
+
+
+class PassedWeights(LayerWeights, Protocol):
+    """Those of a layer that text is taken through by itself."""
+
+    def each(self, x: Tensor, topk_index: Tensor) -> Tensor:
+        """What the experts topk_index (T, K) make of tokens x (T, H), for a router that asks: (T, K, H)."""
         ...
 
     def combine(self, parts: Sequence[Rows]) -> list[Tensor]:

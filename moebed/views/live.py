@@ -20,7 +20,7 @@ from moebed.model.routers import Routing
 from moebed.views.beside import ExpertSums, Rows
 from moebed.views.branches import copy_bytes, require_different
 from moebed.views.interventions import Intervention, LayerContext, mask
-from moebed.views.layer import ExpertKind, ExpertView, HeadView, LayerView, LayerWeights, Need, ProbeText, Watch
+from moebed.views.layer import ExpertKind, ExpertView, HeadView, LayerView, Need, PassedWeights, ProbeText, Watch
 from moebed.views.text_pass import TextModel, TextPass, band_rows, logits_in_bands
 
 _COPIES = 1 << 30  # bytes of all interventions' copies of a text at a time
@@ -203,7 +203,7 @@ class LiveModel:
         """The layer."""
         return self.decoder.blocks[index]
 
-    def layer_weights(self, index: int) -> LayerWeights:
+    def layer_weights(self, index: int) -> PassedWeights:
         """The layer's FFN or experts."""
         return ModuleWeights(self.decoder.blocks[index].mlp)
 
@@ -215,8 +215,9 @@ class LiveModel:
 
     def head_rows(self, ids: Tensor) -> Tensor:
         """Rows (N, H) of the head, with the last norm's scale."""
-        weight = self.decoder.lm_head.weight
-        return weight[ids.to(weight.device)].float() * (self.decoder.norm.weight * self.config.logits_multiplier)
+        weight, scale = self.decoder.lm_head.weight, self.decoder.norm.weight
+        assert isinstance(scale, Tensor)
+        return weight[ids.to(weight.device)].float() * (scale * self.config.logits_multiplier)
 
     def computing(self) -> AbstractContextManager[object]:
         """In float32, or in what the parameters are in."""

@@ -30,7 +30,7 @@ from moebed.views.attribution import Attribution, Following, Words, most_raised,
 from moebed.views.beside import ExpertSums, Rows
 from moebed.views.branches import Branches, route
 from moebed.views.interventions import Intervention, LayerContext
-from moebed.views.layer import HeadView, LayerView, LayerWeights, ProbeText
+from moebed.views.layer import HeadView, LayerView, PassedWeights, ProbeText
 
 _BAND_LOGITS = 1 << 25  # at a time
 
@@ -51,7 +51,7 @@ class TextModel(Protocol):
         """A layer whose attention, norms and router have their weights."""
         ...
 
-    def layer_weights(self, index: int) -> LayerWeights:
+    def layer_weights(self, index: int) -> PassedWeights:
         """The layer's FFN or experts."""
         ...
 
@@ -183,7 +183,7 @@ class TextPass:
         if self.stopped is not None:
             return replace(view, text_error=self.stopped)
         try:
-            x, routing = self._main.enter(view.weights, self._branches)
+            x, routing = self._main.enter(self._branches)
             reference = self._reference_output(view.index)
         except UserError as error:
             self.stopped = error
@@ -206,7 +206,7 @@ class TextPass:
         """What the dense reference's FFN makes of its own hidden states (T, H); None where it has no such layer."""
         if self._reference is None or layer >= self._reference.model.config.num_hidden_layers:
             return None
-        x, _ = self._reference.enter(None)
+        x, _ = self._reference.enter()
         with self._reference.model.computing():
             (output,) = self._reference.model.layer_weights(layer).combine([Rows(x, None)])
         require_finite(output, f"the reference's FFN output at layer {layer}")
@@ -244,7 +244,7 @@ class _Way:
         self._block: Block | None = None
         self.attended = stream.hidden  # (T, H) residual stream between attention and FFN
 
-    def enter(self, weights: LayerWeights | None, branches: Branches | None = None) -> tuple[Tensor, Routing | None]:
+    def enter(self, branches: Branches | None = None) -> tuple[Tensor, Routing | None]:
         """Through attention: the FFN's or MoE's normalised input (T, H), and the routing of an MoE."""
         self._block = block = self.model.block(self.stream.layer)
         with self.model.computing():
@@ -255,7 +255,7 @@ class _Way:
                 branches.attend(block, self._attention, self.stream.hidden, self.attended)
             if not isinstance(block.mlp, MoE):
                 return x, None
-            assert weights is not None
+            weights = self.model.layer_weights(self.stream.layer)
             others = [] if branches is None else [branch.x for branch in branches.begun if branch.x is not None]
             context = self._context.changed(lambda of_token: of_token.to(x.device))
             routings = route(block.mlp.router, weights, [x, *others], context)

@@ -21,18 +21,19 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from moebed.checkpoints.pretrained import PretrainedMoE
 from moebed.data.loader import domains_of_tokens
 from moebed.errors import ConfigError, UserError
-from moebed.machine import provenance, storage
+from moebed.machine import provenance
 from moebed.model.config import ModelConfig
 from moebed.parallel.strategy import MeshStrategy
 from moebed.training.alerts import Alerts
-from moebed.training.loggers import log_numbers, log_picture, log_texts
 from moebed.views.layer import Need, ProbeText
 from probes.contract import ProbeResult
 from probes.registry import PROBES, TRAINING_ONLY, make_probes, resolve_probes
 from probes.running import store, tags
-from probes.running.checkpoint_pass import CheckpointPass, probes_for
+from probes.running.checkpoint_pass import CheckpointPass
+from probes.running.choosing import probes_for
 from probes.running.driver import Timing, needs_of, run_probes
-from probes.running.provenance import Provenance, note_of
+from probes.running.provenance import Provenance
+from probes.running.writing import draw_pictures, log_results, save_results
 
 IGNORE_INDEX = -100
 MOST_OF_TIME, LONG_ENOUGH = (
@@ -231,10 +232,8 @@ class ProbeCallback(Callback):
         model: Mapping[str, Any] | None = None,
     ) -> None:
         assert self.out is not None
-        for name, result in results.items():
-            store.save_arrays(self.out, name, result.arrays, note_of(made_from, name, result.notes))
         notes = [*getattr(pl_module, "notes", ()), *_left_out(getattr(pl_module, "config", None), results)]
-        store.save_summary(self.out, step, results, model, notes, made_from.record)
+        save_results(self.out, results, made_from, step, model, notes)
 
     def _made_from(self, pl_module: LightningModule, step: int) -> Provenance:
         """A model at a step of its training, and the text."""
@@ -268,8 +267,7 @@ class ProbeCallback(Callback):
         for name in results:
             self._probe_seconds[name] = self._probe_seconds.get(name, 0.0) + timing.probe[name]
             cost |= {f"{name}_seconds": timing.probe[name], f"{name}_share": self._probe_seconds[name] / elapsed}
-        numbers = tags.scalars(results) | {f"{tags.COST}/{name}": value for name, value in cost.items()}
-        log_numbers(trainer, numbers, step)
+        log_results(trainer, results, cost, step)
         if trainer.training and elapsed > LONG_ENOUGH and (share := self._seconds / elapsed) > MOST_OF_TIME:
             dearest = max(self._probe_seconds, key=lambda name: self._probe_seconds[name])
             sentence = (
@@ -279,18 +277,10 @@ class ProbeCallback(Callback):
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, Alerts):
                     callback.raise_once("probing", sentence)
-        log_texts(trainer, "sentences", tags.sentences(results), step)
 
     def _draw(self, trainer: Trainer, results: Mapping[str, ProbeResult], step: int) -> None:
-        from probes.figures.drawing import to_png
-
         assert self.out is not None
-        for name, result in results.items():
-            for key, build in result.figures.items():
-                picture = to_png(build())
-                storage.write_bytes(store.picture_path(self.out, name, key), picture)
-                for tag in tags.picture_tags(name, key):
-                    log_picture(trainer, tag, picture, step)
+        draw_pictures(trainer, self.out, results, step)
 
 
 def probe_text(trainer: Trainer, num_sequences: int) -> ProbeText:

@@ -4,54 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from moebed.checkpoints.pretrained import PretrainedMoE
-from moebed.errors import ConfigError, UserError
+from moebed.errors import UserError
 from moebed.machine import provenance, storage
 from moebed.machine.allocator import release_freed_memory
 from moebed.machine.units import human
-from moebed.views.layer import HeadView, LayerView, Need
-from probes.contract import Probe, ProbeResult, in_order
-from probes.registry import BY_NAME_ONLY, PROBES, TRAINING_ONLY, Settings, make_probes, resolve_probes
+from moebed.views.layer import HeadView, LayerView
+from probes.contract import Probe, ProbeResult
+from probes.registry import Settings, make_probes
 from probes.running import store
+from probes.running.choosing import HEAD_NEEDS
 from probes.running.driver import PER_EXPERT, ProbePass, Timing, needs_of
 from probes.running.partial import HEAD, KeptLayers, way_to
 from probes.running.provenance import Provenance
-from probes.saturation import joined
-
-HEAD_NEEDS = frozenset({Need.PREDICTIONS, Need.LOGITS})
-
-
-def probes_for(names: Sequence[str] | None, with_text: bool, in_order_given: bool = False) -> tuple[str, ...]:
-    """Names of the probes to run on a checkpoint: the ones named, or all that the inputs allow.
-
-    Args:
-        names: Names, ``all`` for all that the inputs allow; the same if not given.
-        with_text: Whether there is text.
-        in_order_given: Whether it is one of several of a model, so that what follows a model over steps can run.
-
-    Raises:
-        ConfigError: A name is unknown, or its probe cannot run here.
-    """
-    possible = [name for name, probe in PROBES.items() if with_text or probe.needs <= {Need.WEIGHTS}]
-    barred = () if in_order_given else TRAINING_ONLY
-    allowed = [name for name in possible if name not in barred and set(in_order([name], PROBES)) <= {*possible}]
-    if names is None or "all" in names:
-        named = [name for name in resolve_probes(names or []) if name in BY_NAME_ONLY and name in allowed]
-        return tuple(name for name in allowed if name not in BY_NAME_ONLY or name in named)
-    chosen = resolve_probes(names)
-    for name in chosen:
-        if name in barred:
-            raise ConfigError(
-                f"probes: {name} follows a model while it trains; of checkpoints, give those before with --earlier"
-            )
-        if name not in allowed:
-            raise ConfigError(
-                f"probes: {name} needs text; give --text, --input-ids or --domain, or choose from {', '.join(allowed)}"
-            )
-    return chosen
+from probes.running.writing import require_same_model
+from probes.saturation import Saturation, joined
 
 
 class CheckpointPass:
@@ -88,10 +59,7 @@ class CheckpointPass:
         self.model, self.timing = model, Timing()
         model.scratch = store.results_dir(out)
         self.identity = model.identity
-        there = store.load_summary(out)
-        if there and there.get("model") != self.identity:
-            other = there.get("model", {}).get("name", "a training run")
-            raise UserError(f"{out} holds the results of {other}; choose another folder for those of {model.name}")
+        require_same_model(out, self.identity)
         probes = make_probes(names, options)
         record = {**model.record(), "device": device, "layers": model.layers}
         told = {**_told(probes, options or {}, model), **self._begin(probes, earlier)}
@@ -102,7 +70,7 @@ class CheckpointPass:
         layers, end = model.layers, model.config.num_hidden_layers
         self._every_expert = model.text is not None and bool(needs_of(probes) & PER_EXPERT)
         kept = {probe.name: self._kept.load(probe, [*layers, HEAD], self._way) for probe in probes}
-        with_head = {probe.name for probe in probes if probe.needs & HEAD_NEEDS}
+        with_head = {probe.name for probe in probes if (probe.needs | probe.wants) & HEAD_NEEDS}
         whole = {name for name in names if set(kept[name]) >= {*layers, *([HEAD] if name in with_head else [])}}
         shown = [probe for probe in probes if probe.name not in whole]
         done: list[int] = [
@@ -127,12 +95,12 @@ class CheckpointPass:
         """Hand over what is known of earlier checkpoints; what stands for it."""
         found = {}
         for probe in probes:
-            if probe.name not in TRAINING_ONLY:
+            if not isinstance(probe, Saturation):
                 continue
             known = {folder.name: store.load_arrays(folder, probe.name) for folder in earlier}
             for folder, arrays in zip(earlier, known.values(), strict=True):
-                ids = None if self.model.text is None else self.model.text.token_ids.cpu().numpy()
-                if not np.array_equal(arrays.get("token_ids"), ids):
+                ids: Any = [] if self.model.text is None else self.model.text.token_ids.cpu().numpy()
+                if not np.array_equal(arrays.get("token_ids", ()), ids):
                     raise UserError(f"{folder} holds what {probe.name} saw of another text; give one that is alike")
             probe.begin(len(known), joined(list(known.values())), self.model.name)
             files = {folder.name: store.arrays_path(folder, probe.name) for folder in earlier}

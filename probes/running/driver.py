@@ -42,7 +42,7 @@ class Timing:
 
 def needs_of(probes: Iterable[Probe]) -> frozenset[Need]:
     """All that these probes ask of a layer view."""
-    return frozenset().union(*(probe.needs for probe in probes))
+    return frozenset().union(*(probe.needs | probe.wants for probe in probes))
 
 
 class ProbePass:
@@ -129,7 +129,10 @@ class ProbePass:
 
 @torch.no_grad()
 def run_probes(
-    views: Iterable[LayerView | HeadView], probes: Sequence[Probe], timing: Timing | None = None
+    views: Iterable[LayerView | HeadView],
+    probes: Sequence[Probe],
+    timing: Timing | None = None,
+    missing: dict[int, str] | None = None,
 ) -> dict[str, ProbeResult]:
     """Show every layer to every probe.
 
@@ -137,6 +140,7 @@ def run_probes(
         views: The walk over a model's layers, made with ``needs_of(probes)``.
         probes: Fresh probe objects; each serves one pass.
         timing: Filled in, where given.
+        missing: Filled in, where given, with the layers that could not be looked at, and why.
 
     Returns:
         Each probe's result, by name.
@@ -153,6 +157,8 @@ def run_probes(
             if view is None:
                 break
             one_pass.show(view)
+    if missing is not None:
+        missing |= one_pass.missing
     return one_pass.results()
 
 

@@ -7,27 +7,29 @@ import html
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from moebed.checkpoints import Checkpoint, load_decoder
 from moebed.checkpoints.hub import find_checkpoint
-from moebed.checkpoints.texts import CheckpointTokenizer, put_together
+from moebed.checkpoints.texts import CheckpointTokenizer, TextLimits, put_together
 from moebed.errors import ConfigError, UserError, did_you_mean
 from moebed.model.config import ModelConfig
 from moebed.model.decoder import Decoder
 from moebed.model.flops import count_parameters
 from moebed.views.layer import ProbeText
 from moebed.views.live import walk
+from moebed.views.transformers_model import TransformersModel
 from probes.contract import Arrays, Headline, ProbeResult
 from probes.registry import PROBES, Settings, make_probes
-from probes.running.checkpoint_pass import probes_for
+from probes.running.choosing import probes_for, probes_that_fit
 from probes.running.driver import needs_of, run_probes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from transformers import PreTrainedModel
 
 Text = str | Sequence[str] | Mapping[str, Sequence[str]] | Tensor
 
@@ -132,9 +134,15 @@ class Finding:
 
 
 class Findings(Mapping[str, Finding]):
-    """What each probe found, by its name."""
+    """What each probe found, by its name.
 
-    def __init__(self, results: Mapping[str, ProbeResult]) -> None:
+    Args:
+        results: By probe.
+        notes: What a person should know of the model, and of probes that were left out.
+    """
+
+    def __init__(self, results: Mapping[str, ProbeResult], notes: Sequence[str] = ()) -> None:
+        self.notes = list(notes)
         self._found = {name: Finding(name, result) for name, result in results.items()}
 
     def __getitem__(self, name: str) -> Finding:
@@ -150,7 +158,7 @@ class Findings(Mapping[str, Finding]):
         return len(self._found)
 
     def __repr__(self) -> str:
-        return "\n".join(map(repr, self._found.values()))
+        return "\n".join([*map(repr, self._found.values()), *(f"note: {note}" for note in self.notes)])
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the sentences; pictures are each finding's own."""
@@ -183,31 +191,50 @@ def load(checkpoint: str | Path, dtype: torch.dtype = torch.float32, device: str
 
 
 def probe(
-    model: LoadedModel | Decoder,
+    model: LoadedModel | Decoder | PreTrainedModel,
     text: Text | None = None,
     probes: Sequence[str] | None = None,
     options: Settings | None = None,
+    tokenizer: Any = None,
 ) -> Findings:
     """Probe a model in memory.
 
     Args:
-        model: What :func:`load` gave, or a decoder.
+        model: What :func:`load` gave, a decoder, or a model of transformers, of any class whose experts go through
+            transformers' experts interface.
         text: A text, several, several by domain, or token ids (B, S); without any, weights alone are looked at.
         probes: Names; all that the inputs allow if not given.
         options: Settings of probes, by the probe's name.
+        tokenizer: One of transformers, for text; if not given, that of the checkpoint that the model was read from.
 
     Raises:
-        ConfigError: A probe is unknown, or needs text.
+        ConfigError: A probe is unknown, needs text, or needs what the model does not show.
         UserError: The text does not fit the model, or there is no tokenizer for it.
     """
-    decoder = model if isinstance(model, Decoder) else model.decoder
-    tokenizer = None if isinstance(model, Decoder) else model.tokenizer
-    given = None if text is None else _read(text, decoder.config, tokenizer)
-    chosen = make_probes(probes_for(probes, given is not None), options)
-    return Findings(run_probes(walk(decoder, given, needs_of(chosen)), chosen))
+    reads = CheckpointTokenizer.of(tokenizer) if tokenizer is not None else None
+    if isinstance(model, (LoadedModel, Decoder)):
+        decoder = model if isinstance(model, Decoder) else model.decoder
+        reads = reads or (None if isinstance(model, Decoder) else model.tokenizer)
+        given = None if text is None else _read(text, decoder.config, reads)
+        chosen = make_probes(probes_for(probes, given is not None), options)
+        return Findings(run_probes(walk(decoder, given, needs_of(chosen)), chosen))
+    seen = TransformersModel(model)
+    given = None if text is None else _read(text, seen, reads or _tokenizer_of(model, text))
+    names, left_out = probes_that_fit(probes, seen.offers, seen.name, given is not None)
+    chosen = make_probes(names, options)
+    found = run_probes(seen.views(given, needs_of(chosen)), chosen)
+    return Findings(found, [*seen.notes, *left_out])
 
 
-def _read(text: Text, config: ModelConfig, tokenizer: CheckpointTokenizer | None) -> ProbeText:
+def _tokenizer_of(model: PreTrainedModel, text: Text) -> CheckpointTokenizer | None:
+    """What lies beside the checkpoint that a model was read from, where that is a folder here and text asks for it."""
+    folder = Path(model.name_or_path or "")
+    if isinstance(text, Tensor) or not model.name_or_path or not folder.is_dir():
+        return None
+    return CheckpointTokenizer(folder)
+
+
+def _read(text: Text, config: TextLimits, tokenizer: CheckpointTokenizer | None) -> ProbeText:
     if isinstance(text, Tensor):
         rows = text.view(1, -1) if text.ndim == 1 else text
         return put_together([(row.long().cpu(), "text", "a row of ids") for row in rows], config, tokenizer)

@@ -20,7 +20,8 @@ from moebed.machine.mapped import checksums
 from probes.contract import ArrayName
 from probes.registry import PROBES
 from probes.running import store
-from probes.running.checkpoint_pass import CheckpointPass, probes_for
+from probes.running.checkpoint_pass import CheckpointPass
+from probes.running.choosing import probes_for
 from probes.running.run_folder import read_run
 from tests.twice.conftest import kept_bytes, write_ids, write_model
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from moebed.errors import ConfigError
-from moebed.machine.float32 import float32_linear
-from moebed.model.config import LayerConfig, ModelConfig, RouterOptions, setting
+from moebed.model.config import LayerConfig, ModelConfig, setting
 from moebed.model.routers.contract import ExpertOutputs
 from moebed.model.routers.controls import uniform_numbers
 from moebed.model.routers.reference import OUTSIDE
@@ -35,7 +34,7 @@ class DocumentPool(SoftmaxTopK):
     """
 
     @dataclass
-    class Options(RouterOptions):
+    class Options(SoftmaxTopK.Options):
         """Settings of the pools."""
 
         least_pool: int | None = setting("Fewest experts of a document; K if not given.", None)
@@ -91,7 +90,7 @@ class DocumentPool(SoftmaxTopK):
     def forward(self, hidden_states: Tensor, experts: ExpertOutputs, context: TokenContext | None = None) -> Routing:
         """Route hidden_states (T, H) of tokens whose documents (T,) are known in training."""
         with torch.autocast(hidden_states.device.type, enabled=False):
-            logits = float32_linear(hidden_states, self.weight)
+            logits = self.logits(hidden_states)
             if not self.training or context is None or context.document is None:
                 return self.choose(logits)
             pool = self.pools(logits.detach().softmax(dim=-1), context.document)

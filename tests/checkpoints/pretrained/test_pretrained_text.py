@@ -16,7 +16,7 @@ from moebed.views.layer import Need, ProbeText
 from moebed.views.live import walk
 from probes.registry import PROBES, resolve_probes
 from probes.running import store
-from probes.running.checkpoint_pass import probes_for
+from probes.running.choosing import probes_for
 from probes.running.driver import needs_of, run_probes
 from tests import oracle_shares
 from tests.conftest import ORACLES
