@@ -39,10 +39,9 @@ def config_of(scaling, **changes):
     return tiny_config(rope_scaling=scaling, **changes)
 
 
-def test_longrope_may_have_a_magnitude_for_short_texts_and_one_for_long(
-    scaling=LONG | LISTS | {"short_mscale": 1.2, "long_mscale": 1.4},
-):
+def test_longrope_may_have_a_magnitude_for_short_texts_and_one_for_long():
     """Phi-3.5-MoE's, in place of the one that follows from the factor."""
+    scaling = LONG | LISTS | {"short_mscale": 1.2, "long_mscale": 1.4}
     theirs = transformers.PhimoeConfig(
         hidden_size=64, num_attention_heads=4, max_position_embeddings=64,
         rope_parameters={**scaling, "rope_theta": 300.0},
