@@ -39,6 +39,23 @@ def config_of(scaling, **changes):
     return tiny_config(rope_scaling=scaling, **changes)
 
 
+def test_longrope_may_have_a_magnitude_for_short_texts_and_one_for_long():
+    """Phi-3.5-MoE's, in place of the one that follows from the factor."""
+    scaling = LONG | LISTS | {"short_mscale": 1.2, "long_mscale": 1.4}
+    theirs = transformers.PhimoeConfig(
+        hidden_size=64, num_attention_heads=4, max_position_embeddings=64,
+        rope_parameters={**scaling, "rope_theta": 300.0},
+    )  # fmt: skip
+    for length, magnitude in ((16, 1.2), (17, 1.4)):
+        frequency, _ = ROPE_INIT_FUNCTIONS["longrope"](theirs, CPU, seq_len=length)
+        angle = torch.outer(torch.arange(length).float(), frequency).repeat(1, 2)
+        cos, sin = RotaryEmbedding(config_of(scaling))(0, length, CPU)
+        torch.testing.assert_close(cos, angle.cos() * magnitude, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(sin, angle.sin() * magnitude, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ConfigError, match="short_mscale and long_mscale go together"):
+        config_of({name: value for name, value in scaling.items() if name != "long_mscale"})
+
+
 @pytest.mark.parametrize("length", [12, 40])
 @pytest.mark.parametrize("share", [1.0, 0.5])
 @pytest.mark.parametrize("name", SCALINGS)

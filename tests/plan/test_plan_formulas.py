@@ -52,6 +52,8 @@ KINDS = {
     "gpt_oss": {"attention_bias": True, "attention_output_bias": True, "attention_sinks": True, "experts_bias": True,
                 "hidden_act": "clamped_swiglu", "sliding_window": [32, None], "num_key_value_heads": 2,
                 "router_options": {"router_bias": True}},
+    "post norms alone": {"pre_norms": False, "post_norms": True},
+    "layer norms": {"norm_type": "layer", "post_norms": True, "lm_head_bias": True},
     "hyper": {"hyper_experts": {"adapter_size": 16, "generator_size": 32}},
     "constant": {"hyper_experts": {"adapters": "constant", "adapter_size": 16, "generator_size": 32}},
     # Twelve experts: with eight, rows and weights are of one size, and cannot be told apart.

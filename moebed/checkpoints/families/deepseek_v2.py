@@ -1,11 +1,11 @@
 """DeepSeek-V2, V2-Lite (2405.04434), V3 and R1 (2412.19437): latent attention, experts chosen within groups."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from moebed.checkpoints.families import fine_grained
 from moebed.checkpoints.families.base import Family, Settings, require_count
 from moebed.checkpoints.families.layout import EXPERTS
+from moebed.checkpoints.families.rope import rope_block
 from moebed.errors import ConfigError
 from moebed.model.config import ModelConfig
 from moebed.model.rope_config import positive, yarn_magnitude
@@ -32,14 +32,18 @@ _HARMLESS = ("aux_loss_alpha", "seq_aux", "ep_size", "qk_head_dim", "num_nextn_p
 
 def _scale(settings: Settings) -> float | None:
     """Of the attention logits; with YaRN's mscale_all_dim it grows by the square of that."""
-    block: Mapping[str, Any] = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
-    mscale, factor = block.get("mscale_all_dim"), block.get("factor")
-    if block.get("rope_type", block.get("type", "default")) == "default" or not mscale:
-        return None
+    mscale, factor = _magnitude(settings)
     if not (positive(mscale) and positive(factor)):
-        raise ConfigError(f"mscale_all_dim is {mscale!r} and factor {factor!r}; both must be numbers above 0")
+        return None
     width = settings["qk_nope_head_dim"] + settings["qk_rope_head_dim"]
     return width**-0.5 * yarn_magnitude(factor, mscale) ** 2
+
+
+def _magnitude(settings: Settings) -> tuple[Any, Any]:
+    """mscale_all_dim and the factor that goes with it; nothing where positions are not stretched, or without it."""
+    _, block, kind = rope_block(settings)
+    mscale = None if kind == "default" else block.get("mscale_all_dim")
+    return (mscale, block.get("factor")) if mscale else (None, None)
 
 
 def _attention(settings: Settings) -> dict[str, Any]:
@@ -51,6 +55,9 @@ def _attention(settings: Settings) -> dict[str, Any]:
 
 def _uncomputed(settings: Settings) -> list[str]:
     found = []
+    mscale, factor = _magnitude(settings)
+    if mscale is not None and not (positive(mscale) and positive(factor)):
+        found.append(f"mscale_all_dim is {mscale!r} and factor {factor!r}; both must be numbers above 0")
     for name, other in (("num_key_value_heads", "num_attention_heads"), ("head_dim", "qk_rope_head_dim")):
         value = settings.get(name)
         if value is not None and value != settings.get(other):
@@ -59,10 +66,7 @@ def _uncomputed(settings: Settings) -> list[str]:
 
 
 def _decode_v2(settings: Settings) -> dict[str, Any]:
-    method = settings["topk_method"]
-    if method not in ("greedy", "group_limited_greedy"):
-        raise ConfigError(f"topk_method is {method!r}; the known ones are greedy and group_limited_greedy")
-    grouped = method == "group_limited_greedy"
+    grouped = settings["topk_method"] == "group_limited_greedy"
     read = {**settings, **({} if grouped else {"n_group": 1, "topk_group": 1})}
     found = {**fine_grained.decode(read), **_attention(settings), "router": "group_limited_topk"}
     if not grouped and settings["routed_scaling_factor"] == 1:
@@ -116,7 +120,12 @@ DEEPSEEK_V2 = Family(
         "rms_norm_eps": 1e-6,
     },
     # transformers' class passes the division of weights over.
-    accepts={"norm_topk_prob": (False, None), "scoring_func": ("softmax",), "moe_layer_freq": (1,)},
+    accepts={
+        "norm_topk_prob": (False, None),
+        "scoring_func": ("softmax",),
+        "topk_method": ("greedy", "group_limited_greedy"),
+        "moe_layer_freq": (1,),
+    },
     harmless=_HARMLESS,
     same={"num_experts": "n_routed_experts"},
     uncomputed=_uncomputed,

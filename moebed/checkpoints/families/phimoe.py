@@ -1,12 +1,11 @@
 """Phi-3.5-MoE (2404.14219; model_type phimoe): LayerNorm, biases, SparseMixer's choice, two magnitudes of LongRoPE."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from moebed.checkpoints.families.base import Family, Settings
 from moebed.checkpoints.families.layout import ALL_ATTENTION_BIAS, BIASED_ATTENTION, NORM_BIAS
 from moebed.checkpoints.families.mixtral import MIXTRAL
-from moebed.checkpoints.families.rope import MAGNITUDES
+from moebed.checkpoints.families.rope import MAGNITUDES, rope_block
 from moebed.model.config import ModelConfig
 from moebed.model.rope_config import positive
 
@@ -26,10 +25,9 @@ def _uncomputed(settings: Settings) -> list[str]:
     found = []
     if settings["num_experts_per_tok"] != _CHOSEN:
         found.append(f"num_experts_per_tok is {settings['num_experts_per_tok']!r}; phimoe chooses {_CHOSEN} experts")
-    block: Mapping[str, Any] = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
-    kind = block.get("rope_type", block.get("type", "default"))
+    key, block, kind = rope_block(settings)
     if kind != "default" and not (kind == "longrope" and all(positive(block.get(name)) for name in MAGNITUDES)):
-        found.append(f"rope_scaling is {dict(block)!r}; phimoe has longrope with {', '.join(MAGNITUDES)}, or none")
+        found.append(f"{key} is {dict(block)!r}; phimoe has longrope with {', '.join(MAGNITUDES)}, or none")
     return found
 
 

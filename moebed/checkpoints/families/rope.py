@@ -41,6 +41,20 @@ class Rope:
     notes: list[str] = field(default_factory=list)
 
 
+def rope_block(settings: Mapping[str, Any]) -> tuple[str, Mapping[str, Any], Any]:
+    """Where a ``config.json`` says how positions are stretched, what it says there, and its rope_type.
+
+    Raises:
+        ConfigError: A block is none.
+    """
+    for key in BLOCKS:
+        if not isinstance(settings.get(key) or {}, Mapping):
+            raise ConfigError(f"{key} is {settings[key]!r}; it must be a block of settings, or null")
+    key = next((key for key in BLOCKS if settings.get(key)), BLOCKS[-1])
+    block: Mapping[str, Any] = settings.get(key) or {}
+    return key, block, block.get("rope_type", block.get("type", "default"))
+
+
 def read_rope(
     settings: Mapping[str, Any], theta: float, partial: float | None = None, magnitudes: bool = False
 ) -> Rope:
@@ -55,19 +69,13 @@ def read_rope(
     Raises:
         ConfigError: A base is no number, or a block is none.
     """
-    for key in BLOCKS:
-        if not isinstance(settings.get(key) or {}, Mapping):
-            raise ConfigError(f"{key} is {settings[key]!r}; it must be a block of settings, or null")
-    given = [key for key in BLOCKS if settings.get(key)]
-    key = given[0] if given else "rope_parameters"
-    block: Mapping[str, Any] = settings.get(key) or {}
+    key, block, name = rope_block(settings)
     rope = Rope(_theta(key, block, settings, theta))
     if settings.get("rope_theta") not in (None, rope.theta):
         rope.notes.append(f"{key}.rope_theta is taken and rope_theta beside it passed over, as transformers does")
-    if len(given) == 2 and _differ(settings, *(settings[one] for one in BLOCKS)):
+    if all(map(settings.get, BLOCKS)) and _differ(settings, *(settings[one] for one in BLOCKS)):
         rope.notes.append("rope_scaling is taken and rope_parameters beside it passed over, as transformers does")
     _read_partial(rope, key, block, settings, partial)
-    name = block.get("rope_type", block.get("type", "default"))
     kind = {**KINDS, "default": _PLAIN}.get(name) if isinstance(name, str) else None
     if kind is not None and not magnitudes:
         kind = kind._replace(optional=tuple(name for name in kind.optional if name not in MAGNITUDES))

@@ -22,7 +22,7 @@ _ROPE = {  # rope.scaling.* -> transformers' name
     "yarn_beta_fast": "beta_fast",
     "yarn_beta_slow": "beta_slow",
 }
-_SOFTMAX = 1  # of expert_gating_func
+_SOFTMAX, _SIGMOID, _SOFTMAX_OF_CHOSEN = 1, 2, 3  # of expert_gating_func
 # What changes nothing of what a model computes, or is seen in the tensors themselves. llama.cpp reads Grok's cap on
 # router logits and does not apply it; xai-org's release has none.
 _HARMLESS = ("vocab_size", "rope.scaling.finetuned", "router_logit_softcapping")
@@ -49,6 +49,11 @@ class Facts:
         found = self.header.tensors.get(tensor)
         return found.shape[-2] if found is not None and len(found.shape) > 1 else default
 
+    @property
+    def layers(self) -> int:
+        """Layers of the model: blocks, without those that predict further tokens."""
+        return self.size("block_count") - self.get("nextn_predict_layers", int, 0)
+
     def layers_with(self, suffix: str) -> list[int]:
         """Layers that have a tensor of this name."""
         return [i for i in range(self.size("block_count")) if f"blk.{i}.{suffix}" in self.header.tensors]
@@ -66,11 +71,19 @@ class Architecture:
     Args:
         settings: Its family's ``config.json``, beside what all have.
         pairs: Whether the rows of queries and keys are in the order of neighbouring pairs.
+        gating: What expert_gating_func may be, the first where it is left out; 0 is none, too.
+        routed: Whether it reads the groups and the scale of its routing; others must have none.
+        latent: Whether keys and values come of a latent, so that a head's widths are its own business.
+        stretched: What of stretched positions does not stand under rope.scaling, or not as in a ``config.json``.
         notes: What a person should know of its files.
     """
 
     settings: Callable[[Facts], dict[str, Any]]
     pairs: bool = False
+    gating: tuple[int, ...] = (_SOFTMAX,)
+    routed: bool = False
+    latent: bool = False
+    stretched: Callable[[Facts], dict[str, Any]] = lambda facts: {}
     notes: tuple[str, ...] = ()
 
 
@@ -169,6 +182,54 @@ def _grok(facts: Facts) -> dict[str, Any]:
     }
 
 
+def _gpt_oss(facts: Facts) -> dict[str, Any]:
+    """Which layers have the window does not stand in files: every other one, from the first on."""
+    return {
+        "model_type": "gpt_oss",
+        "num_local_experts": facts.size("expert_count"),
+        "intermediate_size": facts.size("expert_feed_forward_length"),
+        "sliding_window": facts.size("attention.sliding_window", 128),
+        "attention_bias": bool(facts.layers_with("attn_q.bias")),
+        **_chosen(facts),
+    }
+
+
+def _deepseek2(facts: Facts) -> dict[str, Any]:
+    """DeepSeek-V3 where scores are sigmoids, else V2. Newer files keep a head's widths under names of their own."""
+    sigmoid = facts.get("expert_gating_func", int, _SOFTMAX) == _SIGMOID
+    rotary, groups = facts.size("rope.dimension_count"), facts.get("expert_group_count", int, 0) or 1
+    width = facts.size("attention.key_length_mla", facts.size("attention.key_length"))
+    found = {
+        "model_type": "deepseek_v3" if sigmoid else "deepseek_v2",
+        "num_hidden_layers": facts.layers,
+        "num_key_value_heads": facts.size("attention.head_count"),
+        "head_dim": rotary,
+        "kv_lora_rank": facts.size("attention.kv_lora_rank"),
+        "q_lora_rank": facts.get("attention.q_lora_rank", int, 0) or None,
+        "qk_nope_head_dim": width - rotary,
+        "qk_rope_head_dim": rotary,
+        "v_head_dim": facts.size("attention.value_length_mla", facts.size("attention.value_length")),
+        "n_routed_experts": facts.size("expert_count"),
+        "n_shared_experts": facts.size("expert_shared_count"),
+        "moe_intermediate_size": facts.size("expert_feed_forward_length"),
+        "intermediate_size": facts.size("feed_forward_length"),
+        "first_k_dense_replace": facts.get("leading_dense_block_count", int, 0),
+        "routed_scaling_factor": facts.get("expert_weights_scale", float, 0.0) or 1.0,
+        "n_group": groups,
+        "topk_group": facts.get("expert_group_used_count", int, 0) or 1,
+        **_chosen(facts),
+    }
+    if sigmoid:
+        return {**found, "norm_topk_prob": facts.get("expert_weights_norm", bool, False)}
+    return {**found, "topk_method": "greedy" if groups == 1 else "group_limited_greedy"}
+
+
+def _deepseek2_stretched(facts: Facts) -> dict[str, Any]:
+    """llama.cpp keeps a tenth of mscale_all_dim; mscale is equal to it in all published models."""
+    mscale = 10 * facts.get("rope.scaling.yarn_log_multiplier", float, 0.0)
+    return {"mscale": mscale, "mscale_all_dim": mscale} if mscale else {}
+
+
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(_llama, pairs=True),
     "qwen2": Architecture(_qwen2),
@@ -176,6 +237,18 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3moe": Architecture(_qwen3moe),
     "olmoe": Architecture(_olmoe),
     "deepseek": Architecture(_deepseek, pairs=True),
+    "deepseek2": Architecture(
+        _deepseek2, gating=(_SOFTMAX, _SIGMOID), routed=True, latent=True, stretched=_deepseek2_stretched
+    ),
+    "gpt-oss": Architecture(
+        _gpt_oss,
+        gating=(_SOFTMAX_OF_CHOSEN, _SOFTMAX),
+        stretched=lambda facts: {"truncate": False},
+        notes=(
+            "YaRN's bounds are not rounded to whole dimensions, as in the release; llama.cpp rounds them, so that "
+            "outputs are the release's and not llama.cpp's",
+        ),
+    ),
     "grok": Architecture(
         _grok,
         notes=(
@@ -201,7 +274,7 @@ def settings_of(facts: Facts, architecture: Architecture) -> dict[str, Any]:
     epsilon = facts.get("attention.layer_norm_rms_epsilon", float)
     if epsilon is None:
         raise UserError(f"{facts.where}: attention.layer_norm_rms_epsilon is missing from its metadata")
-    if facts.size("attention.value_length", head) != head:
+    if not architecture.latent and facts.size("attention.value_length", head) != head:
         raise ConfigError(f"{facts.where}: heads of keys and of values differ in width, which is not supported")
     settings = {
         "vocab_size": embedding.shape[0],
@@ -216,15 +289,15 @@ def settings_of(facts: Facts, architecture: Architecture) -> dict[str, Any]:
         "tie_word_embeddings": "output.weight" not in facts.header.tensors,
         "hidden_act": "silu",
         **architecture.settings(facts),
-        **_rope(facts, head),
     }
+    settings |= _rope(facts, architecture, settings["head_dim"])
     _require_experts(facts)
-    _require_plain_routing(facts)
+    _require_known_routing(facts, architecture)
     tokens = {ours: facts.header.get(f"tokenizer.ggml.{theirs}", int) for ours, theirs in _TOKENS.items()}
     return settings | {name: token for name, token in tokens.items() if token is not None}
 
 
-def _rope(facts: Facts, head: int) -> dict[str, Any]:
+def _rope(facts: Facts, architecture: Architecture, head: int) -> dict[str, Any]:
     """What a file says of positions beside the base."""
     turned = facts.size("rope.dimension_count", head)
     found: dict[str, Any] = {} if turned == head else {"partial_rotary_factor": turned / head}
@@ -232,7 +305,7 @@ def _rope(facts: Facts, head: int) -> dict[str, Any]:
     values = {theirs: facts.get(f"rope.scaling.{ours}", float) for ours, theirs in _ROPE.items()}
     if kind != "none":
         given = {name: value for name, value in values.items() if value is not None}
-        found["rope_scaling"] = {"rope_type": kind, **given}
+        found["rope_scaling"] = {"rope_type": kind, **given, **architecture.stretched(facts)}
     return found
 
 
@@ -256,16 +329,14 @@ def llama3_scaling(divisors: Sequence[float], theta: float) -> dict[str, float]:
     return {**scaling, "original_max_position_embeddings": original}
 
 
-def _require_plain_routing(facts: Facts) -> None:
-    """Weights of the chosen experts are a softmax, and that alone, in all of these architectures."""
-    plain = {
-        "expert_gating_func": (int, _SOFTMAX),
-        "expert_weights_scale": (float, 1.0),
-        "expert_group_count": (int, 1),
-    }
-    for name, (kind, wanted) in plain.items():
-        if (found := facts.get(name, kind, wanted)) not in (wanted, 0):
-            raise ConfigError(f"{facts.where}: {name} is {found}; supported is {wanted} only")
+def _require_known_routing(facts: Facts, architecture: Architecture) -> None:
+    """Weights of the chosen experts are what the architecture has them be, and in most of them that alone."""
+    known: dict[str, tuple[type, tuple[float, ...]]] = {"expert_gating_func": (int, architecture.gating)}
+    if not architecture.routed:
+        known |= {"expert_weights_scale": (float, (1.0,)), "expert_group_count": (int, (1,))}
+    for name, (kind, wanted) in known.items():
+        if (found := facts.get(name, kind, wanted[0])) not in (*wanted, 0):
+            raise ConfigError(f"{facts.where}: {name} is {found}; supported is {' or '.join(map(str, wanted))} only")
 
 
 def _require_layers(facts: Facts) -> None:

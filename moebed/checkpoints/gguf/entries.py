@@ -66,6 +66,51 @@ class GgufEntry(PackedEntry):
                 rows.copy_(torch.from_numpy(codes).view(self.dtype).view(rows.shape))
 
 
+class LatentEntry(PackedEntry):
+    """Rows that make keys and values of a latent: of each of A heads n of its keys, then v of its values.
+
+    Args:
+        keys: (A, C, n), transposed: C numbers of the latent.
+        values: (A, v, C).
+    """
+
+    def __init__(self, keys: TensorEntry, values: TensorEntry) -> None:
+        heads, columns, width = keys.shape
+        self._keys, self._values, self._width = keys, values, width
+        self._head = width + values.shape[1]
+        self.path, self.shape, self.position = keys.path, (heads * self._head, columns), keys.position
+        self.dtype = torch.promote_types(keys.dtype, values.dtype)
+
+    def stored_bytes(self, rows: int) -> int:
+        """Bytes that so many rows take in the file, about: the two may be packed otherwise."""
+        whole = sum(_stored_bytes(one) for one in (self._keys, self._values))
+        return whole * rows // self.shape[0]
+
+    def read(self, first: int, out: Tensor) -> None:
+        """Fill out (N, C) with the rows from ``first`` on."""
+        done = 0
+        while done < len(out):
+            head, skipped = divmod(first + done, self._head)
+            of_head = self._read_head(head)[skipped : skipped + len(out) - done]
+            out[done : done + len(of_head)] = of_head
+            done += len(of_head)
+
+    def _read_head(self, head: int) -> Tensor:
+        """All rows of a head (n + v, C)."""
+        columns, values = self.shape[1], self._values.shape[1]
+        keys = torch.empty(columns, self._width, dtype=self._keys.dtype)
+        self._keys.read(head * columns, keys)
+        rest = torch.empty(values, columns, dtype=self._values.dtype)
+        self._values.read(head * values, rest)
+        return torch.cat([keys.t().to(self.dtype), rest.to(self.dtype)])
+
+
+def _stored_bytes(entry: TensorEntry) -> int:
+    rows = entry.shape[0] * entry.shape[1]
+    packed = isinstance(entry, PackedEntry)
+    return entry.stored_bytes(rows) if packed else rows * entry.shape[2] * entry.dtype.itemsize
+
+
 def entry_of(
     file: RawFile, info: TensorInfo, shape: tuple[int, ...], first: int = 0, head: int | None = None
 ) -> TensorEntry:

@@ -16,7 +16,7 @@ from moebed.checkpoints.families.base import Family, Stored
 from moebed.checkpoints.families.registry import family_of
 from moebed.checkpoints.files import RawFile, TensorEntry
 from moebed.checkpoints.gguf.architectures import ARCHITECTURES, Architecture, Facts, llama3_scaling, settings_of
-from moebed.checkpoints.gguf.entries import entry_of
+from moebed.checkpoints.gguf.entries import LatentEntry, entry_of
 from moebed.checkpoints.gguf.finding import files_of
 from moebed.checkpoints.gguf.header import Header, TensorInfo, read_header
 from moebed.checkpoints.gguf.rounding import notes_on_rounding
@@ -24,7 +24,10 @@ from moebed.checkpoints.gguf.types import require_unpacker
 from moebed.errors import ConfigError, UserError
 
 # Their tensor -> our parameter. Experts, and what has a part of them, are below.
-_MATRICES = {"attn_q": "q", "attn_k": "k", "attn_v": "v", "attn_output": "o"}
+_MATRICES = {
+    **{"attn_q": "q", "attn_k": "k", "attn_v": "v", "attn_output": "o"},
+    **{"attn_q_a": "q_a", "attn_q_b": "q_b", "attn_kv_a_mqa": "kv_a", "attn_kv_b": "kv_b"},
+}
 _NAMES = {
     "token_embd.weight": "embed_tokens.weight",
     "output_norm.weight": "norm.weight",
@@ -34,7 +37,13 @@ _NAMES = {
     "ffn_norm.weight": "pre_ffn_norm.weight",
     "layer_output_norm.weight": "post_ffn_norm.weight",
     "post_ffw_norm.weight": "post_ffn_norm.weight",
+    "post_attention_norm.weight": "pre_ffn_norm.weight",
+    "attn_sinks.weight": "self_attn.sinks",
+    "attn_q_a_norm.weight": "self_attn.q_a_norm.weight",
+    "attn_kv_a_norm.weight": "self_attn.kv_a_norm.weight",
     "ffn_gate_inp.weight": "mlp.router.weight",
+    "ffn_gate_inp.bias": "mlp.router.bias",
+    "exp_probs_b.bias": "mlp.router.expert_bias",
     "ffn_gate_inp_shexp.weight": "mlp.shared_expert_gate.weight",
     **{f"{theirs}.weight": f"self_attn.{ours}_proj.weight" for theirs, ours in _MATRICES.items()},
     **{f"{theirs}.bias": f"self_attn.{ours}_proj.bias" for theirs, ours in _MATRICES.items()},
@@ -44,6 +53,8 @@ _NAMES = {
 }
 _LAYER = re.compile(r"blk\.(\d+)\.(.+)")
 _ALL_EXPERTS = re.compile(r"ffn_(gate_up|gate|up|down)_exps\.weight")
+_ALL_BIASES = re.compile(r"ffn_(gate|up|down)_exps\.bias")
+_HALF_OF_LATENT = re.compile(r"(blk\.(\d+)\.attn_)([kv])_b\.weight")
 _ONE_EXPERT = re.compile(r"ffn_(gate|up|down)\.(\d+)\.weight")  # as files had them before April 2024
 _DIVISORS = "rope_freqs.weight"
 
@@ -80,13 +91,15 @@ def open_gguf(path: Path) -> GgufModel:
     facts = Facts(header, name)
     settings = settings_of(facts, architecture)
     family = family_of(settings["model_type"], str(path))
-    infos = dict(header.tensors)
+    infos, left = _without_further(header.tensors, settings["num_hidden_layers"])
     if _DIVISORS in infos:
         settings["rope_scaling"] = _scaling(path, files, infos.pop(_DIVISORS), settings)
     entries = dict(_entries(infos, files, family, architecture, settings))
     if any(info.kind.packed for info in infos.values()):
         require_unpacker()
     notes = [*notes_on_rounding(header), *(f"{path}: {note}" for note in architecture.notes)]
+    if left:
+        notes.append(f"{path}: {left[0]} and its like ({len(left)}) predict further tokens and are left aside")
     if settings["model_type"] == "mistral" and settings["sliding_window"] is None:
         notes.append(
             f"{path}: whether this Mistral has a sliding window does not stand in the file; none is taken, which "
@@ -121,6 +134,12 @@ def _read_all(path: Path) -> tuple[Header, dict[Path, RawFile]]:
     return first, {one: RawFile(one) for one in paths}
 
 
+def _without_further(infos: Mapping[str, TensorInfo], layers: int) -> tuple[dict[str, TensorInfo], list[str]]:
+    """Tensors of the model's layers, and names of those that come after the last one."""
+    further = [name for name in infos if (found := _LAYER.fullmatch(name)) and int(found[1]) >= layers]
+    return {name: info for name, info in infos.items() if name not in set(further)}, further
+
+
 def _entries(
     infos: Mapping[str, TensorInfo],
     files: Mapping[Path, RawFile],
@@ -130,11 +149,26 @@ def _entries(
 ) -> Iterator[tuple[str, TensorEntry]]:
     seen: dict[str, str] = {}
     for stored, info in infos.items():
+        if half := _HALF_OF_LATENT.fullmatch(stored):
+            if half[3] == "k":
+                yield _latent(half[1], int(half[2]), infos, files, family)
+            continue
         for name, entry in _named(stored, info, files[info.path], family, architecture, settings):
             if name in seen:
                 raise UserError(f"{info.path}: tensors {seen[name]} and {stored} are both {name}; download it again")
             seen[name] = stored
             yield name, entry
+
+
+def _latent(
+    prefix: str, layer: int, infos: Mapping[str, TensorInfo], files: Mapping[Path, RawFile], family: Family
+) -> tuple[str, TensorEntry]:
+    """What makes keys and values of the latent, of two tensors that newer files have of it."""
+    keys, values = infos[f"{prefix}k_b.weight"], infos.get(f"{prefix}v_b.weight")
+    if values is None or len(keys.shape) != 3 or len(values.shape) != 3 or keys.shape[0] != values.shape[0]:
+        raise UserError(f"{keys.path}: tensors {prefix}k_b and v_b are not those of the same heads; download it again")
+    name = Stored.of(family.tensors["layers.{i}.self_attn.kv_b_proj.weight"]).name.format(i=layer)
+    return name, LatentEntry(*(entry_of(files[one.path], one, one.shape) for one in (keys, values)))
 
 
 def _named(
@@ -160,6 +194,11 @@ def _named(
             expert, matrix = divmod(place, len(matrices))
             entry = entry_of(file, info, (rows, columns), place * rows)
             yield _expert_name(family, matrices[matrix], layer, expert), entry
+    elif family.experts is not None and (biases := _ALL_BIASES.fullmatch(name)) and len(info.shape) == 2:
+        for expert in range(info.shape[0]):
+            weight = _expert_name(family, biases[1], layer, expert)
+            entry = entry_of(file, info, info.shape[1:], expert)
+            yield f"{weight.removesuffix('.weight')}.bias", entry
     else:
         ours = f"layers.{{i}}.{_NAMES[name]}" if found and name in _NAMES else _NAMES.get(name, "")
         head = settings["head_dim"] if architecture.pairs and name in ("attn_q.weight", "attn_k.weight") else None

@@ -121,8 +121,8 @@ LONG = {**ROPES["longrope"], "original_max_position_embeddings": 16, "short_msca
 CASES |= {
     "flex_olmo": ("flex_olmo", {**MOE, "attention_bias": True, **ROPE}),
     # With the noise of the published model few tokens would teach the gate anything.
-    "phimoe": ("phimoe", {"num_local_experts": 6, "num_experts_per_tok": 2, "attention_bias": True,
-                          "router_jitter_noise": 0.3, "lm_head_bias": True,
+    "phimoe": ("phimoe", {"num_local_experts": 6, "num_experts_per_tok": 2, "router_jitter_noise": 0.3,
+                          "attention_bias": True, "lm_head_bias": True,
                           "rope_parameters": {**LONG, "rope_theta": 30.0}}),
     "phimoe-plain": ("phimoe", {"num_local_experts": 6, "num_experts_per_tok": 2, "router_jitter_noise": 0.3,
                                 "sliding_window": 5, **ROPE}),

@@ -302,7 +302,7 @@ def test_the_config_survives_plain_data(name):
     assert set(config.to_dict()["router_options"]) == {
         field.name for field in dataclasses.fields(ROUTERS[name].Options)
     }
-    assert config.norm_topk_prob == (name not in ("autonomy", "grap", "locmoe_plus"))
+    assert config.norm_topk_prob == (name not in ("autonomy", "grap", "locmoe_plus", "sparsemixer"))
 
 
 class Biased(Experts):

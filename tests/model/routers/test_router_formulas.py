@@ -40,6 +40,40 @@ def test_softmax_with_a_bias_weighs_by_the_probability_and_chooses_by_it_and_the
     torch.testing.assert_close(routing.router_probs, probs)
 
 
+def test_softmax_may_have_a_bias_that_chooses_and_weighs():
+    router = router_of("softmax_topk", router_options={"router_bias": True})
+    x = torch.randn(5, router.weight.shape[1])
+    with torch.no_grad():
+        router.bias.copy_(torch.tensor([0.0, 0.0, 50.0, 0.0]))
+        routing = router(x, None)
+        plain = router_of("softmax_topk")
+        plain.weight.copy_(router.weight)
+        expected = plain(x, None).router_logits + router.bias
+    torch.testing.assert_close(routing.router_logits, expected)
+    assert routing.topk_index[:, 0].tolist() == [2] * 5
+
+
+def test_sparsemixer_weighs_each_among_those_near_it():
+    """By hand, and against transformers' function on logits of which many are near each other."""
+    from transformers.models.phimoe.modeling_phimoe import sparsemixer
+
+    router = router_of("sparsemixer", router_options={"router_jitter_noise": 0.05})
+    routing = router.choose(torch.tensor([[2.0, 1.9, 1.0, 0.95], [3.0, 1.0, -5.0, 0.0]]))
+    assert routing.topk_index.tolist() == [[1, 0], [0, 1]]
+    # Of the first row 1.9 is near 2, and is alone once that is chosen.
+    torch.testing.assert_close(routing.topk_weight, torch.tensor([[1.0, 1 / (1 + math.exp(-0.1))], [1.0, 1.0]]))
+    logits = torch.randn(400, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    found = router.choose(logits)
+    weight, index = sparsemixer(logits, 0.05, training=False)
+    assert 20 < (weight < 1).sum() < 700
+    for row in range(400):
+        assert dict(zip(found.topk_index[row].tolist(), found.topk_weight[row].tolist(), strict=True)) == pytest.approx(
+            dict(zip(index[row].tolist(), weight[row].tolist(), strict=True))
+        )
+    gradients = [torch.autograd.grad(one.square().sum(), logits)[0] for one in (found.topk_weight, weight)]
+    torch.testing.assert_close(*gradients)
+
+
 # By the sum of its two best the first group wins, by its best one the second.
 GROUPED = torch.tensor([[0.5, 0.4, -5.0, 0.6, -6.0, -7.0]])
 GROUPS = {"n_group": 2, "topk_group": 1, "routed_scaling_factor": 3.0}
