@@ -2,7 +2,7 @@
 
     python -m tests.data.measure_depth DIR [SEED ...]
 
-Trains dense models of one layer and of two on planted text of one domain, 8 symbols, at depth 2, for 1200 steps of 4096
+Trains dense models of one layer and of two on planted text of one domain, 8 symbols, at depth 2, for 800 steps of 4096
 tokens, the one layer with as many parameters as the two; and the one-layer model on the same text at depth 1, which one
 layer can look up. Prints the loss over the floor, and over it too what one loses who knows the language but only the
 last symbol, and only how often each symbol is.
@@ -20,7 +20,7 @@ from moebed.study.resolving import as_arguments
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "tiny_planted.yaml"
 LANGUAGE = {"domains": 1, "symbols": 8, "branching": 2}
-STEPS = 1200
+STEPS = 800
 # Layers, depth, width of the FFN: of one layer so much more that attention's parameters are made up for.
 MODELS = {"one layer": (1, 2, 341), "two layers": (2, 2, 128), "one layer, depth 1": (1, 1, 341)}
 

@@ -77,12 +77,14 @@ def test_the_schedule_keeps_each_rate():
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.005 * width for width in widths])
 
 
-def _changes(width: int, seed: int, embedding: float, **changes) -> dict[str, float]:
+def five_steps(width: int, seed: int, embedding: float, adjust=None, **changes) -> dict[str, float]:
     """Root mean square of what five steps changed: router logits, experts' outputs, the residual stream, logits."""
     decoder = _decoder(width, seed, num_hidden_layers=2, **changes)
     with torch.no_grad():
         decoder.embed_tokens.weight.mul_(embedding / decoder.config.initializer_range)
     optimizer = build_optimizer(decoder, OptimizerConfig(learning_rate=0.01, weight_decay=0.0))
+    if adjust is not None:
+        adjust(decoder, optimizer)
 
     def seen() -> dict[str, torch.Tensor]:
         kept = {}
@@ -120,7 +122,7 @@ def test_five_steps_change_as_much_at_any_width(beginning, embedding, most):
     spread = {}
     for base in (None, 64):
         changes = {"base_hidden_size": base, "initializer_range": beginning}
-        found = {width: [_changes(width, seed, embedding, **changes) for seed in SEEDS] for width in WIDTHS}
+        found = {width: [five_steps(width, seed, embedding, **changes) for seed in SEEDS] for width in WIDTHS}
         means = [{name: sum(one[name] for one in runs) / len(runs) for name in runs[0]} for runs in found.values()]
         spread[base] = {name: max(one[name] for one in means) / min(one[name] for one in means) for name in means[0]}
         each = [[found[width][seed]["experts"] for width in WIDTHS] for seed in SEEDS]
