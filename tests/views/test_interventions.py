@@ -116,6 +116,8 @@ def test_random_sets_are_of_equal_compute_and_weight(renormalised):
     torch.testing.assert_close(weight.sum(dim=1), routing.topk_weight.sum(dim=1))
     share = (weight != 0).float().mean(dim=0)
     assert (share - 0.5).abs().max() < 0.04
+    elsewhere = iv.random_set(3).apply(routing, X, iv.LayerContext(2, at.router))
+    assert 0.3 < ((iv.assigned_weights(elsewhere) != 0) == (weight != 0)).float().mean() < 0.7  # another draw
     cold = iv.assigned_weights(iv.random_set(3, temperature=0.02).apply(routing, X, at))
     assert float(((cold != 0) == (iv.assigned_weights(routing) != 0)).float().mean()) > 0.97
 
@@ -243,6 +245,50 @@ def test_of_a_text_some_tokens_alone_are_changed(name):
     assert set(some[~drawn & (text.targets >= 0)].tolist()) == {0.0}
     assert bool((some[drawn & (text.targets >= 0)] != 0).any())
     assert bool(iv.drawn_tokens(5, 8).all())
+
+
+def in_text(number, at):
+    """A swap in one text alone, at one layer alone."""
+    swap, text = iv.swap(), text_of(7, 5, 9)
+
+    def change(routing, x, layer):
+        changed, mine = swap.change(routing, x, layer), text.sequence == number
+        return routing._replace(topk_index=torch.where(mine.unsqueeze(1), changed.topk_index, routing.topk_index))
+
+    return iv.Intervention(f"in {number}", frozenset({at}), change)
+
+
+def test_texts_may_be_reached_at_different_layers(monkeypatch):
+    """What is not written to is NaN here: a text that a branch comes to later goes on from the base until then."""
+    early, late = in_text(0, 0), in_text(2, 1)
+
+    def change(routing, x, layer):
+        return (early if layer.index == 0 else late).change(routing, x, layer)
+
+    both = iv.Intervention("both", frozenset({0, 1}), change)
+    monkeypatch.setattr(torch, "empty_like", lambda like, **options: torch.full_like(like, torch.nan, **options))
+    decoder, text = decoder_of(), text_of(7, 5, 9)
+    found = intervene(decoder, text, [both, early, late])
+    torch.testing.assert_close(found["both"], found["in 0"] + found["in 2"], rtol=0, atol=1e-6, equal_nan=True)
+    for number, name in ((0, "in 0"), (2, "in 2")):
+        assert float(found[name][text.sequence == number].nan_to_num().abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("router", ["expert_norm", "autonomy"])
+def test_what_was_computed_for_the_old_choice_is_not_used_for_the_new(router):
+    """Of a router that runs experts: weights of a change times the outputs of the experts that it names."""
+    options = {"d_low": 4} if router == "autonomy" else {}
+    mlp = decoder_of(router=router, router_options=options).layers[1].mlp
+    x = torch.randn(12, 16, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        base = mlp.router(x, mlp.experts)
+        assert base.precomputed is not None
+        after = iv.swap().apply(base, x, iv.LayerContext(1, mlp.router))
+        outputs = mlp.experts.each(x, after.topk_index)  # (T, K, H)
+        wanted = (outputs * after.topk_weight.unsqueeze(2)).sum(dim=1)
+        found = mlp.combine(x, after, mlp.experts.known_outputs(after))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(after.topk_index, base.topk_index)
 
 
 def test_sequences_without_tokens_do_not_stand_in_the_way():
