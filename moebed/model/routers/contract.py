@@ -132,7 +132,7 @@ class Router(Float32Buffers):
     # What else the model may know of it -----------------------------------------------------------------------------
 
     def gate(self) -> Tensor | None:
-        """Gate embeddings W_g (E, H), where the logits are x W_gᵀ; None otherwise."""
+        """Gate embeddings W_g (E, H), where the logits are x W_gᵀ, or that and a bias; None otherwise."""
         return None
 
     def gate_copy(self) -> Tensor | None:
