@@ -18,7 +18,7 @@ FLOORS = (
     ("moebed.machine",),
     ("moebed.model",),
     ("moebed.views", "moebed.data"),
-    ("moebed.checkpoints",),
+    ("moebed.checkpoints", "moebed.traces"),
     ("moebed.parallel",),
     ("moebed.upcycling", "moebed.exporting", "moebed.plan"),
     ("moebed.training",),

@@ -142,16 +142,21 @@ def test_what_does_not_fit_is_refused_by_name_and_left_as_it_was(family, setting
 
 
 @native_here
-def test_by_name_what_does_not_fit_is_computed_by_transformers_and_said_once(capsys):
+def test_by_name_what_does_not_fit_is_computed_by_transformers_and_said_once_of_each_class(capsys):
     moebed_experts._said.clear()
-    model = make("gpt_oss", intermediate_size=32, num_local_experts=8, head_dim=16)
-    want, _ = logits_and_gradients(model)
-    model.set_experts_implementation(in_transformers.register())
-    found, _ = logits_and_gradients(model)
-    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-6)
+    for family, settings in (
+        ("gpt_oss", {"intermediate_size": 32, "num_local_experts": 8, "head_dim": 16}),
+        ("olmoe", FIT["olmoe"] | {"hidden_act": "relu"}),
+        ("gpt_oss", {"intermediate_size": 32, "num_local_experts": 4, "head_dim": 16}),
+    ):
+        model = make(family, **settings)
+        want, _ = logits_and_gradients(model)
+        model.set_experts_implementation(in_transformers.register())
+        found, _ = logits_and_gradients(model)
+        torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-6)
     said = capsys.readouterr().err
-    assert said.count("GptOssExperts: ") == 1
-    assert "transformers' grouped_mm computes them" in said
+    assert [said.count(f"{name}Experts: ") for name in ("GptOss", "Olmoe")] == [1, 1]
+    assert said.count("transformers' grouped_mm computes them") == 2
 
 
 def test_the_triton_kernels_compute_where_they_run():

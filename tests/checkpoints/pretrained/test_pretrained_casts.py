@@ -5,7 +5,7 @@ import collections
 import pytest
 import torch
 from checkpoint_files import SIZES, write
-from test_pretrained_text import make_text
+from streamed_cases import make_text
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moebed.checkpoints import open_ffn

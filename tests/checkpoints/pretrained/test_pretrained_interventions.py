@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_files import write
-from test_pretrained_text import CASES, Reads, make_text
+from streamed_cases import CASES, Reads, make_text, stopped_and_continued
 
 from moebed.checkpoints import load_decoder, open_ffn
 from moebed.checkpoints.pretrained import PretrainedMoE
@@ -214,29 +214,8 @@ def test_a_copy_takes_twelve_bytes_a_token_and_channel(every, tmp_path, monkeypa
 
 @pytest.mark.parametrize(("name", "goes_on"), [("mask 1 zero @ layer 2", True), ("mask 1 zero @ layer 1", False)])
 def test_a_stopped_pass_goes_on_where_no_branch_had_begun(name, goes_on, tmp_path, monkeypatch):
-    write(tmp_path / "model", num_experts_per_tok=2)
-    np.save(tmp_path / "ids.npy", make_text(20, 20).input_ids.numpy())
-    monkeypatch.setattr("probes.running.callback.ProbeCallback._draw", lambda *arguments, **options: None)
-    monkeypatch.setattr("probes.report.page.write_report", lambda folders, path: path)
-
-    def probe(out):
-        return main(["probe", str(tmp_path / "model"), "--out", str(tmp_path / out), "--probes", "routing",
-                     "--intervene", name, "--input-ids", str(tmp_path / "ids.npy")])  # fmt: skip
-
-    assert probe("whole") == 0
-    original = PROBES["routing"].update
-
-    def stop_at_layer_2(self, view):
-        if view.index == 2:
-            raise KeyboardInterrupt
-        original(self, view)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(PROBES["routing"], "update", stop_at_layer_2)
-        with pytest.raises((SystemExit, KeyboardInterrupt)):
-            probe("out")
-    reads = Reads(monkeypatch)
-    assert probe("out") == 0
+    options = ["--probes", "routing", "--intervene", name]
+    probe, reads = stopped_and_continued(tmp_path, monkeypatch, "routing", *options)
     assert goes_on is not any(read.startswith("model.layers.0.") for read, _ in reads)
     whole, other = (store.load_arrays(tmp_path / out, "interventions") for out in ("whole", "out"))
     assert whole["names"].tolist() == [f"identity @ layer {name[-1]}", name]

@@ -1,12 +1,12 @@
 """Text through a streamed checkpoint: the oracles' values, a live model's numbers, reading once, going on, faults."""
 
 import json
-from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from checkpoint_files import write
+from streamed_cases import CASES, Reads, make_text, stopped_and_continued
 
 from moebed.checkpoints.checkpoint import Checkpoint
 from moebed.checkpoints.pretrained import PretrainedMoE
@@ -24,13 +24,6 @@ from tests.conftest import ORACLES
 _ALL = probes_for(["all", "logits"], True)
 WITH_TEXT = resolve_probes([n for n in _ALL if PROBES[n].sources or not PROBES[n].needs <= {Need.WEIGHTS}])
 oracles = pytest.mark.shared("oracles")
-
-
-def make_text(*lengths, vocab_size=40):
-    torch.manual_seed(5)
-    ids = torch.randint(vocab_size, (len(lengths), max(lengths)))
-    mask = torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)
-    return ProbeText(ids.masked_fill(~mask, 0), mask, torch.arange(len(lengths)) % 2, ("one", "two"))
 
 
 def run(model, names=WITH_TEXT):
@@ -106,21 +99,6 @@ def test_the_command_with_text(tmp_path, capsys):
     }  # fmt: skip
 
 
-CASES = {
-    "mixtral": {"num_experts_per_tok": 2},
-    "fp32": {"dtype": torch.float32, "num_experts_per_tok": 3},
-    "shared, a dense layer": {"family": "deepseek", "num_experts": [0, 6, 6], "num_shared_experts": 2,
-                              "norm_topk_prob": False, "num_experts_per_tok": 2},
-    "a gated shared expert": {"family": "qwen2_moe", "num_shared_experts": 1, "shared_expert_gate": True},
-    "every other layer, normalised heads": {"family": "qwen3_moe", "num_experts": [0, 12, 0], "qk_norm": "head"},
-    "one expert": {"num_experts": 1},
-    "tied": {"family": "grok-1", "tie_word_embeddings": True, "post_norms": True, "norm_topk_prob": False,
-             "attn_logit_softcapping": 30.0, "embedding_multiplier": 3.0, "logits_multiplier": 0.5,
-             "attention_multiplier": 0.2, "hidden_act": "gelu", "num_experts_per_tok": 2},
-    "no experts": {"family": "mistral", "num_experts": 0},
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("budget", ["1GiB", "260kB"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_a_streamed_checkpoint_gives_the_numbers_of_a_live_model(case, budget, tmp_path):
@@ -136,20 +114,6 @@ def test_bfloat16_is_close_to_float32(tmp_path):
     wide, narrow = (run(PretrainedMoE(str(tmp_path), text=text, dtype=d), ("logits",)) for d in (None, "bfloat16"))
     a, b = (result["logits"].arrays["logits"] for result in (wide, narrow))
     assert 0 < np.abs(a - b).max() < 0.05 * np.abs(a).max()
-
-
-class Reads(Counter):
-    """How often each row of each tensor was read."""
-
-    def __init__(self, monkeypatch):
-        super().__init__()
-        original = Checkpoint.read_into
-
-        def read_into(checkpoint, part, out):
-            self.update((part.name, row) for row in range(part.first, part.first + part.rows))
-            original(checkpoint, part, out)
-
-        monkeypatch.setattr(Checkpoint, "read_into", read_into)
 
 
 @pytest.mark.parametrize("probes", [("routing",), ("norm_vs_score", "prediction"), WITH_TEXT])
@@ -201,31 +165,8 @@ def test_what_is_read_is_what_was_planned(tmp_path, budget):
 
 
 def test_a_stopped_pass_goes_on_where_it_was(tmp_path, monkeypatch):
-    write(tmp_path / "model", num_experts_per_tok=2)
-    np.save(tmp_path / "ids.npy", make_text(20, 20).input_ids.numpy())
     names = "routing,norm_vs_score,prediction,coactivation,vocabulary,repeats,expert_outputs"
-
-    monkeypatch.setattr("probes.running.callback.ProbeCallback._draw", lambda *arguments, **options: None)
-    monkeypatch.setattr("probes.report.page.write_report", lambda folders, path: path)
-
-    def probe(out):
-        return main(["probe", str(tmp_path / "model"), "--out", str(tmp_path / out), "--probes", names,
-                     "--input-ids", str(tmp_path / "ids.npy")])  # fmt: skip
-
-    assert probe("whole") == 0
-    original = PROBES["norm_vs_score"].update
-
-    def stop_at_layer_2(self, view):
-        if view.index == 2:
-            raise KeyboardInterrupt
-        original(self, view)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(PROBES["norm_vs_score"], "update", stop_at_layer_2)
-        with pytest.raises((SystemExit, KeyboardInterrupt)):
-            probe("out")
-    reads = Reads(monkeypatch)
-    assert probe("out") == 0
+    probe, reads = stopped_and_continued(tmp_path, monkeypatch, "norm_vs_score", "--probes", names)
     assert not any(name.startswith(("model.layers.0.", "model.layers.1.", "model.embed")) for name, _ in reads)
     for name in names.split(","):
         whole, other = store.load_arrays(tmp_path / "whole", name), store.load_arrays(tmp_path / "out", name)
