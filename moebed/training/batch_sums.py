@@ -30,6 +30,11 @@ class BatchSums:
         self._whole: Tensor | None = None  # of all micro-batches; no gradient
         self._parts = 1
 
+    @property
+    def is_known(self) -> bool:
+        """Whether all that the optimizer step will add is known."""
+        return self._whole is not None
+
     @torch.no_grad()
     def know(self, micro_batches: Sequence[Sums]) -> None:
         """Say what each micro-batch of the optimizer step will add. All ranks call this together."""

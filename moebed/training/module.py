@@ -272,7 +272,7 @@ class MoEModule(LightningModule):
         """Language-model loss plus the weighted balancing losses of one micro-batch."""
         input_ids, labels = batch["input_ids"], batch["labels"]
         domain = batch["domain"] if self._mixing.counts_load else None
-        if self.config.router_aux_loss_scope == "window" and self._router_steps.begins:
+        if self.config.router_aux_loss_scope == "window" and self.config.moe_layers and not self._batch_counts.is_known:
             self._look_ahead(batch, batch_idx)
         terms = (self._terms or self._forward_terms)(input_ids, labels, domain, self._told(batch))
         tokens = (labels != IGNORE_INDEX).sum()

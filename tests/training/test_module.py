@@ -138,6 +138,8 @@ def test_global_scope_counts_the_window_so_far_and_window_scope_all_of_it(tmp_pa
     assert torch.equal(last, large)
     assert first.sum() == large.sum() / 2
     assert all(torch.equal(counts, large) for counts in seen["window", 2])
+    dense = _module(router_aux_loss_scope="window", num_experts=0, intermediate_size=32)
+    _trainer(tmp_path, 1, accumulate_grad_batches=2).fit(dense, datamodule=data(2))  # nothing to balance
 
 
 def test_window_scope_survives_a_step_that_is_left_out(tmp_path, data):

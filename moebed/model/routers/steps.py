@@ -39,11 +39,6 @@ class RouterSteps:
         self._place = rank, ranks
         self._tell(self._micro_batch)
 
-    @property
-    def begins(self) -> bool:
-        """Whether the micro-batch is the step's first."""
-        return self._micro_batch == 0
-
     def _tell(self, micro_batch: int) -> None:
         number = torch.tensor(self._step)
         for router in self._routers:
