@@ -264,18 +264,23 @@ def _shares(arrays: Arrays, scalars: dict[str, float]) -> Headline:
 def _next(arrays: Arrays, scalars: dict[str, float]) -> dict[str, Headline]:
     by = {part: scalars[f"next_by_{part}"] for part in NEXT}
     own = f"(its own layer's to {scalars['own_by_control']:.0%})"
+    within = {part: interval_of(arrays, f"next_by_{part}", by[part], within=SHARE) for part in ("control", "content")}
+    chance = {"control": max(by["random"], by["most_common"]), "content": by["most_common"]}
+
+    def no_more(part: str, what: str) -> str:
+        ends = within[part]
+        return f": no more than {what}." if by[part] <= chance[part] or (ends and ends[0] <= chance[part]) else "."
+
     sentences = {
         "control": f"The control, {scalars['rank']:.0f} numbers, names the next layer's first expert to "
         f"{by['control']:.1%} {own}; as many numbers of the content to {by['content_narrow']:.1%}, in directions drawn "
-        f"from the data to {by['random']:.1%}; the most used expert is right to {by['most_common']:.1%}.",
+        f"from the data to {by['random']:.1%}; the most used expert is right to {by['most_common']:.1%}"
+        + no_more("control", "any directions tell"),
         "content": f"The content, which the router does not see, names the next layer's first expert to "
         f"{by['content']:.1%} from {CONTENT} numbers at most, and its own layer's to {scalars['own_by_content']:.1%}; "
-        f"the most used expert is right to {by['most_common']:.1%}.",
+        f"the most used expert is right to {by['most_common']:.1%}" + no_more("content", "that"),
     }
-    return {
-        f"next_by_{part}": Headline(by[part], said, interval_of(arrays, f"next_by_{part}", by[part], within=SHARE))
-        for part, said in sentences.items()
-    }
+    return {f"next_by_{part}": Headline(by[part], said, within[part]) for part, said in sentences.items()}
 
 
 def _paths(scalars: dict[str, float]) -> Headline:

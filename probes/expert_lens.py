@@ -388,6 +388,7 @@ def _caused(arrays: Arrays, scalars: dict[str, float]) -> dict[str, Headline]:
     said = (
         f"What a token's first expert adds to the logit of the token that follows and what the loss rises by without "
         f"that expert, there alone, have rank correlation {value:+.2f} in layers {', '.join(map(str, found))}; "
-        f"{scalars['cause_rho_shuffled']:+.2f} with what it adds to one that follows elsewhere."
+        f"{scalars['cause_rho_shuffled']:+.2f} with what it adds to one that follows elsewhere. Random weights show it "
+        "too: it says how far the sum can be believed, not what was learned."
     )
     return {"cause_rho": Headline(value, said, interval_of(arrays, "cause_rho", value, found, (-1.0, 1.0)))}

@@ -59,7 +59,10 @@ def test_the_router_is_blind_to_content(make_decoder, text):
 def test_the_part_that_the_next_layer_follows_from_names_it(part):
     x = normal(TEXTS * LENGTH, HIDDEN)
     seen = x[:, :EXPERTS] if part == "control" else x[:, EXPERTS : 2 * EXPERTS]
-    scalars = found((x, x[:, :EXPERTS].argmax(axis=1)), (normal(*x.shape), seen.argmax(axis=1))).scalars
+    result = found((x, x[:, :EXPERTS].argmax(axis=1)), (normal(*x.shape), seen.argmax(axis=1)))
+    scalars = result.scalars
+    for one in ("control", "content"):
+        assert ("no more than" in result.headlines[f"next_by_{one}"].sentence) == (one != part)
     other = "content" if part == "control" else "control"
     assert scalars[f"next_by_{part}"] > 0.9
     assert scalars[f"next_by_{other}"] < scalars["next_by_most_common"] + 0.06

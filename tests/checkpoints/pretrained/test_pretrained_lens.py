@@ -64,6 +64,9 @@ def test_the_oracles(name):
         assert result.headlines
         for build in result.figures.values():
             to_rgb(build())
+    before, rho = (results[one].headlines[key].value for one, key in
+                   (("routing_ladder", "share_input_before"), ("expert_lens", "cause_rho")))  # fmt: skip
+    print(f"{name}: share_input_before {before:.2f}, cause_rho {rho:.2f}")
     low, high = results["expert_lens"].headlines["dla_specific"].interval
     assert low < 0 < high
     assert abs(results["routing_ladder"].headlines["share_position"].value) < 0.02
