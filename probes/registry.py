@@ -153,14 +153,20 @@ def make_probes(names: Sequence[str], options: Settings | None = None) -> list[P
     probes = []
     for name in names:
         probe, given = PROBES[name](), options.get(name, {})
-        known = [one.name for one in fields(probe.Options)]
+        known = {one.name: one.default for one in fields(probe.Options)}
         if not isinstance(given, Mapping):
             raise ConfigError(f"probes: the options of {name} are {given!r}; give them by name, such as {{ranks: 8}}")
         for key in given:
             if key not in known:
                 hint = did_you_mean(key, known, f"it has {', '.join(known) or 'none'}")
                 raise ConfigError(f"probes: {name} has no option {key!r}; {hint}")
-        probe.options = probe.Options(**given)
+        # A list of one number, such as layers=3, is read from a command line or a file as the number.
+        probe.options = probe.Options(
+            **{
+                key: str(of) if type(known[key]) is str and type(of) in (int, float) else of
+                for key, of in given.items()
+            }
+        )
         probes.append(probe)
     return probes
 

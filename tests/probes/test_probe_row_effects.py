@@ -13,6 +13,7 @@ from probes.figures.drawing import to_rgb
 from probes.measures.row_effects import DrawnTokens, smallest_seen, standardised
 from probes.observed_vs_needed import METRICS, ObservedVsNeeded, adjusted, high_less_low
 from probes.random_routes import RandomRoutes, percentiles
+from probes.registry import make_probes
 from probes.running.driver import needs_of, run_probes
 
 TEXTS, LENGTH = 24, 61
@@ -184,5 +185,7 @@ def test_where_there_is_nothing_to_compare_it_says_so(make_decoder, text):
     assert run_probes(walk(decoder, text, needs_of(probes)), probes)["observed_vs_needed"].notes
     with pytest.raises(ConfigError, match="layers is '1,x'"):
         RandomRoutes.Options(layers="1,x")
+    (one,) = make_probes(["random_routes"], {"random_routes": {"layers": 3}})  # as a command line has it
+    assert one.options.layers == "3"
     with pytest.raises(ConfigError, match="at least 1"):
         RandomRoutes.Options(routes=0)

@@ -9,6 +9,7 @@ from moebed.model.config import ModelConfig
 from moebed.model.decoder import Decoder
 from moebed.model.routers import ROUTERS, Routing
 from moebed.views import interventions as iv
+from moebed.views.branches import Branches
 from moebed.views.intervention_names import parse
 from moebed.views.layer import ProbeText
 from moebed.views.live import intervene
@@ -75,6 +76,8 @@ def test_refill_raises_what_is_not_renormalised():
 def test_of_fewer_than_k_all_run():
     _, kept = applied(iv.keep([3]))
     torch.testing.assert_close(kept, torch.tensor([[0.0, 0, 0, 1], [0, 0, 0, 1]]))
+    _, even = applied(iv.keep([3]), router="hash")  # which gives each of K the same, a logit of -inf or not
+    torch.testing.assert_close(even, torch.tensor([[0.0, 0, 0, 0.5], [0, 0, 0, 0.5]]))
     _, by_layer = applied(iv.keep({1: [3, 2], 2: [0]}))
     assert (by_layer != 0).tolist() == [[False, False, True, True]] * 2
 
@@ -245,6 +248,8 @@ def test_of_a_text_some_tokens_alone_are_changed(name):
     assert set(some[~drawn & (text.targets >= 0)].tolist()) == {0.0}
     assert bool((some[drawn & (text.targets >= 0)] != 0).any())
     assert bool(iv.drawn_tokens(5, 8).all())
+    place = iv.drawn_tokens(1000, 300).nonzero().float()
+    assert 450 < place.mean() < 550  # of all of the text
 
 
 def in_text(number, at):
@@ -272,6 +277,20 @@ def test_texts_may_be_reached_at_different_layers(monkeypatch):
     torch.testing.assert_close(found["both"], found["in 0"] + found["in 2"], rtol=0, atol=1e-6, equal_nan=True)
     for number, name in ((0, "in 0"), (2, "in 2")):
         assert float(found[name][text.sequence == number].nan_to_num().abs().max()) > 1e-3
+
+
+def test_texts_that_are_not_reached_are_not_run_again(monkeypatch):
+    seen, last = {}, Branches.last
+
+    def spied(self, targets):
+        seen.update({branch.intervention.name: branch.reached for branch in self.branches})
+        return last(self, targets)
+
+    monkeypatch.setattr(Branches, "last", spied)
+    text = text_of(7, 5, 9)
+    intervene(decoder_of(), text, [in_text(2, 1), iv.identity()])
+    assert seen["in 2"].tolist() == (text.sequence == 2).tolist()
+    assert bool(seen["identity"].all())
 
 
 @pytest.mark.parametrize("router", ["expert_norm", "autonomy"])
