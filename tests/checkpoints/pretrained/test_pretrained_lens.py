@@ -2,18 +2,17 @@
 
 import numpy as np
 import pytest
-import torch
 from checkpoint_files import write
-from test_pretrained_interventions import most_bytes
 from test_pretrained_text import CASES, make_text
 
 from moebed.checkpoints.pretrained import PretrainedMoE
 from moebed.cli import main
 from moebed.views.live import walk
+from probes.contract import ArrayName
 from probes.figures.drawing import to_rgb
 from probes.registry import BY_NAME_ONLY, PROBES
 from probes.running import store
-from probes.running.driver import needs_of, run_probes
+from probes.running.driver import ProbePass, needs_of, run_probes
 from tests.conftest import ORACLES
 
 NAMES = ("routing_ladder", "expert_lens", "control_content")
@@ -105,16 +104,17 @@ def test_a_stopped_pass_goes_on_to_the_same_numbers(tmp_path, monkeypatch):
             np.testing.assert_array_equal(other[key], value, err_msg=f"{name} {key}")
 
 
-@pytest.mark.slow
-def test_what_is_kept_grows_with_tokens_and_not_with_layers(tmp_path):
-    """Memory at work, counted as allocated: of a layer at a time."""
-    sizes = {"hidden_size": 128, "num_experts": 8, "num_experts_per_tok": 2}
-    text, most = make_text(*[100] * 6), []
-    for layers in (2, 6):
-        write(tmp_path / str(layers), num_hidden_layers=layers, **sizes)
-        probes = made()
-        model = PretrainedMoE(str(tmp_path / str(layers)), text=text, memory_budget="8MB")
-        most.append(most_bytes(lambda m=model, p=probes: [None for view in m.views(text, needs_of(p))]))
-        model.close()
-    assert most[1] < 1.1 * most[0]
-    assert torch.is_tensor(text.token_ids)
+def test_what_is_kept_of_a_token_is_what_is_said(tmp_path):
+    """No hidden states, nor outputs: all that is kept of each token and layer while the pass goes on."""
+    sizes = {"num_experts": 12, "num_experts_per_tok": 3, "hidden_size": 256}
+    decoder, text, probes = write(tmp_path, **sizes), make_text(*[24] * 3), made()
+    one_pass, tokens = ProbePass(probes), len(text.token_ids)
+    for view in walk(decoder, text, needs_of(probes)):
+        one_pass.show(view)
+    for probe in probes:
+        for layer in (1, 2):
+            mine = [array for name, array in probe.arrays.items() if ArrayName.of(name).layer == layer]
+            kept = sum(array.nbytes for array in mine if tokens in array.shape[:2])
+            said = probe.token_bytes(decoder.config, layer)
+            assert 0 < kept <= tokens * (said + 2 * decoder.config.layer(layer).num_experts_per_tok), probe.name
+            assert said < 4 * decoder.config.hidden_size
