@@ -107,8 +107,9 @@ class LatentEntry(PackedEntry):
 
 def _stored_bytes(entry: TensorEntry) -> int:
     rows = entry.shape[0] * entry.shape[1]
-    packed = isinstance(entry, PackedEntry)
-    return entry.stored_bytes(rows) if packed else rows * entry.shape[2] * entry.dtype.itemsize
+    if isinstance(entry, PackedEntry):
+        return entry.stored_bytes(rows)
+    return rows * entry.shape[2] * entry.dtype.itemsize
 
 
 def entry_of(
