@@ -17,6 +17,7 @@ from moebed.errors import ConfigError, did_you_mean
 from moebed.model.allocation import allocate
 from moebed.model.checks import check_latent, check_layer, check_numbers, check_ranks, check_sizes, require
 from moebed.model.hyper_config import HyperExperts, settle_hyper_experts
+from moebed.model.layer_config import LayerConfig as LayerConfig
 from moebed.model.rope_config import scaling_of
 from moebed.model.router_options import RouterOptions as RouterOptions  # for plug-ins: what a router imports of configs
 from moebed.model.router_options import setting as setting
@@ -411,22 +412,3 @@ def require_known(keys: Iterable[str], known: Collection[str], where: str = "") 
             near = did_you_mean(key, known)
             place = f" in {where}" if where else ""
             raise ConfigError(f"model config: unknown key {key!r}{place}" + (f"; {near}" if near else ""))
-
-
-@dataclass(frozen=True)
-class LayerConfig:
-    """What one layer has after its attention: E routed experts of width F, K of them a token, and shared experts."""
-
-    num_experts: int
-    num_experts_per_tok: int
-    moe_intermediate_size: int
-    num_shared_experts: int
-    shared_width: int | None = None  # where it is no number of experts
-    index: int = field(default=0, compare=False)  # of the layer
-
-    @property
-    def shared_intermediate_size(self) -> int:
-        """Width of the shared experts' one FFN; 0 where there is none."""
-        if not self.num_shared_experts:
-            return 0
-        return self.shared_width or self.num_shared_experts * self.moe_intermediate_size
