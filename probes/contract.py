@@ -141,11 +141,12 @@ class Probe:
         """
         return ()
 
-    def begin(self, step: int, earlier: Arrays) -> None:
+    def begin(self, step: int, earlier: Arrays, name: str = "") -> None:
         """Before a pass in training: the optimizer step, and the arrays that this probe stored at the probing before.
 
         A probe that follows something over training takes over what it needs of the steps before ``step``; a run that
-        was resumed may have left later ones.
+        was resumed may have left later ones. Of checkpoints that are given in order, ``step`` is the place and ``name``
+        what this one is called.
         """
 
     def begin_layer(self, view: LayerView) -> None:

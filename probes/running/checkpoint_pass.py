@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -99,8 +98,8 @@ class CheckpointPass:
                 continue
             known = {folder.name: store.load_arrays(folder, probe.name) for folder in earlier}
             for folder, arrays in zip(earlier, known.values(), strict=True):
-                ids: Any = [] if self.model.text is None else self.model.text.token_ids.cpu().numpy()
-                if not np.array_equal(arrays.get("token_ids", ()), ids):
+                text, seen = self.model.text, arrays.get("token_ids")
+                if text is None or seen is None or not np.array_equal(seen, text.token_ids.cpu().numpy()):
                     raise UserError(f"{folder} holds what {probe.name} saw of another text; give one that is alike")
             probe.begin(len(known), joined(list(known.values())), self.model.name)
             files = {folder.name: store.arrays_path(folder, probe.name) for folder in earlier}
