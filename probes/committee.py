@@ -241,8 +241,12 @@ def _draw(arrays: Arrays) -> Figure:
     even = {layer: top[layer] / len(curve) for layer, curve in curves.items()}
     drawing.depth_line(mass, even, drawing.MUTED, "even", dashed=True)
     mass.set_title("share of the most used experts", fontsize=10)
-    drawing.depth_line(apart, finite(numbers(arrays, "expert_part")), drawing.SERIES[1], "in all domains")
-    drawing.depth_line(apart, finite(numbers(arrays, "domain_part")), drawing.SERIES[2], "what a domain adds")
+    parts = {key: finite(numbers(arrays, key)) for key in ("expert_part", "domain_part")}
+    if any(parts.values()):
+        drawing.depth_line(apart, parts["expert_part"], drawing.SERIES[1], "in all domains")
+        drawing.depth_line(apart, parts["domain_part"], drawing.SERIES[2], "what a domain adds")
+    else:
+        apart.text(0.5, 0.5, "not known: a domain has one text", transform=apart.transAxes, ha="center", fontsize=9)
     apart.set_title("squared variation of shares", fontsize=10)
     drawing.depth_line(same, numbers(arrays, "top_jaccard"), drawing.SERIES[3], "measured")
     null = {layer: float(of[0]) for layer, of in by_layer(arrays, "top_jaccard_null").items()}

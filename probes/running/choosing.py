@@ -22,6 +22,7 @@ _CALLED = {
     Need.ACTIVATIONS: "activations",
     Need.PREDICTIONS: "predictions",
     Need.LOGITS: "logits",
+    Need.ATTRIBUTION: "parts of logits",
 }
 
 

@@ -22,6 +22,7 @@ from moebed.views.layer import Need
 from moebed.views.live import walk
 from probes.registry import make_probes
 from probes.running import store
+from probes.running import choosing
 from probes.running.choosing import probes_that_fit
 from probes.running.driver import needs_of, run_probes
 from probes.running.traced import trace_of_results
@@ -226,3 +227,7 @@ def test_an_array_is_not_believed_to_be_of_the_size_that_it_says(tmp_path):
     (tmp_path / "t.jsonl").write_text(json.dumps(line), encoding="utf-8")
     with pytest.raises(UserError, match="is no array in base64"):
         read_trace(tmp_path / "t.jsonl")
+
+
+def test_whatever_a_probe_needs_has_a_name_where_it_is_not_to_be_had():
+    assert set(choosing._CALLED) == set(Need)
