@@ -247,6 +247,7 @@ def _draw(arrays: Arrays) -> Figure:
         drawing.depth_line(apart, parts["domain_part"], drawing.SERIES[2], "what a domain adds")
     else:
         apart.text(0.5, 0.5, "not known: a domain has one text", transform=apart.transAxes, ha="center", fontsize=9)
+        apart.set_axis_off()
     apart.set_title("squared variation of shares", fontsize=10)
     drawing.depth_line(same, numbers(arrays, "top_jaccard"), drawing.SERIES[3], "measured")
     null = {layer: float(of[0]) for layer, of in by_layer(arrays, "top_jaccard_null").items()}

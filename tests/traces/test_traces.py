@@ -21,8 +21,7 @@ from moebed.traces.trace import RoutingTrace, text_of
 from moebed.views.layer import Need
 from moebed.views.live import walk
 from probes.registry import make_probes
-from probes.running import store
-from probes.running import choosing
+from probes.running import choosing, store
 from probes.running.choosing import probes_that_fit
 from probes.running.driver import needs_of, run_probes
 from probes.running.traced import trace_of_results
