@@ -55,5 +55,5 @@ def read_yaml(path: Path, called: str = "") -> Any:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(
-            f"{called} {path} cannot be read as YAML ({' '.join(str(error).split())}); mend it there".lstrip()
+            f"{called} {path} cannot be read ({' '.join(str(error).split())}); give a file of YAML".lstrip()
         ) from error

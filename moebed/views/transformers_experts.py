@@ -19,8 +19,6 @@ from moebed.model.routers import Routing
 from moebed.views.beside import ExpertSums
 from moebed.views.layer import ExpertKind, ExpertView, Need, Watch
 
-_COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
 
 def why_not_seen(module: Any) -> str | None:
     """Why experts cannot be run one by one; None if they can."""
@@ -30,7 +28,7 @@ def why_not_seen(module: Any) -> str | None:
         return "their matrices are not stacked tensors"
     if getattr(module, "_is_expert_parallel", False):
         return "they are spread over ranks by transformers"
-    if down.dtype not in _COMPUTED or first.dtype not in _COMPUTED:
+    if not all(one.dtype.is_floating_point and one.dtype.itemsize > 1 for one in (down, first)):
         return f"their matrices are packed as {down.dtype}; load the model in bfloat16 or float32"
     if down.is_meta or first.is_meta:
         return "their matrices are not in memory; load the model without offloading"

@@ -181,7 +181,7 @@ def _run(backend, layer, routing, x, target, function=None):
 
 def _reference(layer, routing, x, target):
     wide = Experts(tiny_config(num_experts=1, num_experts_per_tok=1), tiny_config().layer(0)).double()
-    wide.num_experts, wide.activation = layer.num_experts, layer.activation
+    wide.num_experts, wide.gating = layer.num_experts, layer.gating
     wide.gate_up_proj = torch.nn.Parameter(layer.gate_up_proj.double())
     wide.down_proj = torch.nn.Parameter(layer.down_proj.double())
     weight = routing.topk_weight.detach().double().requires_grad_()
