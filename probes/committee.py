@@ -94,26 +94,29 @@ class Committee(Probe):
     @classmethod
     def describe(cls, arrays: Arrays) -> ProbeResult:
         """Mean over layers in words, and curves over depth."""
-        mass, top = numbers(arrays, "mass"), numbers(arrays, "top")
-        if not mass:
+        if not numbers(arrays, "mass"):
             return ProbeResult(arrays, notes=["no layer has a choice of experts, and text"])
-        scalars = per_layer("top_mass", mass)
-        even = {layer: top[layer] / len(curve) for layer, curve in by_layer(arrays, "top_mass").items()}
-        value, chance = scalars["top_mass"], float(np.mean(list(even.values())))
-        headlines = {
-            "top_mass": Headline(
+        mass, top = finite(numbers(arrays, "mass")), numbers(arrays, "top")
+        scalars: dict[str, float] = {}
+        headlines: dict[str, Headline] = {}
+        notes: list[str] = []
+        if mass:
+            scalars |= per_layer("top_mass", mass) | per_layer("gini", finite(numbers(arrays, "gini")))
+            even = {layer: top[layer] / len(curve) for layer, curve in by_layer(arrays, "top_mass").items()}
+            value, chance = scalars["top_mass"], float(np.mean(list(even.values())))
+            headlines["top_mass"] = Headline(
                 value,
                 f"The most used experts, as many as a token has, get {value:.1%} of the assignments of texts on which "
                 f"they were not chosen ({chance:.1%} if all were used alike).",
                 interval_of(arrays, "mass", value, within=SHARE),
             )
-        }
-        scalars |= per_layer("gini", numbers(arrays, "gini"))
-        headlines["gini"] = Headline(
-            scalars["gini"],
-            f"The experts' loads, on texts that did not rank them, are unequal by {scalars['gini']:.2f} (Gini).",
-            interval_of(arrays, "gini", scalars["gini"]),
-        )
+            headlines["gini"] = Headline(
+                scalars["gini"],
+                f"The experts' loads, on texts that did not rank them, are unequal by {scalars['gini']:.2f} (Gini).",
+                interval_of(arrays, "gini", scalars["gini"]),
+            )
+        else:
+            notes.append("experts are ranked on some texts of a domain and measured on others: give two or more of it")
         apart, overlap = finite(numbers(arrays, "interaction")), numbers(arrays, "top_jaccard")
         for name in ("expert_part", "domain_part", "interaction"):
             scalars |= per_layer(name, finite(numbers(arrays, name)))
@@ -125,7 +128,6 @@ class Committee(Probe):
                 "all use some more; less what texts of one domain vary by.",
                 interval_of(arrays, "interaction", value, apart),
             )
-        notes = []
         if overlap:
             p = numbers(arrays, "top_jaccard_p")
             by_chance = {layer: float(of[0]) for layer, of in by_layer(arrays, "top_jaccard_null").items()}

@@ -138,10 +138,12 @@ class ControlContent(Probe):
     def _read_out(self, first: Mapping[int, np.ndarray], units: Units, split: Split) -> None:
         """Held-out accuracies in this layer and in the next."""
         parts = {key: by_layer(self.arrays, f"part_{key}") for key in ("control", "content", "random", "basis")}
-        experts = num_experts(self.arrays)
+        # A token without an expert, as some routers leave them, is a class of its own.
+        experts = {n: count + int((first[n] < 0).any()) for n, count in num_experts(self.arrays).items() if n in first}
+        label = {n: np.where(of < 0, experts[n] - 1, of).astype(np.int64) for n, of in first.items()}
 
         def put(key: str, layer: int, features: np.ndarray, of: int) -> None:
-            right = accuracy(features, first[of].astype(np.int64), split, experts[of]).astype(np.float64)
+            right = accuracy(features, label[of], split, experts[of]).astype(np.float64)
             keep(self, key, layer, right.mean(), units.means_without(right))
 
         for n in first:
@@ -152,7 +154,7 @@ class ControlContent(Probe):
             of = {"control": parts["control"][n], "content": parts["content"][n], "content_narrow": narrow}
             for key, features in (of | {"random": parts["random"][n]}).items():
                 put(f"next_by_{key}", n, features, following)
-            right = most_common(first[following].astype(np.int64), split).astype(np.float64)
+            right = most_common(label[following], split).astype(np.float64)
             keep(self, "next_by_most_common", n, right.mean(), units.means_without(right))
             both = [
                 parts["control"][one].astype(np.float32) @ parts["basis"][one].T for one in (n, following)

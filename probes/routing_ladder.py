@@ -138,7 +138,8 @@ class RoutingLadder(Probe):
             self.put("loss_by_text", layer, np.bincount(sequence, floor, len(domain)), FLOOR)
             self._sum_up(layer, in_sample(keys["bigram"], mine).sum())
         for rung in keys:
-            self.arrays[f"seen_{rung}"] = np.asarray(Keys(keys[rung], split, choices[layers[0]]).seen.mean())
+            seen = Keys(keys[rung], split, choices[layers[0]]).seen.mean()
+            self.arrays[f"seen_{rung}"] = np.asarray(seen, np.float32)
 
     def _sum_up(self, layer: int, memorised: float) -> None:
         losses = _losses(self.arrays, layer, ALL)

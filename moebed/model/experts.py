@@ -177,14 +177,14 @@ class Experts(nn.Module):
         """One expert's ``gate`` or ``up`` (F, H), or ``down`` (H, F)."""
         return self.matrix(name)[expert]
 
-    def bias(self, name: str) -> Tensor | None:
+    def bias_of(self, name: str) -> Tensor | None:
         """What is added to products with a matrix of all experts here: (E, F), of ``down`` (E, H); None if nothing."""
         stored = self._parameters.get(bias_name(name))
         return None if stored is None else self.local(stored)
 
     def gate_and_up(self, rows: Tensor, product: Product) -> Tensor:
         """Both projections (R, 2F) of rows (R, H), gate first, by a product of rows and matrices."""
-        found, gate, up = product(rows, self.local(self.gate_up_proj)), self.bias("gate"), self.bias("up")
+        found, gate, up = product(rows, self.local(self.gate_up_proj)), self.bias_of("gate"), self.bias_of("up")
         if gate is None or up is None:
             return found
         # As matrices of one column, whose gradients are summed in the same order each time.
@@ -192,7 +192,7 @@ class Experts(nn.Module):
 
     def down(self, inner: Tensor, weight: Tensor, product: Product) -> Tensor:
         """Outputs (R, H) of rows (R, F) that are times a weight (R,) already; a bias is multiplied here."""
-        found, bias = product(inner, self.local(self.down_proj)), self.bias("down")
+        found, bias = product(inner, self.local(self.down_proj)), self.bias_of("down")
         return found if bias is None else found + product(weight.unsqueeze(1), bias.unsqueeze(-1))
 
     def activate(self, expert: int, x: Tensor) -> Tensor:
@@ -204,7 +204,7 @@ class Experts(nn.Module):
         return self._project("down", expert, activated * self.gating.entered(self._project("up", expert, x)))
 
     def _project(self, name: str, expert: int, x: Tensor) -> Tensor:
-        bias = self.bias(name)
+        bias = self.bias_of(name)
         return F.linear(x, self.matrix(name)[expert], None if bias is None else bias[expert])
 
 

@@ -18,6 +18,8 @@ SIZES = {"family": "qwen3_moe", "num_experts": [0, 32, 0, 32], "num_hidden_layer
          "qk_norm": "head", "vocab_size": 300}  # fmt: skip
 TOKENS = 700
 SAID = ["--probes", "routing,norm_vs_score", "--save-logits"]
+# What these keep of a token they drop with the last layer (`test_what_is_kept_of_a_token_is_what_is_said`).
+WHILE_IT_GOES = {"routing_ladder", "expert_lens", "control_content"}
 KEPT = TOKENS * (2 * (4 * 32 + 8 * 4) + 2 * 4 * 32 + 4 * 300)  # routing, norms, logits
 
 
@@ -42,9 +44,11 @@ def test_no_probe_stores_much_more_of_a_token_than_it_says(checkpoint):
     for name, result in results.items():
         said = sum(PROBES[name].token_bytes(model.config, layer) for layer in (*model.config.moe_layers, None))
         stored = sum(value.nbytes for value in result.arrays.values() if value.ndim and len(value) == TOKENS) / TOKENS
-        assert said <= stored <= said + 80, name
+        lasts = 0 if name in WHILE_IT_GOES else said
+        assert lasts <= stored <= lasts + 80, name
         said_by[name] = said
-    assert {name for name, said in said_by.items() if said} == {"logits", "routing", "norm_vs_score", "activations"}
+    lasting = {"logits", "routing", "norm_vs_score", "activations"}
+    assert {name for name, said in said_by.items() if said} == lasting | WHILE_IT_GOES
 
 
 def _probe(checkpoint, out, *options):
