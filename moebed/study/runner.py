@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from moebed.errors import DivergedError, UserError
 from moebed.machine.termination import asked_to_end
 from moebed.study.files import read_json, write_json
+from moebed.study.identity import changes
 from moebed.study.lock import HeldError, RunLock
 from moebed.study.placement import Placement, visible_devices
 from moebed.study.progress import StudyBar, status_path
@@ -97,16 +98,11 @@ def check_unchanged(runs: Sequence[RunLike], out: Path) -> None:
             continue
         if record is None:
             raise UserError(f"{out / run.name} was not begun by this study; delete it, or choose another --out")
-        old = record["identity"]
-        changed = [
-            f"{key} was {old.get(key)!r} and is {run.identity.get(key)!r}"
-            for key in dict.fromkeys([*old, *run.identity])
-            if old.get(key) != run.identity.get(key)
-        ]
-        raise UserError(
-            f"{out / run.name} was begun with another config ({'; '.join(changed[:3])}); choose another --out, or "
-            "delete that folder to run it anew"
-        )
+        if changed := changes(record["identity"], run.identity):
+            raise UserError(
+                f"{out / run.name} was begun with another config ({'; '.join(changed[:3])}); choose another --out, or "
+                "delete that folder to run it anew"
+            )
 
 
 def is_finished(run: RunLike, out: Path) -> bool:

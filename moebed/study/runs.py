@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,25 +17,16 @@ from moebed.machine import provenance
 from moebed.model.config import ModelConfig
 from moebed.model.flops import count_parameters, flops_per_token
 from moebed.model.routers import cautions
+from moebed.study.identity import TEXT, fingerprint, known_as, settings_of
 from moebed.study.precision import KEY as PRECISION
 from moebed.study.precision import study_precision
 from moebed.study.progress import status_path
 from moebed.study.recipe import Overrides, Step, StudyRecipe
-from moebed.study.resolving import Resolved, as_arguments, flatten, resolve
+from moebed.study.resolving import Resolved, as_arguments, resolve
 from moebed.training.trainer import AUTO
 from moebed.upcycling.command import read_layers, read_options, read_settings, text_files
 from moebed.upcycling.upcycle import upcycled_config
 
-# Where things lie and what is shown while they are made: no part of what a run is.
-_NOT_IDENTITY = (
-    "trainer.default_root_dir",
-    "trainer.enable_progress_bar",
-    "checkpoint.dirpath",
-    "data.cache_dir",
-    "ckpt_path",
-    "model.init_from",
-)
-_SEEDS = ("seed_everything", "data.seed")
 _SAME_TEXT = ("data.batch_size", "data.rows_by_domain")  # in other batches, or other rows of a batch
 
 
@@ -110,11 +99,6 @@ class StudyPlan:
     precision_said: str = ""
 
 
-def fingerprint(identity: Mapping[str, Any]) -> str:
-    """Twelve hex digits that stand for plain data."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-
-
 def plan_study(recipe: StudyRecipe, out: Path) -> StudyPlan:
     """Check a study and lay out its runs below ``out``.
 
@@ -163,7 +147,7 @@ def _resolve_steps(recipe: StudyRecipe, steps: Sequence[Step], plan: StudyPlan, 
     code = _code_identity()
     upcycled: dict[str, Any] = {}  # what the model becomes before the step that follows
     for index, step in enumerate(steps):
-        after = {"after": fingerprint(found[-1].identity)} if found else {}
+        after = {"after": known_as(found[-1].kind, found[-1].identity, out)} if found else {}
         if step.kind == "upcycle":
             dense = found[-1].config
             assert dense is not None
@@ -206,10 +190,9 @@ def _resolve_steps(recipe: StudyRecipe, steps: Sequence[Step], plan: StudyPlan, 
             raise ConfigError(
                 "trainer.limit_val_batches is 0, but arms are compared by their loss on held-out text; take it out"
             )
-        flat = flatten(resolved.content)
-        identity = {key: value for key, value in flat.items() if key not in (*_NOT_IDENTITY, *_SEEDS)} | after
+        identity = settings_of(resolved.content) | after
         # Content tells the text of two days or two machines apart where paths do not.
-        identity |= code | {"data.content": provenance.fingerprint([Source(one).content() for one in resolved.sources])}
+        identity |= code | {TEXT: provenance.fingerprint([Source(one).content() for one in resolved.sources])}
         found.append(
             _CheckedStep(
                 "fit",
@@ -218,7 +201,7 @@ def _resolve_steps(recipe: StudyRecipe, steps: Sequence[Step], plan: StudyPlan, 
                 resolved.config,
                 number,
                 number * resolved.tokens_per_step,
-                from_random=not found and flat.get("model.init_from") is None,
+                from_random=not found and resolved.content["model"]["init_from"] is None,
                 devices=resolved.devices,
             )
         )
@@ -289,7 +272,7 @@ def _add_runs(plan: StudyPlan, arm: str, steps: Sequence[_CheckedStep], seed: in
     needs: Run | None = None
     for index, step in enumerate(steps):
         last = index == len(steps) - 1
-        part = f"runs/{arm}" if last else f"stages/{step.kind}_{fingerprint(step.identity)}"
+        part = f"runs/{arm}" if last else f"stages/{step.kind}_{known_as(step.kind, step.identity, out)}"
         name = f"{part}/seed_{seed}"
         folder = out / name
         identity = {**step.identity, "seed": seed}

@@ -6,8 +6,9 @@ import pytest
 import yaml
 
 from moebed.cli import main
-from moebed.errors import ConfigError
+from moebed.errors import ConfigError, UserError
 from moebed.study.recipe import read_recipe
+from moebed.study.runner import check_unchanged
 from moebed.study.runs import plan_study
 
 SIZES = {
@@ -265,6 +266,54 @@ def test_what_is_compared_was_run_with_this_config(study, tmp_path, capsys):
         "raw/seed_1 was begun with another config (model.config.num_experts was 8 and is 4)" in capsys.readouterr().err
     )
     assert not (out / "study.json").exists()
+
+
+def test_settings_that_came_later_and_have_their_default_change_nothing(study, tmp_path):
+    """A study is continued by a moebed that has more settings than the one that began it, in callbacks as well."""
+    probing = {"class_path": "probes.ProbeCallback", "init_args": {"probes": ["balance"]}}
+    path, out = study(settings={"trainer.callbacks": [probing]}), tmp_path / "out"
+    run = plan_study(read_recipe(path), out).runs["runs/raw/seed_1"]
+    (out / run.name).mkdir(parents=True)
+    (out / "status/runs/raw").mkdir(parents=True)
+
+    def begun(**changes):
+        kept = json.loads(json.dumps({**run.identity, **changes}))
+        del kept["model.config.experts_bias"], kept["trainer.callbacks"][0]["init_args"]["earlier"]
+        record = {"hash": "another", "identity": kept}
+        (out / "status/runs/raw/seed_1.json").write_text(json.dumps(record))
+
+    begun()
+    check_unchanged([run], out)
+    begun(torch="1.0")
+    with pytest.raises(UserError, match=r"another config .torch was '1.0' and is"):
+        check_unchanged([run], out)
+    begun(**{"model.config.num_experts": 8})
+    with pytest.raises(UserError, match=r"another config .model.config.num_experts was 8 and is 4.;"):
+        check_unchanged([run], out)
+    begun(**{"model.config.of_another_day": 1})
+    with pytest.raises(UserError, match="another config"):
+        check_unchanged([run], out)
+    run.identity["model.config.experts_bias"] = True
+    begun()
+    with pytest.raises(UserError, match="experts_bias was False and is True"):
+        check_unchanged([run], out)
+
+
+def test_earlier_steps_keep_their_folders_where_settings_came_later(study, tmp_path):
+    path, out = study(arms={"topk": {}, "copy": UPCYCLED}), tmp_path / "out"
+    runs = plan_study(read_recipe(path), out).runs
+    trained = next(name for name in runs if name.startswith("stages/fit_"))
+    identity = {key: value for key, value in runs[trained].identity.items() if key != "model.config.experts_bias"}
+    (out / "status/stages/fit_ofanotherday").mkdir(parents=True)
+    (out / "status/stages/fit_ofanotherday/seed_1.json").write_text(json.dumps({"hash": "x", "identity": identity}))
+    runs = plan_study(read_recipe(path), out).runs
+    assert trained not in runs
+    assert "stages/fit_ofanotherday/seed_2" in runs
+    upcycled = next(run for name, run in runs.items() if name.startswith("stages/upcycle_"))
+    assert upcycled.identity["after"] == "ofanotherday"
+    longer = {**UPCYCLED["steps"][0]["fit"], "trainer.max_steps": 5}
+    path = study(arms={"topk": {}, "copy": {"steps": [{"fit": longer}, *UPCYCLED["steps"][1:]]}})
+    assert not any("anotherday" in name for name in plan_study(read_recipe(path), out).runs)
 
 
 def test_tasks_come_after_every_run_that_counts(study, tmp_path):
