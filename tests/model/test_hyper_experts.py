@@ -361,9 +361,9 @@ def test_equal_rows_come_together(first):
 @pytest.mark.parametrize(("adapters", "top_k"), [("unchosen", 2), ("constant", 2), ("free", 1)])
 def test_a_training_step_is_one_graph(adapters, top_k):
     module = MoEModule(config_of(adapters, num_experts_per_tok=top_k)).train()
-    expected = module._forward_terms(IDS, IDS)
+    expected = module.losses.terms(IDS, IDS)
     torch._dynamo.reset()
-    found = torch.compile(module._forward_terms, fullgraph=True, backend="eager", dynamic=False)(IDS, IDS)
+    found = torch.compile(module.losses.terms, fullgraph=True, backend="eager", dynamic=False)(IDS, IDS)
     torch.testing.assert_close(found.nats, expected.nats)
 
 
