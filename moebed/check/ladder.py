@@ -27,7 +27,10 @@ LADDER: Ladder = (
             "kernels_models", "Are they right at the sizes of published models?", "moebed.check.kernels:models",
             85, 60, needs_gpu=True, environment=_REQUIRED,
         ),
-        _kernels("launches", "Do their launches ask nothing of the host, and stay within their tensors?"),
+        Step(
+            "kernels_launches", "Do their launches ask nothing of the host, and stay within their tensors?",
+            "moebed.check.launches:rows", 85, 60, environment=_REQUIRED, without_gpu=_INTERPRETED,
+        ),
     ),
     (
         Step(

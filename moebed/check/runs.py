@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 
 from moebed.check.contract import Found, Place, Row, Verdict
-from moebed.check.kernels import waits as noting_waits
+from moebed.check.launches import waits as noting_waits
 from moebed.checkpoints.checkpoint import Checkpoint
 from moebed.checkpoints.whole import load_decoder
 from moebed.data.datamodule import TextDataModule

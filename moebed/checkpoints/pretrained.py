@@ -6,7 +6,6 @@ E experts, H hidden, F expert intermediate.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -37,6 +36,7 @@ from moebed.checkpoints.texts import TextOptions, read_texts
 from moebed.errors import ConfigError, UserError
 from moebed.machine import provenance
 from moebed.machine.progress import say
+from moebed.machine.units import parse_bytes
 from moebed.model.config import ModelConfig
 from moebed.model.routers import ROUTERS
 from moebed.views.attribution import Words
@@ -46,7 +46,6 @@ from moebed.views.layer import MATRICES, HeadView, LayerView, Need, ProbeText
 from moebed.views.text_pass import Stream, TextPass, words
 
 _REFERENCE = "reference "  # its steps in the plan
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 class PretrainedMoE(LightningModule):
@@ -401,15 +400,3 @@ class PretrainedMoE(LightningModule):
 
 def _flat(pieces: Mapping[str, list[Piece]]) -> list[Piece]:
     return [piece for factors in pieces.values() for piece in factors]
-
-
-def parse_bytes(text: str | int) -> int:
-    """Bytes from a number or a string such as 8GiB, 500MB.
-
-    Raises:
-        ConfigError: It is no such string.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?i?b?)\s*", str(text), re.IGNORECASE)
-    if found is None or found.group(2).upper() not in _UNITS:
-        raise ConfigError(f"memory_budget is {text!r}; write it such as 8GiB or 500MB")
-    return int(float(found.group(1)) * _UNITS[found.group(2).upper()])

@@ -227,7 +227,6 @@ def _probe_streamed(
     earlier: list[str] | None,
 ) -> dict[int, str]:
     """Layer by layer, within the memory budget: layers that are missing, and why."""
-    from lightning.pytorch import Trainer
     from lightning.pytorch.callbacks import LambdaCallback
 
     from moebed.checkpoints.pretrained import PretrainedMoE
@@ -236,7 +235,7 @@ def _probe_streamed(
     from moebed.machine.allocator import keep_freed_blocks
     from moebed.machine.termination import ending_on_sigterm
     from moebed.training.command_line import say
-    from moebed.training.loggers import EventLog
+    from moebed.training.trainer import looking_trainer
     from probes.running.callback import ProbeCallback
 
     out, layers = Path(options["out"]), _listed(options["layers"])
@@ -255,16 +254,7 @@ def _probe_streamed(
     if kept := options.get("kept_dtype"):  # written once the folder is known to be this model's
         callbacks.append(LambdaCallback(on_predict_start=lambda *_: storage.write_text(_kept_dtype(out), kept)))
     keep_freed_blocks()
-    trainer = Trainer(
-        accelerator="cpu" if options["device"] == "cpu" else "gpu",
-        devices=1,
-        default_root_dir=out,
-        logger=EventLog(out),
-        callbacks=callbacks,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-    )
+    trainer = looking_trainer(out, "cpu" if options["device"] == "cpu" else "gpu", callbacks)
     try:
         with ending_on_sigterm():
             trainer.predict(model, return_predictions=False)

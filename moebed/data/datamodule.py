@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
 
@@ -15,7 +15,7 @@ from moebed.data.mixing import MixingConfig, start_weights
 from moebed.data.mixing_rules import RULES
 from moebed.data.planted_sources import alphabet_of, floors
 from moebed.data.sources import Source, SourceConfig
-from moebed.data.store import DomainStore, TokenStream, build_domain, gzip_size, is_validation
+from moebed.data.store import DomainStore, DomainSummary, TokenStream, build_domain, gzip_size, is_validation
 from moebed.data.streaming import StreamPacker
 from moebed.data.tokenizer import (
     AutoTokenizer,
@@ -32,18 +32,6 @@ from moebed.machine.cache import cache_folder, find_or_build, fingerprint
 STREAMING_VALIDATION_WINDOWS = 64
 _DEFAULT_TOKENIZER = TokenizerConfig()
 _SOURCES_OWN = MixingConfig()
-
-
-class DomainSummary(NamedTuple):
-    """What a domain holds; training numbers are None where it is streaming."""
-
-    domain: str
-    documents: int | None
-    train_tokens: int | None
-    validation_tokens: int
-    train_bytes: int | None
-    validation_bytes: int
-    bytes_per_token: float
 
 
 class TextDataModule(LightningDataModule):
@@ -400,15 +388,7 @@ class TextDataModule(LightningDataModule):
 
     def summary(self) -> list[DomainSummary]:
         """Returns a row for each domain: its documents, tokens and bytes in each split, and bytes per token."""
-        rows = []
-        for name, store in zip(self.domains, self.stores, strict=True):
-            train, validation = store.index["splits"].get("train"), store.index["splits"]["validation"]
-            both = [split for split in (train, validation) if split]
-            ratio = sum(split["bytes"] for split in both) / sum(split["tokens"] for split in both)
-            documents = train["documents"] + validation["documents"] if train else None
-            tokens, size = (train["tokens"], train["bytes"]) if train else (None, None)
-            rows.append(DomainSummary(name, documents, tokens, validation["tokens"], size, validation["bytes"], ratio))
-        return rows
+        return [store.summary() for store in self.stores]
 
 
 def _training_text(sources: list[Source], share: int, validation_fraction: float) -> Iterator[str]:

@@ -9,24 +9,21 @@ refused here.
 
 import csv
 import glob
-import gzip
-import json
 import re
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import chain, repeat
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal
 
 from moebed.data.corpus import EMBEDDED_DOMAINS, embedded_documents, embedded_identity
-from moebed.data.pieces import json_records, text_documents
+from moebed.data.file_formats import SUFFIXES, chosen, file_documents, suffix
 from moebed.data.planted import DEFAULT_MAX_BYTES as PLANTED_BYTES
 from moebed.data.planted import PLANTED_VERSION, PlantedConfig, PlantedLanguage, language_of
 from moebed.errors import ConfigError, UserError
 from moebed.machine.provenance import content_record, file_record
 
-_SUFFIXES = (".txt", ".csv", ".jsonl", ".json", ".parquet")
 # Of the data sets library; cache is what it kept of one of the others.
 _PACKAGED = "datasets.packaged_modules."
 _ALL = repeat(True)
@@ -184,9 +181,9 @@ class Source:
                 )
             found += [path for path in matches if path not in found]
         for path in found:
-            if _suffix(path) not in _SUFFIXES:
+            if suffix(path) not in SUFFIXES:
                 raise UserError(
-                    f"data source {self.config.name!r}: cannot read {path}; known kinds: {', '.join(_SUFFIXES)}"
+                    f"data source {self.config.name!r}: cannot read {path}; known kinds: {', '.join(SUFFIXES)}"
                 )
         return found
 
@@ -237,7 +234,7 @@ class Source:
         """
         config = self.config
         if config.kind == "embedded":
-            yield from _chosen(embedded_documents(config.embedded_domain, config.max_bytes), wanted)
+            yield from chosen(embedded_documents(config.embedded_domain, config.max_bytes), wanted)
         elif config.language is not None:
             for block in config.language.blocks():
                 yield from (block.documents[index] if next(wanted) else None for index in range(len(block)))
@@ -246,7 +243,7 @@ class Source:
         else:
             for path in self.files():
                 try:
-                    yield from self._file_documents(path, wanted)
+                    yield from file_documents(path, self.text_of, config.text_field, config.document_separator, wanted)
                 except (OSError, EOFError, UnicodeDecodeError, csv.Error, ValueError) as error:
                     raise UserError(
                         f"data source {config.name!r}: cannot read {path}: {_one_line(error)}; "
@@ -329,80 +326,10 @@ class Source:
                 f"only these are used: {', '.join(_BUILDERS)}"
             )
 
-    def _file_documents(self, path: Path, wanted: Iterator[bool]) -> Iterator[str | None]:
-        suffix = _suffix(path)
-        if suffix == ".parquet":
-            yield from self._parquet_documents(path, wanted)
-            return
-        opener: Any = gzip.open if path.suffix.lower() == ".gz" else open
-
-        def opened() -> Any:
-            # The csv module asks for newline=""; text and JSON keep their line ends too.
-            newline = "" if suffix == ".csv" else "\n"
-            return opener(path, "rt", encoding="utf-8-sig", newline=newline)
-
-        if suffix == ".txt":
-            yield from _chosen(text_documents(opened, self.config.document_separator), wanted)
-            return
-        with opened() as file:
-            if suffix == ".csv":
-                yield from _chosen(self._csv_documents(file), wanted)
-            elif suffix == ".jsonl":
-                yield from self._json_lines(file, wanted)
-            else:
-                yield from (self.text_of(record) if next(wanted) else None for record in json_records(file))
-
-    def _json_lines(self, file: Any, wanted: Iterator[bool]) -> Iterator[str | None]:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            if not next(wanted):
-                yield None
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"line {number} is no JSON ({error})") from error
-            yield self.text_of(record)
-
-    def _csv_documents(self, file: Any) -> Iterator[str]:
-        csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-        rows = csv.reader(file)
-        header = next(rows, [])
-        field = self.config.text_field
-        # A single column that opens with running text has no header; its cells are the documents.
-        if len(header) == 1 and field not in header and ("\n" in header[0] or len(header[0]) > 100):
-            yield from (row[0] for row in chain([header], rows) if row)
-            return
-        if header and field not in header:
-            self.text_of(dict.fromkeys(header))
-        yield from (row[header.index(field)] for row in rows if len(row) > header.index(field))
-
-    def _parquet_documents(self, path: Path, wanted: Iterator[bool]) -> Iterator[str | None]:
-        import pyarrow.parquet
-
-        with pyarrow.parquet.ParquetFile(path) as file:
-            if self.config.text_field not in file.schema_arrow.names:
-                self.text_of(dict.fromkeys(file.schema_arrow.names))
-            for batch in file.iter_batches(batch_size=256, columns=[self.config.text_field]):
-                values = batch.column(0)
-                yield from (
-                    self.text_of({self.config.text_field: values[row].as_py()}) if next(wanted) else None
-                    for row in range(len(values))
-                )
-
-
-def _chosen(texts: Iterator[str], wanted: Iterator[bool]) -> Iterator[str | None]:
-    return (text if next(wanted) else None for text in texts)
-
 
 def encodable(text: str) -> str:
     """Replaces what has no UTF-8 form: lone surrogates, which JSON can spell."""
     return text.encode("utf-8", "replace").decode()
-
-
-def _suffix(path: Path) -> str:
-    return Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
 
 
 def _file_identity(path: Path) -> list[object]:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -64,6 +64,18 @@ class TokenStream:
         return needed if maximum is None else min(needed, maximum)
 
 
+class DomainSummary(NamedTuple):
+    """What a domain holds; training numbers are None where it is streaming."""
+
+    domain: str
+    documents: int | None
+    train_tokens: int | None
+    validation_tokens: int
+    train_bytes: int | None
+    validation_bytes: int
+    bytes_per_token: float
+
+
 class DomainStore:
     """A finished domain folder, opened.
 
@@ -103,6 +115,15 @@ class DomainStore:
         size = int(stream.token_bytes[:end].sum(dtype=np.int64))
         with (self.folder / "validation.txt").open("rb") as file:
             return file.read(size)
+
+    def summary(self) -> DomainSummary:
+        """Returns its documents, tokens and bytes in each split, and bytes per token."""
+        train, validation = self.index["splits"].get("train"), self.index["splits"]["validation"]
+        both = [split for split in (train, validation) if split]
+        ratio = sum(split["bytes"] for split in both) / sum(split["tokens"] for split in both)
+        documents = train["documents"] + validation["documents"] if train else None
+        tokens, size = (train["tokens"], train["bytes"]) if train else (None, None)
+        return DomainSummary(self.name, documents, tokens, validation["tokens"], size, validation["bytes"], ratio)
 
 
 def gzip_size(text: bytes) -> int:

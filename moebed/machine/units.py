@@ -1,8 +1,13 @@
-"""Numbers as a person reads them."""
+"""Numbers as a person reads and writes them."""
 
 from __future__ import annotations
 
+import re
+
+from moebed.errors import ConfigError
+
 _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+_BYTES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def human(value: float, unit: str = "") -> str:
@@ -11,3 +16,15 @@ def human(value: float, unit: str = "") -> str:
         if value >= size:
             return f"{value / size:.3g} {prefix}{unit}"
     return f"{value:.3g} {unit}".rstrip()
+
+
+def parse_bytes(text: str | int) -> int:
+    """Bytes from a number or a string such as 8GiB, 500MB.
+
+    Raises:
+        ConfigError: It is no such string.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?i?b?)\s*", str(text), re.IGNORECASE)
+    if found is None or found.group(2).upper() not in _BYTES:
+        raise ConfigError(f"memory_budget is {text!r}; write it such as 8GiB or 500MB")
+    return int(float(found.group(1)) * _BYTES[found.group(2).upper()])

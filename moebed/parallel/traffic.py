@@ -28,13 +28,13 @@ class TripBytes(NamedTuple):
         return self.out + self.back
 
 
-def bytes_per_trip(hidden_size: int, itemsize: int, top_k: int, recomputed: bool = False) -> TripBytes:
+def bytes_per_trip(hidden_size: int, itemsize: int, top_k: int, repeated: int = 0) -> TripBytes:
     """Forward, a row of c·H bytes, K weights and K experts go out, and c·H come back; the gradients of rows and weights
-    take the same ways in reverse. Recomputation repeats the forward pass.
+    take the same ways in reverse. The forward pass may be repeated so many times, as by recomputation.
 
     Counts of 2·X int64 a pass are left out, and so is that a router without gradient sends no gradient of weights.
     """
-    row, passes = itemsize * hidden_size, 2 if recomputed else 1
+    row, passes = itemsize * hidden_size, 1 + repeated
     weights, experts = WEIGHT_BYTES * top_k, INDEX_BYTES * top_k
     return TripBytes(passes * (row + weights + experts) + row, passes * row + row + weights)
 

@@ -169,7 +169,8 @@ def moments(setup: Setup, max_violation: float = 0.0) -> Iterator[Moment]:
     """The moments of a step after the first that can be its peak, in order.
 
     The trainer frees the last step's gradients only between forward and backward pass, and with several micro-batches a
-    step keeps them through all but the first, so gradients and activations are alive together.
+    step keeps them through all but the first, so gradients and activations are alive together. A step that looks ahead
+    keeps no activations meanwhile, so that its peak is one of these too.
     """
     config, parameter = setup.config, setup.precision.parameter
     outer, *blocks = all_shapes(setup)

@@ -27,7 +27,8 @@ class Plan:
         active_parameters: For one token.
         rank_parameters: On one rank; every rank holds as many, padding included.
         forward_flops_per_token: A multiply-add as two; of HyperMoE's generator, its share in a micro-batch.
-        training_flops_per_token: Forward and backward, and recomputation of the blocks with activation checkpointing.
+        training_flops_per_token: Forward and backward, recomputation of the blocks with activation checkpointing, and
+            the forward pass more of a step that looks ahead (``router_aux_loss_scope: window``).
         tokens_per_rank: In a micro-batch.
         tokens_per_step: Over all ranks and micro-batches.
         expert_tokens_per_step: Assignments to one expert in a step, on average, for each layer; 0 in a dense one.
@@ -99,7 +100,9 @@ def make_plan(setup: Setup) -> Plan:
         active_parameters=active,
         rank_parameters=sum(memory.rank_elements(setup, shapes) for shapes in (outer, *blocks)),
         forward_flops_per_token=forward,
-        training_flops_per_token=3 * forward + (forward - head if setup.checkpointing else 0),
+        training_flops_per_token=(
+            3 * forward + (forward - head if setup.checkpointing else 0) + (forward if setup.looks_ahead else 0)
+        ),
         tokens_per_rank=setup.tokens,
         tokens_per_step=setup.tokens_per_step,
         expert_tokens_per_step=loads,

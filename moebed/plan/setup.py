@@ -115,6 +115,12 @@ class Setup:
         return not self.layout.shard and self.layout.expert == 1 and self.world_size > 1
 
     @property
+    def looks_ahead(self) -> bool:
+        """Whether a step begins with a forward pass more over its micro-batches, for the balancing losses."""
+        is_window = self.config.router_aux_loss_scope == "window" and bool(self.config.moe_layers)
+        return is_window and self.accumulate > 1
+
+    @property
     def router_keeps_input(self) -> bool:
         """Whether the router's backward pass needs what it was given."""
         return ROUTERS[self.config.router].keeps_input

@@ -22,13 +22,14 @@ def all_to_all_bytes(setup: Setup, index: int) -> float:
     """One MoE layer's, of a rank in a step, with the experts of each token drawn evenly from all (``even_trips``).
 
     Forward, each token goes once to every rank that has some of its experts, c·H bytes with K weights and indices, and
-    c·H come back; gradients take the same ways in the backward pass; recomputation repeats the forward pass.
-    (X - 1) / X of it leaves the rank. Counts of 2·X int64 a pass are left out.
+    c·H come back; gradients take the same ways in the backward pass; recomputation repeats the forward pass, as does a
+    step that looks ahead. (X - 1) / X of it leaves the rank. Counts of 2·X int64 a pass are left out.
     """
     config, layer = setup.config, setup.config.layer(index)
     if not layer.num_experts:
         return 0.0
-    each = bytes_per_trip(config.hidden_size, setup.precision.compute, layer.num_experts_per_tok, setup.checkpointing)
+    repeated = setup.checkpointing + setup.looks_ahead
+    each = bytes_per_trip(config.hidden_size, setup.precision.compute, layer.num_experts_per_tok, repeated)
     return setup.accumulate * setup.trips(index) * each.both * _ring(setup.layout.expert)
 
 
@@ -43,13 +44,13 @@ def _groups(setup: Setup) -> list[tuple[int, int]]:
 def fsdp_bytes(setup: Setup) -> tuple[float, float]:
     """All-gathers and reduce-scatters of a rank in a step; 0 where nothing is sharded.
 
-    Each block is gathered in c bytes for the forward pass and again for the backward pass, and its gradients are
-    reduced and scattered in float32, in every micro-batch.
+    Each block is gathered in c bytes for the forward pass and again for the backward pass, and once more where a step
+    looks ahead; its gradients are reduced and scattered in float32, in every micro-batch.
     """
     if not setup.gathers:
         return 0.0, 0.0
     sent = setup.accumulate * sum(elements * _ring(ranks) for elements, ranks in _groups(setup))
-    return 2 * setup.gathered_bytes * sent, REDUCED * sent
+    return (3 if setup.looks_ahead else 2) * setup.gathered_bytes * sent, REDUCED * sent
 
 
 def all_reduce_bytes(setup: Setup) -> float:

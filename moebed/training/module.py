@@ -5,11 +5,9 @@ B sequences, S positions, T = B·S tokens, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
@@ -17,7 +15,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from moebed.checkpoints.checkpoint import Checkpoint
-from moebed.checkpoints.families.base import NOT_IN_CHECKPOINTS, beside_experts, same_setting
 from moebed.checkpoints.whole import fill
 from moebed.data.loader import documents_of_tokens, domains_of_tokens
 from moebed.data.mixing import MixingConfig
@@ -26,50 +23,28 @@ from moebed.errors import ConfigError, UserError
 from moebed.machine.progress import say
 from moebed.model.config import ModelConfig
 from moebed.model.decoder import Decoder, MoE, evaluating
-from moebed.model.locality import Placement, locality_loss
-from moebed.model.losses import (
-    IGNORE_INDEX,
-    domain_counts,
-    load_balancing_loss,
-    router_stats,
-    sequence_balancing_loss,
-    token_losses,
-)
-from moebed.model.routers import RouterSteps, Routing, cautions
+from moebed.model.locality import Placement
+from moebed.model.losses import IGNORE_INDEX, token_losses
+from moebed.model.routers import RouterSteps, cautions
 from moebed.model.routers.locmoe_plus import choosing_tokens
 from moebed.model.routers.reference import check_domains
 from moebed.parallel.gathered import GatheredModel
 from moebed.parallel.strategy import MeshStrategy
-from moebed.training.batch_sums import BatchSums
 from moebed.training.callbacks import validation_is_due
 from moebed.training.lightning_private import forget_step_values
 from moebed.training.loggers import log_numbers
 from moebed.training.metrics import TextLoss, bits_per_byte
 from moebed.training.not_finite import NotFinite
 from moebed.training.optim import OptimizerConfig, build_optimizer, gradient_norm, scale_gradients
-from moebed.training.routing_log import COUNTS, ENTROPY, StepRouting
+from moebed.training.routing_log import StepRouting
+from moebed.training.same_config import require_same_run, require_start
 from moebed.training.schedule import SchedulePlan
 from moebed.training.step_log import StepLog, is_due, is_logged
+from moebed.training.step_losses import StepLosses, Told
 from moebed.views.layer import HeadView, LayerView, Need, ProbeText
 from moebed.views.live import walk, walk_model
 
 Batch = dict[str, Tensor]
-
-
-class StepTerms(NamedTuple):
-    """What one forward pass gives to the losses; lists have an entry for each MoE layer."""
-
-    nats: Tensor  # (B,) summed cross entropy of each sequence, in nats
-    counts: list[Tensor]  # (E,) assignments to each expert
-    mean_probs: list[Tensor]  # (E,) mean router probability
-    z_losses: list[Tensor]  # ()
-    router_losses: list[dict[str, Tensor]]  # () by name, what a layer asks for beside
-    router_sums: list[dict[str, Tensor]]  # (E,) by name, what a layer's losses of the batch are made of
-    entropies: list[Tensor]  # () mean entropy of the router probabilities
-    domain_counts: Tensor | None = None  # (D, E) of each domain in the last MoE layer, where the data ask for it
-    # In training alone:
-    sequence_losses: Sequence[Tensor] = ()  # () load-balancing loss of each sequence by itself
-    statistics: Sequence[dict[str, Tensor]] = ()  # by name, what a router adapts to beside its load
 
 
 class MoEModule(LightningModule):
@@ -117,13 +92,12 @@ class MoEModule(LightningModule):
                 "model.compile is on, but there can be more sets of experts than hyper_experts makes adapters of at a "
                 "time; turn compile off"
             )
-        self._router_steps = RouterSteps(self.decoder.routers)
-        self._terms = torch.compile(self._forward_terms, fullgraph=True, dynamic=False) if compile else None
+        self.router_steps = RouterSteps(self.decoder.routers)
+        self.step_log = StepLog()
+        self.losses = StepLosses(self.decoder, self.step_log)
+        self._compiled_terms = torch.compile(self.losses.terms, fullgraph=True, dynamic=False) if compile else None
         self._laid_out = False
-        self._batch_counts, self._batch_sums = BatchSums(), BatchSums()  # assignments; what routers ask for
-        self._step_log = StepLog()
         self.step_routing: StepRouting | None = None  # of the last step that was logged
-        self._is_shown = True  # whether the log shows this step
         self._begins_step = True
         self._plan: SchedulePlan | None = None
         self._former_plan: dict[str, Any] = {}
@@ -163,12 +137,12 @@ class MoEModule(LightningModule):
         if isinstance(strategy, MeshStrategy) and not self._laid_out:
             strategy.layout.apply(self.decoder, strategy.root_device)
             self._laid_out = True
-            if self._terms is not None:
+            if self._compiled_terms is not None:
                 self._compile_parts()
 
     def _compile_parts(self) -> None:
         """Compile what lies between the points where ranks meet: attention, and FFNs that every token passes."""
-        self._terms = None
+        self._compiled_terms = None
         for block in self.decoder.blocks:
             ffn = block.mlp.shared_expert if isinstance(block.mlp, MoE) else block.mlp
             for part in (block.self_attn, ffn):
@@ -185,6 +159,7 @@ class MoEModule(LightningModule):
         self.check_data(data, self.trainer.world_size)
         self.decoder.stand_for(self.trainer.global_rank, self.trainer.world_size)
         self._mixing = getattr(data, "mixing", self._mixing)
+        self.losses.num_domains = len(self._mixing.domains)
         if stage == "fit":
             self._mixing.check(data, self.trainer, self.config.moe_layers)
         self._val_loss = TextLoss(len(data.domains)).to(self.device)
@@ -214,14 +189,7 @@ class MoEModule(LightningModule):
         """The checkpoint that training starts from; raises UserError if it is missing or of another model."""
         assert self.init_from is not None
         checkpoint = Checkpoint.open(self.init_from)
-        ours, theirs = self.config.to_dict(), checkpoint.config.to_dict()
-        may_differ = NOT_IN_CHECKPOINTS | beside_experts(self.config, checkpoint.config).keys()
-        other = [key for key in ours if key not in may_differ and not same_setting(self.config, theirs, key)]
-        if other:
-            raise ConfigError(
-                f"model.init_from: {self.init_from} has {other[0]} {theirs[other[0]]!r} but model.config has "
-                f"{ours[other[0]]!r}; `moebed upcycle` writes a start.yaml with the config that fits"
-            )
+        require_start(self.config, checkpoint, self.init_from)
         return checkpoint
 
     def configure_optimizers(self) -> Any:
@@ -238,20 +206,19 @@ class MoEModule(LightningModule):
         Lightning's own clipping refuses fused optimizers under mixed precision, although bf16 has no loss scaling.
         The norm before clipping is logged.
         """
-        self._batch_counts.forget()
-        self._batch_sums.forget()
+        self.losses.end_step()
         parameters = list(self.decoder.parameters())
         norm = gradient_norm(parameters)
-        self._note("grad_norm", norm)
+        self.step_log.note("grad_norm", norm)
         if self.not_finite.skips(self.trainer, norm):
             optimizer.zero_grad(set_to_none=True)  # AdamW leaves a parameter without a gradient as it is
-            self._router_steps.forget()
+            self.router_steps.forget()
             self._mixing.forget()
             self._log_step()
             return
-        numbers: dict[str, Tensor | float] = {**self._router_steps.end(), **self._mixing.numbers()}
+        numbers: dict[str, Tensor | float] = {**self.router_steps.end(), **self._mixing.numbers()}
         for name, value in numbers.items():
-            self._note(name, value)
+            self.step_log.note(name, value)
         self._mixing.end_step()
         self._log_step()
         if gradient_clip_val and gradient_clip_algorithm == "value":
@@ -261,64 +228,50 @@ class MoEModule(LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Routers learn which optimizer step this is part of; the log of the one before is closed."""
-        self._router_steps.begin(self.global_step, self.global_rank, self.trainer.world_size)
-        self._is_shown = is_due(self.trainer, self.global_step + 1)
+        self.router_steps.begin(self.global_step, self.global_rank, self.trainer.world_size)
+        self.losses.is_shown = is_due(self.trainer, self.global_step + 1)
         if self._begins_step:
             self._begins_step = False
-            self._step_log.clear()
+            self.step_log.clear()
             forget_step_values(self.trainer)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Language-model loss plus the weighted balancing losses of one micro-batch."""
-        input_ids, labels = batch["input_ids"], batch["labels"]
+        if self.losses.needs_window:
+            self.losses.look_ahead([self._inputs(one) for one in self._window(batch, batch_idx)], self.router_steps)
         domain = batch["domain"] if self._mixing.counts_load else None
-        if self.config.router_aux_loss_scope == "window" and self.config.moe_layers and not self._batch_counts.is_known:
-            self._look_ahead(batch, batch_idx)
-        terms = (self._terms or self._forward_terms)(input_ids, labels, domain, self._told(batch))
-        tokens = (labels != IGNORE_INDEX).sum()
+        terms = (self._compiled_terms or self.losses.terms)(*self._inputs(batch), domain)
+        tokens = (batch["labels"] != IGNORE_INDEX).sum()
         nats = terms.nats.sum()
         loss = nats / tokens
-        self._note("loss", loss)
-        self._note("bits_per_byte", bits_per_byte(nats, batch["label_bytes"].sum()))
+        self.step_log.note("loss", loss)
+        self.step_log.note("bits_per_byte", bits_per_byte(nats, batch["label_bytes"].sum()))
         group = self.trainer.optimizers[0].param_groups[0]
-        self._note("learning_rate", group["lr"] / group.get("width", 1.0))
-        total = loss + self._balancing_losses(terms) + self._router_losses(terms) + self._batch_losses(terms)
-        self._router_steps.add(terms.counts, tokens, terms.statistics)
+        self.step_log.note("learning_rate", group["lr"] / group.get("width", 1.0))
+        total = self.losses.total(loss, terms)
+        self.router_steps.add(terms.counts, tokens, terms.statistics)
         if terms.domain_counts is not None:
             self._mixing.add(terms.domain_counts)
         self.not_finite.watch(total, terms.z_losses)
         return total
 
-    @torch.no_grad()
-    def _look_ahead(self, batch: Batch, batch_idx: int) -> None:
-        """Route all micro-batches of the step that begins with this one, so that the balancing losses know its load.
-
-        The gradient of E · Σ f_i P_i over a step is exact only if each micro-batch knows f_i of all: f_i is a factor of
-        every P_i's gradient, of which micro-batches before have kept nothing. Nothing else is exact without keeping
-        their graphs, which is the memory that accumulation saves. What is drawn from torch's generators is drawn again.
-        """
+    def _window(self, batch: Batch, batch_idx: int) -> list[Batch]:
+        """The micro-batches of the optimizer step that begins with this one."""
         left = self.trainer.num_training_batches - batch_idx  # an epoch may end within a step
         count = int(min(self.trainer.accumulate_grad_batches, left))
         if count == 1:
-            return
-        ahead = [self.transfer_batch_to_device(later, self.device, 0) for later in self._upcoming(count - 1)]
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            terms = [
-                self._forward_terms(one["input_ids"], one["labels"], told=self._told(one))
-                for one, _ in zip([batch, *ahead], self._router_steps.ahead(count), strict=True)
-            ]
-        self._batch_counts.know([_by_layer(one.counts) for one in terms])
-        if any(terms[0].router_sums):
-            self._batch_sums.know([one.router_sums for one in terms])
-
-    def _upcoming(self, count: int) -> list[Batch]:
+            return [batch]
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if not hasattr(data, "upcoming"):
             raise UserError(
                 f"model.config.router_aux_loss_scope is window, but {type(data).__name__} does not say which batches "
                 "come next (upcoming); use global"
             )
-        return data.upcoming(count)
+        return [batch, *(self.transfer_batch_to_device(later, self.device, 0) for later in data.upcoming(count - 1))]
+
+    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Told]:
+        """Ids and labels (B, S), and what routers are told of the tokens beside."""
+        return batch["input_ids"], batch["labels"], self._told(batch)
 
     def _told(self, batch: Batch) -> dict[str, Tensor]:
         """What routers are told of the tokens beside their ids, where one asks for it: domain, and document, (B, S).
@@ -333,118 +286,13 @@ class MoEModule(LightningModule):
             told["document"] = documents_of_tokens(batch["input_ids"], end)
         return told
 
-    def _forward_terms(
-        self,
-        input_ids: Tensor,
-        labels: Tensor,
-        domain: Tensor | None = None,
-        told: Mapping[str, Tensor] = MappingProxyType({}),
-    ) -> StepTerms:
-        logits, routings = self.decoder(input_ids, **told)
-        mask = (labels != IGNORE_INDEX).flatten()
-        stats = [router_stats(routing, mask) for routing in routings]
-        domains = len(self._mixing.domains)
-        if self.training and self.config.locality_loss_coef:
-            where = self.decoder.placement, self.config.locality_epsilon
-            for routing, layer in zip(routings, stats, strict=True):
-                layer.losses["locality"] = locality_loss(routing.router_probs, mask, *where)
-        return StepTerms(
-            token_losses(logits, labels).sum(dim=1),
-            [layer.counts for layer in stats],
-            [layer.mean_probs for layer in stats],
-            [layer.z_loss for layer in stats],
-            [layer.losses for layer in stats],
-            [layer.sums for layer in stats],
-            [layer.entropy for layer in stats],
-            None if domain is None else domain_counts(routings[-1], mask, domain, domains),
-            self._sequence_losses(routings, mask, len(input_ids)) if self.training else (),
-            self._statistics(routings, mask) if self.training else (),
-        )
-
-    def _sequence_losses(self, routings: Sequence[Routing], mask: Tensor, num_sequences: int) -> list[Tensor]:
-        """Of each layer; where they are not the loss only the log asks for them, of the steps that it shows."""
-        is_loss = self.config.router_aux_loss_scope == "sequence"
-        if not is_loss and not self._is_shown:
-            return []
-        with torch.set_grad_enabled(torch.is_grad_enabled() and is_loss):
-            return [sequence_balancing_loss(routing, mask, num_sequences) for routing in routings]
-
-    def _statistics(self, routings: Sequence[Routing], mask: Tensor) -> list[dict[str, Tensor]]:
-        routers = self.decoder.routers
-        return [router.statistics(routing, mask) for router, routing in zip(routers, routings, strict=True)]
-
-    def _balancing_losses(self, terms: StepTerms) -> Tensor:
-        """Weighted sum of the balancing losses, each a mean over the MoE layers; logs them unweighted."""
-        zero = terms.nats.new_zeros(())
-        if not terms.counts:
-            return zero
-        counts = terms.counts
-        if self._joins_batches:
-            counts = [layer["counts"] for layer in self._batch_counts.of_all(_by_layer(counts))]
-        pairs = zip(terms.mean_probs, counts, strict=True)
-        together = torch.stack([load_balancing_loss(probs, count) for probs, count in pairs]).mean()
-        balance = together
-        if terms.sequence_losses:
-            by_sequence = torch.stack(list(terms.sequence_losses)).mean()
-            self._note("sequence_specialisation", (by_sequence - together).detach())
-            balance = by_sequence if self.config.router_aux_loss_scope == "sequence" else together
-        z_loss = torch.stack(terms.z_losses).mean()
-        self._note("load_balancing_loss", balance)
-        self._note("router_z_loss", z_loss)
-        violation = torch.stack([count.max() / count.mean() - 1 for count in terms.counts]).mean()
-        self._note("max_violation", violation)
-        self._step_log.note(COUNTS, torch.cat(terms.counts))
-        self._step_log.note(ENTROPY, torch.stack(terms.entropies))
-        for coefficient, value in (
-            (self.config.router_aux_loss_coef, balance),
-            (self.config.router_z_loss_coef, z_loss),
-        ):
-            if coefficient:
-                zero = zero + coefficient * value
-        return zero
-
-    def _router_losses(self, terms: StepTerms) -> Tensor:
-        """Weighted sum of what the layers ask for beside, a mean over the MoE layers; logs each, unweighted.
-
-        A loss that some layers alone have in this step is logged as the mean of those.
-        """
-        total = terms.nats.new_zeros(())
-        found: dict[str, list[Tensor]] = {}
-        for router, losses in zip(self.decoder.routers, terms.router_losses, strict=True):
-            coefficients = {**router.loss_coefficients(), **self.config.layer_losses}
-            for name, value in losses.items():
-                total = total + coefficients[name] * value / len(terms.router_losses)
-                found.setdefault(name, []).append(value)
-        for name, values in found.items():
-            self._note(f"{name}_loss", torch.stack(values).mean())
-        return total
-
-    def _batch_losses(self, terms: StepTerms) -> Tensor:
-        """Weighted sum over the layers of the routers' losses of a batch; logs each, unweighted, as a mean."""
-        total = terms.nats.new_zeros(())
-        sums = terms.router_sums
-        if self._joins_batches and any(sums):
-            sums = self._batch_sums.of_all(sums)
-        found: dict[str, list[Tensor]] = {}
-        for router, layer in zip(self.decoder.routers, sums, strict=True):
-            for name, value in router.batch_losses(layer).items():
-                total = total + router.loss_coefficients()[name] * value
-                found.setdefault(name, []).append(value)
-        for name, values in found.items():
-            self._note(f"{name}_loss", torch.stack(values).mean())
-        return total
-
-    def _note(self, name: str, value: Tensor | float) -> None:
-        """Keep a number of this step for the log."""
-        self._step_log.note(f"train/{name}", value)
-
     def _log_step(self) -> None:
         """The step has ended: log it, means over its micro-batches and over ranks, if it is one that is logged."""
         self._begins_step = True
         if not is_logged(self.trainer, self.global_step + 1):
             return
-        numbers, vectors = self._step_log.read(self.trainer.world_size)
-        self.step_routing = self._routing_of(vectors)
+        numbers, vectors = self.step_log.read(self.trainer.world_size)
+        self.step_routing = StepRouting.read(self.config, vectors)
         if self.step_routing is not None:
             numbers |= self.step_routing.numbers()
             if is_due(self.trainer, self.global_step + 1):
@@ -453,22 +301,9 @@ class MoEModule(LightningModule):
             shown = name in ("train/loss", "train/bits_per_byte")
             self.log(name, torch.tensor(value), prog_bar=shown)  # in main memory: nobody waits to show it
 
-    def _routing_of(self, vectors: dict[str, np.ndarray]) -> StepRouting | None:
-        """What the routers did in the step; None of a dense model."""
-        if COUNTS not in vectors:
-            return None
-        layers = self.config.moe_layers
-        sizes = [self.config.layer(layer).num_experts for layer in layers]
-        return StepRouting.of(layers, sizes, vectors[COUNTS], vectors[ENTROPY])
-
     def step_metrics(self) -> dict[str, float]:
         """Numbers of the last step, whether it was logged or not; all ranks call this together."""
-        return self._step_log.read(self.trainer.world_size)[0]
-
-    @property
-    def _joins_batches(self) -> bool:
-        """Whether balancing losses are of more than one micro-batch of one rank."""
-        return self.config.router_aux_loss_scope in ("global", "window")
+        return self.step_log.read(self.trainer.world_size)[0]
 
     # Validation ----------------------------------------------------------------------------------------------------
 
@@ -481,7 +316,7 @@ class MoEModule(LightningModule):
                 self._add_text_loss(self._expert_choice_loss, batch)
 
     def _add_text_loss(self, total: TextLoss, batch: Batch) -> None:
-        nats = self._forward_terms(batch["input_ids"], batch["labels"], told=self._told(batch)).nats
+        nats = self.losses.terms(*self._inputs(batch)).nats
         tokens = (batch["labels"] != IGNORE_INDEX).sum(dim=1)
         total.update(nats, tokens, batch["label_bytes"].sum(dim=1), batch["domain"])
 
@@ -541,22 +376,9 @@ class MoEModule(LightningModule):
         """Check that the checkpoint is of this model; the rest is taken up when training starts."""
         saved = checkpoint.get("model_config")
         if saved is not None:
-            self._compare(ModelConfig.from_dict(saved).to_dict())  # an older one lacks the settings that are new
+            require_same_run(self.config, saved)
         self._former_plan = checkpoint.get("schedule", {})
         self._rng = checkpoint.get("rng")
-
-    def _compare(self, saved: dict[str, Any]) -> None:
-        """Raise ConfigError if a checkpoint is of another model; say what changes only how this one is computed."""
-        ours = self.config.to_dict()
-        changed = [key for key, value in ours.items() if saved.get(key) != value]
-        other = [key for key in changed if key not in NOT_IN_CHECKPOINTS]
-        if other:
-            raise ConfigError(
-                f"the checkpoint's model differs from the config in {', '.join(other)}; "
-                "use the run's own config.yaml or another run folder"
-            )
-        for key in changed:
-            say(f"{key} was {saved[key]!r} in the checkpoint and is {ours[key]!r} now")
 
     def on_train_start(self) -> None:
         """Restore the random states of a resumed run; its config says what the optimizer does, not its checkpoint."""
@@ -572,7 +394,3 @@ class MoEModule(LightningModule):
             states = rng["cuda"]  # older checkpoints have those of all devices
             own = states if isinstance(states, Tensor) else states[min(self.device.index or 0, len(states) - 1)]
             torch.cuda.set_rng_state(own.cpu(), self.device)
-
-
-def _by_layer(counts: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-    return [{"counts": count} for count in counts]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moebed.machine.tags import LAYERS, TRAIN, layer_tag
+from moebed.model.config import ModelConfig
 
 COUNTS, ENTROPY = "counts", "router_entropy"  # names of the vectors in a step's log
 MOST_LAYERS = 16  # that are logged one by one; of more, so many from the first to the last
@@ -33,6 +34,14 @@ class StepRouting:
         """Taken apart: counts (sum of E,) and entropy (L,), both layer after layer; ``sizes`` are each layer's E."""
         parts = np.split(counts, np.cumsum(sizes)[:-1])
         return cls(dict(zip(layers, parts, strict=True)), dict(zip(layers, entropy.tolist(), strict=True)))
+
+    @classmethod
+    def read(cls, config: ModelConfig, vectors: Mapping[str, np.ndarray]) -> StepRouting | None:
+        """From the vectors of a step's log; None of a dense model."""
+        if COUNTS not in vectors:
+            return None
+        sizes = [config.layer(layer).num_experts for layer in config.moe_layers]
+        return cls.of(config.moe_layers, sizes, vectors[COUNTS], vectors[ENTROPY])
 
     @property
     def violation(self) -> dict[int, float]:

@@ -7,6 +7,8 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from moebed.machine.tags import TRAIN
+
 
 class StepLog:
     """Means over the micro-batches of a step, and over ranks, by name.
@@ -19,7 +21,12 @@ class StepLog:
         self._numbers: dict[str, float] = {}
 
     def note(self, name: str, value: Tensor | float) -> None:
-        """Keep a number of this step: a tensor () of this rank, or what all ranks know alike; or a vector (N,)."""
+        """Keep a number of this step: a tensor () of this rank, or what all ranks know alike; or a vector (N,).
+
+        Args:
+            name: Its tag, without ``train/``.
+            value: What it is in this micro-batch.
+        """
         if isinstance(value, Tensor):
             self._tensors.setdefault(name, []).append(value.detach())
         else:
@@ -34,10 +41,11 @@ class StepLog:
         """What was noted since the step began; all ranks call this together, having noted the same names.
 
         Returns:
-            The numbers, and the vectors (N,).
+            The numbers by tag, and the vectors (N,) by name.
         """
+        alike = {f"{TRAIN}/{name}": value for name, value in self._numbers.items()}
         if not self._tensors:
-            return dict(self._numbers), {}
+            return alike, {}
         means = [torch.stack([value.float() for value in values]).mean(dim=0) for values in self._tensors.values()]
         joined = torch.cat([mean.flatten() for mean in means])
         if world_size > 1:
@@ -45,8 +53,8 @@ class StepLog:
             joined /= world_size
         parts = np.split(np.array(joined.tolist(), np.float32), np.cumsum([mean.numel() for mean in means])[:-1])
         found = [(name, part, mean.dim()) for (name, part, mean) in zip(self._tensors, parts, means, strict=True)]
-        numbers = {name: float(part[0]) for name, part, dim in found if dim == 0}
-        return {**numbers, **self._numbers}, {name: part for name, part, dim in found if dim}
+        numbers = {f"{TRAIN}/{name}": float(part[0]) for name, part, dim in found if dim == 0}
+        return numbers | alike, {name: part for name, part, dim in found if dim}
 
 
 def is_logged(trainer: Trainer, step: int) -> bool:

@@ -1,7 +1,9 @@
-"""A Trainer whose precision may be ``auto``: chosen when a run begins, kept when it goes on, the same on all ranks."""
+"""Trainers: of runs, whose precision may be ``auto``, chosen when a run begins, kept when it goes on, the same on all
+ranks; and of what is only looked at."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +17,7 @@ from moebed.checkpoints.run import is_run, read_run
 from moebed.machine import storage
 from moebed.machine.precision import choose_precision
 from moebed.training.lightning_private import PrecisionName
+from moebed.training.loggers import EventLog
 
 AUTO = "auto"
 UNSET = "32-true"  # what Lightning takes where nothing is said
@@ -59,6 +62,26 @@ class AutoTrainer(Trainer):
         except Exception as caught:  # noqa: BLE001 - all ranks are told
             error = caught
         storage.agree(error)
+
+
+def looking_trainer(out: Path, accelerator: str = "cpu", callbacks: Sequence[Callback] = ()) -> Trainer:
+    """A Trainer that trains nothing: one device, events in a folder, and no word but its callbacks'.
+
+    Args:
+        out: Folder of the results.
+        accelerator: As Lightning has it.
+        callbacks: What looks.
+    """
+    return Trainer(
+        accelerator=accelerator,
+        devices=1,
+        default_root_dir=out,
+        logger=EventLog(out),
+        callbacks=list(callbacks),
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
 
 
 def resolve_precision(trainer: Any, ckpt_path: str | None) -> tuple[Any, str | None]:

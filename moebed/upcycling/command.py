@@ -184,9 +184,9 @@ def _ask_text(
     dtype: torch.dtype | None,
 ) -> tuple[dict[int, TextFacts] | None, FirstLosses | None]:
     """What the text that was given tells; nothing without one."""
-    from moebed.checkpoints.pretrained import parse_bytes
     from moebed.checkpoints.texts import TextOptions, read_texts
     from moebed.machine.progress import Progress, say
+    from moebed.machine.units import parse_bytes
     from moebed.upcycling.from_text import ask_text, layers_passed
 
     wanted = TextOptions.of(options)

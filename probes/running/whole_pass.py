@@ -6,9 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from lightning.pytorch import Trainer
-
-from moebed.training.loggers import EventLog
+from moebed.training.trainer import looking_trainer
 from moebed.views.layer import HeadView, LayerView, Need, ProbeText
 from probes.contract import ProbeResult
 from probes.registry import Settings, make_probes
@@ -71,15 +69,7 @@ def probe_whole(
 
 def log_and_draw(out: Path, results: dict[str, ProbeResult], timing: Timing) -> None:
     """Pictures, and TensorBoard's events."""
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=1,
-        default_root_dir=out,
-        logger=EventLog(out),
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-    )
+    trainer = looking_trainer(out)
     draw_pictures(trainer, out, results, 0)
     cost = {"forward_seconds": timing.forward} | {f"{name}_seconds": value for name, value in timing.probe.items()}
     log_results(trainer, results, cost, 0)

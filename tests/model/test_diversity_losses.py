@@ -7,7 +7,8 @@ from torch import nn
 from moebed.model.decoder import Decoder, MoE
 from moebed.model.experts import Experts
 from moebed.model.losses import IGNORE_INDEX, output_similarity, weight_similarity
-from moebed.training.module import MoEModule, StepTerms
+from moebed.training.module import MoEModule
+from moebed.training.step_losses import StepTerms
 from tests.conftest import tiny_config
 
 ON = {"output_diversity_loss_coef": 0.1, "weight_diversity_loss_coef": 0.1}
@@ -102,7 +103,7 @@ def test_both_losses_flow_into_the_experts_and_fall():
     optimizer = torch.optim.Adam(module.decoder.parameters(), 1e-2)
     seen = []
     for _ in range(20):
-        found = _both(module._forward_terms(*_batch()))
+        found = _both(module.losses.terms(*_batch()))
         optimizer.zero_grad()
         found.sum().backward()
         mlp = module.decoder.blocks[-1].mlp
@@ -117,11 +118,10 @@ def test_both_losses_flow_into_the_experts_and_fall():
 
 def test_the_total_is_the_weighted_sum_and_what_is_logged_is_not_weighted():
     module = _module(**ON)
-    logged = {}
-    module._note = lambda name, value: logged.update({name: value.item()})
-    terms = module._forward_terms(*_batch())
-    total = module._balancing_losses(terms) + module._router_losses(terms)
-    output, weight = logged["output_diversity_loss"], logged["weight_diversity_loss"]
+    terms = module.losses.terms(*_batch())
+    total = module.losses.balancing_losses(terms) + module.losses.router_losses(terms)
+    logged, _ = module.step_log.read(1)
+    output, weight = logged["train/output_diversity_loss"], logged["train/weight_diversity_loss"]
     assert total.item() == pytest.approx(0.1 * output + 0.1 * weight, rel=1e-5)
     assert weight > 0
 
@@ -130,33 +130,33 @@ def test_off_costs_nothing(monkeypatch):
     """Neither is computed, nor logged, where its coefficient is 0; nor in evaluation where it is not."""
     monkeypatch.setattr(Experts, "each", lambda *_: pytest.fail("outputs were taken apart"))
     monkeypatch.setattr("moebed.model.decoder.weight_similarity", lambda *_: pytest.fail("weights were looked at"))
-    logged = set()
     module = _module()
-    module._note = lambda name, *_: logged.add(name)
-    terms = module._forward_terms(*_batch())
-    module._balancing_losses(terms)
-    module._router_losses(terms)
+    terms = module.losses.terms(*_batch())
+    module.losses.balancing_losses(terms)
+    module.losses.router_losses(terms)
     assert terms.router_losses == [{}, {}]
+    logged, _ = module.step_log.read(1)
+    assert "train/load_balancing_loss" in logged
     assert not any("diversity" in name for name in logged)
     with torch.no_grad():
-        assert _module(**ON).eval()._forward_terms(*_batch()).router_losses == [{}, {}]
+        assert _module(**ON).eval().losses.terms(*_batch()).router_losses == [{}, {}]
 
 
 def test_the_language_model_loss_does_not_change():
-    plain, watched = _module()._forward_terms(*_batch()), _module(**ON)._forward_terms(*_batch())
+    plain, watched = _module().losses.terms(*_batch()), _module(**ON).losses.terms(*_batch())
     torch.testing.assert_close(plain.nats, watched.nats, rtol=1e-5, atol=1e-4)
 
 
 def test_padding_is_left_out():
     ids, labels = _batch()
     labels[:, 20:] = IGNORE_INDEX
-    short = _module(**ON)._forward_terms(ids[:, :20], labels[:, :20])
-    torch.testing.assert_close(_both(_module(**ON)._forward_terms(ids, labels)), _both(short))
+    short = _module(**ON).losses.terms(ids[:, :20], labels[:, :20])
+    torch.testing.assert_close(_both(_module(**ON).losses.terms(ids, labels)), _both(short))
 
 
 @pytest.mark.parametrize("changes", [{"num_experts": 1, "num_experts_per_tok": 1}, {"num_experts_per_tok": 1}])
 def test_one_expert_has_no_pair(changes):
-    terms = _module(**ON, **changes)._forward_terms(*_batch())
+    terms = _module(**ON, **changes).losses.terms(*_batch())
     found = _both(terms).tolist()
     assert found[:2] == [0, 0]
     assert (found[2:] == [0, 0]) == (changes.get("num_experts") == 1)
@@ -164,7 +164,7 @@ def test_one_expert_has_no_pair(changes):
 
 
 def _gradients(module: MoEModule) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    terms = module._forward_terms(*_batch())
+    terms = module.losses.terms(*_batch())
     found = _both(terms)
     (found.sum() + terms.nats.mean()).backward()
     return found.detach(), [parameter.grad for parameter in module.parameters()]
@@ -208,6 +208,6 @@ def test_shared_experts_are_added_once():
 
 def test_bf16_autocast_is_close():
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        rounded = _both(_module(**ON)._forward_terms(*_batch()))
+        rounded = _both(_module(**ON).losses.terms(*_batch()))
     assert rounded.dtype == torch.float32
-    torch.testing.assert_close(rounded, _both(_module(**ON)._forward_terms(*_batch())), rtol=0.05, atol=0.01)
+    torch.testing.assert_close(rounded, _both(_module(**ON).losses.terms(*_batch())), rtol=0.05, atol=0.01)

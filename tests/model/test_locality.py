@@ -69,7 +69,7 @@ def test_every_router_can_be_kept_local(router):
     config = config_of(router, locality_loss_coef=1.0, expert_ranks=2)
     module = MoEModule(config).train()
     ids = torch.randint(0, 96, (4, 10))
-    terms = module._forward_terms(ids, ids)
+    terms = module.losses.terms(ids, ids)
     assert all(0 < layer["locality"] < 5 for layer in terms.router_losses)
     assert all(layer["locality"].dtype == torch.float32 for layer in terms.router_losses)
     sum(layer["locality"] for layer in terms.router_losses).backward()
@@ -77,7 +77,7 @@ def test_every_router_can_be_kept_local(router):
     assert sum(float(grad.abs().sum()) for grad in grads) > 0
     assert all(bool(grad.isfinite().all()) for grad in grads)
     module.eval()
-    assert all("locality" not in layer for layer in module._forward_terms(ids, ids).router_losses)
+    assert all("locality" not in layer for layer in module.losses.terms(ids, ids).router_losses)
 
 
 def test_one_process_computes_what_ranks_compute():
@@ -117,7 +117,7 @@ def test_it_stays_float32_under_autocast():
     config = tiny_config(locality_loss_coef=1.0, expert_ranks=2)
     module, ids = MoEModule(config).train(), torch.randint(0, 96, (4, 10))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        terms = module._forward_terms(ids, ids)
+        terms = module.losses.terms(ids, ids)
     assert all(layer["locality"].dtype == torch.float32 for layer in terms.router_losses)
     assert not bool(router_stats(module.decoder(ids).routings[0], (ids > -1).flatten()).losses)
 

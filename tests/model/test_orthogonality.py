@@ -31,8 +31,8 @@ def _module(**changes) -> MoEModule:
 
 
 def _terms(module: MoEModule, step: int = 0):
-    module._router_steps.begin(step)
-    return module._forward_terms(IDS[:, :-1], IDS[:, 1:])
+    module.router_steps.begin(step)
+    return module.losses.terms(IDS[:, :-1], IDS[:, 1:])
 
 
 def _losses(module: MoEModule, step: int = 0) -> dict[str, torch.Tensor]:
@@ -179,8 +179,8 @@ def test_off_they_are_not_there_and_on_they_leave_the_language_model_loss():
     assert set(found.router_losses[0]) == set(NAMES)
     torch.testing.assert_close(_terms(plain).nats, found.nats, rtol=1e-5, atol=1e-4)
     with torch.no_grad():
-        assert _module(**ON).eval()._forward_terms(IDS, IDS).router_losses == [{}, {}]
-    total = watched._router_losses(found)
+        assert _module(**ON).eval().losses.terms(IDS, IDS).router_losses == [{}, {}]
+    total = watched.losses.router_losses(found)
     weighted = sum(0.1 * sum(layer[name] for layer in found.router_losses) / 2 for name in NAMES)
     torch.testing.assert_close(total, weighted)
 

@@ -1,5 +1,6 @@
 """The plan's formulas against the tensors themselves: shapes, what autograd saves, what is alive at the peak."""
 
+import dataclasses
 import math
 import weakref
 
@@ -130,7 +131,7 @@ def saved_bytes(config: ModelConfig, setup: Setup, precision: str, casts: bool) 
     ids = torch.randint(0, config.vocab_size, shape)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
-            terms = module._forward_terms(ids, ids)
+            terms = module.losses.terms(ids, ids)
     is_cast = [t.dtype == torch.bfloat16 and t.untyped_storage().nbytes() // 2 in weights for t in kept]
     total = sum(tensor.untyped_storage().nbytes() for tensor, cast in zip(kept, is_cast, strict=True) if cast == casts)
     del terms
@@ -214,7 +215,9 @@ def live_peak(config: ModelConfig, setup: Setup) -> int:
             live.most = 0
             for micro in range(setup.accumulate):
                 with torch.autocast("cpu", torch.bfloat16, enabled=setup.precision.autocast):
-                    terms = module._forward_terms(ids, ids)
+                    if setup.looks_ahead and micro == 0:
+                        module.losses.look_ahead([(ids, ids, {})] * setup.accumulate, module.router_steps)
+                    terms = module.losses.terms(ids, ids)
                     balance = torch.stack([probs.square().sum() for probs in terms.mean_probs] or [torch.zeros(())])
                     loss = terms.nats.mean() + balance.sum()
                 if micro == 0:
@@ -253,6 +256,19 @@ def test_peak_is_what_is_alive(kind, precision, checkpointing, accumulate, layer
     assert found.total == pytest.approx(live, rel=0.05)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_that_looks_ahead_takes_a_forward_pass_more_and_no_more_memory(checkpointing):
+    config = config_of("mixtral", router_aux_loss_scope="window")
+    setup = Setup(config, 2, 256, PRECISIONS["bf16-mixed"], accumulate=3, checkpointing=checkpointing, device="cpu")
+    assert memory.peak(setup).total == pytest.approx(live_peak(config, setup), rel=0.05)
+    plan = make_plan(setup)
+    for change in ({"accumulate": 1}, {"config": config_of("mixtral", router_aux_loss_scope="global")}):
+        plain = make_plan(Setup(**{**vars(setup), **change}))
+        more = plan.training_flops_per_token - plain.training_flops_per_token
+        assert more == plan.forward_flops_per_token == flops_per_token(config, 256)
+        assert plan.peak_memory_total == plain.peak_memory_total or "accumulate" in change
+
+
 def test_traffic_by_hand():
     """Four ranks, two columns, T 8, E 8, K 2, H 4 in bf16.
 
@@ -268,9 +284,12 @@ def test_traffic_by_hand():
     assert traffic.all_to_all_bytes(setup, 0) == pytest.approx(3 * sent / 2)
     again = Setup(**{**vars(setup), "checkpointing": True})
     assert traffic.all_to_all_bytes(again, 0) == pytest.approx(3 * (sent + trips * 32) / 2)
+    ahead = Setup(**{**vars(setup), "config": dataclasses.replace(config, router_aux_loss_scope="window")})
+    assert traffic.all_to_all_bytes(ahead, 0) == pytest.approx(3 * (sent + trips * 32) / 2)
     routed, rest = 8 * 3 * 4 * 2 // 2, 2 * 32 + 4 + 4 * 16 + 8 + 32
     gathers = 3 * (routed * 1 / 2 + rest * 3 / 4)
     assert traffic.fsdp_bytes(setup) == (2 * 2 * gathers, 4 * gathers)
+    assert traffic.fsdp_bytes(ahead) == (3 * 2 * gathers, 4 * gathers)
     assert traffic.all_reduce_bytes(setup) == 0
     replicated = Setup(**{**vars(setup), "layout": ParallelConfig(2, 2, False)})
     assert traffic.fsdp_bytes(replicated) == (0, 0)

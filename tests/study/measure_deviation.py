@@ -52,7 +52,7 @@ class MeasureMeans(Callback):
             decoder.load_state_dict({key: torch.stack([one[key] for one in last]).mean(0) for key in last[0]})
             nats, tokens = [], []
             for batch in loader:
-                nats.append(module._forward_terms(batch["input_ids"], batch["labels"]).nats)
+                nats.append(module.losses.terms(batch["input_ids"], batch["labels"]).nats)
                 tokens.append((batch["labels"] >= 0).sum(dim=1))
             held_out = torch.cat(tokens) > 0  # not what fills the last batch
             found[f"mean_{count}"] = (torch.cat(nats) / torch.cat(tokens))[held_out].numpy()

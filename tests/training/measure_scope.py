@@ -21,7 +21,7 @@ from torch import Tensor
 from moebed.cli import main
 from moebed.model.losses import load_balancing_loss
 from moebed.study.resolving import as_arguments
-from moebed.training.module import StepTerms
+from moebed.training.step_losses import StepTerms
 
 ROOT = Path(__file__).parents[2]
 STEPS, ROWS, WINDOWS = 200, 4, 8
@@ -49,7 +49,7 @@ def measure(module, data, step: int) -> None:
         for window in range(WINDOWS):
             first = window * 32 % (len(rows["labels"]) - ROWS * parts + 1)
             cuts = [slice(first + ROWS * part, first + ROWS * (part + 1)) for part in range(parts)]
-            terms = [module._forward_terms(rows["input_ids"][cut], rows["labels"][cut]) for cut in cuts]
+            terms = [module.losses.terms(rows["input_ids"][cut], rows["labels"][cut]) for cut in cuts]
             exact, so_far, alone = (_gradient(module, terms, kind) for kind in ("window", "global", "micro"))
             distances.append([float((found - exact).norm() / exact.norm()) for found in (so_far, alone)])
         so_far, alone = np.mean(distances, axis=0)
@@ -77,9 +77,9 @@ def _times(module, batches) -> tuple[float, float]:
         if turn % 2:
             with torch.no_grad():
                 for ids, labels in batches:
-                    module._forward_terms(ids, labels)
+                    module.losses.terms(ids, labels)
         for ids, labels in batches:
-            (module._forward_terms(ids, labels).nats.mean() / len(batches)).backward()
+            (module.losses.terms(ids, labels).nats.mean() / len(batches)).backward()
         taken[bool(turn % 2)].append(time.process_time() - begin)
     module.zero_grad()
     return float(np.median(taken[False])), float(np.median(taken[True]))

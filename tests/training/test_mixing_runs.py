@@ -9,7 +9,7 @@ import torch
 from moebed.data.mixing_rules import RULES, changed_weights, excess_loss, gate_load_distance
 from moebed.model.losses import domain_counts
 from moebed.model.routing import Routing
-from moebed.training.module import MoEModule
+from moebed.training.step_losses import StepLosses
 from tests.small_run import made_up_text, small_recipe, write_recipe
 from tests.training.saving_runs import ACCUMULATE, call, callback, last, require_same_model, scalars
 
@@ -121,13 +121,15 @@ def test_a_resumed_run_is_the_uninterrupted_one(rule, stop, mixed, tmp_path):
 
 
 def test_a_step_that_is_skipped_is_not_counted(mixed, tmp_path, monkeypatch):
-    terms = MoEModule._forward_terms
+    terms = StepLosses.terms
 
-    def poisoned(module, *batch, **known):
-        found = terms(module, *batch, **known)
-        return found._replace(nats=found.nats * float("nan")) if module.global_step == 1 else found
+    def poisoned(losses, *batch):
+        found = terms(losses, *batch)
+        return (
+            found._replace(nats=found.nats * float("nan")) if losses.decoder.routers[0].optimizer_step == 1 else found
+        )
 
-    monkeypatch.setattr(MoEModule, "_forward_terms", poisoned)
+    monkeypatch.setattr(StepLosses, "terms", poisoned)
     options = ["--model.on_nan", "skip", "--trainer.max_steps", "3"]
     assert call(mixed({"rule": "gate_load", "every_n_steps": 9}), tmp_path / "run", *options) == 0
     kept = _state(tmp_path / "run")["mixing"]

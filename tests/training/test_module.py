@@ -10,6 +10,7 @@ from moebed.data.datamodule import TextDataModule
 from moebed.data.sources import SourceConfig
 from moebed.data.tokenizer import TokenizerConfig
 from moebed.errors import ConfigError, UserError
+from moebed.plan.setup import Setup
 from moebed.training.callbacks import AtomicCheckpointIO
 from moebed.training.metrics import TextLoss
 from moebed.training.module import MoEModule
@@ -84,7 +85,7 @@ def test_overfits_one_batch(data):
     batch = next(iter(module_data.train_dataloader()))
     optimizer = build_optimizer(module.decoder, OptimizerConfig(learning_rate=1e-2, weight_decay=0.0))
     for _ in range(150):
-        terms = module._forward_terms(batch["input_ids"], batch["labels"])
+        terms = module.losses.terms(batch["input_ids"], batch["labels"])
         loss = terms.nats.sum() / batch["labels"].numel()
         optimizer.zero_grad()
         loss.backward()
@@ -119,25 +120,28 @@ def test_gradient_accumulation_gives_the_same_run(tmp_path, data, scope, coeffic
 def test_global_scope_counts_the_window_so_far_and_window_scope_all_of_it(tmp_path, data):
     """With the first only the last micro-batch balances against the load of a large batch; with the other all do."""
     seen = {}
-    for scope, batch_size, accumulate in (("global", 4, 1), ("global", 2, 2), ("window", 2, 2)):
+    for scope, batch_size, accumulate in (("global", 4, 1), ("global", 2, 2), ("window", 2, 2), ("window", 4, 1)):
         module = _module(router_aux_loss_coef=0.01, router_aux_loss_scope=scope)
-        windows = []
-        original = module._batch_counts.of_all
+        windows, passes = [], []
+        module.decoder.register_forward_hook(lambda *_, passes=passes: passes.append(0))
+        original = module.losses.batch_counts.of_all
 
         def spy(sums, original=original, windows=windows):
             windows.append(torch.cat([layer["counts"] for layer in original(sums)]))
             return [{"counts": part} for part in windows[-1].chunk(len(sums))]
 
-        module._batch_counts.of_all = spy
+        module.losses.batch_counts.of_all = spy
         _trainer(tmp_path, 1, accumulate_grad_batches=accumulate).fit(module, datamodule=data(batch_size))
         seen[scope, accumulate] = windows
-        assert module._batch_counts._whole is module._batch_counts._so_far is None
+        planned = Setup(module.config, batch_size, 32, accumulate=accumulate)
+        assert len(passes) == (1 + planned.looks_ahead) * accumulate
+        assert module.losses.batch_counts._whole is module.losses.batch_counts._so_far is None
     (large,) = seen["global", 1]
     assert large.sum() == 2 * 4 * 32 * 2
     first, last = seen["global", 2]
     assert torch.equal(last, large)
     assert first.sum() == large.sum() / 2
-    assert all(torch.equal(counts, large) for counts in seen["window", 2])
+    assert all(torch.equal(counts, large) for counts in (*seen["window", 2], *seen["window", 1]))
     dense = _module(router_aux_loss_scope="window", num_experts=0, intermediate_size=32)
     _trainer(tmp_path, 1, accumulate_grad_batches=2).fit(dense, datamodule=data(2))  # nothing to balance
 
@@ -152,7 +156,7 @@ def test_window_scope_survives_a_step_that_is_left_out(tmp_path, data):
 
     def step(batch, batch_idx):
         total = original(batch, batch_idx)
-        known.append(module._batch_counts._whole.clone())
+        known.append(module.losses.batch_counts._whole.clone())
         return total * (float("nan") if batch_idx == 3 else 1)
 
     module.training_step = step

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moebed.check import kernels
+from moebed.check import kernels, launches
 from moebed.check.contract import NotRun, Place, Verdict
 
 pytestmark = [
@@ -34,7 +34,7 @@ def _works(measure):
     assert found.verdict == Verdict.WORKS, found.said
 
 
-@pytest.mark.parametrize("row", kernels.launches(PLACE), ids=lambda row: row.name)
+@pytest.mark.parametrize("row", launches.rows(PLACE), ids=lambda row: row.name)
 def test_gpu_launches(row):
     _works(row.measure)
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from checkpoint_files import random_decoder, write
 
-from moebed.checkpoints.pretrained import PretrainedMoE, parse_bytes
+from moebed.checkpoints.pretrained import PretrainedMoE
 from moebed.cli import main
 from moebed.commands.probe import read_options
+from moebed.machine.units import parse_bytes
 from moebed.views.layer import Need
 from moebed.views.live import walk
 from probes.registry import PROBES

@@ -175,34 +175,35 @@ def _module(**changes):
 
 
 def _noted(module):
-    found = {}
-    module._step_log.note = lambda name, value: found.update({name: float(value.detach())})
+    """What was noted since it was asked last, by name."""
+    found, _ = module.step_log.read(1)
+    module.step_log.clear()
     return found
 
 
 def test_1_8_5_the_losses_are_added_over_the_layers_and_logged_apart():
     module = _module(router_options={"importance_loss_coef": 2.0, "load_loss_coef": 3.0})
-    noted = _noted(module)
-    terms = module._forward_terms(IDS, IDS)
+    terms = module.losses.terms(IDS, IDS)
     layers = [{name: squared_variation(v).item() for name, v in sums.items()} for sums in terms.router_sums]
     assert len(layers) == 2
     wanted = sum(2 * layer["importance"] + 3 * layer["load"] for layer in layers)
-    assert module._batch_losses(terms).item() == pytest.approx(wanted, rel=1e-5)
-    assert module._router_losses(terms) == 0
+    assert module.losses.batch_losses(terms).item() == pytest.approx(wanted, rel=1e-5)
+    assert module.losses.router_losses(terms) == 0
+    noted = _noted(module)
     for name in ("importance", "load"):  # means over the layers
         assert noted[f"train/{name}_loss"] == pytest.approx(sum(layer[name] for layer in layers) / 2, rel=1e-5)
     other = _module(router_options={"importance_loss_coef": 0.0, "load_loss_coef": 0.0})
-    again = other._forward_terms(IDS, IDS)
+    again = other.losses.terms(IDS, IDS)
     assert torch.equal(again.nats, terms.nats)
-    assert other._batch_losses(again) == 0
+    assert other.losses.batch_losses(again) == 0
 
 
 def test_routers_without_such_losses_add_none():
     torch.manual_seed(0)
     module = MoEModule(config_of("softmax_topk", router_aux_loss_scope="global")).train()
-    terms = module._forward_terms(IDS, IDS)
+    terms = module.losses.terms(IDS, IDS)
     assert terms.router_sums == [{}, {}]
-    assert module._batch_losses(terms) == 0
+    assert module.losses.batch_losses(terms) == 0
 
 
 def test_global_sums_go_over_the_accumulated_micro_batches():
@@ -210,18 +211,18 @@ def test_global_sums_go_over_the_accumulated_micro_batches():
     batches = IDS, IDS.flip(1)
     found = []
     for micro, ids in enumerate(batches):
-        module._router_steps.begin(0)
+        module.router_steps.begin(0)
         assert module.decoder.routers[0].micro_batch == micro
-        terms = module._forward_terms(ids, ids)
+        terms = module.losses.terms(ids, ids)
         found.append(terms.router_sums)
+        module.losses.batch_losses(terms)
         noted = _noted(module)
-        module._batch_losses(terms)
     both = [one["load"] + other["load"] for one, other in zip(*found, strict=True)]
     assert noted["train/load_loss"] == pytest.approx(sum(squared_variation(v).item() for v in both) / 2, rel=1e-5)
-    module._batch_sums.forget()
-    module._batch_losses(terms)
+    module.losses.end_step()
+    module.losses.batch_losses(terms)
     alone = sum(squared_variation(layer["load"]).item() for layer in found[1]) / 2
-    assert noted["train/load_loss"] == pytest.approx(alone, rel=1e-5)
+    assert _noted(module)["train/load_loss"] == pytest.approx(alone, rel=1e-5)
 
 
 def test_earlier_micro_batches_have_no_gradient():
@@ -252,11 +253,11 @@ def test_a_compiled_pass_is_not_compiled_anew_for_each_step():
     module = _module()
     steps = RouterSteps(module.decoder.routers)
     torch._dynamo.reset()
-    compiled = torch.compile(module._forward_terms, fullgraph=True, backend="eager", dynamic=False)
+    compiled = torch.compile(module.losses.terms, fullgraph=True, backend="eager", dynamic=False)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for step in range(4):
             steps.begin(step)
-            found, wanted = compiled(IDS, IDS), module._forward_terms(IDS, IDS)
+            found, wanted = compiled(IDS, IDS), module.losses.terms(IDS, IDS)
             torch.testing.assert_close(found.router_sums, wanted.router_sums, rtol=1e-5, atol=1e-5)
 
 
@@ -269,7 +270,7 @@ def test_labels_that_are_no_text_are_no_tokens_of_the_batch():
     module = _module()
     labels = IDS.clone()
     labels[:, 15:] = IGNORE_INDEX
-    sums = module._forward_terms(IDS, labels).router_sums[0]["importance"]
+    sums = module.losses.terms(IDS, labels).router_sums[0]["importance"]
     assert sums.sum().item() == pytest.approx(30, rel=1e-5)
 
 

@@ -112,10 +112,10 @@ def test_a_training_step_with_router_losses_and_statistics_is_one_graph(name):
     from moebed.training.module import MoEModule
 
     module = MoEModule(config_of(name, router_aux_loss_scope="sequence")).train()
-    module._router_steps.begin(0)
-    expected = module._forward_terms(IDS, IDS)
+    module.router_steps.begin(0)
+    expected = module.losses.terms(IDS, IDS)
     torch._dynamo.reset()
-    found = torch.compile(module._forward_terms, fullgraph=True, backend="eager", dynamic=False)(IDS, IDS)
+    found = torch.compile(module.losses.terms, fullgraph=True, backend="eager", dynamic=False)(IDS, IDS)
     torch.testing.assert_close(found.nats, expected.nats)
     torch.testing.assert_close(found.router_losses, expected.router_losses)
     for one, other in zip(found.statistics, expected.statistics, strict=True):
