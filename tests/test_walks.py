@@ -21,7 +21,11 @@ from tests.test_architecture import ROOT
 from tests.test_readmes import section
 
 README = Path("moebed/README.md")
-WALKS = ("One training step", "One probing pass", "One tensor of a checkpoint")
+WALKS = (
+    "One training step",
+    pytest.param("One probing pass", marks=pytest.mark.drawn),
+    "One tensor of a checkpoint",
+)
 
 
 def steps_of(walk):
