@@ -21,11 +21,8 @@ from tests.test_architecture import ROOT
 from tests.test_readmes import section
 
 README = Path("moebed/README.md")
-WALKS = (
-    "One training step",
-    pytest.param("One probing pass", marks=pytest.mark.drawn),
-    "One tensor of a checkpoint",
-)
+WALKS = ("One training step", "One probing pass", "One tensor of a checkpoint")
+pytestmark = pytest.mark.drawn  # which is a part of a probing pass
 
 
 def steps_of(walk):
