@@ -66,11 +66,6 @@ def test_static(family):
             assert_close(found, other, f"{layer} {matrix}")
 
 
-@pytest.mark.parametrize(
-    "family",
-    [pytest.param("mixtral", marks=pytest.mark.slow), "deepseekmoe", pytest.param("grok-1", marks=pytest.mark.slow)],
-    indirect=True,
-)
 def test_every_probe_draws_them(family):
     _, decoder = family
     ids = torch.arange(24).view(2, 12)
