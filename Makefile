@@ -24,10 +24,10 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
 
 test-all: lint
-	$(BIN)/pytest -n 2 -m 'not gpu and not slow'
+	$(BIN)/pytest -n 2 --dist worksteal -m 'not gpu and not slow'
 	$(BIN)/pytest -m slow
 
 clean:

@@ -1,5 +1,6 @@
 """Shared pieces of the tests."""
 
+import io
 import os
 from pathlib import Path
 
@@ -10,10 +11,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from PIL import Image
 
 from moebed.model import native
 from moebed.model.config import ModelConfig
 from moebed.model.native import compiled
+from probes.figures import drawing
 
 # Beside the checkout, where it is there. A test that reads it carries ``@pytest.mark.shared("what/it/reads")``.
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -43,6 +46,42 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         missing = [name for name in mark.args if not (SHARED / name).exists()]
         if missing:
             pytest.skip(f"needs ../shared/{missing[0]}, which is not here")
+
+
+def blank_png(fig) -> bytes:
+    """A white PNG as large as the figure is."""
+    buffer = io.BytesIO()
+    Image.new("RGB", fig.canvas.get_width_height(), "white").save(buffer, format="png", compress_level=1)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _blank():
+    """What commands write has figures that are built and not drawn, which takes several times as long as a small run.
+
+    Tests of drawing call ``to_rgb``, or carry ``@pytest.mark.drawn``.
+    """
+    drawn = drawing.to_png
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drawing, "to_png", blank_png)
+        yield drawn
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _drawn_module(request, _blank):
+    yield from _drawn_where_marked(request.node, _blank)
+
+
+@pytest.fixture(autouse=True)
+def _drawn_test(request, _blank):
+    yield from _drawn_where_marked(request.node, _blank)
+
+
+def _drawn_where_marked(node, to_png):
+    with pytest.MonkeyPatch.context() as patch:
+        if node.get_closest_marker("drawn"):
+            patch.setattr(drawing, "to_png", to_png)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -22,6 +22,7 @@ from tests.test_readmes import section
 
 README = Path("moebed/README.md")
 WALKS = ("One training step", "One probing pass", "One tensor of a checkpoint")
+pytestmark = pytest.mark.drawn  # which is a part of a probing pass
 
 
 def steps_of(walk):

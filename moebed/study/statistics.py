@@ -10,6 +10,7 @@ interval covers where they are not.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -122,4 +123,7 @@ def _detectable_shift(pairs: int, comparisons: int) -> float:
 
 def pairs_needed(deviation: float, difference: float, most: int = 200, comparisons: int = 1) -> int | None:
     """The fewest pairs whose :func:`detectable` difference is at most this one; None if more than ``most``."""
-    return next((n for n in range(2, most + 1) if detectable(deviation, n, comparisons) <= difference), None)
+    pairs = range(2, most + 1)
+    # Sought by halves: the more pairs, the smaller the difference that they detect.
+    at = bisect.bisect_left(pairs, -difference, key=lambda n: -detectable(deviation, n, comparisons))
+    return pairs[at] if at < len(pairs) else None

@@ -14,6 +14,7 @@ from moebed.laws.registry import LAWS
 from moebed.model.flops import count_parameters, scaling_sizes
 from tests.conftest import tiny_config
 
+pytestmark = pytest.mark.drawn
 FAST = ("--resamples", "40")
 
 

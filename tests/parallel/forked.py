@@ -5,10 +5,12 @@ import signal
 import socket
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -58,15 +60,76 @@ def call(work: Callable[..., None], world_size: int, *arguments: Any) -> None:
         if world_size == 1:
             work(0, 1, *arguments)
             return 0
-        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-        work(dist.get_rank(), world_size, *arguments)
-        dist.destroy_process_group()
+        with _joined():
+            work(dist.get_rank(), world_size, *arguments)
         return 0
 
     with TemporaryDirectory() as folder:
         ranks = _fork(joined, world_size, Path(folder))
         codes = ranks.wait(120)
         assert codes == [0] * world_size, f"{codes}\n{ranks.said}"
+
+
+@contextmanager
+def _joined() -> Iterator[None]:
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    yield
+    dist.destroy_process_group()
+
+
+class StandingRanks:
+    """Ranks that stay, for many calls: what PyTorch makes at its first use, and their group, is made once.
+
+    They are those of this process at the first call, and new ones after a call that failed.
+    """
+
+    def __init__(self, world_size: int, folder: Path):
+        self.world_size, self.folder = world_size, folder
+        self._ranks: Ranks | None = None
+        self._pipes: list[tuple[Connection, Connection]] = []
+
+    def call(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Call work(rank, world_size, *arguments), which all can be pickled, on every rank; none may fail."""
+        if self._ranks is None:
+            self._pipes = [Pipe() for _ in range(self.world_size)]
+            self._ranks = _fork(self._serve, self.world_size, self.folder)
+            for _, theirs in self._pipes:
+                theirs.close()  # so that a rank that is gone is seen to be
+        for ours, _ in self._pipes:
+            ours.send((work, arguments))
+        end = time.monotonic() + 120
+        if not all([_answer(ours, end) for ours, _ in self._pipes]):
+            said = self._ranks.said
+            self.close()
+            raise AssertionError(f"a rank failed, or took longer than 120 s\n{said}")
+
+    def close(self) -> None:
+        """End them."""
+        for pid in self._ranks.pids if self._ranks is not None else []:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        self._ranks = None
+
+    def _serve(self) -> int:
+        rank = int(os.environ["RANK"])
+        pipe = self._pipes[rank][1]
+        with _joined():
+            while True:
+                work, arguments = pipe.recv()
+                try:
+                    work(rank, self.world_size, *arguments)
+                except BaseException:
+                    traceback.print_exc()
+                    pipe.send(False)
+                    raise
+                pipe.send(True)
+
+
+def _answer(pipe: Connection, end: float) -> bool:
+    try:
+        return pipe.poll(max(0.0, end - time.monotonic())) and pipe.recv()
+    except EOFError:
+        return False
 
 
 def start(arguments: list[str], world_size: int, folder: Path, before: Callable[[int], None] | None = None) -> Ranks:

@@ -23,7 +23,7 @@ from moebed.training.optim import OptimizerConfig, build_optimizer, gradient_nor
 from moebed.views.layer import Need, ProbeText
 from moebed.views.live import walk, walk_model
 from tests.conftest import tiny_config
-from tests.parallel.forked import call
+from tests.parallel.forked import StandingRanks
 
 SIZES = {"adapter_size": 8, "expert_embedding_size": 6, "layer_embedding_size": 4, "generator_size": 10}
 ONE = {"num_experts_per_tok": 1, "norm_topk_prob": False}
@@ -45,6 +45,14 @@ APART = {
 }
 LATENT = {"kv_lora_rank": 12, "q_lora_rank": 10, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
 RANKS = {"expert_ranks": 2, "router_options": {"d_low": 8, "competition_rate": 1.0, "jitter": 0.1, "num_domains": 2}}
+
+
+@pytest.fixture(scope="module")
+def call(tmp_path_factory):
+    """Call work(rank, world_size, *arguments) on two ranks, which are the same in all tests of this file."""
+    ranks = StandingRanks(2, tmp_path_factory.mktemp("ranks"))
+    yield ranks.call
+    ranks.close()
 
 
 def _steps(decoder: Decoder, ids: torch.Tensor, rank: int, world_size: int, optimizer: str = "adamw") -> list[float]:
@@ -88,6 +96,11 @@ def _steps(decoder: Decoder, ids: torch.Tensor, rank: int, world_size: int, opti
             dist.all_reduce(mean)
         found += [float(mean) / world_size, float(norm)]
     return found
+
+
+def _hyper(rank: int, world_size: int, options: dict, changes: dict, set_bytes: int) -> None:
+    with mock.patch.object(hyper_experts, "SET_BYTES", set_bytes):
+        _work(rank, world_size, options, changes, True)
 
 
 def _work(rank: int, world_size: int, options: dict, changes: dict, meta: bool, optimizer: str = "adamw") -> None:
@@ -154,26 +167,25 @@ def _work(rank: int, world_size: int, options: dict, changes: dict, meta: bool, 
         ),
     ],
 )
-def test_two_ranks_train_as_one(options, changes, meta):
-    call(_work, 2, options, changes, meta)
+def test_two_ranks_train_as_one(options, changes, meta, call):
+    call(_work, options, changes, meta)
 
 
 @pytest.mark.parametrize("options", [{}, {"shard": False}, {"expert": 2}, {"expert": 2, "shard": False}])
 @pytest.mark.parametrize(
     "changes", [{}, {"router": "autonomy", "router_options": {"d_low": 8}}], ids=["gate", "stacks"]
 )
-def test_two_ranks_train_with_muon_as_one(options, changes):
+def test_two_ranks_train_with_muon_as_one(options, changes, call):
     """Whole matrices are made orthogonal, whichever part of them a rank has."""
-    call(_work, 2, options, changes, options.get("shard", True), "muon")
+    call(_work, options, changes, options.get("shard", True), "muon")
 
 
 @pytest.mark.parametrize("options", [{}, {"shard": False}, {"expert": 2}, {"expert": 2, "shard": False}])
 @pytest.mark.parametrize("changes", HYPER.values(), ids=HYPER)
-def test_two_ranks_train_hyper_experts_as_one(options, changes, monkeypatch):
+def test_two_ranks_train_hyper_experts_as_one(options, changes, call):
     """The root shares the generator out; all layers, and all ranks, add to its gradient."""
-    if changes is HYPER["some at a time"]:
-        monkeypatch.setattr(hyper_experts, "SET_BYTES", 2 * 4 * (2 * 8 * 32 + 8 + 32))  # two sets of six
-    call(_work, 2, options, changes, True)
+    two_of_six = 2 * 4 * (2 * 8 * 32 + 8 + 32)
+    call(_hyper, options, changes, two_of_six if changes is HYPER["some at a time"] else hyper_experts.SET_BYTES)
 
 
 def _uneven(rank: int, world_size: int) -> None:
@@ -214,12 +226,12 @@ def _narrow(rank: int, world_size: int) -> None:
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
-def test_losses_on_gate_embeddings_see_them_whole():
-    call(_narrow, 2)
+def test_losses_on_gate_embeddings_see_them_whole(call):
+    call(_narrow)
 
 
-def test_a_rank_without_tokens():
-    call(_uneven, 2)
+def test_a_rank_without_tokens(call):
+    call(_uneven)
 
 
 def _filled(rank: int, world_size: int, folder: Path) -> None:
@@ -233,9 +245,9 @@ def _filled(rank: int, world_size: int, folder: Path) -> None:
         assert torch.equal(whole(parameter.detach()), wanted[name])
 
 
-def test_weights_of_a_checkpoint(tmp_path):
+def test_weights_of_a_checkpoint(tmp_path, call):
     write_checkpoint(Decoder(tiny_config()), "mixtral", tmp_path / "source", torch.float32)
-    call(_filled, 2, tmp_path / "source")
+    call(_filled, tmp_path / "source")
 
 
 def _gathered(rank: int, world_size: int, changes: dict) -> None:
@@ -263,5 +275,5 @@ def _gathered(rank: int, world_size: int, changes: dict) -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, HYPER["unchosen"], HYPER["free"]], ids=["plain", "unchosen", "free"])
-def test_probes_see_the_whole_of_a_shared_model(changes):
-    call(_gathered, 2, changes)
+def test_probes_see_the_whole_of_a_shared_model(changes, call):
+    call(_gathered, changes)

@@ -40,6 +40,8 @@ def test_seeds_follow_from_the_deviation_of_the_pairs_that_are_there():
     assert power.seeds(0.03)[1] == pairs_needed(power.deviation, 0.03) == 7
     assert power.seeds(0.03)[0] < 7 < power.seeds(0.03)[2]
     assert power.seeds(1e-6) == [None] * 3
+    for seeds, likely in zip(power.seeds(0.03), (power.likely[0], power.deviation, power.likely[1]), strict=True):
+        assert detectable(likely, seeds) <= 0.03 < detectable(likely, seeds - 1)
     (_, row) = rows(found, [0.03])
     assert row[0] == "other"
     assert row[1] == "4"

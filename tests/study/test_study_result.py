@@ -168,6 +168,7 @@ def test_sizes_that_do_not_match_are_marked():
     assert found.arms["alike"].marks == []
 
 
+@pytest.mark.drawn
 def test_one_command_makes_everything_again_from_the_file_alone(tmp_path, capsys):
     study = made_up_study(LOSSES)
     _spoil(study, "alike", 3, status="diverged", why="the loss is nan at step 7")

@@ -11,16 +11,33 @@ NEAR = {"num_experts": 8, "expert_ranks": 2, "locality_loss_coef": 0.1}
 TAGS = ("train/loss", "train/grad_norm", "train/load_balancing_loss", "train/locality_loss", "val/bits_per_byte")
 
 
-def _ran(folder, layout, steps=4, **model):
-    folder.mkdir(exist_ok=True)
-    path = recipe(folder, steps, **model)
-    content = yaml.safe_load(path.read_text())
-    content["trainer"] |= {"callbacks": [], "val_check_interval": steps}
-    content["data"]["rows_by_domain"] = True
-    path.write_text(yaml.safe_dump(content))
-    arguments, ranks = fit(path, folder / layout, layout)
-    run(arguments, ranks, folder / "logs" / layout)
-    return curves(folder / layout)
+@pytest.fixture(scope="module")
+def make(tmp_path_factory):
+    """Writes a recipe into a folder; all have one cache, as gathering the text takes longer than a run."""
+    cache = tmp_path_factory.mktemp("cache")
+
+    def write(folder, steps, **model):
+        path = recipe(folder, steps, **model)
+        content = yaml.safe_load(path.read_text())
+        content["trainer"] |= {"callbacks": [], "val_check_interval": steps}
+        content["data"] |= {"rows_by_domain": True, "cache_dir": str(cache)}
+        path.write_text(yaml.safe_dump(content))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def ran(make):
+    """Trains in a layout; gives the curves."""
+
+    def train(folder, layout, steps=4, **model):
+        folder.mkdir(exist_ok=True)
+        arguments, ranks = fit(make(folder, steps, **model), folder / layout, layout)
+        run(arguments, ranks, folder / "logs" / layout)
+        return curves(folder / layout)
+
+    return train
 
 
 @pytest.mark.slow
@@ -34,8 +51,8 @@ def _ran(folder, layout, steps=4, **model):
     ],
     ids=["softmax_topk", "grap", "locmoe_plus"],
 )
-def test_two_ranks_are_one_process_that_stands_for_two(tmp_path, model):
-    found = {layout: _ran(tmp_path, layout, **NEAR, **model) for layout in ("1 process", "DDP-2", "FSDP2-2", "EP-2")}
+def test_two_ranks_are_one_process_that_stands_for_two(tmp_path, ran, model):
+    found = {layout: ran(tmp_path, layout, **NEAR, **model) for layout in ("1 process", "DDP-2", "FSDP2-2", "EP-2")}
     wanted = found["1 process"]
     tags = [*TAGS]
     if model.get("router") == "locmoe_plus":
@@ -48,18 +65,18 @@ def test_two_ranks_are_one_process_that_stands_for_two(tmp_path, model):
             assert logged[tag] == pytest.approx(wanted[tag], rel=1e-5), (layout, tag)
 
 
-def test_the_language_model_s_loss_has_no_part_of_it(tmp_path):
+def test_the_language_model_s_loss_has_no_part_of_it(tmp_path, ran):
     """The first step's loss is the same, with and without."""
-    plain = _ran(tmp_path / "plain", "1 process", steps=2, num_experts=8, expert_ranks=2)
-    near = _ran(tmp_path / "near", "1 process", steps=2, **NEAR)
+    plain = ran(tmp_path / "plain", "1 process", steps=2, num_experts=8, expert_ranks=2)
+    near = ran(tmp_path / "near", "1 process", steps=2, **NEAR)
     first, second = sorted(near["train/loss"])
     assert near["train/loss"][first] == plain["train/loss"][first]
     assert near["train/loss"][second] != plain["train/loss"][second]
     assert "train/locality_loss" not in plain
 
 
-def test_a_batch_that_the_ranks_do_not_divide_is_one_line(tmp_path, capsys):
-    path = recipe(tmp_path, 2, num_experts=8, expert_ranks=8, locality_loss_coef=0.1)
+def test_a_batch_that_the_ranks_do_not_divide_is_one_line(tmp_path, make, capsys):
+    path = make(tmp_path, 2, num_experts=8, expert_ranks=8, locality_loss_coef=0.1)
     arguments = ["--trainer.default_root_dir", str(tmp_path / "run"), "--data.batch_size", "4"]
     assert main(["fit", "--config", str(path), *arguments]) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]

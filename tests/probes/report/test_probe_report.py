@@ -81,6 +81,7 @@ def run(tmp_path, make_decoder, text):
     return folder
 
 
+@pytest.mark.drawn
 def test_one_run(run):
     path = write_report([run], run)
     assert path == run / "report.html"
@@ -249,6 +250,7 @@ def test_weights_answer_how_diversity_goes_with_depth(tmp_path, make_decoder, te
     assert with_what_follows(results | {"layer_diversity": whole})["layer_diversity"] is whole
 
 
+@pytest.mark.drawn
 def test_a_picture_in_few_colours_is_the_same_to_the_eye():
     figure = drawing.new_figure(9, 6, "heat map")
     values = np.random.default_rng(0).normal(size=(64, 64))

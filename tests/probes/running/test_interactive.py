@@ -52,6 +52,7 @@ def test_it_finds_what_the_command_finds(checkpoint, tmp_path):
             np.testing.assert_array_equal(found["routing"].arrays[key], kept[key])
 
 
+@pytest.mark.drawn
 def test_a_finding_says_and_draws_itself(checkpoint):
     found = moebed.probe(moebed.load(checkpoint), {"a": ["one two three"], "b": ["four five six"]}, ["domain_share"])
     one = found["domain_share"]

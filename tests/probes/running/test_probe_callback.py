@@ -33,6 +33,7 @@ def test_training_with_probes_is_bit_identical(tmp_path):
     assert all(torch.equal(plain[key], probed[key]) for key in plain)
 
 
+@pytest.mark.drawn
 def test_events_hold_the_tags_and_the_pictures(tmp_path):
     train(tmp_path, [ProbeCallback(every_n_steps=2, num_sequences=2)], 4)
     events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0, "scalars": 0}).Reload()

@@ -18,7 +18,7 @@ from probes.running.callback import ProbeCallback
 @pytest.fixture
 def served(tmp_path):
     """A finished run of three probings, and a function that asks TensorBoard's HTTP interface about it."""
-    train(tmp_path, [ProbeCallback(every_n_steps=2, num_sequences=2)], 4)
+    train(tmp_path, [ProbeCallback(["balance", "norm_vs_score"], every_n_steps=2, num_sequences=2)], 4)
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     board = program.TensorBoard()
     board.configure(argv=[None, "--logdir", str(tmp_path), "--host", "127.0.0.1", "--port", "0", "--load_fast=false"])
@@ -32,6 +32,7 @@ def served(tmp_path):
     return tmp_path, ask
 
 
+@pytest.mark.drawn
 def test_scalars_pictures_and_sentences_come_back(served):
     out, ask = served
     scalars = json.loads(ask("plugin/scalars/tags"))
