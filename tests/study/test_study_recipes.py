@@ -23,7 +23,8 @@ FOLDER = Path(__file__).parents[2] / "recipes" / "studies"
 NAMES = [f"{name}_{size}" for name in EXPERIMENTS for size in ("small", "gpu", "paper")]
 NAMES += ["allocation_shapes_small", "related_small", "locality_small"]
 NAMES += ["planted_small", "balance_planted_small", "null_planted_small"]
-NAMES += [f"{name}_planted" for name in ("allocation_shapes", "scheme", "granularity", "measurement", "coupling", "pool")]
+PLANTED = ("allocation_shapes", "scheme", "granularity", "measurement", "coupling", "pool")
+NAMES += [f"{name}_planted" for name in PLANTED]
 STUDIES = {name: FOLDER / f"{name}.yaml" for name in NAMES}
 
 
