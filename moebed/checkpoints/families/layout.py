@@ -13,6 +13,10 @@ NORMS = {
     "layers.{i}.pre_attn_norm.weight": "model.layers.{i}.input_layernorm.weight",
     "layers.{i}.pre_ffn_norm.weight": "model.layers.{i}.post_attention_layernorm.weight",
 }
+PRE_NORMS = {
+    "layers.{i}.pre_attn_norm.weight": "model.layers.{i}.pre_attention_layernorm.weight",
+    "layers.{i}.pre_ffn_norm.weight": "model.layers.{i}.pre_feedforward_layernorm.weight",
+}
 ATTENTION = {f"layers.{{i}}.self_attn.{p}_proj.weight": f"model.layers.{{i}}.self_attn.{p}_proj.weight" for p in "qkvo"}
 ATTENTION_BIAS = {f"layers.{{i}}.self_attn.{p}_proj.bias": f"model.layers.{{i}}.self_attn.{p}_proj.bias" for p in "qkv"}
 ALL_ATTENTION_BIAS = {

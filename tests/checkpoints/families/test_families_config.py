@@ -201,6 +201,7 @@ OWN = {
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
     "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2},
     "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "emo": {"num_experts": 4, "num_experts_per_tok": 3, "num_shared_experts": 1},
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "granitemoeshared": {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 20},
 }  # fmt: skip
