@@ -242,7 +242,7 @@ class Family:
         accepts = {key: good for key, good in {**_ACCEPTS, **self.accepts}.items() if key not in names.values()}
         uncomputed = []
         for key, accepted in accepts.items():
-            if key in found and not any(type(found[key]) is type(one) and found[key] == one for one in accepted):
+            if key in found and not any(_is(found[key], one) for one in accepted):
                 wanted = " or ".join(repr(value) for value in accepted)
                 uncomputed.append(f"{key} is {found[key]!r}; {self.model_type} is supported with {wanted} only")
         uncomputed += self.uncomputed(found)
@@ -327,6 +327,11 @@ _ACCEPTS: dict[str, tuple[Any, ...]] = {
     "per_layer_config": (None,),  # other sizes for single layers
 }
 _HINTS = get_type_hints(ModelConfig)
+
+
+def _is(value: Any, wanted: Any) -> bool:
+    """Whether a setting is what is wanted; true is not 1."""
+    return isinstance(value, bool) is isinstance(wanted, bool) and bool(value == wanted)
 
 
 def _require_kind(ours: str, theirs: str, value: Any) -> None:

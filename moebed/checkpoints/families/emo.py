@@ -31,9 +31,6 @@ def _numbers(settings: Settings, key: str) -> list[int]:
     whole = isinstance(found, list) and all(type(number) is int and number >= 0 for number in found)
     if not whole or len(found) != layers:
         raise ConfigError(f"{key} is {json.dumps(found)}; it must be a number for each of num_hidden_layers {layers}")
-    one = key.removesuffix("_per_layer")
-    if settings[one] not in found:
-        raise ConfigError(f"{one} is {json.dumps(settings[one])}, which {key} {json.dumps(found)} has for no layer")
     return found
 
 
@@ -41,13 +38,15 @@ def _layers(settings: Settings) -> list[tuple[int, int]]:
     """Experts of each layer, 0 where it is dense, and how many of them are shared."""
     beside = require_count(settings, "num_shared_experts", 0)
     if settings[_OF_EACH] is None:
-        experts = [require_count(settings, "num_experts")] * settings["num_hidden_layers"]
-        shared = [beside] * len(experts)
-    else:
-        experts = _numbers(settings, _OF_EACH)
-        given = settings[_SHARED_OF_EACH] is not None
-        shared = _numbers(settings, _SHARED_OF_EACH) if given else [min(beside, count) for count in experts]
-    return [(count, one if count else 0) for count, one in zip(experts, shared, strict=True)]
+        return [(require_count(settings, "num_experts"), beside)] * settings["num_hidden_layers"]
+    experts = _numbers(settings, _OF_EACH)
+    given = settings[_SHARED_OF_EACH] is not None
+    shared = _numbers(settings, _SHARED_OF_EACH) if given else [min(beside, count) for count in experts]
+    found = [(count, one if count else 0) for count, one in zip(experts, shared, strict=True)]
+    for key, values in zip(("num_experts", "num_shared_experts"), zip(*found, strict=True), strict=True):
+        if settings[key] not in [value for value, count in zip(values, experts, strict=True) if count]:
+            raise ConfigError(f"{key} is {json.dumps(settings[key])}, which {key}_per_layer has of no layer's experts")
+    return found
 
 
 def _decode(settings: Settings) -> dict[str, Any]:

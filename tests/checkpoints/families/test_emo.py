@@ -95,7 +95,7 @@ def test_the_gate_s_last_row_is_of_no_consequence(tmp_path):
         ({"norm_topk_prob": True}, "norm_topk_prob"),
         ({"num_shared_experts_per_layer": [1, 1, 0]}, "num_shared_experts_per_layer"),
         ({"num_experts_per_layer": [9, 9]}, "num_experts_per_layer is .9, 9.; it must be a number for each of num_"),
-        ({"num_experts_per_layer": [5, 5, 5]}, "num_experts is 9, which num_experts_per_layer"),
+        ({"num_experts_per_layer": [5, 5, 5]}, "num_experts is 9, which num_experts_per_layer has"),
         ({"num_experts_per_layer": [9, 0, 9]}, "dense_intermediate_size is missing"),
         ({"num_experts_per_layer": [9, 1, 9]}, "num_shared_experts is 1 of num_experts 1"),
         ({"num_experts_per_tok": 1}, "leaves none to choose"),
