@@ -8,6 +8,7 @@ import json
 from typing import Any
 
 from moebed.checkpoints.families.base import ExpertNames, Family, Settings, Stored, one_number, require_count
+from moebed.checkpoints.families.flex_olmo import FLEX_OLMO, NO_IDS
 from moebed.checkpoints.families.layout import (
     ALL_ATTENTION_BIAS,
     ATTENTION,
@@ -22,8 +23,6 @@ from moebed.model.config import ModelConfig
 _MLP = "model.layers.{i}.mlp"
 _EXPERT = f"{_MLP}.experts.{{e}}"
 _OF_EACH, _SHARED_OF_EACH = "num_experts_per_layer", "num_shared_experts_per_layer"
-# Its class's own defaults are of a vocabulary of 100,352; who writes a folder says which there are.
-_NO_IDS = {"pad_token_id": None, "eos_token_id": None}
 
 
 def _numbers(settings: Settings, key: str) -> list[int]:
@@ -88,7 +87,7 @@ def _encode(config: ModelConfig) -> dict[str, Any]:
         _OF_EACH: None if alike else experts,
         _SHARED_OF_EACH: None if alike else shared,
         "dense_intermediate_size": config.intermediate_size,
-        **_NO_IDS,
+        **NO_IDS,
     }
 
 
@@ -122,11 +121,7 @@ EMO = Family(
         **BIASED_ATTENTION,
     },
     defaults={
-        "rope_theta": 5e5,
-        "rms_norm_eps": 1e-6,
-        "norm_topk_prob": False,
-        "num_experts_per_tok": 5,
-        "num_experts": 7,
+        **FLEX_OLMO.defaults,  # after which its class was made
         "num_shared_experts": 0,
         _OF_EACH: None,
         _SHARED_OF_EACH: None,
@@ -155,5 +150,5 @@ EMO_DENSE = Family(
     fixed={"num_experts": 0},
     defaults={"rope_theta": 1e4, "rms_norm_eps": 1e-5},
     in_transformers=False,
-    encode=lambda config: _NO_IDS,
+    encode=lambda config: NO_IDS,
 )
