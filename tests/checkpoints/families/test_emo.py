@@ -1,8 +1,8 @@
 """EMO, for which transformers has no class, against a reference of plain loops; its gate's last row; refusals."""
 
 import json
+from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from emo_reference import logits, tiny_emo
@@ -15,6 +15,7 @@ from moebed.checkpoints.pretrained import PretrainedMoE
 from moebed.cli import main
 from moebed.errors import ConfigError
 from moebed.model.config import ModelConfig
+from moebed.training.module import MoEModule
 from moebed.views.layer import HeadView, Need, ProbeText
 
 IDS = torch.randint(3, 50, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -112,8 +113,15 @@ def test_what_is_not_computed_is_refused_by_name(changes, word, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_model_trained_with_pools_is_written_as_emo_and_trained_on_from_there():
-    """Pools are of training: without them its router is EMO's in evaluation."""
+def test_a_model_trained_with_pools_is_written_as_emo(tmp_path):
+    """Pools are of training: without them its router is EMO's in evaluation, and with them training goes on."""
+    written(tmp_path)
+    config = replace(Checkpoint.open(tmp_path).config, router_aux_loss_scope="global")
+    pooled = replace(config, router="document_pool", router_options={"most_pool": 5})
+    assert MoEModule(pooled, init_from=str(tmp_path)).initial_checkpoint().family.model_type == "emo"
+    other = replace(config, router="sigmoid_topk", router_options={})
+    with pytest.raises(ConfigError, match=r"has router 'softmax_topk' but .* has 'sigmoid_topk'"):
+        MoEModule(other, init_from=str(tmp_path)).initial_checkpoint()
     sizes = {"vocab_size": 50, "hidden_size": 24, "num_attention_heads": 4, "num_experts": 8, "num_experts_per_tok": 3,
              "num_shared_experts": 1, "moe_intermediate_size": 12, "norm_topk_prob": False}  # fmt: skip
     config = ModelConfig(**sizes, router="document_pool", router_options={"least_pool": 4})
@@ -133,21 +141,8 @@ def test_a_model_trained_with_pools_is_written_as_emo_and_trained_on_from_there(
             FAMILIES["emo"].write_config(ModelConfig(**{**sizes, **changes}))
 
 
-def test_commands_on_it(tmp_path, capsys):
-    """Exported and pruned as it lies there; the pruned one has the shared expert still, after those that are left."""
+def test_it_is_exported_in_its_own_layout(tmp_path, capsys):
     wanted = written(tmp_path / "emo")
-    np.save(tmp_path / "ids.npy", IDS[0].numpy())
-    np.save(tmp_path / "more.npy", IDS[1].numpy())
-    main(["export", str(tmp_path / "emo"), "--family", "emo", "--out", str(tmp_path / "again")])
+    assert main(["export", str(tmp_path / "emo"), "--family", "emo", "--out", str(tmp_path / "again")]) == 0
     torch.testing.assert_close(load_decoder(tmp_path / "again").eval()(IDS).logits, wanted, rtol=2e-5, atol=2e-5)
-    texts = [str(tmp_path / name) for name in ("ids.npy", "more.npy")]
-    main(["prune", str(tmp_path / "emo"), "--keep", "4", "--out", str(tmp_path / "few"), "--input-ids", *texts])
-    assert "(emo)" in capsys.readouterr().err
-    settings = json.loads((tmp_path / "few" / "config.json").read_text(encoding="utf-8"))
-    assert (settings["num_experts"], settings["num_experts_per_tok"]) == (5, 4)
-    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("emo", "few"))
-    shared = [found[f"model.layers.1.mlp.experts.{i}.up_proj.weight"] for found, i in ((before, 8), (after, 4))]
-    assert torch.equal(*shared)
-    kept = json.loads((tmp_path / "few" / "pruning.json").read_text(encoding="utf-8"))["kept"]["1"]
-    gates = [found["model.layers.1.mlp.gate.weight"] for found in (before, after)]
-    assert torch.equal(gates[0][kept], gates[1][:4])
+    assert "transformers has no class for emo" in capsys.readouterr().err
