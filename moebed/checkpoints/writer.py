@@ -37,12 +37,14 @@ Content = Callable[[str, Placed], Iterable[Tensor]]
 class _Planned:
     """A tensor of the checkpoint, and the regions of parameters that fill it.
 
-    In order of their rows; or where some lie in turn, so many of them, joined, after so many others.
+    In order of their rows; or where some lie in turn, so many of them, joined, after so many others. Unused rows are
+    the last.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     turns: int = 0
+    unused: int = 0
     pieces: list[tuple[int, str, Placed]] = field(default_factory=list)  # the first number sorts them
 
     @property
@@ -62,6 +64,8 @@ class _Planned:
             taken = self.pieces[first : first + self.turns]
             matrices = [torch.cat(list(content(parameter, placed))) for _, parameter, placed in taken]
             yield joined([one.view(placed.part.shape) for one, (*_, placed) in zip(matrices, taken, strict=True)])
+        if self.unused:
+            yield torch.zeros(self.unused, *self.shape[1:])
 
 
 class FolderWriter:
@@ -93,7 +97,8 @@ class FolderWriter:
             for placed in keys.parameter(parameter):
                 part, where = placed.part, stacks.get(placed.part.name)
                 name, shape, order, turns = where or (part.name, part.shape, part.first, 0)
-                tensor = planned.setdefault(name, _Planned(shape, kept.get(parameter, dtype), turns))
+                new = _Planned(shape, kept.get(parameter, dtype), turns, keys.unused(parameter))
+                tensor = planned.setdefault(name, new)
                 tensor.pieces.append((order, parameter, placed))
         for tensor in planned.values():
             tensor.pieces.sort(key=lambda piece: piece[0])

@@ -21,7 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--family",
         metavar="NAME",
-        help="mixtral, olmoe, qwen2_moe, qwen3_moe, llama, mistral, qwen2, deepseek, grok-1, or moebed for its own "
+        help="a family by its model_type, such as mixtral, olmoe, deepseek_v3, llama or emo, or moebed for its own "
         "layout; default the first that transformers loads and that expresses the model",
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default as in the checkpoint")

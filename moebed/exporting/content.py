@@ -106,5 +106,5 @@ class Kept(Copied):
             yield from read_bands(self.source, self.part(name, (experts[expert], *rest)))
             return
         part = self.part(name, ())
-        whole = self.source.read(part).view(part.shape)
+        whole = self.source.read(part).view(self.source.keys.shapes[name])
         yield whole[list(experts)] if found.group(3) in _BY_EXPERT else whole

@@ -58,7 +58,7 @@ def turned(x: Tensor, rope: Rope, interleaved: bool = False) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of one layer seen so far, preallocated for max_length positions."""
+    """Keys and values of one layer seen so far, or what they are made of; preallocated for max_length positions."""
 
     def __init__(self, max_length: int) -> None:
         self.max_length, self.length = max_length, 0
@@ -153,9 +153,8 @@ class Attention(nn.Module):
         length, total = query.shape[2], key.shape[2]
         if self._uses_native(query, key, value):
             return self._mix_native(query, key, value).transpose(1, 2)
-        if self.num_kv_heads != self.num_heads:
-            repeat = self.num_heads // self.num_kv_heads
-            key, value = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
+        if key.shape[1] != self.num_heads:
+            key, value = self._repeated(key), self._repeated(value)
         if self._uses_sdpa(query, total):
             narrow, width = value.shape[-1], query.shape[-1]
             if narrow >= width:
@@ -172,6 +171,11 @@ class Attention(nn.Module):
             own = query[some], key[some], value[some], None if sinks is None else sinks[some]
             mixed.append(torch.cat([self._attend(*own, rows) for rows in _blocks(length, total)], 1))
         return torch.cat(mixed).unflatten(0, heads)
+
+    def _repeated(self, x: Tensor) -> Tensor:
+        """Keys or values (B, G, S, ·), as many as there are queries: (B, A, S, ·), of one head without a copy."""
+        repeat = self.num_heads // x.shape[1]
+        return x.unsqueeze(2).expand(-1, -1, repeat, -1, -1).flatten(1, 2)
 
     def _sdpa(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """PyTorch's fused attention, with a mask where the window is shorter than what is seen: (B, A, S, D)."""

@@ -56,7 +56,7 @@ def test_experts_without_tokens_go_at_no_loss(score, tmp_path):
     assert found["texts"] == 4
 
 
-@pytest.mark.parametrize("case", ["mixtral", "deepseek", "sigmoid", "ragged"])
+@pytest.mark.parametrize("case", ["mixtral", "deepseek", "sigmoid", "ragged", "ernie4_5_moe", "emo"])
 def test_a_pruned_model_is_the_model_that_keeps_those_experts(case, tmp_path, capsys):
     """By an intervention on the whole one: another way to the same loss."""
     settings = {
@@ -65,11 +65,13 @@ def test_a_pruned_model_is_the_model_that_keeps_those_experts(case, tmp_path, ca
         "deepseek": {"num_experts": [0, 6, 6], "num_shared_experts": 1, "norm_topk_prob": False,
                      "intermediate_size": 48},
         "sigmoid": {"router": "sigmoid_topk"},
+        "ernie4_5_moe": {"router": "softmax_bias_topk", "rope_interleave": True},  # its bias is stored as (1, E)
+        "emo": {"num_shared_experts": 1, "norm_topk_prob": False},  # its gate has a row more
     }[case]  # fmt: skip
     family = {"sigmoid": "moebed", "ragged": "mixtral"}.get(case, case)
 
     def biased(decoder):
-        if case == "sigmoid":
+        if case in ("sigmoid", "ernie4_5_moe"):
             for block in decoder.layers:
                 block.mlp.router.expert_bias.copy_(torch.linspace(-0.2, 0.2, 6))
         if case == "ragged":

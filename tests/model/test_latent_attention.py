@@ -49,6 +49,7 @@ def test_a_cache_gives_what_the_whole_gives(case):
     whole, cache = layer(x, rotary(0, 11, CPU)), KVCache(11)
     parts = [layer(x[:, a:b], rotary(a, b - a, CPU), cache) for a, b in ((0, 6), (6, 7), (7, 11))]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-6)
+    assert cache.keys.numel() + cache.values.numel() == 2 * 11 * (12 + 4)  # latent, and what turns, of each token
 
 
 @pytest.mark.parametrize("backend", ["math", "sdpa", "native"])

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, get_args, get_type_hints
 
 from moebed.checkpoints.families.declared import HARMLESS_SETTINGS, QUANTISED_SETTINGS
 from moebed.checkpoints.families.rope import BLOCKS, ROPE_KEYS, read_rope, write_rope
 from moebed.errors import ConfigError
 from moebed.model.config import ModelConfig
+from moebed.model.routers import ROUTERS
 
 Settings = Mapping[str, Any]  # a Hugging Face config.json
 
@@ -91,12 +92,15 @@ class Stored(NamedTuple):
         band: Which of the equal bands of rows it is.
         bands: Of how many, one above the other.
         before: Leading sizes of the tensor that the parameter has not.
+        unused: The LayerConfig field that says how many rows the tensor has after the parameter's, which nothing is
+            made of; they are written as 0.
     """
 
     name: str
     band: int = 0
     bands: int = 1
     before: tuple[int, ...] = ()
+    unused: str | None = None
 
     @classmethod
     def of(cls, stored: str | Stored) -> Stored:
@@ -147,8 +151,8 @@ class Family:
     Args:
         model_type: What ``config.json`` calls it.
         architecture: Name of its class in Hugging Face terms.
-        tensors: Our parameter -> their tensor, or which part of one; ``{i}`` is the layer. Routed experts are in
-            ``experts``.
+        tensors: Our parameter -> their tensor, or which part of one; ``{i}`` is the layer, ``{e}`` the number of its
+            routed experts. These are in ``experts``.
         experts: Names of the routed experts' matrices; None for a dense family.
         stacked: Tensors that hold those of all experts of a layer in an order of their own.
         fields: Our config field -> their key, beside the common ones.
@@ -238,7 +242,7 @@ class Family:
         accepts = {key: good for key, good in {**_ACCEPTS, **self.accepts}.items() if key not in names.values()}
         uncomputed = []
         for key, accepted in accepts.items():
-            if key in found and not any(type(found[key]) is type(one) and found[key] == one for one in accepted):
+            if key in found and not any(_is(found[key], one) for one in accepted):
                 wanted = " or ".join(repr(value) for value in accepted)
                 uncomputed.append(f"{key} is {found[key]!r}; {self.model_type} is supported with {wanted} only")
         uncomputed += self.uncomputed(found)
@@ -325,6 +329,11 @@ _ACCEPTS: dict[str, tuple[Any, ...]] = {
 _HINTS = get_type_hints(ModelConfig)
 
 
+def _is(value: Any, wanted: Any) -> bool:
+    """Whether a setting is what is wanted; true is not 1."""
+    return isinstance(value, bool) is isinstance(wanted, bool) and bool(value == wanted)
+
+
 def _require_kind(ours: str, theirs: str, value: Any) -> None:
     """Raise ConfigError if a setting's value is not of the kind of our field; JSON's true is no number here."""
     kinds = set(get_args(_HINTS[ours])) or {_HINTS[ours]}
@@ -388,12 +397,20 @@ def _plain(config: ModelConfig, name: str, value: Any) -> Any:
         return None
     if name == "shared_expert_gate" and not any(config.layer(i).num_shared_experts for i in moe):
         return None
+    if name == "router":
+        return _evaluated_as(value)
     if name == "router_options":
-        return {key: one for key, one in value.items() if key not in NOT_IN_CHECKPOINTS}
+        kept = {one.name for one in fields(ROUTERS[_evaluated_as(config.router)].Options)} - NOT_IN_CHECKPOINTS
+        return {key: one for key, one in value.items() if key in kept}
     if name not in _PER_LAYER:
         return value
     values = value if isinstance(value, list) else [value] * layers
     return values if name == "num_experts" else [values[i] for i in moe]
+
+
+def _evaluated_as(router: str) -> str:
+    """The rule by which a model is used that was trained with a router."""
+    return ROUTERS[router].evaluated_as or router
 
 
 def one_number(config: ModelConfig, name: str) -> Any:

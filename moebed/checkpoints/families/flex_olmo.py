@@ -4,12 +4,15 @@ from moebed.checkpoints.families.base import Family
 from moebed.checkpoints.families.layout import (
     ALL_ATTENTION_BIAS,
     ATTENTION,
-    BIASED_ATTENTION,
     EXPERTS,
     OUTSIDE,
     QK_NORM,
     ROUTER,
 )
+from moebed.checkpoints.families.olmoe import OLMOE
+
+# Its class's own defaults are of a vocabulary of 100,352; who writes a folder says which there are.
+NO_IDS = {"pad_token_id": None, "eos_token_id": None}
 
 FLEX_OLMO = Family(
     model_type="flex_olmo",
@@ -24,14 +27,8 @@ FLEX_OLMO = Family(
         "layers.{i}.post_ffn_norm.weight": "model.layers.{i}.post_feedforward_layernorm.weight",
     },
     experts=EXPERTS,
-    fields={
-        "num_experts": "num_experts",
-        "num_experts_per_tok": "num_experts_per_tok",
-        "moe_intermediate_size": "intermediate_size",
-        "norm_topk_prob": "norm_topk_prob",
-        **BIASED_ATTENTION,
-    },
-    fixed={"qk_norm": "full", "pre_norms": False, "post_norms": True},
+    fields=OLMOE.fields,
+    fixed={**OLMOE.fixed, "pre_norms": False, "post_norms": True},
     defaults={
         "rope_theta": 5e5,
         "rms_norm_eps": 1e-6,
@@ -39,7 +36,6 @@ FLEX_OLMO = Family(
         "num_experts_per_tok": 5,
         "num_experts": 7,
     },
-    same={"num_local_experts": "num_experts"},
-    # Its own defaults are of a vocabulary of 100,352; who writes a folder says which there are.
-    encode=lambda config: {"pad_token_id": None, "eos_token_id": None},
+    same=OLMOE.same,
+    encode=lambda config: NO_IDS,
 )

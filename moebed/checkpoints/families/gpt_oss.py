@@ -3,7 +3,7 @@
 from typing import Any
 
 from moebed.checkpoints.families.base import Family, Settings, Stacked
-from moebed.checkpoints.families.layout import ALL_ATTENTION_BIAS, BIASED_ATTENTION, EXPERTS, LLAMA
+from moebed.checkpoints.families.layout import ALL_ATTENTION_BIAS, BIASED_ATTENTION, EXPERTS, LLAMA, NUM_LOCAL_EXPERTS
 from moebed.checkpoints.families.windows import WINDOW_KEYS, uncomputed_windows, window_settings, windows_of
 from moebed.model.config import ModelConfig
 
@@ -54,9 +54,7 @@ GPT_OSS = Family(
         for ending, kind in (("", "weight"), ("_bias", "bias"))
     ),
     fields={
-        "num_experts": "num_local_experts",
-        "num_experts_per_tok": "num_experts_per_tok",
-        "moe_intermediate_size": "intermediate_size",
+        **NUM_LOCAL_EXPERTS,
         **BIASED_ATTENTION,
     },
     fixed={

@@ -3,7 +3,7 @@
 from typing import Any
 
 from moebed.checkpoints.families.base import ExpertNames, Family, Settings, Stored, require_count
-from moebed.checkpoints.families.layout import ALL_ATTENTION_BIAS, BIASED_ATTENTION, LLAMA
+from moebed.checkpoints.families.layout import ALL_ATTENTION_BIAS, BIASED_ATTENTION, LLAMA, NUM_LOCAL_EXPERTS
 from moebed.errors import ConfigError
 from moebed.model.config import ModelConfig
 
@@ -65,9 +65,7 @@ def _granite(model_type: str, architecture: str, shared: bool) -> Family:
         # All experts in one tensor.
         experts=ExpertNames("", "", "", f"{_MOE}.input_linear.weight", f"{_MOE}.output_linear.weight"),
         fields={
-            "num_experts": "num_local_experts",
-            "num_experts_per_tok": "num_experts_per_tok",
-            "moe_intermediate_size": "intermediate_size",
+            **NUM_LOCAL_EXPERTS,
             "embedding_multiplier": "embedding_multiplier",
             "residual_multiplier": "residual_multiplier",
             "attention_multiplier": "attention_multiplier",

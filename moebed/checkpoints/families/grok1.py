@@ -3,6 +3,7 @@
 from typing import Any
 
 from moebed.checkpoints.families.base import ExpertNames, Family, Settings
+from moebed.checkpoints.families.layout import NUM_EXPERTS
 from moebed.errors import ConfigError
 from moebed.model.config import ModelConfig
 
@@ -50,9 +51,7 @@ GROK1 = Family(
         down=f"{_MOE}.experts.{{e}}.linear_1.weight",
     ),
     fields={
-        "num_experts": "num_experts",
-        "num_experts_per_tok": "num_experts_per_tok",
-        "moe_intermediate_size": "intermediate_size",
+        **NUM_EXPERTS,
         "attention_multiplier": "attn_output_multiplier",
         "embedding_multiplier": "embedding_multiplier_scale",
         "logits_multiplier": "output_multiplier_scale",

@@ -80,7 +80,8 @@ class KeyMap:
         names = [name, *([self.family.other_names[template]] if template in self.family.other_names else [])]
         if template == "embed_tokens.weight" and self.config.tie_word_embeddings:
             names.append(Stored.of(self.family.tensors["lm_head.weight"]).name)
-        named = [one.format(i=layer) for one in names]
+        experts = self.config.layer(layer).num_experts if layer >= 0 else 0
+        named = [one.format(i=layer, e=experts) for one in names]
         return next((one for one in named if one in self._present), named[0])
 
     def parameter(self, name: str) -> list[Placed]:
@@ -109,9 +110,17 @@ class KeyMap:
         stored, shape = Stored.of(self.family.tensors[template]), self.shapes[template.format(i=layer)]
         rows = math.prod(shape[:-1])
         whole = (*stored.before, *shape)
+        if unused := self.unused(template.format(i=layer)):
+            whole = (shape[0] + unused, *shape[1:])
         if stored.bands > 1:
             whole = (shape[0] * stored.bands, *shape[1:])
         return TensorPart(self._named(template, stored.name, layer), whole, stored.band * rows, rows)
+
+    def unused(self, name: str) -> int:
+        """Rows that a parameter's tensor has after the parameter's own, which nothing is made of."""
+        found, template = _LAYER.match(name), _LAYER.sub("layers.{i}.", name)
+        field = Stored.of(self.family.tensors.get(template, template)).unused
+        return getattr(self.config.layer(int(found[1])), field) if found and field else 0
 
     def expert(self, layer: int, matrix: str, expert: int) -> TensorPart:
         """One routed expert's ``gate`` or ``up`` (F, H), or ``down`` (H, F)."""

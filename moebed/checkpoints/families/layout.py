@@ -13,6 +13,10 @@ NORMS = {
     "layers.{i}.pre_attn_norm.weight": "model.layers.{i}.input_layernorm.weight",
     "layers.{i}.pre_ffn_norm.weight": "model.layers.{i}.post_attention_layernorm.weight",
 }
+PRE_NORMS = {
+    "layers.{i}.pre_attn_norm.weight": "model.layers.{i}.pre_attention_layernorm.weight",
+    "layers.{i}.pre_ffn_norm.weight": "model.layers.{i}.pre_feedforward_layernorm.weight",
+}
 ATTENTION = {f"layers.{{i}}.self_attn.{p}_proj.weight": f"model.layers.{{i}}.self_attn.{p}_proj.weight" for p in "qkvo"}
 ATTENTION_BIAS = {f"layers.{{i}}.self_attn.{p}_proj.bias": f"model.layers.{{i}}.self_attn.{p}_proj.bias" for p in "qkv"}
 ALL_ATTENTION_BIAS = {
@@ -29,6 +33,13 @@ QK_NORM = {f"layers.{{i}}.self_attn.{p}_norm.weight": f"model.layers.{{i}}.self_
 DENSE_FFN = {
     f"layers.{{i}}.mlp.{m}_proj.weight": f"model.layers.{{i}}.mlp.{m}_proj.weight" for m in ("gate", "up", "down")
 }
+# Fields of ours -> settings of theirs, where all layers have experts.
+NUM_EXPERTS = {
+    "num_experts": "num_experts",
+    "num_experts_per_tok": "num_experts_per_tok",
+    "moe_intermediate_size": "intermediate_size",
+}
+NUM_LOCAL_EXPERTS = {**NUM_EXPERTS, "num_experts": "num_local_experts"}
 ROUTER = {"layers.{i}.mlp.router.weight": "model.layers.{i}.mlp.gate.weight"}
 LLAMA = {**OUTSIDE, **NORMS, **ATTENTION}
 

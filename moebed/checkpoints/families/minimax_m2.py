@@ -3,7 +3,7 @@
 from typing import Any
 
 from moebed.checkpoints.families.base import Family, Settings, require_count
-from moebed.checkpoints.families.layout import QK_NORM
+from moebed.checkpoints.families.layout import NUM_LOCAL_EXPERTS, QK_NORM
 from moebed.checkpoints.families.mixtral import MIXTRAL
 from moebed.model.config import ModelConfig
 
@@ -28,11 +28,7 @@ MINIMAX_M2 = Family(
         "layers.{i}.mlp.router.expert_bias": "model.layers.{i}.block_sparse_moe.e_score_correction_bias",
     },
     experts=MIXTRAL.experts,
-    fields={
-        "num_experts": "num_local_experts",
-        "num_experts_per_tok": "num_experts_per_tok",
-        "moe_intermediate_size": "intermediate_size",
-    },
+    fields=NUM_LOCAL_EXPERTS,
     fixed={"norm_topk_prob": True, "qk_norm": "full", "router": "sigmoid_topk"},
     same={"num_experts": "num_local_experts"},
     other_names={

@@ -1,7 +1,7 @@
 """Mixtral 8x7B and 8x22B (2401.04088)."""
 
 from moebed.checkpoints.families.base import ExpertNames, Family
-from moebed.checkpoints.families.layout import LLAMA
+from moebed.checkpoints.families.layout import LLAMA, NUM_LOCAL_EXPERTS
 
 _MOE = "model.layers.{i}.block_sparse_moe"
 
@@ -16,12 +16,7 @@ MIXTRAL = Family(
         gate_up_fused="model.layers.{i}.mlp.experts.gate_up_proj",
         down_fused="model.layers.{i}.mlp.experts.down_proj",
     ),
-    fields={
-        "num_experts": "num_local_experts",
-        "num_experts_per_tok": "num_experts_per_tok",
-        "moe_intermediate_size": "intermediate_size",
-        "sliding_window": "sliding_window",
-    },
+    fields={**NUM_LOCAL_EXPERTS, "sliding_window": "sliding_window"},
     fixed={"norm_topk_prob": True},
     same={"num_experts": "num_local_experts"},
     # As transformers from version 5 on holds it, and writes it with save_original_format=False.

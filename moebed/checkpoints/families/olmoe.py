@@ -6,6 +6,7 @@ from moebed.checkpoints.families.layout import (
     BIASED_ATTENTION,
     EXPERTS,
     LLAMA,
+    NUM_EXPERTS,
     QK_NORM,
     ROUTER,
 )
@@ -15,13 +16,7 @@ OLMOE = Family(
     architecture="OlmoeForCausalLM",
     tensors={**LLAMA, **ALL_ATTENTION_BIAS, **QK_NORM, **ROUTER},
     experts=EXPERTS,
-    fields={
-        "num_experts": "num_experts",
-        "num_experts_per_tok": "num_experts_per_tok",
-        "moe_intermediate_size": "intermediate_size",
-        "norm_topk_prob": "norm_topk_prob",
-        **BIASED_ATTENTION,
-    },
+    fields={**NUM_EXPERTS, "norm_topk_prob": "norm_topk_prob", **BIASED_ATTENTION},
     fixed={"qk_norm": "full"},
     defaults={"rms_norm_eps": 1e-5, "norm_topk_prob": False},
     same={"num_local_experts": "num_experts"},

@@ -3,7 +3,7 @@
 from typing import Any
 
 from moebed.checkpoints.families.base import Family, Settings
-from moebed.checkpoints.families.layout import ALL_ATTENTION_BIAS, BIASED_ATTENTION, NORM_BIAS
+from moebed.checkpoints.families.layout import ALL_ATTENTION_BIAS, BIASED_ATTENTION, NORM_BIAS, NUM_LOCAL_EXPERTS
 from moebed.checkpoints.families.mixtral import MIXTRAL
 from moebed.checkpoints.families.rope import MAGNITUDES, rope_block
 from moebed.model.config import ModelConfig
@@ -42,9 +42,7 @@ PHIMOE = Family(
     },
     experts=MIXTRAL.experts,
     fields={
-        "num_experts": "num_local_experts",
-        "num_experts_per_tok": "num_experts_per_tok",
-        "moe_intermediate_size": "intermediate_size",
+        **NUM_LOCAL_EXPERTS,
         "sliding_window": "sliding_window",
         "lm_head_bias": "lm_head_bias",
         **BIASED_ATTENTION,

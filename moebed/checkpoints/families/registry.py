@@ -6,6 +6,7 @@ from moebed.checkpoints.families.base import Family
 from moebed.checkpoints.families.deepseek import DEEPSEEK
 from moebed.checkpoints.families.deepseek_v2 import DEEPSEEK_V2, DEEPSEEK_V3
 from moebed.checkpoints.families.dots1 import DOTS1
+from moebed.checkpoints.families.emo import EMO, EMO_DENSE
 from moebed.checkpoints.families.ernie import ERNIE
 from moebed.checkpoints.families.flex_olmo import FLEX_OLMO
 from moebed.checkpoints.families.glm4_moe import GLM4_MOE
@@ -47,6 +48,8 @@ FAMILIES: dict[str, Family] = {
         GPT_OSS,
         FLEX_OLMO,
         PHIMOE,
+        EMO,
+        EMO_DENSE,
     )
 }
 

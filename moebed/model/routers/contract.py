@@ -60,6 +60,8 @@ class Router(Float32Buffers):
     options: RouterOptions  # what they are in this model
     default_norm_topk_prob = True  # where a config does not say
     fixed_top_k = True  # whether every token has K experts
+    # Another rule that does the same in evaluation, of the same parameters and of those settings that it has too.
+    evaluated_as: str | None = None
     has_plan_formula = False  # whether what it keeps for the backward pass is known (see plan_bytes, and moebed.plan)
     keeps_input = True  # whether the backward pass needs its input, as a product's does
     compiles = True  # whether its forward pass is one graph for torch.compile

@@ -42,6 +42,7 @@ class DocumentPool(SoftmaxTopK):
         seed: int = setting("Of the sizes of pools.", 0, least=0)
 
     options: Options
+    evaluated_as = "softmax_topk"
     needs_context = True
     has_plan_formula = False
 

@@ -223,7 +223,7 @@ def tensor_cases(settings: dict[str, Any], tensors: dict[str, torch.Tensor]) -> 
         yield case("nan", lambda found, name=name: found[name].view(-1)[3:4].fill_(float("nan")))
         yield case("bfloat16", lambda found, name=name: found.update({name: found[name].bfloat16()}))
         yield case("renamed", lambda found, name=name: found.update({name + "_": found.pop(name)}))
-        if name.endswith("_proj.weight"):
+        if tensors[name].ndim == 2 and "layers" in name and name.endswith(".weight"):
             bias = name.replace(".weight", ".bias")
             if bias not in tensors:
                 yield case(

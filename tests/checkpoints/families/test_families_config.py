@@ -42,6 +42,9 @@ SETTINGS = {
         ("llama", "mlp_bias", True),
         ("qwen2", "layer_types", ["full_attention", "chunked_attention"]),
         ("gpt_oss", "swiglu_limit", 5.0),
+        ("gpt_oss", "swiglu_limit", True),
+        ("gpt_oss", "swiglu_alpha", 1.0),
+        ("gpt_oss", "hidden_act", "relu"),
         ("gpt_oss", "sliding_window", None),
         ("olmoe", "clip_qkv", 8.0),
         ("deepseek", "scoring_func", "sigmoid"),
@@ -55,6 +58,11 @@ def test_what_the_decoder_does_not_compute_is_refused_by_name(family, key, value
         FAMILIES[family].read_config({**SETTINGS, key: value}, "somewhere/config.json")
     assert "somewhere/config.json" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_number_may_be_written_whole():
+    settings = {**SETTINGS, "swiglu_limit": 7, "swiglu_alpha": 1.702}
+    assert FAMILIES["gpt_oss"].read(settings).uncomputed == []
 
 
 def test_llama_3_scaling_is_read_from_its_old_place():
@@ -201,6 +209,7 @@ OWN = {
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
     "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2},
     "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "emo": {"num_experts": 4, "num_experts_per_tok": 3, "num_shared_experts": 1},
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "granitemoeshared": {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 20},
 }  # fmt: skip

@@ -63,11 +63,11 @@ CASES = {
     **{f"llama-{name}": ("llama", {"rope_parameters": {**rope, "rope_theta": 30.0}}) for name, rope in ROPES.items()},
     "qwen2": ("qwen2", ROPE),
     "olmoe": ("olmoe", {**MOE, "norm_topk_prob": False, **ROPE}),
-    "olmoe-normed": ("olmoe", {**MOE, "norm_topk_prob": True}),
+    "olmoe-normed": ("olmoe", {**MOE, "norm_topk_prob": True, "attention_bias": True}),
     "qwen2_moe": ("qwen2_moe", {**SPARSE, "shared_expert_intermediate_size": 48, "mlp_only_layers": [1], **ROPE}),
     "qwen2_moe-no-bias": ("qwen2_moe", {**SPARSE, "shared_expert_intermediate_size": 24, "qkv_bias": False}),
     "qwen3_moe": ("qwen3_moe", {**SPARSE, "head_dim": 16, "norm_topk_prob": True, **ROPE}),
-    "qwen3_moe-step": ("qwen3_moe", {**SPARSE, "decoder_sparse_step": 2}),
+    "qwen3_moe-step": ("qwen3_moe", {**SPARSE, "decoder_sparse_step": 2, "attention_bias": True}),
     "qwen3_moe-window": ("qwen3_moe", {**SPARSE, "use_sliding_window": True, "sliding_window": 4}),
 }  # fmt: skip
 
@@ -75,8 +75,8 @@ CASES = {
 GRANITE = {"num_local_experts": 6, "num_experts_per_tok": 2, "embedding_multiplier": 3.0, "attention_multiplier": 0.25,
            "residual_multiplier": 0.22, "logits_scaling": 6.0}  # fmt: skip
 CASES |= {
-    "granitemoe": ("granitemoe", {**GRANITE, "tie_word_embeddings": True, **ROPE}),
-    "granitemoeshared": ("granitemoeshared", {**GRANITE, "shared_intermediate_size": 50}),
+    "granitemoe": ("granitemoe", {**GRANITE, "tie_word_embeddings": True, "attention_bias": True, **ROPE}),
+    "granitemoeshared": ("granitemoeshared", {**GRANITE, "shared_intermediate_size": 50, "attention_bias": True}),
     "granitemoeshared-none": ("granitemoeshared", {**GRANITE, "shared_intermediate_size": 0}),
 }
 

@@ -33,9 +33,12 @@ MODEL = {"vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 2, "num_atten
          "max_position_embeddings": 64, "initializer_range": 0.3}  # fmt: skip
 CLASSLESS = {
     "deepseek": {**MODEL, "num_shared_experts": 1},
+    "emo": {**MODEL, "num_shared_experts": 1},
+    "olmo2_noqknorm_prenorm": {**MODEL, "num_experts": 0},
     "grok-1": {**MODEL, "num_experts": 4, "post_norms": True, "hidden_act": "gelu", "tie_word_embeddings": True,
                "attn_logit_softcapping": 30.0, "embedding_multiplier": 8.0, "logits_multiplier": 0.5},
 }  # fmt: skip
+SLOW = ("emo", "olmo2_noqknorm_prenorm")
 
 
 def cases_of(config, folder):
@@ -81,7 +84,9 @@ def test_every_odd_checkpoint_is_read_as_transformers_reads_it(family, tmp_path,
     assert min(kinds[kind] for kind in ("used", "harmless", "noted", "refused")) >= 10
 
 
-@pytest.mark.parametrize("family", CLASSLESS)
+@pytest.mark.parametrize(
+    "family", [pytest.param(one, marks=pytest.mark.slow) if one in SLOW else one for one in CLASSLESS]
+)
 def test_a_family_without_a_class_uses_what_it_says_or_refuses_it_by_name(family, tmp_path, capsys):
     torch.manual_seed(1)
     decoder = Decoder(ModelConfig(**CLASSLESS[family]))
