@@ -44,6 +44,7 @@ def _fails(capsys, arguments, *words):
     assert len(lines) == 1
     for word in words:
         assert word in lines[0]
+    return lines[0]
 
 
 def test_fit_writes_a_whole_run_folder_and_continues(recipe, tmp_path, capsys):
@@ -240,7 +241,26 @@ def test_empty_corpus(recipe, tmp_path, capsys):
 def test_output_folder_that_cannot_be_written(recipe, tmp_path, capsys):
     (tmp_path / "file").write_text("not a folder")
     path = recipe(lambda content: _set(content, "trainer.default_root_dir", str(tmp_path / "file" / "run")))
-    _fails(capsys, ["fit", "--config", path], str(tmp_path / "file" / "run"), "cannot be written")
+    _fails(capsys, ["fit", "--config", path], str(tmp_path / "file" / "run"), "cannot be written", "default_root_dir")
+
+
+@pytest.mark.parametrize("command", ["probe", "tasks", "report"])
+def test_so_it_is_said_of_other_commands_before_any_work(command, tmp_path, capsys):
+    """By the option that they have; a report is drawn for a minute before it is written."""
+    (tmp_path / "file").write_text("not a folder")
+    (tmp_path / "run_summary.json").write_text("{")
+    more = ["--tasks", "moebed_recall"] if command == "tasks" else []
+    out = tmp_path / "file" / "out" / "page.html"
+    line = _fails(capsys, [command, tmp_path, "--out", out, *more], "cannot be written", "--out")
+    assert "default_root_dir" not in line
+
+
+def test_the_folder_of_a_run_in_the_place_of_its_checkpoint(tmp_path, capsys):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").touch()
+    for given in (tmp_path, tmp_path / "checkpoints"):
+        for command in ("export", "probe"):
+            _fails(capsys, [command, given, "--out", tmp_path / "o"], f"give its checkpoint, {tmp_path}", "last.ckpt")
 
 
 def test_missing_recipe_and_missing_checkpoint(recipe, tmp_path, capsys):

@@ -6,7 +6,6 @@ import json
 import logging
 import re
 import sys
-import tempfile
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -190,7 +189,7 @@ class TrainingCLI(LightningCLI):
         if config.checkpoint.train_time_interval is not None:
             config.checkpoint.every_n_train_steps = None  # its default; ModelCheckpoint takes one of the two
         if self.subcommand == "fit":
-            require_writable(Path(config.trainer.default_root_dir))
+            storage.require_writable(Path(config.trainer.default_root_dir), "--trainer.default_root_dir")
 
     def instantiate_classes(self) -> None:
         """Build model, data and callbacks; what they refuse is shown as they say it."""
@@ -321,21 +320,6 @@ class TrainingCLI(LightningCLI):
         storage.write_arrays(path, arrays)
         shapes = ", ".join(f"{key} {array.shape}" for key, array in arrays.items())
         print(f"{path}: {shapes}", file=sys.stderr, flush=True)  # every rank has a file
-
-
-def require_writable(folder: Path) -> None:
-    """Raise UserError if nothing can be written into folder; leaves no trace when it does not exist yet."""
-    existing = folder
-    while not existing.exists():
-        existing = existing.parent
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"the output folder {folder} cannot be written ({error.strerror}); "
-            "choose another with --trainer.default_root_dir"
-        ) from error
 
 
 def quiet() -> None:
