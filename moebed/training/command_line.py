@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import sys
 import warnings
@@ -17,6 +18,7 @@ from jsonargparse import ActionConfigFile
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from moebed.arguments import read_yaml
 from moebed.checkpoints.families.base import beside_experts
 from moebed.data.datamodule import TextDataModule
 from moebed.errors import ConfigError, UserError, did_you_mean
@@ -85,6 +87,16 @@ def _user_error_behind(error: BaseException | None) -> UserError | None:
     return error
 
 
+class _RecipeFile(ActionConfigFile):
+    """A file is YAML with settings by name; jsonargparse takes what is not for the settings themselves."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        """Take the file's settings, or those that stand in the argument itself."""
+        if os.path.isfile(values) and not isinstance(read_yaml(Path(values), "recipe"), dict):
+            raise ConfigError(f"recipe {values} holds no settings by name; give a recipe, or a run's config.yaml")
+        super().__call__(parser, cfg, values, option_string)
+
+
 class RunFolder(SaveConfigCallback):
     """Writes the run's config beside its results once training starts: ``config.yaml``, and where it logs text."""
 
@@ -127,7 +139,7 @@ class TrainingCLI(LightningCLI):
         """A parser whose errors are one line."""
         parser = _Parser(allow_abbrev=False, **kwargs)  # half a key must not set another
         ModelConfig.__annotations__["router_options"] = all_options()  # those of --plugins as well
-        parser.add_argument("-c", "--config", action=ActionConfigFile, help="a recipe, or a run's config.yaml")
+        parser.add_argument("-c", "--config", action=_RecipeFile, help="a recipe, or a run's config.yaml")
         return parser
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]

@@ -6,7 +6,7 @@ from moebed.arguments import parse_yaml
 from moebed.cli import main
 
 RECIPE = "model: {config: {num_hidden_layers: 2, hidden_size: 16, num_attention_heads: 2, rope_theta: 1e4}}"
-COMMANDS = {"study": [], "size": [], "probe": ["--config"]}
+COMMANDS = {"study": [], "size": [], "probe": ["--config"], "fit": ["--config"]}
 
 
 @pytest.mark.parametrize("content", [None, b"a: [", "é: ü".encode("latin-1")], ids=["missing", "no YAML", "no UTF-8"])
@@ -17,7 +17,23 @@ def test_a_file_that_cannot_be_read_is_one_line(command, content, tmp_path, caps
         path.write_bytes(content)
     assert main([command, *COMMANDS[command], str(path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "recipe.yaml cannot be read (" in line
+    assert "recipe.yaml cannot be read (" in line or (content is None and "File does not exist" in line)
+
+
+@pytest.mark.parametrize("content", ["", "a sentence of a text", "[1, 2]"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_file_that_holds_something_else_is_one_line(command, content, tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content, encoding="utf-8")
+    assert main([command, *COMMANDS[command], str(path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "recipe.yaml h" in line
+    assert content not in line or not content
+
+
+def test_a_first_call_without_a_recipe_says_what_to_give(capsys):
+    assert main(["fit"]) == 2
+    assert "--config recipes/demo.yaml" in capsys.readouterr().err
 
 
 def test_numbers_without_a_point_are_numbers_and_words_are_not(tmp_path, capsys):
