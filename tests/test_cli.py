@@ -244,6 +244,15 @@ def test_output_folder_that_cannot_be_written(recipe, tmp_path, capsys):
     _fails(capsys, ["fit", "--config", path], str(tmp_path / "file" / "run"), "cannot be written", "default_root_dir")
 
 
+@pytest.mark.parametrize("name", ["summary.json", "run_summary.json"])
+def test_a_run_does_not_replace_the_results_of_a_probing_or_of_tasks(recipe, tmp_path, capsys, name):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("{}")
+    for more in ([], ["--ckpt_path", "last"]):
+        _fails(capsys, ["fit", "--config", recipe(), *more], str(tmp_path / "run"))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [name]
+
+
 @pytest.mark.parametrize("command", ["probe", "tasks", "report"])
 def test_so_it_is_said_of_other_commands_before_any_work(command, tmp_path, capsys):
     """By the option that they have; a report is drawn for a minute before it is written."""
