@@ -264,6 +264,15 @@ def test_so_it_is_said_of_other_commands_before_any_work(command, tmp_path, caps
     assert "default_root_dir" not in line
 
 
+def test_what_is_misspelt_is_one_line_whatever_the_command(capsys):
+    """Of the commands that have parsers of their own kind as well."""
+    for given in (["ft"], ["check", "--minutes", "x"], ["bench"], ["bench", "trian"], ["bench", "train", "--size"]):
+        capsys.readouterr()
+        assert main(given) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "--help` lists" in line or "did you mean 'fit'" in line
+
+
 def test_the_folder_of_a_run_in_the_place_of_its_checkpoint(tmp_path, capsys):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "last.ckpt").touch()

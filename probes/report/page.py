@@ -103,9 +103,7 @@ def _said(runs: Sequence[RunFolder]) -> list[str]:
     for run in runs:
         model = run.summary.get("model")
         if isinstance(model, dict):
-            said.append(
-                f"{run.name}: checkpoint {model.get('name')}, family {model.get('model_type')}{_sizes(model)}"
-            )
+            said.append(f"{run.name}: checkpoint {model.get('name')}, family {model.get('model_type')}{_sizes(model)}")
         elif "step" in run.summary:
             config = run.summary.get("provenance", {}).get("config")
             said.append(f"{run.name}: probed last at step {run.summary['step']}{_sizes(config or {})}")
