@@ -24,14 +24,15 @@ def require_kinds(settings: Any, where: str) -> None:
         settings: Whose fields are looked at; those that are typed Literal have checks of their own.
         where: What the error begins with.
     """
-    for name, hint in _hints(type(settings)).items():
+    kind: Any = type(settings)
+    for name, hint in _hints(kind).items():
         value = getattr(settings, name, None)
         if not _is_of(value, hint):
             raise ConfigError(f"{where}: {name} is {value!r}; it must be {_called(hint)}")
 
 
 @cache
-def _hints(kind: type[Any]) -> dict[str, Any]:
+def _hints(kind: Any) -> dict[str, Any]:
     hints = get_type_hints(kind)
     return {one.name: hints[one.name] for one in fields(kind) if get_origin(hints[one.name]) is not Literal}
 
