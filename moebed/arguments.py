@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any, NoReturn
 
 from moebed.errors import ConfigError
+
+_FLOAT = re.compile(r"[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")  # YAML 1.1 asks for a point and a sign
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -39,6 +42,27 @@ def add_text_options(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def parse_yaml(text: str) -> Any:
+    """Plain data of YAML, in which 1e-5 is a number, as it is for ``moebed fit``; raises yaml.YAMLError."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("+-.0123456789"))
+    return yaml.load(text, Loader)
+
+
+def parse_setting(given: str, value: str) -> Any:
+    """The value of ``given``, KEY=VALUE on a command line; raises ConfigError where it is not YAML."""
+    import yaml
+
+    try:
+        return parse_yaml(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{given!r}: {value!r} is no YAML ({' '.join(str(error).split())}); quote it") from error
+
+
 def read_yaml(path: Path, called: str = "") -> Any:
     """The content of a YAML file.
 
@@ -52,7 +76,7 @@ def read_yaml(path: Path, called: str = "") -> Any:
     import yaml
 
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(
             f"{called} {path} cannot be read ({' '.join(str(error).split())}); give a file of YAML".lstrip()

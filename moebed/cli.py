@@ -10,7 +10,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from moebed.errors import UserError
+from moebed.arguments import OneLineParser
+from moebed.errors import UserError, did_you_mean
 from moebed.plugins import load_plugins
 
 COMMANDS = {
@@ -55,7 +56,7 @@ SPINCOUNT = 30_000  # with 10 000 a step on quiet cores takes longer
 def build_parser() -> argparse.ArgumentParser:
     """The top level; each subcommand parses its own arguments."""
     lines = "\n".join(f"  {name:<10}{sentence}" for name, (_, sentence) in COMMANDS.items())
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="moebed",
         description="Train and probe Mixture-of-Experts language models.",
         epilog=f"commands:\n{lines}\n\n`moebed COMMAND --help` shows every knob of a command. Each takes --plugins "
@@ -63,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="show the traceback of an error")
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=f"one of {', '.join(COMMANDS)}")
+    parser.add_argument("command", metavar="COMMAND", help=f"one of {', '.join(COMMANDS)}")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the command")
     return parser
 
@@ -76,10 +77,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not (sys.argv[1:] if argv is None else argv):
         print(FIRST_STEPS)
         return 0
-    options = build_parser().parse_args(argv)
-    verbose = options.verbose or bool({"-v", "--verbose"} & set(options.arguments))
-    arguments = [argument for argument in options.arguments if argument not in ("-v", "--verbose")]
+    verbose = False
     try:
+        options = build_parser().parse_args(argv)
+        if options.command not in COMMANDS:
+            hint = did_you_mean(options.command, COMMANDS, f"choose one of {', '.join(COMMANDS)}")
+            raise UserError(f"there is no command {options.command!r}; {hint}")
+        verbose = options.verbose or bool({"-v", "--verbose"} & set(options.arguments))
+        arguments = [argument for argument in options.arguments if argument not in ("-v", "--verbose")]
         arguments = load_plugins(arguments)
         module, _ = COMMANDS[options.command]
         importlib.import_module(module).run(options.command, arguments)

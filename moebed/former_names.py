@@ -1,5 +1,5 @@
 """What was once called otherwise, where files that people keep may say so: modules in a run's config.yaml, in recipes
-and plug-ins; tags in TensorBoard's event files."""
+and plug-ins."""
 
 from __future__ import annotations
 
@@ -36,20 +36,3 @@ def present_name(name: str) -> str:
 def with_present_names(text: str) -> str:
     """YAML or JSON in which every ``class_path`` has its present name."""
     return _CLASS_PATH.sub(lambda found: found.group(1) + present_name(found.group(2)), text)
-
-
-# Tags of a log's numbers and text, by pattern: what the probes found had one group, and of text each its own.
-# A picture's tag, ``probes/<probe>/<figure>``, is ``<probe>/figures/<figure>``.
-FORMER_TAGS = {
-    r"probes/(.+/layer_\d+)": r"layers/\1",
-    r"probes/(.+)": r"\1",
-    r"(config|computed_in|samples)": r"run/\1",
-}
-
-
-def present_tag(tag: str) -> str:
-    """A tag as it is now; the same where it was never called otherwise."""
-    for former, present in FORMER_TAGS.items():
-        if found := re.fullmatch(former, tag):
-            return found.expand(present)
-    return tag

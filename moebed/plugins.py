@@ -75,6 +75,8 @@ def _import(name: str) -> None:
     path = Path(name)
     if path.suffix == ".py" and not path.is_file():
         raise UserError(f"plugin {name} does not exist; give the path of a Python file, or an importable module")
+    if path.suffix != ".py" and path.is_file():
+        raise UserError(f"plugin {name} is no Python file; give one whose name ends with .py, or an importable module")
     module = module_name(name)
     if module in sys.modules:
         return

@@ -41,6 +41,7 @@ from probes.measures.resampling import (
     units_of,
     without,
 )
+from probes.measures.words import keep_words
 
 TOP = 10  # words
 ALL, HALVES = 0, (1, 2)  # of an expert's tokens: all, those of every other text, those of the rest
@@ -64,7 +65,7 @@ class ExpertLens(Probe):
     first choice adds to the logit of the token that follows and of the rise of its loss without that expert (its output
     0, at that token alone), and ``cause_rho_shuffled``, with what it adds to one that follows elsewhere. Stored once:
     ``lens_domain (B,)``; ``lens_predicted (B,)``, tokens that another one follows; ``text_ids``, ``text_of_ids``, what
-    ids in the text say, where it is known.
+    these words' ids say, where a tokenizer tells.
     """
 
     name = "expert_lens"
@@ -104,10 +105,6 @@ class ExpertLens(Probe):
             keep(self, key, view.index, of_token.mean(), units.means_without(of_token))
         self.arrays |= units.arrays()
         self.put("num_experts", view.index, view.num_experts)
-        if len(view.text.token_text) and "text_ids" not in self.arrays:
-            ids, first = np.unique(view.text.token_ids.cpu().numpy(), return_index=True)
-            words = [view.text.token_text[place] for place in first]
-            self.arrays |= {"text_ids": ids, "text_of_ids": np.array(words, dtype=np.str_)}
 
     def update_head(self, head: HeadView) -> None:
         """Read what was written, and what the loss becomes without the first choice."""
@@ -155,6 +152,8 @@ class ExpertLens(Probe):
             same, other = _overlaps(*(ids[half] for half in HALVES), *(used[half] for half in HALVES))
             self.put("lens_overlap", n, same)
             self.put("lens_overlap_other", n, other)
+        named = np.concatenate([of.ravel() for of in by_layer(self.arrays, "lens_ids").values()])
+        keep_words(self.arrays, head.text, named[named >= 0].tolist())
 
     def _compare(self, head: HeadView, dla: dict[int, np.ndarray], known: np.ndarray) -> None:
         """Does what the first choice adds tell what its loss costs?"""

@@ -16,6 +16,7 @@ from probes.figures.specialised_tokens import draw_tokens, write_tokens
 from probes.measures.choices import NONE, assignments
 from probes.measures.expert_matrices import num_experts
 from probes.measures.resampling import LARGEST, unit_notes
+from probes.measures.words import keep_words
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,7 +37,7 @@ class Vocabulary(Probe):
     largest of finite counts is above 1/E without any meaning; ``top_ids``, ``top_shares (E, 10)``, the ids of which an
     expert takes most, -1 and 0 after the last. Stored for each layer: ``num_experts_per_tok``. Stored once for each
     kind: ``ids_<kind>``, ``seen_<kind> (V,)``; ``text_ids``, ``text_of_ids``, what the ids in the text say, where it is
-    known.
+    known, and ``text_ids_predicted``, ``text_of_ids_predicted``, what the predicted ones do.
     """
 
     name = "vocabulary"
@@ -56,6 +57,7 @@ class Vocabulary(Probe):
     def update_head(self, head: HeadView) -> None:
         """Keep what was predicted."""
         self.arrays["predicted"] = head.predicted.cpu().numpy()
+        keep_words(self.arrays, head.text, self.arrays["predicted"].tolist(), "text_ids_predicted")
 
     def compute(self) -> ProbeResult:
         """The result: routings counted by id, in every layer."""
@@ -71,10 +73,7 @@ class Vocabulary(Probe):
         if "input" in self.arrays:
             return
         self.arrays |= {"input": text.token_ids.cpu().numpy(), "target": text.targets.cpu().numpy()}
-        if len(text.token_text):
-            ids, first = np.unique(self.arrays["input"], return_index=True)
-            self.arrays["text_ids"] = ids
-            self.arrays["text_of_ids"] = np.array([text.token_text[position] for position in first], dtype=np.str_)
+        keep_words(self.arrays, text, self.arrays["input"].tolist())
 
     def _measure(self, kind: str, of_token: np.ndarray, choices: Layers, experts: dict[int, int]) -> None:
         every, slot, seen = np.unique(of_token, return_inverse=True, return_counts=True)

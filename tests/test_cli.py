@@ -46,6 +46,7 @@ def _fails(capsys, arguments, *words):
     assert len(lines) == 1
     for word in words:
         assert word in lines[0]
+    return lines[0]
 
 
 @pytest.mark.drawn
@@ -243,7 +244,44 @@ def test_empty_corpus(recipe, tmp_path, capsys):
 def test_output_folder_that_cannot_be_written(recipe, tmp_path, capsys):
     (tmp_path / "file").write_text("not a folder")
     path = recipe(lambda content: _set(content, "trainer.default_root_dir", str(tmp_path / "file" / "run")))
-    _fails(capsys, ["fit", "--config", path], str(tmp_path / "file" / "run"), "cannot be written")
+    _fails(capsys, ["fit", "--config", path], str(tmp_path / "file" / "run"), "cannot be written", "default_root_dir")
+
+
+@pytest.mark.parametrize("name", ["summary.json", "run_summary.json"])
+def test_a_run_does_not_replace_the_results_of_a_probing_or_of_tasks(recipe, tmp_path, capsys, name):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("{}")
+    for more in ([], ["--ckpt_path", "last"]):
+        _fails(capsys, ["fit", "--config", recipe(), *more], str(tmp_path / "run"))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [name]
+
+
+@pytest.mark.parametrize("command", ["probe", "tasks", "report"])
+def test_so_it_is_said_of_other_commands_before_any_work(command, tmp_path, capsys):
+    """By the option that they have; a report is drawn for a minute before it is written."""
+    (tmp_path / "file").write_text("not a folder")
+    (tmp_path / "run_summary.json").write_text("{")
+    more = ["--tasks", "moebed_recall"] if command == "tasks" else []
+    out = tmp_path / "file" / "out" / "page.html"
+    line = _fails(capsys, [command, tmp_path, "--out", out, *more], "cannot be written", "--out")
+    assert "default_root_dir" not in line
+
+
+def test_what_is_misspelt_is_one_line_whatever_the_command(capsys):
+    """Of the commands that have parsers of their own kind as well."""
+    for given in (["ft"], ["check", "--minutes", "x"], ["bench"], ["bench", "trian"], ["bench", "train", "--size"]):
+        capsys.readouterr()
+        assert main(given) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "--help` lists" in line or "did you mean 'fit'" in line
+
+
+def test_the_folder_of_a_run_in_the_place_of_its_checkpoint(tmp_path, capsys):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").touch()
+    for given in (tmp_path, tmp_path / "checkpoints"):
+        for command in ("export", "probe"):
+            _fails(capsys, [command, given, "--out", tmp_path / "o"], f"give its checkpoint, {tmp_path}", "last.ckpt")
 
 
 def test_missing_recipe_and_missing_checkpoint(recipe, tmp_path, capsys):

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from moebed.arguments import OneLineParser
 from moebed.errors import UserError
 from moebed.machine import storage
 from moebed.machine.progress import say
@@ -21,7 +22,7 @@ PACKAGES = ("torch", "transformers", "triton", "lightning", "numpy", "scipy")
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of each kind."""
-    parser = argparse.ArgumentParser(prog="moebed bench", description=__doc__)
+    parser = OneLineParser(prog="moebed bench", description=__doc__)
     kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     train = kinds.add_parser("train", help="tokens/s of a training step, beside transformers and our dense model")
     train.add_argument("--size", action="append", help="A, F or B (see moebed/bench/train.py); may be repeated")

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from moebed.arguments import OneLineParser
 from moebed.check import backends, table
 from moebed.check.contract import MINUTES, Verdict
 from moebed.check.ladder import LADDER, MODULE
@@ -25,7 +26,7 @@ class FoundWrong(UserError):
 def build_parser() -> argparse.ArgumentParser:
     """The options."""
     names = "\n".join(f"  {step.name:<18}{step.question}" for rung in LADDER for step in rung)
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="moebed check",
         description=__doc__,
         epilog=f"steps:\n{names}\n\nEach step is a process with its own time, and keeps what it found in DIR/steps, so "

@@ -62,6 +62,8 @@ def other_folder(folder: Path) -> str | None:
             f"{folder} holds a model in its makers' original layout ({(original or ['params.json'])[0]}); get the one "
             "in Hugging Face's layout, with config.json and model.safetensors"
         )
+    if runs := [path for path in (folder / "checkpoints" / "last.ckpt", folder / "last.ckpt") if path.exists()]:
+        return f"{folder} is the folder of a run; give its checkpoint, {runs[0]}"
     inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
     if inner:
         return f"{folder} is no checkpoint itself; give a folder in it, such as {folder / inner[0]}"

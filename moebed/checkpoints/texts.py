@@ -112,6 +112,7 @@ class CheckpointTokenizer:
             own = load_tokenizer(folder)
             self.encode: Callable[[str], list[int]] = own.encode
             self.encode_plain = own.encode
+            self._says: Callable[[int], str] = own.says
             self.prefix_id: Any = own.eos_id if own.bos_id is None else own.bos_id
             self.decode: Callable[[list[int]], str] = own.decode
             return
@@ -120,6 +121,7 @@ class CheckpointTokenizer:
 
             inside = GgufTokenizer(file)
             self.encode, self.decode = inside.encode, inside.decode
+            self._says = lambda one: inside.decode([one])
             self.encode_plain, self.prefix_id = inside.encode_plain, inside.prefix_id
             return
         import transformers
@@ -150,10 +152,18 @@ class CheckpointTokenizer:
         self.encode_plain = lambda text: loaded(text, add_special_tokens=False)["input_ids"]
         self.prefix_id = loaded.eos_token_id if loaded.bos_token_id is None else loaded.bos_token_id
         self.decode = lambda ids: str(loaded.decode(ids, skip_special_tokens=False))
+        self._says = lambda one: str(loaded.decode([one], skip_special_tokens=False))
+
+    def says(self, one: int) -> str:
+        """What an id says by itself; nothing where it only fills up a head that has more rows than there are tokens."""
+        try:
+            return self._says(one)
+        except (IndexError, KeyError, TypeError, ValueError):  # each kind of tokenizer refuses it in its own way
+            return ""
 
     def texts(self, ids: Sequence[int]) -> tuple[str, ...]:
         """What each id says by itself."""
-        known = {number: self.decode([number]) for number in set(ids)}
+        known = {number: self.says(number) for number in set(ids)}
         return tuple(known[number] for number in ids)
 
 
@@ -213,8 +223,9 @@ def put_together(
     for row, (ids, _, _) in enumerate(sequences):
         padded[row, : len(ids)], mask[row, : len(ids)] = ids, True
     domain = torch.tensor([domains.index(name) for _, name, _ in sequences])
-    said = tokenizer.texts(padded[mask].tolist()) if tokenizer is not None else ()
-    return ProbeText(padded, mask, domain, domains, said)
+    if tokenizer is None:
+        return ProbeText(padded, mask, domain, domains)
+    return ProbeText(padded, mask, domain, domains, tokenizer.texts(padded[mask].tolist()), says=tokenizer.says)
 
 
 def _require_fits(ids: Tensor, what: str, config: TextLimits) -> None:

@@ -64,6 +64,11 @@ def print_closing_table(numbers: dict[str, Any], folder: Path, report: Path) -> 
 
 def run(command: str, arguments: Sequence[str]) -> None:
     """Entry of the four training commands."""
+    if not arguments:
+        raise UserError(
+            f"moebed {command} needs a recipe, such as --config recipes/demo.yaml; `moebed {command} --help` lists the "
+            "options"
+        )
     quiet()
     torch.set_float32_matmul_precision("high")
     keep_freed_memory()

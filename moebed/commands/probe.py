@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moebed.arguments import OneLineParser, add_text_options, read_yaml
+from moebed.arguments import OneLineParser, add_text_options, parse_setting, read_yaml
 from moebed.errors import ConfigError, UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -161,8 +161,9 @@ def _probe(options: dict[str, Any], earlier: list[str] | None) -> None:
 
     from moebed.checkpoints.texts import TextOptions
     from moebed.commands.probe_whole import probe_through_transformers, probe_trace, save_trace
+    from moebed.machine import storage
     from moebed.traces.files import is_trace
-    from moebed.training.command_line import require_writable, say
+    from moebed.training.command_line import say
     from probes.registry import make_probes
     from probes.running.choosing import probes_for
 
@@ -174,7 +175,7 @@ def _probe(options: dict[str, Any], earlier: list[str] | None) -> None:
         chosen.append("saturation")
     if options["device"] == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device is available here; use --device cpu")
-    require_writable(out)
+    storage.require_writable(out, "--out")
     _quiet()
     if is_trace(Path(options["checkpoint"])):
         _refuse(options, ("probes", "probe_option", "num_experts", "save_trace", "trace_format", "fresh"), "a trace")
@@ -355,8 +356,6 @@ def _domains(value: Any) -> list[str]:
 
 def _probe_options(value: Any) -> dict[str, dict[str, Any]]:
     """PROBE.NAME=VALUE, several; in a YAML file a mapping of mappings does as well."""
-    import yaml
-
     if isinstance(value, dict):
         return value
     found: dict[str, dict[str, Any]] = {}
@@ -365,7 +364,7 @@ def _probe_options(value: Any) -> dict[str, dict[str, Any]]:
         probe, dot, key = name.partition(".")
         if not (equals and dot and key):
             raise ConfigError(f"probe_option {one!r} is none; write PROBE.NAME=VALUE, such as traffic.ranks=8")
-        found.setdefault(probe, {})[key] = yaml.safe_load(setting)
+        found.setdefault(probe, {})[key] = parse_setting(one, setting)
     return found
 
 

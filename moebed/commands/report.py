@@ -22,9 +22,16 @@ def build_parser() -> argparse.ArgumentParser:
 def run(command: str, arguments: Sequence[str]) -> None:
     """Write one HTML file about one or several run folders; the studies among them come first."""
     options = build_parser().parse_args(arguments)
+    from moebed.machine.progress import waiting
+    from moebed.machine.storage import require_writable
     from moebed.study.page import is_study, sections
     from probes.report.page import write_report
 
     studies = [folder for folder in options.folders if is_study(folder)]
     runs = [folder for folder in options.folders if folder not in studies]
-    print(write_report(runs, options.out or options.folders[0] / "report.html", sections(studies)))
+    out = options.out or options.folders[0] / "report.html"
+    if options.out or out.parent.is_dir():  # of a folder that is not there something better is said
+        require_writable(out.parent, "--out")
+    with waiting("drawing the report"):
+        path = write_report(runs, out, sections(studies))
+    print(path)

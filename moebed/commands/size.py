@@ -11,9 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
-from moebed.arguments import OneLineParser, read_yaml
+from moebed.arguments import OneLineParser, parse_setting, read_yaml
 from moebed.errors import ConfigError
 from moebed.model.config import ModelConfig
 from moebed.model.flops import count_parameters, flops_per_token
@@ -96,7 +94,7 @@ def read_model(recipe: Path, overrides: Sequence[str] = ()) -> tuple[ModelConfig
         key, sign, value = text.partition("=")
         if not sign:
             raise ConfigError(f"{text!r} changes nothing; write KEY=VALUE, such as num_experts=16")
-        changes[key.removeprefix("model.config.")] = yaml.safe_load(value)
+        changes[key.removeprefix("model.config.")] = parse_setting(text, value)
     length = (content.get("data") or {}).get("sequence_length", 256)
     return ModelConfig.from_dict(overridden(model["config"], changes)), length
 

@@ -54,12 +54,12 @@ def run(command: str, arguments: Sequence[str]) -> None:
     given = vars(build_parser().parse_args(arguments))
     from moebed.machine import storage
     from moebed.tasks.running import TaskOptions, run_tasks, texts_of
-    from moebed.training.command_line import require_writable, say
+    from moebed.training.command_line import say
 
     probes = given.pop("probes")
     names = [name.strip() for name in given.pop("tasks").split(",") if name.strip()]
     options = TaskOptions(tasks=names, texts=_texts(given.pop("text")), **given)
-    require_writable(options.out)
+    storage.require_writable(options.out, "--out")
     if (options.out / "config.yaml").exists():
         raise UserError(f"{options.out} is the folder of a run; choose another one for its tasks")
     found = run_tasks(options)

@@ -84,6 +84,10 @@ class Tokenizer(ABC):
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids; special tokens are left out."""
 
+    def says(self, one: int) -> str:
+        """Returns what an id says by itself, the end of a document included; nothing of one that is no token."""
+        return _END_OF_TEXT if one == self.eos_id else self.decode([one]) if one < self.vocab_size else ""
+
     @abstractmethod
     def save(self, folder: str | Path) -> None:
         """Writes the tokenizer into a folder, which is made if need be, for :func:`load_tokenizer`."""

@@ -12,6 +12,7 @@ import errno
 import os
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -135,6 +136,28 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], note: str = "", c
             with archive.open(entry, "w", force_zip64=True) as part:
                 np.lib.format.write_array(part, array, allow_pickle=False)
     return path
+
+
+def require_writable(folder: Path, option: str) -> None:
+    """Find out before any work whether a folder, which need not be there yet, can be written into; leaves no trace.
+
+    Args:
+        folder: Where results are to lie.
+        option: Which another one is given by.
+
+    Raises:
+        UserError: It cannot.
+    """
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"the output folder {folder} cannot be written ({error.strerror}); choose another with {option}"
+        ) from error
 
 
 def require_room(folder: Path, num_bytes: int, what: str, advice: str = "make room or choose another folder") -> int:

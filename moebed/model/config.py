@@ -11,12 +11,14 @@ import inspect
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from functools import cache
+from numbers import Integral
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from moebed.errors import ConfigError, did_you_mean
 from moebed.model.allocation import allocate
 from moebed.model.checks import check_latent, check_layer, check_numbers, check_ranks, check_sizes, require
 from moebed.model.hyper_config import HyperExperts, settle_hyper_experts
+from moebed.model.kinds import require_kinds
 from moebed.model.layer_config import LayerConfig as LayerConfig
 from moebed.model.rope_config import scaling_of
 from moebed.model.router_options import RouterOptions as RouterOptions  # for plug-ins: what a router imports of configs
@@ -203,6 +205,7 @@ class ModelConfig:
     allocation: InitVar[str | dict[str, int] | list[float] | None] = None
 
     def __post_init__(self, allocation: str | dict[str, int] | list[float] | None) -> None:
+        require_kinds(self, "model config")
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         check_sizes(self)
@@ -333,7 +336,7 @@ class ModelConfig:
 
     def _at(self, name: str, index: int) -> Any:
         value = getattr(self, name)
-        if isinstance(value, int):
+        if isinstance(value, Integral):
             return value
         require(
             len(value) == self.num_hidden_layers,

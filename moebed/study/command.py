@@ -90,7 +90,9 @@ def run(command: str, arguments: Sequence[str]) -> None:
     from moebed.study.runs import plan_study
 
     if recipe.tasks and not options.collect and find_spec("lm_eval") is None:
-        raise UserError(f"study {options.study.name}: its tasks need lm-eval; pip install 'moebed[tasks]'")
+        raise UserError(
+            f"study {options.study.name}: its tasks need lm-eval; pip install -e '.[tasks]' where moebed was cloned"
+        )
     plan = plan_study(recipe, out)
     for note in plan.notes:
         say(f"note: {note}")

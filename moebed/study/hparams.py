@@ -33,7 +33,8 @@ def write_hparams(study: Mapping[str, Any], folder: Path) -> Path:
     metrics = {key: value for _, _, found in reversed(rows) for key, value in found.items()}
     with storage.new_folder(folder / FOLDER, sole=True) as out:
         # What there is to choose from, once for all runs: the dashboard takes the first that it finds.
-        _write_events(out, hparams(settings, metrics, {"arm": list(study["arms"])})[:1])
+        arms = {"arm": list(study["arms"])} if rows else None  # of what no run has there is no choice
+        _write_events(out, hparams(settings, metrics, arms)[:1])
         for name, known, found in rows:
             numbers = [scalar(metric, value) for metric, value in found.items()]
             _write_events(out / name, [*hparams(known, found)[1:], *numbers])

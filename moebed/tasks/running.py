@@ -173,7 +173,7 @@ def _manager(options: TaskOptions) -> TaskManager:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise UserError("moebed tasks needs lm-eval; pip install 'moebed[tasks]'") from error
+        raise UserError("moebed tasks needs lm-eval; pip install -e '.[tasks]' where moebed was cloned") from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     include = options.include
     if include is not None and not include.is_dir():

@@ -39,7 +39,7 @@ def read_trace(path: Path, num_experts: int | None = None) -> RoutingTrace:
     lines = chain.from_iterable(map(_lines, files))
     first = next(lines, None)
     if first is None:
-        raise UserError(f"{path} is empty")
+        raise UserError(f"{path} is empty; give a trace with a line a sequence or a layer")
     kind = next((one for one in FORMATS.values() if one.is_line(first[1])), None)
     if kind is None:
         raise UserError(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import sys
-import tempfile
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -18,6 +18,7 @@ from jsonargparse import ActionConfigFile
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from moebed.arguments import read_yaml
 from moebed.checkpoints.families.base import beside_experts
 from moebed.data.datamodule import TextDataModule
 from moebed.errors import ConfigError, UserError, did_you_mean
@@ -86,6 +87,16 @@ def _user_error_behind(error: BaseException | None) -> UserError | None:
     return error
 
 
+class _RecipeFile(ActionConfigFile):
+    """A file is YAML with settings by name; jsonargparse takes what is not for the settings themselves."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        """Take the file's settings, or those that stand in the argument itself."""
+        if os.path.isfile(values) and not isinstance(read_yaml(Path(values), "recipe"), dict):
+            raise ConfigError(f"recipe {values} holds no settings by name; give a recipe, or a run's config.yaml")
+        super().__call__(parser, cfg, values, option_string)
+
+
 class RunFolder(SaveConfigCallback):
     """Writes the run's config beside its results once training starts: ``config.yaml``, and where it logs text."""
 
@@ -128,7 +139,7 @@ class TrainingCLI(LightningCLI):
         """A parser whose errors are one line."""
         parser = _Parser(allow_abbrev=False, **kwargs)  # half a key must not set another
         ModelConfig.__annotations__["router_options"] = all_options()  # those of --plugins as well
-        parser.add_argument("-c", "--config", action=ActionConfigFile, help="a recipe, or a run's config.yaml")
+        parser.add_argument("-c", "--config", action=_RecipeFile, help="a recipe, or a run's config.yaml")
         return parser
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
@@ -190,7 +201,7 @@ class TrainingCLI(LightningCLI):
         if config.checkpoint.train_time_interval is not None:
             config.checkpoint.every_n_train_steps = None  # its default; ModelCheckpoint takes one of the two
         if self.subcommand == "fit":
-            require_writable(Path(config.trainer.default_root_dir))
+            storage.require_writable(Path(config.trainer.default_root_dir), "--trainer.default_root_dir")
 
     def instantiate_classes(self) -> None:
         """Build model, data and callbacks; what they refuse is shown as they say it."""
@@ -321,21 +332,6 @@ class TrainingCLI(LightningCLI):
         storage.write_arrays(path, arrays)
         shapes = ", ".join(f"{key} {array.shape}" for key, array in arrays.items())
         print(f"{path}: {shapes}", file=sys.stderr, flush=True)  # every rank has a file
-
-
-def require_writable(folder: Path) -> None:
-    """Raise UserError if nothing can be written into folder; leaves no trace when it does not exist yet."""
-    existing = folder
-    while not existing.exists():
-        existing = existing.parent
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"the output folder {folder} cannot be written ({error.strerror}); "
-            "choose another with --trainer.default_root_dir"
-        ) from error
 
 
 def quiet() -> None:

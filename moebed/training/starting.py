@@ -14,6 +14,7 @@ from moebed.training.lightning_private import rank_before_processes
 from moebed.training.saving import FOLDER
 
 LAST = "last"
+OTHERS = ("summary.json", "run_summary.json")  # of a probed checkpoint, of tasks
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def find_start(command: str, recipe: Any) -> Start:
         raise UserError(f"there is no checkpoint {last} to {command}; {_advice(folder, recipe)}")
     if _is_elsewhere(folder, recipe) or _has_trained(folder, checkpoints):
         raise UserError(f"there is no checkpoint {last} to continue from; {_advice(folder, recipe)}")
+    _require_nothing_else(folder)
     return Start(None, f"a new run in {folder}, which has no checkpoint yet; --ckpt_path last continues it")
 
 
@@ -79,7 +81,18 @@ def _described(path: Path) -> str:
     return f"{path}, step {read_run(path).get('global_step', 'unknown')}"
 
 
+def _require_nothing_else(folder: Path) -> None:
+    """Raise UserError for a folder with results that are no run's, which a run would write its own over."""
+    there = [name for name in OTHERS if (folder / name).exists()]
+    if there and not (folder / "config.yaml").exists():
+        raise UserError(
+            f"{folder} holds results that are no run's ({', '.join(there)}), which a run would replace; choose another "
+            "folder with --trainer.default_root_dir"
+        )
+
+
 def _require_no_run(folder: Path, checkpoints: Path) -> None:
+    _require_nothing_else(folder)
     if (folder / "config.yaml").exists():
         raise UserError(
             f"{folder} already holds a run; continue it with --ckpt_path last, or choose another folder "

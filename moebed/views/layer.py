@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
@@ -61,6 +61,7 @@ class ProbeText:
         token_text: What each of the T valid tokens says, for pictures; empty where no tokenizer tells.
         token_domain: (B, S) int64, which of the training data's domains each token is of, where that is known; unlike
             domain it means the same as in training, and may differ within a sequence.
+        says: What an id says by itself, whether it is in the text or not; None where no tokenizer tells.
     """
 
     input_ids: Tensor
@@ -69,6 +70,14 @@ class ProbeText:
     domains: tuple[str, ...] = ("text",)
     token_text: tuple[str, ...] = ()
     token_domain: Tensor | None = None
+    says: Callable[[int], str] | None = field(default=None, repr=False, compare=False)
+
+    def words(self, ids: Iterable[int]) -> dict[int, str]:
+        """What ids say, as far as is known: any, where a tokenizer tells, otherwise those that are in the text."""
+        if self.says is not None:
+            return {one: self.says(one) for one in ids}
+        known = dict(zip(self.token_ids.tolist(), self.token_text, strict=True)) if self.token_text else {}
+        return {one: known[one] for one in ids if one in known}
 
     def fingerprint(self) -> str:
         """A hash of the tokens, of where they stand, of what they say, and of their domains."""

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from probes.contract import Arrays, by_layer
-from probes.figures.specialised_tokens import word_of, words_of
 from probes.measures.choices import first_middle_last
+from probes.measures.words import word_of, words_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from moebed.machine.templates import render
 from probes.contract import Arrays, by_layer, by_part
 from probes.measures.choices import first_middle_last
+from probes.measures.words import word_of, words_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,11 +42,6 @@ def draw_tokens(arrays: Arrays, kind: str, kinds: Mapping[str, str]) -> Figure:
     return fig
 
 
-def words_of(arrays: Arrays) -> dict[int, str]:
-    """What is known of the text of ids."""
-    return dict(zip(arrays.get("text_ids", np.zeros(0)).tolist(), arrays.get("text_of_ids", ()), strict=True))
-
-
 def write_tokens(arrays: Arrays, kinds: Mapping[str, str]) -> str:
     """Tables: a row an expert, the tokens of which it takes most."""
     words = words_of(arrays)
@@ -72,8 +66,3 @@ def write_tokens(arrays: Arrays, kinds: Mapping[str, str]) -> str:
         for layer in first_middle_last(list(ids[kind]))
     ]
     return render("probes.figures/specialised_tokens.html", tables=tables)
-
-
-def word_of(words: dict[int, str], one: int) -> str:
-    text = str(words.get(one, ""))
-    return text.replace("\n", "⏎").replace("\r", "␍").replace("\t", "⇥").replace(" ", "␣") if text else f"#{one}"

@@ -103,10 +103,23 @@ def _said(runs: Sequence[RunFolder]) -> list[str]:
     for run in runs:
         model = run.summary.get("model")
         if isinstance(model, dict):
-            said.append(f"{run.name}: checkpoint {model.get('name')}, family {model.get('model_type')}")
+            said.append(f"{run.name}: checkpoint {model.get('name')}, family {model.get('model_type')}{_sizes(model)}")
         elif "step" in run.summary:
-            said.append(f"{run.name}: probed last at step {run.summary['step']}")
+            config = run.summary.get("provenance", {}).get("config")
+            said.append(f"{run.name}: probed last at step {run.summary['step']}{_sizes(config or {})}")
     return said
+
+
+def _sizes(model: Mapping[str, Any]) -> str:
+    """Layers, experts of a layer, and how many of them a token has, as far as they are known."""
+    called = {"num_hidden_layers": "layers", "num_experts": "experts", "num_experts_per_tok": "a token"}
+    said = []
+    for key, what in called.items():
+        value = model.get(key)
+        found = sorted({one for one in (value if isinstance(value, list) else [value]) if isinstance(one, int) and one})
+        if found:
+            said.append(f"{found[0]} to {found[-1]} {what}" if len(found) > 1 else f"{found[0]} {what}")
+    return f", {', '.join(said)}" if said else ""
 
 
 def _notes(runs: Sequence[RunFolder]) -> list[str]:

@@ -302,8 +302,8 @@ def probe_text(trainer: Trainer, num_sequences: int) -> ProbeText:
     if tokenizer is None:
         return text
     ids = text.token_ids.tolist()
-    said = {number: tokenizer.decode([number]) for number in set(ids)}
-    return replace(text, token_text=tuple(said[number] for number in ids))
+    said = {number: tokenizer.says(number) for number in set(ids)}
+    return replace(text, token_text=tuple(said[number] for number in ids), says=tokenizer.says)
 
 
 def _left_out(config: object, names: Collection[str]) -> list[str]:

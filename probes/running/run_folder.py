@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from moebed.errors import UserError
-from moebed.former_names import present_tag
 from probes.contract import ProbeResult
 from probes.registry import PROBES
 from probes.running import store
 from probes.running.provenance import Provenance, read_note
-from probes.running.tags import is_of_probes
+from probes.running.tags import is_of_probes, present_tag
 
 Curve = tuple[list[int], list[float]]  # steps, values
 

@@ -1,5 +1,8 @@
 """ModelConfig: what it accepts, what it refuses, and in which words."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 
 from moebed.errors import ConfigError
@@ -35,6 +38,21 @@ def test_refuses_in_one_line(changes, words):
         tiny_config(**changes)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("wrong", ["4x", [["4"]]], ids=str)
+def test_every_field_refuses_what_is_of_another_kind(wrong):
+    """In files and in Python; a command line of the class sees to it by itself."""
+    for one in dataclasses.fields(ModelConfig):
+        with pytest.raises(ConfigError, match=rf"^model config: {one.name} is .*; (it must be|choose one of) "):
+            tiny_config(**{one.name: wrong})
+
+
+def test_numbers_are_taken_as_they_come():
+    """Whole ones of numpy, and whole ones where others may stand; not true and false."""
+    assert tiny_config(num_experts=np.int64(4), rope_theta=10000, num_experts_per_tok=(2, 1)).rope_theta == 10000
+    with pytest.raises(ConfigError, match="num_experts is True; it must be a whole number or a list with a whole num"):
+        tiny_config(num_experts=True)
 
 
 def test_unknown_key_names_the_nearest():

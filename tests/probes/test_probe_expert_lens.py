@@ -1,8 +1,11 @@
 """expert_lens: planted words, the sum of all that is added to a logit, K = 1, and what the loss becomes."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
 from probe_cases import make_text
 from scipy.stats import spearmanr
 
@@ -36,8 +39,13 @@ def test_a_planted_word_leads_and_one_expert_is_all(make_decoder, texts):
         experts = decoder.layers[1].mlp.experts
         experts.gate_up_proj[2, 8:] = experts.gate_up_proj[2, :8]  # silu(z)·z is hardly ever below 0
         experts.down_proj[2] = decoder.lm_head.weight[WORD].unsqueeze(1)
+    texts = replace(texts, input_ids=texts.input_ids % 6, says=lambda one: f"${one}\n\x1b")
     result = run(decoder, texts)
     assert result.arrays["lens_ids/1"][2, 0] == WORD
+    shown = [of.get_text() for of in result.figures["words"]().findobj(Text)]
+    assert any("$7⏎\\x1b  " in line for line in shown)
+    assert not any("#" in line for line in shown)  # most of them are not in the text
+    assert len(set(result.arrays["text_ids"].tolist()) - set(texts.token_ids.tolist())) > 5
     assert WORD not in result.arrays["lens_ids/1"][[0, 1, 3], 0]
     assert result.scalars["lens_overlap"] > result.scalars["lens_overlap_other"]
     for key in ("top1_cos_output", "top1_cos_sizes", "top1_cos_residual"):

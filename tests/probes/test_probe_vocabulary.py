@@ -1,5 +1,7 @@
 """vocabulary on texts whose specialisation is known."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from routed_cases import chosen_view, text_of
 from moebed.views.layer import HeadView, LayerView
 from probes.figures.drawing import to_rgb
 from probes.measures.resampling import LARGEST
+from probes.measures.words import words_of
 from probes.vocabulary import Vocabulary
 
 IDS = [7, 7, 7, 9, 9] * 6  # 18 times 7, 12 times 9
@@ -72,8 +75,9 @@ def test_what_is_predicted_comes_with_the_head():
     one = Vocabulary()
     one.update(chosen_view(predicted, 4, TEXT, 0))
     one.update(chosen_view(torch.zeros(30, dtype=torch.long), 1, TEXT, 3))
-    one.update_head(HeadView(TEXT, predicted, torch.zeros(30)))
+    one.update_head(HeadView(replace(TEXT, says=lambda one: f"<{one}>"), predicted, torch.zeros(30)))
     result = one.compute()
+    assert words_of(result.arrays) == {0: "<0>", 1: "<1>", 7: "<b>", 9: " $&"}
     assert float(result.arrays["vocab_specialisation/0/predicted"]) == 1
     assert float(result.arrays["vocab_specialisation/3/predicted"]) == 1  # of one expert, and so shuffled
     assert float(result.arrays["vocab_shuffled/3/predicted"]) == 1

@@ -49,6 +49,13 @@ def test_each_finished_run_is_a_row_with_its_settings_and_numbers(tmp_path):
     assert all(math.isclose(found[tag], value, rel_tol=1e-6) for tag, value in wanted.items())
 
 
+def test_a_study_without_a_finished_run_has_no_row(tmp_path):
+    study = made_up_study(LOSSES)
+    for arm in study["arms"].values():
+        arm["runs"] = {seed: {**run, "status": "not run"} for seed, run in arm["runs"].items()}
+    assert [path.parent.name for path in write_hparams(study, tmp_path).rglob("*tfevents*")] == ["hparams"]
+
+
 def test_what_there_is_to_choose_from_is_said_once_of_all_arms(tmp_path):
     """The dashboard takes the first experiment that it finds: of one run it would lack the others' settings."""
     study = made_up_study(LOSSES)

@@ -120,7 +120,7 @@ def test_sentencepiece_merges_the_highest_score_first_and_has_bytes_for_the_rest
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
     for text in ("the fox", "fox the the", "hex é"):
         assert found.encode(text) == theirs(text)["input_ids"]
-    assert found.texts([PIECES.index("▁fox"), PIECES.index("x")]) == ("fox", "x")
+    assert found.texts([PIECES.index("▁fox"), PIECES.index("x"), len(PIECES)]) == ("fox", "x", "")
 
 
 def test_it_is_written_so_that_transformers_loads_it(folder, tmp_path):

@@ -225,6 +225,14 @@ def test_the_papers_questions_come_first_with_numbers_and_what_was_published(tmp
     assert "2401.04088" in found
 
 
+def test_it_says_how_large_what_was_probed_is(tmp_path):
+    sizes = {"num_hidden_layers": 6, "num_experts": [0, 4, 8, 4, 4, 4], "num_experts_per_tok": 2}
+    (tmp_path / "summary.json").write_text(json.dumps({"step": 3, "provenance": {"config": sizes}, "probes": {}}))
+    (tmp_path / "run_summary.json").write_text(json.dumps({"parameters": 12345}))
+    page = write_report([tmp_path], tmp_path).read_text()
+    assert "probed last at step 3, 6 layers, 4 to 8 experts, 2 a token" in page
+
+
 def test_numbers_of_a_second_run_say_how_far_they_are_from_the_first(tmp_path):
     for name, last in (("one", 2.0), ("two", 1.5)):
         log(tmp_path / name, "train/loss", [3.0, last])

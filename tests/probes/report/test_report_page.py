@@ -57,6 +57,18 @@ def test_the_first_screen_answers_the_questions(page):
     assert lines.index("95 %:") < lines.index("Every probe", 200)
 
 
+def test_the_first_screen_of_several_runs_has_more_than_one_question(page):
+    browser, path, both, _ = page
+    browser.resize(1400, 1000)
+    browser.open(both.as_uri())
+    bottom = [
+        browser.evaluate(f"document.getElementById('question-{name}').getBoundingClientRect().bottom")
+        for name in ("norm", "depth", "last_layer")
+    ]
+    browser.open(path.as_uri())
+    assert max(bottom[:2]) < 1000, bottom
+
+
 def test_a_picture_fills_the_window_when_it_is_clicked(page):
     browser, _, _, _ = page
     browser.resize(1400, 1000)

@@ -10,15 +10,16 @@ from probe_training import train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
-from moebed.former_names import present_tag
-from moebed.training.loggers import EventLog, layout_of, log_numbers
+from moebed.training.loggers import EventLog, layout_of, log_numbers, log_texts
 from moebed.training.routing_log import MOST_LAYERS, StepRouting, spread
-from probes.contract import Headline, ProbeResult
+from moebed.views.layer import Need
+from probes.contract import Headline, Probe, ProbeResult, per_layer
 from probes.questions import QUESTIONS
 from probes.registry import DEFAULT_PROBES, PROBES
 from probes.running import tags
 from probes.running.callback import ProbeCallback
 from probes.running.run_folder import read_curves
+from probes.running.writing import log_results
 
 MOST_GROUPS = 20
 LAYERED = ("max_violation", "router_entropy")  # of a training step
@@ -40,6 +41,34 @@ def test_there_are_few_groups(run):
     groups = {tag.partition("/")[0] for kind in found.values() for tag in kind} - {"custom_scalars__config__"}
     assert groups == {*DEFAULT_PROBES, "answers", "layers", "train", "probes_cost"}
     assert len(groups | {"run", "val"}) <= MOST_GROUPS
+
+
+@pytest.mark.parametrize("depth", [4, 64])
+def test_there_are_few_groups_with_every_probe_there_is(depth, tmp_path, monkeypatch):
+    """Plug-ins included; in the custom-scalars dashboard as well."""
+    names = [*PROBES, *(f"own_{need.value}" for need in Need)]
+    for need in Need:
+        monkeypatch.setitem(PROBES, f"own_{need.value}", type("Own", (Probe,), {"needs": frozenset({need})}))
+    results = {
+        name: ProbeResult({}, per_layer("q", dict.fromkeys(range(depth), 1.0)), {"q": Headline(1.0, "So.")})
+        for name in names
+    }
+    log = EventLog(tmp_path)
+    trainer = Trainer(logger=log, accelerator="cpu", enable_progress_bar=False)
+    log_results(trainer, results, {"forward_seconds": 1.0}, 1)
+    log_numbers(trainer, {"val/loss": 1.0, "train/loss": 1.0, "layers/train/max_violation/layer_00": 1.0}, 1)
+    log_texts(trainer, "run", {"run/config": "So."}, 1)
+    log.finalize("success")
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance=EVERYTHING).Reload()
+    logged = {tag for kind in EVERYTHING for tag in events.Tags()[kind]} - {"custom_scalars__config__"}
+    logged |= {tag for name in names for tag in tags.picture_tags(name, "q")}
+    assert {tags.scalar_tag(name, f"q/layer_{layer:02d}") for name in names for layer in range(depth)} <= logged
+    groups = {tag.partition("/")[0] for tag in logged}
+    assert {"layers", "probes_cost", "run", "train", "val", *DEFAULT_PROBES} < groups
+    assert len(groups | {"answers"}) <= MOST_GROUPS
+    layout = Layout.FromString(events.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0])
+    assert len(layout.category) <= MOST_GROUPS
+    assert sum(len(category.chart) for category in layout.category) == len(names) + 1
 
 
 def test_a_group_of_a_probe_has_no_layer_in_it(run):
@@ -101,12 +130,17 @@ def test_a_report_has_no_curves_of_the_probes_twice(run):
 
 
 def test_former_tags_are_read_as_the_present_ones():
-    assert present_tag("probes/balance/cv/layer_07") == tags.scalar_tag("balance", "cv/layer_07")
-    assert present_tag("probes/balance/cv") == tags.scalar_tag("balance", "cv")
-    assert present_tag("probes/prediction/loss/math") == "prediction/loss/math"
-    assert present_tag("config") == "run/config"
+    assert tags.present_tag("probes/balance/cv/layer_07") == tags.scalar_tag("balance", "cv/layer_07")
+    assert tags.present_tag("probes/balance/cv") == tags.scalar_tag("balance", "cv")
+    for former in ("prediction/loss/math", "probes/prediction/loss/math"):
+        assert (
+            tags.present_tag(former) == tags.scalar_tag("prediction", "loss/math") == "predictions/prediction/loss/math"
+        )
+    assert tags.present_tag("layers/activations/a/layer_07") == "layers/outputs/activations/a/layer_07"
+    assert tags.present_tag("probes/once/a/layer_07") == "layers/once/a/layer_07"  # of a plug-in that is not at hand
+    assert tags.present_tag("config") == "run/config"
     for tag in ("train/loss", "layers/balance/cv/layer_07", "probes_cost/balance_seconds", "run/config"):
-        assert present_tag(tag) == tag
+        assert tags.present_tag(tag) == tag
 
 
 def test_what_is_logged_of_a_step_is_bounded():

@@ -10,8 +10,9 @@ from probe_training import train
 from tensorboard import program
 
 from moebed.study.hparams import write_hparams
-from probes.registry import DEFAULT_PROBES
+from probes.registry import BY_NAME_ONLY, DEFAULT_PROBES
 from probes.running.callback import ProbeCallback
+from probes.running.tags import LOOKED_AT
 from tests.browser import Browser, find_browser
 
 pytestmark = [
@@ -40,6 +41,18 @@ def opened(tmp_path_factory):
     folder = tmp_path_factory.mktemp("logged")
     train(folder, [ProbeCallback(every_n_steps=2, num_sequences=4)], 4)
     write_hparams(STUDY, folder)
+    yield from board_of(folder)
+
+
+@pytest.fixture(scope="module")
+def opened_with_all(tmp_path_factory):
+    """The same of a run of every probe there is."""
+    folder = tmp_path_factory.mktemp("logged_all")
+    train(folder, [ProbeCallback(["all", *BY_NAME_ONLY], at_start=False, every_n_steps=0, num_sequences=4)], 1)
+    yield from board_of(folder)
+
+
+def board_of(folder):
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     board = program.TensorBoard()
     board.configure(argv=[None, "--logdir", str(folder), "--host", "127.0.0.1", "--port", "0", "--load_fast=false"])
@@ -65,6 +78,18 @@ def test_the_groups_are_few_and_begin_with_the_answers(opened):
     groups = [line for line in lines if line in GROUPS]
     assert groups == sorted(GROUPS)
     assert len(groups) <= 20
+
+
+def test_the_groups_stay_few_with_every_probe_there_is(opened_with_all):
+    """Saturation, which answers after the second probing, is a group of its own as well."""
+    known = {*GROUPS, *LOOKED_AT}
+    lines = opened_with_all("scalars", "weights")
+    groups = [line for line in lines if line in known]
+    assert groups == sorted(known - {"routing", "saturation"} | ({"routing", "saturation"} & set(groups)))
+    assert len(known) <= 18  # and run, val
+    layers = [line for line in opened_with_all("custom_scalars", "weights") if line.endswith(", by layer")]
+    assert {f"{group}, by layer" for group in LOOKED_AT} <= set(layers)
+    assert len(layers) <= 20
 
 
 def test_layers_are_lines_of_one_chart(opened):

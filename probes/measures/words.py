@@ -1,0 +1,35 @@
+"""What ids say: kept beside what names them, and shown on one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from moebed.views.layer import ProbeText
+from probes.contract import Arrays
+
+# Where ids are stored that something is told of, and what they say: those of a text, those that a model predicted.
+WORDS = {"text_ids": "text_of_ids", "text_ids_predicted": "text_of_ids_predicted"}
+_SHOWN = {"\n": "⏎", "\r": "␍", "\t": "⇥", " ": "␣"}
+
+
+def keep_words(arrays: dict[str, np.ndarray], text: ProbeText, ids: Iterable[int], key: str = "text_ids") -> None:
+    """Store what ids say, as far as it is known, under one of ``WORDS``; nothing where nothing is known."""
+    if said := text.words(sorted(set(ids))):
+        arrays |= {key: np.array(list(said)), WORDS[key]: np.array(list(said.values()), dtype=np.str_)}
+
+
+def words_of(arrays: Arrays) -> dict[int, str]:
+    """What is known of the text of ids."""
+    known: dict[int, str] = {}
+    for ids, words in WORDS.items():
+        known |= dict(zip(arrays.get(ids, np.zeros(0)).tolist(), arrays.get(words, ()), strict=True))
+    return known
+
+
+def word_of(words: dict[int, str], one: int) -> str:
+    """What an id says, on one line and all of it visible; ``#7`` where it is not known."""
+    text = "".join(_SHOWN.get(letter, letter) for letter in str(words.get(one, "")))
+    text = "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+    return text or f"#{one}"
