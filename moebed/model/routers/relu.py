@@ -53,7 +53,7 @@ class ReLU(GatedRouter):
         total = weights.sum(dim=-1, keepdim=True)
         probs = weights / total.clamp_min(torch.finfo(total.dtype).tiny)
         losses = {self.LOSS: weights.sum(dim=-1)} if self.training else None
-        return ragged(logits, probs, weights, self.training)._replace(losses=losses)
+        return ragged(logits, probs, weights, self.cuts_columns)._replace(losses=losses)
 
     def loss_coefficients(self) -> dict[str, float | Tensor]:
         """λ."""
