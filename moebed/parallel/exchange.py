@@ -24,7 +24,6 @@ from moebed.model.experts import Experts
 from moebed.model.grouped import compute_dtype, from_slots, to_slots
 from moebed.model.routing import Routing
 
-
 # Their names before torch 2.13, which warns of them.
 _all_gather = getattr(collectives, "all_gather_single_autograd", None) or collectives.all_gather_tensor_autograd
 _reduce_scatter = (

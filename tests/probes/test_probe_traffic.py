@@ -67,7 +67,12 @@ def test_a_token_travels_once_to_a_rank_that_has_several_of_its_experts():
     assert result.arrays["trips/0"].tolist() == [[1, 1], [1, 2]]
     two, one = bytes_per_trip(16, 2, 2), bytes_per_trip(16, 2, 1)
     assert result.scalars["saved"] == pytest.approx(1 - 2 * two.both / (3 * one.both))
+    gathered = _told([_view(choices, text, experts=4)], ranks=2, ranks_per_node=1, exchange="all_gather")
+    assert gathered.arrays["bytes/0"].tolist() == [[2 * two.both] * 2] * 2
+    assert gathered.scalars["saved"] == pytest.approx(1 - 4 * two.both / (3 * one.both))
+    assert gathered.headlines["saved"].sentence.startswith("Every token goes to every rank: 1.45 times the bytes")
     assert even_trips(4, 2, 2) == pytest.approx(2 * (1 - 1 / 6))
+    assert even_trips(4, 2, 2, "all_gather") == 2
     assert even_trips(8, 1, 4) == 1
 
 
