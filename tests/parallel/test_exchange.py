@@ -13,6 +13,8 @@ from moebed.model.routers import ROUTERS
 from moebed.parallel.config import ParallelConfig
 from moebed.parallel.sharding import Layout
 from moebed.parallel.traffic import even_trips
+from moebed.plan import activations
+from moebed.plan.setup import Setup
 from tests.conftest import tiny_config
 from tests.parallel.counting import MessageCounter
 from tests.parallel.forked import call
@@ -137,6 +139,39 @@ def _counted(rank: int, world_size: int) -> None:
 
 def test_a_layer_waits_for_the_device_by_all_to_all_alone():
     call(_counted, 2)
+
+
+def _kept(rank: int, world_size: int) -> None:
+    """Bytes that the experts' forward pass keeps for the backward pass, of a rank that has half of them."""
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 96, "experts_backend": "grouped_mm"}
+    for num_experts, top_k in ((8, 2), (4, 3)):
+        decoder = _spread("all_gather", rank, world_size, num_experts=num_experts, num_experts_per_tok=top_k, **sizes)
+        experts, kept = decoder.blocks[0].mlp.experts, {}
+        forward = experts.forward
+
+        def watched(x, routing, beside, experts=experts, kept=kept, forward=forward):
+            parameters = [experts.local(parameter) for parameter in experts.parameters()]
+            others = {t.untyped_storage().data_ptr() for t in (x, *routing[2:4], *parameters)}
+
+            def keep(tensor):
+                kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                out = forward(x, routing, beside)
+            for other in others:
+                kept.pop(other, None)
+            return out
+
+        experts.forward = watched
+        decoder(_ids(rank, world_size, 64))
+        setup = Setup(decoder.config, 2, 64, layout=ParallelConfig(1, world_size, exchange="all_gather"))
+        planned = activations.dispatch(setup, 0) + activations.experts(setup, 0)
+        assert sum(kept.values()) == pytest.approx(planned, rel=0.02)
+
+
+def test_the_plan_counts_what_is_kept_where_ranks_gather_tokens():
+    call(_kept, 2)
 
 
 def _graphs(rank: int, world_size: int) -> None:
