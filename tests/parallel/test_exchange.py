@@ -19,6 +19,7 @@ from tests.conftest import tiny_config
 from tests.parallel.counting import MessageCounter
 from tests.parallel.forked import call
 from tests.parallel.parallel_runs import ROOT
+from tests.triton_kernels.kernels_interpreted import interpreter  # noqa: F401
 
 EXCHANGES = ("all_to_all", "all_gather")
 OPTIONS = {"d_low": 8, "competition_rate": 1.0, "jitter": 0.1, "num_domains": 2}
@@ -53,6 +54,7 @@ def _step(decoder: Decoder, ids: torch.Tensor, dtype: str = "float32") -> list[t
 
 
 def _same_bits(rank: int, world_size: int, cases: dict) -> None:
+    torch.use_deterministic_algorithms(True)  # so that what nobody computes holds NaN
     for name, case in cases.items():
         changes = {key: value for key, value in case.items() if key not in ("dtype", "one_expert")}
         found = []
@@ -90,6 +92,11 @@ def test_two_ranks_have_the_same_bits_by_either_exchange():
 @pytest.mark.slow
 def test_two_ranks_have_the_same_bits_with_every_router():
     call(_same_bits, 2, _of_routers(name for name in ROUTERS if name not in SOME))
+
+
+@pytest.mark.slow
+def test_two_ranks_have_the_same_bits_with_the_kernels(interpreter):  # noqa: F811
+    call(_same_bits, 2, {"triton": {"experts_backend": "triton", "moe_intermediate_size": 32}})
 
 
 def _rounded(rank: int, world_size: int) -> None:
