@@ -23,8 +23,8 @@ from tests.triton_kernels.kernels_interpreted import interpreter  # noqa: F401
 
 EXCHANGES = ("all_to_all", "all_gather")
 OPTIONS = {"d_low": 8, "competition_rate": 1.0, "jitter": 0.1, "num_domains": 2}
-# Own experts, routers that run experts, that draw, that count, that drop, of which tokens have any number of experts.
-SOME = ("softmax_topk", "autonomy", "competesmoe", "noisy_topk", "sigmoid_topk", "locmoe_plus", "relu")
+# Routers with experts of their own, that run experts, that drop, of which a token has any number of experts.
+SOME = ("softmax_topk", "autonomy", "competesmoe", "locmoe_plus", "relu")
 
 
 def _spread(exchange: str, rank: int, world_size: int, recomputed: bool = False, **changes) -> Decoder:
@@ -97,21 +97,6 @@ def test_two_ranks_have_the_same_bits_with_every_router():
 @pytest.mark.slow
 def test_two_ranks_have_the_same_bits_with_the_kernels(interpreter):  # noqa: F811
     call(_same_bits, 2, {"triton": {"experts_backend": "triton", "moe_intermediate_size": 32}})
-
-
-def _rounded(rank: int, world_size: int) -> None:
-    """Three experts a token, of which a rank has two at most."""
-    ids = _ids(rank, world_size)
-    found = [
-        _step(_spread(exchange, rank, world_size, num_experts=8, num_experts_per_tok=3), ids) for exchange in EXCHANGES
-    ]
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6 * float(one.abs().max()))
-
-
-def test_four_ranks_agree_to_rounding():
-    """Of three numbers a sum depends on their order, which the reduce-scatter chooses."""
-    call(_rounded, 4)
 
 
 def _unequal(rank: int, world_size: int) -> None:
