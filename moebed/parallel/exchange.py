@@ -24,7 +24,7 @@ from moebed.model.experts import Experts
 from moebed.model.grouped import compute_dtype, from_slots, to_slots
 from moebed.model.routing import Routing
 
-# Their names before torch 2.13, which warns of them.
+# The second names are those before torch 2.13, which warns of them.
 _all_gather = getattr(collectives, "all_gather_single_autograd", None) or collectives.all_gather_tensor_autograd
 _reduce_scatter = (
     getattr(collectives, "reduce_scatter_single_autograd", None) or collectives.reduce_scatter_tensor_autograd
@@ -53,7 +53,9 @@ class SpreadExperts:
         return _GradientOver.apply(parameter.to_local(), self.size)
 
     def of_all(self, rows: Tensor) -> Tensor:
-        """Rows (E/X, ·) of this rank's experts, with those of all others in their order: (E, ·); differentiable."""
+        """Rows (N, ·) of this rank, of its experts or its tokens, with those of all others in their order: (X·N, ·);
+        differentiable.
+        """
         return _all_gather(rows.contiguous(), gather_dim=0, group=self.group)
 
 
@@ -177,7 +179,7 @@ class AllGather(SpreadExperts):
         self._agreed.add(tokens)
 
 
-EXCHANGES = {"all_to_all": AllToAll, "all_gather": AllGather}
+EXCHANGES: dict[str, type[AllToAll | AllGather]] = {"all_to_all": AllToAll, "all_gather": AllGather}
 
 
 class Slots(NamedTuple):
