@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from moebed.parallel.traffic import (
     of_distance,
     slowest_link,
     trips_between_ranks,
+    trips_to_all,
 )
 from moebed.views.layer import LayerView, Need, ProbeText
 from probes.contract import Arrays, Headline, Probe, ProbeOptions, ProbeResult, by_layer, numbers, per_layer
@@ -43,6 +44,7 @@ class TrafficOptions(ProbeOptions):
         ranks_per_node: g.
         by_domain: Cut the text domain after domain, so that ranks have domains of their own; else as it comes.
         itemsize: Bytes of an element of what travels; 2 for bfloat16.
+        exchange: How tokens travel, as ``parallel.exchange`` of a run says; all_gather sends every token to every rank.
         recomputed: The forward pass is done twice (activation checkpointing).
         bandwidth_node: GB/s of a link between two ranks of a node.
         bandwidth_across: GB/s of a link between two nodes.
@@ -52,6 +54,7 @@ class TrafficOptions(ProbeOptions):
     ranks_per_node: int = 2
     by_domain: bool = True
     itemsize: int = 2
+    exchange: Literal["all_to_all", "all_gather"] = "all_to_all"
     recomputed: bool = False
     bandwidth_node: float = 300.0
     bandwidth_across: float = 25.0
@@ -75,11 +78,12 @@ class Traffic(Probe):
     Stored for each layer: ``assignments (X, X)``, from the rank of the token to that of its expert; ``trips (X, X)``,
     in which a token counts once for each rank that has some of its experts; ``bytes (X, X)``, what one rank sends to
     another in a step, forward and backward, which is what ``moebed.parallel.exchange`` sends; ``saved``, the share of
-    what would leave its rank if each assignment travelled by itself that is not sent;
+    what would leave its rank if each assignment travelled by itself that is not sent, below 0 where more is;
     ``self``, ``node``, ``across``, shares of the assignments that stay on the rank, on its node, or leave it, and
     ``node_expected``, ``across_expected``, the shares if the tokens of every rank went where all tokens go;
     ``busiest``, bytes that leave the busiest rank over the mean; ``seconds``, the slowest link's by the two bandwidths
-    of the options. Stored once: ``layout (2,)``, X and g; ``tokens``, T. Even routing has shares 1 / X, (g − 1) / X and
+    of the options. Stored once: ``layout (2,)``, X and g; ``tokens``, T; ``gathered``, true, where every token goes to
+    every rank (option ``exchange``). Even routing has shares 1 / X, (g − 1) / X and
     (X − g) / X. Layers whose experts X does not divide are left out.
     """
 
@@ -96,13 +100,16 @@ class Traffic(Probe):
         told, index = self.options, assignments(view)
         self.put("layout", None, np.array([told.ranks, told.ranks_per_node]))
         self.put("tokens", None, len(index))
+        if told.exchange == "all_gather":
+            self.put("gathered", None, True)
         self.put("num_experts", view.index, view.num_experts)
         if view.num_experts % told.ranks or len(index) < told.ranks:
             return
         given = (index, _ranks_of(view.text, told), view.num_experts, told.ranks)
         found, trips = between_ranks(*given), trips_between_ranks(*given)
         row = (view.moe_input.shape[1], told.itemsize)
-        sent = link_bytes(trips, bytes_per_trip(*row, index.shape[1], told.recomputed))
+        made = trips_to_all(given[1], told.ranks) if told.exchange == "all_gather" else trips
+        sent = link_bytes(made, bytes_per_trip(*row, index.shape[1], told.recomputed, told.exchange))
         one_by_one = link_bytes(found, bytes_per_trip(*row, 1, told.recomputed))
         distance = of_distance(told.ranks, told.ranks_per_node)
         alike = np.outer(found.sum(axis=1), found.sum(axis=0)) / max(found.sum(), 1)
@@ -160,14 +167,22 @@ class Traffic(Probe):
         }
         headlines["saved"] = Headline(
             scalars["saved"],
-            f"A token travels once to a rank that has several of its experts: {scalars['saved']:.1%} of the bytes of a "
-            "row for each assignment are not sent.",
+            _saved(scalars["saved"], "gathered" in arrays),
             no_interval=LAYOUT,
         )
         left = [str(layer) for layer in num_experts(arrays) if layer not in found]
         notes = [f"left out, as {ranks} ranks do not divide their experts: layers {', '.join(left)}"] if left else []
         pictures = {"matrix": partial(_draw_matrix, arrays, layout), "over_depth": partial(_draw_depth, arrays, layout)}
         return ProbeResult(arrays, scalars, headlines, pictures, notes + unit_notes(arrays, headlines))
+
+
+def _saved(share: float, gathered: bool) -> str:
+    if gathered:
+        return f"Every token goes to every rank: {1 - share:.2f} times the bytes of a row for each assignment are sent."
+    return (
+        f"A token travels once to a rank that has several of its experts: {share:.1%} of the bytes of a row for each "
+        "assignment are not sent."
+    )
 
 
 def _ranks_of(text: ProbeText, told: TrafficOptions) -> np.ndarray:

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from moebed.check.contract import Found, NotRun, Place, Row, Verdict
@@ -23,14 +24,16 @@ from moebed.parallel.config import ParallelConfig
 STEPS, GLOBAL_BATCH = 4, 8
 SECONDS = 90.0
 NOTED = "steps.json"
-# Data ranks and expert ranks.
 LAYOUTS = {
-    "FSDP2, 1 rank": (1, 1),
-    "FSDP2, 2 ranks": (2, 1),
-    "EP, 2 ranks": (1, 2),
-    "FSDP2 and EP, 4 ranks": (2, 2),
-    "FSDP2, 4 ranks": (4, 1),
-    "EP, 4 ranks": (1, 4),
+    "FSDP2, 1 rank": ParallelConfig(1, 1),
+    "FSDP2, 2 ranks": ParallelConfig(2, 1),
+    "EP, 2 ranks": ParallelConfig(1, 2),
+    "EP by all-gather, 2 ranks": ParallelConfig(1, 2, exchange="all_gather"),
+    "FSDP2 and EP, 4 ranks": ParallelConfig(2, 2),
+    "FSDP2, 4 ranks": ParallelConfig(4, 1),
+    "EP, 4 ranks": ParallelConfig(1, 4),
+    "FSDP2 and EP by all-gather, 4 ranks": ParallelConfig(2, 2, exchange="all_gather"),
+    "EP by all-gather, 4 ranks": ParallelConfig(1, 4, exchange="all_gather"),
 }
 
 
@@ -55,11 +58,11 @@ def beside(place: Place, layout: str, alone: Callable[[], dict[int, Sequence[flo
     """The steps of a layout beside those of one process: every layout sees the same batches."""
     from moebed.check.runs import LAID_OUT, largest_difference
 
-    data, expert = LAYOUTS[layout]
+    needed = _world(layout)
     here = place.gpus if place.device == "cuda" else 2 if (os.cpu_count() or 1) > 1 else 1
-    if data * expert > here:
+    if needed > here:
         what = f"{place.gpus} GPU{'s' * (place.gpus != 1)}" if place.gpus else "no GPU, and few cores"
-        raise NotRun(f"needs {data * expert} ranks; {what}")
+        raise NotRun(f"needs {needed} ranks; {what}")
     off = largest_difference(run_ranks(place, layout), alone())
     allowed = LAID_OUT[place.device]
     said = f"losses and gradient norms of {STEPS} steps differ by {off:.1e} from those of one process"
@@ -72,8 +75,7 @@ def run_ranks(place: Place, layout: str) -> dict[int, Sequence[float]]:
     Raises:
         RuntimeError: A rank failed, or they did not end.
     """
-    data, expert = LAYOUTS.get(layout, (1, 1))
-    world, folder = data * expert, place.folder / layout.replace(" ", "_").replace(",", "")
+    world, folder = _world(layout), place.folder / layout.replace(" ", "_").replace(",", "")
     folder.mkdir(parents=True, exist_ok=True)
     port, logs, processes = _free_port(), [folder / f"rank{rank}.log" for rank in range(world)], []
     try:
@@ -117,6 +119,11 @@ def environment(rank: int, world: int, port: int) -> dict[str, str]:
     return {**{name: str(number) for name, number in numbers.items()}, **named} if world > 1 else named
 
 
+def _world(layout: str) -> int:
+    parallel = LAYOUTS.get(layout)
+    return 1 if parallel is None else parallel.data * parallel.expert
+
+
 def _free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -130,9 +137,8 @@ def main(arguments: Sequence[str]) -> int:
 
     end_with_parent()
     folder, layout, device = Path(arguments[0]), arguments[1], arguments[2]
-    data, expert = LAYOUTS.get(layout, (1, 1))
-    parallel = ParallelConfig(data, expert, timeout_minutes=1.0) if layout in LAYOUTS else None
-    world = data * expert
+    parallel = replace(LAYOUTS[layout], timeout_minutes=1.0) if layout in LAYOUTS else None
+    world = _world(layout)
     found, _ = steps(Run(folder, device, STEPS, parallel=parallel, devices=world, batch_size=GLOBAL_BATCH // world))
     if os.environ.get("RANK", "0") == "0":
         storage.write_text(folder / NOTED, json.dumps(found))

@@ -67,19 +67,20 @@ class Routing(NamedTuple):
         return Routing(*self[:4], None, *self[5:])
 
 
-def ragged(logits: Tensor, probs: Tensor, weights: Tensor, training: bool) -> Routing:
+def ragged(logits: Tensor, probs: Tensor, weights: Tensor, cut: bool) -> Routing:
     """The decision of a router that gives each token to any number of experts: those of which its weight is not 0.
 
-    There are as many columns as the busiest token needs, or E in evaluation and in a graph, whose shapes are static.
+    There are E columns, or as many as the busiest token needs, which takes a wait for the device.
 
     Args:
         logits: (T, E).
         probs: (T, E).
         weights: (T, E) as applied to every expert's output.
-        training: Whether it is of a training step.
+        cut: Whether columns that no token needs are cut off (``Router.cuts_columns``); never in a graph, whose shapes
+            are static.
     """
     weight, index = weights.sort(dim=-1, descending=True, stable=True)
-    if training and not torch.compiler.is_compiling():
+    if cut and not torch.compiler.is_compiling():
         columns = max(1, int((weight > 0).any(dim=0).sum()))
         weight, index = weight[:, :columns], index[:, :columns]
     return Routing(logits, probs, index, weight, ragged=True)

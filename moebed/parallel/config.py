@@ -29,6 +29,9 @@ class ParallelConfig:
             stream between the blocks in bfloat16, as trainer.precision bf16-true has it.
         reshard_after_forward: Let a block's gathered parameters go after its forward pass and gather them again for
             the backward pass: less memory, half as much traffic again.
+        exchange: How tokens travel. all_to_all: to the ranks of their experts, which waits for the device once a layer.
+            all_gather: to all ranks of `expert`, which waits nowhere but sends more bytes and has more rows; for few
+            ranks.
         checkpoint: sharded: each rank writes its parts into a folder; file: the first rank gathers all into one file,
             in its memory. Either is continued, probed and exported alike, whatever the layout then.
         timeout_minutes: A rank that waits longer than this for the others ends the run with an error.
@@ -39,6 +42,7 @@ class ParallelConfig:
     shard: bool = True
     gather_dtype: Literal["float32", "bfloat16"] = "float32"
     reshard_after_forward: bool = True
+    exchange: Literal["all_to_all", "all_gather"] = "all_to_all"
     checkpoint: Literal["sharded", "file"] = "sharded"
     timeout_minutes: float = 30.0
 

@@ -1,6 +1,8 @@
-"""Tokens to the ranks that own their experts, and back (expert parallelism).
+"""Tokens to the ranks that own their experts, and back (expert parallelism), in either of two ways.
 
-A token goes once to each rank that has some of its experts, which sums what they give: a trip, whatever the number.
+``all_to_all``: a token goes once to each rank that has some of its experts, which sums what they give: a trip, whatever
+the number. ``all_gather``: every token goes to every rank, so that all sizes are known beforehand and no rank waits for
+its device.
 
 T tokens of this rank, K experts per token, E experts of the layer, X ranks that share them, H hidden, N trips.
 """
@@ -11,29 +13,35 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.distributed._functional_collectives as collectives
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed._functional_collectives import all_gather_tensor_autograd, all_to_all_single_autograd
 from torch.distributed.tensor import DTensor
 
+from moebed.errors import UserError
 from moebed.model.experts import Experts
 from moebed.model.grouped import compute_dtype, from_slots, to_slots
 from moebed.model.routing import Routing
 
+# The second names are those before torch 2.13, which warns of them.
+_all_gather = getattr(collectives, "all_gather_single_autograd", None) or collectives.all_gather_tensor_autograd
+_reduce_scatter = (
+    getattr(collectives, "reduce_scatter_single_autograd", None) or collectives.reduce_scatter_tensor_autograd
+)
 
-class TokenExchange:
-    """Sends each token to the ranks of its experts by one all-to-all, and what they make of it back by another.
 
-    Rank r owns experts r·E/X to (r + 1)·E/X. Nothing is dropped: how many tokens travel is agreed by an all-to-all of
-    counts first. Backward passes travel the same ways in reverse.
+class SpreadExperts:
+    """Experts that are spread over ranks: rank r owns r·E/X to (r + 1)·E/X.
 
     Args:
         group: The ranks that share the experts.
     """
 
+    static_shapes = False  # whether a routing has the same shape on all ranks, whatever it says
+
     def __init__(self, group: ProcessGroup) -> None:
-        self.group, self.size = group, group.size()
+        self.group, self.size, self.rank = group, group.size(), group.rank()
 
     def local(self, parameter: Tensor) -> Tensor:
         """This rank's part of a parameter (E, ...) that is spread over the group: (E/X, ...).
@@ -45,8 +53,18 @@ class TokenExchange:
         return _GradientOver.apply(parameter.to_local(), self.size)
 
     def of_all(self, rows: Tensor) -> Tensor:
-        """Rows (E/X, ·) of this rank's experts, with those of all others in their order: (E, ·); differentiable."""
-        return all_gather_tensor_autograd(rows.contiguous(), gather_dim=0, group=self.group)
+        """Rows (N, ·) of this rank, of its experts or its tokens, with those of all others in their order: (X·N, ·);
+        differentiable.
+        """
+        return _all_gather(rows.contiguous(), gather_dim=0, group=self.group)
+
+
+class AllToAll(SpreadExperts):
+    """Sends each token to the ranks of its experts by one all-to-all, and what they make of it back by another.
+
+    Nothing is dropped: how many tokens travel is agreed by an all-to-all of counts first. Backward passes travel the
+    same ways in reverse.
+    """
 
     def begin(self, experts: Experts, x: Tensor, routing: Routing) -> Callable[[], Tensor]:
         """Start sending the tokens x (T, H); what it returns waits for them and gives the layer's outputs (T, H).
@@ -75,7 +93,7 @@ class TokenExchange:
 
         def send(rows: Tensor, back: bool = False) -> Tensor:
             splits = (outward, inward) if back else (inward, outward)
-            return all_to_all_single_autograd(rows.contiguous(), *splits, self.group)
+            return collectives.all_to_all_single_autograd(rows.contiguous(), *splits, self.group)
 
         travelling = Slots(token, trips.slot.T.sort(dim=1).values[:, : min(top_k, self.size)])
         rows = send(travelling.spread(x.to(compute_dtype(x))))  # (N, H) of this rank's experts
@@ -101,6 +119,67 @@ class TokenExchange:
         received = rows.new_empty(len(rows) if inward is None else sum(inward), *rows.shape[1:])
         torch.distributed.all_to_all_single(received, rows.contiguous(), inward, outward, group=self.group)
         return received
+
+
+class AllGather(SpreadExperts):
+    """Sends each token to every rank by one all-gather, and sums what they make of it by one reduce-scatter.
+
+    These are the all-to-alls of rows that are padded to T from each rank to each, the fewest for which nothing can be
+    dropped. So all sizes are known beforehand: counts stay on the device, and the backends compute the rows of this
+    rank's experts alone. A backward pass is a reduce-scatter for the one and an all-gather for the other.
+
+    All ranks have as many tokens. An assignment of weight 0 is none: it adds nothing, and its weight has no gradient.
+    """
+
+    static_shapes = True
+
+    def __init__(self, group: ProcessGroup) -> None:
+        super().__init__(group)
+        self._agreed: set[int] = set()
+
+    def begin(self, experts: Experts, x: Tensor, routing: Routing) -> Callable[[], Tensor]:
+        """Start sending the tokens x (T, H); what it returns waits for them and gives the layer's outputs (T, H).
+
+        Raises:
+            UserError: The ranks have different numbers of tokens.
+        """
+        if not torch.compiler.is_compiling():
+            self._require_equal(len(x))
+        index, weight = self.of_all(routing.topk_index.int()), self.of_all(routing.topk_weight)  # (X·T, K)
+        rows = self.of_all(x.to(compute_dtype(x)))  # (X·T, H)
+
+        def finish() -> Tensor:
+            outputs = experts.backend(experts, rows, self._here(index, weight, experts.num_local_experts))
+            return _reduce_scatter(outputs.contiguous(), "sum", 0, self.group)
+
+        return finish
+
+    def _here(self, index: Tensor, weight: Tensor, own: int) -> Routing:
+        """What all ranks' routing, index and weight (X·T, K), is to the experts of this rank: min(K, E/X) columns."""
+        index = index.long() - own * self.rank
+        here = (index >= 0).logical_and(index < own)
+        index, weight = index.masked_fill(~here, 0), weight.masked_fill(~here, 0.0)
+        if index.shape[1] > own:  # a rank cannot have more of a token's experts; those it has keep their order
+            first = here.byte().sort(dim=1, descending=True, stable=True).indices[:, :own]
+            index, weight = index.gather(1, first), weight.gather(1, first)
+        blank = weight.new_empty(0)
+        return Routing(blank, blank, index, weight, ragged=True)
+
+    def _require_equal(self, tokens: int) -> None:
+        """Compare how many tokens each rank has, the first time that it is so many."""
+        if tokens in self._agreed:
+            return
+        found: list[int] = [0] * self.size
+        torch.distributed.all_gather_object(found, tokens, group=self.group)
+        if set(found) != {tokens}:
+            raise UserError(
+                f"parallel.exchange is all_gather, but ranks have different numbers of tokens: {found}; give each as "
+                "many, or set parallel.exchange all_to_all"
+            )
+        self._agreed.add(tokens)
+
+
+EXCHANGES: dict[str, type[AllToAll | AllGather]] = {"all_to_all": AllToAll, "all_gather": AllGather}
 
 
 class Slots(NamedTuple):

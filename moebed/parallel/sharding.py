@@ -16,10 +16,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from moebed.model.decoder import Decoder, MoE
-from moebed.model.experts import Experts
 from moebed.model.routers import Router
 from moebed.parallel.config import ParallelConfig
-from moebed.parallel.exchange import TokenExchange
+from moebed.parallel.exchange import EXCHANGES
 
 
 class Layout:
@@ -70,7 +69,7 @@ class Layout:
         for index, block in enumerate(decoder.blocks):
             prefix = f"layers.{index}."
             if isinstance(block.mlp, MoE):
-                self._spread(decoder, block.mlp.experts, f"{prefix}mlp.experts.", device)
+                self._spread(decoder, block.mlp, f"{prefix}mlp.experts.", device)
             _materialise(decoder, block, prefix, device)
             if isinstance(block.mlp, MoE):
                 _materialise_state(block.mlp.router, device)
@@ -91,9 +90,9 @@ class Layout:
         _materialise(decoder, decoder, "", device)
         fully_shard(decoder, mesh=self.for_all_else, mp_policy=policy)
 
-    def _spread(self, decoder: Decoder, experts: Experts, prefix: str, device: torch.device) -> None:
+    def _spread(self, decoder: Decoder, moe: MoE, prefix: str, device: torch.device) -> None:
         """Give each rank of `expert` its part of the experts."""
-        mesh = self.mesh["expert"]
+        mesh, experts = self.mesh["expert"], moe.experts
         if mesh.size() == 1:
             return
         for name, parameter in list(experts.named_parameters(recurse=False)):
@@ -101,7 +100,8 @@ class Layout:
             own = distribute_tensor(full, mesh, [Shard(0)], src_data_rank=None).to_local().to(device, copy=True)
             spread = DTensor.from_local(own, mesh, [Shard(0)], run_check=False)
             experts.register_parameter(name, nn.Parameter(spread, requires_grad=parameter.requires_grad))
-        experts.exchange = TokenExchange(mesh.get_group())
+        exchange = EXCHANGES[self.parallel.exchange](mesh.get_group())
+        experts.exchange, moe.router.static_shapes = exchange, exchange.static_shapes
 
 
 def _materialise(decoder: Decoder, module: nn.Module, prefix: str, device: torch.device) -> None:

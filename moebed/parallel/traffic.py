@@ -1,6 +1,7 @@
 """What expert parallelism sends: how many tokens from which rank to which, and what each trip costs in bytes.
 
-A trip is a token that goes to a rank which has some of its experts, however many, and comes back as their sum.
+A trip is a token that goes to a rank which has some of its experts, however many, and comes back as their sum; where
+ranks gather all tokens (``all_gather``) each token makes one to every rank.
 
 T tokens, E experts, K experts per token, X ranks that share the experts, g ranks a node, H hidden, c bytes of a
 product's operands. Rank r has experts r·E/X to (r + 1)·E/X, and node r // g, as in moebed.parallel.exchange.
@@ -28,22 +29,34 @@ class TripBytes(NamedTuple):
         return self.out + self.back
 
 
-def bytes_per_trip(hidden_size: int, itemsize: int, top_k: int, repeated: int = 0) -> TripBytes:
+def bytes_per_trip(
+    hidden_size: int,
+    itemsize: int,
+    top_k: int,
+    recomputed: bool = False,
+    exchange: str = "all_to_all",
+    looks_ahead: bool = False,
+) -> TripBytes:
     """Forward, a row of c·H bytes, K weights and K experts go out, and c·H come back; the gradients of rows and weights
-    take the same ways in reverse. The forward pass may be repeated so many times, as by recomputation.
+    take the same ways in reverse. A step that looks ahead has one more forward pass. Recomputation repeats it too; by
+    reduce-scatter (``all_gather``) results do not come back again then, since no backward pass needs them: that of a
+    norm after the experts would.
 
-    Counts of 2·X int64 a pass are left out, and so is that a router without gradient sends no gradient of weights.
+    Counts of 3·X int64 a pass are left out, and so is that a router without gradient sends no gradient of weights.
     """
-    row, passes = itemsize * hidden_size, 1 + repeated
+    row, passes = itemsize * hidden_size, 1 + recomputed + looks_ahead
     weights, experts = WEIGHT_BYTES * top_k, INDEX_BYTES * top_k
-    return TripBytes(passes * (row + weights + experts) + row, passes * row + row + weights)
+    results = (passes - recomputed if exchange == "all_gather" else passes) * row
+    return TripBytes(passes * (row + weights + experts) + row, results + row + weights)
 
 
-def even_trips(num_experts: int, top_k: int, ranks: int) -> float:
+def even_trips(num_experts: int, top_k: int, ranks: int, exchange: str = "all_to_all") -> float:
     """Trips of a token on average, to its own rank among others, if its K experts were drawn evenly from all E.
 
-    X·(1 − C(E − E/X, K) / C(E, K)), between 1 and the smaller of K and X.
+    X·(1 − C(E − E/X, K) / C(E, K)), between 1 and the smaller of K and X; X where ranks gather all tokens.
     """
+    if exchange == "all_gather":
+        return ranks
     elsewhere = math.comb(num_experts - num_experts // ranks, top_k) / math.comb(num_experts, top_k)
     return ranks * (1 - elsewhere)
 
@@ -68,6 +81,11 @@ def trips_between_ranks(index: np.ndarray, rank: np.ndarray, num_experts: int, r
     there[token, index[token, choice] // (num_experts // ranks)] = True
     token, to = np.nonzero(there)
     return np.bincount(rank[token] * ranks + to, minlength=ranks * ranks).reshape(ranks, ranks)
+
+
+def trips_to_all(rank: np.ndarray, ranks: int) -> np.ndarray:
+    """Trips (X, X) where every token goes to every rank, whatever its experts; of tokens on ranks (T,)."""
+    return np.repeat(np.bincount(rank, minlength=ranks)[:, None], ranks, axis=1)
 
 
 def of_distance(ranks: int, ranks_per_node: int) -> np.ndarray:

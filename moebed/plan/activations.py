@@ -123,8 +123,8 @@ def router(setup: Setup, index: int) -> int:
 
 def dispatch(setup: Setup, index: int, max_violation: float = 0.0) -> int:
     """The experts' input rows, c·R·H; the order of rows and choices (int64), and the weight of each row."""
-    layer, rows = setup.config.layer(index), setup.expert_rows(index, max_violation)
-    order = 8 * rows + 8 * setup.tokens * layer.num_experts_per_tok
+    rows = setup.expert_rows(index, max_violation)
+    order = 8 * rows + 8 * setup.choices(index)
     return setup.stream.compute * rows * (setup.config.hidden_size + 1) + order
 
 

@@ -125,15 +125,19 @@ def _casts(setup: Setup, shapes: Shapes) -> tuple[int, int]:
     return setup.precision.compute * sum(map(count, cast.values())), held
 
 
-def all_to_all_buffers(setup: Setup, index: int) -> int:
+def exchange_buffers(setup: Setup, index: int) -> int:
     """N rows sent, c·H + 8·K bytes with their weights and indices, N received, and N results that come back, c·H each.
 
+    Where ranks gather all tokens, N = X·T are received and have results, but T alone are sent and come back, summed.
     One layer at a time; the rows received, once for each expert that they are for, are counted with the dispatch rows.
     """
     if not setup.moves_tokens:
         return 0
-    row = setup.precision.compute * setup.config.hidden_size
-    return round(setup.trips(index) * (3 * row + 8 * setup.config.layer(index).num_experts_per_tok))
+    row, trips = setup.precision.compute * setup.config.hidden_size, setup.trips(index)
+    beside = 8 * setup.config.layer(index).num_experts_per_tok
+    if setup.layout.exchange == "all_gather":
+        return round(trips * (2 * row + beside) + setup.tokens * 2 * row)
+    return round(trips * (3 * row + beside))
 
 
 def _ffn_backward(setup: Setup, index: int, max_violation: float) -> Parts:
@@ -149,7 +153,7 @@ def _ffn_backward(setup: Setup, index: int, max_violation: float) -> Parts:
         width = layer.moe_intermediate_size
         working = compute * setup.expert_rows(index, max_violation) * (width + max(width, setup.config.hidden_size))
     working += activations.residual(setup)
-    parts = {"gradients of activations": working, "all-to-all buffers": all_to_all_buffers(setup, index)}
+    parts = {"gradients of activations": working, "exchange buffers": exchange_buffers(setup, index)}
     if not setup.gathers:
         shapes = layer_shapes(setup.config, index)
         part = "experts" if layer.num_experts else "dense FFN"
@@ -208,7 +212,7 @@ def moments(setup: Setup, max_violation: float = 0.0) -> Iterator[Moment]:
         inner = activations.block(setup, last, max_violation)
         ffn_parts = ("dispatch rows", "expert activations", "adapters", "dense FFN")
         passing: Parts = {part: inner[part] for part in ffn_parts if part in inner}
-        passing["all-to-all buffers"] = all_to_all_buffers(setup, last)
+        passing["exchange buffers"] = exchange_buffers(setup, last)
         passing["weights cast by autocast"] = cached - head_cast + casts[last][1]
         yield moment("forward pass of the last block", whole, kept(last), passing)
     end = {"logits and loss": logits + activations.cross_entropy(setup), "weights cast by autocast": cached}

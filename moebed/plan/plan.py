@@ -43,7 +43,7 @@ class Plan:
         peak_memory_total: Its sum.
         peak_memory_at_violation: The sum where a rank's experts get (1 + MAX_VIOLATION) times the mean.
         largest_gathered_block: A gathered block; 0 where nothing is sharded.
-        all_to_all_bytes: Of each layer.
+        exchange_bytes: Of tokens on their way to experts and back, of each layer.
         all_gather_bytes: FSDP2's.
         reduce_scatter_bytes: FSDP2's.
         all_reduce_bytes: Of replicated gradients.
@@ -70,7 +70,7 @@ class Plan:
     peak_memory_total: int
     peak_memory_at_violation: int
     largest_gathered_block: int
-    all_to_all_bytes: list[float]
+    exchange_bytes: list[float]
     all_gather_bytes: float
     reduce_scatter_bytes: float
     all_reduce_bytes: float
@@ -117,7 +117,7 @@ def make_plan(setup: Setup) -> Plan:
         peak_memory_total=peak.total,
         peak_memory_at_violation=memory.peak(setup, MAX_VIOLATION).total,
         largest_gathered_block=max(gathered) if setup.gathers else 0,
-        all_to_all_bytes=[traffic.all_to_all_bytes(setup, index) for index in layers],
+        exchange_bytes=[traffic.exchange_bytes(setup, index) for index in layers],
         all_gather_bytes=all_gather,
         reduce_scatter_bytes=reduce_scatter,
         all_reduce_bytes=traffic.all_reduce_bytes(setup),

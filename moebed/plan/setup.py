@@ -166,18 +166,30 @@ class Setup:
         layer = self.config.layer(index)
         if not layer.num_experts:
             return 0.0
-        return self.tokens * even_trips(layer.num_experts, layer.num_experts_per_tok, self.layout.expert)
+        split, exchange = self.layout.expert, self.layout.exchange
+        return self.tokens * even_trips(layer.num_experts, layer.num_experts_per_tok, split, exchange)
+
+    def choices(self, index: int) -> int:
+        """Assignments of which a rank's experts are told in a micro-batch, whether they compute them or not.
+
+        T·K; where X ranks gather all tokens, X·T·min(K, E/X), the most that can come, so that sizes are known before.
+        """
+        layer, split = self.config.layer(index), self.layout.expert
+        if self.moves_tokens and self.layout.exchange == "all_gather":
+            return split * self.tokens * min(layer.num_experts_per_tok, layer.num_experts // split)
+        return self.tokens * layer.num_experts_per_tok
 
     def expert_rows(self, index: int, max_violation: float = 0.0) -> int:
-        """Rows (R) that the experts of one rank compute in a micro-batch, padding included.
+        """Rows (R) that the experts of one rank have in a micro-batch, padding included.
 
         A rank's tokens make T·K rows. With experts split over X ranks, a rank sends T·K rows and receives as many on
         average; one whose experts all have (1 + max_violation) times the mean load receives that many more, but
-        never more than all the rows of the X ranks.
+        never more than all the rows of the X ranks. Where ranks gather all tokens there is a row for each choice,
+        whatever the load, of which T·K are computed on average.
         """
         layer, split = self.config.layer(index), self.layout.expert
-        rows = self.tokens * layer.num_experts_per_tok
-        if split > 1:
+        rows = self.choices(index)
+        if split > 1 and self.layout.exchange == "all_to_all":
             rows = min(round(rows * (1 + max_violation)), rows * split)
         align = alignment(self.device, self.precision.compute)
         return -(-(rows + layer.num_experts // split * (align - 1)) // align) * align

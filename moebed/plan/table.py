@@ -77,8 +77,8 @@ def _sections(plan: Plan) -> list[tuple[str, list[tuple[str, str]]]]:
         (
             "sent by a rank in a step",
             [
-                ("all-to-all, a layer", _over_layers(plan.all_to_all_bytes, "B")),
-                ("all-to-all, all layers", human(sum(plan.all_to_all_bytes), "B")),
+                ("exchange of tokens, a layer", _over_layers(plan.exchange_bytes, "B")),
+                ("exchange of tokens, all layers", human(sum(plan.exchange_bytes), "B")),
                 ("all-gather of parameters", human(plan.all_gather_bytes, "B")),
                 ("reduce-scatter of gradients", human(plan.reduce_scatter_bytes, "B")),
                 ("all-reduce of gradients", human(plan.all_reduce_bytes, "B")),

@@ -26,8 +26,21 @@ class MessageCounter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.messages, self.waits = collections.Counter(), collections.Counter()
-        self.is_in_cpu_op = False
+        self._is_in_cpu_op = False
         self._in_memory: dict[int, torch.Tensor] = {}
+        self._tolist = torch.Tensor.tolist  # which is no operator
+
+    def __enter__(self):
+        def tolist(tensor):
+            self.waits["tolist"] += not self._is_in_cpu_op
+            return self._tolist(tensor)
+
+        torch.Tensor.tolist = tolist
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        torch.Tensor.tolist = self._tolist
+        return super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, func._opname
@@ -39,9 +52,9 @@ class MessageCounter(TorchDispatchMode):
                 self._in_memory.pop(id(tensor), None)
         elif name in WAITS and kwargs.get("output_size") is None and not in_memory:
             self.waits[name] += 1
-        self.is_in_cpu_op = func.namespace == "moebed"
+        self._is_in_cpu_op = func.namespace == "moebed"
         out = func(*args, **kwargs)
-        self.is_in_cpu_op = False
+        self._is_in_cpu_op = False
         if name == "lift_fresh" or in_memory:
             self._in_memory |= {id(x): x for x in tree_leaves(out) if isinstance(x, torch.Tensor)}
         return out
@@ -58,22 +71,14 @@ class CountSteps(Callback):
     def __init__(self, out: str, step: int = 3) -> None:
         self.out, self.step = Path(out), step
         self._counter: MessageCounter | None = None
-        self._tolist = torch.Tensor.tolist
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step == self.step and self._counter is None:
-            self._counter = counter = MessageCounter()
-
-            def tolist(tensor):
-                counter.waits["tolist"] += not counter.is_in_cpu_op
-                return self._tolist(tensor)
-
-            torch.Tensor.tolist = tolist
-            counter.__enter__()
+            self._counter = MessageCounter()
+            self._counter.__enter__()
         elif trainer.global_step == self.step + 1 and self._counter is not None:
             counter, self._counter = self._counter, None
             counter.__exit__(None, None, None)
-            torch.Tensor.tolist = self._tolist
             self.out.mkdir(parents=True, exist_ok=True)
             found = {"messages": counter.messages, "waits": counter.waits}
             (self.out / f"{trainer.global_rank}.json").write_text(json.dumps(found))

@@ -16,6 +16,7 @@ LAYOUTS = {
     "EP-2": (2, ["--parallel.expert", "2"]),
     "EP-4": (4, ["--parallel.expert", "4"]),
     "FSDP2×EP": (4, ["--parallel.data", "2", "--parallel.expert", "2"]),
+    "EP-2, gathered": (2, ["--parallel.expert", "2", "--parallel.exchange", "all_gather"]),
 }
 
 

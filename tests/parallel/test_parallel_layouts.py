@@ -143,6 +143,12 @@ def _work(rank: int, world_size: int, options: dict, changes: dict, meta: bool, 
         ({"expert": 2}, {"num_experts": [0, 2], "num_experts_per_tok": [0, 2], "intermediate_size": 48}, True),
         ({}, {**LATENT, "num_key_value_heads": 4}, True),
         ({"expert": 2, "shard": False}, {**LATENT, "num_key_value_heads": 4}, False),
+        ({"expert": 2, "exchange": "all_gather"}, {**APART, "router_orthogonality": "simbal"}, True),
+        (
+            {"expert": 2, "shard": False, "exchange": "all_gather"},
+            {**RANKS, "router": "locmoe_plus", "router_aux_loss_scope": "sequence"},
+            False,
+        ),
         ({}, {"weight_diversity_loss_coef": 1.0, "output_diversity_loss_coef": 1.0}, True),
         ({"expert": 2}, {"weight_diversity_loss_coef": 1.0, "output_diversity_loss_coef": 1.0}, True),
         *(
@@ -169,6 +175,14 @@ def _work(rank: int, world_size: int, options: dict, changes: dict, meta: bool, 
 )
 def test_two_ranks_train_as_one(options, changes, meta, call):
     call(_work, options, changes, meta)
+
+
+@pytest.mark.parametrize("expert", [4, pytest.param(2, marks=pytest.mark.slow)])
+def test_four_ranks_that_gather_tokens_train_as_one(expert):
+    """Of each token's three experts a rank has two at most; routers adapt to what all ranks counted."""
+    layout = {"expert": expert, "exchange": "all_gather"}
+    changes = {"router": "sigmoid_topk", "router_options": {"bias_update_rate": 0.01}}
+    call(_work, 4, layout, {"num_experts": 8, "num_experts_per_tok": 3, **changes}, True, "muon")
 
 
 @pytest.mark.parametrize("options", [{}, {"shard": False}, {"expert": 2}, {"expert": 2, "shard": False}])

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moebed.model.decoder import Decoder
 from moebed.parallel.config import ParallelConfig
 from moebed.parallel.sharding import Layout
-from moebed.parallel.traffic import between_ranks, bytes_per_trip, link_bytes, trips_between_ranks
+from moebed.parallel.traffic import between_ranks, bytes_per_trip, link_bytes, trips_between_ranks, trips_to_all
 from moebed.views.layer import ProbeText
 from moebed.views.live import walk
 from probes.registry import make_probes
@@ -21,7 +21,11 @@ RANKS, SEQUENCES, LENGTH = 4, 8, 24
 
 
 class SentBytes(TorchDispatchMode):
-    """Bytes (X,) that this rank gives to each rank by all-to-all of rows; agreeing on their number is left out."""
+    """Bytes (X,) that this rank gives to each rank of rows and what is beside them, as if each to each went directly.
+
+    By all-to-all, agreeing on their number is left out. By all-gather every rank is given all that this one has, by
+    reduce-scatter a part each.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,20 +36,24 @@ class SentBytes(TorchDispatchMode):
             rows, _, splits = args[:3]
         elif func._opname == "alltoall_base_" and len(args[4]):  # experts of each row; without splits, how many rows
             rows, splits = args[1], args[4]
+        elif func._opname == "all_gather_into_tensor":
+            rows, splits = args[0], [len(args[0])] * RANKS
+        elif func._opname == "reduce_scatter_tensor":
+            rows, splits = args[0], [len(args[0]) // RANKS] * RANKS
         else:
             return func(*args, **(kwargs or {}))
         self.to += np.array(splits) * rows[0].numel() * rows.element_size() if len(rows) else 0
         return func(*args, **(kwargs or {}))
 
 
-def _counted(rank: int, world_size: int, router: str, recomputed: bool, dtype: str) -> None:
+def _counted(rank: int, world_size: int, router: str, recomputed: bool, dtype: str, exchange: str) -> None:
     config = tiny_config(router=router, num_experts=8, expert_ranks=RANKS, ranks_per_node=2, num_hidden_layers=3)
     ids = torch.randint(0, 96, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(1))
     torch.manual_seed(5)
     alone = Decoder(config)
     torch.manual_seed(5)
     spread = Decoder(config, activation_checkpointing=recomputed).train()
-    Layout(ParallelConfig(expert=RANKS), world_size, "cpu").apply(spread, torch.device("cpu"))
+    Layout(ParallelConfig(expert=RANKS, exchange=exchange), world_size, "cpu").apply(spread, torch.device("cpu"))
     spread.stand_for(rank, world_size)
     with SentBytes() as sent:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
@@ -62,8 +70,10 @@ def _counted(rank: int, world_size: int, router: str, recomputed: bool, dtype: s
     measured[rank] = torch.from_numpy(sent.to)
     for mine in (assignments, trips, measured):
         dist.all_reduce(mine)
-    each = bytes_per_trip(config.hidden_size, itemsize, config.num_experts_per_tok, recomputed)
-    counted = link_bytes(trips.numpy(), each)
+    each = bytes_per_trip(config.hidden_size, itemsize, config.num_experts_per_tok, recomputed, exchange)
+    each_token = np.repeat(np.arange(RANKS), SEQUENCES * LENGTH // RANKS)
+    made = 3 * trips_to_all(each_token, RANKS) if exchange == "all_gather" else trips.numpy()
+    counted = link_bytes(made, each)
     assert np.array_equal(counted, measured), f"{counted}\n{measured}"
     assert bool((measured > 0).all())
     assert bool((trips < assignments).any())
@@ -71,6 +81,7 @@ def _counted(rank: int, world_size: int, router: str, recomputed: bool, dtype: s
         return  # a walk is in float32, and drops nothing
     text = ProbeText(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros(SEQUENCES, dtype=torch.long))
     options = {"ranks": RANKS, "ranks_per_node": 2, "itemsize": itemsize, "recomputed": recomputed}
+    options["exchange"] = exchange
     probes = make_probes(["traffic"], {"traffic": options})
     found = run_probes(walk(alone, text, needs_of(probes)), probes)["traffic"].arrays
     assert np.array_equal(sum(found[f"bytes/{layer}"] for layer in range(3)), measured)
@@ -81,14 +92,15 @@ def _counted(rank: int, world_size: int, router: str, recomputed: bool, dtype: s
 
 
 @pytest.mark.parametrize(
-    ("router", "recomputed", "dtype"),
+    ("router", "recomputed", "dtype", "exchange"),
     [
-        ("softmax_topk", False, "float32"),
-        ("softmax_topk", False, "bfloat16"),
-        ("softmax_topk", True, "float32"),
-        ("grap", False, "float32"),
-        ("locmoe_plus", False, "float32"),
+        ("softmax_topk", False, "float32", "all_to_all"),
+        ("softmax_topk", False, "bfloat16", "all_to_all"),
+        ("softmax_topk", True, "float32", "all_to_all"),
+        ("grap", False, "float32", "all_to_all"),
+        ("locmoe_plus", False, "float32", "all_to_all"),
+        ("softmax_topk", True, "float32", "all_gather"),
     ],
 )
-def test_3_7_12_four_ranks_send_what_the_probe_counts(router, recomputed, dtype):
-    call(_counted, RANKS, router, recomputed, dtype)
+def test_3_7_12_four_ranks_send_what_the_probe_counts(router, recomputed, dtype, exchange):
+    call(_counted, RANKS, router, recomputed, dtype, exchange)

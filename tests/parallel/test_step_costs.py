@@ -48,7 +48,7 @@ def _messages(layout, accumulate, logged):
         return {"allreduce_": all_reduces + 1}  # one bucket of gradients, at the step's end
     meshes = 1 if layout == "FSDP2-2" else 3  # dimensions of meshes over which the gradient's norm is summed
     spread = layout != "FSDP2-2"
-    sharded = 0 if layout in ("EP-2", "EP-4") else LAYERS  # experts that ranks of `data` share
+    sharded = 0 if layout.startswith("EP") else LAYERS  # experts that ranks of `data` share
     # The rest of each layer, and embedding with head: forward and backward, except the last, which stays gathered.
     groups = LAYERS + 1 + sharded
     found = {
@@ -56,7 +56,9 @@ def _messages(layout, accumulate, logged):
         "_allgather_base_": accumulate * (2 * (groups - 1) + 1),
         "_reduce_scatter_base_": accumulate * groups,
     }
-    if spread:  # how many rows, and their experts; rows, their weights and their outputs, forward and backward
+    if layout == "EP-2, gathered":  # experts, rows and their weights, outputs; backward, all but the first in reverse
+        found |= {"all_gather_into_tensor": accumulate * 4 * LAYERS, "reduce_scatter_tensor": accumulate * 3 * LAYERS}
+    elif spread:  # how many rows, and their experts; rows, their weights and their outputs, forward and backward
         found |= {"alltoall_base_": accumulate * 2 * LAYERS, "all_to_all_single": accumulate * 6 * LAYERS}
     return found
 
@@ -64,14 +66,14 @@ def _messages(layout, accumulate, logged):
 def _waits(layout, accumulate, logged):
     """Is the norm finite; what is logged; was a rank asked to end; how many rows each rank gets of each layer."""
     several = layout != "1 process"
-    exchanges = accumulate * LAYERS if "EP" in layout else 0
+    exchanges = accumulate * LAYERS if "EP" in layout and "gathered" not in layout else 0
     return {"_local_scalar_dense": 1 + several, "tolist": (logged or not several) + exchanges}
 
 
 SHORT = [("1 process", 2, False), ("EP-2", 2, False)]
 LONG = [
     (layout, accumulate, logged)
-    for layout in ("1 process", "DDP-2", "DDP-4", "FSDP2-2", "EP-2", "EP-4", "FSDP2×EP")
+    for layout in ("1 process", "DDP-2", "DDP-4", "FSDP2-2", "EP-2", "EP-4", "FSDP2×EP", "EP-2, gathered")
     for accumulate, logged in ((1, True), (4, True), (4, False))
 ]
 

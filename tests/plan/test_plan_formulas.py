@@ -1,8 +1,8 @@
 """The plan's formulas against the tensors themselves: shapes, what autograd saves, what is alive at the peak."""
 
-import dataclasses
 import math
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -281,11 +281,20 @@ def test_traffic_by_hand():
     setup = Setup(config, 2, 4, PRECISIONS["bf16-mixed"], ParallelConfig(2, 2, True, "bfloat16"), accumulate=3)
     trips = 8 * 2 * (1 - 6 / 28)
     sent = trips * ((8 + 8 + 8) + 8 + (8 + 8 + 8))
-    assert traffic.all_to_all_bytes(setup, 0) == pytest.approx(3 * sent / 2)
+    assert traffic.exchange_bytes(setup, 0) == pytest.approx(3 * sent / 2)
     again = Setup(**{**vars(setup), "checkpointing": True})
-    assert traffic.all_to_all_bytes(again, 0) == pytest.approx(3 * (sent + trips * 32) / 2)
-    ahead = Setup(**{**vars(setup), "config": dataclasses.replace(config, router_aux_loss_scope="window")})
-    assert traffic.all_to_all_bytes(ahead, 0) == pytest.approx(3 * (sent + trips * 32) / 2)
+    assert traffic.exchange_bytes(again, 0) == pytest.approx(3 * (sent + trips * 32) / 2)
+    window = replace(config, router_aux_loss_scope="window")
+    ahead = replace(setup, config=window)
+    assert traffic.exchange_bytes(ahead, 0) == pytest.approx(3 * (sent + trips * 32) / 2)
+    gathered = replace(setup, layout=replace(setup.layout, exchange="all_gather"))
+    assert traffic.exchange_bytes(gathered, 0) == 3 * 8 * ((8 + 8 + 8) + 8 + (8 + 8 + 8))  # each of T to the other
+    again = replace(gathered, checkpointing=True)
+    assert traffic.exchange_bytes(again, 0) == traffic.exchange_bytes(gathered, 0) + 3 * 8 * 24
+    ahead = replace(gathered, config=window)
+    assert traffic.exchange_bytes(ahead, 0) == traffic.exchange_bytes(gathered, 0) + 3 * 8 * 32
+    assert gathered.expert_rows(0) == gathered.expert_rows(0, 1.0) == 2 * setup.expert_rows(0)
+    assert replace(gathered, layout=ParallelConfig(1, 8, exchange="all_gather")).expert_rows(0) == 8 * 8  # of one each
     routed, rest = 8 * 3 * 4 * 2 // 2, 2 * 32 + 4 + 4 * 16 + 8 + 32
     gathers = 3 * (routed * 1 / 2 + rest * 3 / 4)
     assert traffic.fsdp_bytes(setup) == (2 * 2 * gathers, 4 * gathers)

@@ -42,8 +42,8 @@ def ranks_table() -> list[str]:
         "tokens of a step": [human(p.tokens_per_step) for p in plans],
         "tokens of an expert in a step": [human(p.expert_tokens_per_step[0]) for p in plans],
         "rows of an expert's product": [human(p.expert_rows[0]) for p in plans],
-        "all-to-all, a layer": [human(p.all_to_all_bytes[0], "B") for p in plans],
-        "all-to-all, all layers": [human(sum(p.all_to_all_bytes), "B") for p in plans],
+        "exchange of tokens, a layer": [human(p.exchange_bytes[0], "B") for p in plans],
+        "exchange of tokens, all layers": [human(sum(p.exchange_bytes), "B") for p in plans],
         "all-gather of parameters": [human(p.all_gather_bytes, "B") for p in plans],
         "reduce-scatter of gradients": [human(p.reduce_scatter_bytes, "B") for p in plans],
         "probe gather of weights, a layer": [human(p.probe_gather_bytes[0], "B") for p in plans],
@@ -60,9 +60,9 @@ def doubling_table() -> list[str]:
         "32 sequences a rank": plan(batch_size=32),
         "128 GPUs": plan(16),
     }
-    rows = {"64 GPUs (8 × 8)": ["parameters", "memory of a rank", "all-to-all", "all-gather", "probe gather, a layer"]}
+    rows = {"64 GPUs (8 × 8)": ["parameters", "memory of a rank", "exchange", "all-gather", "probe gather, a layer"]}
     for name, p in changed.items():
-        sizes = [p.peak_memory_total, sum(p.all_to_all_bytes), p.all_gather_bytes, p.probe_gather_bytes[0]]
+        sizes = [p.peak_memory_total, sum(p.exchange_bytes), p.all_gather_bytes, p.probe_gather_bytes[0]]
         rows[name] = [human(p.total_parameters), *(human(size, "B") for size in sizes)]
     return _markdown(rows)
 

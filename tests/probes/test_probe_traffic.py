@@ -67,7 +67,12 @@ def test_a_token_travels_once_to_a_rank_that_has_several_of_its_experts():
     assert result.arrays["trips/0"].tolist() == [[1, 1], [1, 2]]
     two, one = bytes_per_trip(16, 2, 2), bytes_per_trip(16, 2, 1)
     assert result.scalars["saved"] == pytest.approx(1 - 2 * two.both / (3 * one.both))
+    gathered = _told([_view(choices, text, experts=4)], ranks=2, ranks_per_node=1, exchange="all_gather")
+    assert gathered.arrays["bytes/0"].tolist() == [[2 * two.both] * 2] * 2
+    assert gathered.scalars["saved"] == pytest.approx(1 - 4 * two.both / (3 * one.both))
+    assert gathered.headlines["saved"].sentence.startswith("Every token goes to every rank: 1.45 times the bytes")
     assert even_trips(4, 2, 2) == pytest.approx(2 * (1 - 1 / 6))
+    assert even_trips(4, 2, 2, "all_gather") == 2
     assert even_trips(8, 1, 4) == 1
 
 
@@ -96,7 +101,7 @@ def test_experts_by_domain_are_near_and_shuffled_text_is_not():
 
 
 def test_bytes_go_out_and_come_back_and_recomputation_repeats_the_way_forward():
-    each, twice = bytes_per_trip(100, 4, 3), bytes_per_trip(100, 4, 3, repeated=1)
+    each, twice = bytes_per_trip(100, 4, 3), bytes_per_trip(100, 4, 3, recomputed=True)
     assert each == (400 + 12 + 12 + 400, 400 + 400 + 12)
     assert (twice.out - each.out, twice.back - each.back) == (424, 400)
     found = np.array([[0, 3], [1, 0]])

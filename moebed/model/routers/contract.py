@@ -64,6 +64,7 @@ class Router(Float32Buffers):
     evaluated_as: str | None = None
     has_plan_formula = False  # whether what it keeps for the backward pass is known (see plan_bytes, and moebed.plan)
     keeps_input = True  # whether the backward pass needs its input, as a product's does
+    static_shapes = False  # whether a routing's shape must not depend on what is decided: ranks agree on it beforehand
     compiles = True  # whether its forward pass is one graph for torch.compile
     sees_batch = False  # whether a token's experts depend on the other tokens of a batch while `chooses_tokens`
     chooses_tokens = False  # of such a router: route as in training, in evaluation too
@@ -90,6 +91,11 @@ class Router(Float32Buffers):
         self.norm_topk_prob = config.norm_topk_prob
         self.options = config.router_options
         self.token_parts = config.expert_ranks  # ranks whose tokens come one after another in a call, in training
+
+    @property
+    def cuts_columns(self) -> bool:
+        """Whether a routing has no more columns than its busiest token needs: in training, which this saves work."""
+        return self.training and not self.static_shapes
 
     @classmethod
     def check(cls, config: ModelConfig) -> None:

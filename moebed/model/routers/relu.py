@@ -22,7 +22,7 @@ class ReLU(GatedRouter):
     λ · mean over tokens of Σ_i w_i joins the loss, and after each optimizer step λ ← λ · 1.2^sign(target sparsity −
     sparsity), both over all layers, where the target is 1 − K/E. The assignments of a token come in descending weight;
     those of weight 0 are none and are not computed. There are as many columns as the busiest token needs, or E in
-    evaluation and under ``torch.compile``, whose shapes are static. Balancing losses see w / Σ w.
+    evaluation and where shapes are static (``torch.compile``, ``parallel.exchange``). Balancing losses see w / Σ w.
     """
 
     @dataclass
@@ -53,7 +53,7 @@ class ReLU(GatedRouter):
         total = weights.sum(dim=-1, keepdim=True)
         probs = weights / total.clamp_min(torch.finfo(total.dtype).tiny)
         losses = {self.LOSS: weights.sum(dim=-1)} if self.training else None
-        return ragged(logits, probs, weights, self.training)._replace(losses=losses)
+        return ragged(logits, probs, weights, self.cuts_columns)._replace(losses=losses)
 
     def loss_coefficients(self) -> dict[str, float | Tensor]:
         """λ."""

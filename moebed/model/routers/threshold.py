@@ -80,7 +80,7 @@ class Threshold(GatedRouter):
         scores = self.scores(logits)
         weights = self.weights(scores)
         probs = weights / weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
-        return ragged(logits, probs, weights.masked_fill(~self.served(scores), 0.0), self.training)
+        return ragged(logits, probs, weights.masked_fill(~self.served(scores), 0.0), self.cuts_columns)
 
     @torch.no_grad()
     def statistics(self, routing: Routing, token_mask: Tensor) -> dict[str, Tensor]:
