@@ -61,10 +61,6 @@ class HyperExperts:
         """From plain data; an unknown key is an error that names the nearest known one."""
         if given is None or isinstance(given, HyperExperts):
             return given
-        if not isinstance(given, Mapping):
-            raise ConfigError(
-                f"model config: hyper_experts is {given!r}; give settings, such as {{adapters: unchosen}}"
-            )
         known = [field.name for field in fields(cls)]
         for key in given:
             if key not in known:

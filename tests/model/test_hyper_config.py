@@ -66,7 +66,7 @@ def test_shared_experts_only_where_there_are_experts():
         ({"hyper_experts": {"adapter": 4}}, "unknown key 'adapter' in hyper_experts; did you mean 'adapters'"),
         ({"hyper_experts": {"adapters": "unchoosen"}}, "did you mean 'unchosen'"),
         ({"hyper_experts": {"adapter_size": 0}}, "adapter_size is 0"),
-        ({"hyper_experts": "unchosen"}, "give settings"),
+        ({"hyper_experts": "unchosen"}, "it must be settings by name"),
         ({"hyper_experts": {}, "num_experts": 0, "intermediate_size": 8}, "num_experts is 0"),
         ({"hyper_experts": {"adapters": "free"}}, "num_experts_per_tok 1"),
         ({"hyper_experts": {"adapters": "free"}, "num_experts_per_tok": 1, "router": "relu"}, "fixed K"),
