@@ -49,6 +49,24 @@ def test_coupling_by_hand(alpha, expected):
     assert coupling_loss(response, alpha).item() == pytest.approx(expected)
 
 
+def test_coupling_is_its_sum_written_out():
+    """Of experts that answer to their own embeddings unevenly: both sums over j go by the own answer of i."""
+    m, alpha = 3 * torch.rand(5, 5), 0.8  # M_ij: expert j to embedding i
+    pairs = [(i, j) for i in range(5) for j in range(5) if i != j]
+    over_others = sum((m[i, j] - alpha * m[i, i]).clamp(min=0) for i, j in pairs)
+    over_own = sum((m[j, i] - alpha * m[i, i]).clamp(min=0) for i, j in pairs)
+    assert abs(over_others - over_own) > 0.1
+    torch.testing.assert_close(coupling_loss(m.T, alpha), (over_others + over_own) / 25)
+
+
+def test_two_neurons_that_are_the_embedding_answer_to_it_alone():
+    """r_i = e_i, and both neurons of expert i are e_i: M = √2 · I, and no loss."""
+    matrices = torch.eye(4).unsqueeze(1).expand(-1, 2, -1)
+    response = responses(torch.eye(4), matrices)
+    torch.testing.assert_close(response, 2**0.5 * torch.eye(4))
+    assert coupling_loss(response, 1.0) == 0
+
+
 def test_no_expert_answers_to_another_s_embedding():
     """r_i = e_i, W^i = e_i e_iᵀ: M is the identity."""
     gate = torch.eye(3, 5)

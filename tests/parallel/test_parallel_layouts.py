@@ -12,8 +12,8 @@ from moebed.checkpoints.whole import fill, load_decoder, write_checkpoint
 from moebed.model import hyper_experts
 from moebed.model.decoder import Decoder
 from moebed.model.locality import locality_loss
-from moebed.model.losses import router_stats, sequence_balancing_loss
-from moebed.model.routers import ROUTERS, RouterSteps
+from moebed.model.losses import load_balancing_loss, router_stats, sequence_balancing_loss
+from moebed.model.routers import ROUTERS, RouterSteps, build_router
 from moebed.model.spread import whole
 from moebed.parallel.config import ParallelConfig
 from moebed.parallel.gathered import GatheredModel
@@ -84,6 +84,11 @@ def _steps(decoder: Decoder, ids: torch.Tensor, rank: int, world_size: int, opti
             sums = BatchSums().of_all(sums)
         for router, layer in zip(decoder.routers, sums, strict=True):
             loss = loss + sum(router.batch_losses(layer).values())
+        if decoder.config.router_aux_loss_scope == "global":
+            counts = [{"counts": layer.counts} for layer in layers]
+            counts = BatchSums().of_all(counts) if world_size > 1 else counts
+            for layer, count in zip(layers, counts, strict=True):
+                loss = loss + load_balancing_loss(layer.mean_probs, count["counts"])
         loss.backward()
         with mock.patch("torch.distributed.is_initialized", return_value=world_size > 1):
             routers.end()
@@ -157,9 +162,9 @@ def _work(rank: int, world_size: int, options: dict, changes: dict, meta: bool, 
             for shard, kind in ((True, "simbal"), (False, "ernie"))
         ),
         *(
-            ({**layout, "shard": shard}, {"router_aux_loss_scope": "sequence"}, shard)
+            ({**layout, "shard": shard}, {"router_aux_loss_scope": scope}, shard)
             for layout in ({}, {"expert": 2})
-            for shard in (True, False)
+            for shard, scope in ((True, "sequence"), (False, "sequence"), (bool(layout), "global"))
         ),
         *(
             (layout, {**RANKS, "router": router, "locality_loss_coef": local}, True)
@@ -200,6 +205,35 @@ def test_two_ranks_train_hyper_experts_as_one(options, changes, call):
     """The root shares the generator out; all layers, and all ranks, add to its gradient."""
     two_of_six = 2 * 4 * (2 * 8 * 32 + 8 + 32)
     call(_hyper, options, changes, two_of_six if changes is HYPER["some at a time"] else hyper_experts.SET_BYTES)
+
+
+def _counted(rank: int, world_size: int) -> None:
+    """Three steps of routers alone, on logits that are given and split over ranks."""
+    logits = torch.randn(3, 48, 4, generator=torch.Generator().manual_seed(1))
+    for name in ("sigmoid_topk", "quantile", "threshold", "expert_choice"):
+        config, found = tiny_config(router=name), []
+        for ranks, at in ((1, 0), (world_size, rank)):
+            router = build_router(config, config.layer(0)).train()
+            begun = {key: value.clone() for key, value in router.state_dict().items()}
+            steps = RouterSteps([router])
+            for number, step in enumerate(logits):
+                steps.begin(number, at, ranks)
+                routing = router.choose(step.chunk(ranks)[at])
+                mask = torch.arange(len(routing.router_logits)) > 1  # the first two of each rank are padding
+                mask[48 // world_size : 48 // world_size + 2] = False
+                counts = router_stats(routing, mask).counts
+                steps.add([counts], mask.sum(), [router.statistics(routing, mask)])
+                with mock.patch("torch.distributed.is_initialized", return_value=ranks > 1):
+                    steps.end()
+            found.append({key: value for key, value in router.state_dict().items() if key != "weight"})
+            assert all(not torch.equal(value, begun[key]) for key, value in found[-1].items())
+        assert found[0].keys() == found[1].keys()
+        assert all(torch.equal(value, found[1][key]) for key, value in found[0].items()), name
+
+
+def test_what_routers_learn_of_a_step_is_the_same_to_the_last_bit(call):
+    """Counts of float32 add up exactly, of however many ranks; the quantiles that follow from them are the same."""
+    call(_counted)
 
 
 def _uneven(rank: int, world_size: int) -> None:
