@@ -108,14 +108,21 @@ class StandingRanks:
         for pid in self._ranks.pids if self._ranks is not None else []:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-        self._ranks = None
+        for ours, _ in self._pipes:
+            ours.close()
+        self._ranks, self._pipes = None, []
 
     def _serve(self) -> int:
         rank = int(os.environ["RANK"])
         pipe = self._pipes[rank][1]
+        for end in (end for both in self._pipes for end in both if end is not pipe):
+            end.close()  # so that a process that is gone is seen to be, whichever it is
         with _joined():
             while True:
-                work, arguments = pipe.recv()
+                try:
+                    work, arguments = pipe.recv()
+                except EOFError:  # who called is gone, without a word
+                    return 0
                 try:
                     work(rank, self.world_size, *arguments)
                 except BaseException:
