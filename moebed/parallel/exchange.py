@@ -166,7 +166,12 @@ class AllGather(SpreadExperts):
         return Routing(blank, blank, index, weight, ragged=True)
 
     def _require_equal(self, tokens: int) -> None:
-        """Compare how many tokens each rank has, the first time that it is so many."""
+        """Compare how many tokens each rank has, the first time that it is so many.
+
+        That waits, so that it is done once. Where one rank has had its number before and another has not, or both have
+        had theirs, nobody compares, and the gathering itself fails as torch.distributed has it: no data of moebed's
+        gives ranks different numbers.
+        """
         if tokens in self._agreed:
             return
         found: list[int] = [0] * self.size
