@@ -23,6 +23,7 @@ from moebed.training.optim import OptimizerConfig, build_optimizer, gradient_nor
 from moebed.views.layer import Need, ProbeText
 from moebed.views.live import walk, walk_model
 from tests.conftest import tiny_config
+from tests.parallel import forked
 from tests.parallel.forked import StandingRanks
 
 SIZES = {"adapter_size": 8, "expert_embedding_size": 6, "layer_embedding_size": 4, "generator_size": 10}
@@ -187,7 +188,7 @@ def test_four_ranks_that_gather_tokens_train_as_one(expert):
     """Of each token's three experts a rank has two at most; routers adapt to what all ranks counted."""
     layout = {"expert": expert, "exchange": "all_gather"}
     changes = {"router": "sigmoid_topk", "router_options": {"bias_update_rate": 0.01}}
-    call(_work, 4, layout, {"num_experts": 8, "num_experts_per_tok": 3, **changes}, True, "muon")
+    forked.call(_work, 4, layout, {"num_experts": 8, "num_experts_per_tok": 3, **changes}, True, "muon")
 
 
 @pytest.mark.parametrize("options", [{}, {"shard": False}, {"expert": 2}, {"expert": 2, "shard": False}])
