@@ -233,7 +233,8 @@ def _require_fits(ids: Tensor, what: str, config: TextLimits) -> None:
         raise UserError(f"{what}: no token comes out of it; give a text with words")
     if len(ids) > config.max_position_embeddings:
         raise UserError(
-            f"{what} has {len(ids)} tokens but the model has {config.max_position_embeddings} positions; shorten it"
+            f"{what} has {len(ids)} tokens but the model has {config.max_position_embeddings} positions; shorten it "
+            "(--domain NAME=FILE reads a file of text in pieces)"
         )
     least, most = int(ids.min()), int(ids.max())
     if least < 0 or most >= config.vocab_size:
