@@ -217,7 +217,13 @@ def test_the_study_command_accepts_it(name, tmp_path):
     study, _ = _read(name)
     assert set(plan.arms) == set(study["arms"])
     assert len(plan.final) == len(study["arms"]) * len(study["seeds"])
-    assert plan.notes == [f"arm {arm!r}: {said}" for arm, config in _arms(name).items() for said in cautions(config)]
+    said = [f"arm {arm!r}: {said}" for arm, config in _arms(name).items() for said in cautions(config)]
+    assert [note for note in plan.notes if "at one learning rate" not in note] == said
+    base = plan.arms[study["baseline"]].config
+    for key in ("hidden_size", "moe_intermediate_size"):  # arms of another width are said to be so, and no others
+        other = [arm for arm, found in plan.arms.items() if getattr(found.config, key) != getattr(base, key)]
+        noted = [note for note in plan.notes if f"another {key} than" in note]
+        assert [note.partition(": another")[0] for note in noted] == ([", ".join(other)] if other else [])
     assert list(tmp_path.iterdir()) == []
     for arm, config in _arms(name).items():
         assert plan.arms[arm].config == config
