@@ -1,0 +1,18 @@
+"""Runs a command whose Python processes see CUDA devices that are emulated on the host.
+
+    python -m tests.emulated_cuda [--devices 2] [--capability 9.0] python -m moebed.cli fit --config recipes/tiny_mixtral.yaml
+"""
+
+import argparse
+import os
+import sys
+
+from tests.emulated_cuda.environment import environment
+
+parser = argparse.ArgumentParser(prog="python -m tests.emulated_cuda", description=__doc__.splitlines()[0])
+parser.add_argument("--devices", type=int, default=1, help="how many (1)")
+parser.add_argument("--capability", default="9.0", help="the compute capability they say they have (9.0)")
+parser.add_argument("command", nargs=argparse.REMAINDER)
+options = parser.parse_args()
+command = [sys.executable if options.command[0] == "python" else options.command[0], *options.command[1:]]
+os.execvpe(command[0], command, environment(options.devices, options.capability))

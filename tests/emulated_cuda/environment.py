@@ -1,0 +1,22 @@
+"""What a process needs in its environment to see emulated devices, and its children too."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from tests.emulated_cuda.build import library
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+
+
+def environment(devices: int = 1, capability: str = "9.0") -> dict[str, str]:
+    """The environment of this process, and the emulated devices."""
+    paths = [str(HERE / "site"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "EMULATED_CUDA": f"{library()},{devices},{capability}",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # it would say that the collectives of CUDA have another kernel
+    }
