@@ -17,6 +17,7 @@ import torch
 
 from moebed.views.layer import LayerView, Need
 from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, find, per_layer
+from probes.measures.ranks import ONE_NORM
 from probes.measures.resampling import SHARE, WITHOUT, Units, interval_of, unit_notes, units_of, without
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ class NormOrigin(Probe):
     """The variance of the log of ‖E_i(x)‖ over tokens and experts, split into four parts that add up to 1.
 
     Stored for each layer: ``input_norm (T,)``, ‖x‖₂ of the normalised hidden state that router and experts see;
-    ``norm_share (4,)`` in the order ``input``, what a straight line in log ‖x‖ explains; ``token``, the rest of what
+    ``norm_share (4,)`` in the order ``input``, what a straight line in log ‖x‖ explains (nothing, where all inputs have
+    one norm within a thousandth); ``token``, the rest of what
     depends on the token alone; ``expert``, what depends on the expert alone; ``choice``, what is left. Where every
     logit of the router is positive, as norms are, ``score_share (4,)``, the same of the logarithm of the logits. A
     token at which an expert has the norm 0 is left out; a layer where all are equal has no shares.
@@ -116,6 +118,8 @@ def shares_by_unit(values: np.ndarray, seen: np.ndarray, units: Units) -> np.nda
     if not len(logs) or logs.max() - logs.min() <= ROUNDING:
         return None
     logs, size = logs - logs.mean(), size - size.mean()  # so that differences of sums lose nothing
+    if size.max() - size.min() <= ONE_NORM:
+        size[:] = 0.0
     of_token = logs.mean(axis=1)
     taken = np.flatnonzero(usable)
     quantities = (

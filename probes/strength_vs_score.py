@@ -18,7 +18,7 @@ from torch import Tensor
 from moebed.views.layer import LayerView, Need
 from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, numbers, per_layer
 from probes.measures.choices import assignments, chosen_mask
-from probes.measures.ranks import Ranks, correlation, rankable, ranks
+from probes.measures.ranks import ONE_NORM, Ranks, correlation, rankable, ranks
 from probes.measures.resampling import interval_of, keep, unit_notes, units_of
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ class StrengthVsScore(Probe):
     over experts, with ``ranked ()``, the share of tokens at which neither is the same for all experts; the others are
     left out. Of each expert (E,), its rank correlation over tokens, in which scores are compared between tokens:
     ``score_strength_expert`` over all of them, ``score_strength_own`` over those that chose it, which selection makes
-    smaller; and ``..._partial`` of each, with the norm of the layer's input held constant, as both grow with it. An
-    expert with fewer than 10 tokens has NaN.
+    smaller; and ``..._partial`` of each, with the norm of the layer's input held constant, as both grow with it; the
+    same where all inputs have one norm within a thousandth. An expert with fewer than 10 tokens has NaN.
     """
 
     name = "strength_vs_score"
@@ -109,7 +109,7 @@ def _over_tokens(score: np.ndarray, strength: np.ndarray, size: np.ndarray) -> t
         return np.nan, np.nan
     a, b, c = (ranks(values[None]) for values in (score, strength, size))
     plain, with_size, of_size = (_rho(x, y) for x, y in ((a, b), (a, c), (b, c)))
-    if not rankable(size[None])[0]:  # a norm whose weights are all alike leaves nothing but rounding to rank
+    if not rankable(size[None], ONE_NORM)[0]:
         return plain, plain
     left = (1 - with_size**2) * (1 - of_size**2)
     return plain, (plain - with_size * of_size) / left**0.5 if left > 1e-12 else np.nan

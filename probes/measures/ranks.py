@@ -49,12 +49,15 @@ def ranks(values: np.ndarray) -> Ranks:
 
 
 EQUAL = 1e-5  # values that differ by less of the largest are equal in float32, however they were summed
+# Norms of what an RMSNorm whose weights are all alike gives out differ by what its epsilon takes from small tokens. Ranked,
+# they are mostly rounding, which is another on another device; and so small a difference changes nothing that follows.
+ONE_NORM = 1e-3
 
 
-def rankable(values: np.ndarray) -> np.ndarray:
-    """Whether the entries of each row of (T, E) differ: (T,) bool."""
+def rankable(values: np.ndarray, apart: float = EQUAL) -> np.ndarray:
+    """Whether the entries of each row of (T, E) differ by more than this share of the largest: (T,) bool."""
     largest, least = values.max(axis=1), values.min(axis=1)
-    return largest - least > EQUAL * np.maximum(np.abs(largest), np.abs(least))
+    return largest - least > apart * np.maximum(np.abs(largest), np.abs(least))
 
 
 def correlation(a: Ranks, b: Ranks) -> np.ndarray:

@@ -123,3 +123,12 @@ def test_a_model_whose_experts_answer_nothing(make_decoder, text):
     ]
     assert not result.headlines
     assert result.notes == ["no layer has seen text with experts whose norms differ"]
+
+
+def test_norms_that_are_one_but_for_rounding_explain_nothing():
+    """An RMSNorm's epsilon takes some of small tokens: too little to make the outputs what they are."""
+    draw = np.random.default_rng(2)
+    small = draw.uniform(size=40)
+    values = np.exp(small)[:, None] * np.ones((40, 3))
+    assert shares_of_log(values, 1 + 1e-4 * small)[0] == 0
+    assert shares_of_log(values, 1 + 1e-2 * small)[0] > 0.99

@@ -63,6 +63,16 @@ def test_what_both_owe_to_the_tokens_norm_is_taken_out():
     assert abs(arrays["score_strength_expert_partial/0"][0]) < 0.15
 
 
+def test_norms_that_are_one_but_for_rounding_hold_nothing_constant():
+    """An RMSNorm whose weights are all alike: the order of such norms is another on another device."""
+    logits, jitter = normal(TOKENS, EXPERTS), normal(TOKENS, seed=2)
+    strength = logits.softmax(dim=1) + normal(TOKENS, EXPERTS, seed=1).abs()
+    alike, other = (found(layer(logits, strength, 5 + 1e-4 * sign * jitter)).arrays for sign in (1, -1))
+    for key in ("score_strength_expert", "score_strength_own"):
+        for arrays in (alike, other):
+            np.testing.assert_array_equal(arrays[f"{key}_partial/0"], arrays[f"{key}/0"])
+
+
 def test_it_is_scipys(make_decoder, text):
     decoder = make_decoder(num_experts=[4, 0, 6], num_experts_per_tok=[2, 0, 3])
     with torch.no_grad():
