@@ -91,7 +91,8 @@ def projections(outputs: Tensor) -> Tensor:
         with_own = gram[:, others, every.unsqueeze(1)]  # (T, K, K - 1)
         mean = gram.diagonal(dim1=1, dim2=2).mean(dim=1).detach().view(-1, 1, 1, 1)
         ridge = (_RIDGE * mean).clamp_min(torch.finfo(gram.dtype).tiny) * torch.eye(top_k - 1, device=gram.device)
-        solved = torch.linalg.solve(among + ridge, with_own.unsqueeze(-1)).squeeze(-1)
+        # solve_ex, as solve would wait for the device to say that no matrix is singular, which the ridge sees to.
+        solved = torch.linalg.solve_ex(among + ridge, with_own.unsqueeze(-1)).result.squeeze(-1)
         return (with_own * solved).sum(dim=-1).mean(dim=-1)
 
 

@@ -49,8 +49,8 @@ def ranks(values: np.ndarray) -> Ranks:
 
 
 EQUAL = 1e-5  # values that differ by less of the largest are equal in float32, however they were summed
-# Norms of what an RMSNorm whose weights are all alike gives out differ by what its epsilon takes from small tokens. Ranked,
-# they are mostly rounding, which is another on another device; and so small a difference changes nothing that follows.
+# Norms of what an RMSNorm whose weights are all alike gives out differ by what its epsilon takes from small tokens.
+# Ranked, they are mostly rounding, which is another on another device; and so small a difference changes nothing after.
 ONE_NORM = 1e-3
 
 

@@ -1,6 +1,6 @@
 """Runs a command whose Python processes see CUDA devices that are emulated on the host.
 
-    python -m tests.emulated_cuda [--devices 2] [--capability 9.0] python -m moebed.cli fit --config recipes/tiny_mixtral.yaml
+python -m tests.emulated_cuda [--devices 2] [--capability 9.0] python -m moebed.cli fit --config RECIPE
 """
 
 import argparse

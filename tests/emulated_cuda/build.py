@@ -1,4 +1,4 @@
-"""The library of the emulated device, compiled once for a version of PyTorch and kept in the machine's temporary folder."""
+"""The library of the emulated device, compiled once for a version of PyTorch and kept among temporary files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ SOURCE = Path(__file__).with_name("device.cpp")
 def torch_folder() -> Path:
     """Where PyTorch lies; it is not imported, since the library must be loaded before it."""
     spec = importlib.util.find_spec("torch")
-    assert spec is not None and spec.origin is not None
+    assert spec is not None
+    assert spec.origin is not None
     return Path(spec.origin).parent
 
 
@@ -37,7 +38,8 @@ def library() -> Path:
         new = Path(file.name)
     headers = [f"-I{folder}/include", f"-I{folder}/include/torch/csrc/api/include"]
     libraries = [f"-L{folder}/lib", "-lc10", "-ltorch_cpu"]
-    command = ["g++", "-shared", "-fPIC", "-std=c++20", "-O1", "-DUSE_C10D_GLOO", *headers, str(SOURCE), "-o", str(new), *libraries]
+    flags = ["-shared", "-fPIC", "-std=c++20", "-O1"]
+    command = ["g++", *flags, *headers, str(SOURCE), "-o", str(new), *libraries]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         new.unlink()

@@ -322,7 +322,9 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     if (value.isDevice() && value.toDevice().is_cuda()) {
       if (value.toDevice().has_index()) aliases.index = value.toDevice().index();
       value = Device(DeviceType::CPU);
-    } else if (value.isGenerator() && value.toGenerator().defined() && value.toGenerator().device().is_cuda()) {
+    } else if (value.isGenerator() && value.toGenerator().defined()) {
+      const auto type = value.toGenerator().device().type();
+      TORCH_CHECK(type == DeviceType::CUDA, "Expected a 'cuda' device type for generator but found '", type, "'");
       value = host_generator(value.toGenerator());
     } else if (value.isNone() && schema.arguments()[i].type()->str() == "Generator?") {
       value = host_generator(default_generator(aliases.index));

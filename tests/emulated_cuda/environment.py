@@ -18,5 +18,4 @@ def environment(devices: int = 1, capability: str = "9.0") -> dict[str, str]:
         **os.environ,
         "PYTHONPATH": os.pathsep.join(paths),
         "EMULATED_CUDA": f"{library()},{devices},{capability}",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",  # it would say that the collectives of CUDA have another kernel
     }

@@ -15,10 +15,24 @@ def load(torch_init: str) -> ctypes.CDLL:
     folder = Path(torch_init).parent / "lib"
     for name in ("libtorch_global_deps.so", "libtorch_cpu.so"):
         ctypes.CDLL(str(folder / name), ctypes.RTLD_GLOBAL)
-    device = ctypes.CDLL(os.environ["EMULATED_CUDA"].split(",")[0], ctypes.RTLD_GLOBAL)
+    with quiet():  # PyTorch says of each collective that it has another kernel
+        device = ctypes.CDLL(os.environ["EMULATED_CUDA"].split(",")[0], ctypes.RTLD_GLOBAL)
     for function in (device.emulated_allocated, device.emulated_peak, device.emulated_waits):
         function.restype = ctypes.c_int64
     return device
+
+
+@contextlib.contextmanager
+def quiet():
+    """Nothing that C++ writes to standard error is seen."""
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 class Stream:
@@ -205,7 +219,9 @@ def install(device: ctypes.CDLL) -> None:
     def storage_resize(storage, size):
         if storage.device.type != "cuda":
             return resize(storage, size)
-        torch.ops.emulated_cuda.resize_storage(torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage), size)
+        torch.ops.emulated_cuda.resize_storage(
+            torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage), size
+        )
         return storage
 
     torch.UntypedStorage.to = storage_to

@@ -20,7 +20,7 @@ from moebed.model.routers.softmax import GatedRouter
 from moebed.model.routing import Routing, TokenContext
 
 _BITS = 31
-Number = TypeVar("Number", int, Tensor)
+Number = TypeVar("Number", int, Tensor, int | Tensor)
 
 
 class FrozenGate(GatedRouter):
@@ -123,12 +123,13 @@ def uniform_numbers(
 ) -> Tensor:
     """Numbers in (0, 1) of a matrix's shape (rows, columns), float32: the same for the same key, whoever asks.
 
-    With ``first`` they are those of the rows from that one on.
+    With ``first`` they are those of the rows from that one on. Tensors among the key have no dimension; what of it is
+    on the host goes with the operations, since a copy would wait for the device.
     """
-    number = torch.zeros((), dtype=torch.int64)
+    number: int | Tensor = 0
     for part in key:
-        number = mixed(number ^ mixed(torch.as_tensor(part)))
+        number = mixed(number ^ mixed(part))
     rows, columns = (torch.arange(size, device=device) for size in shape)
-    of_row = mixed((rows + torch.as_tensor(first, device=device)) ^ number.to(device))
+    of_row = mixed((rows + first) ^ number)
     drawn_bits = mixed(mixed(of_row).unsqueeze(1) ^ mixed(columns))
     return ((drawn_bits >> (_BITS - 23)).to(torch.float32) + 0.5) / 2**23

@@ -67,7 +67,7 @@ class KMeans(Router):
 
     def begin_step(self, step: int) -> None:
         """Centroids start from the first micro-batch of a step."""
-        self.is_first = torch.tensor(self.micro_batch == 0, device=self.centroids.device)
+        self.is_first = torch.full((), self.micro_batch == 0, device=self.centroids.device)  # a copy would wait
 
     def forward(self, hidden_states: Tensor, experts: ExpertOutputs, context: TokenContext | None = None) -> Routing:
         """Route hidden_states (T, H)."""

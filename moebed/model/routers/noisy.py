@@ -74,7 +74,7 @@ class NoisyTopK(Router):
         key = 0
         for number in (self.options.seed, self.layer, step, self.micro_batch):
             key = mixed(key ^ mixed(number))
-        self.key = torch.tensor(key, device=self.noise_proj.device)
+        self.key = torch.full((), key, device=self.noise_proj.device)  # filled there: a copy would wait
 
     def forward(self, hidden_states: Tensor, experts: ExpertOutputs, context: TokenContext | None = None) -> Routing:
         """Route hidden_states (T, H)."""
