@@ -110,7 +110,8 @@ class AllToAll(SpreadExperts):
             here = Routing(blank, blank, _at(chosen.flatten().long(), choices), _at(scales, choices))
             of_trip = Slots(choices.order // top_k, choices.slot)
             outputs = experts.backend(experts, of_trip.spread(given), here)  # (assigned, H)
-            return travelling.gather(send(of_trip.gather(outputs)[: len(rows)], back=True))
+            came = send(of_trip.gather(outputs)[: len(rows)], back=True)  # (N, H)
+            return _SumOfTrips.apply(came, travelling)
 
         return finish
 
@@ -215,6 +216,23 @@ class Slots(NamedTuple):
 
 def _at(values: Tensor, choices: Slots) -> Tensor:
     return values.index_select(0, choices.order).unsqueeze(1)
+
+
+class _SumOfTrips(torch.autograd.Function):
+    """rows (N, H) -> (T, H), the sum of each token's trips.
+
+    It keeps itself where they go, 8·N bytes, and does not save it by autograd: where a block is recomputed, what is
+    saved after the rows have come back would make them come back once more.
+    """
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, trips: Slots) -> Tensor:
+        ctx.token = trips.order
+        return trips.gather(rows)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad.index_select(0, ctx.token), None
 
 
 class _GradientOver(torch.autograd.Function):
