@@ -102,13 +102,20 @@ def test_two_ranks_have_the_same_bits_with_the_kernels(interpreter):  # noqa: F8
 
 
 def _unequal(rank: int, world_size: int) -> None:
-    decoder = _spread("all_gather", rank, world_size)
-    decoder(_ids(rank, world_size))
-    with pytest.raises(UserError, match=r"different numbers of tokens: \[40, 42\]; give each as many, or set parallel"):
-        decoder(_ids(rank, world_size, length=20 + rank))
+    """Numbers of tokens that one rank has had and the other has not: in the first pass, less, as much, more."""
+    decoders = [_spread(exchange, rank, world_size, num_shared_experts=1) for exchange in EXCHANGES]
+    for length in (20 + 4 * rank, 24 - 4 * rank, 24, 24 - rank, 1 + rank):
+        found = [_step(decoder, _ids(rank, world_size, length)) for decoder in decoders]
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, msg=str(length))
+    if rank:  # the other, which is not asked, does not wait
+        experts = decoders[1].blocks[0].mlp.experts
+        with pytest.raises(UserError, match="a rank has 50 tokens, and in the first pass none had more than 48: let the"):
+            experts.exchange.begin(experts, torch.zeros(50, 32), None)
 
 
-def test_ranks_with_different_numbers_of_tokens_are_refused():
+def test_ranks_with_different_numbers_of_tokens():
+    """Nobody asks the others, who are in another collective: none waits, and the numbers are those of the all-to-all."""
     call(_unequal, 2)
 
 
