@@ -23,8 +23,9 @@ def exchange_bytes(setup: Setup, index: int) -> float:
 
     Forward, each token goes once to every rank that has some of its experts, c·H bytes with K weights and indices, and
     c·H come back; gradients take the same ways in the backward pass; a step that looks ahead repeats the forward pass,
-    recomputation what goes out, and what comes back if a norm follows. (X - 1) / X of it leaves the rank. Counts of 3·X int64 a pass are left out. Where
-    ranks gather all tokens each goes to all X, and a ring's reduce-scatters and all-gathers send as many bytes.
+    recomputation what goes out, and what comes back if a norm follows. (X - 1) / X of it leaves the rank. Counts of
+    3·X int64 a pass are left out. Where ranks gather all tokens each goes to all X, and a ring's reduce-scatters and
+    all-gathers send as many bytes.
     """
     config, layer = setup.config, setup.config.layer(index)
     if not layer.num_experts:

@@ -1,5 +1,6 @@
 """Layouts of a decoder over two ranks: values, gradients and initial weights are those of one process."""
 
+from datetime import timedelta
 from pathlib import Path
 from unittest import mock
 
@@ -213,6 +214,22 @@ def test_two_ranks_train_hyper_experts_as_one(options, changes, call):
     """The root shares the generator out; all layers, and all ranks, add to its gradient."""
     two_of_six = 2 * 4 * (2 * 8 * 32 + 8 + 32)
     call(_hyper, options, changes, two_of_six if changes is HYPER["some at a time"] else hyper_experts.SET_BYTES)
+
+
+def _in_time(rank: int, world_size: int, minutes: float) -> None:
+    layout = Layout(ParallelConfig(data=2, expert=2, timeout_minutes=minutes), world_size, "cpu")
+    groups = [
+        *layout.mesh.get_all_groups(),
+        *layout.for_all_else.get_all_groups(),
+        *layout.for_experts.get_all_groups(),
+    ]
+    waited = {group.size(): group._get_backend(torch.device("cpu")).options._timeout for group in groups}
+    assert waited == {1: timedelta(minutes=minutes), 2: timedelta(minutes=minutes), 4: timedelta(seconds=60)}
+
+
+def test_ranks_that_share_experts_wait_as_long_as_all_do():
+    """Lightning says it of all ranks alone, as forked.call does."""
+    forked.call(_in_time, 4, 7.0)
 
 
 def _counted(rank: int, world_size: int) -> None:
