@@ -129,7 +129,7 @@ class AllGather(SpreadExperts):
     dropped. So all sizes are known beforehand: counts stay on the device, and the backends compute the rows of this
     rank's experts alone. A backward pass is a reduce-scatter for the one and an all-gather for the other.
 
-    There is room for as many tokens of each rank as the rank that had most had in the first pass; one that has fewer, as
+    There is room for as many tokens of each rank as the rank with most had in the first pass; one that has fewer, as
     of a last batch, fills up. An assignment of weight 0 is none: it adds nothing, and its weight has no gradient.
     """
 
