@@ -45,7 +45,7 @@ class TrafficOptions(ProbeOptions):
         by_domain: Cut the text domain after domain, so that ranks have domains of their own; else as it comes.
         itemsize: Bytes of an element of what travels; 2 for bfloat16.
         exchange: How tokens travel, as ``parallel.exchange`` of a run says; all_gather sends every token to every rank.
-        recomputed: The forward pass is done twice (activation checkpointing).
+        recomputed: The forward pass is done twice (activation checkpointing), but for the way back: no norm follows.
         bandwidth_node: GB/s of a link between two ranks of a node.
         bandwidth_across: GB/s of a link between two nodes.
     """
@@ -109,7 +109,7 @@ class Traffic(Probe):
         found, trips = between_ranks(*given), trips_between_ranks(*given)
         row = (view.moe_input.shape[1], told.itemsize)
         made = trips_to_all(given[1], told.ranks) if told.exchange == "all_gather" else trips
-        sent = link_bytes(made, bytes_per_trip(*row, index.shape[1], told.recomputed, told.exchange))
+        sent = link_bytes(made, bytes_per_trip(*row, index.shape[1], told.recomputed))
         one_by_one = link_bytes(found, bytes_per_trip(*row, 1, told.recomputed))
         distance = of_distance(told.ranks, told.ranks_per_node)
         alike = np.outer(found.sum(axis=1), found.sum(axis=0)) / max(found.sum(), 1)

@@ -1,149 +1,94 @@
-"""Step ``ranks``: FSDP2 and expert parallelism beside one process, on one rank, and on 2 and 4 where there are GPUs.
-
-``python -m moebed.check.ranks FOLDER LAYOUT DEVICE`` is one rank, which finds the others as torchrun's do.
-"""
+"""Step ``ranks``: FSDP2 and expert parallelism beside one process, on one rank, and on 2 and 4 where there are GPUs."""
 
 from __future__ import annotations
 
 import functools
-import json
 import os
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from moebed.check.contract import Found, NotRun, Place, Row, Verdict
-from moebed.machine import storage
+from moebed.check.same_steps import LAID_OUT, Steps, largest_difference
+from moebed.check.standing import StandingRanks
 from moebed.parallel.config import ParallelConfig
 
 STEPS, GLOBAL_BATCH = 4, 8
-SECONDS = 90.0
-NOTED = "steps.json"
+SECONDS = 90.0  # more than the step gives a row: it calls one slow, and not wrong, whose ranks have not begun by then
+ALONE = "one process"
+# What says most comes first: each way to lay out by itself, both together, the other exchange.
 LAYOUTS = {
-    "FSDP2, 1 rank": ParallelConfig(1, 1),
     "FSDP2, 2 ranks": ParallelConfig(2, 1),
     "EP, 2 ranks": ParallelConfig(1, 2),
-    "EP by all-gather, 2 ranks": ParallelConfig(1, 2, exchange="all_gather"),
     "FSDP2 and EP, 4 ranks": ParallelConfig(2, 2),
+    "EP by all-gather, 2 ranks": ParallelConfig(1, 2, exchange="all_gather"),
     "FSDP2, 4 ranks": ParallelConfig(4, 1),
     "EP, 4 ranks": ParallelConfig(1, 4),
     "FSDP2 and EP by all-gather, 4 ranks": ParallelConfig(2, 2, exchange="all_gather"),
     "EP by all-gather, 4 ranks": ParallelConfig(1, 4, exchange="all_gather"),
+    "FSDP2, 1 rank": ParallelConfig(1, 1),
 }
 
 
 def rows(place: Place) -> Sequence[Row]:
     """Of the step."""
+    standing = functools.cache(functools.partial(StandingRanks, seconds=SECONDS))
 
     @functools.cache
-    def alone() -> dict[int, Sequence[float]]:
-        return run_ranks(place, "alone")
+    def alone() -> Steps:
+        kept = place.found.get(ALONE)
+        if kept is not None and "steps" in kept.figures:  # of this process, or of one before it
+            return {int(step): values for step, values in kept.figures["steps"].items()}
+        return run(place, ALONE, standing(1))
 
     def one_process() -> Found:
         wanted = alone()
         return Found(f"{STEPS} steps, loss {wanted[1][0]:.4f} to {wanted[STEPS][0]:.4f}", {"steps": wanted})
 
-    return [
-        Row("one process", one_process),
-        *(Row(name, functools.partial(beside, place, name, alone)) for name in LAYOUTS),
-    ]
+    def layout(name: str) -> Found:
+        return beside(place, name, standing, alone)
+
+    return [Row(ALONE, one_process), *(Row(name, functools.partial(layout, name)) for name in LAYOUTS)]
 
 
-def beside(place: Place, layout: str, alone: Callable[[], dict[int, Sequence[float]]]) -> Found:
+def beside(place: Place, layout: str, standing: Callable[[int], StandingRanks], alone: Callable[[], Steps]) -> Found:
     """The steps of a layout beside those of one process: every layout sees the same batches."""
-    from moebed.check.runs import LAID_OUT, largest_difference
-
-    needed = _world(layout)
+    needed = world_of(layout)
     here = place.gpus if place.device == "cuda" else 2 if (os.cpu_count() or 1) > 1 else 1
     if needed > here:
         what = f"{place.gpus} GPU{'s' * (place.gpus != 1)}" if place.gpus else "no GPU, and few cores"
         raise NotRun(f"needs {needed} ranks; {what}")
-    off = largest_difference(run_ranks(place, layout), alone())
+    wanted = alone()
+    off = largest_difference(run(place, layout, standing(needed)), wanted)
     allowed = LAID_OUT[place.device]
     said = f"losses and gradient norms of {STEPS} steps differ by {off:.1e} from those of one process"
     return Found(said, {"difference": off, "allowed": allowed}, Verdict.WORKS if off <= allowed else Verdict.WRONG)
 
 
-def run_ranks(place: Place, layout: str) -> dict[int, Sequence[float]]:
-    """Loss and gradient norm by step of a layout, whose ranks are processes.
+def run(place: Place, layout: str, standing: StandingRanks) -> Steps:
+    """Loss and gradient norm by step of a layout.
 
     Raises:
         RuntimeError: A rank failed, or they did not end.
     """
-    world, folder = _world(layout), place.folder / layout.replace(" ", "_").replace(",", "")
-    folder.mkdir(parents=True, exist_ok=True)
-    port, logs, processes = _free_port(), [folder / f"rank{rank}.log" for rank in range(world)], []
-    try:
-        for rank, log in enumerate(logs):
-            with log.open("wb") as file:
-                processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", "moebed.check.ranks", str(folder), layout, place.device],
-                        stdin=subprocess.PIPE,
-                        stdout=file,
-                        stderr=file,
-                        env={**os.environ, **environment(rank, world, port)},
-                    )
-                )
-        end = time.monotonic() + SECONDS
-        while any(process.poll() is None for process in processes) and time.monotonic() < end:
-            if any(process.poll() not in (None, 0) for process in processes):
-                break  # the others would wait for it
-            time.sleep(0.05)
-        for process, log in zip(processes, logs, strict=True):
-            if process.poll() != 0:
-                said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it said nothing"]
-                print("\n".join(said), file=sys.stderr)
-                ended = "did not end" if process.poll() is None else f"exit code {process.poll()}"
-                raise RuntimeError(f"rank {processes.index(process)} of {world}: {ended}: {said[-1][:300]}")
-    finally:
-        for process in processes:
-            with suppress(OSError):
-                process.kill()
-            process.wait()
-    found = json.loads((folder / NOTED).read_text(encoding="utf-8"))
-    return {int(step): values for step, values in found.items()}
+    folder = place.folder / layout.replace(" ", "_").replace(",", "")
+    return standing.call(train, folder, layout, place.device)
 
 
-def environment(rank: int, world: int, port: int) -> dict[str, str]:
-    """What torchrun would tell a rank."""
-    numbers = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-    named = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    if world > 1:
-        named["TORCHELASTIC_RUN_ID"] = "check"  # by which Lightning knows that the other ranks are started already
-    return {**{name: str(number) for name, number in numbers.items()}, **named} if world > 1 else named
+def train(folder: Path, layout: str, device: str) -> Steps:
+    """On one rank."""
+    import torch
+
+    from moebed.check.runs import Run, steps
+
+    parallel = replace(LAYOUTS[layout], timeout_minutes=1.0) if layout in LAYOUTS else None
+    world = world_of(layout)
+    torch.set_num_threads(min(torch.get_num_threads(), max(1, (os.cpu_count() or 1) // world)))
+    found, _ = steps(Run(folder, device, STEPS, parallel=parallel, devices=world, batch_size=GLOBAL_BATCH // world))
+    return found
 
 
-def _world(layout: str) -> int:
+def world_of(layout: str) -> int:
+    """How many ranks it has."""
     parallel = LAYOUTS.get(layout)
     return 1 if parallel is None else parallel.data * parallel.expert
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-def main(arguments: Sequence[str]) -> int:
-    """One rank; the first writes what was noted."""
-    from moebed.check.runs import Run, steps
-    from moebed.check.worker import end_with_parent
-
-    end_with_parent()
-    folder, layout, device = Path(arguments[0]), arguments[1], arguments[2]
-    parallel = replace(LAYOUTS[layout], timeout_minutes=1.0) if layout in LAYOUTS else None
-    world = _world(layout)
-    found, _ = steps(Run(folder, device, STEPS, parallel=parallel, devices=world, batch_size=GLOBAL_BATCH // world))
-    if os.environ.get("RANK", "0") == "0":
-        storage.write_text(folder / NOTED, json.dumps(found))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 
 from moebed.check.contract import Found, Place, Row, Verdict
 from moebed.check.launches import waits as noting_waits
+from moebed.check.same_steps import CONTINUED, largest_difference
 from moebed.checkpoints.checkpoint import Checkpoint
 from moebed.checkpoints.whole import load_decoder
 from moebed.data.datamodule import TextDataModule
@@ -46,10 +46,6 @@ LARGE = ModelConfig(
     moe_intermediate_size=1536,
 )  # fmt: skip
 SEED = 7
-# Of losses and gradient norms, relative; a GPU adds gradients of the embedding in no fixed order.
-CONTINUED = {"cpu": 1e-6, "cuda": 1e-3}
-LAID_OUT = {"cpu": 1e-5, "cuda": 1e-3}  # other layouts sum in another order as well
-Steps = dict[int, Sequence[float]]  # what was noted of each step
 
 
 @dataclass(frozen=True)
@@ -96,7 +92,7 @@ class Noted(Callback):
     names = ("train/loss", "train/grad_norm")
 
     def __init__(self) -> None:
-        self.by_step: Steps = {}
+        self.by_step: dict[int, Sequence[float]] = {}
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """The step has ended; all ranks ask together."""
@@ -141,20 +137,11 @@ def fit(run: Run) -> MoEModule:
     return module
 
 
-def steps(run: Run) -> tuple[Steps, MoEModule]:
+def steps(run: Run) -> tuple[dict[int, Sequence[float]], MoEModule]:
     """Train; returns what was noted of each step, and the module."""
     noted = Noted()
     module = fit(replace(run, callbacks=[*run.callbacks, noted]))
     return noted.by_step, module
-
-
-def largest_difference(found: Steps, wanted: Steps) -> float:
-    """Relative; infinite where there are other steps, or something is not a number."""
-    if found.keys() != wanted.keys() or not wanted:
-        return math.inf
-    pairs = [pair for step, values in wanted.items() for pair in zip(found[step], values, strict=True)]
-    off = [abs(ours - theirs) / abs(theirs) for ours, theirs in pairs]
-    return max(off) if all(map(math.isfinite, off)) else math.inf
 
 
 # Checkpoints ----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from moebed.check.record import ADVICE, Record
 from moebed.machine import storage
 
 PAGE = "check.md"
+NAMED = 12  # rows of one reason, on the terminal
 MEANING = {
     Verdict.WORKS: "as it should be",
     Verdict.WRONG: "another result than the reference, or an error",
@@ -53,8 +54,11 @@ def _by_reason(found: list[Finding]) -> Iterator[str]:
         if finding.verdict != Verdict.WORKS:
             reasons.setdefault((finding.verdict, finding.said), []).append(finding.name)
     for (verdict, said), names in reasons.items():
-        whole = len(names) == len(found) or len(names) > 3
-        which = f"{len(names)} rows" if whole and len(names) > 1 else "; ".join(names)
+        which = "; ".join(names[:NAMED])
+        if len(names) > 1 and len(names) == len(found):
+            which = f"all {len(names)} rows"
+        elif len(names) > NAMED:
+            which += f"; and {len(names) - NAMED} more, in {PAGE}"
         yield f"{verdict}: {said}" if names == ["all"] else f"{verdict}: {which}: {said}"
 
 

@@ -110,7 +110,8 @@ class AllToAll(SpreadExperts):
             here = Routing(blank, blank, _at(chosen.flatten().long(), choices), _at(scales, choices))
             of_trip = Slots(choices.order // top_k, choices.slot)
             outputs = experts.backend(experts, of_trip.spread(given), here)  # (assigned, H)
-            return travelling.gather(send(of_trip.gather(outputs)[: len(rows)], back=True))
+            came = send(of_trip.gather(outputs)[: len(rows)], back=True)  # (N, H)
+            return _SumOfTrips.apply(came, travelling)
 
         return finish
 
@@ -128,29 +129,34 @@ class AllGather(SpreadExperts):
     dropped. So all sizes are known beforehand: counts stay on the device, and the backends compute the rows of this
     rank's experts alone. A backward pass is a reduce-scatter for the one and an all-gather for the other.
 
-    All ranks have as many tokens. An assignment of weight 0 is none: it adds nothing, and its weight has no gradient.
+    There is room for as many tokens of each rank as the rank with most had in the first pass; one that has fewer, as
+    of a last batch, fills up. An assignment of weight 0 is none: it adds nothing, and its weight has no gradient.
     """
 
     static_shapes = True
 
     def __init__(self, group: ProcessGroup) -> None:
         super().__init__(group)
-        self._agreed: set[int] = set()
+        self._most = 0  # tokens of a rank
 
     def begin(self, experts: Experts, x: Tensor, routing: Routing) -> Callable[[], Tensor]:
         """Start sending the tokens x (T, H); what it returns waits for them and gives the layer's outputs (T, H).
 
         Raises:
-            UserError: The ranks have different numbers of tokens.
+            UserError: There are more tokens than there is room for.
         """
-        if not torch.compiler.is_compiling():
-            self._require_equal(len(x))
-        index, weight = self.of_all(routing.topk_index.int()), self.of_all(routing.topk_weight)  # (X·T, K)
-        rows = self.of_all(x.to(compute_dtype(x)))  # (X·T, H)
+        tokens, missing = len(x), self._room(x) - len(x)
+
+        def to_all(of_each: Tensor) -> Tensor:
+            return self.of_all(F.pad(of_each, (0, 0, 0, missing)) if missing else of_each)
+
+        index, weight = to_all(routing.topk_index.int()), to_all(routing.topk_weight)  # (X·T, K)
+        rows = to_all(x.to(compute_dtype(x)))  # (X·T, H)
 
         def finish() -> Tensor:
             outputs = experts.backend(experts, rows, self._here(index, weight, experts.num_local_experts))
-            return _reduce_scatter(outputs.contiguous(), "sum", 0, self.group)
+            summed = _reduce_scatter(outputs.contiguous(), "sum", 0, self.group)
+            return summed[:tokens] if missing else summed
 
         return finish
 
@@ -165,23 +171,24 @@ class AllGather(SpreadExperts):
         blank = weight.new_empty(0)
         return Routing(blank, blank, index, weight, ragged=True)
 
-    def _require_equal(self, tokens: int) -> None:
-        """Compare how many tokens each rank has, the first time that it is so many.
+    def _room(self, x: Tensor) -> int:
+        """Tokens of each rank that there is room for.
 
-        That waits, so that it is done once. Where one rank has had its number before and another has not, or both have
-        had theirs, nobody compares, and the gathering itself fails as torch.distributed has it: no data of moebed's
-        gives ranks different numbers.
+        Ranks agree on it in the first pass, which waits; later each knows it without the others. So one that has more
+        can only refuse: it alone would ask, while the others send rows.
         """
-        if tokens in self._agreed:
-            return
-        found: list[int] = [0] * self.size
-        torch.distributed.all_gather_object(found, tokens, group=self.group)
-        if set(found) != {tokens}:
+        if torch.compiler.is_compiling():
+            return max(len(x), self._most)
+        if not self._most:
+            most = torch.tensor(len(x), device=x.device)
+            torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX, group=self.group)
+            self._most = int(most)
+        if len(x) > self._most:
             raise UserError(
-                f"parallel.exchange is all_gather, but ranks have different numbers of tokens: {found}; give each as "
-                "many, or set parallel.exchange all_to_all"
+                f"parallel.exchange is all_gather, but a rank has {len(x)} tokens, and in the first pass none had more "
+                f"than {self._most}: let the first batch be the largest, or set parallel.exchange all_to_all"
             )
-        self._agreed.add(tokens)
+        return self._most
 
 
 EXCHANGES: dict[str, type[AllToAll | AllGather]] = {"all_to_all": AllToAll, "all_gather": AllGather}
@@ -215,6 +222,23 @@ class Slots(NamedTuple):
 
 def _at(values: Tensor, choices: Slots) -> Tensor:
     return values.index_select(0, choices.order).unsqueeze(1)
+
+
+class _SumOfTrips(torch.autograd.Function):
+    """rows (N, H) -> (T, H), the sum of each token's trips.
+
+    It keeps itself where they go, 8·N bytes, and does not save it by autograd: where a block is recomputed, what is
+    saved after the rows have come back would make them come back once more.
+    """
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, trips: Slots) -> Tensor:
+        ctx.token = trips.order
+        return trips.gather(rows)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad.index_select(0, ctx.token), None
 
 
 class _GradientOver(torch.autograd.Function):

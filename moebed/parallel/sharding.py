@@ -9,9 +9,13 @@ Routed experts: first axis over X (DTensor), what is left over D by FSDP2. All o
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -38,6 +42,10 @@ class Layout:
         self.mesh = init_device_mesh(device_type, (replicate, shard, parallel.expert), mesh_dim_names=names)
         whole = (1, world_size) if parallel.shard else (world_size, 1)
         self._all = init_device_mesh(device_type, whole, mesh_dim_names=names[:2])
+        for mesh in (self.mesh, self._all):
+            for group in mesh.get_all_groups():
+                if group is not dist.group.WORLD:  # groups of some ranks begin with torch's time, ten minutes by NCCL
+                    _set_pg_timeout(timedelta(minutes=parallel.timeout_minutes), group)
 
     @property
     def for_experts(self) -> DeviceMesh:

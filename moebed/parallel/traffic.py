@@ -34,19 +34,18 @@ def bytes_per_trip(
     itemsize: int,
     top_k: int,
     recomputed: bool = False,
-    exchange: str = "all_to_all",
     looks_ahead: bool = False,
+    norm_after: bool = False,
 ) -> TripBytes:
     """Forward, a row of c·H bytes, K weights and K experts go out, and c·H come back; the gradients of rows and weights
-    take the same ways in reverse. A step that looks ahead has one more forward pass. Recomputation repeats it too; by
-    reduce-scatter (``all_gather``) results do not come back again then, since no backward pass needs them: that of a
-    norm after the experts would.
+    take the same ways in reverse. A step that looks ahead has one more forward pass. Recomputation repeats what goes
+    out; results come back again where a norm after the experts has to have them for its backward pass (norm_after).
 
     Counts of 3·X int64 a pass are left out, and so is that a router without gradient sends no gradient of weights.
     """
     row, passes = itemsize * hidden_size, 1 + recomputed + looks_ahead
     weights, experts = WEIGHT_BYTES * top_k, INDEX_BYTES * top_k
-    results = (passes - recomputed if exchange == "all_gather" else passes) * row
+    results = (passes if norm_after else passes - recomputed) * row
     return TripBytes(passes * (row + weights + experts) + row, results + row + weights)
 
 

@@ -203,9 +203,15 @@ def block(setup: Setup, index: int, max_violation: float = 0.0) -> Parts:
 
 
 def block_outputs(setup: Setup, index: int) -> int:
-    """What a recomputed block still keeps beside its input: the routing, which the balancing losses read."""
+    """What a recomputed block still keeps beside its input: the routing, which the balancing losses read, and by
+    all-to-all where rows that come back belong, 8·N.
+    """
     layer = setup.config.layer(index)
-    return (8 * layer.num_experts + 4 + 12 * layer.num_experts_per_tok) * setup.tokens if layer.num_experts else 0
+    if not layer.num_experts:
+        return 0
+    kept = (8 * layer.num_experts + 4 + 12 * layer.num_experts_per_tok) * setup.tokens
+    by_trips = setup.moves_tokens and setup.layout.exchange == "all_to_all"
+    return kept + (round(8 * setup.trips(index)) if by_trips else 0)
 
 
 def cross_entropy(setup: Setup) -> int:

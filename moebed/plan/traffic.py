@@ -22,17 +22,16 @@ def exchange_bytes(setup: Setup, index: int) -> float:
     """One MoE layer's, of a rank in a step, with the experts of each token drawn evenly from all (``even_trips``).
 
     Forward, each token goes once to every rank that has some of its experts, c·H bytes with K weights and indices, and
-    c·H come back; gradients take the same ways in the backward pass; recomputation repeats the forward pass, as does a
-    step that looks ahead. (X - 1) / X of it leaves the rank. Counts of 3·X int64 a pass are left out. Where
-    ranks gather all tokens each goes to all X, and a ring's reduce-scatters and all-gathers send as many bytes.
+    c·H come back; gradients take the same ways in the backward pass; a step that looks ahead repeats the forward pass,
+    recomputation what goes out, and what comes back if a norm follows. (X - 1) / X of it leaves the rank. Counts of
+    3·X int64 a pass are left out. Where ranks gather all tokens each goes to all X, and a ring's reduce-scatters and
+    all-gathers send as many bytes.
     """
     config, layer = setup.config, setup.config.layer(index)
     if not layer.num_experts:
         return 0.0
     row = config.hidden_size, setup.precision.compute, layer.num_experts_per_tok
-    # A norm after the experts needs their results again, by whichever way they come.
-    exchange = "all_to_all" if config.post_norms else setup.layout.exchange
-    each = bytes_per_trip(*row, setup.checkpointing, exchange, setup.looks_ahead)
+    each = bytes_per_trip(*row, setup.checkpointing, setup.looks_ahead, config.post_norms)
     return setup.accumulate * setup.trips(index) * each.both * _ring(setup.layout.expert)
 
 

@@ -24,6 +24,17 @@ def _good(name, figures=None):
     return Row(name, measure)
 
 
+def rank(how=""):
+    """One of several; the last misbehaves if it is asked to."""
+    if how and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+        {"raises": _raise, "ends": lambda: os._exit(9), "hangs": lambda: time.sleep(600)}[how]()
+    return os.environ["RANK"]
+
+
+def _raise():
+    raise ValueError(f"of rank {os.environ['RANK']}")
+
+
 def good(place):
     return [_good("first", {"rate": 3.0}), _good("second"), Row("on a GPU", lambda: Found("?"), needs_gpu=True)]
 

@@ -239,13 +239,16 @@ def test_the_page_and_the_table_say_everything(tmp_path, capsys):
     }
     records["good"].stopped = "the time was over"
     records["crashes"].stopped, records["crashes"].is_broken = "it died", True
+    records["hangs"].names, records["hangs"].stopped = [f"row {number}" for number in range(20)], "over"
+    records["hangs"].findings = {"row 0": Finding("row 0", Verdict.WORKS, "is well")}
     table.show(planted.LADDER, records)
-    shown = capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for words in (
         "wrong: of | two: [red]1.5 off",
         "not run: third: the time was over",
         "wrong: it died",
         "not asked for",
+        f"not run: {'; '.join(f'row {number}' for number in range(1, 13))}; and 7 more, in check.md: over",
     ):
         assert words in shown
     page = table.write_page(planted.LADDER, records, tmp_path).read_text()

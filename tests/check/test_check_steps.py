@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import os
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from moebed.check import command, machine, speed, worker
 from moebed.check.contract import Place, Verdict
 from moebed.check.record import Record
 from moebed.cli import main
+from tests.check import planted
 from tests.test_architecture import ROOT
 
 STEPS = {step.name: step for rung in command.LADDER for step in rung}
@@ -135,28 +137,42 @@ def test_a_run_that_forgets_its_optimizer_is_found(tmp_path, monkeypatch):
     assert found.verdict == Verdict.WRONG
 
 
-@pytest.mark.parametrize("layout", ["FSDP2, 1 rank", "EP, 2 ranks"])
 @pytest.mark.slow
-def test_ranks_train_the_same_model(layout, tmp_path):
-    from moebed.check import ranks
+def test_ranks_train_the_same_model_and_are_started_once(tmp_path, monkeypatch):
+    """A process imports for longer than a row trains; the second call begins where the first was stopped."""
+    from moebed.check import ranks, standing
 
-    alone = ranks.run_ranks(Place("cpu", 0, tmp_path, {}), "alone")
-    found = ranks.beside(Place("cpu", 0, tmp_path, {}), layout, lambda: alone)
-    assert found.verdict == Verdict.WORKS, found.said
-    off = ranks.beside(
-        Place("cpu", 0, tmp_path, {}),
-        layout,
-        lambda: {step: [1.001 * v for v in values] for step, values in alone.items()},
-    )
-    assert off.verdict == Verdict.WRONG
+    started, start = [], standing._start
+    monkeypatch.setattr(standing, "_start", lambda world: started.append(world) or start(world))
+    monkeypatch.setattr(ranks.os, "cpu_count", lambda: 2)
+    place = Place("cpu", 0, tmp_path, {})
+    found = {row.name: worker.measure(row, place) for row in ranks.rows(place)}
+    assert_nothing_is_wrong(found)
+    assert [name for name, each in found.items() if each.verdict == Verdict.WORKS] == [
+        "one process", "FSDP2, 2 ranks", "EP, 2 ranks", "EP by all-gather, 2 ranks", "FSDP2, 1 rank",
+    ]  # fmt: skip
+    assert started == [1, 2]
+    kept = {step: [1.001 * value for value in values] for step, values in found["one process"].figures["steps"].items()}
+    begun = {"one process": dataclasses.replace(found["one process"], figures={"steps": kept})}
+    again = {row.name: row for row in ranks.rows(Place("cpu", 0, tmp_path, begun))}["FSDP2, 1 rank"].measure()
+    assert again.verdict == Verdict.WRONG
+    assert started == [1, 2, 1]  # what one process did was kept
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU that is not there")
-def test_a_rank_that_fails_is_an_error_with_its_words(tmp_path):
-    from moebed.check import ranks
+def test_ranks_that_fail_are_an_error_with_their_words_and_others_stand_in_their_place():
+    from moebed.check.standing import StandingRanks
 
-    with pytest.raises(RuntimeError, match="rank 0 of 1: exit code 1: "):
-        ranks.run_ranks(Place("cuda", 0, tmp_path, {}), "alone")
+    ranks = StandingRanks(2, 50.0)
+    assert ranks.call(planted.rank) == "0"
+    pids = [rank.process.pid for rank in ranks._ranks]
+    with pytest.raises(RuntimeError, match=r"rank 1 of 2: ValueError: of rank 1$"):
+        ranks.call(planted.rank, "raises")
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+    with pytest.raises(RuntimeError, match=r"rank 1 of 2: it ended with exit code 9$"):
+        ranks.call(planted.rank, "ends")
+    ranks = StandingRanks(1, 1.0)
+    with pytest.raises(RuntimeError, match=r"rank 0 of 1: did not end in 1 s$"):
+        ranks.call(planted.rank, "hangs")
 
 
 def test_versions_of_what_is_not_installed_are_no_error(monkeypatch):

@@ -1,5 +1,6 @@
 """Layouts of a decoder over two ranks: values, gradients and initial weights are those of one process."""
 
+from datetime import timedelta
 from pathlib import Path
 from unittest import mock
 
@@ -9,6 +10,7 @@ import torch.distributed as dist
 
 from moebed.checkpoints.checkpoint import Checkpoint
 from moebed.checkpoints.whole import fill, load_decoder, write_checkpoint
+from moebed.data.loader import documents_of_tokens
 from moebed.model import hyper_experts
 from moebed.model.decoder import Decoder
 from moebed.model.locality import locality_loss
@@ -20,6 +22,7 @@ from moebed.parallel.gathered import GatheredModel
 from moebed.parallel.sharding import Layout, reshard
 from moebed.training.batch_sums import BatchSums
 from moebed.training.optim import OptimizerConfig, build_optimizer, gradient_norm, scale_gradients
+from moebed.training.same_config import require_start
 from moebed.views.layer import Need, ProbeText
 from moebed.views.live import walk, walk_model
 from tests.conftest import tiny_config
@@ -45,6 +48,7 @@ APART = {
     "router_coupling_gradient": True,
 }
 LATENT = {"kv_lora_rank": 12, "q_lora_rank": 10, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
+MUP = {"base_hidden_size": 8, "base_moe_intermediate_size": 16}
 RANKS = {"expert_ranks": 2, "router_options": {"d_low": 8, "competition_rate": 1.0, "jitter": 0.1, "num_domains": 2}}
 
 
@@ -66,7 +70,9 @@ def _steps(decoder: Decoder, ids: torch.Tensor, rank: int, world_size: int, opti
     for step in range(2):
         share = ids.chunk(world_size)[rank]
         routers.begin(step, rank, world_size)
-        logits, routings = decoder(share, domain=(share[:, :1] + torch.arange(share.shape[1]) // 5) % 2)
+        domain = (share[:, :1] + torch.arange(share.shape[1]) // 5) % 2
+        document = documents_of_tokens(share % 8, 0)  # of about eight tokens each
+        logits, routings = decoder(share, domain=domain, document=document)
         mask = torch.ones(share.numel(), dtype=torch.bool)
         loss = logits.float().logsumexp(-1).mean()
         for routing in routings:
@@ -146,6 +152,8 @@ def _work(rank: int, world_size: int, options: dict, changes: dict, meta: bool, 
         ({"expert": 2}, {}, True),
         ({"expert": 2, "shard": False}, {"num_experts": [4, 2], "num_experts_per_tok": 1}, False),
         ({"expert": 2}, {"experts_backend": "loop", "tie_word_embeddings": True}, True),
+        ({}, MUP, True),
+        ({"expert": 2}, {**MUP, "num_experts": [0, 4], "intermediate_size": 48}, True),
         ({"expert": 2}, {"num_experts": [0, 2], "num_experts_per_tok": [0, 2], "intermediate_size": 48}, True),
         ({}, {**LATENT, "num_key_value_heads": 4}, True),
         ({"expert": 2, "shard": False}, {**LATENT, "num_key_value_heads": 4}, False),
@@ -206,6 +214,22 @@ def test_two_ranks_train_hyper_experts_as_one(options, changes, call):
     """The root shares the generator out; all layers, and all ranks, add to its gradient."""
     two_of_six = 2 * 4 * (2 * 8 * 32 + 8 + 32)
     call(_hyper, options, changes, two_of_six if changes is HYPER["some at a time"] else hyper_experts.SET_BYTES)
+
+
+def _in_time(rank: int, world_size: int, minutes: float) -> None:
+    layout = Layout(ParallelConfig(data=2, expert=2, timeout_minutes=minutes), world_size, "cpu")
+    groups = [
+        *layout.mesh.get_all_groups(),
+        *layout.for_all_else.get_all_groups(),
+        *layout.for_experts.get_all_groups(),
+    ]
+    waited = {group.size(): group._get_backend(torch.device("cpu")).options._timeout for group in groups}
+    assert waited == {1: timedelta(minutes=minutes), 2: timedelta(minutes=minutes), 4: timedelta(seconds=60)}
+
+
+def test_ranks_that_share_experts_wait_as_long_as_all_do():
+    """Lightning says it of all ranks alone, as forked.call does."""
+    forked.call(_in_time, 4, 7.0)
 
 
 def _counted(rank: int, world_size: int) -> None:
@@ -283,20 +307,41 @@ def test_a_rank_without_tokens(call):
     call(_uneven)
 
 
-def _filled(rank: int, world_size: int, folder: Path) -> None:
-    """Every rank takes its parts of a checkpoint's weights."""
-    config = tiny_config()
-    wanted = dict(load_decoder(folder).named_parameters())
-    decoder = Decoder(config)
-    Layout(ParallelConfig(expert=2), world_size, "cpu").apply(decoder, torch.device("cpu"))
-    fill(decoder, Checkpoint.open(folder))
-    for name, parameter in decoder.named_parameters():
-        assert torch.equal(whole(parameter.detach()), wanted[name])
+def _filled(rank: int, world_size: int, folder: Path, changes: dict) -> None:
+    """Every rank takes its parts of a checkpoint's weights, and keeps those of what the checkpoint lacks as drawn."""
+    config, checkpoint = tiny_config(**changes), Checkpoint.open(folder)
+    require_start(config, checkpoint, "source")
+    torch.manual_seed(5)
+    alone = Decoder(config)
+    fill(alone, checkpoint)
+    read, lacking = load_decoder(folder).stored(), set()
+    for name, value in alone.stored().items():
+        if name in read:
+            assert torch.equal(value, read[name]), name
+        else:
+            lacking.add(name)
+            assert bool(value.any()) != name.endswith(("shared_expert.down_proj.weight", "bias")), name
+    assert bool(lacking) == bool(changes)
+    for options in ({"expert": 2}, {"data": 2}):
+        torch.manual_seed(5)
+        with torch.device("meta"):
+            decoder = Decoder(config)
+        Layout(ParallelConfig(**options), world_size, "cpu").apply(decoder, torch.device("cpu"))
+        fill(decoder, checkpoint)
+        stored = decoder.stored()
+        assert stored.keys() == alone.stored().keys()
+        for name, value in alone.stored().items():
+            assert torch.equal(whole(stored[name].detach()), value), (options, name)
 
 
-def test_weights_of_a_checkpoint(tmp_path, call):
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"num_shared_experts": 1, "shared_expert_gate": True}, HYPER["unchosen"]],
+    ids=["all", "no shared experts", "no adapters"],
+)
+def test_weights_of_a_checkpoint(changes, tmp_path, call):
     write_checkpoint(Decoder(tiny_config()), "mixtral", tmp_path / "source", torch.float32)
-    call(_filled, tmp_path / "source")
+    call(_filled, tmp_path / "source", changes)
 
 
 def _gathered(rank: int, world_size: int, changes: dict) -> None:

@@ -46,8 +46,9 @@ class SentBytes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _counted(rank: int, world_size: int, router: str, recomputed: bool, dtype: str, exchange: str) -> None:
-    config = tiny_config(router=router, num_experts=8, expert_ranks=RANKS, ranks_per_node=2, num_hidden_layers=3)
+def _counted(rank: int, world_size: int, router: str, recomputed: bool, dtype: str, exchange: str, norm: bool) -> None:
+    sizes = {"num_experts": 8, "expert_ranks": RANKS, "ranks_per_node": 2, "num_hidden_layers": 3}
+    config = tiny_config(router=router, post_norms=norm, **sizes)
     ids = torch.randint(0, 96, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(1))
     torch.manual_seed(5)
     alone = Decoder(config)
@@ -70,15 +71,15 @@ def _counted(rank: int, world_size: int, router: str, recomputed: bool, dtype: s
     measured[rank] = torch.from_numpy(sent.to)
     for mine in (assignments, trips, measured):
         dist.all_reduce(mine)
-    each = bytes_per_trip(config.hidden_size, itemsize, config.num_experts_per_tok, recomputed, exchange)
+    each = bytes_per_trip(config.hidden_size, itemsize, config.num_experts_per_tok, recomputed, norm_after=norm)
     each_token = np.repeat(np.arange(RANKS), SEQUENCES * LENGTH // RANKS)
     made = 3 * trips_to_all(each_token, RANKS) if exchange == "all_gather" else trips.numpy()
     counted = link_bytes(made, each)
     assert np.array_equal(counted, measured), f"{counted}\n{measured}"
     assert bool((measured > 0).all())
     assert bool((trips < assignments).any())
-    if dtype == "bfloat16" or router == "locmoe_plus":
-        return  # a walk is in float32, and drops nothing
+    if dtype == "bfloat16" or router == "locmoe_plus" or norm:
+        return  # a walk is in float32, and drops nothing; the probe knows of no norm
     text = ProbeText(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros(SEQUENCES, dtype=torch.long))
     options = {"ranks": RANKS, "ranks_per_node": 2, "itemsize": itemsize, "recomputed": recomputed}
     options["exchange"] = exchange
@@ -92,15 +93,16 @@ def _counted(rank: int, world_size: int, router: str, recomputed: bool, dtype: s
 
 
 @pytest.mark.parametrize(
-    ("router", "recomputed", "dtype", "exchange"),
+    ("router", "recomputed", "dtype", "exchange", "norm"),
     [
-        ("softmax_topk", False, "float32", "all_to_all"),
-        ("softmax_topk", False, "bfloat16", "all_to_all"),
-        ("softmax_topk", True, "float32", "all_to_all"),
-        ("grap", False, "float32", "all_to_all"),
-        ("locmoe_plus", False, "float32", "all_to_all"),
-        ("softmax_topk", True, "float32", "all_gather"),
+        ("softmax_topk", False, "float32", "all_to_all", False),
+        ("softmax_topk", False, "bfloat16", "all_to_all", False),
+        ("softmax_topk", True, "float32", "all_to_all", False),
+        ("softmax_topk", True, "float32", "all_to_all", True),
+        ("grap", False, "float32", "all_to_all", False),
+        ("locmoe_plus", False, "float32", "all_to_all", False),
+        ("softmax_topk", True, "float32", "all_gather", False),
     ],
 )
-def test_3_7_12_four_ranks_send_what_the_probe_counts(router, recomputed, dtype, exchange):
-    call(_counted, RANKS, router, recomputed, dtype, exchange)
+def test_3_7_12_four_ranks_send_what_the_probe_counts(router, recomputed, dtype, exchange, norm):
+    call(_counted, RANKS, router, recomputed, dtype, exchange, norm)

@@ -283,7 +283,9 @@ def test_traffic_by_hand():
     sent = trips * ((8 + 8 + 8) + 8 + (8 + 8 + 8))
     assert traffic.exchange_bytes(setup, 0) == pytest.approx(3 * sent / 2)
     again = Setup(**{**vars(setup), "checkpointing": True})
-    assert traffic.exchange_bytes(again, 0) == pytest.approx(3 * (sent + trips * 32) / 2)
+    assert traffic.exchange_bytes(again, 0) == pytest.approx(3 * (sent + trips * 24) / 2)  # what goes out
+    normed = replace(again, config=replace(config, post_norms=True))
+    assert traffic.exchange_bytes(normed, 0) == pytest.approx(3 * (sent + trips * 32) / 2)
     window = replace(config, router_aux_loss_scope="window")
     ahead = replace(setup, config=window)
     assert traffic.exchange_bytes(ahead, 0) == pytest.approx(3 * (sent + trips * 32) / 2)

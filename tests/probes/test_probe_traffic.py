@@ -103,7 +103,8 @@ def test_experts_by_domain_are_near_and_shuffled_text_is_not():
 def test_bytes_go_out_and_come_back_and_recomputation_repeats_the_way_forward():
     each, twice = bytes_per_trip(100, 4, 3), bytes_per_trip(100, 4, 3, recomputed=True)
     assert each == (400 + 12 + 12 + 400, 400 + 400 + 12)
-    assert (twice.out - each.out, twice.back - each.back) == (424, 400)
+    assert (twice.out - each.out, twice.back - each.back) == (424, 0)
+    assert bytes_per_trip(100, 4, 3, recomputed=True, norm_after=True) == (twice.out, twice.back + 400)
     found = np.array([[0, 3], [1, 0]])
     sent = link_bytes(found, each)
     assert sent.tolist() == [[0, 3 * 824 + 812], [824 + 3 * 812, 0]]
