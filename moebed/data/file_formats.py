@@ -19,6 +19,14 @@ def suffix(path: Path) -> str:
     return Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
 
 
+def not_utf8(path: Path, error: UnicodeDecodeError) -> str:
+    """What a person can do about a text file in another encoding."""
+    return (
+        f"{path} is not UTF-8 (byte {error.object[error.start]:#04x} at place {error.start} of what was read); convert "
+        "it, such as by iconv -f latin1 -t utf-8"
+    )
+
+
 def chosen(texts: Iterator[str], wanted: Iterator[bool]) -> Iterator[str | None]:
     """Yields each text that is wanted, and None instead of one that is not."""
     return (text if next(wanted) else None for text in texts)
