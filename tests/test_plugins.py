@@ -141,9 +141,9 @@ from moebed.views.layer import Need
 class Broken(Probe):
     name, needs = "broken", frozenset({Need.WEIGHTS})
     question = "Which?"
-    def update(self, view): self.put("x", view.index, view.gate_weight)
+    def update(self, view): self.put("x", view.index, view.gate)
     @classmethod
-    def describe(cls, arrays): return ProbeResult(arrays, {"x": numbers(arrays, "x")[0]})
+    def describe(cls, arrays): return ProbeResult(arrays, {"x": numbers(arrays, "x")})
 """
 ROUTER = """from moebed.model.routers import GatedRouter, register
 @register("broken")
@@ -178,10 +178,10 @@ def test_a_probe_that_gives_something_else_is_one_line(broken):
             broken(PROBE, old, new)
     decoder = Decoder(ModelConfig(**SIZES))
     for old, new, words in (
-        ("view.gate_weight", "view.gate_weight", r"a probe put 'x' of layer 0 as an array of shape \(4, 32\)"),
-        ("return ProbeResult", "ProbeResult(arrays) or ProbeResult", "probe broken: describe gives a NoneType"),
+        ("view.gate", "view.gate", r"a probe put 'x' of layer 0 as an array of shape \(4, 32\)"),
+        ("return ProbeResult(arrays, {", "return None and ({", "probe broken: describe gives a NoneType"),
     ):
-        broken(PROBE, old, new.replace("ProbeResult(arrays) or", "None #"))
+        broken(PROBE, old, new)
         with pytest.raises(ConfigError, match=words):
             run_probes(walk(decoder, None, PROBES["broken"].needs), [PROBES["broken"]()])
 

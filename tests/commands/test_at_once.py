@@ -37,6 +37,14 @@ def test_the_last_folder_that_is_named_holds(tmp_path):
             look_first("fit", arguments)
 
 
+def test_a_folder_of_runs_is_not_reported_as_one(tmp_path, capsys):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run_summary.json").write_text("{}")
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "both.html")]) == 2
+    assert f"give them: {tmp_path / 'one'} {tmp_path / 'two'}" in capsys.readouterr().err
+
+
 def test_what_is_near_is_said(capsys, tmp_path):
     for arguments, words in (
         (["fit", "--config", "recipes/tiny_mixtrl.yaml"], "did you mean 'recipes/tiny_mixtral.yaml'?"),
