@@ -21,9 +21,10 @@ def suffix(path: Path) -> str:
 
 def not_utf8(path: Path, error: UnicodeDecodeError) -> str:
     """What a person can do about a text file in another encoding."""
+    encoding = "utf-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
     return (
-        f"{path} is not UTF-8 (byte {error.object[error.start]:#04x} at place {error.start} of what was read); convert "
-        "it, such as by iconv -f latin1 -t utf-8"
+        f"cannot read {path}: it is not UTF-8 (byte {error.object[error.start]:#04x} at place {error.start} of what "
+        f"was read); convert it, such as by iconv -f {encoding} -t utf-8"
     )
 
 
