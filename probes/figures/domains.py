@@ -68,7 +68,7 @@ def _bars(ax: Axes, shares: np.ndarray, ends: np.ndarray, names: Sequence[str]) 
         ax.bar(x, shares[number], 0.9 * width, color=COLOURS[number], label=shortened(name))
         low, high = np.where(np.isfinite(ends[number]), ends[number], shares[number])
         ax.vlines(
-            x, low, high, color=drawing.INK, lw=0.9, label=_INTERVAL if number == 0 and (high > low).any() else None
+            x, low, high, color=drawing.INK, lw=0.9, label=_INTERVAL if number == 0 and (high > low).any() else "_"
         )
     ax.axhline(1 / experts, color=drawing.MUTED, ls="--", lw=1.2, label="even share, 1/E")
     drawing.style_axes(ax)
@@ -89,7 +89,7 @@ def domain_lines(ax: Axes, values: Mapping[str, Mapping[int, float]], intervals:
             shift = 0.06 * (number - (len(shown) - 1) / 2)
             if known:
                 low, high = np.stack(list(known.values()), axis=1)
-                label = None if number else _INTERVAL
+                label = "_" if number else _INTERVAL
                 ax.vlines(np.array(list(known)) + shift, low, high, color=COLOURS[number], lw=1, alpha=0.6, label=label)
         drawing.depth_line(ax, values[name], COLOURS[number], shortened(name))
 
