@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from pathlib import Path
 from typing import Any, NoReturn
 
-from moebed.errors import ConfigError
+from moebed.errors import ConfigError, did_you_mean
 
 _FLOAT = re.compile(r"[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")  # YAML 1.1 asks for a point and a sign
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Errors become a ConfigError of one line instead of a usage text."""
+    """Errors become a ConfigError of one line instead of a usage text; half an option must not set another."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; `{self.prog} --help` lists the options")
+        raise ConfigError(f"{message}; {self._hint(message) or f'`{self.prog} --help` lists the options'}")
+
+    def _hint(self, message: str) -> str:
+        """The option, or the choice, that was meant, where one is near to what was written."""
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        if unknown is not None:
+            return did_you_mean(unknown.group(1), self._option_string_actions)
+        choice = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)$", message)
+        return "" if choice is None else did_you_mean(choice.group(1), re.findall(r"[^\s',]+", choice.group(2)))
 
 
 def add_text_options(group: argparse._ArgumentGroup) -> None:
@@ -78,6 +90,24 @@ def read_yaml(path: Path, called: str = "") -> Any:
     try:
         return parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(
-            f"{called} {path} cannot be read ({' '.join(str(error).split())}); give a file of YAML".lstrip()
-        ) from error
+        cause, advice = " ".join(str(error).split()), "give a file of YAML"
+        if isinstance(error, IsADirectoryError):
+            inside = sorted(path.glob("*.yaml"))
+            cause, advice = "it is a folder", f"give a file in it, such as {inside[0]}" if inside else advice
+        elif isinstance(error, FileNotFoundError):
+            beside = [str(other) for other in path.parent.glob("*.yaml")]
+            cause, advice = "there is no such file", did_you_mean(path, beside, advice)
+        raise ConfigError(f"{called} {path} cannot be read ({cause}); {advice}".lstrip()) from error
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The settings of a recipe; raises ConfigError as :func:`read_yaml`, and where there are none."""
+    content = read_yaml(path, "recipe")
+    if not isinstance(content, dict):
+        raise ConfigError(f"recipe {path} holds no settings by name; give a recipe, or a run's config.yaml")
+    return content
+
+
+def names_recipe(value: str) -> bool:
+    """Whether what ``--config`` is given is a file, there or not, and not the settings themselves."""
+    return ":" not in value or os.path.isfile(value)

@@ -70,7 +70,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 2 for an error that a person can mend, 3 for a loss that diverged."""
+    """Run a command.
+
+    Returns:
+        The exit code: 0, 2 for an error that a person can mend, 3 for a loss that diverged, 130 for Ctrl-C.
+    """
     if argv is None:
         _require_utf8()
         _spin_briefly()
@@ -94,6 +98,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not getattr(error, "said_elsewhere", False):
             print(f"moebed: error: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        if verbose or argv is not None:  # who calls it from Python hears of it as Python says it
+            raise
+        print("moebed: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -93,10 +93,12 @@ def _import(name: str) -> None:
         sys.modules.pop(module, None)
         if isinstance(error, UserError):
             raise
-        last = traceback.extract_tb(error.__traceback__)[-1]
+        frames = traceback.extract_tb(error.__traceback__)
+        last = next((frame for frame in reversed(frames) if Path(frame.filename) == path), frames[-1])
+        where = (error.filename, error.lineno) if isinstance(error, SyntaxError) else (last.filename, last.lineno)
         former = error.name or "" if isinstance(error, ImportError) else ""
         moved = f"; it is {present_name(former)} now" if present_name(former) != former else ""
+        said = error.msg if isinstance(error, SyntaxError) else error
         raise UserError(
-            f"plugin {name} cannot be imported: {type(error).__name__}: {error}{moved} "
-            f"({last.filename}, line {last.lineno})"
+            f"plugin {name} cannot be imported: {type(error).__name__}: {said}{moved} ({where[0]}, line {where[1]})"
         ) from error

@@ -230,8 +230,15 @@ def find(arrays: Arrays, key: str, layer: int, part: str = "") -> np.ndarray | N
 
 
 def numbers(arrays: Arrays, key: str, part: str = "") -> dict[int, float]:
-    """The numbers ``<key>/<layer>[/<part>]`` by layer, in order."""
-    return {layer: float(value) for layer, value in by_layer(arrays, key, part).items()}
+    """The numbers ``<key>/<layer>[/<part>]`` by layer, in order; raises ConfigError for an array that is none."""
+    found = by_layer(arrays, key, part)
+    for layer, value in found.items():
+        if np.size(value) != 1:
+            raise ConfigError(
+                f"a probe put {key!r} of layer {layer} as an array of shape {np.shape(value)} where one number is "
+                "read; put its mean, say, or read it by by_layer"
+            )
+    return {layer: float(value) for layer, value in found.items()}
 
 
 def finite(values: Mapping[int, float]) -> dict[int, float]:

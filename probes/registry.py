@@ -128,8 +128,11 @@ def register(probe: Own) -> Own:
     """Class decorator: lists of probes may name this one, by its ``name``.
 
     Raises:
-        ConfigError: Another probe has the name.
+        ConfigError: It has no name or no question, or another probe has the name.
     """
+    for attribute in ("name", "question"):
+        if not isinstance(getattr(probe, attribute, None), str):
+            raise ConfigError(f"probe {probe.__qualname__} has no {attribute}; give it one, a text, in its class")
     if probe.name in PROBES:
         raise ConfigError(f"probe {probe.name!r} is {PROBES[probe.name].__qualname__} already; choose another name")
     PROBES[probe.name] = probe

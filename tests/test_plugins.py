@@ -12,17 +12,19 @@ import torch
 import yaml
 
 from moebed.cli import main
-from moebed.errors import ConfigError
+from moebed.errors import ConfigError, UserError
 from moebed.machine.provenance import plugins_record
 from moebed.model.config import ModelConfig, RouterOptions, setting
+from moebed.model.decoder import Decoder
 from moebed.model.routers import ROUTERS, GatedRouter, Router, all_options, register
 from moebed.plugins import VARIABLE, load_plugins
 from moebed.study.recipe import read_recipe
 from moebed.study.runs import plan_study
+from moebed.views.live import walk
 from probes import Probe
 from probes.registry import PROBES, resolve_probes
 from probes.running.choosing import probes_for
-from probes.running.driver import ProbePass
+from probes.running.driver import ProbePass, run_probes
 from tests.small_run import probing, small_recipe, write_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,7 +39,7 @@ SIZES = {
 
 
 def _forget():
-    for known, own in ((ROUTERS, "cosine"), (PROBES, "confidence")):
+    for known, own in ((ROUTERS, "cosine"), (PROBES, "confidence"), (ROUTERS, "broken"), (PROBES, "broken")):
         known.pop(own, None)
     for name in [name for name in sys.modules if name.startswith("moebed_plugin_")]:
         del sys.modules[name]
@@ -130,6 +132,71 @@ def test_a_plugin_that_fails_is_one_line(tmp_path, monkeypatch, capsys, content,
     assert "moebed_plugin_bad" not in sys.modules
     assert main(["size", "--plugins"]) == 2
     assert "--plugins wants a Python file" in capsys.readouterr().err
+
+
+PROBE = """from probes import Probe, ProbeResult, register
+from probes.contract import numbers
+from moebed.views.layer import Need
+@register
+class Broken(Probe):
+    name, needs = "broken", frozenset({Need.WEIGHTS})
+    question = "Which?"
+    def update(self, view): self.put("x", view.index, view.gate)
+    @classmethod
+    def describe(cls, arrays): return ProbeResult(arrays, {"x": numbers(arrays, "x")})
+"""
+ROUTER = """from moebed.model.routers import GatedRouter, register
+@register("broken")
+class Broken(GatedRouter):
+    def forward(self, hidden_states, experts, context=None):
+        return self.choose(hidden_states @ self.weight.T)
+"""
+
+
+@pytest.fixture
+def broken(tmp_path, monkeypatch):
+    """Imports a plug-in named broken with something replaced; forgotten afterwards."""
+    monkeypatch.setenv(VARIABLE, "")
+
+    def load(content, old, new):
+        _forget()
+        assert old in content
+        (tmp_path / "broken.py").write_text(content.replace(old, new))
+        load_plugins(["--plugins", str(tmp_path / "broken.py")])
+
+    yield load
+    _forget()
+
+
+def test_a_probe_that_gives_something_else_is_one_line(broken):
+    for old, new, words in (
+        ('    question = "Which?"\n', "", "probe Broken has no question"),
+        ("Need.WEIGHTS", "Need.WEIGHT", r"AttributeError: WEIGHT \(.*broken.py, line 6\)"),
+        ("view): self", "view) self", r"SyntaxError: .*broken.py, line 8\)"),
+    ):
+        with pytest.raises(UserError, match=words):
+            broken(PROBE, old, new)
+    decoder = Decoder(ModelConfig(**SIZES))
+    for old, new, words in (
+        ("view.gate", "view.gate", r"a probe put 'x' of layer 0 as an array of shape \(4, 32\)"),
+        ("return ProbeResult(arrays, {", "return None and ({", "probe broken: describe gives a NoneType"),
+    ):
+        broken(PROBE, old, new)
+        with pytest.raises(ConfigError, match=words):
+            run_probes(walk(decoder, None, PROBES["broken"].needs), [PROBES["broken"]()])
+
+
+def test_a_router_that_gives_something_else_is_one_line(broken):
+    with pytest.raises(ConfigError, match=r"forward of Broken is to take \(self, hidden_states, experts"):
+        broken(ROUTER, "(self, hidden_states, experts, context=None)", "(self, hidden_states)")
+    for old, new, words in (
+        ("return ", "", "router Broken: forward gives a NoneType; it must return a Routing"),
+        (".T)", ".T[:, :3])", r"router_logits has shape \(8, 3\); of 8 tokens and 4 experts it must be \(8, 4\)"),
+    ):
+        broken(ROUTER, old, new)
+        decoder = Decoder(ModelConfig(**SIZES, router="broken"))
+        with pytest.raises(ConfigError, match=words):
+            decoder(torch.zeros(2, 4, dtype=torch.int64))
 
 
 def test_two_files_of_one_name_are_both_imported(tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from torch import Tensor
 from moebed.checkpoints.checkpoint import Checkpoint
 from moebed.checkpoints.families.keys import TensorPart
 from moebed.errors import ConfigError, UserError
+from moebed.machine.units import human
 
 # Of the budget: left to the probes' own work and to freed buffers that the allocator keeps.
 _RESERVED_SHARE, _RESERVED_BYTES = 0.25, 512 << 20
@@ -102,8 +103,8 @@ class WeightPool:
         if largest is not None and 2 * largest.num_bytes > self.limit:
             needed = -(-int(2 * largest.num_bytes / (1 - _RESERVED_SHARE) + spoken_for) // (1 << 20))
             raise ConfigError(
-                f"memory_budget is {budget >> 20} MiB, but two of {largest.part.name} "
-                f"({largest.num_bytes >> 20} MiB each) must fit beside the work on them; give at least {needed}MiB"
+                f"memory_budget is {human(budget, 'B')}, but two of {largest.part.name} "
+                f"({human(largest.num_bytes, 'B')} each) must fit beside the work on them; give at least {needed}MiB"
             )
 
     def _most(self, group: int) -> int:

@@ -35,6 +35,10 @@ def require_no_other_file(path: Path) -> None:
     """Raise UserError for a file that is a part of a checkpoint where a run's ``.ckpt`` may be given."""
     if path.suffix == ".gguf":
         raise UserError(f"{path} does not begin as GGUF files do; download it again")
+    if path.suffix in (".yaml", ".yml"):
+        raise UserError(
+            f"{path} is a recipe or a config; give the checkpoint itself, or the file of options as --config {path}"
+        )
     if path.suffix in _PARTS:
         raise UserError(f"{path} is one file of a checkpoint; give the folder that it lies in, with its config.json")
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moebed.checkpoints.gguf.finding import gguf_at
 from moebed.checkpoints.run import is_run, run_folder
+from moebed.data.file_formats import not_utf8
 from moebed.errors import ConfigError, UserError
 from moebed.views.layer import ProbeText
 
@@ -257,14 +258,18 @@ def _read_text(name: str) -> list[str]:
         return [PAPER_SHORT]
     if name == "paper-chosen":
         return [PAPER_CHOSEN]
+    if path.is_dir():
+        raise UserError(f"--text {name}: it is a folder; give the files in it, such as {name.rstrip('/')}/*.txt")
     raise UserError(f"--text {name}: there is no such file; give one, or one of {', '.join(PRESETS)}")
 
 
 def _decoded(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as text ({error}); save it as UTF-8") from error
+    except UnicodeDecodeError as error:
+        raise UserError(not_utf8(path, error)) from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error}); give another file") from error
 
 
 def _paper_long(path: Path | None) -> list[str]:
@@ -327,7 +332,8 @@ def _read_domain(
     if not re.fullmatch(r"[\w.+ -]+", label):
         raise ConfigError(f"--domain {given}: a name has letters, digits, spaces and . + - _ only")
     if not Path(file).is_file():
-        raise UserError(f"--domain {given}: {file} does not exist; give a file of text")
+        what = "is a folder" if Path(file).is_dir() else "does not exist"
+        raise UserError(f"--domain {given}: {file} {what}; give one file of text")
     source = Source(SourceConfig(label, "files", path=file, text_field=options.text_field))
     documents = [text for text in source.documents() if text.strip()]
     if not documents:

@@ -274,8 +274,12 @@ def _finish(out: Path, missing: dict[int, str]) -> None:
     from probes.running.run_folder import read_run
 
     say(f"report: {write_report([out], out / 'report.html')}")
-    for line in left_out([read_run(out)]):
+    run = read_run(out)
+    for line in left_out([run]):
         say(f"note: {line}")
+    if not any(result.arrays for result in run.results.values()):
+        notes = dict.fromkeys(note for result in run.results.values() for note in result.notes)
+        say(f"note: no probe found anything: {'; '.join(notes)}")
     if missing:
         first, why = next(iter(missing.items()))
         more = f" (and {len(missing) - 1} more layers)" if len(missing) > 1 else ""

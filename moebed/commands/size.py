@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moebed.arguments import OneLineParser, parse_setting, read_yaml
+from moebed.arguments import OneLineParser, parse_setting, read_recipe
 from moebed.errors import ConfigError
 from moebed.model.config import ModelConfig
 from moebed.model.flops import count_parameters, flops_per_token
@@ -85,8 +85,8 @@ def read_model(recipe: Path, overrides: Sequence[str] = ()) -> tuple[ModelConfig
     Raises:
         ConfigError: The file cannot be read, has no model, or the config is wrong.
     """
-    content = read_yaml(recipe, "recipe")
-    model = content.get("model") if isinstance(content, dict) else None
+    content = read_recipe(recipe)
+    model = content.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("config"), dict):
         raise ConfigError(f"recipe {recipe} has no model.config; give a recipe of `moebed fit`")
     changes = {}

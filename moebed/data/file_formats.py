@@ -19,6 +19,15 @@ def suffix(path: Path) -> str:
     return Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
 
 
+def not_utf8(path: Path, error: UnicodeDecodeError) -> str:
+    """What a person can do about a text file in another encoding."""
+    encoding = "utf-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
+    return (
+        f"cannot read {path}: it is not UTF-8 (byte {error.object[error.start]:#04x} at place {error.start} of what "
+        f"was read); convert it, such as by iconv -f {encoding} -t utf-8"
+    )
+
+
 def chosen(texts: Iterator[str], wanted: Iterator[bool]) -> Iterator[str | None]:
     """Yields each text that is wanted, and None instead of one that is not."""
     return (text if next(wanted) else None for text in texts)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moebed.data.corpus import EMBEDDED_DOMAINS, embedded_documents, embedded_identity
-from moebed.data.file_formats import SUFFIXES, chosen, file_documents, suffix
+from moebed.data.file_formats import SUFFIXES, chosen, file_documents, not_utf8, suffix
 from moebed.data.planted import DEFAULT_MAX_BYTES as PLANTED_BYTES
 from moebed.data.planted import PLANTED_VERSION, PlantedConfig, PlantedLanguage, language_of
 from moebed.errors import ConfigError, UserError
@@ -242,22 +242,36 @@ class Source:
             yield from self.texts_of(self.load_dataset(streaming=False), wanted)
         else:
             for path in self.files():
+                text_of = _TextOf(self, path)
                 try:
-                    yield from file_documents(path, self.text_of, config.text_field, config.document_separator, wanted)
-                except (OSError, EOFError, UnicodeDecodeError, csv.Error, ValueError) as error:
+                    yield from file_documents(path, text_of, config.text_field, config.document_separator, wanted)
+                except UnicodeDecodeError as error:
+                    raise UserError(f"data source {config.name!r}: {not_utf8(path, error)}") from error
+                except (OSError, EOFError, csv.Error, ValueError) as error:
                     raise UserError(
                         f"data source {config.name!r}: cannot read {path}: {_one_line(error)}; "
                         "mend the file, or leave it out of the path"
                     ) from error
 
-    def text_of(self, record: Any) -> str:
-        """Returns a record's text; raises UserError, naming the columns there are, if it has no such field."""
+    def text_of(self, record: Any, where: str = "", read_before: int = 0) -> str:
+        """Returns a record's text; raises UserError, naming the columns there are, if it has no such field.
+
+        Args:
+            record: What was read.
+            where: What an error says of the file, with a space in front.
+            read_before: Records of the file that had the field.
+        """
         field = self.config.text_field
         if not isinstance(record, dict) or field not in record:
             columns = ", ".join(map(str, record)) if isinstance(record, dict) else "none: the records are not objects"
+            if read_before:
+                raise UserError(
+                    f"data source {self.config.name!r}: after {read_before} with a column {field!r} a record{where} "
+                    f"has none, but: {columns}; mend the file, or leave the record out"
+                )
             raise UserError(
-                f"data source {self.config.name!r}: no column {field!r}; set text_field (--text-field of moebed probe) "
-                f"to one of: {columns}"
+                f"data source {self.config.name!r}: no column {field!r}{where}; set text_field (--text-field of moebed "
+                f"probe) to one of: {columns}"
             )
         value = record[field]
         if isinstance(value, bytes):  # Parquet writers may leave out that a column is text
@@ -325,6 +339,18 @@ class Source:
                 f"{type(builder).__name__} builder, which may run code or holds no text; "
                 f"only these are used: {', '.join(_BUILDERS)}"
             )
+
+
+class _TextOf:
+    """Text of the records of one file, which counts them."""
+
+    def __init__(self, source: Source, path: Path) -> None:
+        self._source, self._where, self._read = source, f" in {path}", 0
+
+    def __call__(self, record: Any) -> str:
+        text = self._source.text_of(record, self._where, self._read)
+        self._read += 1
+        return text
 
 
 def encodable(text: str) -> str:

@@ -36,6 +36,7 @@ from moebed.model.orthogonality import (
 from moebed.model.rope import Rope, RotaryEmbedding
 from moebed.model.routers import Router, Routing, TokenContext, build_router
 from moebed.model.routers.controls import uniform_numbers
+from moebed.model.routing import require_routing
 from moebed.model.width import Factors, is_bias, width_factors
 
 
@@ -75,7 +76,10 @@ class MoE(nn.Module):
             if config.shared_expert_gate:
                 self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
         self.hyper_experts = build_adapters(config, layer, generator)
-        self.config, self.index = config, layer.index
+        self.config, self.index, self.num_experts = config, layer.index, layer.num_experts
+        self.own_router = not type(self.router).__module__.startswith(
+            "moebed."
+        )  # from a plug-in: what it gives is checked
         self.diversity_losses = frozenset(name for name, coefficient in config.diversity_losses.items() if coefficient)
         self._check_gate()
 
@@ -97,6 +101,8 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, context: TokenContext | None = None) -> tuple[Tensor, Routing]:
         """Tokens x (T, H) of which a context (T,) is known -> outputs (T, H) and the router's decisions."""
         routing = self.router(x, self.experts, context)
+        if self.own_router:
+            require_routing(routing, self.router, len(x), self.num_experts)
         outputs = self.experts.known_outputs(routing)
         if self.training and self.diversity_losses:
             routing, outputs = self._with_diversity(x, routing, outputs)

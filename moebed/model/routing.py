@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moebed.errors import ConfigError
+
 
 class TokenContext(NamedTuple):
     """What is known of tokens beside their hidden states; of (B, S) or of (T,) alike.
@@ -65,6 +67,25 @@ class Routing(NamedTuple):
         """The routing without what the experts alone need, so that keeping it holds no memory of their size."""
         # Not _replace, through which torch 2.11's compiler loses the class.
         return Routing(*self[:4], None, *self[5:])
+
+
+def require_routing(found: object, router: object, tokens: int, num_experts: int) -> None:
+    """Raise ConfigError where what a router gave for T tokens and E experts is none of its decisions."""
+    rule = type(router).__qualname__
+    if not isinstance(found, Routing):
+        raise ConfigError(f"router {rule}: forward gives a {type(found).__name__}; it must return a Routing")
+    for name in ("router_logits", "router_probs"):
+        shape = tuple(getattr(found, name).shape)
+        if shape != (tokens, num_experts):
+            raise ConfigError(
+                f"router {rule}: {name} has shape {shape}; of {tokens} tokens and {num_experts} experts it must be "
+                f"{(tokens, num_experts)}"
+            )
+    if found.topk_index.shape != found.topk_weight.shape or len(found.topk_index) != tokens:
+        raise ConfigError(
+            f"router {rule}: topk_index and topk_weight have shapes {tuple(found.topk_index.shape)} and "
+            f"{tuple(found.topk_weight.shape)}; both must be (T, K), of {tokens} tokens"
+        )
 
 
 def ragged(logits: Tensor, probs: Tensor, weights: Tensor, cut: bool) -> Routing:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -18,10 +16,10 @@ from jsonargparse import ActionConfigFile
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from moebed.arguments import read_yaml
+from moebed.arguments import names_recipe, read_recipe
 from moebed.checkpoints.families.base import beside_experts
 from moebed.data.datamodule import TextDataModule
-from moebed.errors import ConfigError, UserError, did_you_mean
+from moebed.errors import ConfigError
 from moebed.machine import storage
 from moebed.machine.precision import COMPUTED_IN, computed_in
 from moebed.machine.progress import say, waiting
@@ -34,10 +32,11 @@ from moebed.plan.plan import make_plan, setup_of
 from moebed.plan.table import print_plan
 from moebed.training.alerts import Alerts
 from moebed.training.callbacks import AtomicCheckpointIO, SampleText, TrainingRate, UnbrokenLog
-from moebed.training.jsonargparse_private import PresentNames, option_names
+from moebed.training.jsonargparse_private import PresentNames
 from moebed.training.loggers import EventLog, log_texts
 from moebed.training.module import MoEModule
 from moebed.training.progress import ProgressBar, ProgressLines
+from moebed.training.refusals import refusal, user_error_behind
 from moebed.training.saving import RunCheckpoint, require_whole_steps
 from moebed.training.schedule import SchedulePlan
 from moebed.training.starting import find_start
@@ -61,30 +60,7 @@ class _Parser(PresentNames):
     """Errors become a UserError of one line instead of a usage text."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        text = " ".join(message.split())
-        choice = re.search(r'Parser key "([\w.]+)": Expected a (?:typing\.)?Literal\[(.+?)\]\. Got value: (.*)$', text)
-        if choice is not None:
-            key, given = choice.group(1), choice.group(3)
-            known = [name.strip("'") for name in choice.group(2).split(", ")]
-            near = did_you_mean(given, known)
-            hint = f" ({near})" if near else ""
-            raise ConfigError(f"{key} is {given!r}; choose one of {', '.join(known)}{hint}") from ex
-        # In a file, and on the command line.
-        unknown = re.search(r"does not accept option '([\w.]+)'|unrecognized arguments: --([\w.]+)", text)
-        if unknown is None:
-            raise ConfigError(text) from ex
-        key = unknown.group(1) or unknown.group(2)
-        hint = did_you_mean(key, option_names(self), "`moebed fit --help` lists the known ones")
-        if ".router_options." in key:
-            hint += "; those of a router of your own are made known by --plugins FILE.py"
-        raise ConfigError(f"unknown key {key!r} in the config; {hint}") from ex
-
-
-def _user_error_behind(error: BaseException | None) -> UserError | None:
-    """The UserError that jsonargparse wrapped, if there is one."""
-    while error is not None and not isinstance(error, UserError):
-        error = error.__cause__ or error.__context__
-    return error
+        raise refusal(self, message, ex) from ex
 
 
 class _RecipeFile(ActionConfigFile):
@@ -92,8 +68,8 @@ class _RecipeFile(ActionConfigFile):
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         """Take the file's settings, or those that stand in the argument itself."""
-        if os.path.isfile(values) and not isinstance(read_yaml(Path(values), "recipe"), dict):
-            raise ConfigError(f"recipe {values} holds no settings by name; give a recipe, or a run's config.yaml")
+        if names_recipe(values):
+            read_recipe(Path(values))
         super().__call__(parser, cfg, values, option_string)
 
 
@@ -211,7 +187,7 @@ class TrainingCLI(LightningCLI):
             with torch.device("meta") if shared else nullcontext():
                 super().instantiate_classes()
         except ValueError as error:
-            raise _user_error_behind(error) or ConfigError(str(error)) from error
+            raise user_error_behind(error) or ConfigError(str(error)) from error
         self.datamodule.model_vocab_size = self.model.config.vocab_size
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -221,7 +197,8 @@ class TrainingCLI(LightningCLI):
             kwargs["logger"] = self.subcommand == "fit" and EventLog(config.default_root_dir)
         # First those whose clocks stop before other callbacks begin to work.
         callbacks: list[Callback] = [TrainingRate(), *self._progress(), PrecisionOfRun(), UnbrokenLog(), self.alerts]
-        kwargs["callbacks"] = [*callbacks, *(config.get("callbacks") or [])]
+        own = config.get("callbacks") or []
+        kwargs["callbacks"] = [*callbacks, *(own if isinstance(own, list) else [own])]
         kwargs["enable_progress_bar"] = any(isinstance(callback, ProgressBar) for callback in callbacks)
         kwargs["plugins"] = [AtomicCheckpointIO(), *(config.get("plugins") or [])]
         parallel = self._get(self.config_init, "parallel")

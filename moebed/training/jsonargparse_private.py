@@ -27,6 +27,17 @@ def option_names(parser: PlainParser) -> list[str]:
     return [action.dest for action in parser._actions]
 
 
+def type_of(parser: PlainParser, key: str) -> Any:
+    """The type of a key's value; None where it only has settings beneath it, or is not known."""
+    subcommands = getattr(parser, "_subcommands_action", None)
+    if subcommands is not None:
+        parser = next(iter(subcommands._name_parser_map.values()))
+    for action in parser._actions:
+        if action.dest == key:
+            return getattr(action, "_typehint", None)
+    return None
+
+
 def subcommand_parser(cli: LightningCLI, name: str) -> ArgumentParser:
     """The parser of one subcommand."""
     return cli._parser(name)

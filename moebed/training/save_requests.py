@@ -13,33 +13,50 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from moebed.machine.progress import say
+
 NOTHING, SAVE, END, REQUEUE = 0, 1, 2, 3  # of several the largest holds
 
 
 class Requests:
-    """SIGTERM and SLURM's signal before the time limit ask to end, the first rank's clock asks to save.
+    """SIGTERM, Ctrl-C and SLURM's signal before the time limit ask to end, the first rank's clock asks to save.
 
     Lightning acts within its signal handlers, each rank wherever it happens to be; ranks that are about to
     work together would then wait for each other forever. Here a handler takes a note, and the ranks agree on it at the
-    end of a step. SLURM's signal (Lightning's SLURMEnvironment names it, or it is SIGUSR1) also requeues the job.
+    end of a step. SLURM's signal (Lightning's SLURMEnvironment names it, or it is SIGUSR1) also requeues the job. A
+    second Ctrl-C waits for nothing.
     """
 
     def __init__(self) -> None:
         self._asked = NOTHING
+        self._interrupted = False
         self._lightnings: dict[int, Any] = {}
         self._agreed: tuple[torch.Tensor, Any] | None = None
 
     def take_over(self, trainer: Trainer) -> None:
         """Take the signals over from Lightning."""
-        wanted = {signal.SIGTERM: END}
+        wanted = {signal.SIGTERM: END, signal.SIGINT: END}
         environment = getattr(trainer.strategy, "cluster_environment", None)
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             wanted[environment.requeue_signal or signal.SIGUSR1] = REQUEUE  # SLURM is on Linux alone
         for number, meaning in wanted.items():
             self._lightnings[number] = signal.getsignal(number)
-            signal.signal(number, lambda *_, meaning=meaning: setattr(self, "_asked", max(self._asked, meaning)))
+            signal.signal(number, lambda number, _, meaning=meaning: self._note(number, meaning))
         # Lightning has the ranks ask the first one for a SIGTERM before every micro-batch, and wait for its answer.
         setattr(trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor", lambda: None)  # noqa: B010
+
+    def _note(self, number: int, meaning: int) -> None:
+        if number == signal.SIGINT:
+            if self._interrupted:
+                raise KeyboardInterrupt
+            self._interrupted = True
+            say("ends with a checkpoint after this step; Ctrl-C again ends at once, without one")
+        self._asked = max(self._asked, meaning)
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell takes for a process that a signal ended: 130 of Ctrl-C, 143 of SIGTERM."""
+        return 130 if self._interrupted else 143
 
     def give_back(self) -> None:
         """Give the signals back."""

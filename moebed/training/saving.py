@@ -34,8 +34,9 @@ class RunCheckpoint(ModelCheckpoint):
     Between the micro-batches of a step a checkpoint would lose the gradients of those that came before, so every
     request waits for the step's end, and so does validation, at whose end other callbacks save. Files that are
     ranked or named by a metric are written after the validation of the very step that they are of: the first one,
-    once they are due. On SIGTERM, and on SLURM's signal before the time limit, the run saves ``last.ckpt``
-    whatever ``save_last`` says and ends, its first process with exit code 143; ``--ckpt_path last`` continues it.
+    once they are due. On SIGTERM, on Ctrl-C, and on SLURM's signal before the time limit, the run saves
+    ``last.ckpt`` whatever ``save_last`` says and ends, its first process with exit code 143, of Ctrl-C 130;
+    ``--ckpt_path last`` continues it.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -171,7 +172,7 @@ class RunCheckpoint(ModelCheckpoint):
             say(f"stopped at step {trainer.global_step}, saved in {path}; --ckpt_path last continues")
         if asked == REQUEUE and trainer.is_global_zero:
             requeue()
-        raise SystemExit(143 if trainer.is_global_zero else 0)
+        raise SystemExit(self._requests.exit_code if trainer.is_global_zero else 0)
 
     # Names ------------------------------------------------------------------------------------------------------------
 

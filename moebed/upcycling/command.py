@@ -190,12 +190,17 @@ def _ask_text(
     from moebed.upcycling.from_text import ask_text, layers_passed
 
     wanted = TextOptions.of(options)
+    budget = parse_bytes(options.get("memory_budget", "8GiB"))
     if not wanted:
+        if "memory_budget" in options:
+            raise ConfigError(
+                "--memory-budget does nothing without text, where upcycling holds a matrix at a time; leave it out"
+            )
         return None, None
     text, notes = read_texts(wanted, path, source.config)
     for note in notes:
         say(note)
-    method, budget = options["method"], parse_bytes(options.get("memory_budget", "8GiB"))
+    method = options["method"]
     progress = Progress(layers_passed(plan, settings, method), "layer", description="text")
 
     def on_layer() -> None:

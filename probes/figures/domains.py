@@ -12,6 +12,7 @@ from probes.figures import drawing
 
 COLOURS = (*drawing.SERIES, "#4aa3b5", "#c4568f", "#7d8b2f", "#5b6472", "#a86b4c")
 MOST_BARS = 16  # experts; with more of them the bars cannot be told apart
+_INTERVAL = "95 % interval over texts"
 BY_NAME = Mapping[str, Mapping[int, np.ndarray]]
 
 
@@ -66,7 +67,9 @@ def _bars(ax: Axes, shares: np.ndarray, ends: np.ndarray, names: Sequence[str]) 
         x = np.arange(experts) + (number - (len(names) - 1) / 2) * width
         ax.bar(x, shares[number], 0.9 * width, color=COLOURS[number], label=shortened(name))
         low, high = np.where(np.isfinite(ends[number]), ends[number], shares[number])
-        ax.vlines(x, low, high, color=drawing.INK, lw=0.9)
+        ax.vlines(
+            x, low, high, color=drawing.INK, lw=0.9, label=_INTERVAL if number == 0 and (high > low).any() else "_"
+        )
     ax.axhline(1 / experts, color=drawing.MUTED, ls="--", lw=1.2, label="even share, 1/E")
     drawing.style_axes(ax)
     ax.grid(visible=False, axis="x")
@@ -84,8 +87,10 @@ def domain_lines(ax: Axes, values: Mapping[str, Mapping[int, float]], intervals:
         if intervals is not None and name in intervals and len(shown) <= 4:
             known = {layer: ends for layer, ends in intervals[name].items() if np.isfinite(ends).all()}
             shift = 0.06 * (number - (len(shown) - 1) / 2)
-            for layer, (low, high) in known.items():
-                ax.vlines(layer + shift, low, high, color=COLOURS[number], lw=1, alpha=0.6)
+            if known:
+                low, high = np.stack(list(known.values()), axis=1)
+                label = "_" if number else _INTERVAL
+                ax.vlines(np.array(list(known)) + shift, low, high, color=COLOURS[number], lw=1, alpha=0.6, label=label)
         drawing.depth_line(ax, values[name], COLOURS[number], shortened(name))
 
 

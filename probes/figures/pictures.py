@@ -30,6 +30,8 @@ def _draw_heat_maps(
 ) -> Figure:
     from probes.figures import drawing
 
+    if scale_by_layer:
+        title += ", each layer on a scale of its own"
     return drawing.similarity_grid(matrices, title, labels, quantity, scale_by_layer)
 
 
@@ -41,7 +43,7 @@ def draw_depth(values: Mapping[str, Mapping[int, float]], title: str, quantity: 
     ax = fig.subplots()
     for (name, by_layer), colour in zip(values.items(), drawing.SERIES, strict=False):
         drawing.depth_line(ax, by_layer, colour, name)
-    ax.axhline(0, color=drawing.MUTED, lw=1, ls="--")
+    ax.axhline(0, color=drawing.MUTED, lw=1, ls="--", label="0, unrelated")
     ax.set_ylabel(quantity, fontsize=9)
     ax.legend(fontsize=8, frameon=False)
     return fig

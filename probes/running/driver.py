@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from moebed.errors import UserError
+from moebed.errors import ConfigError, UserError
 from moebed.machine.float32 import exact_products
 from moebed.views.layer import MATRICES, HeadView, LayerView, Need
 from probes.contract import ArrayName, Probe, ProbeResult, in_order
@@ -115,7 +115,12 @@ class ProbePass:
                 if probe.sources:
                     named = (*probe.sources, *(name for name in probe.optional_sources if name in results))
                     probe.derive({name: results[name].arrays for name in named})
-                results[probe.name] = probe.compute()
+                result = probe.compute()
+                if not isinstance(result, ProbeResult):
+                    raise ConfigError(
+                        f"probe {probe.name}: describe gives a {type(result).__name__}; it must return a ProbeResult"
+                    )
+                results[probe.name] = result
         for result in results.values():
             result.notes.extend(f"layer {layer} is missing: {why}" for layer, why in self.missing.items())
         return {probe.name: results[probe.name] for probe in self.probes}

@@ -44,6 +44,18 @@ class RunFolder:
     left_out: dict[str, str] = field(default_factory=dict)
 
 
+def _is_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("config.yaml", "run_summary.json", "summary.json", "tensorboard"))
+
+
+def _require_no_folder_of_runs(folder: Path) -> None:
+    """Raise UserError for the folder that runs lie in, whose events would be taken for those of one run."""
+    inside = [str(one.parent) for one in sorted(folder.glob("*/run_summary.json"))]
+    if inside and not _is_run(folder):
+        more = " ..." if len(inside) > 3 else ""
+        raise UserError(f"{folder} holds runs and is none itself; give them: {' '.join(inside[:3])}{more}")
+
+
 def read_run(folder: Path) -> RunFolder:
     """Read a run's folder.
 
@@ -53,6 +65,7 @@ def read_run(folder: Path) -> RunFolder:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; give the folder of a run or of a probed checkpoint")
     config, numbers = folder / "config.yaml", folder / "run_summary.json"
+    _require_no_folder_of_runs(folder)
     run = RunFolder(
         folder=folder,
         name=folder.resolve().name,

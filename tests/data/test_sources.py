@@ -54,8 +54,18 @@ def test_documents_that_are_not_wanted_are_passed_over_and_counted(records: Path
 
 
 def test_a_missing_column_names_those_there_are(records: Path) -> None:
-    with pytest.raises(UserError, match=r"'mine': no column 'text'; set text_field .* to one of: id, body$"):
+    with pytest.raises(UserError, match=r"'mine': no column 'text' in .*; set text_field .* to one of: id, body$"):
         _read(str(records))
+
+
+def test_a_record_that_is_unlike_those_before_it_and_another_encoding_are_named(tmp_path: Path) -> None:
+    mixed, latin = tmp_path / "mixed.jsonl", tmp_path / "latin.txt"
+    mixed.write_text('{"text": "a"}\n{"text": "b"}\n{"body": "c"}\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"after 2 with a column 'text' a record in .*mixed.jsonl has none, but: body"):
+        _read(str(mixed))
+    latin.write_text("Grüße", encoding="latin-1")
+    with pytest.raises(UserError, match=r"latin.txt: it is not UTF-8 \(byte 0xfc at place 2.*iconv -f latin1 -t utf-8"):
+        _read(str(latin))
 
 
 def test_a_csv_of_one_column_without_header(tmp_path: Path) -> None:
@@ -165,7 +175,7 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\xfa")
     for name in ("a.jsonl", "a.txt"):
-        with pytest.raises(UserError, match=f"cannot read .*{name}: "):
+        with pytest.raises(UserError, match=f"cannot read .*{name}: .*({'utf-16' if name == 'a.txt' else 'line 2'})"):
             _read(str(tmp_path / name))
 
 

@@ -19,6 +19,7 @@ import torch
 from lightning.pytorch import Callback
 
 import moebed.commands.fit
+import moebed.commands.training_run
 import moebed.training.command_line
 from moebed.model.config import ModelConfig
 from moebed.training.module import MoEModule
@@ -91,7 +92,9 @@ if __name__ == "__main__":
         cli.trainer.callbacks.append(watching[0])
 
     moebed.training.command_line.TrainingCLI.instantiate_classes = measured
-    moebed.commands.fit.ReportingCLI.after_fit = lambda cli: None  # no validation and report after the last step
+    moebed.commands.training_run.ReportingCLI.after_fit = lambda cli: (
+        None
+    )  # no validation and report after the last step
     moebed.commands.fit.run("fit", arguments)
     sys.stderr.flush()
     os._exit(0)  # the sampling thread has no end of its own

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,21 @@ import pytest
 from tests.training.saving_runs import ACCUMULATE, callback, last, require_same_model, scalars
 
 
-@pytest.mark.parametrize("batch", [5, pytest.param(4, marks=pytest.mark.slow), pytest.param(7, marks=pytest.mark.slow)])
-def test_sigterm_between_micro_batches_waits_for_the_end_of_the_step(run, whole, batch):
-    code, said, folder = run("run", *ACCUMULATE, "--trainer.callbacks", json.dumps(callback("Signal", batch=batch)))
-    assert code == 143
+@pytest.mark.parametrize(
+    ("batch", "number"),
+    [
+        (5, signal.SIGINT),
+        pytest.param(5, signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(4, signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(7, signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_between_micro_batches_waits_for_the_end_of_the_step(run, whole, batch, number):
+    """SIGTERM by default stops the runs of ``test_step_numbers.py``; here Ctrl-C does."""
+    stops = json.dumps(callback("Signal", batch=batch, number=int(number)))
+    code, said, folder = run("run", *ACCUMULATE, "--trainer.callbacks", stops)
+    assert code == 128 + number
+    assert ("Ctrl-C again ends at once" in said) == (number == signal.SIGINT)
     assert "stopped at step 2" in said
     assert last(folder)["global_step"] == 2
     assert run("run", *ACCUMULATE, "--ckpt_path", "last")[0] == 0

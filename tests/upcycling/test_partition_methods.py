@@ -329,6 +329,9 @@ def test_what_text_cannot_tell_is_one_line(tmp_path, dense, ids, capsys):
     command = ["upcycle", str(dense), "--out", str(tmp_path / "moe"), "--method", "partition", "--by", "inner", *ids]
     assert main([*command, "--num-experts", "4", "--text-clusters", "domains"]) == 2
     assert "the text has 1 domains but 4 experts are to be told apart by them" in capsys.readouterr().err
+    no_text = [*command[: -len(ids)], "--num-experts", "4", "--by", "random", "--memory-budget", "1KiB"]
+    assert main(no_text) == 2
+    assert "--memory-budget does nothing without text" in capsys.readouterr().err
     assert main([*command, "--num-experts", "4", "--memory-budget", "1MB"]) == 2
     assert "more than memory-budget 1 MB; give less text, or a larger budget" in capsys.readouterr().err
     np.save(tmp_path / "few.npy", np.array([[1, 2, 3]]))

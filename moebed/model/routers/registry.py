@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, Union, get_type_hints
 
@@ -157,10 +158,17 @@ def register(name: str) -> Callable[[Rule], Rule]:
     """Class decorator: ``model.config.router`` may name this router of one's own.
 
     Raises:
-        ConfigError: The name is taken by another router.
+        ConfigError: The name is taken by another router, or it cannot be called as a router is.
     """
 
     def add(rule: Rule) -> Rule:
+        try:
+            inspect.signature(rule.forward).bind(None, "hidden_states", "experts", "context")
+        except TypeError as error:
+            raise ConfigError(
+                f"router {name!r}: forward of {rule.__qualname__} is to take (self, hidden_states, experts, "
+                f"context=None), and does not ({error})"
+            ) from error
         if name in ROUTERS:
             raise ConfigError(f"router {name!r} is {ROUTERS[name].__qualname__} already; choose another name")
         ROUTERS[name] = rule

@@ -117,6 +117,8 @@ def test_the_command_reads_the_text_field_that_it_is_told(checkpoint, tmp_path, 
     assert "no column 'text'" in line
     assert "--text-field" in line
     assert line.endswith("id, body")
+    assert "is a folder; give one file" in fails(capsys, checkpoint, "--domain", f"mine={tmp_path}")
+    assert "it is a folder; give the files in it" in fails(capsys, checkpoint, "--text", str(tmp_path))
 
 
 def test_a_runs_own_tokenizer_is_found_above_its_checkpoint(tmp_path):

@@ -1,0 +1,59 @@
+"""What is refused before PyTorch is loaded, and options that are misspelt, whatever the command."""
+
+import subprocess
+import sys
+
+import pytest
+
+from moebed.cli import main
+from moebed.commands.fit import look_first
+from moebed.errors import UserError
+
+RECIPE = "recipes/tiny_mixtral.yaml"
+
+
+def test_what_needs_no_model_is_refused_before_pytorch_is_loaded(tmp_path):
+    (tmp_path / "file").write_text("")
+    program = "import sys; from moebed.cli import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
+    folder = f"--trainer.default_root_dir={tmp_path}/file/run"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "fit", "-c", RECIPE, folder], capture_output=True, text=True, encoding="utf-8"
+    )
+    assert done.stdout.split() == ["2", "False"]
+    assert "cannot be written (Not a directory); choose another with --trainer.default_root_dir" in done.stderr
+
+
+def test_the_last_folder_that_is_named_holds(tmp_path):
+    (tmp_path / "file").write_text("")
+    no, yes = str(tmp_path / "file" / "run"), str(tmp_path / "run")
+    own = tmp_path / "own.yaml"
+    own.write_text(f"trainer: {{default_root_dir: {no}}}")
+    option = "--trainer.default_root_dir"
+    look_first("fit", ["--config", str(own), option, yes])
+    look_first("validate", ["--config", str(own)])
+    look_first("fit", ["--config", "{trainer: {max_steps: 3}}", option, no, "--print_plan"])
+    for arguments in (["--config", RECIPE, "--config", str(own)], [option, no], [option, yes, f"{option}={no}"]):
+        with pytest.raises(UserError, match="cannot be written"):
+            look_first("fit", arguments)
+
+
+def test_a_folder_of_runs_is_not_reported_as_one(tmp_path, capsys):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run_summary.json").write_text("{}")
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "both.html")]) == 2
+    assert f"give them: {tmp_path / 'one'} {tmp_path / 'two'}" in capsys.readouterr().err
+
+
+def test_what_is_near_is_said(capsys, tmp_path):
+    for arguments, words in (
+        (["fit", "--config", "recipes/tiny_mixtrl.yaml"], "did you mean 'recipes/tiny_mixtral.yaml'?"),
+        (["fit", "--config", "recipes"], "it is a folder); give a file in it, such as recipes/demo.yaml"),
+        (["study", "recipes/studies/router_tiny.yaml", "--job", "2"], "did you mean '--jobs'?"),
+        (["upcycle", "dense", "--method", "drp", "--out", "new"], "did you mean 'drop'?"),
+        (["law", "runs.csv", "--form", "jont", "--out", "law"], "did you mean 'joint'?"),
+        (["probe", RECIPE, "--out", str(tmp_path / "out")], "is a recipe or a config; give the checkpoint itself"),
+    ):
+        assert main(arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert words in line
