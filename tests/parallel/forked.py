@@ -18,8 +18,10 @@ from typing import Any
 import matplotlib.figure  # noqa: F401 - what ranks need is imported before the fork
 import torch
 import torch.distributed as dist
+import torch.utils.tensorboard  # noqa: F401
 
-import moebed.training.command_line  # noqa: F401
+import moebed.commands.fit
+import moebed.training.command_line
 import probes.report.page  # noqa: F401
 
 
