@@ -311,9 +311,9 @@ def test_what_a_person_has_set_of_spinning_stays(given, monkeypatch):
 
 
 def test_help_is_quick_and_complete():
-    begin = time.perf_counter()
+    begin = os.times()
     done = subprocess.run([sys.executable, "-m", "moebed.cli", "--help"], capture_output=True, text=True, cwd=ROOT)
-    assert time.perf_counter() - begin < 2
+    assert os.times().children_user - begin.children_user < 1  # of the processor, whatever else is running
     assert done.returncode == 0
     for command in ("fit", "validate", "test", "predict", "report", "bench"):
         assert command in done.stdout

@@ -18,10 +18,9 @@ from typing import Any
 import matplotlib.figure  # noqa: F401 - what ranks need is imported before the fork
 import torch
 import torch.distributed as dist
-import torch.utils.tensorboard  # noqa: F401
+import torch.utils.tensorboard
 
-import moebed.commands.fit
-import moebed.training.command_line
+import moebed.commands.fit  # noqa: F401
 import probes.report.page  # noqa: F401
 
 
