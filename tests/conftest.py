@@ -11,6 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
 
 from moebed.model import native
@@ -55,32 +56,37 @@ def blank_png(fig) -> bytes:
     return buffer.getvalue()
 
 
+# As they are outside of tests; see ``_blank``.
+DRAWN = ((drawing, "to_png", drawing.to_png), (ConstrainedLayoutEngine, "execute", ConstrainedLayoutEngine.execute))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _blank():
     """What commands write has figures that are built and not drawn, which takes several times as long as a small run.
 
-    Tests of drawing call ``to_rgb``, or carry ``@pytest.mark.drawn``.
+    Tests of drawing call ``to_rgb``, which leaves out to find room for all labels, half of the work; or they carry
+    ``@pytest.mark.drawn``.
     """
-    drawn = drawing.to_png
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drawing, "to_png", blank_png)
-        yield drawn
+        patch.setattr(ConstrainedLayoutEngine, "execute", lambda self, fig: None)
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _drawn_module(request, _blank):
-    yield from _drawn_where_marked(request.node, _blank)
+    yield from _drawn_where_marked(request.node)
 
 
 @pytest.fixture(autouse=True)
 def _drawn_test(request, _blank):
-    yield from _drawn_where_marked(request.node, _blank)
+    yield from _drawn_where_marked(request.node)
 
 
-def _drawn_where_marked(node, to_png):
+def _drawn_where_marked(node):
     with pytest.MonkeyPatch.context() as patch:
-        if node.get_closest_marker("drawn"):
-            patch.setattr(drawing, "to_png", to_png)
+        for where, name, drawn in DRAWN if node.get_closest_marker("drawn") else ():
+            patch.setattr(where, name, drawn)
         yield
 
 

@@ -15,6 +15,7 @@ import yaml
 from moebed.cli import SPINCOUNT, main
 from moebed.machine.precision import computed_in
 from moebed.model.config import ModelConfig
+from probes import ProbeCallback
 from tests.small_run import probing, small_recipe, write_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -310,9 +311,9 @@ def test_what_a_person_has_set_of_spinning_stays(given, monkeypatch):
 
 
 def test_help_is_quick_and_complete():
-    begin = time.perf_counter()
+    begin = os.times()
     done = subprocess.run([sys.executable, "-m", "moebed.cli", "--help"], capture_output=True, text=True, cwd=ROOT)
-    assert time.perf_counter() - begin < 2
+    assert os.times().children_user - begin.children_user < 1  # of the processor, whatever else is running
     assert done.returncode == 0
     for command in ("fit", "validate", "test", "predict", "report", "bench"):
         assert command in done.stdout
@@ -338,11 +339,19 @@ def test_fit_help_has_a_sentence_for_every_model_knob(capsys):
         assert len(sentence.split()) > 3, name
 
 
+def _at_the_end_alone(probe):
+    return lambda callback, trainer, module, draw=False: probe(callback, trainer, module, draw) if draw else None
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_builds_and_takes_a_step(path, tmp_path, recipe, monkeypatch):
-    """At full size on the meta device, then one real step, a GPU-sized model narrowed for it; pictures once."""
+    """At full size on the meta device, then one real step, a GPU-sized model narrowed for it, and probed.
+
+    Pictures, the report and what is probed before the step are those of one recipe alone.
+    """
     if path.stem != "demo":
-        monkeypatch.setattr("probes.running.callback.ProbeCallback._draw", lambda *arguments, **options: None)
+        monkeypatch.setattr(ProbeCallback, "_draw", lambda *arguments, **options: None)
+        monkeypatch.setattr(ProbeCallback, "_probe", _at_the_end_alone(ProbeCallback._probe))
         monkeypatch.setattr("probes.report.page.write_report", lambda folders, out: out)
     import torch
 
@@ -367,6 +376,7 @@ def test_every_recipe_builds_and_takes_a_step(path, tmp_path, recipe, monkeypatc
         "trainer.val_check_interval": 1,
         "trainer.accumulate_grad_batches": 1,
         "trainer.enable_progress_bar": "false",
+        "samples.new_tokens": 2,
         "model.compile": "false",
         "data.sources": json.dumps([{"name": "text", "kind": "files", "path": str(tmp_path / "text.txt")}]),
         "data.tokenizer": json.dumps({"kind": "bpe", "vocab_size": 400}),

@@ -82,7 +82,7 @@ def called(tmp_path_factory):
     """What is called while a model is trained and probed, and while a checkpoint is written, read and probed."""
     folder, codes = tmp_path_factory.mktemp("walks"), set()
     callbacks = probing(2, probes=["matrix_similarity", "norm_vs_score"])
-    recipe = write_recipe(folder, small_recipe(folder, trainer={"callbacks": callbacks}))
+    recipe = write_recipe(folder, small_recipe(folder, trainer={"max_steps": 2, "callbacks": callbacks}))
     ids, mixtral, out = folder / "ids.npy", folder / "mixtral", folder / "out"
     np.save(ids, np.arange(20, dtype=np.int64))
     asked = ["--out", str(out), "--input-ids", str(ids), "--probes", "matrix_similarity,norm_vs_score"]

@@ -1,8 +1,7 @@
 """The data module as a run uses it: built once, opened at once, checked against the model, with its baseline."""
 
 import gzip
-import subprocess
-import sys
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,17 +36,22 @@ def test_two_builds_give_the_same_bytes(make_data: Callable, tmp_path: Path) -> 
     assert len(contents[0]) == 2 + 2 * 8
 
 
+def _build(cache: Path, summaries) -> None:
+    data = TextDataModule([SourceConfig("math", max_bytes=300_000)], cache_dir=str(cache))
+    data.setup()
+    summaries.put(str(data.summary()))
+
+
 def test_two_processes_build_the_same_cache(tmp_path: Path) -> None:
-    code = (
-        "import sys\nfrom moebed.data.datamodule import TextDataModule as D\n"
-        "from moebed.data.sources import SourceConfig\n"
-        "d = D([SourceConfig('math', max_bytes=300_000)], cache_dir=sys.argv[1]); d.setup(); print(d.summary())"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    results = [process.communicate() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], results
-    assert results[0][0] == results[1][0] != ""
+    forked = multiprocessing.get_context("fork")  # which imports nothing anew
+    summaries = forked.Queue()
+    processes = [forked.Process(target=_build, args=(tmp_path, summaries)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert summaries.get() == summaries.get() != ""
     assert sorted(path.name.split("-")[0] for path in tmp_path.iterdir()) == ["math", "tokenizer"]
 
 

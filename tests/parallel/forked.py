@@ -18,8 +18,9 @@ from typing import Any
 import matplotlib.figure  # noqa: F401 - what ranks need is imported before the fork
 import torch
 import torch.distributed as dist
+import torch.utils.tensorboard
 
-import moebed.training.command_line  # noqa: F401
+import moebed.commands.fit  # noqa: F401
 import probes.report.page  # noqa: F401
 
 

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import yaml
 
+from moebed.data.corpus import embedded_documents
+
 ROOT = Path(__file__).resolve().parents[2]
 
 # Ranks and the options that lay a run out over them; the global batch is 8 sequences in each.
@@ -22,6 +24,7 @@ LAYOUTS = {
 
 def recipe(folder: Path, steps: int, **model) -> Path:
     """A recipe of a small MoE with a shared expert, probes and global balancing, in float32."""
+    next(embedded_documents("prose"))  # gathered once a process, which takes seconds: here, and not in each fork of it
     content = yaml.safe_load((ROOT / "recipes" / "tiny_mixtral.yaml").read_text())
     content["trainer"] |= {
         "accelerator": "cpu",
@@ -33,6 +36,7 @@ def recipe(folder: Path, steps: int, **model) -> Path:
     }
     content["trainer"]["callbacks"][0]["init_args"] = {"every_n_steps": 10, "num_sequences": 3}
     content["checkpoint"] = {"every_n_train_steps": 5}
+    content["samples"] = {"prompt_tokens": 2, "new_tokens": 1}
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     content["model"]["config"] |= sizes | {
         "moe_intermediate_size": 32,

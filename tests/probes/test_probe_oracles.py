@@ -66,10 +66,12 @@ def test_static(family):
             assert_close(found, other, f"{layer} {matrix}")
 
 
-def test_every_probe_draws_them(family):
-    _, decoder = family
+def test_every_probe_describes_them(family):
+    """And draws those with layers of every kind: a figure is built from arrays, which have no family."""
+    name, decoder = family
     ids = torch.arange(24).view(2, 12)
     text = ProbeText(ids, torch.ones_like(ids, dtype=torch.bool), torch.tensor([0, 1]), ("one", "two"))
     for result in probe(walk(decoder, text, all_needs()), *PROBES).values():
-        for build in result.figures.values():
+        assert result.notes or result.headlines
+        for build in result.figures.values() if name == "deepseekmoe" else ():
             assert build().axes

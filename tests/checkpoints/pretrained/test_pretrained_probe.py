@@ -64,7 +64,7 @@ def test_the_command_finds_the_oracles_values(name, tmp_path):
 CASES = {
     "6 experts": {"num_experts": 6},
     "12 experts, fp16": {"num_experts": 12, "dtype": torch.float16},
-    "64 experts, fp32": {"num_experts": 64, "dtype": torch.float32, "num_hidden_layers": 1},
+    "24 experts, fp32": {"num_experts": 24, "dtype": torch.float32, "num_hidden_layers": 1},
     "one expert": {"num_experts": 1},
     "one file": {"shards": False},
     "one bin": {"shards": False, "pickled": True},
