@@ -210,19 +210,24 @@ def _prices(start: np.ndarray, column: np.ndarray, gain: np.ndarray, permutation
 def _missing(similarity: Tensor, profit: np.ndarray, price: np.ndarray) -> np.ndarray:
     """Flat indices, in order, of entries that exceed profit (N,) of their row plus price (N,) of their column.
 
-    None of them means that the assignment is optimal among all. Where they are many, those that exceed most in each row
-    are enough to go on with. A float32 pass with a margin finds the few entries that come near; float64 decides.
+    None of them means that the assignment is optimal among all. Once they are as many as candidates, those that exceed
+    most in each row are enough to go on with. A float32 pass with a margin finds the few entries that come near;
+    float64 decides.
     """
     size, flat = len(similarity), similarity.numpy().reshape(-1)
     margin = 1e-6 * (1 + float(np.abs(price).max() + np.abs(profit).max()))
     column = torch.from_numpy(price.astype(np.float32))
     least = torch.from_numpy((profit - margin).astype(np.float32)).unsqueeze(1)
-    found = []
+    found, total = [], 0
     for rows in _bands(size):
         near = np.flatnonzero((similarity[rows] - column >= least[rows]).numpy()) + rows.start * size
         excess = flat[near].astype(np.float64) - profit[near // size] - price[near % size]
         beyond = excess > _TOLERANCE
-        found.append(_foremost(near[beyond] // size, near[beyond], excess[beyond], _CANDIDATES // 8))
+        near, excess = near[beyond], excess[beyond]
+        if total + len(near) > size * _CANDIDATES:
+            near = _foremost(near // size, near, excess, _CANDIDATES // 8)
+        found.append(near)
+        total += len(near)
     return np.concatenate(found)
 
 
