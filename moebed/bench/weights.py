@@ -30,6 +30,7 @@ MEASURED = tuple(name for name in STATIC_PROBES if name != MATCHING)
 SIZES = {
     "mixtral": ("Mixtral 8x7B", Shape(layers=1)),
     "deepseek": ("DeepSeekMoE-16B", Shape(2048, 1408, 16, 16, 64, 1)),
+    "olmoe": ("OLMoE-1B-7B", Shape(2048, 1024, 16, 16, 64, 1)),
 }  # a layer of each, without a shared expert
 
 
