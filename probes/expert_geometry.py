@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moebed.machine.float32 import exact_products
 from moebed.machine.precision import multiplies_bf16_faster
 from moebed.model.native.carry import by_rows
 from moebed.views.layer import LayerView, Need
@@ -27,7 +28,6 @@ from probes.contract import Arrays, Headline, Probe, ProbeResult, by_part, per_l
 from probes.figures.pictures import draw_depth, draw_heat_maps
 from probes.measures.bands import one_core_each
 from probes.measures.expert_matrices import compared, fitting, keep_rows, labels_of, num_experts, pair_means
-from probes.measures.matching import exact_products
 from probes.measures.spectrum import (
     EXACT_BELOW,
     TRUSTED,

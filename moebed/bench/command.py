@@ -44,7 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
     probe = kinds.add_parser("probe", help="neuron matching beside the published procedure and its own products")
     probe.add_argument("--rounds", type=int, default=3, help="alternations of each comparison; 3 take five minutes")
     probe.add_argument("--only", action="append", help="streaming, text, weights or matching; default all; repeatable")
-    probe.add_argument("--size", action="append", help="rows of weights: mixtral or deepseek; default both; repeatable")
+    sizes = "rows of weights: mixtral, deepseek or olmoe; default all; repeatable"
+    probe.add_argument("--size", action="append", help=sizes)
     probe.add_argument("--experts", type=int, metavar="N", help="rows of weights: at most N experts of the layer")
     probe.add_argument("--full", action="store_true", help="a whole layer of 64 experts; takes more than an hour")
     kernels = kinds.add_parser("kernels", help="the Triton kernels: machine code and roofline, or times on a GPU")

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from moebed.bench import streaming, weights
 from moebed.bench.published import SAMPLED_ROWS, published_pair, random_pair
-from probes.measures.matching import exact_products, match_pairs
+from moebed.machine.float32 import exact_products
+from probes.measures.matching import match_pairs
 
 DEEPSEEK, MIXTRAL = (1408, 2048), (14336, 4096)  # N, H
 LAYER_EXPERTS, SOME_EXPERTS = 64, 5

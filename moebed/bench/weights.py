@@ -2,7 +2,7 @@
 
 The floor reads every expert matrix of the layer from the page cache into one buffer, copies it to float32, multiplies
 it by its own transpose on its shorter side: the smallest product from which all lengths and angles, and so a spectrum,
-follow, exact as ``probes.measures.matching.exact_products`` has it. Both sides are given the same files.
+follow, exact as ``moebed.machine.float32.exact_products`` has it. Both sides are given the same files.
 
 N shorter side, K longer side of a matrix.
 """
@@ -19,7 +19,7 @@ import torch
 from moebed.bench.streaming import Shape
 from moebed.checkpoints.pretrained import PretrainedMoE
 from moebed.machine.allocator import keep_freed_blocks
-from probes.measures.matching import exact_products
+from moebed.machine.float32 import exact_products
 from probes.registry import PROBES, STATIC_PROBES
 from probes.running.driver import Timing, needs_of, run_probes
 
@@ -30,6 +30,7 @@ MEASURED = tuple(name for name in STATIC_PROBES if name != MATCHING)
 SIZES = {
     "mixtral": ("Mixtral 8x7B", Shape(layers=1)),
     "deepseek": ("DeepSeekMoE-16B", Shape(2048, 1408, 16, 16, 64, 1)),
+    "olmoe": ("OLMoE-1B-7B", Shape(2048, 1024, 16, 16, 64, 1)),
 }  # a layer of each, without a shared expert
 
 

@@ -13,9 +13,9 @@ import torch
 from scipy.spatial import cKDTree
 from torch import Tensor
 
+from moebed.machine.float32 import exact_products
 from probes.measures.bands import all_half, one_core_each, sum_over_bands
 from probes.measures.krylov import leading
-from probes.measures.matching import exact_products
 from probes.measures.spectrum import EXACT_BELOW, gram, start_of
 
 _CACHED_ELEMENTS = 1 << 18  # a megabyte in float32, which stays in a core's cache
