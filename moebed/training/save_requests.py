@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -41,11 +42,11 @@ class Requests:
             wanted[environment.requeue_signal or signal.SIGUSR1] = REQUEUE  # SLURM is on Linux alone
         for number, meaning in wanted.items():
             self._lightnings[number] = signal.getsignal(number)
-            signal.signal(number, lambda number, _, meaning=meaning: self._note(number, meaning))
+            signal.signal(number, functools.partial(self._note, meaning))
         # Lightning has the ranks ask the first one for a SIGTERM before every micro-batch, and wait for its answer.
         setattr(trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor", lambda: None)  # noqa: B010
 
-    def _note(self, number: int, meaning: int) -> None:
+    def _note(self, meaning: int, number: int, _frame: Any) -> None:
         if number == signal.SIGINT:
             if self._interrupted:
                 raise KeyboardInterrupt
