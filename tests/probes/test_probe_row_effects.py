@@ -11,7 +11,7 @@ from moebed.views.layer import ExpertView, HeadView
 from moebed.views.live import intervene, walk
 from probes.figures.drawing import to_rgb
 from probes.measures.row_effects import DrawnTokens, smallest_seen, standardised
-from probes.observed_vs_needed import METRICS, ObservedVsNeeded, adjusted, high_less_low
+from probes.observed_vs_needed import METRICS, ObservedVsNeeded, _of_experts, adjusted, high_less_low
 from probes.random_routes import RandomRoutes, percentiles
 from probes.registry import make_probes
 from probes.running.driver import needs_of, run_probes
@@ -84,6 +84,26 @@ def test_highest_less_lowest_by_hand():
     values = np.array([[3.0, 1, 2], [1, 1, 1], [5, np.nan, np.nan], [1, np.nan, 4]])
     rise = np.array([[0.5, 0.1, 9], [1, 2, 3], [1, 0, 0], [0.25, np.nan, 1]])
     np.testing.assert_allclose(high_less_low(values, rise), [0.4, np.nan, np.nan, 0.75])
+
+
+def test_what_is_observed_of_an_expert_is_of_the_tokens_that_chose_it(long_text):
+    """Use counts them; neither the weights nor the norms of other tokens enter a mean, and d knows no unit."""
+    weight = torch.tensor([[0.9, 0.1, 0], [0, 0.2, 0.8], [0.6, 0.4, 0]])
+    norm = torch.tensor([[1.0, 2, 50], [70, 4, 3], [5, 6, 90]])
+    wanted = {
+        "use": [2, 3, 1],
+        "mean_weight": [0.75, 0.7 / 3, 0.8],
+        "mean_norm": [3, 4, 3],
+        "std_norm": [2, (8 / 3) ** 0.5, 0],
+    }
+    for key, values in _of_experts(weight, norm).items():
+        np.testing.assert_allclose(values, wanted[key], rtol=1e-6, err_msg=key)
+    tokens = DrawnTokens.of(long_text, 10_000)
+    values = np.random.default_rng(0).normal(0.5, 4.0, len(tokens.token))
+    found = standardised(values, tokens)
+    assert found.d == pytest.approx(values.mean() / values.std())
+    assert np.abs(found.without / found.d - 1).max() < 0.2
+    np.testing.assert_allclose(standardised(10 * values, tokens).without, found.without, rtol=1e-5)
 
 
 def test_the_smallest_effect_seen_is_seen_in_four_of_five(long_text):
