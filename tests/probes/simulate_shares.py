@@ -17,7 +17,7 @@ from probes.measures.resampling import jackknife_of_share, sequence_units, witho
 
 TOKENS = (50, 150)  # of a text
 SPREAD = 4.0  # times the experts: texts' own shares of an expert differ by half of what is even
-CASES = ((8, 2, 4), (64, 8, 4), (64, 1, 4), (8, 2, 32))  # experts, those of a token, layers
+CASES = ((8, 2, 4), (64, 8, 4), (64, 1, 4))  # experts, those of a token, layers
 
 
 @dataclass
@@ -39,7 +39,9 @@ class Held:
 
 def planted(rng: np.random.Generator, experts: int, layers: int) -> np.ndarray:
     """Shares (layers, 2, E) of two domains that have something in common."""
-    share = rng.dirichlet(np.full(experts, 2.0), size=layers)[:, None] * np.exp(rng.normal(0, 0.5, (layers, 2, experts)))
+    share = rng.dirichlet(np.full(experts, 2.0), size=layers)[:, None] * np.exp(
+        rng.normal(0, 0.5, (layers, 2, experts))
+    )
     return share / share.sum(axis=2, keepdims=True)
 
 
@@ -49,7 +51,9 @@ def drawn(rng: np.random.Generator, share: np.ndarray, texts: int, chosen: int) 
     counts = {"domain": domain}
     for layer, of in enumerate(share):
         own = [rng.dirichlet(SPREAD * len(of[number]) * of[number]) for number in domain]
-        counts[f"count_any/{layer}"] = np.stack([rng.multinomial(n * chosen, p) for n, p in zip(tokens, own, strict=True)])
+        counts[f"count_any/{layer}"] = np.stack(
+            [rng.multinomial(n * chosen, p) for n, p in zip(tokens, own, strict=True)]
+        )
     return counts
 
 
@@ -77,7 +81,9 @@ def coverage(experts: int, chosen: int, layers: int, texts: int, draws: int, see
         inside.append(np.where(known, (low <= share[0, 0]) & (share[0, 0] <= high), np.nan))
     rare = share[0, 0] < 0.5 / experts
     by_expert = np.array(inside)  # (draws, E)
-    ends = [float(np.nanmean(part)) if np.size(part) else np.nan for part in (held, by_expert[:, ~rare], by_expert[:, rare])]
+    ends = [
+        float(np.nanmean(part)) if np.size(part) else np.nan for part in (held, by_expert[:, ~rare], by_expert[:, rare])
+    ]
     return Held(*ends, len(held) / draws)
 
 

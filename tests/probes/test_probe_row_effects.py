@@ -1,12 +1,16 @@
 """observed_vs_needed and random_routes: planted causes and routes that are alike, and a live model by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from probe_cases import make_text, routed_view
+from torch import nn
 
 from moebed.errors import ConfigError
 from moebed.views import interventions as iv
+from moebed.views.attribution import Attribution, Following
 from moebed.views.layer import ExpertView, HeadView
 from moebed.views.live import intervene, walk
 from probes.figures.drawing import to_rgb
@@ -36,11 +40,11 @@ def head_of(text, loss, rises):
     return HeadView(text, torch.zeros_like(text.targets), loss, under=under)
 
 
-def observed(text, rise_of, seed=0):
+def observed(text, rise_of, seed=0, attribution=None):
     """The probe on a layer of four experts, two of them chosen, whose removal costs what ``rise_of`` a place says."""
     generator = torch.Generator().manual_seed(seed)
     tokens = len(text.targets)
-    view = routed_view(torch.randn(tokens, 4, generator=generator), 2, text=text)
+    view = replace(routed_view(torch.randn(tokens, 4, generator=generator), 2, text=text), attribution=attribution)
     probe = ObservedVsNeeded()
     probe.begin_layer(view)
     outputs = [torch.randn(tokens, 3, generator=generator) * (1 + expert) for expert in range(4)]
@@ -48,6 +52,10 @@ def observed(text, rise_of, seed=0):
         probe.update_expert(view, ExpertView(expert, output))
     probe.update(view)
     norm = torch.stack(outputs).norm(dim=2).T.gather(1, view.routing.topk_index)
+    if attribution is not None:  # what g·E(x) adds to the logit of the token that follows
+        rows = attribution.following.rows[attribution.following.of_token.clamp_min(0)]
+        every = torch.stack([(output * rows).sum(dim=1) for output in outputs], dim=1)
+        norm = every.gather(1, view.routing.topk_index) * view.routing.topk_weight
     rises = {
         f"drop_top {place + 1} zero @ layer 0 alone at 2000 tokens": rise_of(place, view.routing, norm)
         + 0.5 * torch.randn(tokens, generator=generator)
@@ -69,7 +77,9 @@ def test_what_a_metric_tells_is_found_and_what_it_does_not_is_not(long_text):
     assert "called in 0 of 1 layers" in result.headlines["d_norm"].sentence
     low, high = result.headlines["d_weight"].interval
     assert low < d["weight"] < high
-    assert result.arrays["pairs/0"].tolist() == [TEXTS * (LENGTH - 1)] * len(METRICS)
+    pairs = dict(zip(names, result.arrays["pairs/0"].tolist(), strict=True))
+    assert pairs.pop("dla") == 0  # nothing was told of logits
+    assert set(pairs.values()) == {TEXTS * (LENGTH - 1)}
     for build in result.figures.values():
         to_rgb(build())
 
@@ -78,6 +88,27 @@ def test_a_loss_that_falls_with_the_norm_has_the_other_sign(long_text):
     result = observed(long_text, lambda place, routing, norm: -0.2 * norm[:, place])
     assert result.headlines["d_norm"].value < -0.2
     assert result.headlines["d_mean_norm"].value < -0.1
+
+
+def test_what_an_expert_adds_to_the_logit_tells_where_it_is_what_the_loss_is_of(long_text):
+    """The loss rises by what is taken from the logit of the token that follows: called, and as it is by hand."""
+    ids, of_token = long_text.targets.unique(return_inverse=True)
+    rows = torch.randn(len(ids) - 1, 3, generator=torch.Generator().manual_seed(4))
+    attribution = Attribution(Following(rows, of_token - 1), 1.0, nn.Identity())
+    kept = {}
+
+    def rise(place, routing, added):
+        kept[place] = added[:, place]
+        return added[:, place]
+
+    result = observed(long_text, rise, attribution=attribution)
+    at, names = list(METRICS).index("dla"), list(METRICS)
+    found = result.arrays["observed/0"][:, :, at]
+    for place, added in kept.items():
+        np.testing.assert_allclose(found[:, place], added[result.arrays["token"]], rtol=1e-4, atol=1e-6)
+    assert result.headlines["d_dla"].value > 0.5
+    assert result.headlines["d_dla"].value == max(result.headlines[f"d_{name}"].value for name in names)
+    assert "called in 1 of 1 layers" in result.headlines["d_dla"].sentence
 
 
 def test_highest_less_lowest_by_hand():
