@@ -291,6 +291,8 @@ def test_hash_depends_on_the_id_and_the_layer_alone():
     routing = first(torch.randn(3000, 32), None, ids)
     assert torch.equal(routing.topk_index, first(torch.randn(3000, 32), None, ids).topk_index)
     assert not torch.equal(routing.topk_index, second(torch.randn(3000, 32), None, ids).topk_index)
+    turned = first(torch.randn(3000, 32), None, TokenContext(ids.ids.flip(0)))  # the place is not the id
+    assert torch.equal(turned.topk_index, routing.topk_index.flip(0))
     other = type(first)(config_of("hash", num_experts=8, router_options={"seed": 1}), config.layer(0))
     assert not torch.equal(routing.topk_index, other(torch.randn(3000, 32), None, ids).topk_index)
     assert bool((routing.topk_index[:, 0] != routing.topk_index[:, 1]).all())

@@ -115,7 +115,7 @@ def test_strata_neither_narrow_an_interval_nor_widen_it(units, strata):
 
 
 def test_what_is_near_0_varies_upwards():
-    """Shares of 64 experts in three texts of a domain, of which a symmetric interval would hold 61 % where they are rare."""
+    """Shares of 64 experts in three texts of a domain, of which a symmetric interval holds 61 % if rare."""
     found = coverage_of_shares(64, 1, 1, 6, 60)
     assert 0.92 < found.common < 0.99
     assert 0.93 < found.rare <= 1
