@@ -19,7 +19,6 @@ from moebed.views.layer import LayerView, Need
 from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, finite, numbers, per_layer
 from probes.measures.expert_scores import calibration_texts
 from probes.measures.resampling import (
-    SHARE,
     interval_of,
     keep,
     p_value,
@@ -31,6 +30,7 @@ from probes.measures.resampling import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+RANKED = "no interval, as few texts rank experts badly, which lowers it: with more it would be higher"
 LOWERED = "no interval, as few texts lower it: what as few texts show with the domains' names shuffled stands beside it"
 FEW = "a domain of one text: what its experts vary by from text to text cannot be told, nor taken off"
 
@@ -44,8 +44,8 @@ class Committee(Probe):
     the mass is given in words; ``gini ()`` of that curve: 0 when even, (E − 1)/E when one expert does all;
     ``expert_part ()`` and ``domain_part ()``, squared coefficients of variation of the experts' shares that all domains
     have in common, and of what a domain adds, both less what texts of one domain vary by; ``interaction ()``, the
-    latter's part of both, 0 where all domains use the same experts, 1 where what one uses others do not. Each of the
-    last with ``..._without (U,)``. With two domains or more ``top_jaccard ()``, overlap of two domains' K most used
+    latter's part of both, 0 where all domains use the same experts, 1 where what one uses others do not. Each of these
+    three with ``..._without (U,)``. With two domains or more ``top_jaccard ()``, overlap of two domains' K most used
     experts (common over all of both), mean over pairs; ``top_jaccard_null (2,)``, mean and 5th percentile with the
     domains' names shuffled over texts; ``top_jaccard_p ()``, of so small an overlap. Stored once: ``unit_stratum
     (U,)``.
@@ -77,10 +77,12 @@ class Committee(Probe):
     def _measure(self, layer: int, share: np.ndarray, domain: np.ndarray, top: int) -> None:
         units = sequence_units(domain)
         self.arrays |= units.arrays()
-        self.put("top_mass", layer, held_out_mass(share, domain))
-        whole = _numbers(share, domain, top)
+        mass = held_out_mass(share, domain)
+        for key, value in (("top_mass", mass), ("mass", mass[top - 1]), ("gini", gini(mass))):
+            self.put(key, layer, value)
+        whole = _parts(share, domain)
         left = [units.of_token != unit for unit in range(len(units.stratum))]
-        without = [_numbers(share[rest], domain[rest], top) if rest.any() else whole for rest in left]
+        without = [_parts(share[rest], domain[rest]) if rest.any() else whole for rest in left]
         for name, value in whole.items():
             keep(self, name, layer, value, np.array([one[name] for one in without]))
         if len(np.unique(domain)) > 1:
@@ -108,12 +110,12 @@ class Committee(Probe):
                 value,
                 f"The most used experts, as many as a token has, get {value:.1%} of the assignments of texts on which "
                 f"they were not chosen ({chance:.1%} if all were used alike).",
-                interval_of(arrays, "mass", value, within=SHARE),
+                no_interval=RANKED,
             )
             headlines["gini"] = Headline(
                 scalars["gini"],
                 f"The experts' loads, on texts that did not rank them, are unequal by {scalars['gini']:.2f} (Gini).",
-                interval_of(arrays, "gini", scalars["gini"]),
+                no_interval=RANKED,
             )
         else:
             notes.append("experts are ranked on some texts of a domain and measured on others: give two or more of it")
@@ -220,17 +222,11 @@ def overlap_of_top(share: np.ndarray, labels: np.ndarray, top: int) -> np.ndarra
     return np.mean([(a & b).sum(axis=1) / (a | b).sum(axis=1) for a, b in pairs], axis=0)
 
 
-def _numbers(share: np.ndarray, domain: np.ndarray, top: int) -> dict[str, float]:
-    mass = held_out_mass(share, domain)
+def _parts(share: np.ndarray, domain: np.ndarray) -> dict[str, float]:
     of_experts, of_domains = parts(share, domain)
     both = of_experts + of_domains
-    return {
-        "mass": float(mass[top - 1]),
-        "gini": gini(mass),
-        "expert_part": of_experts,
-        "domain_part": of_domains,
-        "interaction": of_domains / both if both > 0 else np.nan,
-    }
+    interaction = of_domains / both if both > 0 else np.nan
+    return {"expert_part": of_experts, "domain_part": of_domains, "interaction": interaction}
 
 
 def _draw(arrays: Arrays) -> Figure:

@@ -24,8 +24,7 @@ from probes.measures.choices import (
     sequence_of,
 )
 from probes.measures.resampling import (
-    SHARE,
-    jackknife,
+    jackknife_of_share,
     p_value,
     sequence_units,
     shuffle_labels,
@@ -128,7 +127,7 @@ class DomainShare(Probe):
                     mine = counts[filled & (domain == number)]  # (B of the domain, E)
                     units = sequence_units(np.zeros(len(mine)))
                     rest = shares_of_counts(without(units.sums(mine), units.stratum))
-                    ends = jackknife(shares_of_counts(mine.sum(axis=0)), rest, units.stratum, SHARE)
+                    ends = jackknife_of_share(shares_of_counts(mine.sum(axis=0)), rest, units.stratum)
                     self.put(f"share_{place}_interval", layer, ends, keys[number])
 
     def _compare(self, counts: dict[int, np.ndarray], domain: np.ndarray) -> None:

@@ -40,6 +40,7 @@ METRICS = {
     "std_norm": "standard deviation of ‖E(x)‖ where chosen",
     "norm": "‖E(x)‖ at this token",
     "weighted_norm": "g·‖E(x)‖ at this token",
+    "dla": "what g·E(x) adds to the logit of the token that follows (direct logit attribution)",
     "weight": "g, its weight at this token (the control)",
 }
 CONTROL = "weight"
@@ -50,7 +51,8 @@ class ObservedVsNeeded(Probe):
     """The loss of single tokens without one of their experts, against what is observed of these.
 
     Tokens are drawn from the text, the same at each layer. Stored for each layer: ``observed (n, K, M)``, the metrics
-    of each token's experts, NaN where it has no further one; ``rise (n, K)``, by how much its loss rises without each;
+    of each token's experts, NaN where it has no further one (what one adds to a logit is over what the norms after it
+    divide by, the same for all of a token's experts); ``rise (n, K)``, by how much its loss rises without each;
     ``high_low_d (M,)``, mean over standard deviation of the rise without the expert of the highest value less that
     without the one of the lowest, over tokens where they differ; ``high_low_d_without (U, M)``, ``high_low_interval (2,
     M)``, 95 % over texts; ``high_low_p (M,)``, signs flipped over texts; ``pairs (M,)``, tokens compared. Stored once:
@@ -60,7 +62,7 @@ class ObservedVsNeeded(Probe):
 
     name = "observed_vs_needed"
     question = "Does what is observed of an expert tell whether a token needs it?"
-    needs = frozenset({Need.ROUTING, Need.OUTPUTS, Need.PREDICTIONS})
+    needs = frozenset({Need.ROUTING, Need.OUTPUTS, Need.PREDICTIONS, Need.ATTRIBUTION})
 
     @dataclass(frozen=True)
     class Options(ProbeOptions):
@@ -93,11 +95,18 @@ class ObservedVsNeeded(Probe):
         asked = view.index in asked_layers(self.options.layers, [view.index])
         if view.routing is not None and view.text is not None and asked:
             self._norm = torch.zeros_like(view.routing.router_logits)  # (T, E)
+            self._toward = torch.full_like(self._norm, torch.nan)  # the same, of each expert's own tokens
+            self._weight = assigned_weights(view.routing)
 
     def update_expert(self, view: LayerView, expert: ExpertView) -> None:
         """Measure one expert."""
         if self._norm is not None and expert.kind is ExpertKind.ROUTED:
             self._norm[:, expert.index] = torch.linalg.vector_norm(expert.output, dim=-1)
+            if view.attribution is not None:
+                rows, weight = view.attribution.following.of_token, self._weight[:, expert.index]
+                token = torch.where((rows.to(weight.device) >= 0) & (weight != 0))[0]
+                written = expert.output[token] * weight[token, None]
+                self._toward[token, expert.index] = view.attribution.toward(written, rows[token.to(rows.device)])
 
     def update(self, view: LayerView) -> None:
         """What is observed of the experts of the drawn tokens."""
@@ -105,7 +114,7 @@ class ObservedVsNeeded(Probe):
             return
         drawn = DrawnTokens.of(view.text, self.options.tokens)
         self.arrays |= drawn.arrays() | {"metrics": np.array(list(METRICS), dtype=np.str_)}
-        weight, norm = assigned_weights(view.routing), self._norm
+        weight, norm = self._weight, self._norm
         self._norm = None
         token = torch.from_numpy(drawn.token).to(weight.device)
         index = view.routing.topk_index[token, : view.num_experts_per_tok]  # (n, K)
@@ -113,6 +122,8 @@ class ObservedVsNeeded(Probe):
             **{name: of[index] for name, of in _of_experts(weight, norm).items()},
             "norm": norm[token].gather(1, index),
             "weight": weight[token].gather(1, index),
+            # Over what the norms after it divide by, which is the same for all of a token's experts.
+            "dla": self._toward[token].gather(1, index),
         }
         observed["weighted_norm"] = observed["norm"] * observed["weight"]
         values = torch.stack([observed[name].float() for name in METRICS], dim=2)

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from moebed.study.gain import ROLES, GainShare, gain_share
-from moebed.study.statistics import Difference, compare, deviation_range, pairs_needed, t_interval
+from moebed.study.statistics import Difference, compare, deviation_range, pairs_needed, pooled_freedom, t_interval
 from probes.measures.significance import holm
 
 Run = Mapping[str, Any]
@@ -262,13 +262,11 @@ def power(found: Comparison) -> str:
     if not deviations:
         return ""
     pooled = float(np.sqrt(np.mean(np.square(deviations))))
-    # Arms share the baseline's runs, so that theirs are no more degrees of freedom than those of one arm.
-    freedom = max(arm.difference.pairs for arm in arms if arm.difference is not None) - 1
-    likely = deviation_range(pooled, freedom)
-    needed = {d: [pairs_needed(deviation, d) for deviation in likely] for d in (0.05, 0.03, 0.02, 0.01)}
-    takes = [f"{difference} nats {_pairs(*pairs)}" for difference, pairs in needed.items()]
     losses = {name: _by_seed(found.study["arms"][name], lambda run: run["loss"]) for name in found.arms}
     base, together = losses[found.baseline], []
+    likely = deviation_range(pooled, _freedom([losses[arm.name] for arm in arms], base))
+    needed = {d: [pairs_needed(deviation, d) for deviation in likely] for d in (0.05, 0.03, 0.02, 0.01)}
+    takes = [f"{difference} nats {_pairs(*pairs)}" for difference, pairs in needed.items()]
     for arm in arms:
         seeds = [seed for seed in losses[arm.name] if seed in base]
         both = [[values[seed] for seed in seeds] for values in (losses[arm.name], base)]
@@ -280,6 +278,14 @@ def power(found: Comparison) -> str:
         f"(95 % interval {likely[0]:.3f} to {likely[1]:.3f}).{gain} Over that interval, to see a difference (80 % "
         f"power at 5 %) takes pairs: {', '.join(takes)}."
     )
+
+
+def _freedom(arms: Sequence[Mapping[int, float]], base: Mapping[int, float]) -> float:
+    """Degrees of freedom of the deviation of all arms' pairs, from losses by seed."""
+    every = [seed for seed in base if all(seed in losses for losses in arms)]
+    if len(every) > 1:
+        return pooled_freedom(np.array([[losses[seed] - base[seed] for seed in every] for losses in arms]))
+    return max(len(losses.keys() & base.keys()) for losses in arms) - 1
 
 
 def _pairs(least: int | None, most: int | None) -> str:

@@ -82,7 +82,16 @@ def t_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     return mean - reach, mean + reach
 
 
-def deviation_range(deviation: float, freedom: int) -> tuple[float, float]:
+def pooled_freedom(differences: np.ndarray) -> float:
+    """Degrees of freedom of the mean variance of A arms' differences (A, n): n − 1 of one arm, and less than A times as
+    many of several, as they share the baseline's runs (Satterthwaite's, of their covariance C: tr² C / tr C²).
+    """
+    covariance = np.atleast_2d(np.cov(differences))
+    total = float(np.square(covariance).sum())
+    return (differences.shape[1] - 1) * (float(np.trace(covariance)) ** 2 / total if total else 1.0)
+
+
+def deviation_range(deviation: float, freedom: float) -> tuple[float, float]:
     """95 % interval of the standard deviation that was estimated with so many degrees of freedom, by chi-square."""
     from scipy import stats
 

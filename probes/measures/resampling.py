@@ -130,6 +130,18 @@ def jackknife(
     return np.where(np.isfinite(ends), ends, np.nan)
 
 
+def jackknife_of_share(value: np.ndarray, values_without: np.ndarray, stratum: np.ndarray) -> np.ndarray:
+    """The same of shares (...) of counts, as far in logits as the standard error reaches: (2, ...).
+
+    A share near 0 varies upwards more than downwards. Of one that is 0 or 1 few texts tell nothing: NaN.
+    """
+    inside = (value > 0) & (value < 1)
+    slope = np.where(inside, value * (1 - value), np.nan)
+    logit = np.log(np.where(inside, value, np.nan)) - np.log1p(-np.where(inside, value, np.nan))
+    ends = jackknife(logit, np.asarray(values_without, np.float64) / slope, stratum)
+    return 1 / (1 + np.exp(-ends))
+
+
 def standard_error(values_without: np.ndarray, stratum: np.ndarray) -> tuple[np.ndarray, int]:
     """The standard errors (...) of such statistics, and the degrees of freedom of these; NaN where those are 0."""
     values, stratum = np.asarray(values_without, np.float64), np.asarray(stratum)

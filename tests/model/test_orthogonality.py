@@ -64,6 +64,7 @@ def test_two_neurons_that_are_the_embedding_answer_to_it_alone():
     matrices = torch.eye(4).unsqueeze(1).expand(-1, 2, -1)
     response = responses(torch.eye(4), matrices)
     torch.testing.assert_close(response, 2**0.5 * torch.eye(4))
+    torch.testing.assert_close(responses(torch.eye(4), -matrices), response)  # no activation is between
     assert coupling_loss(response, 1.0) == 0
 
 

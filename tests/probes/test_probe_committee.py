@@ -96,6 +96,13 @@ def test_by_hand():
     assert overlap_of_top(share, domain[None], 1).tolist() == [0]
 
 
+def test_a_long_text_weighs_as_a_short_one():
+    """One of four texts is ten times as long, and the only one to use expert 1."""
+    text = text_of([[1] * 4, [1] * 40, [1] * 4, [1] * 4], [0] * 4, ("a",))
+    result = found([0] * 4 + [1] * 40 + [0] * 8, 3, text)
+    np.testing.assert_allclose(result.arrays["top_mass/0"], [(1 / 2 + 1) / 2, 1, 1], atol=1e-6)
+
+
 def test_one_domain_and_single_texts_are_said():
     choices, text = drawn([[0.5, 0.3, 0.2]], texts=4)
     result = found(choices, 3, text)

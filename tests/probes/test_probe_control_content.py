@@ -9,7 +9,7 @@ from routed_cases import chosen_view, text_of
 from moebed.errors import ConfigError
 from moebed.views.layer import Need
 from moebed.views.live import walk
-from probes.control_content import FEW, ControlContent, control_basis
+from probes.control_content import FEW, ControlContent, _by_id, control_basis
 from probes.figures.drawing import to_rgb
 from probes.measures.paths import path_correlation
 from probes.running.driver import run_probes
@@ -83,6 +83,9 @@ def test_ids_and_paths():
     assert result.scalars["id_share_control"] > 0.999
     assert abs(result.scalars["id_share_content"]) < 0.05
     assert abs(result.scalars["id_share_control_shuffled"]) < 0.05
+    x = torch.randn(400, 8, generator=torch.Generator().manual_seed(1))
+    few = _by_id(x, x[:, :3], torch.arange(400) // 2)
+    assert abs(few["id_share_control"]) < 0.15  # of two tokens an id half the variance lies between ids by chance
     assert result.scalars["control_cos_next"] == pytest.approx(1, abs=1e-3)
     assert result.scalars["control_cos_next_shuffled"] < 0.6
     assert result.scalars["total_correlation"] == pytest.approx(result.scalars["total_correlation_same_id"])

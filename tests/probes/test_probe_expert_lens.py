@@ -73,7 +73,7 @@ def test_all_that_is_added_makes_the_logit_and_costs_what_it_costs(case, make_de
             parameter.copy_(torch.rand(parameter.shape, generator=torch.Generator().manual_seed(1)) + 0.5)
     model = LiveModel(decoder)
     hidden = model.embed(texts.token_ids)
-    known, experts, total = texts.targets >= 0, {}, 0.0
+    known, experts, cosines, total = texts.targets >= 0, {}, {}, 0.0
     for view in walk(decoder, texts, NEEDS):
         if isinstance(view, HeadView):
             break
@@ -92,13 +92,21 @@ def test_all_that_is_added_makes_the_logit_and_costs_what_it_costs(case, make_de
             output, weight = view.moe_output, assigned_weights(view.routing)
             added, mine = 0.0, torch.zeros_like(weight)
             for expert in parts.values():
-                routed = expert.kind is ExpertKind.ROUTED
-                written = expert.output * weight[:, expert.index, None] if routed else expert.output
+                is_routed = expert.kind is ExpertKind.ROUTED
+                written = expert.output * weight[:, expert.index, None] if is_routed else expert.output
                 one = view.attribution.toward(written, row) / view.attribution.held(output)
                 added = added + one
-                if routed:
+                if is_routed:
                     mine[:, expert.index] = one
             experts[view.index] = mine, weight
+            routed = torch.stack([of.output for of in parts.values() if of.kind is ExpertKind.ROUTED], dim=1)
+            routed = routed * weight.unsqueeze(2)
+            first = routed[torch.arange(len(weight)), weight.argmax(dim=1)]
+            beside = output - routed.sum(dim=1)
+            cosines[view.index] = {
+                "top1_cos_output": torch.cosine_similarity(first, routed.sum(dim=1)).mean(),
+                "top1_cos_residual": torch.cosine_similarity(view.leave(first + beside), view.leave(output)).mean(),
+            }
         total = total + added
         hidden = view.leave(output)
     logits = view.logits.gather(1, texts.targets.clamp(min=0).unsqueeze(1)).squeeze(1)
@@ -112,6 +120,8 @@ def test_all_that_is_added_makes_the_logit_and_costs_what_it_costs(case, make_de
         (rise,) = intervene(decoder, texts, [alone(drop_top(1, ZERO, [layer]))]).values()
         rho = spearmanr(first[known], rise[known]).statistic
         assert result.arrays[f"cause_rho/{layer}"] == pytest.approx(rho, abs=2e-3)
+        for key, value in cosines[layer].items():
+            assert float(result.arrays[f"{key}/{layer}"]) == pytest.approx(float(value), abs=1e-5)
     assert result.headlines["cause_rho"].value > result.scalars["cause_rho_shuffled"]
     low, high = result.headlines["dla_specific"].interval
     assert low < result.headlines["dla_specific"].value < high

@@ -89,6 +89,7 @@ def test_an_effect_is_the_mean_over_tokens():
     assert effect.mean == 1
     assert effect.interval is None  # one text of each domain
     both = effect_of(np.array([4.0, 2, 9]), np.array([4, 4, 9]), np.zeros(3, int))
+    assert both.mean == pytest.approx(15 / 17)  # not of the texts' means
     assert both.interval[0] < both.mean < both.interval[1]
 
 

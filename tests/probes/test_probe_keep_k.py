@@ -86,6 +86,8 @@ def test_an_expert_that_one_domain_alone_uses(make_decoder):
     assert (np.abs(rise[1, 4:]) > 1e-2).all()
     both = arrays["keep_loss/frequency"][0] - arrays["loss"]
     np.testing.assert_allclose(both, 0, atol=1e-4)
+    own, other = (curves(arrays)[key][1].mean for key in ("domain", "other_domain"))
+    assert abs(own) < 1e-4 < 1e-3 < abs(other)
 
 
 def test_of_two_equal_experts_one_is_enough(make_decoder):
@@ -109,6 +111,11 @@ def test_it_judges_on_texts_that_chose_nothing(make_decoder):
     for key in arrays:
         if key.startswith(("score/", "kept/")):
             np.testing.assert_allclose(arrays[key], again[key], rtol=1e-5, atol=1e-6)
+    apart = arrays["calibration"] == 0
+    drawn = np.mean([arrays[f"keep_loss/random_{draw}"][0] for draw in range(5)], axis=0) - arrays["loss"]
+    assert curves(arrays)["random"][0].mean == pytest.approx(
+        drawn[apart].sum() / arrays["tokens"][apart].sum(), rel=1e-4
+    )
     before = curves(arrays)["reap"][0].mean
     arrays["keep_loss/reap"] = arrays["keep_loss/reap"] + 100 * arrays["calibration"]
     assert curves(arrays)["reap"][0].mean == before

@@ -82,6 +82,14 @@ def test_experts_in_another_order_answer_other_rows():
     assert result.headlines["coupling"].value == 0
 
 
+def test_a_row_s_best_expert_is_not_an_expert_s_best_row():
+    """Expert 1 answers row 0 more than its own, and yet no other expert answers row 1."""
+    rows, gate = torch.eye(3), torch.tensor([[[1.0, 0, 0]], [[1.0, 0.5, 0]], [[0, 0, 1.0]]])
+    arrays = coupling(view(rows, gate)).arrays
+    assert arrays["top1_expert/0/raw"] == 1
+    assert arrays["top1_row/0/raw"] == pytest.approx(2 / 3)
+
+
 def test_the_sign_tells_who_is_moved_and_who_is_silenced():
     rows, gate = planted()
     signs = torch.tensor([1.0, -1, 1, -1]).view(4, 1, 1)

@@ -8,7 +8,7 @@ from routed_cases import chosen_view, text_of
 
 from moebed.views.live import walk
 from probes.figures.drawing import to_rgb
-from probes.measures.held_out import Choices, Column, Keys, split_of
+from probes.measures.held_out import Choices, Column, Features, Keys, split_of
 from probes.routing_ladder import FEW, RoutingLadder
 from probes.running.driver import run_probes
 
@@ -92,8 +92,24 @@ def test_counts_leave_out_the_tokens_own_fold_and_one_more():
             left = (split.fold != fold) & (split.fold != split.fold[token]) & (key == key[token])
             np.testing.assert_allclose(count[token], choices.share[left].sum(axis=0))
         marginal = np.exp(Column(fold, split, choices).marginal)
-        np.testing.assert_allclose(marginal.sum(axis=1), 1, rtol=1e-5)
+        for token in range(24):
+            left = (split.fold != fold) & (split.fold != split.fold[token])
+            total = choices.share[left].sum(axis=0) + 1 / 3
+            np.testing.assert_allclose(marginal[token], total / total.sum(), rtol=1e-5)
     assert split_of(domain[:2], sequence[:8]) is None
+
+
+def test_read_outs_leave_out_the_tokens_own_fold_and_one_more():
+    """What these tokens' experts are changes nothing that is predicted of them."""
+    domain, sequence = np.zeros(6, int), np.repeat(np.arange(6), 10)
+    rng, split = np.random.default_rng(1), split_of(domain, sequence)
+    x, y = rng.normal(size=(60, 4)), rng.normal(size=(60, 3))
+    for one, other in ((0, 0), (0, 3)):
+        changed, seen = y.copy(), split.fold == other
+        changed[(split.fold == one) | seen] += rng.normal(size=3)
+        (before,), (after,) = (Features(x, split, of)._predicted(one, 1e-3) for of in (y, changed))
+        np.testing.assert_allclose(before[seen], after[seen], rtol=1e-9)
+        assert np.abs(before - after).max() > 0 or one == other
 
 
 def test_what_cannot_be_predicted_says_so(make_decoder):

@@ -1,17 +1,21 @@
 """observed_vs_needed and random_routes: planted causes and routes that are alike, and a live model by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from probe_cases import make_text, routed_view
+from torch import nn
 
 from moebed.errors import ConfigError
 from moebed.views import interventions as iv
+from moebed.views.attribution import Attribution, Following
 from moebed.views.layer import ExpertView, HeadView
 from moebed.views.live import intervene, walk
 from probes.figures.drawing import to_rgb
 from probes.measures.row_effects import DrawnTokens, smallest_seen, standardised
-from probes.observed_vs_needed import METRICS, ObservedVsNeeded, adjusted, high_less_low
+from probes.observed_vs_needed import METRICS, ObservedVsNeeded, _of_experts, adjusted, high_less_low
 from probes.random_routes import RandomRoutes, percentiles
 from probes.registry import make_probes
 from probes.running.driver import needs_of, run_probes
@@ -36,11 +40,11 @@ def head_of(text, loss, rises):
     return HeadView(text, torch.zeros_like(text.targets), loss, under=under)
 
 
-def observed(text, rise_of, seed=0):
+def observed(text, rise_of, seed=0, attribution=None):
     """The probe on a layer of four experts, two of them chosen, whose removal costs what ``rise_of`` a place says."""
     generator = torch.Generator().manual_seed(seed)
     tokens = len(text.targets)
-    view = routed_view(torch.randn(tokens, 4, generator=generator), 2, text=text)
+    view = replace(routed_view(torch.randn(tokens, 4, generator=generator), 2, text=text), attribution=attribution)
     probe = ObservedVsNeeded()
     probe.begin_layer(view)
     outputs = [torch.randn(tokens, 3, generator=generator) * (1 + expert) for expert in range(4)]
@@ -48,6 +52,10 @@ def observed(text, rise_of, seed=0):
         probe.update_expert(view, ExpertView(expert, output))
     probe.update(view)
     norm = torch.stack(outputs).norm(dim=2).T.gather(1, view.routing.topk_index)
+    if attribution is not None:  # what g·E(x) adds to the logit of the token that follows
+        rows = attribution.following.rows[attribution.following.of_token.clamp_min(0)]
+        every = torch.stack([(output * rows).sum(dim=1) for output in outputs], dim=1)
+        norm = every.gather(1, view.routing.topk_index) * view.routing.topk_weight
     rises = {
         f"drop_top {place + 1} zero @ layer 0 alone at 2000 tokens": rise_of(place, view.routing, norm)
         + 0.5 * torch.randn(tokens, generator=generator)
@@ -69,7 +77,9 @@ def test_what_a_metric_tells_is_found_and_what_it_does_not_is_not(long_text):
     assert "called in 0 of 1 layers" in result.headlines["d_norm"].sentence
     low, high = result.headlines["d_weight"].interval
     assert low < d["weight"] < high
-    assert result.arrays["pairs/0"].tolist() == [TEXTS * (LENGTH - 1)] * len(METRICS)
+    pairs = dict(zip(names, result.arrays["pairs/0"].tolist(), strict=True))
+    assert pairs.pop("dla") == 0  # nothing was told of logits
+    assert set(pairs.values()) == {TEXTS * (LENGTH - 1)}
     for build in result.figures.values():
         to_rgb(build())
 
@@ -80,10 +90,51 @@ def test_a_loss_that_falls_with_the_norm_has_the_other_sign(long_text):
     assert result.headlines["d_mean_norm"].value < -0.1
 
 
+def test_what_an_expert_adds_to_the_logit_tells_where_it_is_what_the_loss_is_of(long_text):
+    """The loss rises by what is taken from the logit of the token that follows: called, and as it is by hand."""
+    ids, of_token = long_text.targets.unique(return_inverse=True)
+    rows = torch.randn(len(ids) - 1, 3, generator=torch.Generator().manual_seed(4))
+    attribution = Attribution(Following(rows, of_token - 1), 1.0, nn.Identity())
+    kept = {}
+
+    def rise(place, routing, added):
+        kept[place] = added[:, place]
+        return added[:, place]
+
+    result = observed(long_text, rise, attribution=attribution)
+    at, names = list(METRICS).index("dla"), list(METRICS)
+    found = result.arrays["observed/0"][:, :, at]
+    for place, added in kept.items():
+        np.testing.assert_allclose(found[:, place], added[result.arrays["token"]], rtol=1e-4, atol=1e-6)
+    assert result.headlines["d_dla"].value > 0.5
+    assert result.headlines["d_dla"].value == max(result.headlines[f"d_{name}"].value for name in names)
+    assert "called in 1 of 1 layers" in result.headlines["d_dla"].sentence
+
+
 def test_highest_less_lowest_by_hand():
     values = np.array([[3.0, 1, 2], [1, 1, 1], [5, np.nan, np.nan], [1, np.nan, 4]])
     rise = np.array([[0.5, 0.1, 9], [1, 2, 3], [1, 0, 0], [0.25, np.nan, 1]])
     np.testing.assert_allclose(high_less_low(values, rise), [0.4, np.nan, np.nan, 0.75])
+
+
+def test_what_is_observed_of_an_expert_is_of_the_tokens_that_chose_it(long_text):
+    """Use counts them; neither the weights nor the norms of other tokens enter a mean, and d knows no unit."""
+    weight = torch.tensor([[0.9, 0.1, 0], [0, 0.2, 0.8], [0.6, 0.4, 0]])
+    norm = torch.tensor([[1.0, 2, 50], [70, 4, 3], [5, 6, 90]])
+    wanted = {
+        "use": [2, 3, 1],
+        "mean_weight": [0.75, 0.7 / 3, 0.8],
+        "mean_norm": [3, 4, 3],
+        "std_norm": [2, (8 / 3) ** 0.5, 0],
+    }
+    for key, values in _of_experts(weight, norm).items():
+        np.testing.assert_allclose(values, wanted[key], rtol=1e-6, err_msg=key)
+    tokens = DrawnTokens.of(long_text, 10_000)
+    values = np.random.default_rng(0).normal(0.5, 4.0, len(tokens.token))
+    found = standardised(values, tokens)
+    assert found.d == pytest.approx(values.mean() / values.std())
+    assert np.abs(found.without / found.d - 1).max() < 0.2
+    np.testing.assert_allclose(standardised(10 * values, tokens).without, found.without, rtol=1e-5)
 
 
 def test_the_smallest_effect_seen_is_seen_in_four_of_five(long_text):

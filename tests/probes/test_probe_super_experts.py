@@ -5,6 +5,8 @@ import pytest
 import torch
 from probe_cases import make_text
 
+from moebed.views.interventions import chosen_experts
+from moebed.views.layer import LayerView
 from moebed.views.live import walk
 from probes.figures.drawing import to_rgb
 from probes.running.driver import run_probes
@@ -58,6 +60,27 @@ def test_a_model_without_one_has_one_by_the_rule_and_none_by_the_residual(make_d
     assert result.arrays["other_rise"].shape == (1, 20, 4)
     assert np.isfinite(result.arrays["other_rise"][0, :3]).all()  # the three others of its layer
     assert np.isnan(result.arrays["other_rise"][0, 3:]).all()
+
+
+def test_it_is_the_largest_of_all_of_an_expert_s_own_tokens(make_decoder, texts):
+    decoder = make_decoder().requires_grad_(False)
+    arrays = run(decoder, texts).arrays
+    for view in walk(decoder, texts, SuperExperts.needs):
+        if isinstance(view, LayerView):
+            outputs, chosen = list(view.experts()), chosen_experts(view.routing)
+            every, own = arrays[f"max_abs_all/{view.index}"], arrays[f"max_abs/{view.index}"]
+            for one in outputs:
+                size = one.output.abs().amax(dim=1)
+                assert every[one.index] == pytest.approx(float(size.max()))
+                assert own[one.index] == pytest.approx(float(size[chosen[:, one.index]].max()))
+
+
+@pytest.mark.parametrize(("most", "median", "massive"), [(90, 0.01, False), (150, 0.2, False), (150, 0.1, True)])
+def test_massive_is_large_and_far_above_the_median(most, median, massive):
+    arrays = {"max_abs/1": np.array([1.0, 2]), "max_at/1": np.zeros((2, 3), int)}
+    arrays |= {"residual_max/1": np.array(float(most)), "residual_median/1": np.array(median)}
+    said = SuperExperts.describe(arrays).headlines["found"].sentence
+    assert ("no massive" not in said) == massive
 
 
 def test_the_rule_by_hand():

@@ -71,7 +71,10 @@ def test_what_more_pairs_would_see():
     found = compare_arms(made_up_study(LOSSES))
     differences = [np.subtract(LOSSES[arm], LOSSES["topk"]) for arm in ("worse", "alike")]
     pooled = np.sqrt(np.mean([values.var(ddof=1) for values in differences]))
-    ends = deviation_range(pooled, len(LOSSES["topk"]) - 1)
+    covariance = np.cov(differences)
+    freedom = (len(LOSSES["topk"]) - 1) * np.trace(covariance) ** 2 / (covariance**2).sum()
+    assert 1 < freedom / (len(LOSSES["topk"]) - 1) < 2  # two arms that share the baseline's runs
+    ends = deviation_range(pooled, freedom)
     least, most = (next(n for n in range(2, 99) if detectable(end, n) <= 0.01) for end in ends)
     sentence = power(found)
     assert f"pooled {pooled:.3f}" in sentence

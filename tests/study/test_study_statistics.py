@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from simulate_coverage import SHAPES, coverage
+from simulate_coverage import SHAPES, coverage, coverage_of_deviation
 
 from moebed.study.statistics import compare, detectable, deviation_range
 from probes.measures.significance import holm
@@ -33,6 +33,12 @@ def test_interval_covers_what_it_says(shape, pairs):
         assert covered == pytest.approx(0.95, abs=0.02)
     else:
         assert 0.85 < covered < 0.97
+
+
+@pytest.mark.parametrize(("arms", "shared"), [(1, 1.0), (3, 1.0), (3, 3.0)])
+def test_the_interval_of_the_deviation_covers_what_it_says(arms, shared):
+    """Of arms that share the baseline's runs, whether these scatter as much as the arms' or are most of what varies."""
+    assert 0.92 < coverage_of_deviation(arms, 8, shared, SIMULATED) < 0.99
 
 
 @pytest.mark.parametrize("pairs", [3, 4, 8])

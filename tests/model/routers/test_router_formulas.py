@@ -190,11 +190,11 @@ def test_mean_cosine_leaves_out_the_diagonal():
 @pytest.mark.parametrize("name", ["competesmoe", "competesmoe_v2"])
 def test_weights_and_experts_of_a_competition_are_in_the_same_order(name):
     """Weight k belongs to expert k: with one expert's output known by its size, the sum shows it."""
-    outputs = torch.eye(4).expand(1, 4, 4) * torch.tensor([1.0, 4.0, 2.0, 3.0]).view(1, 4, 1)
+    outputs = torch.eye(4).expand(1, 4, 4) * torch.tensor([1.0, 3.0, 2.0, 4.0]).view(1, 4, 1)
     routing = router_of(name)(torch.randn(1, 32), GivenOutputs(outputs))
-    assert routing.topk_index.tolist() == [[1, 3]]
+    assert routing.topk_index.tolist() == [[3, 1]]  # not in the order of their numbers
     assert routing.topk_weight[0, 0] > routing.topk_weight[0, 1]
-    assert routing.precomputed[0].argmax(-1).tolist() == [1, 3]
+    assert routing.precomputed[0].argmax(-1).tolist() == [3, 1]
 
 
 def test_evaluation_and_other_steps_run_no_experts():
@@ -291,6 +291,8 @@ def test_hash_depends_on_the_id_and_the_layer_alone():
     routing = first(torch.randn(3000, 32), None, ids)
     assert torch.equal(routing.topk_index, first(torch.randn(3000, 32), None, ids).topk_index)
     assert not torch.equal(routing.topk_index, second(torch.randn(3000, 32), None, ids).topk_index)
+    turned = first(torch.randn(3000, 32), None, TokenContext(ids.ids.flip(0)))  # the place is not the id
+    assert torch.equal(turned.topk_index, routing.topk_index.flip(0))
     other = type(first)(config_of("hash", num_experts=8, router_options={"seed": 1}), config.layer(0))
     assert not torch.equal(routing.topk_index, other(torch.randn(3000, 32), None, ids).topk_index)
     assert bool((routing.topk_index[:, 0] != routing.topk_index[:, 1]).all())

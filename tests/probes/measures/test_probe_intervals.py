@@ -7,6 +7,7 @@ import pytest
 import torch
 from probe_cases import all_needs, make_text
 from simulate_intervals import coverage
+from simulate_shares import coverage as coverage_of_shares
 
 from moebed.views.layer import ProbeText
 from moebed.views.live import walk
@@ -111,6 +112,13 @@ def test_strata_neither_narrow_an_interval_nor_widen_it(units, strata):
         low, high = jackknife(values.mean(), without(values, stratum) / units, stratum)
         held += low <= 10 * stratum.mean() <= high
     assert held / 3000 == pytest.approx(0.95, abs=0.015)
+
+
+def test_what_is_near_0_varies_upwards():
+    """Shares of 64 experts in three texts of a domain, of which a symmetric interval holds 61 % if rare."""
+    found = coverage_of_shares(64, 1, 1, 6, 60)
+    assert 0.92 < found.common < 0.99
+    assert 0.93 < found.rare <= 1
 
 
 def test_many_texts_are_put_together_within_their_domain():
