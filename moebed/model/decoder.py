@@ -77,9 +77,8 @@ class MoE(nn.Module):
                 self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
         self.hyper_experts = build_adapters(config, layer, generator)
         self.config, self.index, self.num_experts = config, layer.index, layer.num_experts
-        self.own_router = not type(self.router).__module__.startswith(
-            "moebed."
-        )  # from a plug-in: what it gives is checked
+        # What a router from elsewhere decides is checked.
+        self.checks_routing = not type(self.router).__module__.startswith("moebed.")
         self.diversity_losses = frozenset(name for name, coefficient in config.diversity_losses.items() if coefficient)
         self._check_gate()
 
@@ -101,7 +100,7 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, context: TokenContext | None = None) -> tuple[Tensor, Routing]:
         """Tokens x (T, H) of which a context (T,) is known -> outputs (T, H) and the router's decisions."""
         routing = self.router(x, self.experts, context)
-        if self.own_router:
+        if self.checks_routing:
             require_routing(routing, self.router, len(x), self.num_experts)
         outputs = self.experts.known_outputs(routing)
         if self.training and self.diversity_losses:
