@@ -159,6 +159,7 @@ class Broken(GatedRouter):
 def broken(tmp_path, monkeypatch):
     """Imports a plug-in named broken with something replaced; forgotten afterwards."""
     monkeypatch.setenv(VARIABLE, "")
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # files of one second and one size are the same to Python
 
     def load(content, old, new):
         _forget()

@@ -136,7 +136,7 @@ def _balancing_prices(similarity: Tensor) -> np.ndarray:
     temperature = 0.5 * float(deviation.median())
     price = torch.zeros(size)
     if temperature == 0:
-        return price.double().numpy()
+        return price.numpy().astype(np.float64)
     sample = torch.minimum(sample, mean + 3 * deviation).div_(temperature)
     for _ in range(_BALANCING_STEPS):
         asked = sample - price
@@ -146,7 +146,7 @@ def _balancing_prices(similarity: Tensor) -> np.ndarray:
         if float(step.abs().quantile(0.99)) < _BALANCED:
             break
         price += step
-    return price.mul_(temperature).double().numpy()
+    return price.mul_(temperature).numpy().astype(np.float64)
 
 
 def _candidates(similarity: Tensor, price: np.ndarray) -> np.ndarray:

@@ -42,8 +42,8 @@ def _count(rank, world_size, source, out, place=None):
     tokenizer, read = _Counting(), Source.text_of
     parsed = [0]
 
-    def text_of(source, record):
-        text = read(source, record)
+    def text_of(source, record, *where):
+        text = read(source, record, *where)
         parsed[0] += len(text.encode())
         return text
 

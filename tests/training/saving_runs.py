@@ -15,7 +15,7 @@ ACCUMULATE = ["--trainer.accumulate_grad_batches", 4]
 class Signal(Callback):
     """Sends this process a signal after a micro-batch."""
 
-    def __init__(self, batch: int, number: int = signal.SIGTERM):
+    def __init__(self, batch: int, number: int = int(signal.SIGTERM)):
         self.batch, self.number = batch, number
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
