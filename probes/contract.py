@@ -36,8 +36,7 @@ class Headline:
         sentence: What it says.
         interval: 95 %, of what the number would be of endlessly many texts of the kind
         (``probes.measures.resampling``).
-        no_interval: Why it has none however many texts there are, in words; empty where only too few can be why, and
-            where no text enters.
+        no_interval: Why it has none, in words; empty where only a single text can be why, and where no text enters.
     """
 
     value: float

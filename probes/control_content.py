@@ -37,6 +37,8 @@ CONTENT = 128  # numbers of the content that are kept of each token
 RANK = 1e-5  # of the largest singular value: below, a direction is rounding
 DRAWS = 3  # of directions from the data
 NEXT = ("control", "content_narrow", "random", "content", "most_common")
+LEARNED_FROM = 12  # texts, from which on the intervals hold (tests/probes/simulate_asked_intervals.py)
+FEW_LEARNED = f"no interval from fewer than {LEARNED_FROM} texts: what is learned from so few varies too"
 COUNTED = "no interval, as entropies of counts depend on how many tokens are counted"
 FEW = f"where tokens go next is read out in texts that were not learned from: that takes {LEAST_TEXTS} texts or more"
 
@@ -282,6 +284,10 @@ def _next(arrays: Arrays, scalars: dict[str, float]) -> dict[str, Headline]:
         f"{by['content']:.1%} from {CONTENT} numbers at most, and its own layer's to {scalars['own_by_content']:.1%}; "
         f"the most used expert is right to {by['most_common']:.1%}" + no_more("content", "that"),
     }
+    if len(arrays["unit_stratum"]) < LEARNED_FROM:
+        return {
+            f"next_by_{part}": Headline(by[part], said, no_interval=FEW_LEARNED) for part, said in sentences.items()
+        }
     return {f"next_by_{part}": Headline(by[part], said, within[part]) for part, said in sentences.items()}
 
 

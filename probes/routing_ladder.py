@@ -33,7 +33,7 @@ from probes.measures.held_out import (
     pairs,
     split_of,
 )
-from probes.measures.resampling import SEED, Units, as_interval, few_texts, jackknife, sequence_units, without
+from probes.measures.resampling import SEED, Units, as_interval, jackknife, sequence_units, unit_notes, without
 from probes.measures.sketch import compact, sketched
 
 FEATURES = 128  # numbers of a hidden state that are kept of each token
@@ -56,6 +56,7 @@ RUNGS = {
 NESTED = ("token", "bigram", "bigram_domain", "bigram_domain_position")
 HEADLINES = ("position", "domain", "token", "bigram", "bigram_domain_position", "layer_before", "input_before")
 FEW = f"experts are predicted in texts that were not learned from: that takes {LEAST_TEXTS} texts or more"
+LEARNED = "no interval, as what is learned varies with the texts it is learned from, and others were not learned from"
 ALL, HALF, SHUFFLED = "", "_half", "_shuffled"  # of all text; learned from half of it; choices shuffled over tokens
 Losses = dict[str, np.ndarray]
 
@@ -175,7 +176,7 @@ class RoutingLadder(Probe):
         memorised = scalars["share_bigram_in_sample"]
         headlines = {f"share_{rung}": _headline(rung, found, memorised) for rung in HEADLINES if rung in found}
         headlines["recall_bigram"] = _recall(arrays, scalars)
-        notes = few_texts(_units(arrays).stratum)
+        notes = unit_notes(arrays, headlines)
         notes.append(
             "beside: gpt-oss-20b's experts were recalled to 55 % from bigrams, to 81 % from features of a sparse "
             "autoencoder (RouterInterp; second hand)"
@@ -190,7 +191,7 @@ class Row(NamedTuple):
     Args:
         layers: Share explained by layer.
         value: Its mean.
-        interval: 95 % of that.
+        interval: 95 % of that, of what is learned from these very texts: too narrow for what others would teach.
         half: Mean where half the text was learned from.
         shuffled: Mean where choices are shuffled.
     """
@@ -340,18 +341,18 @@ def _headline(rung: str, found: dict[str, Row], memorised: float) -> Headline:
         said += f"; counts of the very same text would claim {memorised:.1%}"
     if rung == "input_before" and CEILING in found:
         said += f"; the same read-out of the layer's own input, which decides, comes to {found[CEILING].value:.1%}"
-    return Headline(row.value, said + (": no more than chance." if row.by_chance else "."), row.interval)
+    return Headline(row.value, said + (": no more than chance." if row.by_chance else "."), no_interval=LEARNED)
 
 
 def _recall(arrays: Arrays, scalars: dict[str, float]) -> Headline:
-    weights, tokens = _weights(arrays), arrays["tokens"].astype(np.float64)
+    tokens = float(arrays["tokens"].sum())
     recalled = np.mean([of for of in by_layer(arrays, "recall_by_text", "bigram").values()], axis=0, dtype=np.float64)
-    rate = (weights @ recalled) / (weights @ tokens)
+    rate = float(recalled.sum()) / tokens
     return Headline(
-        float(rate[0]),
-        f"Of a token's experts {rate[0]:.1%} are among as many that its id and the one before make most probable, on "
+        rate,
+        f"Of a token's experts {rate:.1%} are among as many that its id and the one before make most probable, on "
         f"texts not learned from; {scalars['recall_marginal']:.1%} are among those used most.",
-        as_interval(jackknife(rate[0], rate[1:], _units(arrays).stratum, (0.0, 1.0))),
+        no_interval=LEARNED,
     )
 
 

@@ -14,7 +14,7 @@ from probes.figures.drawing import to_rgb
 from probes.measures.paths import path_correlation
 from probes.running.driver import run_probes
 
-TEXTS, LENGTH, EXPERTS, HIDDEN = 10, 40, 4, 12
+TEXTS, LENGTH, EXPERTS, HIDDEN = 12, 40, 4, 12
 RNG = np.random.default_rng(5)
 IDS = RNG.integers(6, size=(TEXTS, LENGTH))
 GATE = torch.eye(EXPERTS, HIDDEN)
@@ -114,3 +114,14 @@ def test_what_cannot_be_taken_apart_says_so(make_decoder):
     assert set(ragged.headlines) == {"control_share", "next_by_control", "next_by_content"}
     with pytest.raises(ConfigError, match="path_layers is 1"):
         ControlContent.Options(path_layers=1)
+
+
+def test_what_few_texts_teach_has_no_interval():
+    x = normal(TEXTS * LENGTH, HIDDEN)
+    layer = x, x[:, :EXPERTS].argmax(axis=1)
+    few = slice(0, 8 * LENGTH)
+    result = found(*[(layer[0][few], layer[1][few])] * 2, ids=IDS[:8])
+    for part in ("control", "content"):
+        assert result.headlines[f"next_by_{part}"].interval is None
+    assert any("fewer than 12 texts" in note for note in result.notes)
+    assert result.headlines["control_share"].interval is not None
