@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,10 +28,14 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_bipartite_matching, min_weight_full_bipartite_matching
 from torch import Tensor
 
+from moebed.model.native import assignment as native_assignment
+
 _DENSE_BELOW = 256  # rows; smaller problems take the dense solver a millisecond
 _CANDIDATES = 80  # a row, about
 _ROUNDS = 16
 _LEFT_OVER = 0.01  # of the rows; where the candidates leave more of them, the sparse solver may take for ever
+_LOOKED_AT = 100  # times all candidates, by the compiled solver's searches, before the dense one takes over
+_NONE = np.empty(0, np.int64)
 _BAND_ELEMENTS = 1 << 17  # a band of similarities that stays in the processor's cache
 _SAMPLED_ROWS = 1024  # that prices are balanced over
 _EVERY = 8  # columns, of which one tells from where on an entry is among a row's largest
@@ -86,33 +91,65 @@ def _likely(similarity: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 def _assign_sparse(similarity: Tensor, price: np.ndarray, edges: np.ndarray) -> np.ndarray | None:
     """The optimum by way of few candidates and their prices; None where that does not lead there."""
-    size = len(similarity)
-    flat, every = similarity.numpy().reshape(-1), np.arange(size)
-    profit = np.zeros(size)
+    solve = _solve_compiled if native_assignment.fits(similarity) else _solve_by_scipy
+    found = _Optimum(np.full(len(price), -1), np.zeros(len(price)), price)
     for _ in range(_ROUNDS):
-        row, column = edges // size, edges % size
-        start = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=size))])
-        value = flat[edges].astype(np.float64) - profit[row] - price[column]  # same optimum, and found sooner
-        cost = 1 + value.max() - value  # above 0, which the sparse solver takes for no edge
-        graph = csr_array((cost, column, start), shape=(size, size))
-        try:
-            permutation = min_weight_full_bipartite_matching(graph)[1].astype(np.int64)
-        except ValueError:  # the candidates leave a row without a partner
-            further = _left_over(graph)
-            if further is None:
-                return None
-            edges = _merged(edges, further)
-            continue
-        chosen = flat[every * size + permutation].astype(np.float64) - profit - price[permutation]
-        risen = _prices(start, column, value - chosen[row], permutation)
-        if risen is None:
+        solved = solve(similarity, edges, found)
+        if solved is None:
             return None
-        price, profit = price + risen, profit + chosen - risen[permutation]
-        missing = _missing(similarity, profit, price)
-        if not len(missing):
-            return permutation
-        edges = _merged(edges, missing)
+        found, further = solved
+        if not len(further):
+            further = _missing(similarity, found.profit, found.price)
+            if not len(further):
+                return found.permutation
+        edges = _merged(edges, further)
     return None
+
+
+class _Optimum(NamedTuple):
+    """The best permutation among some candidates, and why.
+
+    Args:
+        permutation: (N,) each row's column, or -1.
+        profit: (N,) of the rows, in float64: the similarity to their column, less its price.
+        price: (N,) of the columns, in float64, at which no row gains by another candidate.
+    """
+
+    permutation: np.ndarray
+    profit: np.ndarray
+    price: np.ndarray
+
+
+def _solve_compiled(similarity: Tensor, edges: np.ndarray, known: _Optimum) -> tuple[_Optimum, np.ndarray] | None:
+    """The optimum over candidates, begun at that over fewer, and the candidates that a full permutation lacks.
+
+    None where these are many, or would be found late.
+    """
+    found = _Optimum(*(array.copy() for array in known))
+    left = native_assignment.improve(similarity, edges, *reversed(found), _LOOKED_AT * len(edges))
+    further = _NONE if left == 0 else None if left < 0 else _left_over(found.permutation)
+    return None if further is None else (found, further)
+
+
+def _solve_by_scipy(similarity: Tensor, edges: np.ndarray, known: _Optimum) -> tuple[_Optimum, np.ndarray] | None:
+    """``_solve_compiled`` without a compiler: only prices are taken from what is known."""
+    size, (_, profit, price) = len(similarity), known
+    flat, every = similarity.numpy().reshape(-1), np.arange(size)
+    row, column = edges // size, edges % size
+    start = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=size))])
+    value = flat[edges].astype(np.float64) - profit[row] - price[column]  # same optimum, and found sooner
+    cost = 1 + value.max() - value  # above 0, which the sparse solver takes for no edge
+    graph = csr_array((cost, column, start), shape=(size, size))
+    try:
+        permutation = min_weight_full_bipartite_matching(graph)[1].astype(np.int64)
+    except ValueError:  # the candidates leave a row without a partner
+        further = _left_over(maximum_bipartite_matching(graph, perm_type="column"))
+        return None if further is None else (known, further)
+    chosen = flat[every * size + permutation].astype(np.float64) - profit - price[permutation]
+    risen = _prices(start, column, value - chosen[row], permutation)
+    if risen is None:
+        return None
+    return _Optimum(permutation, profit + chosen - risen[permutation], price + risen), _NONE
 
 
 def _merged(edges: np.ndarray, more: np.ndarray) -> np.ndarray:
@@ -154,6 +191,10 @@ def _candidates(similarity: Tensor, price: np.ndarray) -> np.ndarray:
     size = len(similarity)
     rank = max(1, min(_CANDIDATES, size) // _EVERY)
     column = torch.from_numpy(price.astype(np.float32))
+    if native_assignment.fits(similarity):
+        reached = native_assignment.reached(similarity, column, None, 2 * _CANDIDATES * size, rank, _EVERY)
+        if reached is not None:
+            return reached
     found = []
     for rows in _bands(size):
         gain = similarity[rows] - column
@@ -162,14 +203,13 @@ def _candidates(similarity: Tensor, price: np.ndarray) -> np.ndarray:
     return np.concatenate(found)
 
 
-def _left_over(graph: csr_array) -> np.ndarray | None:
+def _left_over(permutation: np.ndarray) -> np.ndarray | None:
     """Flat indices, in order, of new edges between those without a partner in a largest matching: each has one then.
 
     None where they are many.
     """
-    size = graph.shape[0]
-    partner = maximum_bipartite_matching(graph, perm_type="column")
-    rows, columns = np.flatnonzero(partner < 0), np.setdiff1d(np.arange(size), partner)
+    size = len(permutation)
+    rows, columns = np.flatnonzero(permutation < 0), np.setdiff1d(np.arange(size), permutation)
     if len(rows) > 1 + _LEFT_OVER * size:
         return None
     return (rows[:, None] * size + columns).reshape(-1)
@@ -214,16 +254,24 @@ def _missing(similarity: Tensor, profit: np.ndarray, price: np.ndarray) -> np.nd
     most in each row are enough to go on with. A float32 pass with a margin finds the few entries that come near;
     float64 decides.
     """
-    size, flat = len(similarity), similarity.numpy().reshape(-1)
+    size = len(similarity)
     margin = 1e-6 * (1 + float(np.abs(price).max() + np.abs(profit).max()))
     column = torch.from_numpy(price.astype(np.float32))
-    least = torch.from_numpy((profit - margin).astype(np.float32)).unsqueeze(1)
+    least = torch.from_numpy((profit - margin).astype(np.float32))
+
+    def beyond(near: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        excess = similarity.numpy().reshape(-1)[near].astype(np.float64) - profit[near // size] - price[near % size]
+        kept = excess > _TOLERANCE
+        return near[kept], excess[kept]
+
+    if native_assignment.fits(similarity):
+        near = native_assignment.reached(similarity, column, least, size * _CANDIDATES)
+        if near is not None:
+            return beyond(near)[0]
     found, total = [], 0
     for rows in _bands(size):
-        near = np.flatnonzero((similarity[rows] - column >= least[rows]).numpy()) + rows.start * size
-        excess = flat[near].astype(np.float64) - profit[near // size] - price[near % size]
-        beyond = excess > _TOLERANCE
-        near, excess = near[beyond], excess[beyond]
+        reach = (similarity[rows] - column >= least[rows].unsqueeze(1)).numpy()
+        near, excess = beyond(np.flatnonzero(reach) + rows.start * size)
         if total + len(near) > size * _CANDIDATES:
             near = _foremost(near // size, near, excess, _CANDIDATES // 8)
         found.append(near)
