@@ -34,7 +34,6 @@ _DENSE_BELOW = 256  # rows; smaller problems take the dense solver a millisecond
 _CANDIDATES = 80  # a row, about
 _ROUNDS = 16
 _LEFT_OVER = 0.01  # of the rows; where the candidates leave more of them, the sparse solver may take for ever
-_LOOKED_AT = 100  # times all candidates, by the compiled solver's searches, before the dense one takes over
 _NONE = np.empty(0, np.int64)
 _BAND_ELEMENTS = 1 << 17  # a band of similarities that stays in the processor's cache
 _SAMPLED_ROWS = 1024  # that prices are balanced over
@@ -123,11 +122,11 @@ class _Optimum(NamedTuple):
 def _solve_compiled(similarity: Tensor, edges: np.ndarray, known: _Optimum) -> tuple[_Optimum, np.ndarray] | None:
     """The optimum over candidates, begun at that over fewer, and the candidates that a full permutation lacks.
 
-    None where these are many, or would be found late.
+    None where these are many.
     """
     found = _Optimum(*(array.copy() for array in known))
-    left = native_assignment.improve(similarity, edges, *reversed(found), _LOOKED_AT * len(edges))
-    further = _NONE if left == 0 else None if left < 0 else _left_over(found.permutation)
+    left = native_assignment.improve(similarity, edges, *reversed(found), _most_left(len(similarity)))
+    further = _left_over(found.permutation) if left >= 0 else None
     return None if further is None else (found, further)
 
 
@@ -210,9 +209,13 @@ def _left_over(permutation: np.ndarray) -> np.ndarray | None:
     """
     size = len(permutation)
     rows, columns = np.flatnonzero(permutation < 0), np.setdiff1d(np.arange(size), permutation)
-    if len(rows) > 1 + _LEFT_OVER * size:
+    if len(rows) > _most_left(size):
         return None
     return (rows[:, None] * size + columns).reshape(-1)
+
+
+def _most_left(size: int) -> int:
+    return 1 + int(_LEFT_OVER * size)
 
 
 def _prices(start: np.ndarray, column: np.ndarray, gain: np.ndarray, permutation: np.ndarray) -> np.ndarray | None:

@@ -16,13 +16,13 @@ namespace moebed {
 // What Python hands over.
 struct AssignCall {
   int64_t size, count;
-  int64_t most;             // candidates that searches may look at, before they are given up
+  int64_t allowed;          // rows without a column
   const float* similarity;  // (N, N)
   const int64_t* edges;     // (C) flat indices of the candidates, in order
   double* price;            // (N) of the columns: those to begin with, then the optimum's
   double* profit;           // (N) of the rows that have a column
   int64_t* permutation;     // (N) each row's column, or -1
-  int64_t* left;            // () rows without a column, or -1: given up
+  int64_t* left;            // () rows without a column, or -1: more than are allowed
   char* workspace;
 };
 
@@ -88,7 +88,6 @@ struct Assignment {
   int *free, *next, *scanned, *touched;  // (N)
   bool* done;      // (N)
   Nearest near;
-  int64_t looked = 0;
 
   int64_t forward(Room room) {
     start = room.take<int64_t>(size + 1);
@@ -104,8 +103,7 @@ struct Assignment {
     for (int pass = 0; pass < PASSES && many > 0; ++pass) many = bid(many);
     int left = 0;
     for (int f = 0; f < many; ++f) {
-      if (!augment(free[f])) ++left;
-      if (looked > call.most || left > 1 + size / 100) {
+      if (!augment(free[f]) && ++left > call.allowed) {
         *call.left = NONE;
         return 0;
       }
@@ -207,7 +205,6 @@ struct Assignment {
     double at = 0, nearest = infinite;
     call.profit[root] = best(root);
     for (;;) {
-      looked += start[row + 1] - start[row];
       const double from_row = at + call.profit[row];
       for (int64_t edge = start[row]; edge < start[row + 1]; ++edge) {
         const int to = column[edge];

@@ -17,7 +17,7 @@ from moebed.model.native import compiled
 _SEEN = 64  # as in assignment.cpp
 _ASSIGN = compiled.structure(
     "AssignCall",
-    **dict.fromkeys(("size", "count", "most"), ctypes.c_int64),
+    **dict.fromkeys(("size", "count", "allowed"), ctypes.c_int64),
     **dict.fromkeys(("similarity", "edges", "price", "profit", "permutation", "left"), ctypes.c_void_p),
 )
 _REACH = compiled.structure(
@@ -34,7 +34,7 @@ def fits(similarity: Tensor) -> bool:
 
 
 def improve(
-    similarity: Tensor, edges: np.ndarray, price: np.ndarray, profit: np.ndarray, permutation: np.ndarray, most: int
+    similarity: Tensor, edges: np.ndarray, price: np.ndarray, profit: np.ndarray, permutation: np.ndarray, allowed: int
 ) -> int:
     """Find the best permutation among candidates, on the caller's thread; the last three arrays are written in place.
 
@@ -44,18 +44,17 @@ def improve(
         price: (N,) float64, any prices of the columns to begin with; then those that prove the optimum.
         profit: (N,) float64, of rows that come with a column their similarity to it less its price.
         permutation: (N,) int64, each row's column from an earlier call at these prices, or -1.
-        most: Candidates that the searches may look at.
+        allowed: Rows that may go without a column.
 
     Returns:
-        How many rows have no column, since all of their candidates' are taken; -1 where these are more than a
-        hundredth and one, or the searches have looked at too much.
+        How many rows have no column, since others have those of their candidates; -1 where more than are allowed.
     """
     name = native.instruction_set()
     assert name is not None
     left = torch.zeros((), dtype=torch.int64)
     arrays = {"edges": edges, "price": price, "profit": profit, "permutation": permutation}
     tensors = {"similarity": similarity, "left": left} | {key: torch.from_numpy(a) for key, a in arrays.items()}
-    numbers = {"size": len(similarity), "count": len(edges), "most": most}
+    numbers = {"size": len(similarity), "count": len(edges), "allowed": allowed}
     compiled.invoke(compiled.library(name).moebed_assign, _ASSIGN, numbers, tensors, backward=False)
     return int(left)
 
