@@ -7,6 +7,9 @@ Three ways to the same optimum, from the cheapest on:
    candidates that the check finds missing are added until it finds none, which proves the optimum;
 3. scipy's dense solver, where the matrix is small or that does not lead there.
 
+The second is the compiled library's where there is one (``moebed.model.native.assignment``), which goes on from the
+optimum over fewer candidates; else scipy's sparse solver and NumPy's.
+
 Rows that lean in one direction all want the same columns, and others are nobody's candidate. So both 2 and 3 are given
 similarities less prices of the columns that balance what these are asked for; the optimum is the same.
 
@@ -36,7 +39,7 @@ _ROUNDS = 16
 _LEFT_OVER = 0.01  # of the rows; where the candidates leave more of them, the sparse solver may take for ever
 _NONE = np.empty(0, np.int64)
 _BAND_ELEMENTS = 1 << 17  # a band of similarities that stays in the processor's cache
-_SAMPLED_ROWS = 1024  # that prices are balanced over
+_SAMPLED_ROWS = (256, 1024)  # that prices are balanced over, at least and at most; between them a fifth
 _EVERY = 8  # columns, of which one tells from where on an entry is among a row's largest
 _BALANCING_STEPS = 30
 _BALANCED = 0.3  # in the logarithm of what a column is asked for
@@ -125,8 +128,11 @@ def _solve_compiled(similarity: Tensor, edges: np.ndarray, known: _Optimum) -> t
     None where these are many.
     """
     found = _Optimum(*(array.copy() for array in known))
-    left = native_assignment.improve(similarity, edges, *reversed(found), _most_left(len(similarity)))
-    further = _left_over(found.permutation) if left >= 0 else None
+    arrays = found.price, found.profit, found.permutation
+    left = native_assignment.improve(similarity, edges, *arrays, _most_left(len(similarity)))
+    if left == 0:
+        return found, _NONE
+    further = _left_over(found.permutation) if left > 0 else None
     return None if further is None else (found, further)
 
 
@@ -167,7 +173,9 @@ def _balancing_prices(similarity: Tensor) -> np.ndarray:
         (N,) float64 that float32 holds.
     """
     size = len(similarity)
-    sample = similarity[torch.linspace(0, size - 1, min(size, _SAMPLED_ROWS)).long()]
+    least, most = _SAMPLED_ROWS
+    rows = min(size, most, max(least, size // 5))
+    sample = similarity[torch.linspace(0, size - 1, rows).long()]
     deviation, mean = torch.std_mean(sample, dim=1, keepdim=True)
     temperature = 0.5 * float(deviation.median())
     price = torch.zeros(size)

@@ -67,7 +67,7 @@ def test_assignment_is_as_good_as_scipys(way, kind, size, width, strength, seed)
         if way == "scipy":
             patch.setattr(native_assignment, "fits", lambda similarity: False)
         patch.setattr(assignment, "_CANDIDATES", 8)  # few, so that the proof finds some missing
-        patch.setattr(assignment, "_SAMPLED_ROWS", 16)
+        patch.setattr(assignment, "_SAMPLED_ROWS", (16, 16))
         permutation = assign(similarity)
     assert sorted(permutation) == list(range(size))
     assert total(similarity, permutation) == pytest.approx(best_total(similarity), abs=1e-6)
