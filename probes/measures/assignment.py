@@ -7,6 +7,9 @@ Three ways to the same optimum, from the cheapest on:
    candidates that the check finds missing are added until it finds none, which proves the optimum;
 3. scipy's dense solver, where the matrix is small or that does not lead there.
 
+The second is the compiled library's where there is one (``moebed.model.native.assignment``), which goes on from the
+optimum over fewer candidates; else scipy's sparse solver and NumPy's.
+
 Rows that lean in one direction all want the same columns, and others are nobody's candidate. So both 2 and 3 are given
 similarities less prices of the columns that balance what these are asked for; the optimum is the same.
 
@@ -19,6 +22,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,12 +31,15 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_bipartite_matching, min_weight_full_bipartite_matching
 from torch import Tensor
 
+from moebed.model.native import assignment as native_assignment
+
 _DENSE_BELOW = 256  # rows; smaller problems take the dense solver a millisecond
 _CANDIDATES = 80  # a row, about
 _ROUNDS = 16
 _LEFT_OVER = 0.01  # of the rows; where the candidates leave more of them, the sparse solver may take for ever
+_NONE = np.empty(0, np.int64)
 _BAND_ELEMENTS = 1 << 17  # a band of similarities that stays in the processor's cache
-_SAMPLED_ROWS = 1024  # that prices are balanced over
+_SAMPLED_ROWS = (256, 1024)  # that prices are balanced over, at least and at most; between them a fifth
 _EVERY = 8  # columns, of which one tells from where on an entry is among a row's largest
 _BALANCING_STEPS = 30
 _BALANCED = 0.3  # in the logarithm of what a column is asked for
@@ -86,33 +93,68 @@ def _likely(similarity: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 def _assign_sparse(similarity: Tensor, price: np.ndarray, edges: np.ndarray) -> np.ndarray | None:
     """The optimum by way of few candidates and their prices; None where that does not lead there."""
-    size = len(similarity)
-    flat, every = similarity.numpy().reshape(-1), np.arange(size)
-    profit = np.zeros(size)
+    solve = _solve_compiled if native_assignment.fits(similarity) else _solve_by_scipy
+    found = _Optimum(np.full(len(price), -1), np.zeros(len(price)), price)
     for _ in range(_ROUNDS):
-        row, column = edges // size, edges % size
-        start = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=size))])
-        value = flat[edges].astype(np.float64) - profit[row] - price[column]  # same optimum, and found sooner
-        cost = 1 + value.max() - value  # above 0, which the sparse solver takes for no edge
-        graph = csr_array((cost, column, start), shape=(size, size))
-        try:
-            permutation = min_weight_full_bipartite_matching(graph)[1].astype(np.int64)
-        except ValueError:  # the candidates leave a row without a partner
-            further = _left_over(graph)
-            if further is None:
-                return None
-            edges = _merged(edges, further)
-            continue
-        chosen = flat[every * size + permutation].astype(np.float64) - profit - price[permutation]
-        risen = _prices(start, column, value - chosen[row], permutation)
-        if risen is None:
+        solved = solve(similarity, edges, found)
+        if solved is None:
             return None
-        price, profit = price + risen, profit + chosen - risen[permutation]
-        missing = _missing(similarity, profit, price)
-        if not len(missing):
-            return permutation
-        edges = _merged(edges, missing)
+        found, further = solved
+        if not len(further):
+            further = _missing(similarity, found.profit, found.price)
+            if not len(further):
+                return found.permutation
+        edges = _merged(edges, further)
     return None
+
+
+class _Optimum(NamedTuple):
+    """The best permutation among some candidates, and why.
+
+    Args:
+        permutation: (N,) each row's column, or -1.
+        profit: (N,) of the rows, in float64: the similarity to their column, less its price.
+        price: (N,) of the columns, in float64, at which no row gains by another candidate.
+    """
+
+    permutation: np.ndarray
+    profit: np.ndarray
+    price: np.ndarray
+
+
+def _solve_compiled(similarity: Tensor, edges: np.ndarray, known: _Optimum) -> tuple[_Optimum, np.ndarray] | None:
+    """The optimum over candidates, begun at that over fewer, and the candidates that a full permutation lacks.
+
+    None where these are many.
+    """
+    found = _Optimum(*(array.copy() for array in known))
+    arrays = found.price, found.profit, found.permutation
+    left = native_assignment.improve(similarity, edges, *arrays, _most_left(len(similarity)))
+    if left == 0:
+        return found, _NONE
+    further = _left_over(found.permutation) if left > 0 else None
+    return None if further is None else (found, further)
+
+
+def _solve_by_scipy(similarity: Tensor, edges: np.ndarray, known: _Optimum) -> tuple[_Optimum, np.ndarray] | None:
+    """``_solve_compiled`` without a compiler: only prices are taken from what is known."""
+    size, (_, profit, price) = len(similarity), known
+    flat, every = similarity.numpy().reshape(-1), np.arange(size)
+    row, column = edges // size, edges % size
+    start = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=size))])
+    value = flat[edges].astype(np.float64) - profit[row] - price[column]  # same optimum, and found sooner
+    cost = 1 + value.max() - value  # above 0, which the sparse solver takes for no edge
+    graph = csr_array((cost, column, start), shape=(size, size))
+    try:
+        permutation = min_weight_full_bipartite_matching(graph)[1].astype(np.int64)
+    except ValueError:  # the candidates leave a row without a partner
+        further = _left_over(maximum_bipartite_matching(graph, perm_type="column"))
+        return None if further is None else (known, further)
+    chosen = flat[every * size + permutation].astype(np.float64) - profit - price[permutation]
+    risen = _prices(start, column, value - chosen[row], permutation)
+    if risen is None:
+        return None
+    return _Optimum(permutation, profit + chosen - risen[permutation], price + risen), _NONE
 
 
 def _merged(edges: np.ndarray, more: np.ndarray) -> np.ndarray:
@@ -131,7 +173,9 @@ def _balancing_prices(similarity: Tensor) -> np.ndarray:
         (N,) float64 that float32 holds.
     """
     size = len(similarity)
-    sample = similarity[torch.linspace(0, size - 1, min(size, _SAMPLED_ROWS)).long()]
+    least, most = _SAMPLED_ROWS
+    rows = min(size, most, max(least, size // 5))
+    sample = similarity[torch.linspace(0, size - 1, rows).long()]
     deviation, mean = torch.std_mean(sample, dim=1, keepdim=True)
     temperature = 0.5 * float(deviation.median())
     price = torch.zeros(size)
@@ -154,6 +198,10 @@ def _candidates(similarity: Tensor, price: np.ndarray) -> np.ndarray:
     size = len(similarity)
     rank = max(1, min(_CANDIDATES, size) // _EVERY)
     column = torch.from_numpy(price.astype(np.float32))
+    if native_assignment.fits(similarity):
+        reached = native_assignment.reached(similarity, column, None, 2 * _CANDIDATES * size, rank, _EVERY)
+        if reached is not None:
+            return reached
     found = []
     for rows in _bands(size):
         gain = similarity[rows] - column
@@ -162,17 +210,20 @@ def _candidates(similarity: Tensor, price: np.ndarray) -> np.ndarray:
     return np.concatenate(found)
 
 
-def _left_over(graph: csr_array) -> np.ndarray | None:
+def _left_over(permutation: np.ndarray) -> np.ndarray | None:
     """Flat indices, in order, of new edges between those without a partner in a largest matching: each has one then.
 
     None where they are many.
     """
-    size = graph.shape[0]
-    partner = maximum_bipartite_matching(graph, perm_type="column")
-    rows, columns = np.flatnonzero(partner < 0), np.setdiff1d(np.arange(size), partner)
-    if len(rows) > 1 + _LEFT_OVER * size:
+    size = len(permutation)
+    rows, columns = np.flatnonzero(permutation < 0), np.setdiff1d(np.arange(size), permutation)
+    if len(rows) > _most_left(size):
         return None
     return (rows[:, None] * size + columns).reshape(-1)
+
+
+def _most_left(size: int) -> int:
+    return 1 + int(_LEFT_OVER * size)
 
 
 def _prices(start: np.ndarray, column: np.ndarray, gain: np.ndarray, permutation: np.ndarray) -> np.ndarray | None:
@@ -214,16 +265,24 @@ def _missing(similarity: Tensor, profit: np.ndarray, price: np.ndarray) -> np.nd
     most in each row are enough to go on with. A float32 pass with a margin finds the few entries that come near;
     float64 decides.
     """
-    size, flat = len(similarity), similarity.numpy().reshape(-1)
+    size = len(similarity)
     margin = 1e-6 * (1 + float(np.abs(price).max() + np.abs(profit).max()))
     column = torch.from_numpy(price.astype(np.float32))
-    least = torch.from_numpy((profit - margin).astype(np.float32)).unsqueeze(1)
+    least = torch.from_numpy((profit - margin).astype(np.float32))
+
+    def beyond(near: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        excess = similarity.numpy().reshape(-1)[near].astype(np.float64) - profit[near // size] - price[near % size]
+        kept = excess > _TOLERANCE
+        return near[kept], excess[kept]
+
+    if native_assignment.fits(similarity):
+        near = native_assignment.reached(similarity, column, least, size * _CANDIDATES)
+        if near is not None:
+            return beyond(near)[0]
     found, total = [], 0
     for rows in _bands(size):
-        near = np.flatnonzero((similarity[rows] - column >= least[rows]).numpy()) + rows.start * size
-        excess = flat[near].astype(np.float64) - profit[near // size] - price[near % size]
-        beyond = excess > _TOLERANCE
-        near, excess = near[beyond], excess[beyond]
+        reach = (similarity[rows] - column >= least[rows].unsqueeze(1)).numpy()
+        near, excess = beyond(np.flatnonzero(reach) + rows.start * size)
         if total + len(near) > size * _CANDIDATES:
             near = _foremost(near // size, near, excess, _CANDIDATES // 8)
         found.append(near)

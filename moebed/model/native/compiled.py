@@ -100,7 +100,7 @@ def library(instruction_set: str) -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
         raise Unavailable(f"it cannot be kept or loaded: {error}") from error
-    for name in ("expert_mlp", "attention", "coordinates", "gram", "krylov", "carry", "transpose"):
+    for name in ("expert_mlp", "attention", "coordinates", "gram", "krylov", "carry", "transpose", "assign", "reach"):
         function = getattr(loaded, f"moebed_{name}")
         function.argtypes = [ctypes.c_void_p, ctypes.c_int64]
         function.restype = ctypes.c_int64

@@ -13,8 +13,8 @@ from moebed.views.layer import Need
 from probes.registry import PROBES
 
 MEASURE = Path(__file__).parents[1] / "pretrained" / "measure_memory.py"
-# Matching takes an hour a layer at this size on two cores, whatever the file; what it takes in memory is `moebed bench
-# probe`'s to measure.
+# Matching takes some nine minutes of a core a layer at this size, whatever the file (probes/README.md, what probing
+# costs); what it takes in memory is `moebed bench probe`'s to measure.
 ALL = [name for name, probe in PROBES.items() if probe.needs <= {Need.WEIGHTS} and name != "neuron_matching"]
 
 

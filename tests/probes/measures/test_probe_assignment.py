@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
+from moebed.model.native import assignment as native_assignment
 from probes.measures import assignment
 from probes.measures.assignment import assign
 from tests.probes.measures.test_probe_matching import neurons, similarity_of
@@ -50,7 +51,7 @@ def best_total(similarity):
     return total(similarity, linear_sum_assignment(similarity.double().numpy(), maximize=True)[1])
 
 
-@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("way", ["compiled", "scipy", "dense"])
 @settings(max_examples=60, deadline=None)
 @given(
     kind=st.sampled_from(OF_NEURONS + OF_NUMBERS),
@@ -59,23 +60,28 @@ def best_total(similarity):
     strength=st.sampled_from([0.0, 0.1, 0.3, 0.6, 1.0]),
     seed=st.integers(0, 10**6),
 )
-def test_assignment_is_as_good_as_scipys(sparse, kind, size, width, strength, seed):
+def test_assignment_is_as_good_as_scipys(way, kind, size, width, strength, seed):
     similarity = similarities(kind, size, width, strength, seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(assignment, "_DENSE_BELOW", 0 if sparse else 1000)
+        patch.setattr(assignment, "_DENSE_BELOW", 1000 if way == "dense" else 0)
+        if way == "scipy":
+            patch.setattr(native_assignment, "fits", lambda similarity: False)
         patch.setattr(assignment, "_CANDIDATES", 8)  # few, so that the proof finds some missing
-        patch.setattr(assignment, "_SAMPLED_ROWS", 16)
+        patch.setattr(assignment, "_SAMPLED_ROWS", (16, 16))
         permutation = assign(similarity)
     assert sorted(permutation) == list(range(size))
     assert total(similarity, permutation) == pytest.approx(best_total(similarity), abs=1e-6)
 
 
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("strength", [0.0, 0.1, 0.15, 0.5])
 @pytest.mark.parametrize("kind", [*OF_NEURONS, *OF_NUMBERS])
 def test_large_ones_take_the_dense_solver_only_where_candidates_leave_many_without_a_partner(
-    kind, strength, monkeypatch
+    kind, strength, compiled, monkeypatch
 ):
     similarity = similarities(kind, 400, 300, strength, 0)
+    if not compiled:
+        monkeypatch.setattr(native_assignment, "fits", lambda similarity: False)
     want = best_total(similarity)
     taken, dense = [], assignment.linear_sum_assignment
     monkeypatch.setattr(assignment, "linear_sum_assignment", lambda cost: taken.append(1) or dense(cost))
@@ -117,7 +123,7 @@ def test_few_rows_without_a_partner_are_given_one(monkeypatch):
     want, given_one = best_total(similarity), []
     left_over = assignment._left_over
     monkeypatch.setattr(assignment, "linear_sum_assignment", None)
-    monkeypatch.setattr(assignment, "_left_over", lambda graph: given_one.append(left_over(graph)) or given_one[-1])
+    monkeypatch.setattr(assignment, "_left_over", lambda found: given_one.append(left_over(found)) or given_one[-1])
     assert total(similarity, assign(similarity)) == pytest.approx(want, abs=1e-6)
     assert [len(edges) for edges in given_one] == [9]
 
