@@ -26,7 +26,6 @@ CASES = {
     "EP-2, gathered": {},
     "FSDP2-2": {"router": "document_pool"},
     "replicated-2": {"router": "quantile", "router_aux_loss_scope": "window"},
-    "DDP-2": {},
 }
 LAYERS, MICRO_BATCHES, STEPS = 2, 2, 4
 TRAINED = ("train/loss", "train/grad_norm", "train/load_balancing_loss", "val/bits_per_byte")
@@ -54,23 +53,21 @@ def test_a_run_and_what_continues_it(layout, tmp_path):
     content = yaml.safe_load(path.read_text())
     content["trainer"]["callbacks"][0]["init_args"] = {"every_n_steps": 2, "num_sequences": 3, "probes": ["balance"]}
     content["trainer"] |= {"val_check_interval": 4, "accumulate_grad_batches": MICRO_BATCHES}
-    content["model"]["optimizer"] |= {"schedule": "constant", "name": "adamw" if layout == "DDP-2" else "muon"}
+    content["model"]["optimizer"] |= {"schedule": "constant", "name": "muon"}
     content["data"]["mixing"] = {"rule": "gate_load", "every_n_steps": 2}
     path.write_text(yaml.safe_dump(content))
     whole, ranks = fit(path, tmp_path / "cpu", layout, "--trainer.max_steps", str(STEPS + 2))
     run(whole, ranks, tmp_path / "log")
     arguments, _ = fit(path, tmp_path / "cuda", layout, "--trainer.accelerator", "gpu")
     waits = moebed(arguments, tmp_path / "waits", ranks)
-    as_file = [] if layout == "DDP-2" else ["--parallel.checkpoint", "file"]
-    more = ["--ckpt_path", "last", "--trainer.max_steps", str(STEPS + 2), *as_file]
+    more = ["--ckpt_path", "last", "--trainer.max_steps", str(STEPS + 2), "--parallel.checkpoint", "file"]
     moebed([*arguments, *more], tmp_path / "again", ranks)
     found, wanted = curves(tmp_path / "cuda"), curves(tmp_path / "cpu")
     assert sorted(found["train/loss"]) == list(range(STEPS + 2))
     for tag in TRAINED:
         assert found[tag] == pytest.approx(wanted[tag], rel=1e-4), tag
     assert of_function(waits, "skips") == STEPS  # whether the gradient's norm is finite
-    if layout != "DDP-2":
-        assert of_function(waits, "read") == STEPS  # what is logged
+    assert of_function(waits, "read") == STEPS  # what is logged
     exchanges = of_function(waits, "begin")
     assert exchanges % LAYERS == 0
     trained = STEPS * MICRO_BATCHES
