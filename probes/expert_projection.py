@@ -63,7 +63,8 @@ class ExpertProjection(Probe):
             found |= {"matrix_pca_var": share[:2], "matrix_pca_3d_var": share}
         width = len(fetch(0))
         taken = np.linspace(0, width - 1, min(width, max(1, _MOST_NEURONS // count))).round().astype(np.int64)
-        neurons = torch.cat([fetch(index)[torch.from_numpy(taken)].float() for index in range(count)])
+        rows = torch.from_numpy(taken).to(fetch(0).device)
+        neurons = torch.cat([fetch(index)[rows].float() for index in range(count)])
         points, share = point_components(neurons, _DIMS)
         found |= {"neuron_pca": points[:, :2], "neuron_pca_3d": points, "neuron_pca_var": share}
         if self.drop_outliers and np.isfinite(points).all():

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 
 import numpy as np
+import torch
 from scipy.stats import kendalltau
 
 from moebed.views.layer import LayerView, Need
@@ -53,7 +54,7 @@ class NeuronMatching(Probe):
         count = view.num_experts + len(rest)
         pairs = [(i, j) for i in range(count) for j in range(i + 1, count)]
         fetch = compared(view, name, rest)
-        whole = np.diag([1.0 if bool((fetch(i) != 0).any()) else 0.0 for i in range(count)])
+        whole = np.diag(torch.stack([(fetch(i) != 0).any() for i in range(count)]).cpu().numpy().astype(np.float64))
         cosine, tau, gain = whole, np.eye(count), np.zeros((count, count))
         start = said = time.perf_counter()
         for done, match in enumerate(match_pairs(fetch, pairs, count, view.work_bytes), start=1):

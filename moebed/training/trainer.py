@@ -16,6 +16,7 @@ from lightning.pytorch.plugins import MixedPrecision, Precision
 from moebed.checkpoints.run import is_run, read_run
 from moebed.machine import storage
 from moebed.machine.precision import choose_precision
+from moebed.parallel.strategy import MeshStrategy
 from moebed.training.lightning_private import PrecisionName
 from moebed.training.loggers import EventLog
 
@@ -46,6 +47,9 @@ class AutoTrainer(Trainer):
         if isinstance(val_check_interval, int) and not isinstance(val_check_interval, bool):
             val_check_interval *= accumulate_grad_batches  # Lightning counts micro-batches
         kwargs |= {"val_check_interval": val_check_interval, "accumulate_grad_batches": accumulate_grad_batches}
+        if isinstance(kwargs.get("strategy"), MeshStrategy):
+            # FSDP2 cannot gather a shard of one rank in inference mode, which Lightning takes over NCCL, not over gloo.
+            kwargs["inference_mode"] = False
         chosen = choose_precision(str(accelerator)).precision if precision == "auto" else precision
         super().__init__(accelerator=accelerator, precision=chosen, **kwargs)
 

@@ -55,11 +55,12 @@ def match_pairs(
     Yields:
         One matching a pair, in order. Where a matrix is not finite, its cosines are NaN and nothing is reordered.
     """
-    norms, is_bf16 = [], True
+    on_device, is_bf16 = [], True
     for index in range(count):
         matrix = neurons(index)
-        norms.append(torch.linalg.vector_norm(matrix, dim=1, dtype=torch.float32).cpu())
+        on_device.append(torch.linalg.vector_norm(matrix, dim=1, dtype=torch.float32))
         is_bf16 = is_bf16 and holds_bf16(matrix)
+    norms = torch.stack(on_device).cpu()  # (count, N)
     threads = torch.get_num_threads()
     size, width = neurons(0).shape
     workers, dense = _plan(size, width, min(threads, len(pairs)), memory)

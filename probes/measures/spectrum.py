@@ -149,20 +149,20 @@ def start_of(short: Tensor, in_longer: bool) -> tuple[Tensor, int]:
     It is fixed where the long side is the space that experts share. Where the short one is, more columns come from the
     matrix itself: with the same start, spaces that have not converged would look alike.
     """
-    signs, own = _drawn(*short.shape)
-    start = signs.to(short.device, torch.promote_types(short.dtype, torch.float32))
+    signs, own = _drawn(*short.shape, short.device)
+    start = signs.to(torch.promote_types(short.dtype, torch.float32))
     if in_longer:
         return start, BLOCK
     return torch.cat([times_wide(short, own.to(start)), start], dim=1), BLOCK
 
 
 @lru_cache(maxsize=4)
-def _drawn(side: int, longer: int) -> tuple[Tensor, Tensor]:
-    """Fixed random signs (N, B) and normal numbers (K, B / 2); not to be written to."""
+def _drawn(side: int, longer: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Fixed random signs (N, B) and normal numbers (K, B / 2), the same on every device; not to be written to."""
     with torch.inference_mode(False):
         generator = torch.Generator().manual_seed(0)
         signs = torch.randint(0, 2, (side, BLOCK), generator=generator) * 2.0 - 1
-        return signs, torch.randn(longer, BLOCK // 2, generator=generator)
+        return signs.to(device), torch.randn(longer, BLOCK // 2, generator=generator).to(device)
 
 
 def times_wide(matrix: Tensor, block: Tensor) -> Tensor:
@@ -193,8 +193,8 @@ def spectrum(given: Gram, start: Tensor, signs: int, count: int) -> Spectrum:
     side = len(given.product)
     if side < EXACT_BELOW:
         values, vectors = torch.linalg.eigh(double(given.product))
-        values, vectors = values.flip(0), vectors.flip(1)
-        found, sums = Directions(values, vectors, torch.zeros_like(values)), _sums(values.cpu().numpy(), given.noise)
+        values, vectors = values.flip(0).cpu(), vectors.flip(1)
+        found, sums = Directions(values, vectors, torch.zeros_like(values)), _sums(values.numpy(), given.noise)
         return _result(found, sums.entropy, sums.hidden(side, given.noise), given.noise, count)
     space = KrylovSpace(Symmetric(given.product, given.lost), start, _BLOCKS[-1])
     for blocks in _BLOCKS:
@@ -222,7 +222,7 @@ def whole_rank(short: Tensor) -> tuple[float, float]:
 
 
 def _result(found: Directions, entropy: float, error: float, noise: float, count: int) -> Spectrum:
-    values, residuals = found.values, found.residuals[:count] + noise
+    values, residuals = found.values.cpu(), found.residuals[:count] + noise
     # Davis and Kahan's bound.
     gap = float(values[count - 1] - values[count]) if count < len(values) else float(values[count - 1])
     angle = min(1.0, float(residuals.norm()) / gap) if gap > 0 else 1.0

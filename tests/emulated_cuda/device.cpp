@@ -10,6 +10,7 @@
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <torch/library.h>
 
@@ -33,6 +34,7 @@ DeviceIndex devices = 1;
 std::mutex guard;
 std::map<std::string, int64_t> waits;
 int wait_mode = 0;  // 0: not counted, 1: counted, 2: an error
+void (*told)(const char*) = nullptr;  // who is told of each instead of being warned
 
 std::atomic<int64_t> allocated{0}, peak{0};
 
@@ -43,6 +45,7 @@ void waits_for_device(const std::string& what) {
     std::lock_guard<std::mutex> hold(guard);
     ++waits[what];
   }
+  if (told != nullptr) return told(what.c_str());
   TORCH_WARN("called a synchronizing CUDA operation: ", what);
 }
 
@@ -471,6 +474,15 @@ at::Tensor host_view(const at::Tensor& tensor) {
   return tensor_on(storage, tensor, c10::DispatchKey::CPU);
 }
 
+// A convolution of each channel by itself, which on a CPU has no operation of its own.
+at::Tensor depthwise(const at::Tensor& x, const at::Tensor& weight, c10::SymIntArrayRef, const std::optional<at::Tensor>& bias,
+                     c10::SymIntArrayRef stride, c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation) {
+  Aliases aliases;
+  aliases.index = x.device().index();
+  const auto host_bias = bias && bias->defined() ? std::optional<at::Tensor>(aliases.host(*bias)) : std::nullopt;
+  return aliases.device(at::conv2d_symint(aliases.host(x), aliases.host(weight), host_bias, stride, padding, dilation, x.sym_size(1)));
+}
+
 TORCH_LIBRARY_IMPL(_, CUDA, library) { library.fallback(torch::CppFunction::makeFromBoxedFunction<&fallback>()); }
 
 TORCH_LIBRARY_IMPL(aten, CUDA, library) {
@@ -489,6 +501,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
   library.impl("record_stream", TORCH_FN(record_stream));
   library.impl("_grouped_mm", TORCH_FN(grouped_mm));
   library.impl("histc", TORCH_FN(histc));
+  library.impl("_conv_depthwise2d", TORCH_FN(depthwise));
 }
 
 TORCH_LIBRARY(emulated_cuda, library) { 
@@ -505,15 +518,23 @@ TORCH_LIBRARY_IMPL(emulated_cuda, CUDA, library) {
 bool is(const IValue& value, const char* name) { return value.isCustomClass() && value.type()->str().ends_with(name); }
 
 // What a group made for CUDA alone says of a tensor of the host. (Gloo serves its tensors of the device; see nccl.py.)
+void refuse(const c10::OperatorHandle& op, const c10::intrusive_ptr<c10d::ProcessGroup>& group) {
+  TORCH_CHECK(group->getBackendType() != c10d::ProcessGroup::BackendType::NCCL ||
+                  group->getBackend(DeviceType::CPU) != group->getBackend(DeviceType::CUDA),
+              "No backend type associated with device type cpu (", op.schema().name(), ")");
+}
+
 void refuse_host(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   for (const auto& value : torch::jit::last(*stack, op.schema().arguments().size())) {
-    if (!is(value, "ProcessGroup")) continue;
-    const auto group = value.toCustomClass<c10d::ProcessGroup>();
-    TORCH_CHECK(group->getBackendType() != c10d::ProcessGroup::BackendType::NCCL ||
-                    group->getBackend(DeviceType::CPU) != group->getBackend(DeviceType::CUDA),
-                "No backend type associated with device type cpu (", op.schema().name(), ")");
+    if (is(value, "ProcessGroup")) refuse(op, value.toCustomClass<c10d::ProcessGroup>());
   }
   op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
+}
+
+// The same of a functional collective, which names its group last.
+void refuse_host_by_name(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  refuse(op, c10d::resolve_process_group(stack->back().toStringRef()));
+  op.redispatchBoxed(c10::DispatchKeySet(), stack);
 }
 
 // Gloo knows no mean, and writes its outputs again whenever somebody waits: what is summed is divided before.
@@ -554,6 +575,13 @@ TORCH_LIBRARY_IMPL(c10d, AutogradCPU, library) {
   }
 }
 
+TORCH_LIBRARY_IMPL(_c10d_functional, CPU, library) {
+  for (const auto* name : {"all_reduce", "all_reduce_", "all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single",
+                           "broadcast", "broadcast_"}) {
+    library.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_host_by_name>());
+  }
+}
+
 }  // namespace
 
 C10_REGISTER_GUARD_IMPL(CUDA, Guard)
@@ -572,6 +600,7 @@ void emulated_devices(int count) { devices = static_cast<DeviceIndex>(count); }
 void emulated_set_device(int index) { current = static_cast<DeviceIndex>(index); }
 int emulated_current_device() { return current; }
 void emulated_wait_mode(int mode) { wait_mode = mode; }
+void emulated_tell_of_waits(void (*whom)(const char*)) { told = whom; }
 int emulated_wait_mode_now() { return wait_mode; }
 int64_t emulated_allocated() { return allocated; }
 int64_t emulated_peak() { return peak; }

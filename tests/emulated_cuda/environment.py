@@ -11,11 +11,12 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
 
-def environment(devices: int = 1, capability: str = "9.0") -> dict[str, str]:
-    """The environment of this process, and the emulated devices."""
+def environment(devices: int = 1, capability: str = "9.0", waits: Path | None = None) -> dict[str, str]:
+    """This environment and the emulated devices; each process leaves its waits in a folder ``waits``."""
     paths = [str(HERE / "site"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(paths),
         "EMULATED_CUDA": f"{library()},{devices},{capability}",
+        **({} if waits is None else {"EMULATED_CUDA_WAITS": str(waits.resolve())}),
     }

@@ -87,35 +87,18 @@ class Properties(types.SimpleNamespace):
     __hash__ = object.__hash__
 
 
-class WAITS:
-    """What made the host wait since ``forget``, while ``torch.cuda.set_sync_debug_mode("warn")`` held."""
-
-    device: ctypes.CDLL
-
-    @classmethod
-    def counted(cls) -> dict[str, int]:
-        text = ctypes.create_string_buffer(1 << 16)
-        cls.device.emulated_waits(text, len(text))
-        return {what: int(count) for what, count in (line.split("\t") for line in text.value.decode().splitlines())}
-
-    @classmethod
-    def forget(cls) -> None:
-        cls.device.emulated_forget_waits()
-
-
 def install(device: ctypes.CDLL) -> None:
     """Put the emulated devices into ``torch.cuda``."""
     import torch
     from torch import cuda
 
-    from tests.emulated_cuda import nccl
+    from tests.emulated_cuda import nccl, waits
 
     _, devices, capability = os.environ["EMULATED_CUDA"].split(",")
     count = int(devices)
     major, minor = map(int, capability.split("."))
     room = 80 << 30
     device.emulated_devices(count)
-    WAITS.device = device
     name = f"Emulated device of capability {capability}"
     properties = Properties(
         name=name, major=major, minor=minor, total_memory=room, multi_processor_count=132, warp_size=32,
@@ -227,3 +210,4 @@ def install(device: ctypes.CDLL) -> None:
     torch.UntypedStorage.to = storage_to
     torch.UntypedStorage.resize_ = storage_resize
     nccl.install()
+    waits.install(device)

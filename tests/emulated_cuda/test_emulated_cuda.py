@@ -20,10 +20,10 @@ FINITE = "training/not_finite.py:54"  # whether the gradient's norm is finite
 RAGGED = {"relu", "threshold", "expert_choice"}  # which ask, in each layer, how many experts the busiest token has
 
 
-def python(*arguments, devices=1):
+def python(*arguments, devices=1, capability="9.0"):
     """What a Python process with emulated devices prints."""
     command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(devices), capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment(devices, capability), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
@@ -35,7 +35,7 @@ def findings(step, out):
 
 BASICS = """
 import io, pytest, torch
-from tests.emulated_cuda.install import WAITS
+from tests.emulated_cuda.waits import WAITS
 torch.manual_seed(3)
 a, generator = torch.randn(4, 5, device="cuda"), torch.Generator("cuda")
 assert torch.equal(*(torch.randn(3, device="cuda", generator=generator.manual_seed(3)) for _ in range(2)))

@@ -5,6 +5,8 @@ import pytest
 from moebed.cli import main
 from moebed.errors import ConfigError
 from moebed.parallel.config import ParallelConfig
+from moebed.parallel.strategy import MeshStrategy
+from moebed.training.trainer import AutoTrainer
 from tests.conftest import tiny_config
 
 
@@ -67,3 +69,12 @@ def test_the_command_refuses_before_it_starts(options, said, tmp_path, capsys):
     assert len(lines) == 1
     assert said in lines[0]
     assert not run.exists()
+
+
+def test_no_layout_runs_in_inference_mode():
+    """Over NCCL Lightning would take it, in which FSDP2 cannot gather a shard of one rank."""
+    made = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "inference_mode": True}
+    for strategy, expected in ((MeshStrategy(ParallelConfig(expert=2)), False), ("auto", True)):
+        trainer = AutoTrainer(strategy=strategy, devices=1, **made)
+        loops = trainer.validate_loop, trainer.test_loop, trainer.predict_loop
+        assert {loop.inference_mode for loop in loops} == {expected}
