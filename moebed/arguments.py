@@ -20,7 +20,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **options})
-        self._negative_number_matcher = _NEGATIVE  # a value like -5GiB is for its option to refuse, and no option itself
+        self._negative_number_matcher = _NEGATIVE  # -5GiB is a value, for its option to refuse
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; {self._hint(message) or f'`{self.prog} --help` lists the options'}")
@@ -104,10 +104,12 @@ def read_yaml(path: Path, called: str = "") -> Any:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The settings of a recipe; raises ConfigError as :func:`read_yaml`, and where there are none."""
+    """The settings of a run's recipe; raises ConfigError as :func:`read_yaml`, for none, and for those of a study."""
     content = read_yaml(path, "recipe")
     if not isinstance(content, dict):
         raise ConfigError(f"recipe {path} holds no settings by name; give a recipe, or a run's config.yaml")
+    if is_study(content):
+        raise ConfigError(f"{path} is a study, and no recipe of one run: `moebed study {path}` runs it")
     return content
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from moebed.arguments import is_study, names_recipe, read_recipe
+from moebed.arguments import names_recipe, read_recipe
 from moebed.errors import UserError
 from moebed.machine import storage
 from moebed.machine.progress import waiting
@@ -35,10 +35,7 @@ def look_first(command: str, arguments: Sequence[str]) -> None:
     folder = None
     for option, value in _given(arguments):
         if option in ("-c", "--config") and names_recipe(value):
-            recipe = read_recipe(Path(value))
-            if is_study(recipe):
-                raise UserError(f"{value} is a study, and no recipe of one run: `moebed study {value}` runs it")
-            trainer = recipe.get("trainer")
+            trainer = read_recipe(Path(value)).get("trainer")
             folder = trainer.get("default_root_dir", folder) if isinstance(trainer, dict) else folder
         elif option == FOLDER:
             folder = value

@@ -55,7 +55,7 @@ def test_ctrl_c_that_leaves_no_checkpoint_is_said_with_its_exit_code(run, recipe
 def test_ctrl_c_in_a_validation_ends_with_a_checkpoint_that_goes_on(run, whole):
     stops = json.dumps(callback("Interrupted", hook="on_validation_batch_end"))
     code, said, folder = run("run", *ACCUMULATE, "--trainer.callbacks", stops)
-    assert code == 130
+    assert code == 130, said
     assert last(folder)["global_step"] == 3
     assert run("run", *ACCUMULATE, "--ckpt_path", "last")[0] == 0
     require_same_model(last(folder), last(whole))
