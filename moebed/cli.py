@@ -56,7 +56,7 @@ SPINCOUNT = 30_000  # with 10 000 a step on quiet cores takes longer
 class _Version(argparse.Action):
     """Says what a report of a fault should name, and ends; versions are looked up only then."""
 
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+    def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
         from moebed.machine.provenance import version_line
 
         print(version_line())
