@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import io
 import locale
@@ -57,9 +58,14 @@ class _Version(argparse.Action):
     """Says what a report of a fault should name, and ends; versions are looked up only then."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
-        from moebed.machine.provenance import version_line
+        import platform
+        from importlib.metadata import PackageNotFoundError, version
 
-        print(version_line())
+        parts = []
+        for name in ("moebed", "torch", "lightning", "transformers"):
+            with contextlib.suppress(PackageNotFoundError):
+                parts.append(f"{name} {version(name)}")
+        print(", ".join([*parts, f"Python {platform.python_version()}"]))
         parser.exit()
 
 

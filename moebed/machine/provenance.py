@@ -8,10 +8,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import platform
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -36,15 +34,6 @@ def moebed_version() -> str:
         return version("moebed")
     except PackageNotFoundError:
         return "unknown"
-
-
-def version_line() -> str:
-    """Versions that a report of a fault should name: moebed's, Python's, and those of the libraries that compute."""
-    parts = [f"moebed {moebed_version()}", f"Python {platform.python_version()}"]
-    for library in ("torch", "lightning", "transformers"):
-        with suppress(PackageNotFoundError):
-            parts.append(f"{library} {version(library)}")
-    return ", ".join(parts)
 
 
 @lru_cache

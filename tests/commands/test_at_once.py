@@ -82,4 +82,5 @@ def test_the_version_is_said_without_pytorch():
     line, loaded = done.stdout.splitlines()
     assert line.startswith("moebed ")
     assert ", torch " in line
+    assert ", Python 3." in line
     assert loaded == "False"
