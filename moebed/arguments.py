@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from moebed.errors import ConfigError, did_you_mean
 
+_NEGATIVE = re.compile(r"-\.?\d")
 _FLOAT = re.compile(r"[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")  # YAML 1.1 asks for a point and a sign
 
 
@@ -18,6 +20,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **options})
+        self._negative_number_matcher = _NEGATIVE  # -5GiB is a value, for its option to refuse
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; {self._hint(message) or f'`{self.prog} --help` lists the options'}")
@@ -101,11 +104,23 @@ def read_yaml(path: Path, called: str = "") -> Any:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The settings of a recipe; raises ConfigError as :func:`read_yaml`, and where there are none."""
+    """The settings of a run's recipe; raises ConfigError as :func:`read_yaml`, for none, and for those of a study."""
     content = read_yaml(path, "recipe")
     if not isinstance(content, dict):
         raise ConfigError(f"recipe {path} holds no settings by name; give a recipe, or a run's config.yaml")
+    if is_study(content):
+        raise ConfigError(f"{path} is a study, and no recipe of one run: `moebed study {path}` runs it")
     return content
+
+
+def is_run_recipe(content: Mapping[str, Any]) -> bool:
+    """Whether the keys of a YAML file are those of a run, and none that a study needs."""
+    return bool({"trainer", "model", "data"} & content.keys()) and not is_study(content)
+
+
+def is_study(content: Mapping[str, Any]) -> bool:
+    """Whether the keys of a YAML file are those of a study."""
+    return bool({"arms", "like"} & content.keys())
 
 
 def names_recipe(value: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import io
 import locale
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 
 from moebed.arguments import OneLineParser
 from moebed.errors import UserError, did_you_mean
-from moebed.plugins import load_plugins
+from moebed.plugins import load_plugins, mistake
 
 COMMANDS = {
     "fit": ("moebed.commands.fit", "train a model from a recipe, with probes; --ckpt_path last continues a run"),
@@ -53,6 +54,21 @@ FIRST_STEPS = """moebed trains and probes Mixture-of-Experts language models. Fi
 SPINCOUNT = 30_000  # with 10 000 a step on quiet cores takes longer
 
 
+class _Version(argparse.Action):
+    """Says what a report of a fault should name, and ends; versions are looked up only then."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
+        import platform
+        from importlib.metadata import PackageNotFoundError, version
+
+        parts = []
+        for name in ("moebed", "torch", "lightning", "transformers"):
+            with contextlib.suppress(PackageNotFoundError):
+                parts.append(f"{name} {version(name)}")
+        print(", ".join([*parts, f"Python {platform.python_version()}"]))
+        parser.exit()
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The top level; each subcommand parses its own arguments."""
     lines = "\n".join(f"  {name:<10}{sentence}" for name, (_, sentence) in COMMANDS.items())
@@ -64,6 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--version", action=_Version, nargs=0, help="say which moebed, Python and PyTorch these are")
     parser.add_argument("command", metavar="COMMAND", help=f"one of {', '.join(COMMANDS)}")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the command")
     return parser
@@ -98,11 +115,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not getattr(error, "said_elsewhere", False):
             print(f"moebed: error: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        if verbose or argv is not None:  # who calls it from Python hears of it as Python says it
+    except (KeyboardInterrupt, SystemExit) as error:
+        # Lightning makes an exit with code 1 of a Ctrl-C, before the first step as in a probing.
+        if not isinstance(error, KeyboardInterrupt) and not isinstance(error.__context__, KeyboardInterrupt):
             raise
+        if verbose or argv is not None:  # who calls it from Python hears of it as Python says it
+            raise KeyboardInterrupt from error
         print("moebed: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        line = None if verbose else mistake(error)
+        if line is None:
+            raise
+        print(f"moebed: error: {' '.join(line.split())}; -v shows how it came there", file=sys.stderr)
+        return UserError.exit_code
     return 0
 
 

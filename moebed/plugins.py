@@ -71,6 +71,27 @@ def module_name(name: str) -> str:
     return f"{plain}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
 
 
+def mistake(error: Exception) -> str | None:
+    """One line for an exception out of a plug-in's code: its file, the line, and what was raised.
+
+    Args:
+        error: As it was caught.
+
+    Returns:
+        The line; None where no plug-in's code was running.
+    """
+    files = {os.path.realpath(file) for name in named_plugins() if (file := _file(name)) is not None}
+    frames = [each for each in traceback.extract_tb(error.__traceback__) if os.path.realpath(each.filename) in files]
+    if not frames:
+        return None
+    said = f"{type(error).__name__}: {error}".removesuffix(": ")
+    return f"plugin {frames[-1].filename}, line {frames[-1].lineno}, in {frames[-1].name}: {said}"
+
+
+def _file(name: str) -> str | None:
+    return getattr(sys.modules.get(module_name(name)), "__file__", None)
+
+
 def _import(name: str) -> None:
     path = Path(name)
     if path.suffix == ".py" and not path.is_file():

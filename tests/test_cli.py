@@ -16,6 +16,7 @@ from moebed.cli import SPINCOUNT, main
 from moebed.machine.precision import computed_in
 from moebed.model.config import ModelConfig
 from probes import ProbeCallback
+from probes.report.charts import UNITS
 from tests.small_run import probing, small_recipe, write_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,6 +73,7 @@ def test_fit_writes_a_whole_run_folder_and_continues(recipe, tmp_path, capsys):
     assert {"train/loss", "train/bits_per_byte", "train/load_balancing_loss", "val/bits_per_byte"} <= set(
         tags["scalars"]
     )
+    assert set(UNITS) <= {part for tag in tags["scalars"] for part in tag.split("/")}  # of the report's curves
     assert any(tag.startswith("layers/balance/max_violation/layer_00") for tag in tags["scalars"])
     assert any(tag.startswith("matrix_similarity/") for tag in tags["images"])
     assert {"run/config/text_summary", "run/computed_in/text_summary", "run/samples/text_summary"} <= set(
@@ -89,6 +91,7 @@ def test_fit_writes_a_whole_run_folder_and_continues(recipe, tmp_path, capsys):
     assert main(["validate", "--config", str(run / "config.yaml"), "--ckpt_path", "last"]) == 0
     assert "val/bits_per_byte" in capsys.readouterr().out
     assert main(["predict", "--config", str(run / "config.yaml"), "--ckpt_path", "last"]) == 0
+    assert capsys.readouterr().err.count("reads ") == 1
     with np.load(run / "token_losses.npz") as losses:
         predicted = losses["labels"] != -100
         assert predicted.sum() > 50

@@ -202,6 +202,22 @@ def test_a_router_that_gives_something_else_is_one_line(broken):
             decoder(torch.zeros(2, 4, dtype=torch.int64))
 
 
+def test_what_a_plugins_code_raises_is_one_line_and_with_v_its_traceback(broken, tmp_path, capsys):
+    """Whichever command it is in; the line is that of the plug-in, though a library beneath it raised."""
+    weights, asked = tmp_path / "model.ckpt", ["--out", str(tmp_path / "out"), "--probes", "broken"]
+    config = ModelConfig(**SIZES)
+    state = {f"decoder.{name}": tensor for name, tensor in Decoder(config).state_dict().items()}
+    torch.save({"state_dict": state, "model_config": config.to_dict()}, weights)
+    broken(PROBE, "view.gate)", "view.gate @ view.gate)")
+    assert main(["probe", str(weights), *asked]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    where = f"plugin {tmp_path / 'broken.py'}, line 8, in update"
+    assert f"moebed: error: {where}: RuntimeError: mat1 and mat2 shapes cannot be multiplied" in said
+    assert said.endswith("; -v shows how it came there")
+    with pytest.raises(RuntimeError):
+        main(["probe", str(weights), *asked, "-v", "--fresh"])
+
+
 def test_two_files_of_one_name_are_both_imported(tmp_path, monkeypatch):
     monkeypatch.setenv(VARIABLE, "")
     monkeypatch.setenv("SEEN", "")

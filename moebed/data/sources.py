@@ -176,9 +176,7 @@ class Source:
             )
             matches = [path for path in matches if path.is_file()]
             if not matches:
-                raise UserError(
-                    f"data source {self.config.name!r}: there is no file {pattern}; set its path to one that is there"
-                )
+                raise UserError(f"data source {self.config.name!r}: {_no_file(pattern, Path(expanded))}")
             found += [path for path in matches if path not in found]
         for path in found:
             if suffix(path) not in SUFFIXES:
@@ -364,3 +362,11 @@ def _file_identity(path: Path) -> list[object]:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
+
+
+def _no_file(pattern: str, path: Path) -> str:
+    """Why nothing matches, and what to write."""
+    if not path.is_dir():
+        return f"there is no file {pattern}; set its path to one that is there"
+    there = sorted({suffix(file) for file in path.iterdir()} & set(SUFFIXES)) or [".txt"]
+    return f"{pattern} is a folder; name its files, such as {pattern.rstrip('/')}/*{there[0]}"

@@ -243,7 +243,8 @@ class AutoTokenizer(Tokenizer):
         except Exception as error:  # network, hub, file format: one cause, said in one line
             cause = " ".join(str(error).split())[:300]
             raise UserError(
-                f"cannot load tokenizer {path} ({type(error).__name__}: {cause}); give a folder that has one"
+                f"cannot load tokenizer {path} ({type(error).__name__}: {cause}); "
+                "give the folder that its tokenizer.json lies in"
             ) from error
         if not loaded.is_fast:
             raise UserError(

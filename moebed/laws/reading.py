@@ -70,6 +70,10 @@ def read_table(path: Path) -> RunTable:
     Raises:
         UserError: It is missing, damaged, or has a number that cannot be one.
     """
+    if path.is_dir():
+        inside = path / "study.json"
+        advice = f"give {inside}" if inside.is_file() else "give a CSV file or a study.json"
+        raise UserError(f"{path} is a folder, and no table of runs; {advice}")
     if path.suffix.lower() == ".json":
         return _read_study(path)
     return _read_csv(path)

@@ -49,6 +49,16 @@ class NotWritten(UserError):
         self.reason = reason
 
 
+def reason_of(error: BaseException) -> str:
+    """What the system said, though a library met it and raised something else over it; else the error's first line."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 @contextmanager
 def new_file(path: Path, advice: str = ADVICE, sole: bool = False) -> Iterator[IO[bytes]]:
     """A file that takes the place of ``path`` when the block ends well, and vanishes when it does not.

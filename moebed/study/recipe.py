@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from moebed.arguments import read_yaml
+from moebed.arguments import is_run_recipe, read_yaml
 from moebed.errors import ConfigError, did_you_mean
 from moebed.study.gain import ROLES
 
@@ -83,6 +83,11 @@ def read_recipe(path: Path) -> StudyRecipe:
     """
     content = study_content(path)
     where = f"study {path.name}"
+    if is_run_recipe(content):
+        raise ConfigError(
+            f"{path} is a recipe of one run, and no study: `moebed fit --config {path}` trains it; a study names it as "
+            "its base, beside arms and seeds"
+        )
     known = [f.name for f in dataclasses.fields(StudyRecipe) if f.name not in ("name", "steps", "tokens")]
     _check_keys(where, content, [*known, "budget", "like"])
     for key in ("base", "arms", "seeds"):

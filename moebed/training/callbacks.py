@@ -34,7 +34,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             with storage.new_file(Path(path), storage.CHECKPOINT_ADVICE, sole=True) as file:
                 torch.save(checkpoint, file)
         except RuntimeError as error:  # what torch makes of a failed write
-            raise storage.NotWritten(Path(path), str(error), storage.CHECKPOINT_ADVICE) from error
+            raise storage.NotWritten(Path(path), storage.reason_of(error), storage.CHECKPOINT_ADVICE) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint with torch.load(weights_only=True), whatever was asked."""

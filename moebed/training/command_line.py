@@ -297,7 +297,6 @@ class TrainingCLI(LightningCLI):
 
     def predict(self, **kwargs: Any) -> None:
         """Write the loss of every token of the test text: ``token_losses.npz``."""
-        self.before_predict()
         kwargs["return_predictions"] = True
         batches: Any = self.trainer.predict(**kwargs)
         arrays: dict[str, Any] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
@@ -47,12 +48,13 @@ class Requests:
         setattr(trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor", lambda: None)  # noqa: B010
 
     def _note(self, meaning: int, number: int, _frame: Any) -> None:
+        self._asked = max(self._asked, meaning)
         if number == signal.SIGINT:
             if self._interrupted:
                 raise KeyboardInterrupt
             self._interrupted = True
-            say("ends with a checkpoint after this step; Ctrl-C again ends at once, without one")
-        self._asked = max(self._asked, meaning)
+            with contextlib.suppress(RuntimeError):  # Python refuses to print where the signal came amid a print
+                say("ends with a checkpoint after this step; Ctrl-C again ends at once, without one")
 
     @property
     def exit_code(self) -> int:

@@ -61,7 +61,7 @@ class AutoTrainer(Trainer):
         """
         error: Exception | None = None
         try:
-            checkpoint = self._checkpoint_connector.dump_checkpoint(weights_only)
+            checkpoint = self._checkpoint_connector.dump_checkpoint(bool(weights_only))
             self.strategy.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
         except Exception as caught:  # noqa: BLE001 - all ranks are told
             error = caught

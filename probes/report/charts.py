@@ -33,6 +33,17 @@ FIRST_TAGS = (
     "train/router_z_loss",
     "train/grad_norm",
 )
+# What the numbers under a part of a tag are in; of others the tag says all that there is to say.
+UNITS = {
+    "loss": "nats a token",
+    "bits_per_byte": "bits a byte",
+    "router_entropy": "nats",
+    "max_violation": "busiest over mean, less 1",
+    "max_violation_worst": "busiest over mean, less 1",
+    "idle_experts": "experts of all layers",
+    "load_balancing_loss": "1 if even",
+    "tokens_per_second": "tokens a second",
+}
 LEFT_OUT = ("epoch", "hp_metric")
 MOST_PANELS = 24
 SMOOTHED_FROM = 60
@@ -54,6 +65,11 @@ def tags_in_order(runs: Sequence[RunFolder]) -> list[str]:
     }
     rest = sorted(found - set(FIRST_TAGS))
     return [tag for tag in FIRST_TAGS if tag in found] + rest
+
+
+def unit_of(tag: str) -> str:
+    """What the numbers of a logged tag are in; nothing where they are plain numbers."""
+    return next((UNITS[part] for part in tag.split("/") if part in UNITS), "")
 
 
 def draw_losses(runs: Sequence[RunFolder]) -> Figure:
@@ -87,6 +103,8 @@ def draw_curves(runs: Sequence[RunFolder], tags: Sequence[str]) -> Figure:
                 _draw_curve(ax, run.curves[tag], colours[run.name], run.name)
         _limit(ax, [run.curves[tag] for run in runs if tag in run.curves])
         ax.set_title(tag, fontsize=9)
+        ax.set_xlabel("step", fontsize=8)
+        ax.set_ylabel(unit_of(tag), fontsize=8)
     if len(runs) > 1:
         handles, labels = axes[0].get_legend_handles_labels()
         fig.legend(handles, labels, loc="outside upper left", ncols=4, fontsize=8.5, frameon=False)

@@ -5,11 +5,14 @@ import sys
 
 import pytest
 
+from moebed.arguments import OneLineParser
 from moebed.cli import main
 from moebed.commands.fit import look_first
 from moebed.errors import UserError
+from moebed.machine.units import parse_bytes
 
 RECIPE = "recipes/tiny_mixtral.yaml"
+STUDY = "recipes/studies/router_tiny.yaml"
 
 
 def test_what_needs_no_model_is_refused_before_pytorch_is_loaded(tmp_path):
@@ -52,8 +55,32 @@ def test_what_is_near_is_said(capsys, tmp_path):
         (["study", "recipes/studies/router_tiny.yaml", "--job", "2"], "did you mean '--jobs'?"),
         (["upcycle", "dense", "--method", "drp", "--out", "new"], "did you mean 'drop'?"),
         (["law", "runs.csv", "--form", "jont", "--out", "law"], "did you mean 'joint'?"),
+        (["study", RECIPE], f"is a recipe of one run, and no study: `moebed fit --config {RECIPE}` trains it"),
+        (["fit", "--config", STUDY], f"is a study, and no recipe of one run: `moebed study {STUDY}` runs it"),
+        (["size", STUDY], f"is a study, and no recipe of one run: `moebed study {STUDY}` runs it"),
+        (["prune", "x", "--keep", "-1/2", "--by", "reap", "--out", "new"], "--keep is '-1/2'"),
         (["probe", RECIPE, "--out", str(tmp_path / "out")], "is a recipe or a config; give the checkpoint itself"),
     ):
         assert main(arguments) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert words in line
+
+
+def test_a_negative_size_is_refused_by_its_option():
+    """And is not taken for an option that is unknown, as argparse takes what is no plain number."""
+    parser = OneLineParser(prog="moebed")
+    parser.add_argument("--memory-budget")
+    given = parser.parse_args(["--memory-budget", "-5GiB"]).memory_budget
+    with pytest.raises(UserError, match="memory_budget is '-5GiB'; write it such as 8GiB"):
+        parse_bytes(given)
+
+
+def test_the_version_is_said_without_pytorch():
+    program = "import sys, moebed.cli\ntry: moebed.cli.main(['--version'])\nfinally: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0
+    line, loaded = done.stdout.splitlines()
+    assert line.startswith("moebed ")
+    assert ", torch " in line
+    assert ", Python 3." in line
+    assert loaded == "False"

@@ -160,6 +160,7 @@ def test_hub_kind_reads_with_datasets(tmp_path: Path) -> None:
     ("config", "message"),
     [
         ({"kind": "files", "path": "nowhere/*.txt"}, "'mine': there is no file nowhere/"),
+        ({"kind": "files", "path": "recipes"}, "'mine': recipes is a folder; name its files, such as recipes/.*.txt"),
         ({"kind": "files", "path": "pyproject.toml"}, "cannot read .*pyproject.toml; known kinds: .txt"),
         ({"kind": "hub", "path": "json", "data_files": "nowhere.jsonl"}, "cannot load data set 'json', split 'train'"),
     ],

@@ -54,7 +54,7 @@ def test_errors_are_one_line_and_leave_nothing(tmp_path, capsys, kind):
     elif kind == "taken":
         out = checkpoint.parent
     elif kind == "unknown family":
-        options = ["--family", "mamba"]
+        options = ["--family", "mixtrl"]
     elif kind == "unknown option":
         options = ["--famly", "mixtral"]
     else:
@@ -64,6 +64,7 @@ def test_errors_are_one_line_and_leave_nothing(tmp_path, capsys, kind):
     said = capsys.readouterr().err
     assert said.startswith("moebed: error: ")
     assert said.count("\n") == 1
+    assert kind != "unknown family" or "unknown model_type 'mixtrl'; did you mean 'mixtral'?" in said
     assert sorted(tmp_path.rglob("*")) == before
 
 

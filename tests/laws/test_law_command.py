@@ -192,6 +192,10 @@ def test_options_that_cannot_be_are_one_line(options, words, joint_csv, tmp_path
 
 def test_a_table_that_is_not_there(tmp_path, capsys):
     _fails(capsys, [tmp_path / "no.csv", "--form", "yun", "--out", tmp_path], "no.csv cannot be read")
+    (tmp_path / "study").mkdir()
+    _fails(capsys, [tmp_path / "study", "--form", "yun", "--out", tmp_path], "is a folder, and no table of runs")
+    (inside := tmp_path / "study" / "study.json").write_text("{}")
+    _fails(capsys, [tmp_path / "study", "--form", "yun", "--out", tmp_path], f"give {inside}")
     _fails(capsys, [tmp_path / "study.json", "--form", "yun", "--out", tmp_path], "does not exist")
 
 

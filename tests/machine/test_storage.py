@@ -166,3 +166,18 @@ def _first_fails(rank: int, world_size: int) -> None:
 
 def test_an_error_of_one_rank_is_raised_on_all(tmp_path):
     call(_first_fails, 2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit of a file's size is asked of Linux")
+def test_a_checkpoint_that_finds_no_room_says_what_the_system_says(tmp_path):
+    """PyTorch makes of it an assertion about positions in a file."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"last.ckpt could not be written \(File too large\); the previous one"):
+            AtomicCheckpointIO().save_checkpoint({"x": torch.zeros(200_000)}, tmp_path / "last.ckpt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert _names(tmp_path) == []

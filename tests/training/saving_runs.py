@@ -23,6 +23,19 @@ class Signal(Callback):
             os.kill(os.getpid(), self.number)
 
 
+class Interrupted(Callback):
+    """Ctrl-C, pressed some times, where a hook such as ``on_validation_batch_end`` is first called."""
+
+    def __init__(self, hook: str, times: int = 1):
+        self.left = times
+        setattr(self, hook, self._press)
+
+    def _press(self, trainer, *_, **__):
+        while self.left and not trainer.sanity_checking:
+            self.left -= 1
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 class Stop(Callback):
     """Ends the run early, after a step that nothing else saves at."""
 

@@ -1,12 +1,38 @@
 """Signals that ask a run to end, without a run."""
 
+import io
 import os
 import signal
+import sys
 
 import pytest
 from lightning.pytorch import Trainer
 
 from moebed.training.save_requests import END, Requests
+
+
+class _Interrupted(io.RawIOBase):
+    """A terminal at which Ctrl-C is pressed while a line is written to it."""
+
+    def writable(self):
+        return True
+
+    def write(self, given):
+        os.kill(os.getpid(), signal.SIGINT)
+        return len(given)
+
+
+def test_ctrl_c_amid_a_print_is_noted_too(monkeypatch):
+    """Python refuses to print in the handler then; the print goes on, and so does the step."""
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BufferedWriter(_Interrupted()), line_buffering=True))
+    requests = Requests()
+    requests.take_over(Trainer(logger=False, accelerator="cpu", enable_checkpointing=False, enable_progress_bar=False))
+    try:
+        print("step 2 of 4", file=sys.stderr)
+        assert (requests._asked, requests.exit_code) == (END, 130)
+    finally:
+        requests.give_back()
+    monkeypatch.undo()
 
 
 def test_a_second_ctrl_c_waits_for_nothing(capsys):

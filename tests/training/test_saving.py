@@ -3,10 +3,12 @@
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 
+from moebed.cli import main
 from tests.training.saving_runs import ACCUMULATE, callback, last, require_same_model, scalars
 
 
@@ -31,6 +33,32 @@ def test_a_signal_between_micro_batches_waits_for_the_end_of_the_step(run, whole
     require_same_model(last(folder), last(whole))
     for tag in ("train/loss", "train/grad_norm", "val/loss"):
         assert scalars(folder, tag) == scalars(whole, tag)
+
+
+def test_ctrl_c_that_leaves_no_checkpoint_is_said_with_its_exit_code(run, recipe, tmp_path, monkeypatch, capfd):
+    """Before the first step, and pressed twice; a shell sees 130, and the folder goes on."""
+    monkeypatch.setattr("moebed.cli._require_utf8", lambda: None)
+    for hook, times in (("on_fit_start", 1), ("on_train_batch_end", 2)):
+        folder = tmp_path / hook
+        stops = json.dumps(callback("Interrupted", hook=hook, times=times))
+        place = ["--trainer.default_root_dir", str(folder), "--trainer.callbacks", stops]
+        monkeypatch.setattr(sys, "argv", ["moebed", "fit", "--config", str(recipe), *place])
+        try:
+            assert main() == 130
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning leaves it ignored
+        assert "moebed: interrupted" in capfd.readouterr().err
+        assert not (folder / "checkpoints" / "last.ckpt").exists()
+        assert run(hook, "--ckpt_path", "last")[0] == 0
+
+
+def test_ctrl_c_in_a_validation_ends_with_a_checkpoint_that_goes_on(run, whole):
+    stops = json.dumps(callback("Interrupted", hook="on_validation_batch_end"))
+    code, said, folder = run("run", *ACCUMULATE, "--trainer.callbacks", stops)
+    assert code == 130, said
+    assert last(folder)["global_step"] == 3
+    assert run("run", *ACCUMULATE, "--ckpt_path", "last")[0] == 0
+    require_same_model(last(folder), last(whole))
 
 
 def test_the_clock_waits_for_the_end_of_the_step(run, tmp_path):

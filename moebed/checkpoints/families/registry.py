@@ -23,7 +23,7 @@ from moebed.checkpoints.families.phimoe import PHIMOE
 from moebed.checkpoints.families.qwen2 import QWEN2
 from moebed.checkpoints.families.qwen2_moe import QWEN2_MOE
 from moebed.checkpoints.families.qwen3_moe import QWEN3_MOE
-from moebed.errors import ConfigError
+from moebed.errors import ConfigError, did_you_mean
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -62,5 +62,6 @@ def family_of(model_type: object, where: str = "config.json") -> Family:
     """
     known = {**FAMILIES, MOEBED.model_type: MOEBED}
     if not isinstance(model_type, str) or model_type not in known:
-        raise ConfigError(f"{where}: unknown model_type {model_type!r}; the known ones are {', '.join(known)}")
+        hint = did_you_mean(model_type, known, f"the known ones are {', '.join(known)}")
+        raise ConfigError(f"{where}: unknown model_type {model_type!r}; {hint}")
     return known[model_type]

@@ -5,6 +5,7 @@ import json
 import re
 from html import escape
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from moebed.views.live import walk
 from probes.figures import drawing
 from probes.questions import with_what_follows
 from probes.registry import PROBES
-from probes.report.charts import layer_series
+from probes.report.charts import draw_curves, layer_series
 from probes.report.page import write_report
 from probes.report.pictures import compact
 from probes.running import store
@@ -269,3 +270,11 @@ def test_a_picture_in_few_colours_is_the_same_to_the_eye():
     one, other = (np.asarray(Image.open(io.BytesIO(png)).convert("RGB"), np.int32) for png in (before, after))
     assert np.abs(one - other).mean() < 2.0
     assert compact(b"x" * 10) == b"x" * 10  # small ones are not looked at
+
+
+def test_small_curves_say_what_they_are_in():
+    tags = ["train/router_entropy", "val/loss/code", "train/grad_norm"]
+    run = SimpleNamespace(name="one", curves={tag: ([1, 2], [0.5, 0.4]) for tag in tags})
+    axes = draw_curves([run], tags).axes
+    assert [ax.get_ylabel() for ax in axes] == ["nats", "nats a token", ""]
+    assert {ax.get_xlabel() for ax in axes} == {"step"}
