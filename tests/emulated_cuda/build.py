@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("device.cpp")
+SOURCES = (SOURCE, *sorted(SOURCE.parent.glob("*.h")))
 
 
 def torch_folder() -> Path:
@@ -28,7 +29,7 @@ def library() -> Path:
         RuntimeError: it does not compile, with what g++ said last.
     """
     version = importlib.metadata.version("torch")
-    name = hashlib.sha256(SOURCE.read_bytes() + version.encode()).hexdigest()[:16]
+    name = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES) + version.encode()).hexdigest()[:16]
     path = Path(tempfile.gettempdir()) / f"moebed_emulated_cuda_{os.getuid()}" / f"{name}.so"
     if path.exists():
         return path
