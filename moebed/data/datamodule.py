@@ -137,14 +137,23 @@ class TextDataModule(LightningDataModule):
         streaming_tokens = (self.max_validation_windows or STREAMING_VALIDATION_WINDOWS) * self.sequence_length
         stores = [build_domain(s, tokenizer, cache, self.validation_fraction, streaming_tokens) for s in sources]
         for store in stores:
-            for split, stream in (("training", store.train), ("validation", store.validation)):
-                if stream is not None and len(stream) <= self.sequence_length:
-                    raise UserError(
-                        f"data source {store.name!r}: {len(stream)} {split} tokens do not fill one sequence of "
-                        f"{self.sequence_length} + 1; give more text, a shorter data.sequence_length or another "
-                        f"data.validation_fraction ({self.validation_fraction})"
-                    )
+            self._require_sequences(store)
         self._stores = stores
+
+    def _require_sequences(self, store: DomainStore) -> None:
+        """Raise UserError for a domain one of whose splits has not a sequence's text."""
+        splits = {"training": store.train, "validation": store.validation}
+        for split, stream in splits.items():
+            if stream is None or len(stream) > self.sequence_length:
+                continue
+            cause = ""
+            if sum(len(one.document_starts) for one in splits.values() if one is not None) == 1:
+                cause = " as all its text is one document, and a document is in one split (document_separator cuts it)"
+            raise UserError(
+                f"data source {store.name!r}: {len(stream)} {split} tokens do not fill one sequence of "
+                f"{self.sequence_length} + 1{cause}; give more text, a shorter data.sequence_length or another "
+                f"data.validation_fraction ({self.validation_fraction})"
+            )
 
     def _build_tokenizer(self, sources: list[Source], cache: Path) -> Tokenizer:
         config = self.tokenizer_config

@@ -2,6 +2,7 @@
 
 import gzip
 import multiprocessing
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -123,11 +124,14 @@ def test_a_tokenizer_too_large_for_the_model_is_refused_before_text_is_tokenized
 
 
 def test_too_little_text_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("A short text.")
-    source = SourceConfig("tiny", kind="files", path=str(tmp_path / "a.txt"))
-    data = TextDataModule([source], TokenizerConfig("bytes"), cache_dir=str(tmp_path / "cache"))
-    with pytest.raises(UserError, match=r"'tiny': \d+ training tokens do not fill one sequence of 256 \+ 1; give more"):
-        data.setup()
+    one = "as all its text is one document, and a document is in one split (document_separator cuts it)"
+    for text, cause in (("A short text.", f" {one}"), ("A short text.\n\nAnd another.", "")):
+        (tmp_path / "a.txt").write_text(text)
+        source = SourceConfig("tiny", kind="files", path=str(tmp_path / "a.txt"), document_separator="\n\n")
+        data = TextDataModule([source], TokenizerConfig("bytes"), cache_dir=str(tmp_path / "cache"))
+        said = f"training tokens do not fill one sequence of 256 + 1{cause}; give more text"
+        with pytest.raises(UserError, match=re.escape(said)):
+            data.setup()
 
 
 def test_an_unwritable_cache_is_one_line(tmp_path: Path) -> None:
