@@ -62,6 +62,7 @@ def family_of(model_type: object, where: str = "config.json") -> Family:
     """
     known = {**FAMILIES, MOEBED.model_type: MOEBED}
     if not isinstance(model_type, str) or model_type not in known:
-        hint = did_you_mean(model_type, known, f"the known ones are {', '.join(known)}")
-        raise ConfigError(f"{where}: unknown model_type {model_type!r}; {hint}")
+        near = did_you_mean(model_type, known)
+        hint = f" ({near})" if near else ""
+        raise ConfigError(f"{where}: unknown model_type {model_type!r}; the known ones are {', '.join(known)}{hint}")
     return known[model_type]
