@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.timeout(1800),
     pytest.mark.skipif(shutil.which("g++") is None, reason="g++ compiles the device"),
 ]
-FINITE = "training/not_finite.py:54"  # whether the gradient's norm is finite
+FINITE, ROUTING = "training/not_finite.py", "model/routing.py"  # the first: whether the gradient's norm is finite
 RAGGED = {"relu", "threshold", "expert_choice"}  # which ask, in each layer, how many experts the busiest token has
 
 
@@ -93,8 +93,10 @@ def test_every_router_and_block_trains_as_on_a_cpu_and_waits_once():
     for each in found:
         assert each.get("difference", 1) < 1e-5, each
         of_layers = layers if each["case"].removeprefix("router ") in RAGGED else 0
-        expected = Counter({FINITE: 1.0, "model/routing.py:84": float(of_layers)})
-        assert Counter(each["waits"]) == expected, each
+        waits: Counter[str] = Counter()
+        for where, often in each["waits"].items():
+            waits[where.partition(":")[0]] += often
+        assert waits == Counter({FINITE: 1.0, ROUTING: float(of_layers)}), each
 
 
 def test_two_devices_train_the_same_model(tmp_path):
