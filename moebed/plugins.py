@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.machinery
 import importlib.util
 import os
 import sys
 import traceback
+import types
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -92,6 +94,14 @@ def _file(name: str) -> str | None:
     return getattr(sys.modules.get(module_name(name)), "__file__", None)
 
 
+class _Loader(importlib.machinery.SourceFileLoader):
+    """Compiles the file as it is: Python's own takes what it compiled of a file of the same second and size."""
+
+    def get_code(self, fullname: str) -> types.CodeType:
+        """The file's code."""
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
 def _import(name: str) -> None:
     path = Path(name)
     if path.suffix == ".py" and not path.is_file():
@@ -105,7 +115,7 @@ def _import(name: str) -> None:
         if path.suffix != ".py":
             importlib.import_module(name)
             return
-        spec = importlib.util.spec_from_file_location(module, path)
+        spec = importlib.util.spec_from_file_location(module, path, loader=_Loader(module, str(path)))
         assert spec is not None
         assert spec.loader is not None
         sys.modules[module] = importlib.util.module_from_spec(spec)

@@ -159,7 +159,6 @@ class Broken(GatedRouter):
 def broken(tmp_path, monkeypatch):
     """Imports a plug-in named broken with something replaced; forgotten afterwards."""
     monkeypatch.setenv(VARIABLE, "")
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # files of one second and one size are the same to Python
 
     def load(content, old, new):
         _forget()
@@ -314,3 +313,19 @@ def test_a_probe_of_a_probe_of_a_probe(tmp_path, monkeypatch):
     assert "third" not in probes_for(["all"], with_text=False)
     ProbePass([PROBES[name]() for name in reversed(names)]).results()
     assert seen == [("first", ["expert_outputs"]), ("second", ["balance", "first"]), ("third", ["second"])]
+
+
+def test_a_file_edited_within_a_second_is_not_what_it_was(tmp_path, monkeypatch):
+    """Bytecode that Python keeps says the second and the size of its source, which may be the same of another."""
+    monkeypatch.setenv(VARIABLE, "")
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    path = tmp_path / "edited.py"
+    try:
+        for value in "12":
+            path.write_text(f"import os\nos.environ['SEEN'] = '{value}'\n")
+            os.utime(path, (1e9, 1e9))
+            load_plugins(["--plugins", str(path)])
+            assert os.environ["SEEN"] == value
+            sys.modules.pop("moebed_plugin_edited")
+    finally:
+        os.environ.pop("SEEN", None)
