@@ -46,7 +46,7 @@ class StandingRanks:
                 with suppress(OSError):  # one that is gone is found below
                     rank.pipe.send((work, arguments))
             return self._answers()[0]
-        except BaseException:
+        except BaseException:  # whatever it was: the ranks may no longer wait for the same call
             self._end()
             self._ranks = []
             raise

@@ -166,11 +166,7 @@ def main(
     for count in counts:
         found[count] = coverage(count, draws, size, names.split(","))
         print(f"{count} texts: {len(found[count])} headlines", file=sys.stderr, flush=True)
-    print("| headline | " + " | ".join(f"{count} texts" for count in counts) + " |")
-    print("|---|" + "---|" * len(counts))
-    for key in sorted({key for by_key in found.values() for key in by_key}):
-        cells = (f"{found[n][key][0]:.1%}" if key in found[n] else "none" for n in counts)
-        print(f"| `{key}` | " + " | ".join(cells) + " |")
+    simulated.print_table(found)
 
 
 if __name__ == "__main__":

@@ -220,10 +220,15 @@ def main(simulated: int = 1000, domains: int = 1, router: str = "softmax_topk", 
     for count in TEXTS:
         found[count] = coverage(count, simulated if count > domains else 1, domains, router)
         print(f"{count} texts: {len(found[count])} headlines", file=sys.stderr, flush=True)
-    print("| headline | " + " | ".join(f"{count} text{'s' if count > 1 else ''}" for count in TEXTS) + " |")
-    print("|---|" + "---|" * len(TEXTS))
+    print_table(found)
+
+
+def print_table(found):
+    """How often each headline's interval held, by number of texts: what ``coverage`` gave of each number."""
+    print("| headline | " + " | ".join(f"{count} text{'s' if count > 1 else ''}" for count in found) + " |")
+    print("|---|" + "---|" * len(found))
     for key in sorted({key for by_key in found.values() for key in by_key}):
-        cells = (f"{found[n][key][0]:.1%}" if key in found[n] else "none" for n in TEXTS)
+        cells = (f"{by_key[key][0]:.1%}" if key in by_key else "none" for by_key in found.values())
         print(f"| `{key}` | " + " | ".join(cells) + " |")
 
 
