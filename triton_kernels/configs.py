@@ -4,8 +4,8 @@ R = T·K rows of the sorted order, E experts. BM × BN is the output tile of a p
 
 All kernels that walk the rows share one BM, because they share one table of tiles (see ``routing``). There is one
 configuration for each kind of device, and no launch times anything: two runs launch the same code. Each passes the
-gates of ``triton_kernels.gates``; none was timed, since no GPU was at hand. Candidates stand beside them for
-``moebed check`` to time, which writes what it chose where ``triton_kernels.tuned`` reads it.
+gates of ``triton_kernels.gates``; Hopper's were chosen on an H100, the others never timed. Candidates stand beside them
+for ``moebed check`` to time, which writes what it chose where ``triton_kernels.tuned`` reads it.
 
 One BM serves decoding too. Up to 256 rows an expert, reading the matrices takes an H100 longer than multiplying by
 tiles of 128 rows, padding included, so that lower tiles have nothing to gain (``gates.roofline.padded_share``); from
@@ -26,7 +26,9 @@ class Tile:
     """One kernel's tile: BN columns, BK deep, with its warps, pipeline stages and the rows of tiles that share L2.
 
     A persistent one reads its dense operands through tensor descriptors (TMA) and runs one program for each
-    multiprocessor. None asks for specialised warps: what Triton 3.6 makes of that on Hopper gives other sums each time.
+    multiprocessor. A flat one joins its loop over tiles with the one over depth, so that a tile's first loads are under
+    way while the tile before is written. None asks for specialised warps: what Triton 3.6 makes of that on Hopper gives
+    other sums each time.
     """
 
     columns: int
@@ -35,6 +37,7 @@ class Tile:
     stages: int = 3
     group: int = 8
     persistent: bool = False
+    flat: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,11 @@ class Config:
         grad_rows: gradient of the gathered rows.
         grad_up: gradient of ``gate_up``.
         grad_down: gradient of ``down``.
+        sorts: tokens' rows are copied into the sorted order before the products, which gather nothing.
         combine_tokens: tokens that one program of the combine sums.
         combine_columns: columns of one program of the combine.
+        gather_rows: rows that one program copies where rows are sorted.
+        gather_columns: columns that it takes in one step.
         activation_rows: rows that one program of the activation's backward passes over.
         activation_columns: columns that it takes in one step.
         routing_block: assignments of one program of the routing kernels.
@@ -82,9 +88,12 @@ class Config:
     grad_rows: Tile
     grad_up: WeightTile
     grad_down: WeightTile
-    combine_tokens: int = 4
-    combine_columns: int = 512
-    activation_rows: int = 8
+    sorts: bool = False
+    combine_tokens: int = 2
+    combine_columns: int = 1024
+    gather_rows: int = 32
+    gather_columns: int = 256
+    activation_rows: int = 4
     activation_columns: int = 128
     routing_block: int = 128
     routing_experts: int = 32
@@ -93,6 +102,10 @@ class Config:
     split_rows: int = 4096
     archs: tuple[str, ...] = ARCHS
 
+    def __post_init__(self) -> None:
+        if self.sorts and not (self.up.persistent and self.grad_hidden.persistent):
+            raise ValueError(f"{self.name}: only persistent kernels read rows that are sorted")
+
 
 # 227 KiB of shared memory: three stages of (128 + 256) × 64 two-byte elements are 144 KiB. Where the loop first loads
 # the row's token, the compiler spends two of its five stages on that and keeps three of the operands.
@@ -100,15 +113,34 @@ HOPPER = Config(
     name="hopper",
     rows=128,
     up=Tile(256, 64, warps=8, stages=3, persistent=True),
-    down=Tile(256, 64, warps=8, stages=3, persistent=True),
+    down=Tile(256, 64, warps=8, stages=3, persistent=True, flat=True),
     grad_hidden=Tile(256, 64, warps=8, stages=3, persistent=True),
-    grad_rows=Tile(256, 64, warps=8, stages=3, persistent=True),
+    grad_rows=Tile(256, 64, warps=8, stages=3, persistent=True, flat=True),
     grad_up=WeightTile(128, 256, 64, warps=8, stages=5),
     grad_down=WeightTile(128, 256, 64, warps=8, stages=5),
     archs=("sm_90",),
 )
 
-BLACKWELL = replace(HOPPER, name="blackwell", archs=("sm_100",))
+# A copy of the rows takes four bytes a number of R·H, twice forward and backward, and saves a share of products that do
+# 8·F FLOPs with each. On an H100 both came to the same at F = 1408, and at 14336 copying took 5 % less.
+SORTED_FROM = 4096  # F
+HOPPER_SORTED = replace(
+    HOPPER,
+    name="hopper sorted",
+    sorts=True,
+    up=replace(HOPPER.up, flat=True),
+    grad_hidden=replace(HOPPER.grad_hidden, flat=True),
+    grad_up=replace(HOPPER.grad_up, stages=3),
+    grad_down=replace(HOPPER.grad_down, stages=3),
+)
+
+BLACKWELL = replace(
+    HOPPER,
+    name="blackwell",
+    down=replace(HOPPER.down, flat=False),
+    grad_rows=replace(HOPPER.grad_rows, flat=False),
+    archs=("sm_100",),
+)
 
 # 163 KiB, and 99 on GeForce and workstation chips of three generations: half the columns and half the depth leave room
 # for two programs' memory on a multiprocessor of either.
@@ -161,6 +193,8 @@ INTERPRETED = Config(
     grad_down=WeightTile(64, 64, 64, group=2),
     combine_tokens=64,
     combine_columns=64,
+    gather_rows=64,
+    gather_columns=64,
     activation_rows=256,
     routing_block=256,
     split_rows=256,
@@ -168,7 +202,7 @@ INTERPRETED = Config(
     archs=(),
 )
 
-BY_NAME = {config.name: config for config in (HOPPER, BLACKWELL, AMPERE, CDNA, WIDE, INTERPRETED)}
+BY_NAME = {config.name: config for config in (HOPPER, HOPPER_SORTED, BLACKWELL, AMPERE, CDNA, WIDE, INTERPRETED)}
 # From each compute capability on; 12 is the small multiprocessor again.
 BY_CAPABILITY = (((12, 0), AMPERE), ((10, 0), BLACKWELL), ((9, 0), HOPPER), ((8, 0), AMPERE))
 
@@ -202,13 +236,14 @@ _HOPPER_CANDIDATES: dict[str, tuple[Tile, ...] | tuple[WeightTile, ...]] = {
 CANDIDATES = {HOPPER.name: _HOPPER_CANDIDATES}
 
 
-def choose(capability: tuple[int, int] | None, element_size: int, interpreted: bool) -> Config:
+def choose(capability: tuple[int, int] | None, element_size: int, interpreted: bool, width: int) -> Config:
     """The configuration of a launch: the one place where it is chosen.
 
     Args:
         capability: CUDA compute capability, from 8.0 on, or None on another accelerator.
         element_size: bytes of an element that is multiplied.
         interpreted: the kernels run in Triton's interpreter.
+        width: F, of an expert.
     """
     if interpreted:
         return INTERPRETED
@@ -216,7 +251,8 @@ def choose(capability: tuple[int, int] | None, element_size: int, interpreted: b
         return WIDE
     if capability is None:
         return CDNA
-    return next(config for least, config in BY_CAPABILITY if capability >= least)
+    config = next(config for least, config in BY_CAPABILITY if capability >= least)
+    return HOPPER_SORTED if config is HOPPER and width >= SORTED_FROM else config
 
 
 def with_tile(config: Config, op: str, tile: Tile | WeightTile) -> Config:

@@ -3,8 +3,9 @@
 T tokens, K experts per token, R = T·K rows, E experts, H hidden, F expert intermediate, G = 2F.
 
 The constexprs come from the functions that the launches call, so a spec cannot drift from what runs. H and F are
-compile-time constants of the kernels, T, K and E are not; here they are DeepSeekMoE-16B's. No tile divides a K-loop of
-H = 2056 or F = 1416, so the products are listed once more with those sizes, as ``odd``: their loops carry masks.
+compile-time constants of the kernels, T, K and E are not; here they are DeepSeekMoE-16B's, or, where rows are sorted,
+Mixtral 8x7B's. No tile divides a K-loop of H = 2056 or F = 1416, so the products are listed once more with such sizes,
+as ``odd``: their loops carry masks.
 """
 
 from __future__ import annotations
@@ -20,18 +21,21 @@ from triton_kernels.configs import (
     CANDIDATES,
     CDNA,
     HOPPER,
+    HOPPER_SORTED,
+    SORTED_FROM,
     WIDE,
     Config,
     Tile,
     WeightTile,
     with_tile,
 )
-from triton_kernels.grouped import down, grad_activation, grad_hidden, grad_rows, grad_weight, pieces, up
+from triton_kernels.grouped import down, gather, grad_activation, grad_hidden, grad_rows, grad_weight, pieces, up
 from triton_kernels.routing import constexprs as routing_constexprs
 from triton_kernels.routing.kernels import count_kernel, place_kernel, route_small_kernel, scan_kernel, tiles_kernel
 from triton_kernels.spec import DTYPES, Argument, KernelSpec
 
 EVEN, ODD = (2048, 1408), (2056, 1416)  # (H, F)
+WIDE_EVEN, WIDE_ODD = (4096, 14336), (4104, 14344)
 
 _TABLE = {name: Argument("*i32", aligned=True) for name in ("offsets", "tile_expert", "tile_start")}
 _NUMBER = Argument("i32")
@@ -54,7 +58,7 @@ def _product(
     gathers_indices: bool = False,
 ) -> Iterator[KernelSpec]:
     rows = tile.rows if isinstance(tile, WeightTile) else config.rows
-    how = " tma" * (isinstance(tile, Tile) and tile.persistent)
+    how = " tma" * (isinstance(tile, Tile) and tile.persistent) + " flat" * (isinstance(tile, Tile) and tile.flat)
     size = f"{rows}x{tile.columns}x{tile.depth} w{tile.warps} s{tile.stages}{how}"
     for precision in ("ieee", "tf32") if config is WIDE else ("ieee",):
         yield KernelSpec(
@@ -73,24 +77,25 @@ def _product(
             dtypes=("fp32",) if config is WIDE else ("fp16", "bf16"),
             gathers_indices=gathers_indices,
             row_step=tile.depth if isinstance(tile, WeightTile) else None,
+            least_width=SORTED_FROM if config.sorts else 0,
         )
 
 
-def _walk(tile: Tile, pointers: Any, persistent: Any, rows: bool = True) -> tuple[Any, dict[str, Argument]]:
+def _walk(tile: Tile, pointers: Any, persistent: Any) -> tuple[Any, dict[str, Argument]]:
     """The kernel of a tile, and the arguments that its persistent form has besides."""
     if not tile.persistent:
         return pointers, {}
-    more = {"tile_count": Argument("*i32", aligned=True), "E": _NUMBER}
-    return persistent, more | {"num_rows": _NUMBER} if rows else more
+    return persistent, {"tile_count": Argument("*i32", aligned=True), "num_rows": _NUMBER, "E": _NUMBER}
 
 
 def _products(config: Config, width: int, inter: int, label: str) -> Iterator[KernelSpec]:
     tall = {"weight": _elements("EGH"), **_TABLE}
     sizes = (width, inter)
-    kernel, more = _walk(config.up, up.up_kernel, up.up_persistent_kernel, rows=False)
+    letters = "RH" if config.sorts else "TH"
+    kernel, more = _walk(config.up, up.up_kernel, up.up_persistent_kernel)
     for activation in NAMES:
         for save in (True, False):
-            arguments = {"x": _elements("TH"), **_TOKEN, **tall, "hidden": _elements("RF"), "pre": _elements("RG")}
+            arguments = {"x": _elements(letters), **_TOKEN, **tall, "hidden": _elements("RF"), "pre": _elements("RG")}
             if not save:
                 arguments["pre"] = Argument("*T", aligned=True)
             what = " ".join(filter(None, (activation, "" if save else "inference", label)))
@@ -102,8 +107,8 @@ def _products(config: Config, width: int, inter: int, label: str) -> Iterator[Ke
     constexprs = down.constexprs(*sizes, config)
     yield from _product("down", label, kernel, config, config.down, arguments, constexprs, 2)
     plain, persistent = grad_hidden.grad_hidden_kernel, grad_hidden.grad_hidden_persistent_kernel
-    kernel, more = _walk(config.grad_hidden, plain, persistent, rows=False)
-    arguments = {"grad": _elements("TH"), **short, **_TOKEN, "out": _elements("RF"), **more}
+    kernel, more = _walk(config.grad_hidden, plain, persistent)
+    arguments = {"grad": _elements(letters), **short, **_TOKEN, "out": _elements("RF"), **more}
     constexprs = grad_hidden.constexprs(*sizes, config)
     yield from _product("grad_hidden", label, kernel, config, config.grad_hidden, arguments, constexprs, 2)
     kernel, more = _walk(config.grad_rows, grad_rows.grad_rows_kernel, grad_rows.grad_rows_persistent_kernel)
@@ -116,17 +121,18 @@ def _products(config: Config, width: int, inter: int, label: str) -> Iterator[Ke
 
 def _weight_products(config: Config, width: int, inter: int, label: str) -> Iterator[KernelSpec]:
     kernel, numbers = grad_weight.grad_weight_kernel, Argument("*i32", aligned=True)
+    letters, gathers = ("RH", False) if config.sorts else ("TH", True)
     table = {name: numbers for name in ("token", "offsets", "unit_expert", "unit_start", "first_slot")}
     for is_cut in (False, True):
         partial = Argument("*fp32" if is_cut else "*T", aligned=True)
         what = " ".join(filter(None, (label, "pieces" * is_cut)))
         shared = {**table, "partial": partial, "piece_rows": _NUMBER}
-        arguments = {"left": _elements("RG"), "right": _elements("TH"), **shared, "out": _elements("EGH")}
-        constexprs = grad_weight.constexprs(2 * inter, width, False, is_cut, config.grad_up)
-        yield from _product("grad_up", what, kernel, config, config.grad_up, arguments, constexprs, 4, True)
-        arguments = {"left": _elements("TH"), "right": _elements("RF"), **shared, "out": _elements("EHF")}
-        constexprs = grad_weight.constexprs(width, inter, True, is_cut, config.grad_down)
-        yield from _product("grad_down", what, kernel, config, config.grad_down, arguments, constexprs, 2, True)
+        arguments = {"left": _elements("RG"), "right": _elements(letters), **shared, "out": _elements("EGH")}
+        constexprs = grad_weight.constexprs(2 * inter, width, True, is_cut, config.grad_up, config)
+        yield from _product("grad_up", what, kernel, config, config.grad_up, arguments, constexprs, 4, gathers)
+        arguments = {"left": _elements(letters), "right": _elements("RF"), **shared, "out": _elements("EHF")}
+        constexprs = grad_weight.constexprs(width, inter, False, is_cut, config.grad_down, config)
+        yield from _product("grad_down", what, kernel, config, config.grad_down, arguments, constexprs, 2, gathers)
 
 
 def _plain(op: str, kernel: Any, arguments: Mapping[str, Argument], **changes: Any) -> KernelSpec:
@@ -160,6 +166,17 @@ def _routing(config: Config) -> Iterator[KernelSpec]:
         ("route_tiles", tiles_kernel, totals | table | {"E": _NUMBER, "num_tiles": _NUMBER}),
     ):
         yield _plain(op, kernel, arguments, constexprs=routing_constexprs(kernel, config))
+
+
+def _gathers(config: Config) -> Iterator[KernelSpec]:
+    numbers = Argument("*i32", aligned=True)
+    for op, backward in (("gather", False), ("gather_grad", True), ("gather_again", True)):
+        yield _plain(
+            op, gather.gather_kernel,
+            {"x": _elements("TH"), "token": numbers, "offsets": numbers, "out": _elements("RH"), "E": _NUMBER},
+            constexprs={"H": WIDE_EVEN[0], "BLOCK_M": config.gather_rows, "BLOCK_H": config.gather_columns},
+            backward=backward, dtypes=("fp16", "bf16"), archs=config.archs, least_width=SORTED_FROM,
+        )  # fmt: skip
 
 
 def _combines(config: Config) -> Iterator[KernelSpec]:
@@ -215,10 +232,17 @@ def _activations(config: Config) -> Iterator[KernelSpec]:
         )  # fmt: skip
 
 
-DEVICES = (HOPPER, BLACKWELL, AMPERE, CDNA, WIDE)
+DEVICES = (HOPPER, HOPPER_SORTED, BLACKWELL, AMPERE, CDNA, WIDE)
+
+
+def _sizes(config: Config) -> tuple[tuple[tuple[int, int], str], ...]:
+    even, odd = (WIDE_EVEN, WIDE_ODD) if config.sorts else (EVEN, ODD)
+    return (even, ""), (odd, "odd")
+
+
 SHIPPED: tuple[KernelSpec, ...] = (
-    *(spec for config in DEVICES for spec in _products(config, *EVEN, "")),
-    *(spec for config in DEVICES for spec in _products(config, *ODD, "odd")),
+    *(spec for config in DEVICES for size, label in _sizes(config) for spec in _products(config, *size, label)),
+    *_gathers(HOPPER_SORTED),
     *_routing(HOPPER),
     *_combines(HOPPER),
     *_pieces(),
@@ -232,5 +256,5 @@ def candidates() -> Iterator[KernelSpec]:
         for op, tiles in CANDIDATES.get(base.name, {}).items():
             for tile in tiles:
                 config = with_tile(base, op, tile)
-                for sizes, label in ((EVEN, ""), (ODD, "odd")):
-                    yield from (spec for spec in _products(config, *sizes, label) if spec.op == op)
+                for size, label in _sizes(base):
+                    yield from (spec for spec in _products(config, *size, label) if spec.op == op)

@@ -55,7 +55,7 @@ class KernelSpec:
         name: unique, as the table shows it: ``"up 128x256x64 w8 s3 tma"``.
         kernel: the ``@triton.jit`` function, without its autotuner.
         op: the launch that it can serve: ``up``, ``down``, ``combine``, ``grad_hidden``, ... Of each op one spec runs;
-            the first in ``SHIPPED`` that names an architecture is what the roofline counts.
+            the first in ``SHIPPED`` that names an architecture, and serves the width, is what the roofline counts.
         backward: the op belongs to the backward pass.
         arguments: run-time arguments by name, in any order; every other parameter is a constexpr.
         constexprs: values of the constexpr parameters; the string ``"T"`` is replaced by the element type.
@@ -71,6 +71,7 @@ class KernelSpec:
         gathers_indices: the main loop loads an index for each row: those loads may be narrow.
         row_step: rows of R that a program takes at a time, whole steps being padded: BM, or BK where the rows are what
             the loop runs over (dW). None stands for BM.
+        least_width: F from which launches take it in place of what serves narrower experts.
     """
 
     name: str
@@ -88,6 +89,7 @@ class KernelSpec:
     dtypes: tuple[str, ...] = DTYPES
     gathers_indices: bool = False
     row_step: int | None = None
+    least_width: int = 0
 
     @property
     def is_product(self) -> bool:

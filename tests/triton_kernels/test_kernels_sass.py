@@ -92,6 +92,7 @@ TTGIR = """
       } else {
         scf.yield %9 : i32
       }
+      %11 = ttg.convert_layout %12 : tensor<64x64xf16, #a> -> tensor<64x64xf16, #b>
       %10 = ttng.warp_group_dot %a, %b, %acc {isAsync = true} : !ttg.memdesc<64x64xf16> -> tensor<64x64xf32, #mma>
       scf.yield %10 : tensor<64x64xf32, #mma>
     }
@@ -101,7 +102,7 @@ TTGIR = """
 
 
 def test_conversions_are_counted_in_the_loop_alone():
-    assert sass.ttgir_conversions(TTGIR) == 1
+    assert sass.ttgir_conversions(TTGIR) == 1  # that in the "if" is not done in each step
     assert sass.ttgir_conversions(TTGIR.replace("ttng.warp_group_dot", "arith.addf")) == 0
 
 
@@ -120,3 +121,31 @@ kernel:
 """
     code = gcn.main_loop(text)
     assert code == ["ds_read_b128", "v_mfma_f32_32x32x8_bf16", "s_cbranch_scc0"]
+
+
+FLAT = """
+kernel:
+.text.kernel:
+        /*0000*/                   MOV R2, R3 ;
+.L_x_step:
+        /*0010*/               @P0 BRA `(.L_x_same) ;
+        /*0020*/                   LDG.E R5, desc[UR2][R4.64] ;
+        /*0030*/                   STS [R1], R5 ;
+.L_x_same:
+        /*0040*/                   UTMALDG.2D [UR8], [UR4] ;
+        /*0050*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 ;
+        /*0060*/               @P1 BRA `(.L_x_next) ;
+        /*0070*/                   STS [R1], R24 ;
+        /*0080*/                   STG.E.128 desc[UR2][R4.64], R8 ;
+.L_x_next:
+        /*0090*/               @P2 BRA `(.L_x_step) ;
+        /*00a0*/                   EXIT ;
+"""
+
+
+def test_what_is_done_between_two_tiles_is_no_part_of_a_step():
+    """A flat kernel has it in its one loop, under a condition."""
+    code = sass.main_loop(sass.parse(FLAT))
+    assert [name.split(".")[0] for name in names(code)] == ["BRA", "UTMALDG", "HGMMA", "BRA", "BRA"]
+    always = FLAT.replace("@P1 BRA `(.L_x_next)", "MOV R6, R7")
+    assert "STS" in names(sass.main_loop(sass.parse(always)))

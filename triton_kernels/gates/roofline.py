@@ -158,19 +158,19 @@ def coefficients(passes: Iterable[Pass]) -> tuple[float, float, float, float]:
     return found[0], found[1], found[2], found[3]
 
 
-def launches(specs: Sequence[KernelSpec], arch: str, dtype: str) -> dict[str, list[Pass]]:
-    """Our forward and backward as passes: of each op, the first spec that ships for this architecture and type."""
+def launches(specs: Sequence[KernelSpec], arch: str, dtype: str, width: int = 0) -> dict[str, list[Pass]]:
+    """Our forward and backward through experts of F = width as passes, by the specs of ``launched``."""
     made: dict[str, list[Pass]] = {"forward": [], "backward": []}
-    for spec in launched(specs, arch, dtype):
+    for spec in launched(specs, arch, dtype, width):
         made["backward" if spec.backward else "forward"].append(pass_of(spec, dtype))
     return made
 
 
-def launched(specs: Sequence[KernelSpec], arch: str, dtype: str) -> list[KernelSpec]:
-    """Of each op, the first spec that ships for this architecture and type."""
+def launched(specs: Sequence[KernelSpec], arch: str, dtype: str, width: int = 0) -> list[KernelSpec]:
+    """Of each op, the first spec that ships for this architecture and type and experts of F = width; 0 for narrow."""
     chosen: dict[str, KernelSpec] = {}
-    for spec in specs:
-        if arch in spec.archs and dtype in spec.dtypes:
+    for spec in sorted(specs, key=lambda spec: -spec.least_width):
+        if arch in spec.archs and dtype in spec.dtypes and spec.least_width <= width:
             chosen.setdefault(spec.op, spec)
     return list(chosen.values())
 
@@ -218,11 +218,13 @@ def padded_share(spec: KernelSpec, shape: Shape, dtype: str = "bf16") -> float:
 
 def compare(specs: Sequence[KernelSpec], arch: str = "sm_90", dtype: str = "bf16") -> list[Mapping[str, object]]:
     """Plain rows (shape, direction, design, coefficients, bytes, milliseconds), ours last, for tables and JSON."""
-    inference = launches([spec for spec in specs if not spec.constexprs.get("SAVE")], arch, dtype)
-    designs = DESIGNS | {
-        "ours": launches(specs, arch, dtype),
-        "ours, no gradients": {"forward": inference["forward"], "backward": []},
-    }
+    inference = [spec for spec in specs if not spec.constexprs.get("SAVE")]
+
+    def designs(shape: Shape) -> Mapping[str, dict[str, list[Pass]]]:
+        without = launches(inference, arch, dtype, shape.width)["forward"]
+        ours = {"ours": launches(specs, arch, dtype, shape.width)}
+        return DESIGNS | ours | {"ours, no gradients": {"forward": without, "backward": []}}
+
     return [
         {
             "shape": shape.name,
@@ -234,6 +236,6 @@ def compare(specs: Sequence[KernelSpec], arch: str = "sm_90", dtype: str = "bf16
         }
         for shape in SHAPES
         for direction in ("forward", "backward")
-        for name, passes in designs.items()
+        for name, passes in designs(shape).items()
         if passes[direction]
     ]

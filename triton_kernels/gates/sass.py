@@ -1,11 +1,13 @@
 """NVIDIA machine code as ``nvdisasm`` prints it: its loops, and what the main one holds.
 
-The main loop is the innermost natural loop with the most matrix instructions; its length is counted from its head to
-its back edge, so that waiting loops which the assembler moves behind the end of the kernel do not count.
+The main loop is the innermost natural loop with the most matrix instructions. Of it counts the shortest way from its
+head through these instructions to its back edge: neither waiting loops, nor what a flat kernel does between two tiles.
 """
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import re
 import subprocess
 import tempfile
@@ -121,18 +123,34 @@ def natural_loops(blocks: list[Block]) -> list[tuple[int, int, set[int]]]:
     return loops
 
 
+def shortest_way(blocks: list[Block], members: set[int], start: int, end: int) -> list[int]:
+    """Blocks after start, up to end, on the way of the fewest instructions within members; none where there is no way."""
+    waiting: list[tuple[int, int, list[int]]] = [(0, start, [])]
+    seen: set[int] = set()
+    while waiting:
+        length, number, way = heapq.heappop(waiting)
+        if number == end:
+            return way
+        if number not in seen:
+            seen.add(number)
+            for follower in set(blocks[number].next) & members - seen:
+                heapq.heappush(waiting, (length + len(blocks[follower].instructions), follower, [*way, follower]))
+    return []
+
+
 def main_loop(blocks: list[Block]) -> list[Instruction]:
-    """Instructions of the innermost loop with the most matrix instructions; none where there is no such loop."""
+    """Instructions once around the innermost loop with the most matrix instructions; none where there is no such loop."""
     found = []
     loops = natural_loops(blocks)
     for head, last, members in loops:
-        code = [i for n in range(head, last + 1) if n in members for i in blocks[n].instructions]
-        count = sum(bool(MMA.match(i.name)) for i in code)
         # Matrix instructions that a loop inside this one holds are that one's.
         inner = {n for h, _, m in loops if m < members and h != head for n in m}
-        own = sum(bool(MMA.match(i.name)) for n in members - inner for i in blocks[n].instructions)
-        if count and own:
-            found.append((own, -len(code), code))
+        own = {n: sum(bool(MMA.match(i.name)) for i in blocks[n].instructions) for n in members - inner}
+        stops = [head, *(n for n in sorted(own) if own[n] and n not in (head, last)), last]
+        way = [head, *(n for pair in itertools.pairwise(stops) for n in shortest_way(blocks, members, *pair))]
+        code = [i for n in way for i in blocks[n].instructions]
+        if any(own.values()):
+            found.append((sum(own.values()), -len(code), code))
     return max(found, key=lambda entry: entry[:2])[2] if found else []
 
 
@@ -182,7 +200,8 @@ def _in_flight(code: list[Instruction]) -> int:
 def ttgir_conversions(text: str) -> int:
     """Layout conversions in the innermost loops of Triton's GPU dialect that hold a product; index vectors excepted.
 
-    A loop around another that holds one is not innermost, even where a product was moved out of the inner loop.
+    A loop around another that holds one is not innermost, even where a product was moved out of the inner loop. What an
+    "if" without a product holds is not done in each step, such as what a flat kernel does between two tiles.
     """
     open_regions: list[dict[str, int]] = []
     most = 0
@@ -198,7 +217,7 @@ def ttgir_conversions(text: str) -> int:
                 if open_regions:
                     outer = open_regions[-1]
                     outer["inner"] += innermost or closed["inner"]
-                    if not closed["loop"]:  # an "if" inside belongs to its loop
+                    if not closed["loop"] and closed["products"]:  # an "if" inside belongs to its loop
                         outer["products"] += closed["products"]
                         outer["conversions"] += closed["conversions"]
         if open_regions and re.search(r"(tt\.dot|warp_group_dot|tc_gen5_mma) ", line):

@@ -43,6 +43,7 @@ def down_persistent_kernel(
     hidden, weight, offsets, tile_expert, tile_start, tile_count, out, num_rows, E,
     H: tl.constexpr, F: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    FLAT: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """The same with both sides through tensor descriptors.
@@ -54,7 +55,7 @@ def down_persistent_kernel(
     num_m = tl.load(tile_count)
     a = tl.make_tensor_descriptor(hidden, [num_rows, F], [F, 1], [BLOCK_M, BLOCK_K])
     b = tl.make_tensor_descriptor(weight, [E * H, F], [F, 1], [BLOCK_N, BLOCK_K])
-    for program in tl.range(tl.program_id(0), num_m * NUM_N, tl.num_programs(0)):
+    for program in tl.range(tl.program_id(0), num_m * NUM_N, tl.num_programs(0), flatten=FLAT):
         tile, column_tile = own_tile(program, num_m, NUM_N, GROUP)
         expert = tl.load(tile_expert + tile)
         start = tl.load(tile_start + tile)

@@ -45,6 +45,7 @@ def grad_rows_persistent_kernel(
     grad_pre, weight, offsets, tile_expert, tile_start, tile_count, out, num_rows, E,
     H: tl.constexpr, F: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    FLAT: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """The same with both sides through tensor descriptors (see ``down``).
@@ -57,7 +58,7 @@ def grad_rows_persistent_kernel(
     b = tl.make_tensor_descriptor(
         weight, [E, F, 2, H], [2 * F * H, H, F * H, 1], [1, BLOCK_K // 2, 2, BLOCK_N]
     )  # fmt: skip
-    for program in tl.range(tl.program_id(0), num_m * NUM_N, tl.num_programs(0)):
+    for program in tl.range(tl.program_id(0), num_m * NUM_N, tl.num_programs(0), flatten=FLAT):
         tile, column_tile = own_tile(program, num_m, NUM_N, GROUP)
         expert = tl.load(tile_expert + tile)
         start = tl.load(tile_start + tile)

@@ -2,8 +2,9 @@
 
 T tokens, R rows, E experts, H hidden, F expert intermediate, G = 2F. M × N is one expert's matrix.
 
-d(gate_up) = d(pre)ᵀ x with x gathered at the load, d(down) = dYᵀ (w h) with dY gathered at the load. An expert
-without rows never enters the loop and writes its zeros: nothing is filled beforehand.
+d(gate_up) = d(pre)ᵀ x with x gathered at the load, d(down) = dYᵀ (w h) with dY gathered at the load; where the
+configuration sorts, both were gathered before. An expert without rows never enters the loop and writes its zeros:
+nothing is filled beforehand.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from triton_kernels.routing import Metadata
 @triton.jit(do_not_specialize=["piece_rows"])
 def grad_weight_kernel(
     left, right, token, offsets, out, unit_expert, unit_start, first_slot, partial, piece_rows,
-    M: tl.constexpr, N: tl.constexpr, GATHER_LEFT: tl.constexpr, CUT: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, GATHER: tl.constexpr, INTERLEAVED: tl.constexpr, CUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """out (E, M, N) = leftᵀ right over each expert's rows.
 
-    Of left (·, M) and right (·, N) one is gathered by token and the other sorted. Where right is gathered, left is
-    the interleaved gradient of gate and up, and the rows of out are put back as gate first, up after.
+    Of left (·, M) and right (·, N) GATHER names the one that is gathered by token, if any; what is not is sorted. Where
+    INTERLEAVED, left is the gradient of gate and up, and the rows of out are put back as gate first, up after.
 
     Where CUT, a program has one unit (see ``pieces``) of an expert's rows, and its sum goes to partial (slots, M, N)
     where the expert has several.
@@ -60,39 +61,25 @@ def grad_weight_kernel(
     depth = tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     # The left tile is loaded as its transpose (BM, BK): a transpose of a loaded tile would pass through registers.
-    if GATHER_LEFT:
-        ordered = right + start.to(tl.int64) * N
-        inner = depth[:, None] * N + (n % N)[None, :]
-        gathered = left + (m % M)[:, None]
-    else:
-        ordered = left + start.to(tl.int64) * M
-        inner = depth[None, :] * M + (m % M)[:, None]
-        gathered = right + (n % N)[None, :]
-    whole = start + (end - start) // BLOCK_K * BLOCK_K
-    for row in range(start, whole, BLOCK_K):
-        tokens = tl.load(token + row + depth).to(tl.int64)
-        if GATHER_LEFT:
-            a = tl.load(gathered + tokens[None, :] * M)
-            b = tl.load(ordered + inner)
-            ordered += BLOCK_K * N
+    of_left, of_right = (m % M)[:, None], (n % N)[None, :]
+    sorted_left, sorted_right = left + start.to(tl.int64) * M, right + start.to(tl.int64) * N
+    for row in range(start, end, BLOCK_K):
+        # Past the end a sorted side brings zeros; a gathered one repeats a row of this expert, as finite as its others.
+        inside = depth < end - row
+        if GATHER != "none":
+            tokens = tl.load(token + tl.minimum(row + depth, end - 1)).to(tl.int64)
+        if GATHER == "left":
+            a = tl.load(left + tokens[None, :] * M + of_left)
         else:
-            a = tl.load(ordered + inner)
-            b = tl.load(gathered + tokens[:, None] * N)
-            ordered += BLOCK_K * M
-        acc = dot(a, b, acc, PRECISION, UPCAST)
-    if whole < end:
-        # The rows that fill no block, after the loop, which then needs no mask. Zeros on the sorted side alone: the
-        # gathered side repeats a row of this expert, as finite as its others.
-        inside = whole + depth < end
-        tokens = tl.load(token + tl.minimum(whole + depth, end - 1)).to(tl.int64)
-        if GATHER_LEFT:
-            a = tl.load(gathered + tokens[None, :] * M)
-            b = tl.load(ordered + inner, mask=inside[:, None], other=0.0)
+            a = tl.load(sorted_left + (depth[None, :] * M + of_left), mask=inside[None, :], other=0.0)
+            sorted_left += BLOCK_K * M
+        if GATHER == "right":
+            b = tl.load(right + tokens[:, None] * N + of_right)
         else:
-            a = tl.load(ordered + inner, mask=inside[None, :], other=0.0)
-            b = tl.load(gathered + tokens[:, None] * N)
+            b = tl.load(sorted_right + (depth[:, None] * N + of_right), mask=inside[:, None], other=0.0)
+            sorted_right += BLOCK_K * N
         acc = dot(a, b, acc, PRECISION, UPCAST)
-    matrix_row = m if GATHER_LEFT else (m % 2) * (M // 2) + m // 2
+    matrix_row = (m % 2) * (M // 2) + m // 2 if INTERLEAVED else m
     place = matrix_row.to(tl.int64)[:, None] * N + n[None, :]
     mask = (m < M)[:, None] & (n < N)[None, :]
     if CUT:  # noqa: SIM102 (this is settled when it compiles, the next when it runs)
@@ -102,16 +89,19 @@ def grad_weight_kernel(
     tl.store(out + expert.to(tl.int64) * (M * N) + place, acc.to(out.dtype.element_ty), mask=mask)
 
 
-def constexprs(rows: int, columns: int, gather_left: bool, is_cut: bool, tile: WeightTile) -> dict[str, Any]:
+def constexprs(
+    rows: int, columns: int, is_interleaved: bool, is_cut: bool, tile: WeightTile, config: Config
+) -> dict[str, Any]:  # fmt: skip
     """Compile-time arguments of a launch, without those of ``precision.constants``."""
+    gather = "none" if config.sorts else "right" if is_interleaved else "left"
     return {
-        "M": rows, "N": columns, "GATHER_LEFT": gather_left, "CUT": is_cut,
+        "M": rows, "N": columns, "GATHER": gather, "INTERLEAVED": is_interleaved, "CUT": is_cut,
         "BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth, "GROUP": tile.group,
     }  # fmt: skip
 
 
 def _launch(
-    left: Tensor, right: Tensor, meta: Metadata, gather_left: bool, tile: WeightTile, config: Config
+    left: Tensor, right: Tensor, meta: Metadata, is_interleaved: bool, tile: WeightTile, config: Config
 ) -> Tensor:  # fmt: skip
     rows, columns, num_experts = left.shape[1], right.shape[1], len(meta.offsets) - 1
     out = torch.empty(num_experts, rows, columns, dtype=left.dtype, device=left.device)
@@ -122,7 +112,7 @@ def _launch(
         units, table = len(pieces.unit_expert), (*pieces[1:], pieces.rows)
     launch(
         grad_weight_kernel, (units * tiles,), left, right, meta.token, meta.offsets, out, *table,
-        **constexprs(rows, columns, gather_left, pieces is not None, tile), **constants(left.dtype),
+        **constexprs(rows, columns, is_interleaved, pieces is not None, tile, config), **constants(left.dtype),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if pieces is not None:
@@ -131,10 +121,10 @@ def _launch(
 
 
 def grad_up(grad_pre: Tensor, x: Tensor, meta: Metadata, config: Config) -> Tensor:
-    """d(gate_up) (E, G, H), gate rows first, of grad_pre (R, G) interleaved and x (T, H)."""
-    return _launch(grad_pre, x, meta, False, config.grad_up, config)
+    """d(gate_up) (E, G, H), gate rows first, of grad_pre (R, G) interleaved and x (T, H), or (R, H) if config.sorts."""
+    return _launch(grad_pre, x, meta, True, config.grad_up, config)
 
 
 def grad_down(grad: Tensor, weighted: Tensor, meta: Metadata, config: Config) -> Tensor:
-    """d(down) (E, H, F) of the output's gradient (T, H) and the weighted activations (R, F)."""
-    return _launch(grad, weighted, meta, True, config.grad_down, config)
+    """d(down) (E, H, F) of the output's gradient (T, H), or (R, H) if config.sorts, and w h (R, F)."""
+    return _launch(grad, weighted, meta, False, config.grad_down, config)

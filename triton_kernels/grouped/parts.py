@@ -93,9 +93,13 @@ def store_rows(
 
 def product_sizes(width: int, inter: int, rows: int, tile: Tile) -> dict[str, Any]:
     """Compile-time arguments of a plain grouped product, without those of ``precision.constants``."""
-    return {
-        "H": width, "F": inter, "BLOCK_M": rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth, "GROUP": tile.group,
-    }  # fmt: skip
+    sizes = {"BLOCK_M": rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth, "GROUP": tile.group}
+    return {"H": width, "F": inter, **sizes, **if_persistent(tile, FLAT=tile.flat)}
+
+
+def if_persistent(tile: Tile, **sizes: Any) -> dict[str, Any]:
+    """Compile-time arguments that the persistent kernel of an op has alone."""
+    return sizes if tile.persistent else {}
 
 
 def launch_product(

@@ -1,4 +1,4 @@
-"""Fused gate and up product: rows gathered at the load, activation in the epilogue.
+"""Fused gate and up product: rows gathered at the load or before, activation in the epilogue.
 
 T tokens, R = T·K rows, E experts, H hidden, F expert intermediate, G = 2F.
 
@@ -22,9 +22,11 @@ from triton_kernels.grouped.parts import (
     RUN_TIME,
     dot,
     halves,
+    if_persistent,
     load_left,
     multiply,
     own_tile,
+    product_sizes,
     store_rows,
 )
 from triton_kernels.launching import launch, launch_persistent
@@ -79,49 +81,57 @@ def up_kernel(
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def up_persistent_kernel(
-    x, weight, token, offsets, tile_expert, tile_start, tile_count, hidden, pre, E,
+    x, weight, token, offsets, tile_expert, tile_start, tile_count, hidden, pre, num_rows, E,
     H: tl.constexpr, F: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    FLAT: tl.constexpr, SORTED: tl.constexpr,
     ACTIVATION: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """The same with the matrices through a tensor descriptor; rows are gathered through pointers.
+    """The same with the matrices through a tensor descriptor.
+
+    Rows are gathered through pointers, or, where SORTED, x (R, H) has them in order, for a descriptor as well.
 
     W (2F, H) of an expert is seen as (F, 2, H), so that a block comes interleaved.
     """
     NUM_N: tl.constexpr = (2 * F + BLOCK_N - 1) // BLOCK_N
     num_m = tl.load(tile_count)
+    if SORTED:
+        a = tl.make_tensor_descriptor(x, [num_rows, H], [H, 1], [BLOCK_M, BLOCK_K])
     b = tl.make_tensor_descriptor(
         weight, [E, F, 2, H], [2 * F * H, H, F * H, 1], [1, BLOCK_N // 2, 2, BLOCK_K]
     )  # fmt: skip
-    for program in tl.range(tl.program_id(0), num_m * NUM_N, tl.num_programs(0)):
+    for program in tl.range(tl.program_id(0), num_m * NUM_N, tl.num_programs(0), flatten=FLAT):
         tile, column_tile = own_tile(program, num_m, NUM_N, GROUP)
         expert = tl.load(tile_expert + tile)
+        start = tl.load(tile_start + tile)
         end = tl.load(offsets + expert + 1)
-        rows = tl.load(tile_start + tile) + tl.arange(0, BLOCK_M)
-        tokens = tl.load(token + tl.minimum(rows, end - 1)).to(tl.int64)
-        a = x + tokens[:, None] * H + tl.arange(0, BLOCK_K)[None, :]
+        rows = start + tl.arange(0, BLOCK_M)
+        if not SORTED:
+            tokens = tl.load(token + tl.minimum(rows, end - 1)).to(tl.int64)
+            gathered = x + tokens[:, None] * H + tl.arange(0, BLOCK_K)[None, :]
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, H, BLOCK_K):
             matrix = tl.reshape(b.load([expert, column_tile * (BLOCK_N // 2), 0, k]), (BLOCK_N, BLOCK_K))
-            acc = dot(load_left(a, k, H, BLOCK_K), matrix.T, acc, PRECISION, UPCAST)
-            a += BLOCK_K
+            if SORTED:
+                left = a.load([start, k])
+            else:
+                left = load_left(gathered, k, H, BLOCK_K)
+                gathered += BLOCK_K
+            acc = dot(left, matrix.T, acc, PRECISION, UPCAST)
         finish(acc, hidden, pre, rows, end, column_tile, F, BLOCK_M, BLOCK_N, ACTIVATION, SAVE)
 
 
 def constexprs(width: int, inter: int, activation: str, save: bool, config: Config) -> dict[str, Any]:
     """Compile-time arguments of a launch, without those of ``precision.constants``."""
-    tile = config.up
-    return {
-        "H": width, "F": inter, "BLOCK_M": config.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth,
-        "GROUP": tile.group, "ACTIVATION": activation, "SAVE": save,
-    }  # fmt: skip
+    sizes = product_sizes(width, inter, config.rows, config.up)
+    return {**sizes, **if_persistent(config.up, SORTED=config.sorts), "ACTIVATION": activation, "SAVE": save}
 
 
 def up(x: Tensor, weight: Tensor, meta: Metadata, activation: str, save: bool, config: Config) -> tuple[Tensor, Tensor]:
     """Launch the product.
 
     Args:
-        x: (T, H) contiguous.
+        x: (T, H) contiguous; (R, H) in the sorted order where config.sorts.
         weight: (E, G, H) contiguous, gate rows first, dtype of x.
         meta: sorted order.
         activation: silu, gelu or gelu_tanh.
@@ -142,7 +152,7 @@ def up(x: Tensor, weight: Tensor, meta: Metadata, activation: str, save: bool, c
         "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
     if tile.persistent:
-        written = (hidden, pre, num_experts)
+        written = (hidden, pre, rows, num_experts)
         launch_persistent(
             up_persistent_kernel, x.device, tiles, x, weight, *table, meta.tile_count, *written, **options
         )

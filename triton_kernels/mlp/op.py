@@ -16,6 +16,7 @@ from torch import Tensor
 from triton_kernels.combine import combine
 from triton_kernels.configs import Config, choose
 from triton_kernels.grouped.down import down as down_product
+from triton_kernels.grouped.gather import gather
 from triton_kernels.grouped.grad_activation import grad_activation
 from triton_kernels.grouped.grad_hidden import grad_hidden
 from triton_kernels.grouped.grad_rows import grad_rows
@@ -26,7 +27,7 @@ from triton_kernels.mlp import reference
 from triton_kernels.mlp.checks import ALIGNMENT, capability_of, check_index, check_inside
 from triton_kernels.mlp.fallback import is_refused, with_fallback
 from triton_kernels.precision import interpreted
-from triton_kernels.routing import allocate, route, views
+from triton_kernels.routing import Metadata, allocate, route, views
 from triton_kernels.tuned import tuned
 
 # The interpreted kernels may be in a process beside the compiled ones, and the later of two ops of a name replaces the
@@ -34,10 +35,13 @@ from triton_kernels.tuned import tuned
 NAME = "triton_kernels::expert_mlp" + "_interpreted" * interpreted()
 
 
-def config_for(x: Tensor) -> Config:
-    """The tile sizes of a launch on x: those that were measured on this kind of device, or else the shipped ones."""
+def config_for(x: Tensor, width: int) -> Config:
+    """The tile sizes of a launch on x through experts of F = width.
+
+    Those that were measured on this kind of device, or else the shipped ones; all of a device have one BM.
+    """
     capability = capability_of(x.device) if x.device.type == "cuda" else None
-    config = choose(capability, x.element_size(), interpreted())
+    config = choose(capability, x.element_size(), interpreted(), width)
     if x.device.type != "cuda":
         return config
     return tuned(config, torch.cuda.get_device_name(x.device), triton.__version__)
@@ -47,6 +51,11 @@ def _ready(tensor: Tensor) -> Tensor:
     """The tensor itself if it is contiguous from a 16-byte boundary, else a copy that is."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % (2 * ALIGNMENT) == 0 else tensor.clone()
+
+
+def _rows(x: Tensor, meta: Metadata, config: Config) -> Tensor:
+    """What products read of x (T, H): its rows in the sorted order (R, H) where the configuration asks for a copy."""
+    return gather(x, meta, config) if config.sorts else x
 
 
 def _key(op: str, x: Tensor, gate_up: Tensor, activation: str) -> Hashable:
@@ -64,13 +73,13 @@ def forward_op(
         out (T, H), pre (R, G) or (0, G) without save, and the buffer of the metadata.
     """
     x, gate_up, down, index, weight = (_ready(t) for t in (x, gate_up, down, index, weight))
-    config, experts = config_for(x), len(gate_up)
+    config, experts = config_for(x, down.shape[2]), len(gate_up)
     buffer = allocate(index, experts, config.rows)
 
     def kernels() -> tuple[Tensor, Tensor]:
         meta = route(index, experts, config, weight if ragged else None, buffer)
         check_inside(meta.inside, index, experts, ragged)
-        hidden, pre = up_product(x, gate_up, meta, activation, save, config)
+        hidden, pre = up_product(_rows(x, meta, config), gate_up, meta, activation, save, config)
         return combine(down_product(hidden, down, meta, config), meta.slot, weight, index.shape[1], config), pre
 
     def plain() -> tuple[Tensor, Tensor]:
@@ -85,7 +94,7 @@ def forward_op(
 @forward_op.register_fake
 def _(x, gate_up, down, index, weight, activation, save, ragged):
     rows = index.numel() if save else 0
-    buffer = allocate(index, len(gate_up), config_for(x).rows)
+    buffer = allocate(index, len(gate_up), config_for(x, down.shape[2]).rows)
     return x.new_empty(x.shape), x.new_empty(rows, gate_up.shape[1]), buffer
 
 
@@ -105,18 +114,19 @@ def backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gate_up, down and weight; one that needs does not ask for has no elements."""
     grad, x, gate_up, down, weight = (_ready(t) for t in (grad, x, gate_up, down, weight))
-    config = config_for(x)
+    config = config_for(x, down.shape[2])
 
     def kernels() -> tuple[Tensor, ...]:
         meta, top_k = views(buffer, index.numel(), len(gate_up), config.rows), weight.shape[1]
         d_x = d_gate_up = d_down = None
-        rows = grad_hidden(grad, down, meta, config)
+        grad_out = _rows(grad, meta, config)
+        rows = grad_hidden(grad_out, down, meta, config)
         grad_pre, d_weight = grad_activation(rows, pre, weight, meta, activation, config)
         if needs[2]:
-            d_down = grad_down(grad, rows, meta, config)
-        del rows
+            d_down = grad_down(grad_out, rows, meta, config)
+        del rows, grad_out
         if needs[1]:
-            d_gate_up = grad_up(grad_pre, x, meta, config)
+            d_gate_up = grad_up(grad_pre, _rows(x, meta, config), meta, config)
         if needs[0]:
             d_x = combine(grad_rows(grad_pre, gate_up, meta, config), meta.slot, None, top_k, config)
         return _asked((d_x, d_gate_up, d_down, d_weight), needs, x)
