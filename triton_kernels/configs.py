@@ -210,13 +210,14 @@ BY_CAPABILITY = (((12, 0), AMPERE), ((10, 0), BLACKWELL), ((9, 0), HOPPER), ((8,
 # What `moebed check` times beside a table's own tiles, by table and op; each passes the gates as the table does. BM and
 # BK stay: the one belongs to the table of tiles, the other is the 128 bytes that TMA swizzles.
 _GATHERED = (
+    Tile(256, 64, warps=8, stages=3, persistent=True, flat=True),
     Tile(256, 64, warps=8, stages=3, group=4, persistent=True),
     Tile(256, 64, warps=8, stages=3, group=16, persistent=True),
 )
 _DENSE = (
     Tile(256, 64, warps=8, stages=4, persistent=True),
-    Tile(256, 64, warps=8, stages=3, group=4, persistent=True),
-    Tile(256, 64, warps=8, stages=3, group=16, persistent=True),
+    Tile(256, 64, warps=8, stages=3, group=4, persistent=True, flat=True),
+    Tile(256, 64, warps=8, stages=3, group=16, persistent=True, flat=True),
     Tile(128, 64, warps=4, stages=4, persistent=True),
 )
 _WEIGHTS = (

@@ -69,6 +69,7 @@ with interpreting():
     combine_reference = importlib.import_module("triton_kernels.combine.reference")
     configs = importlib.import_module("triton_kernels.configs")
     up = importlib.import_module("triton_kernels.grouped.up")
+    gather = importlib.import_module("triton_kernels.grouped.gather")
     grad_activation = importlib.import_module("triton_kernels.grouped.grad_activation")
     grad_hidden = importlib.import_module("triton_kernels.grouped.grad_hidden")
     parts = importlib.import_module("triton_kernels.grouped.parts")

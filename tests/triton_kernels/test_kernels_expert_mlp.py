@@ -65,6 +65,7 @@ def test_two_byte_types(shuffled, dtype, activation):  # noqa: F811
     "name",
     [
         "hopper",
+        "hopper sorted",
         "ampere",
         "cdna",
         "wide",
@@ -130,7 +131,7 @@ def test_a_reach_out_of_a_tensor_is_seen(interpreter):  # noqa: F811
         routing.scan_kernel[(3,)](counts, totals, 3, SCAN=16)
 
 
-@pytest.mark.parametrize("name", ["interpreted", "hopper"])
+@pytest.mark.parametrize("name", ["interpreted", "hopper", "hopper sorted"])
 def test_an_index_outside_reaches_nothing(shuffled, monkeypatch, name):  # noqa: F811
     """What guards a GPU, where the error comes later: such a choice adds nothing, and its weight's gradient is 0."""
     monkeypatch.setattr(op, "choose", lambda *device: configs.BY_NAME[name])
@@ -149,7 +150,7 @@ def test_an_index_outside_reaches_nothing(shuffled, monkeypatch, name):  # noqa:
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["interpreted", "hopper"])
+@pytest.mark.parametrize("name", ["interpreted", "hopper", "hopper sorted"])
 def test_ragged_assignments_pass_no_product(shuffled, monkeypatch, name):  # noqa: F811
     """Weight 0 or index -1: no row, no gradient of the weight, and what such an index says does not matter."""
     monkeypatch.setattr(op, "choose", lambda *device: configs.BY_NAME[name])

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from triton_kernels.gates import check, roofline
 from triton_kernels.gates.compile import TARGETS, CompileError, compile_spec
 from triton_kernels.gates.facts import Facts
-from triton_kernels.shipped import SHIPPED, candidates
+from triton_kernels.shipped import SHIPPED, WIDE_EVEN, candidates
 from triton_kernels.spec import DTYPES, Argument
 
 # Gates that kernels miss today: (op, architecture, element type) -> names of gates.
@@ -24,6 +24,7 @@ MISSED: dict[tuple[str, str, str], set[str]] = {
 
 PRODUCTS = [spec for spec in roofline.launched(SHIPPED, "sm_90", "bf16") if spec.is_product]
 FIRST = roofline.launched(SHIPPED, "sm_90", "bf16")
+SORTED = [spec for spec in roofline.launched(SHIPPED, "sm_90", "bf16", WIDE_EVEN[1]) if spec.least_width]
 
 
 def allowed(row: check.Row) -> set[str]:
@@ -41,7 +42,9 @@ def described(rows: list[check.Row]) -> str:
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize("spec", FIRST, ids=lambda spec: spec.op)
+@pytest.mark.parametrize(
+    "spec", [*FIRST, *SORTED], ids=lambda spec: spec.op + " of wide experts" * bool(spec.least_width)
+)
 def test_first_configuration_of_each_op_passes_on_sm_90(spec):
     row = check.check(spec, "bf16", "sm_90")
     assert {gate.name for gate in row.missed} <= allowed(row), described([row])

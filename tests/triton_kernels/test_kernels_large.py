@@ -12,6 +12,7 @@ import torch
 from kernels_interpreted import (  # noqa: F401
     combining,
     configs,
+    gather,
     grad_activation,
     grad_hidden,
     grad_weight,
@@ -63,7 +64,7 @@ def last_program(interpreter, monkeypatch):  # noqa: F811
     monkeypatch.setattr(builder, "set_grid_dim", set_grid_dim)
     monkeypatch.setattr(builder, "set_grid_idx", set_grid_idx)
     monkeypatch.setattr(grad_weight, "cut", lambda *sizes: None)
-    for module in (combining, grad_weight, parts, up, grad_hidden, grad_activation):
+    for module in (combining, gather, grad_weight, parts, up, grad_hidden, grad_activation):
         monkeypatch.setattr(module, "launch", launch)
         if hasattr(module, "launch_persistent"):
             monkeypatch.setattr(module, "launch_persistent", launch_persistent)
@@ -105,6 +106,7 @@ def _all_products(small, tokens, rows, num_experts, config):
         return grad_pre, rows, grad_weight[:height]
 
     products = {
+        "gather": lambda: (gather.gather(x, meta, config),),
         "up": lambda: up.up(x, gate_up, meta, "silu", True, config),
         "down": lambda: (op.down_product(hidden, down, meta, config),),
         "grad_hidden": lambda: (grad_hidden.grad_hidden(grad, down, meta, config),),
@@ -115,6 +117,7 @@ def _all_products(small, tokens, rows, num_experts, config):
         "combine": lambda: (combining.combine(hidden, meta.slot, None, 1, config),),
     }
     ends = {"grad_up": 1, "grad_down": 1, "combine": config.combine_tokens, "grad_activation": rows_of_activation}
+    ends["gather"] = config.gather_rows
     return {name: [t[-ends.get(name, height) :].clone() for t in product()] for name, product in products.items()}
 
 

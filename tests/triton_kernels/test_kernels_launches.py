@@ -4,6 +4,7 @@ Each launch is seen by Triton's own hook before it would compile, with the key o
 are one compilation. T tokens, K experts per token, E experts, H hidden, F expert intermediate.
 """
 
+import dataclasses
 import warnings
 from collections import Counter
 from contextlib import nullcontext
@@ -300,6 +301,29 @@ def test_both_ops_launch_within_the_guard(launched, monkeypatch):
     ],
 )  # fmt: skip
 def test_tiles_by_capability(capability, name):
-    assert configs.choose(capability, 2, False).name == name
-    assert configs.choose(capability, 4, False).name == "wide"
-    assert configs.choose(capability, 2, True).name == "interpreted"
+    assert configs.choose(capability, 2, False, 1408).name == name
+    assert configs.choose(capability, 4, False, 14336).name == "wide"
+    assert configs.choose(capability, 2, True, 14336).name == "interpreted"
+    wide = configs.choose(capability, 2, False, 14336)
+    assert wide.name == ("hopper sorted" if name == "hopper" else name)
+    assert wide.rows == configs.BY_NAME[name].rows  # what is saved has one size
+
+
+def test_sorted_rows_need_kernels_that_read_them():
+    with pytest.raises(ValueError, match="hopper sorted: only persistent kernels read rows that are sorted"):
+        dataclasses.replace(configs.HOPPER_SORTED, up=configs.AMPERE.up)
+
+
+def test_wide_experts_have_their_rows_sorted_once_forward_and_twice_backward(launched, monkeypatch):
+    """Tokens forward, then the output's gradient and the tokens again, which no one keeps between the two."""
+    monkeypatch.setattr(op, "choose", lambda *device: configs.HOPPER_SORTED)
+    tensors = _tensors(16, 8, 2)
+    out, kept, seen = _forward(tensors)
+    assert [name for name, _ in launched][:3] == ["route_small_kernel", "gather_kernel", "up_persistent_kernel"]
+    assert _allocations(seen) == 6
+    launched.clear()
+    assert _allocations(_backward(out, tensors, kept)) == 8
+    names = [name for name, _ in launched]
+    assert [names[i + 1] for i, name in enumerate(names) if name == "gather_kernel"] == [
+        "grad_hidden_persistent_kernel", "grad_weight_kernel",
+    ]  # fmt: skip

@@ -124,7 +124,7 @@ def natural_loops(blocks: list[Block]) -> list[tuple[int, int, set[int]]]:
 
 
 def shortest_way(blocks: list[Block], members: set[int], start: int, end: int) -> list[int]:
-    """Blocks after start, up to end, on the way of the fewest instructions within members; none where there is no way."""
+    """Blocks after start, up to end, on the way of the fewest instructions in members; none where there is no way."""
     waiting: list[tuple[int, int, list[int]]] = [(0, start, [])]
     seen: set[int] = set()
     while waiting:
@@ -139,7 +139,7 @@ def shortest_way(blocks: list[Block], members: set[int], start: int, end: int) -
 
 
 def main_loop(blocks: list[Block]) -> list[Instruction]:
-    """Instructions once around the innermost loop with the most matrix instructions; none where there is no such loop."""
+    """Instructions once around the innermost loop with the most matrix instructions; none where there is no such."""
     found = []
     loops = natural_loops(blocks)
     for head, last, members in loops:
