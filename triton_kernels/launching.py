@@ -58,9 +58,8 @@ def launch_persistent(kernel: Any, device: torch.device, most: int, *arguments: 
 
 
 def _refusing(kernel: Any, grid: tuple[int, ...], run: Callable[[], object]) -> None:
-    name = getattr(kernel, "__name__", str(kernel))
     if math.prod(grid) > MOST_PROGRAMS:
-        raise LaunchError(f"{name}: {math.prod(grid)} tiles are more than the {MOST_PROGRAMS} that it can count")
+        raise LaunchError(f"{_name(kernel)}: {math.prod(grid)} tiles are more than the {MOST_PROGRAMS} it can count")
     if interpreted():
         run()
         return
@@ -70,7 +69,11 @@ def _refusing(kernel: Any, grid: tuple[int, ...], run: Callable[[], object]) -> 
         raise
     except Exception as error:
         first = next(iter(str(error).strip().splitlines()), "")
-        raise LaunchError(f"{name}: {type(error).__name__}: {first}") from error
+        raise LaunchError(f"{_name(kernel)}: {type(error).__name__}: {first}") from error
+
+
+def _name(kernel: Any) -> str:
+    return getattr(kernel, "__name__", str(kernel))
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:

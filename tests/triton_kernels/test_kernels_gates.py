@@ -21,6 +21,9 @@ MISSED: dict[tuple[str, str, str], set[str]] = {
     ("route_small", "gfx942", "bf16"): {"spills"},
     ("grad_hidden", "sm_120", "fp32"): {"spills"},  # 2 accesses, in TF32 at odd sizes
 }
+# Masks in the loop in place of a last step after it: more instructions, and less time on an H100 where experts have few
+# rows (recipes/gpu/results/h100.md).
+MISSED_AT_BEST = {("grad_up", "best ρ"), ("grad_down", "best ρ")}
 
 PRODUCTS = [spec for spec in roofline.launched(SHIPPED, "sm_90", "bf16") if spec.is_product]
 FIRST = roofline.launched(SHIPPED, "sm_90", "bf16")
@@ -77,7 +80,7 @@ def test_everything_that_ships_passes(arch, dtype):
     if (arch, dtype) == ("sm_90", "bf16"):
         best = check.best_gates(rows)
         assert best.keys() == {spec.op for spec in PRODUCTS}
-        assert not [(op, gate) for op, gates in best.items() for gate in gates if not gate.held]
+        assert {(op, gate.name) for op, gates in best.items() for gate in gates if not gate.held} == MISSED_AT_BEST
 
 
 @pytest.mark.slow
