@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moebed.check.contract import Found, NotRun, Place, Row, Verdict
 from moebed.machine.float64 import double
+from triton_kernels.configs import SORTED_FROM
 from triton_kernels.mlp import expert_mlp, reference
 
 # Of the Frobenius norm. Rounding to the type once per stored tensor; the interpreter truncates where bfloat16 should
@@ -45,6 +46,7 @@ SIZES = {
     "cuda": (
         Size(1000, 8, 2, 1024, 512),
         Size(257, 64, 6, 2056, 1416),
+        Size(300, 5, 2, 264, SORTED_FROM + 8),  # rows sorted before the products
         Size(1, 1, 1, 8, 8),
         Size(63, 8, 2, 136, 72),
         Size(4096, 16, 4, 512, 264),
