@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import triton
 from torch import Tensor
 
 from triton_kernels.combine.kernels import combine_kernel
-from triton_kernels.configs import Config
+from triton_kernels.configs import Config, cdiv, power_of_two
 from triton_kernels.launching import launch
 
 
@@ -23,10 +22,10 @@ def combine(rows: Tensor, slot: Tensor, weight: Tensor | None, top_k: int, confi
     Returns:
         (T, H), of the dtype of rows; summed in float32.
     """
-    width, num_tokens = rows.shape[1], len(slot) // top_k
+    width, num_tokens = rows.shape[1], slot.shape[0] // top_k
     out = rows.new_empty(num_tokens, width)
-    columns = min(config.combine_columns, triton.next_power_of_2(width))
-    grid = (triton.cdiv(num_tokens, config.combine_tokens), triton.cdiv(width, columns))
+    columns = min(config.combine_columns, power_of_two(width))
+    grid = (cdiv(num_tokens, config.combine_tokens), cdiv(width, columns))
     launch(
         combine_kernel, grid, rows, slot, slot if weight is None else weight, out, num_tokens, top_k,
         H=width, WEIGHTED=weight is not None, BLOCK_T=config.combine_tokens, BLOCK_H=columns,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels.configs import Config
+from triton_kernels.configs import Config, cdiv
 from triton_kernels.launching import launch
 from triton_kernels.routing import Metadata
 
@@ -33,10 +33,10 @@ def gather_kernel(x, token, offsets, out, E, H: tl.constexpr, BLOCK_M: tl.conste
 
 def gather(x: Tensor, meta: Metadata, config: Config) -> Tensor:
     """Rows of x (T, H) in the sorted order (R, H); what lies past the last expert's rows means nothing."""
-    rows, width = len(meta.token), x.shape[1]
+    rows, width = meta.token.shape[0], x.shape[1]
     out = x.new_empty(rows, width)
     launch(
-        gather_kernel, (triton.cdiv(rows, config.gather_rows),), x, meta.token, meta.offsets, out,
-        len(meta.offsets) - 1, H=width, BLOCK_M=config.gather_rows, BLOCK_H=config.gather_columns,
+        gather_kernel, (cdiv(rows, config.gather_rows),), x, meta.token, meta.offsets, out,
+        meta.offsets.shape[0] - 1, H=width, BLOCK_M=config.gather_rows, BLOCK_H=config.gather_columns,
     )  # fmt: skip
     return out

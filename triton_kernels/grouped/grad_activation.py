@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_kernels.activations import activate_with_slope
-from triton_kernels.configs import Config
+from triton_kernels.configs import Config, cdiv, power_of_two
 from triton_kernels.launching import launch
 from triton_kernels.routing import Metadata
 
@@ -74,10 +74,10 @@ def grad_activation(
     """
     grad_pre = torch.empty_like(pre)
     grad_weight = torch.zeros_like(topk_weight)
-    columns = min(config.activation_columns, triton.next_power_of_2(s.shape[1]))
+    columns = min(config.activation_columns, power_of_two(s.shape[1]))
     launch(
-        grad_activation_kernel, (triton.cdiv(len(s), config.activation_rows),),
-        s, pre, topk_weight, meta.order, meta.offsets, grad_pre, grad_weight, len(meta.offsets) - 1,
+        grad_activation_kernel, (cdiv(s.shape[0], config.activation_rows),),
+        s, pre, topk_weight, meta.order, meta.offsets, grad_pre, grad_weight, meta.offsets.shape[0] - 1,
         F=s.shape[1], BLOCK_M=config.activation_rows, BLOCK_N=columns, ACTIVATION=activation,
     )  # fmt: skip
     return grad_pre, grad_weight

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels.configs import Config
+from triton_kernels.configs import Config, cdiv
 from triton_kernels.grouped.parts import (
     RUN_TIME,
     dot,
@@ -101,15 +101,15 @@ def grad_hidden(grad: Tensor, weight: Tensor, meta: Metadata, config: Config) ->
     grad is (T, H), or (R, H) in that order where config.sorts.
     """
     (num_experts, width, inter), tile = weight.shape, config.grad_hidden
-    out = torch.empty(len(meta.token), inter, dtype=grad.dtype, device=grad.device)
-    tiles = len(meta.tile_expert) * triton.cdiv(inter, tile.columns)
+    out = torch.empty(meta.token.shape[0], inter, dtype=grad.dtype, device=grad.device)
+    tiles = meta.tile_expert.shape[0] * cdiv(inter, tile.columns)
     read = (grad, weight, meta.token, meta.offsets, meta.tile_expert, meta.tile_start)
     options = {
         **constexprs(width, inter, config), **constants(grad.dtype), "num_warps": tile.warps, "num_stages": tile.stages
     }  # fmt: skip
     if tile.persistent:
         kernel = grad_hidden_persistent_kernel
-        launch_persistent(kernel, grad.device, tiles, *read, meta.tile_count, out, len(out), num_experts, **options)
+        launch_persistent(kernel, grad.device, tiles, *read, meta.tile_count, out, out.shape[0], num_experts, **options)
     else:
         launch(grad_hidden_kernel, (tiles,), *read, out, **options)
     return out

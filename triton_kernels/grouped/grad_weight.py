@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels.configs import Config, WeightTile
+from triton_kernels.configs import Config, WeightTile, cdiv
 from triton_kernels.grouped.parts import dot, own_tile
 from triton_kernels.grouped.pieces import add, cut
 from triton_kernels.launching import launch
@@ -103,13 +103,13 @@ def constexprs(
 def _launch(
     left: Tensor, right: Tensor, meta: Metadata, is_interleaved: bool, tile: WeightTile, config: Config
 ) -> Tensor:  # fmt: skip
-    rows, columns, num_experts = left.shape[1], right.shape[1], len(meta.offsets) - 1
+    rows, columns, num_experts = left.shape[1], right.shape[1], meta.offsets.shape[0] - 1
     out = torch.empty(num_experts, rows, columns, dtype=left.dtype, device=left.device)
-    tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
-    pieces = cut(meta.offsets, len(meta.order), rows * columns, tiles, tile, config)
+    tiles = cdiv(rows, tile.rows) * cdiv(columns, tile.columns)
+    pieces = cut(meta.offsets, meta.order.shape[0], rows * columns, tiles, tile, config)
     units, table = num_experts, (meta.offsets, meta.offsets, meta.offsets, out, 0)
     if pieces is not None:
-        units, table = len(pieces.unit_expert), (*pieces[1:], pieces.rows)
+        units, table = pieces.unit_expert.shape[0], (*pieces[1:], pieces.rows)
     launch(
         grad_weight_kernel, (units * tiles,), left, right, meta.token, meta.offsets, out, *table,
         **constexprs(rows, columns, is_interleaved, pieces is not None, tile, config), **constants(left.dtype),

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from triton_kernels.configs import Tile
+from triton_kernels.configs import Tile, cdiv
 from triton_kernels.launching import launch, launch_persistent
 from triton_kernels.precision import constants
 from triton_kernels.routing import Metadata
@@ -108,12 +108,12 @@ def launch_product(
 ) -> torch.Tensor:  # fmt: skip
     """Launch a plain grouped product: each sorted row of left (R, ...) times its expert's part of weight: (R, H)."""
     width = sizes["H"]
-    out = torch.empty(len(left), width, dtype=left.dtype, device=left.device)
-    tiles = len(meta.tile_expert) * triton.cdiv(width, tile.columns)
+    out = torch.empty(left.shape[0], width, dtype=left.dtype, device=left.device)
+    tiles = meta.tile_expert.shape[0] * cdiv(width, tile.columns)
     table = (meta.offsets, meta.tile_expert, meta.tile_start)
     options = {**sizes, **constants(left.dtype), "num_warps": tile.warps, "num_stages": tile.stages}
     if tile.persistent:
-        sizes_now = (len(left), len(weight))
+        sizes_now = (left.shape[0], weight.shape[0])
         launch_persistent(
             persistent_kernel, left.device, tiles, left, weight, *table, meta.tile_count, out, *sizes_now, **options
         )

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels.configs import Config, WeightTile
+from triton_kernels.configs import Config, WeightTile, cdiv
 from triton_kernels.launching import launch, processors
 
 BLOCK = 2048
@@ -87,7 +87,7 @@ def most_pieces(rows: int, tiles: int, device: torch.device, config: Config) -> 
 
 def cut(offsets: Tensor, rows: int, size: int, tiles: int, tile: WeightTile, config: Config) -> Pieces | None:
     """Cut rows R for matrices of size M·N in tiles, or None where that serves nothing."""
-    most, num_experts = most_pieces(rows, tiles, offsets.device, config), len(offsets) - 1
+    most, num_experts = most_pieces(rows, tiles, offsets.device, config), offsets.shape[0] - 1
     if most < 2:
         return None
     piece_rows = -(-rows // (most * tile.depth)) * tile.depth
@@ -103,6 +103,6 @@ def cut(offsets: Tensor, rows: int, size: int, tiles: int, tile: WeightTile, con
 
 def add(pieces: Pieces, offsets: Tensor, out: Tensor) -> None:
     """Write the gradients (E, M, N) of the experts that are cut to out."""
-    grid = (len(out), triton.cdiv(out[0].numel(), BLOCK))
+    grid = (out.shape[0], cdiv(out[0].numel(), BLOCK))
     sizes = {"SIZE": out[0].numel(), "BLOCK": BLOCK}
     launch(add_kernel, grid, pieces.partial, offsets, pieces.first_slot, out, pieces.rows, **sizes)

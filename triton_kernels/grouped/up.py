@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_kernels.activations import activate
-from triton_kernels.configs import Config
+from triton_kernels.configs import Config, cdiv
 from triton_kernels.grouped.parts import (
     RUN_TIME,
     dot,
@@ -142,10 +142,10 @@ def up(x: Tensor, weight: Tensor, meta: Metadata, activation: str, save: bool, c
         hidden (R, F), and pre (R, G) interleaved, or (0, G) without save.
     """
     num_experts, both, width = weight.shape
-    rows, tile = len(meta.order), config.up
+    rows, tile = meta.order.shape[0], config.up
     hidden = torch.empty(rows, both // 2, dtype=x.dtype, device=x.device)
     pre = torch.empty(rows if save else 0, both, dtype=x.dtype, device=x.device)
-    tiles = len(meta.tile_expert) * triton.cdiv(both, tile.columns)
+    tiles = meta.tile_expert.shape[0] * cdiv(both, tile.columns)
     table = (meta.token, meta.offsets, meta.tile_expert, meta.tile_start)
     options = {
         **constexprs(width, both // 2, activation, save, config), **constants(x.dtype),

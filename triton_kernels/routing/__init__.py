@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from triton_kernels.configs import Config
+from triton_kernels.configs import Config, cdiv
 from triton_kernels.launching import launch
 from triton_kernels.routing.kernels import count_kernel, place_kernel, route_small_kernel, scan_kernel, tiles_kernel
 
@@ -86,8 +85,8 @@ def route(
     if buffer is None:
         buffer = allocate(index, num_experts, config.rows)
     meta = views(buffer, size, num_experts, config.rows)
-    tiles, read = len(meta.tile_expert), (index, weight if ragged else index)
-    blocks, parts = triton.cdiv(size, config.routing_block), triton.cdiv(num_experts + 1, config.routing_experts)
+    tiles, read = meta.tile_expert.shape[0], (index, weight if ragged else index)
+    blocks, parts = cdiv(size, config.routing_block), cdiv(num_experts + 1, config.routing_experts)
 
     def start(kernel: Any, grid: tuple[int, ...], *arguments: Any) -> None:
         launch(kernel, grid, *arguments, **constexprs(kernel, config, ragged))
