@@ -6,11 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moebed.bench.peers import OWN
 from moebed.check.contract import Verdict
 from moebed.check.record import ADVICE, Record
 from moebed.machine import storage
-from moebed.model import measured
 
 # Whose rows must all be right before a type's kernels are used; and in which type their speed is measured.
 GATES = {
@@ -19,7 +17,6 @@ GATES = {
     "float32": ("kernels_float32", "kernels_launches"),
 }
 TIMED_IN = {"bfloat16": "bfloat16", "float16": "bfloat16", "float32": "float32"}
-TRITON, BASE = OWN + "triton", OWN + "grouped_mm"
 
 
 def write(records: Mapping[str, Record], device: str) -> Path | None:
@@ -27,6 +24,10 @@ def write(records: Mapping[str, Record], device: str) -> Path | None:
 
     A part of the ladder, such as ``--only`` asks for, leaves what a whole one found.
     """
+    if not records["speed"].findings:
+        return None
+    from moebed.model import measured  # imports torch, as peers does: on a lent machine seconds
+
     rows = list(timed(records["speed"]))
     known = [dtype for dtype, steps in GATES.items() if all(records[step].is_complete for step in steps)]
     if not (rows and known):
@@ -47,11 +48,14 @@ def is_right(record: Record) -> bool:
 
 def timed(speed: Record) -> Iterator[tuple[float, float, str]]:
     """Of each row where both agree with the reference: work, how many times as fast the kernels are, and type."""
+    from moebed.bench.peers import OWN
+
+    triton, base = OWN + "triton", OWN + "grouped_mm"
     for finding in speed.findings.values():
         by_name: dict[str, Mapping[str, Any]] = {row["name"]: row for row in finding.figures.get("rows", ())}
-        if TRITON in by_name and BASE in by_name and by_name[TRITON]["agrees"] and by_name[BASE]["agrees"]:
+        if triton in by_name and base in by_name and by_name[triton]["agrees"] and by_name[base]["agrees"]:
             seconds = f"{finding.figures['phase']}_seconds"
-            ratio = by_name[BASE][seconds] / by_name[TRITON][seconds]
+            ratio = by_name[base][seconds] / by_name[triton][seconds]
             yield float(finding.figures["work"]), ratio, finding.figures["dtype"]
 
 

@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
         f"that the same command goes on where it was.\n{EXIT_CODES}.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="for all steps; default %(default)g")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="shared among the steps; default %(default)g")
     parser.add_argument("--out", type=Path, default=Path("runs/check"), metavar="DIR", help="default %(default)s")
     parser.add_argument("--only", default="", metavar="STEP,...", help="these steps alone")
     parser.add_argument("--fresh", action="store_true", help="measure again what is kept in DIR")

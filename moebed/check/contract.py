@@ -59,11 +59,12 @@ class Row(NamedTuple):
     """One thing to measure.
 
     An exception of ``measure`` is a finding too: NotRun and a package that is not installed say so, all else is wrong.
+    Where there are fewer than ``gpus`` GPUs it is not called, and costs nothing.
     """
 
     name: str
     measure: Callable[[], Found]
-    needs_gpu: bool = False
+    gpus: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Step:
         name: Of its file, and for ``--only``.
         question: What it answers.
         rows: ``module:function``, which makes the rows of a Place; imported in the step's process alone.
-        seconds: Its time, where there are eight minutes for all steps.
+        seconds: Its time, where there are eight minutes for all steps; of more or less it has its share.
         row_seconds: Time of one row; one that takes longer is ended, and the next one begun.
         needs_gpu: Nothing of it can be told without.
         environment: Set for its process.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from moebed.check.contract import Found, NotRun, Place, Row
+from moebed.check.contract import Found, Place, Row
 from moebed.machine.units import human
 
 # What a run can do without, and what it is for.
@@ -37,12 +37,12 @@ def rows(place: Place) -> Sequence[Row]:
         Row("packages", packages),
         Row("processor", processor),
         Row("compilers", compilers),
-        Row("GPU", gpu, needs_gpu=True),
-        Row("memory of the GPU", memory, needs_gpu=True),
+        Row("GPU", gpu, gpus=1),
+        Row("memory of the GPU", memory, gpus=1),
         Row("copying", lambda: copying(place.device)),
-        *(Row(f"products in {name}", functools.partial(gpu_products, name), needs_gpu=True) for name in TYPES),
+        *(Row(f"products in {name}", functools.partial(gpu_products, name), gpus=1) for name in TYPES),
         Row("products of a core", core_products),
-        Row("GPUs that reach each other", reach, needs_gpu=True),
+        Row("GPUs that reach each other", reach, gpus=2),
     ]
 
 
@@ -194,8 +194,6 @@ def reach() -> Found:
     import torch
 
     count = torch.cuda.device_count()
-    if count < 2:
-        raise NotRun("one GPU")
     pairs = [(a, b) for a in range(count) for b in range(count) if a != b]
     apart = [pair for pair in pairs if not torch.cuda.can_device_access_peer(*pair)]
     return Found(f"{len(pairs) - len(apart)} of {len(pairs)} pairs", {"apart": apart})

@@ -43,7 +43,7 @@ def rows(place: Place) -> Sequence[Row]:
         return compare(results, live("cpu"))
 
     return [
-        Row("a model in memory", lambda: beside_cpu(live("cuda")), needs_gpu=True),
+        Row("a model in memory", lambda: beside_cpu(live("cuda")), gpus=1),
         Row("a checkpoint", lambda: beside_cpu(streamed_results(place.device, names, place.folder / "checkpoint"))),
         Row("a second time", lambda: compare(live_results(place.device, names), live(place.device))),
     ]

@@ -11,9 +11,11 @@ from typing import Any
 
 from moebed.check.contract import Finding, Verdict
 from moebed.machine import storage
+from moebed.machine.progress import duration
 
 ADVICE = "make room or choose another --out"
 NOT_ASKED = "not asked for"
+_KEPT = ("under_way", "stopped", "is_broken", "cut", "cut_seconds", "start_seconds")
 
 
 @dataclass
@@ -28,6 +30,9 @@ class Record:
         under_way: The row that was begun and has not ended.
         stopped: Why rows are left over, as the last process that measured them was ended.
         is_broken: Whether that is an error: it came to no row at all.
+        cut: The row that it was at then; the next process measures it from its beginning.
+        cut_seconds: How long it had been at it.
+        start_seconds: What its last process took until its first row began.
     """
 
     path: Path
@@ -37,6 +42,9 @@ class Record:
     under_way: str | None = None
     stopped: str = ""
     is_broken: bool = False
+    cut: str | None = None
+    cut_seconds: float = 0.0
+    start_seconds: float = 0.0
 
     @classmethod
     def load(cls, path: Path, identity: Mapping[str, Any] | None) -> Record:
@@ -51,8 +59,8 @@ class Record:
             if identity is None or kept["identity"] == json.loads(json.dumps(identity)):
                 found = [Finding(**each | {"verdict": Verdict(each["verdict"])}) for each in kept["findings"]]
                 by_name = {finding.name: finding for finding in found}
-                rest = (kept["under_way"], kept["stopped"], kept["is_broken"])
-                return cls(path, kept["identity"], kept["names"], by_name, *rest)
+                rest = {name: kept[name] for name in _KEPT}
+                return cls(path, kept["identity"], kept["names"], by_name, **rest)
         except (OSError, ValueError, KeyError, TypeError):  # none, or one that no writer of ours left like this
             pass
         return cls(path, identity or {})
@@ -61,6 +69,11 @@ class Record:
     def is_complete(self) -> bool:
         """Whether nothing is left to measure."""
         return bool(self.names) and not self.missing
+
+    @property
+    def is_left(self) -> bool:
+        """Whether its time was over before all was measured."""
+        return bool(self.stopped) and not self.is_broken and not self.is_complete
 
     @property
     def missing(self) -> Sequence[str]:
@@ -73,7 +86,13 @@ class Record:
             verdict = Verdict.WRONG if self.is_broken else Verdict.NOT_RUN
             yield Finding("all", verdict, self.stopped or NOT_ASKED)
         for name in self.names:
-            yield self.findings.get(name, Finding(name, Verdict.NOT_RUN, self.stopped or NOT_ASKED))
+            yield self.findings.get(name, self._not_run(name))
+
+    def _not_run(self, name: str) -> Finding:
+        if name == self.cut:
+            said = f"had not ended after {duration(self.cut_seconds)}, as {self.stopped}"
+            return Finding(name, Verdict.NOT_RUN, said, seconds=self.cut_seconds)
+        return Finding(name, Verdict.NOT_RUN, self.stopped or NOT_ASKED)
 
     def tally(self) -> str:
         """How many rows have each verdict: ``7 works, 1 slow``."""
@@ -90,8 +109,9 @@ class Record:
         self.findings[finding.name], self.under_way = finding, None
         self.save()
 
-    def stop(self, why: str, is_broken: bool = False) -> None:
-        """Its process was ended, and rows are left over."""
+    def stop(self, why: str, is_broken: bool = False, after: float = 0.0) -> None:
+        """Its process was ended, and rows are left over; it had been at one of them for so many seconds."""
+        self.cut, self.cut_seconds = self.under_way, after
         self.stopped, self.is_broken, self.under_way = why, is_broken, None
         self.save()
 
@@ -101,9 +121,7 @@ class Record:
             "identity": dict(self.identity),
             "names": self.names,
             "findings": [plain(asdict(finding)) for finding in self.findings.values()],
-            "under_way": self.under_way,
-            "stopped": self.stopped,
-            "is_broken": self.is_broken,
+            **{name: getattr(self, name) for name in _KEPT},
         }
         storage.write_text(self.path, json.dumps(content, indent=1, allow_nan=False) + "\n", ADVICE)
 

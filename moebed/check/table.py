@@ -75,13 +75,25 @@ def write_page(ladder: Ladder, records: Mapping[str, Record], out: Path) -> Path
     for rung in ladder:
         for step in rung:
             record = records[step.name]
-            lines += ["", f"## {step.name}: {record.tally()}", "", step.question, ""]
+            lines += ["", f"## {step.name}: {record.tally()}", "", f"{step.question}{_took(record)}", ""]
             lines += ["| | | | s |", "|---|---|---|---|"]
             lines += [
-                f"| {_cell(each.name)} | {each.verdict} | {_cell(each.said)} | {each.seconds:.1f} |"
+                f"| {_cell(each.name)} | {each.verdict} | {_cell(each.said)} | {_seconds(each)} |"
                 for each in record.all_findings()
             ]
     return storage.write_text(out / PAGE, "\n".join(lines) + "\n", ADVICE)
+
+
+def _took(record: Record) -> str:
+    """What it cost before it measured anything, and then."""
+    if not record.start_seconds:
+        return ""
+    rows = sum(each.seconds for each in record.findings.values())
+    return f" {record.start_seconds:.1f} s until its first row began, {rows:.1f} s for the rows that ended."
+
+
+def _seconds(finding: Finding) -> str:
+    return f"{finding.seconds:.2f}" if finding.seconds else ""
 
 
 def _cell(text: str) -> str:

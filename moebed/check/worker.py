@@ -1,4 +1,4 @@
-"""The process of one step: ``python -m moebed.check.worker LADDER STEP OUT``, or ``identity`` for the machine's.
+"""The process of one step: ``python -m moebed.check.worker LADDER STEP OUT FOLDER BEGUN``, or ``identity``.
 
 It measures what the step's record does not have yet, and writes the record before and after each row, so that whoever
 waits for it knows what it was at when it hung or crashed. An error of CUDA that stays in the process ends it, so that
@@ -15,7 +15,6 @@ import json
 import os
 import signal
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -30,7 +29,7 @@ from moebed.errors import UserError
 AGAIN = 75  # exit code: rows are left, and this process can measure no more
 NO_GPU = "no GPU"
 OWN = ("moebed", "probes", "triton_kernels")
-OUT_VARIABLE = "MOEBED_CHECK_OUT"
+SHOW_PLACE = getattr(signal, "SIGUSR2", None)  # on which a process writes where it is into its log, and goes on
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -38,13 +37,12 @@ def main(arguments: Sequence[str]) -> int:
     if arguments[0] == "identity":
         print(json.dumps(identity()), flush=True)
         return 0
-    ladder, name, out = arguments
+    ladder, name, out, folder, begun = arguments
     end_with_parent()
-    if hasattr(faulthandler, "register"):  # where it was when its time was over, into its log
-        faulthandler.register(signal.SIGTERM, chain=True)
+    if SHOW_PLACE is not None:
+        faulthandler.register(SHOW_PLACE)
     record = Record.load(record_path(Path(out), name), None)
-    with tempfile.TemporaryDirectory(prefix="moebed_check_", ignore_cleanup_errors=True) as folder:
-        return work(step_of(importlib.import_module(ladder).LADDER, name), record, Path(folder))
+    return work(step_of(importlib.import_module(ladder).LADDER, name), record, Path(folder), float(begun))
 
 
 def record_path(out: Path, name: str) -> Path:
@@ -57,8 +55,18 @@ def step_of(ladder: Ladder, name: str) -> Step:
     return {step.name: step for rung in ladder for step in rung}[name]
 
 
-def work(step: Step, record: Record, folder: Path) -> int:
-    """Measure the rows of a step that its record lacks, which says how many GPUs there are; returns the exit code."""
+def work(step: Step, record: Record, folder: Path, begun: float) -> int:
+    """Measure the rows of a step that its record lacks.
+
+    Args:
+        step: The step.
+        record: What is kept of it; its identity says how many GPUs there are.
+        folder: For the step's own files.
+        begun: When the process was asked for, as ``time.time()`` has it.
+
+    Returns:
+        The exit code.
+    """
     gpus = int(record.identity.get("gpus", 0))
     place = Place("cuda" if gpus else "cpu", gpus, folder, record.findings)
     try:
@@ -66,14 +74,17 @@ def work(step: Step, record: Record, folder: Path) -> int:
     except Exception as error:  # noqa: BLE001 - what it was is the finding
         rows = [Row("rows", functools.partial(_raise, error))]
     record.names = [row.name for row in rows]
-    for row in rows:
+    record.start_seconds = round(time.time() - begun, 2)
+    for row in sorted(rows, key=lambda row: row.gpus <= place.gpus):  # what is not here is said, whatever the time
         if row.name in record.findings:
             continue
         record.begin(row.name)
         finding = measure(row, place)
         record.end(finding)
-        if is_poisoned(place):
-            return AGAIN
+        if finding.verdict != Verdict.NOT_RUN:
+            gc.collect()  # a failed row's tensors hang in its traceback
+            if is_poisoned(place):
+                return AGAIN
     return 0
 
 
@@ -83,14 +94,13 @@ def _raise(error: Exception) -> Found:
 
 def measure(row: Row, place: Place) -> Finding:
     """What a row finds; whatever it raises is a finding."""
-    if row.needs_gpu and not place.gpus:
-        return Finding(row.name, Verdict.NOT_RUN, NO_GPU)
+    if row.gpus > place.gpus:
+        return Finding(row.name, Verdict.NOT_RUN, f"needs {row.gpus} GPUs, has {place.gpus}" if place.gpus else NO_GPU)
     begin = time.perf_counter()
     try:
         found = row.measure()
     except Exception as error:  # noqa: BLE001 - a ladder goes on whatever a row raises
         found = _raised(error)
-    gc.collect()  # a failed row's tensors hang in its traceback
     return Finding(row.name, found.verdict, found.said, found.figures, round(time.perf_counter() - begin, 2))
 
 
@@ -107,10 +117,9 @@ def _raised(error: Exception) -> Found:
 
 def is_poisoned(place: Place) -> bool:
     """Whether CUDA gives nothing but errors in this process from here on, as after an illegal address."""
-    if place.device != "cuda":
+    torch = sys.modules.get("torch")
+    if place.device != "cuda" or torch is None or not torch.cuda.is_initialized():  # to begin with CUDA takes seconds
         return False
-    import torch
-
     try:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()

@@ -137,9 +137,10 @@ class Setup:
     @property
     def casts_experts(self) -> bool:
         """Whether autocast's copies of the experts' matrices are kept; a CPU's compiled experts need none."""
+        if self.device != "cpu":  # asked first: the other question compiles the library, which takes seconds
+            return True
         backend = self.config.experts_backend
-        is_compiled = backend == "native" or (backend == "auto" and native.is_fastest(torch.bfloat16))
-        return not (self.device == "cpu" and is_compiled)
+        return not (backend == "native" or (backend == "auto" and native.is_fastest(torch.bfloat16)))
 
     def require_formulas(self) -> None:
         """Raise ConfigError for what no formula knows."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from moebed.errors import DivergedError, UserError
+from moebed.machine.last_words import last_words
 from moebed.machine.termination import asked_to_end
 from moebed.study.files import read_json, write_json
 from moebed.study.identity import changes
@@ -238,14 +239,6 @@ def _settle(process: Process, out: Path, outcome: Outcome, bar: StudyBar) -> Non
     else:
         outcome.failed[name] = f"exit code {code}: {said}"
     bar.say(f"{'diverged' if code == DivergedError.exit_code else f'failed with exit code {code}'}: {name}: {said}")
-
-
-def last_words(log: Path, begin: int) -> str:
-    """The line of the error, or the last one, of what was said from a byte on."""
-    text = log.read_bytes()[begin:].decode(errors="replace").replace("\r", "\n")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line.removeprefix("moebed: error: ") for line in lines if line.startswith("moebed: error: ")]
-    return (errors or lines or ["it said nothing"])[-1]
 
 
 def _end(running: Mapping[str, Process]) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def _raise():
 
 
 def good(place):
-    return [_good("first", {"rate": 3.0}), _good("second"), Row("on a GPU", lambda: Found("?"), needs_gpu=True)]
+    return [_good("first", {"rate": 3.0}), _good("second"), Row("on a GPU", lambda: Found("?"), gpus=1)]
 
 
 def crashes(place):
@@ -76,8 +77,10 @@ def refuses(place):
 
 def waits(place):
     def measure():
+        asked = threading.Event()
+        signal.signal(signal.SIGTERM, lambda *_: asked.set())  # as a run does, which then stops in good order
         Path(os.environ["PLANTED_COUNTS"], "begun").touch()
-        time.sleep(float(os.environ.get("PLANTED_SECONDS", "0")))
+        asked.wait(float(os.environ.get("PLANTED_SECONDS", "0")))
         _count("long")
         return Found("done")
 
@@ -157,7 +160,7 @@ def step(name, seconds=60.0, row_seconds=30.0, **more):
 KERNELS = {"environment": {"EXPERT_MLP_KERNELS": "require"}, "without_gpu": {"TRITON_INTERPRET": "1"}}
 LADDER = (
     (step("good"),),
-    (step("crashes"), step("hangs", row_seconds=12.0)),
+    (step("crashes"), step("hangs", row_seconds=6.0)),
     (step("raises"), step("dies_at_once"), step("refuses")),
     (step("on_gpus", needs_gpu=True),),
     (step("uses_found"),),

@@ -3,14 +3,16 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
 
-from moebed.check import command, runner, table, worker
+from moebed.check import command, ranks, runner, table, worker
 from moebed.check.contract import Finding, Found, Place, Row, Verdict
 from moebed.check.record import Record
 from moebed.cli import main
@@ -41,7 +43,7 @@ def verdicts(record):
 
 @pytest.fixture
 def climbed(tmp_path, counts, capsys):
-    records = climb(tmp_path / "out")
+    records = climb(tmp_path / "out", minutes=5.0)
     return tmp_path / "out", records, counts, capsys.readouterr().err
 
 
@@ -58,7 +60,8 @@ def test_no_step_stops_the_next(climbed):
     assert verdicts(records["crashes"])["behind"] == Verdict.WORKS
 
     hang = records["hangs"].findings["hang"]
-    assert (hang.verdict, hang.said) == (Verdict.SLOW, "had not ended after 12 s, and was ended")
+    assert hang.verdict == Verdict.SLOW
+    assert re.fullmatch(r"had not ended after \d+ s, and was ended", hang.said)
     assert verdicts(records["hangs"])["after the hang"] == Verdict.WORKS
 
     raised = records["raises"].findings
@@ -110,11 +113,16 @@ def test_a_damaged_record_is_measured_again(tmp_path, counts):
 
 def test_what_the_time_leaves_over_is_said_and_comes_the_next_time(tmp_path, counts, monkeypatch):
     monkeypatch.setenv("PLANTED_SECONDS", "600")
-    records = climb(tmp_path / "out", waiting, minutes=1.2, only=["waits"])  # 9 s of the step's 60
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    records = climb(tmp_path / "out", waiting, minutes=0.15, only=["waits"])  # 9 s, all for the one that is asked for
     found = {each.name: each for each in records["waits"].all_findings()}
     assert found["quick"].verdict == Verdict.WORKS
     assert {found[name].verdict for name in ("long", "last")} == {Verdict.NOT_RUN}
-    assert "the step's 9 s were over; the same command goes on" in found["long"].said
+    assert re.fullmatch(r"had not ended after \d s, as the step's 9 s were over; the same .*", found["long"].said)
+    assert found["last"].said == "the step's 9 s were over; the same command goes on"
+    log = (tmp_path / "out" / "logs" / "waits.log").read_text()
+    assert "planted.py" in log  # where it was
+    assert not list(tmp_path.glob("moebed_check_*"))  # folders of its rows
     monkeypatch.setenv("PLANTED_SECONDS", "0")
     assert climb(tmp_path / "out", waiting, only=["waits"])["waits"].is_complete
     assert counts() == {"quick": 1, "long": 1, "last": 1, "begun": 0}
@@ -123,7 +131,10 @@ def test_what_the_time_leaves_over_is_said_and_comes_the_next_time(tmp_path, cou
 def test_no_time_is_a_reason(tmp_path, counts):
     records = climb(tmp_path / "out", minutes=0.01)
     (finding,) = records["good"].all_findings()
-    assert (finding.verdict, finding.said) == (Verdict.NOT_RUN, "the 0.01 minutes were over; the same command goes on")
+    assert (finding.verdict, finding.said) == (
+        Verdict.NOT_RUN,
+        "too little time was left (0 s); the same command goes on",
+    )
     assert counts() == {}
 
 
@@ -168,12 +179,14 @@ def test_a_fresh_process_measures_on_where_cuda_gives_nothing_but_errors(tmp_pat
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    assert worker.work(planted.step("good"), Record(tmp_path / "without", {"gpus": 1}), tmp_path, 0.0) == 0
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)  # a process that has asked nothing of it is well
     record = Record(tmp_path / "r.json", {"gpus": 1})
     step = planted.step("good")
-    assert worker.work(step, record, tmp_path) == worker.AGAIN
+    assert worker.work(step, record, tmp_path, 0.0) == worker.AGAIN
     assert list(record.findings) == ["first"]
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    assert worker.work(step, Record.load(record.path, None), tmp_path) == 0
+    assert worker.work(step, Record.load(record.path, None), tmp_path, 0.0) == 0
     assert Record.load(record.path, {"gpus": 1}).is_complete
 
 
@@ -237,7 +250,7 @@ def test_the_page_and_the_table_say_everything(tmp_path, capsys):
         "first": Finding("first", Verdict.WORKS, "is well", {}, 1.25),
         "of | two": Finding("of | two", Verdict.WRONG, "[red]1.5 off"),
     }
-    records["good"].stopped = "the time was over"
+    records["good"].stopped, records["good"].start_seconds = "the time was over", 14.26
     records["crashes"].stopped, records["crashes"].is_broken = "it died", True
     records["hangs"].names, records["hangs"].stopped = [f"row {number}" for number in range(20)], "over"
     records["hangs"].findings = {"row 0": Finding("row 0", Verdict.WORKS, "is well")}
@@ -253,10 +266,12 @@ def test_the_page_and_the_table_say_everything(tmp_path, capsys):
         assert words in shown
     page = table.write_page(planted.LADDER, records, tmp_path).read_text()
     for line in (
-        "| first | works | is well | 1.2 |",
-        "| of \\| two | wrong | [red]1.5 off | 0.0 |",
-        "| third | not run | the time was over | 0.0 |",
-        "| all | wrong | it died | 0.0 |",
+        "Does good end? 14.3 s until its first row began, 1.2 s for the rows that ended.",
+        "Does crashes end?",
+        "| first | works | is well | 1.25 |",
+        "| of \\| two | wrong | [red]1.5 off |  |",
+        "| third | not run | the time was over |  |",
+        "| all | wrong | it died |  |",
         "## good: 1 works, 1 wrong, 1 not run",
         "- versions: torch 2.13.0",
     ):
@@ -318,7 +333,27 @@ def test_a_record_is_plain_data(tmp_path):
     assert not Record.load(record.path, {"gpus": 1}).names
 
 
-def test_rows_that_need_a_gpu_are_not_called(tmp_path):
-    row = Row("x", lambda: pytest.fail("called"), needs_gpu=True)
-    assert worker.measure(row, Place("cpu", 0, tmp_path, {})).verdict == Verdict.NOT_RUN
+def test_rows_that_need_more_gpus_are_not_called_and_said_before_any_is(tmp_path):
+    row = Row("x", lambda: pytest.fail("called"), gpus=2)
+    found = [worker.measure(row, Place("cuda", gpus, tmp_path, {})) for gpus in (0, 1)]
+    assert [(each.verdict, each.said) for each in found] == [
+        (Verdict.NOT_RUN, "no GPU"), (Verdict.NOT_RUN, "needs 2 GPUs, has 1"),
+    ]  # fmt: skip
     assert worker.measure(Row("y", lambda: Found("z")), Place("cpu", 0, tmp_path, {})).said == "z"
+    record = Record(tmp_path / "r.json", {"gpus": 0})
+    assert worker.work(planted.step("good"), record, tmp_path, time.time() - 9) == 0
+    assert list(record.findings) == ["on a GPU", "first", "second"]
+    assert [each.name for each in record.all_findings()] == ["first", "second", "on a GPU"]
+    assert 9 <= Record.load(record.path, {"gpus": 0}).start_seconds < 60
+
+
+@pytest.mark.parametrize(("gpus", "measured"), [(1, 2), (2, 5), (4, 10)])
+def test_layouts_are_measured_as_far_as_there_are_gpus(tmp_path, gpus, measured):
+    rows = ranks.rows(Place("cuda", gpus, tmp_path, {}))
+    assert sum(row.gpus <= gpus for row in rows) == measured
+
+
+@pytest.mark.parametrize("module", ["command", "ranks"])  # the check's own process, and one that waits for ranks
+def test_nobody_imports_torch_but_who_measures(module):
+    code = f"import sys, moebed.check.{module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

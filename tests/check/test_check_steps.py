@@ -24,7 +24,7 @@ def measured(step, tmp_path, gpus):
     """Every row's finding by name; they see those before them, as in the step's own process."""
     record = Record(tmp_path / "record.json", {"gpus": gpus})
     (tmp_path / "scratch").mkdir()
-    assert worker.work(step, record, tmp_path / "scratch") == 0
+    assert worker.work(step, record, tmp_path / "scratch", 0.0) == 0
     return record.findings
 
 

@@ -16,5 +16,8 @@ parser.add_argument("--capability", default="9.0", help="the compute capability 
 parser.add_argument("--waits", type=Path, metavar="DIR", help="where each process leaves its waits, by place")
 parser.add_argument("command", nargs=argparse.REMAINDER)
 options = parser.parse_args()
-command = [sys.executable if options.command[0] == "python" else options.command[0], *options.command[1:]]
+given = options.command[options.command[:1] == ["--"] :]
+if not given:
+    parser.error("name a command")
+command = [sys.executable if given[0] == "python" else given[0], *given[1:]]
 os.execvpe(command[0], command, environment(options.devices, options.capability, options.waits))

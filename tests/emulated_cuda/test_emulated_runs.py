@@ -76,6 +76,23 @@ def test_a_run_and_what_continues_it(layout, tmp_path):
     assert trained <= exchanges / LAYERS <= trained + 4 if layout == "EP-2" else exchanges == 0
 
 
+def test_a_run_of_two_devices_goes_on_on_one(tmp_path):
+    path = recipe(tmp_path, STEPS)
+    content = yaml.safe_load(path.read_text())
+    content["trainer"]["callbacks"] = []
+    content["model"]["optimizer"] |= {"schedule": "constant"}
+    path.write_text(yaml.safe_dump(content))
+    run(*fit(path, tmp_path / "cpu", "1 process", "--trainer.max_steps", str(STEPS + 2)), tmp_path / "log")
+    more = ["--ckpt_path", "last", "--trainer.max_steps", str(STEPS + 2)]
+    for layout, options in (("EP-2", []), ("1 process", more)):
+        arguments, ranks = fit(path, tmp_path / "cuda", layout, "--trainer.accelerator", "gpu", *options)
+        moebed(arguments, tmp_path / layout, ranks)
+    found, wanted = curves(tmp_path / "cuda"), curves(tmp_path / "cpu")
+    assert sorted(found["train/loss"]) == list(range(STEPS + 2))
+    for tag in TRAINED:
+        assert found[tag] == pytest.approx(wanted[tag], rel=1e-4), tag
+
+
 PLANTED = """
 import pytest, torch
 from torch import distributed as dist

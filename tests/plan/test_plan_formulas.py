@@ -9,6 +9,7 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moebed.model import native
 from moebed.model.config import ModelConfig
 from moebed.model.decoder import Decoder
 from moebed.model.flops import count_parameters, flops_per_token, layer_shapes
@@ -339,3 +340,10 @@ def test_sharding_and_checkpointing_save_memory():
     assert sum(plan.activations_checkpointed.values()) < sum(plan.activations.values()) / 3
     assert plan.training_flops_per_token == 3 * flops_per_token(config, 64)
     assert math.isclose(plan.all_reduce_bytes, 2 * 7 / 8 * 4 * plan.total_parameters)
+
+
+def test_the_plan_of_a_gpu_compiles_nothing_for_a_cpu(monkeypatch):
+    monkeypatch.setattr(native, "load", lambda: pytest.fail("compiled"))
+    monkeypatch.setattr(native, "instruction_set", lambda: "amx")
+    config = ModelConfig(**{**SIZES, "experts_backend": "auto"})
+    assert make_plan(Setup(config, 2, 64, PRECISIONS["bf16-mixed"], device="gpu")).peak_memory_total > 0
