@@ -1,4 +1,4 @@
-"""Which parameters decay, by which schedule rates go, and that an optimizer that was restored does as the config says."""
+"""Which parameters decay, by which schedule rates go, and that a restored optimizer does as told."""
 
 import pytest
 
