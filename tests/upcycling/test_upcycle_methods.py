@@ -55,6 +55,36 @@ def test_other_methods_change_the_experts_and_nothing_else(tmp_path, method):
     assert not torch.equal(after[GATE_UP][0], after[GATE_UP][1])
 
 
+@pytest.mark.parametrize("method", ["noise", "drop", "scratch"])
+def test_what_is_drawn_for_a_matrix_is_drawn_for_no_other(method):
+    """No two matrices, experts or layers have the same random numbers, or gate and up of an expert were one."""
+
+    class Dense:
+        def __init__(self, layer):
+            self.layer = layer
+
+        def matrix(self, name):
+            return torch.linspace(-1, 1, 40 * 50).view((50, 40) if name == "down" else (40, 50))
+
+    drawn = []
+    for layer in range(2):
+        made = METHODS[method](Settings(fraction=1.0), Dense(layer))
+        for name in ("gate", "up", "down"):
+            old = made.ffn.matrix(name) if method == "noise" else 0
+            drawn += [(made.expert(name, expert) - old).flatten() for expert in range(2)]
+    correlation = torch.corrcoef(torch.stack(drawn)) - torch.eye(len(drawn))
+    assert correlation.abs().max() < 0.1
+    assert len(drawn) == 12
+
+
+def test_shared_experts_gate_and_up_are_drawn_apart(tmp_path):
+    out = upcycle(write_dense(tmp_path, "qwen2"), tmp_path / "moe", "copy", "--shared-experts", "1")
+    made = {name: value for name, value in tensors(out).items() if ".shared_expert." in name and "down" not in name}
+    drawn = torch.stack([value.float().flatten() for value in made.values()])
+    assert (torch.corrcoef(drawn) - torch.eye(len(drawn))).abs().max() < 0.1
+    assert len(drawn) == 4
+
+
 def test_qwen2_with_a_shared_expert_is_a_qwen2_moe_with_equal_logits(tmp_path):
     import transformers
 
