@@ -71,3 +71,17 @@ def test_losses_of_a_layer_are_a_mean_over_layers_and_losses_of_a_batch_a_sum():
         + expected.item(),
         rel=1e-5,
     )  # fmt: skip
+
+
+def test_looking_ahead_draws_nothing_that_the_step_will_draw(monkeypatch):
+    """A pass that draws from torch's generator draws the same where it counts."""
+    module, seen = _module(router_aux_loss_scope="window"), []
+    terms = module.losses.terms
+    monkeypatch.setattr(module.losses, "terms", lambda *batch: seen.append(torch.rand(())) or terms(*batch))
+    batch = IDS[:, :-1], LABELS, {}
+    module.router_steps.begin(0)
+    module.losses.look_ahead([batch, batch], module.router_steps)
+    for _ in range(2):
+        module.losses.terms(*batch)
+    assert len(seen) == 4
+    assert seen[:2] == seen[2:]
