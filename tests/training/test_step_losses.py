@@ -19,6 +19,7 @@ def _module(**changes) -> MoEModule:
     return MoEModule(tiny_config(vocab_size=60, **{**coefficients, **changes})).train()
 
 
+@torch.no_grad()
 def _by_hand(module: MoEModule, chosen: torch.Tensor) -> tuple[list[float], list[float], list[float]]:
     """E · Σ f_i P_i, the mean squared logsumexp, and the busiest expert's load over the mean, less 1, of each layer."""
     balance, z, violation = [], [], []
