@@ -92,18 +92,21 @@ class GatheredModel:
         """Logits (N, v), band after band of the vocabulary."""
         with torch.device("meta"):
             norm = build_norm(self.config)
-        scales = len(list(norm.parameters()))
-        values = self._gather(_HEAD)
-        _set(norm, values[:scales])
-        table, *bias = values[scales:]
+        values, table, bias = self._gather_head()
+        _set(norm, values)
         x = norm(hidden)
-        bands = table.split(band_rows(len(x)))
-        yield from logits_in_bands(x, bands, bias[0] if bias else None, self.config.logits_multiplier)
+        yield from logits_in_bands(x, table.split(band_rows(len(x))), bias, self.config.logits_multiplier)
 
     def head_rows(self, ids: Tensor) -> Tensor:
         """Rows (N, H) of the head, with the last norm's scale."""
-        norm, table = self._gather(_HEAD)
-        return table[ids.to(self._device)].float() * (norm * self.config.logits_multiplier)
+        (scale, *_), table, _ = self._gather_head()
+        return table[ids.to(self._device)].float() * (scale * self.config.logits_multiplier)
+
+    def _gather_head(self) -> tuple[list[Tensor], Tensor, Tensor | None]:
+        """The last norm's parameters, the head's matrix (V, H), and its bias (V,) if it has one."""
+        values, count = self._gather(_HEAD), len(list(self._decoder.norm.parameters()))
+        table, *bias = values[count:]
+        return values[:count], table, bias[0] if bias else None
 
     def computing(self) -> AbstractContextManager[object]:
         """In float32, or in what the parameters are in."""

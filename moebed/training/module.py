@@ -385,7 +385,8 @@ class MoEModule(LightningModule):
         if self._plan is not None:
             for change in self._plan.changes(self._former_plan):
                 say(f"{change} from step {self.global_step} on")
-            self._plan.hold(self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler)
+            new, schedule = build_optimizer(self.decoder, self.optimizer_config), self.trainer.lr_scheduler_configs[0]
+            self._plan.hold(self.trainer.optimizers[0], schedule.scheduler, new)
         rng, self._rng = self._rng, None
         if rng is None:
             return

@@ -78,12 +78,10 @@ class SchedulePlan:
             if key in saved and saved[key] != value
         ]
 
-    def hold(self, optimizer: torch.optim.Optimizer, schedule: Any) -> None:
-        """Have an optimizer that was restored from a checkpoint do what the plan says."""
-        schedule.base_lrs = [self.config.learning_rate * group.get("width", 1.0) for group in optimizer.param_groups]
-        for group, rate in zip(optimizer.param_groups, schedule.base_lrs, strict=True):
-            decays = group["params"] and group["params"][0].ndim >= 2
-            group["initial_lr"] = rate
-            group["lr"] = rate * self.factor(schedule.last_epoch)
-            group["betas"], group["eps"] = (self.config.beta1, self.config.beta2), self.config.eps
-            group["weight_decay"] = self.config.weight_decay if decays else 0.0
+    def hold(self, optimizer: torch.optim.Optimizer, schedule: Any, new: torch.optim.Optimizer) -> None:
+        """Have an optimizer that was restored from a checkpoint do what a new one of the same parameters would."""
+        schedule.base_lrs = [group["lr"] for group in new.param_groups]
+        for group, built in zip(optimizer.param_groups, new.param_groups, strict=True):
+            group.update({name: value for name, value in built.items() if name != "params"})
+            group["initial_lr"] = built["lr"]
+            group["lr"] = built["lr"] * self.factor(schedule.last_epoch)

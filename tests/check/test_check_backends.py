@@ -72,6 +72,14 @@ def test_a_type_that_was_not_found_right_is_never_taken(records, tmp_path, fault
     assert kept == {"float16": 100.0, "float32": 10.0} | ({"bfloat16": None} if fault == "wrong" else {})
 
 
+def test_one_wrong_row_among_many_is_enough(records):
+    kernels = records["kernels_float32"]
+    kernels.names += ["two", "three"]
+    kernels.findings |= {"two": Finding("two", Verdict.WRONG, ""), "three": Finding("three", Verdict.WORKS, "")}
+    kept = json.loads(backends.write(records, "Planted GPU").read_text(encoding="utf-8"))["least_work"]
+    assert kept == {"bfloat16": 100.0, "float16": 100.0, "float32": None}
+
+
 @pytest.mark.parametrize("left", ["speed", "kernels_launches"])
 def test_a_part_of_the_ladder_leaves_what_a_whole_one_found(records, left):
     records[left].findings.clear()

@@ -171,6 +171,18 @@ def test_5_2_the_best_count_of_experts_that_a_memory_holds(memory, best):
     assert min(losses, key=losses.get) == best
 
 
+def test_5_2_memory_is_of_parameters_and_of_keys_and_values():
+    """2 bytes a parameter, and for a cached token a key and a value of width H in each layer; H is 64 · layers."""
+    law, shape = LAWS["joint"], Shape(8)
+    layers = float(law.layers(2e9, shape))
+    parameters = float(law.total_parameters(2e9, shape))
+    assert law.active_parameters(2e9, shape) == pytest.approx(2 * 64 * layers * 50257 + 13 * 64**2 * layers**3)
+    assert parameters == pytest.approx(2 * 64 * layers * 50257 + (4 + 9 * 8) * 64**2 * layers**3)
+    for tokens in (0, 1000):
+        cached = tokens * layers * 2 * (64 * layers)
+        assert float(law.memory_bytes(2e9, shape, tokens)) == pytest.approx(2 * parameters + 2 * cached)
+
+
 # Krajewski ------------------------------------------------------------------------------------------------------------
 
 TABLE_2 = [

@@ -346,11 +346,15 @@ def test_weights_of_a_checkpoint(changes, tmp_path, call):
 
 def _gathered(rank: int, world_size: int, changes: dict) -> None:
     """A walk over a model that ranks share gives what a walk over the whole gives; nobody is left waiting."""
-    config = tiny_config(num_shared_experts=1, tie_word_embeddings=True, **changes)
+    config = tiny_config(**{"num_shared_experts": 1, "tie_word_embeddings": True, **changes})
     torch.manual_seed(5)
     alone = Decoder(config)
     torch.manual_seed(5)
     spread = Decoder(config)
+    for decoder in (alone, spread):  # what begins as 0 or 1 would not be missed
+        generator = torch.Generator().manual_seed(6)
+        for tensor in (*decoder.norm.parameters(), *(router.expert_bias for router in _biased(decoder))):
+            tensor.data.normal_(generator=generator)
     Layout(ParallelConfig(expert=2), world_size, "cpu").apply(spread, torch.device("cpu"))
     ids = torch.randint(0, 96, (2, 12), generator=torch.Generator().manual_seed(1))
     text = ProbeText(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros(2, dtype=torch.long))
@@ -363,11 +367,25 @@ def _gathered(rank: int, world_size: int, changes: dict) -> None:
             pairs = list(zip(walk_model(model, text, needs), walk(alone, text, needs), strict=True))
         for found, wanted in pairs[:-1]:
             torch.testing.assert_close(found.routing.router_logits, wanted.routing.router_logits)
+            assert torch.equal(found.routing.topk_index, wanted.routing.topk_index)
             assert torch.equal(found.matrix("up"), wanted.matrix("up"))
+            torch.testing.assert_close(found.attribution.following.rows, wanted.attribution.following.rows)
         torch.testing.assert_close(pairs[-1][0].loss, pairs[-1][1].loss, equal_nan=True)
     dist.barrier()
 
 
-@pytest.mark.parametrize("changes", [{}, HYPER["unchosen"], HYPER["free"]], ids=["plain", "unchosen", "free"])
+def _biased(decoder: Decoder) -> list:
+    return [router for router in decoder.routers if hasattr(router, "expert_bias")]
+
+
+ENDS = {"embedding_multiplier": 3.0, "logits_multiplier": 0.5, "router": "sigmoid_topk"}
+LAYER_NORM = {"norm_type": "layer", "lm_head_bias": True, "tie_word_embeddings": False}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, HYPER["unchosen"], HYPER["free"], ENDS, LAYER_NORM],
+    ids=["plain", "unchosen", "free", "scaled ends and a biased choice", "layer norms"],
+)
 def test_probes_see_the_whole_of_a_shared_model(changes, call):
     call(_gathered, changes)

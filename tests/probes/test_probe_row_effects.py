@@ -194,6 +194,19 @@ def test_a_router_that_is_right_is_found(long_text):
     assert result.scalars["gap"] < result.scalars["gap_random"] - 0.2
 
 
+def test_gaps_and_fifths_by_hand(long_text):
+    """The best is sought among the executed route and the random ones; fifths are of the mean loss over them all."""
+    losses = torch.rand(len(long_text.targets), 4, generator=torch.Generator().manual_seed(6)).double()
+    losses[:, 0] -= 0.4  # often the best of all
+    arrays = routes(long_text, losses).arrays
+    every = losses[long_text.targets >= 0].numpy()
+    best, better = every.min(axis=1), (every[:, 1:] < every[:, :1]).mean(axis=1)
+    assert float(arrays["gap/0"]) == pytest.approx((every[:, 0] - best).mean(), rel=1e-5)
+    assert float(arrays["gap_random/0"]) == pytest.approx((every[:, 1:].mean(axis=1) - best).mean(), rel=1e-5)
+    fifths = np.array_split(better[every.mean(axis=1).argsort()], 5)
+    np.testing.assert_allclose(arrays["by_mean_loss/0"], [fifth.mean() for fifth in fifths], atol=2e-3)
+
+
 def test_equal_routes_count_by_half():
     rise = np.array([[0.0, 0, 0, 0], [-1, 1, 0, 0], [-1, -1, -1, -1], [np.nan, 1, 1, 1]])
     np.testing.assert_allclose(percentiles(rise), [0.5, 0.5, 1, np.nan])

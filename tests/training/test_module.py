@@ -14,7 +14,7 @@ from moebed.plan.setup import Setup
 from moebed.training.callbacks import AtomicCheckpointIO
 from moebed.training.metrics import TextLoss
 from moebed.training.module import MoEModule
-from moebed.training.optim import OptimizerConfig, build_optimizer, learning_rate_factor
+from moebed.training.optim import OptimizerConfig, build_optimizer
 from tests.conftest import tiny_config
 
 
@@ -317,38 +317,6 @@ def test_a_damaged_or_missing_checkpoint_is_one_line(tmp_path):
         AtomicCheckpointIO().load_checkpoint(tmp_path / "bad.ckpt")
     with pytest.raises(UserError, match=r"no\.ckpt does not exist"):
         AtomicCheckpointIO().load_checkpoint(tmp_path / "no.ckpt")
-
-
-def test_schedules():
-    cosine = OptimizerConfig(warmup_steps=10, min_lr_ratio=0.1)
-    assert learning_rate_factor(cosine, 0, 110) == pytest.approx(0.1)
-    assert learning_rate_factor(cosine, 10, 110) == pytest.approx(1.0)
-    assert learning_rate_factor(cosine, 60, 110) == pytest.approx(0.55)
-    assert learning_rate_factor(cosine, 110, 110) == pytest.approx(0.1)
-    wsd = OptimizerConfig(warmup_steps=10, schedule="wsd", decay_fraction=0.2, min_lr_ratio=0.0)
-    assert learning_rate_factor(wsd, 80, 100) == pytest.approx(1.0)
-    assert learning_rate_factor(wsd, 90, 100) == pytest.approx(0.5)
-    assert learning_rate_factor(wsd, 100, 100) == pytest.approx(0.0)
-
-
-def test_norms_and_biases_do_not_decay():
-    rest, experts, scales = build_optimizer(_module(attention_bias=True).decoder, OptimizerConfig()).param_groups
-    assert all(parameter.ndim >= 2 for parameter in [*rest["params"], *experts["params"]])
-    assert all(parameter.ndim == 3 for parameter in experts["params"])
-    assert all(parameter.ndim < 2 for parameter in scales["params"])
-    assert [group["weight_decay"] for group in (rest, experts, scales)] == [0.1, 0.1, 0.0]
-
-
-def test_biases_of_experts_neither_decay_nor_are_made_orthogonal():
-    """Stacks of vectors, which look like matrices; in a group of their own, as they lie where the experts do."""
-    decoder = _module(experts_bias=True).decoder
-    biases = {id(p) for name, p in decoder.named_parameters() if name.endswith("_proj_bias")}
-    for name in ("adamw", "muon"):
-        *_, last = build_optimizer(decoder, OptimizerConfig(name=name)).param_groups
-        assert {id(p) for p in last["params"]} == biases
-        assert last["weight_decay"] == 0.0
-        assert "joined" not in last
-    assert all(bool((p == 0).all()) for p in decoder.parameters() if id(p) in biases)
 
 
 def test_tokens_per_second_counts_waiting_for_data_and_nothing_else(tmp_path, data):

@@ -72,8 +72,8 @@ def test_the_schedule_keeps_each_rate():
     widths = [group["width"] for group in optimizer.param_groups]
     assert sorted(set(widths)) == [0.25, 1.0]
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.0025 * width for width in widths])
-    other = SchedulePlan(OptimizerConfig(learning_rate=0.02, warmup_steps=4, schedule="constant"), None)
-    other.hold(optimizer, schedule)
+    other = OptimizerConfig(learning_rate=0.02, warmup_steps=4, schedule="constant")
+    SchedulePlan(other, None).hold(optimizer, schedule, build_optimizer(decoder, other))
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.005 * width for width in widths])
 
 

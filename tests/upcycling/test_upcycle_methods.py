@@ -10,7 +10,7 @@ from moebed.checkpoints import Checkpoint, load_decoder
 from moebed.cli import main
 from moebed.upcycling.clusters import balanced_kmeans
 from moebed.upcycling.command import METHOD_LINES
-from moebed.upcycling.methods import METHODS
+from moebed.upcycling.methods import METHODS, Drop, Settings
 
 GATE_UP, DOWN = "layers.1.mlp.experts.gate_up_proj", "layers.1.mlp.experts.down_proj"
 MLP = "layers.1.mlp"
@@ -53,6 +53,36 @@ def test_other_methods_change_the_experts_and_nothing_else(tmp_path, method):
     assert all(torch.equal(before[name], after[name]) for name in kept)
     assert (logits(load_decoder(dense)) - logits(load_decoder(out))).abs().max() > 1e-3
     assert not torch.equal(after[GATE_UP][0], after[GATE_UP][1])
+
+
+@pytest.mark.parametrize("method", ["noise", "drop", "scratch"])
+def test_what_is_drawn_for_a_matrix_is_drawn_for_no_other(method):
+    """No two matrices, experts or layers have the same random numbers, or gate and up of an expert were one."""
+
+    class Dense:
+        def __init__(self, layer):
+            self.layer = layer
+
+        def matrix(self, name):
+            return torch.linspace(-1, 1, 40 * 50).view((50, 40) if name == "down" else (40, 50))
+
+    drawn = []
+    for layer in range(2):
+        made = METHODS[method](Settings(fraction=1.0), Dense(layer))
+        for name in ("gate", "up", "down"):
+            old = made.ffn.matrix(name) if method == "noise" else 0
+            drawn += [(made.expert(name, expert) - old).flatten() for expert in range(2)]
+    correlation = torch.corrcoef(torch.stack(drawn)) - torch.eye(len(drawn))
+    assert correlation.abs().max() < 0.1
+    assert len(drawn) == 12
+
+
+def test_shared_experts_gate_and_up_are_drawn_apart(tmp_path):
+    out = upcycle(write_dense(tmp_path, "qwen2"), tmp_path / "moe", "copy", "--shared-experts", "1")
+    made = {name: value for name, value in tensors(out).items() if ".shared_expert." in name and "down" not in name}
+    drawn = torch.stack([value.float().flatten() for value in made.values()])
+    assert (torch.corrcoef(drawn) - torch.eye(len(drawn))).abs().max() < 0.1
+    assert len(drawn) == 4
 
 
 def test_qwen2_with_a_shared_expert_is_a_qwen2_moe_with_equal_logits(tmp_path):
@@ -101,20 +131,25 @@ def test_drop_draws_one_set_of_neurons_for_the_three_matrices(tmp_path, fraction
         assert not torch.equal(sets[0], sets[1])
 
 
-def test_drop_keeps_the_mean_of_what_it_drops():
-    class Shifted:
+@pytest.mark.parametrize("name", ["gate", "up", "down"])
+def test_drop_keeps_mean_and_deviation_of_what_it_drops(name):
+    """Of the dropped neurons and of no others: those of high index are larger, and vary more."""
+
+    class Growing:
         layer = 0
 
         def matrix(self, name):
-            draws = torch.Generator().manual_seed(0)
-            return 3 + 0.1 * torch.randn((64, 400) if name == "down" else (400, 64), generator=draws)
+            draws = torch.randn(400, 64, generator=torch.Generator().manual_seed(0))
+            rows = torch.linspace(0, 1, 400).unsqueeze(1) ** 3 * (3 + draws)
+            return rows.T if name == "down" else rows
 
-    from moebed.upcycling.methods import Drop, Settings
-
-    method = Drop(Settings(), Shifted())
-    new = method.expert("gate", 2)[method.dropped(2)]
-    assert abs(new.mean() - 3) < 0.01
-    assert abs(new.std() - 0.1) < 0.005
+    method = Drop(Settings(fraction=0.05), Growing())
+    old, new = (of.T if name == "down" else of for of in (Growing().matrix(name), method.expert(name, 1)))
+    dropped = method.dropped(1)
+    assert old[dropped].std() < 0.8 * old.std()
+    assert old[dropped].mean() < old.mean() - 0.15 * old.std()
+    assert abs(new[dropped].std() / old[dropped].std() - 1) < 0.05
+    assert abs(new[dropped].mean() - old[dropped].mean()) < 0.05 * old.std()
 
 
 def test_split_scales_down_alone_and_repeats_the_router_s_rows(tmp_path):

@@ -57,11 +57,12 @@ GROK1 = Family(
         "logits_multiplier": "output_multiplier_scale",
     },
     fixed={"norm_topk_prob": False, "post_norms": True},
-    # The port computes the exact GELU; a config may ask for the tanh form of the original with hidden_act.
+    # As the port has them, of which transformers writes none. It computes the exact GELU; a config may ask for the tanh
+    # form of the original with hidden_act.
     defaults={
         "hidden_act": "gelu",
         "rms_norm_eps": 1e-5,
-        "max_attn_value": 30.0,
+        "max_attn_value": 1.0,
         "attn_output_multiplier": 1.0,
         "embedding_multiplier_scale": 1.0,
         "output_multiplier_scale": 1.0,

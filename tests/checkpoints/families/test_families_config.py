@@ -103,6 +103,17 @@ def test_a_step_of_no_layers_is_refused_by_name(family, key):
         FAMILIES[family].read({**sizes, key: 0})
 
 
+def test_what_grok_s_settings_leave_out_is_what_the_port_s_class_takes():
+    """All factors 1, the cap on attention logits too; the released folder says its own."""
+    settings = {key: value for key, value in SETTINGS.items() if key != "num_local_experts"} | {"num_experts": 4}
+    for key in ("rms_norm_eps", "hidden_act", "tie_word_embeddings"):
+        settings.pop(key, None)
+    config = FAMILIES["grok-1"].read_config(settings)
+    assert config.attn_logit_softcapping == 1.0
+    assert (config.attention_multiplier, config.embedding_multiplier, config.logits_multiplier) == (1.0, 1.0, 1.0)
+    assert (config.rms_norm_eps, config.hidden_act, config.tie_word_embeddings) == (1e-5, "gelu", True)
+
+
 def test_a_missing_setting_is_named():
     with pytest.raises(ConfigError, match="num_local_experts is missing"):
         FAMILIES["mixtral"].read_config({k: v for k, v in SETTINGS.items() if k != "num_local_experts"})

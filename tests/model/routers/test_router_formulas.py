@@ -10,6 +10,7 @@ from moebed.errors import ConfigError
 from moebed.model.routers import Load, TokenContext
 from moebed.model.routers.autonomy import matched_width
 from moebed.model.routers.competition import coin, mean_cosine
+from moebed.model.routers.norms import norms
 from tests.model.routers.router_cases import GivenOutputs, config_of, router_of
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0], [-3.0, 0.5, 0.25, 0.0]])
@@ -140,6 +141,18 @@ def test_expert_norm_is_a_softmax_over_the_chosen_norms():
         assert torch.equal(routing.precomputed[token], outputs[token, index[token]])
 
 
+def test_norms_have_the_gradient_of_norms():
+    """x / ‖x‖, of whatever the values are in; 0 where the norm is, at which PyTorch's is not a number."""
+    values = (torch.randn(5, 3, 16) * torch.logspace(-2, 2, 5).view(5, 1, 1)).requires_grad_()
+    grad = torch.randn(5, 3)
+    found, expected = norms(values), torch.linalg.vector_norm(values, dim=-1)
+    torch.testing.assert_close(found, expected)
+    (wanted,) = torch.autograd.grad(expected, values, grad)
+    torch.testing.assert_close(torch.autograd.grad(found, values, grad)[0], wanted)
+    nothing = torch.zeros(2, 4, requires_grad=True)
+    assert torch.equal(torch.autograd.grad(norms(nothing).sum(), nothing)[0], torch.zeros(2, 4))
+
+
 @pytest.mark.parametrize("name", ["competesmoe", "competesmoe_v2"])
 def test_competition_teaches_the_gate_and_leaves_the_experts_to_the_task(name):
     router, x, outputs = router_of(name), torch.randn(6, 32), _outputs()
@@ -246,6 +259,7 @@ def test_autonomy_computes_the_papers_expert():
             expected[token] += weight * (down[e] @ (F.silu(gate[e] @ c) * (up[e] @ x[token])))
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(moe.experts.expert_matrix("gate", 2), gate[2] @ moe.router.low_proj[2])
+    torch.testing.assert_close(moe.experts.mean_neurons()["gate"][2], (gate[2] @ moe.router.low_proj[2]).mean(dim=0))
     assert routing.precomputed is None  # what is kept of a forward pass holds no memory of their size
     torch.testing.assert_close(moe.combine(x, routing), out)  # and what it lacks is computed once more
 

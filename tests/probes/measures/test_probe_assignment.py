@@ -141,6 +141,20 @@ def test_a_proof_that_fails_adds_what_was_missing(monkeypatch):
     assert total(similarity, permutation) == pytest.approx(best_total(similarity), abs=1e-6)
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_what_float32_cannot_tell_is_missing_too(compiled, monkeypatch):
+    """One row in two would gain 1e-9 by its nearest column at these prices, the others nothing."""
+    if not compiled:
+        monkeypatch.setattr(native_assignment, "fits", lambda similarity: False)
+    similarity = similarities("random", 300, 50, 0.0, 0)
+    price = np.random.default_rng(0).uniform(0, 2, 300)
+    gain = similarity.double().numpy() - price
+    profit = gain.max(axis=1) - np.where(np.arange(300) % 2, 1e-9, 0.0)
+    found = assignment._missing(similarity, profit, price)
+    assert found.tolist() == np.flatnonzero(gain - profit[:, None] > 1e-10).tolist()
+    assert len(found) >= 150
+
+
 def test_of_many_missing_each_row_has_its_largest():
     row, entry = np.array([0, 0, 0, 2, 2]), np.array([1, 4, 7, 22, 25])
     excess = np.array([0.1, 0.3, 0.2, 0.5, 0.6])
