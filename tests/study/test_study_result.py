@@ -136,6 +136,16 @@ def test_a_bad_run_leaves_its_pair_and_is_named(status, why):
     assert "| worse | 3 of 4 |" in text
 
 
+def test_runs_that_learned_nothing_count_and_are_named():
+    study = made_up_study(LOSSES)
+    for seed in (1, 3):
+        _spoil(study, "worse", seed, loss=7.62)
+    found = compare_arms(study)
+    assert found.arms["worse"].finished == [1, 2, 3, 4]
+    assert found.arms["worse"].marks == ["seeds 1, 3 NO BETTER THAN GUESSING, whose loss is 7.600"]
+    assert found.arms["alike"].marks == []
+
+
 def test_a_bad_run_of_the_baseline_leaves_every_pair():
     study = made_up_study(LOSSES)
     _spoil(study, "topk", 1, status="diverged", why="")
