@@ -11,6 +11,7 @@ import numpy as np
 
 from moebed.errors import DivergedError
 from moebed.model.flops import scaling_sizes
+from moebed.study.code import Code
 from moebed.study.files import FORMAT, STUDY_FILE, read_json, write_json
 from moebed.study.progress import status_path, steps_done
 from moebed.study.runner import is_finished
@@ -56,6 +57,7 @@ def collect(plan: StudyPlan, out: Path) -> Path:
                     str(seed): _read_run(
                         plan.runs[plan.final[name, seed]], plan.runs.get(plan.tasks.get((name, seed), "")), arm, out
                     )
+                    | {"code": _code(plan, plan.final[name, seed], out)}
                     for seed in recipe.seeds
                 },
             }
@@ -83,6 +85,16 @@ def _read_run(run: Run, tasks: Run | None, arm: Arm, out: Path) -> dict[str, Any
         "seconds": (read_json(status_path(out, run.name, "json")) or {}).get("seconds"),
         "headlines": (_headlines(load_history(folder)) if folder.is_dir() else {}) | _tasks(tasks, arm.steps, out),
     }
+    return found
+
+
+def _code(plan: StudyPlan, name: str | None, out: Path) -> list[Code]:
+    """What computed a run, and those that it goes on from."""
+    found: list[Code] = []
+    while name is not None:
+        kept = (read_json(status_path(out, name, "json")) or {}).get("code", [])
+        found = [*[one for one in kept if one not in found], *found]
+        name = plan.runs[name].needs
     return found
 
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from moebed.study.code import differing_code
 from moebed.study.gain import ROLES, GainShare, gain_share
 from moebed.study.statistics import Difference, compare, deviation_range, pairs_needed, pooled_freedom, t_interval
 from probes.measures.significance import holm
@@ -259,6 +260,7 @@ def _warnings(study: Mapping[str, Any], compared: int) -> list[str]:
     ]
     if left_out:
         warnings.append(f"LEFT OUT of every mean and difference: {'; '.join(left_out)}.")
+    warnings += [said] if (said := differing_code(study)) else []
     if compared > 1:
         warnings.append(
             f"{compared} comparisons: if no arm differed, the interval of at least one would exclude 0 in up to "

@@ -55,6 +55,12 @@ def test_a_finished_run(collected):
     assert found["curve"]["loss"] == pytest.approx([4.1, 3.9])
     assert found["tokens_per_second"] == 100.0  # the median: the first steps are slow
     assert found["guessing_loss"] == pytest.approx(4.564, abs=1e-3)  # ln 96
+    assert found["code"] == []  # of a folder of before this was kept
+
+
+def test_the_code_of_a_run_is_kept(collected):
+    code = [{"source": "3fa2", "torch": "2.9"}]
+    assert collected({"step": STEPS, "val/loss": 3.9}, record={"code": code})["code"] == code
 
 
 @pytest.mark.parametrize(
