@@ -286,6 +286,6 @@ def test_a_panel_has_room_for_its_title_and_says_what_its_numbers_are_in():
     fig = draw_history({name: {0: ([0, 4], [0.1, 0.2])} for name in names}, 4)
     fig.draw_without_rendering()
     for ax in fig.axes:
-        assert 0 <= ax.title.get_window_extent().x0
+        assert ax.title.get_window_extent().x0 >= 0
         assert ax.title.get_window_extent().x1 <= fig.bbox.width
     assert [ax.get_ylabel() for ax in fig.axes] == ["", "cosine", "experts", ""]
