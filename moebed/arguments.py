@@ -113,6 +113,12 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return content
 
 
+def stray_argument(given: str) -> ConfigError:
+    """What is said of an argument of a training command that belongs to no option."""
+    hint = f"; a recipe is given as --config {given}" if given.endswith((".yaml", ".yml")) else ""
+    return ConfigError(f"{given!r} belongs to no option{hint}")
+
+
 def is_run_recipe(content: Mapping[str, Any]) -> bool:
     """Whether the keys of a YAML file are those of a run, and none that a study needs."""
     return bool({"trainer", "model", "data"} & content.keys()) and not is_study(content)

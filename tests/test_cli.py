@@ -16,7 +16,7 @@ from moebed.cli import SPINCOUNT, main
 from moebed.machine.precision import computed_in
 from moebed.model.config import ModelConfig
 from probes import ProbeCallback
-from probes.report.charts import UNITS
+from probes.report.units import UNITS, unit_of
 from tests.small_run import probing, small_recipe, write_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,6 +74,10 @@ def test_fit_writes_a_whole_run_folder_and_continues(recipe, tmp_path, capsys):
         tags["scalars"]
     )
     assert set(UNITS) <= {part for tag in tags["scalars"] for part in tag.split("/")}  # of the report's curves
+    history = [json.loads(line) for line in (run / "results" / "history.jsonl").read_text().splitlines()]
+    drawn = [*history[-1]["headlines"], *(name for name in history[-1]["scalars"] if "/layer_" in name)]
+    assert drawn
+    assert [name for name in drawn if not unit_of(name)] == []  # each panel says what its numbers are in
     assert any(tag.startswith("layers/balance/max_violation/layer_00") for tag in tags["scalars"])
     assert any(tag.startswith("matrix_similarity/") for tag in tags["images"])
     assert {"run/config/text_summary", "run/computed_in/text_summary", "run/samples/text_summary"} <= set(

@@ -250,10 +250,8 @@ def write(path: Path, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) ->
     except (SharedError, OSError, RuntimeError) as error:
         if partial is not None and dist.get_rank() == 0:
             storage.remove(partial)
-        raise SharedError(
-            f"checkpoint {path} could not be written ({_first_line(error)}); {storage.CHECKPOINT_ADVICE}",
-            dist.get_rank(),
-        ) from error
+        said = storage.NotWritten(path, _first_line(error), storage.checkpoint_advice(path))
+        raise SharedError(f"checkpoint {said}", dist.get_rank()) from error
 
 
 def flatten(states: Mapping[int, Mapping[str, Any]], names: list[str]) -> dict[str, Tensor]:

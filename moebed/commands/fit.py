@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from moebed.arguments import names_recipe, read_recipe
-from moebed.errors import UserError
+from moebed.arguments import names_recipe, read_recipe, stray_argument
+from moebed.errors import ConfigError, UserError, did_you_mean
 from moebed.machine import storage
 from moebed.machine.progress import waiting
 
 FOLDER = "--trainer.default_root_dir"
+# What a recipe and the options begin with; the whole keys are known to the parser, which needs PyTorch.
+KEYS = (
+    "trainer", "model", "data", "checkpoint", "samples", "parallel", "optimizer", "lr_scheduler", "seed_everything",
+    "ckpt_path", "config", "weights_only", "verbose", "return_predictions", "print_plan", "print_config", "help",
+)  # fmt: skip
 
 
 def run(command: str, arguments: Sequence[str]) -> None:
@@ -30,17 +35,36 @@ def look_first(command: str, arguments: Sequence[str]) -> None:
     """Refuse what takes no model to see, before PyTorch is loaded, which takes seconds.
 
     Raises:
-        UserError: A recipe cannot be read, or the folder of a run cannot be written into.
+        UserError: A recipe cannot be read, a key begins with a word that none has, or the folder of a run cannot be
+            written into.
     """
+    if not arguments[0].startswith("-"):
+        raise stray_argument(arguments[0])
+    for argument in arguments:
+        key = argument.partition("=")[0].removeprefix("--").rstrip("+")
+        if argument.startswith("--") and key:
+            _require_known(command, key)
     folder = None
     for option, value in _given(arguments):
         if option in ("-c", "--config") and names_recipe(value):
-            trainer = read_recipe(Path(value)).get("trainer")
+            content = read_recipe(Path(value))
+            for key in content:
+                _require_known(command, str(key))
+            trainer = content.get("trainer")
             folder = trainer.get("default_root_dir", folder) if isinstance(trainer, dict) else folder
         elif option == FOLDER:
             folder = value
     if command == "fit" and isinstance(folder, str) and "--print_plan" not in arguments:
         storage.require_writable(Path(folder), FOLDER)
+
+
+def _require_known(command: str, key: str) -> None:
+    """Raise ConfigError for a key of which already the first word is none."""
+    first, dot, rest = key.partition(".")
+    if first not in KEYS:
+        known = [f"{one}{dot}{rest}" for one in KEYS]
+        hint = did_you_mean(key, known, f"`moebed {command} --help` lists the known ones")
+        raise ConfigError(f"unknown key {key!r} in the config; {hint}")
 
 
 def _given(arguments: Sequence[str]) -> list[tuple[str, str]]:

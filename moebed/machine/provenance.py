@@ -44,13 +44,18 @@ def code() -> str:
 
 @lru_cache
 def source(*packages: str) -> str:
-    """Stands for moebed's version, and for the source of these packages."""
+    """Stands for moebed's version, and for the source of these packages, as it was when this process asked first."""
+    return source_now(*packages)
+
+
+def source_now(*packages: str, endings: tuple[str, ...] = (".py",)) -> str:
+    """The same as it is now, of files with these endings."""
     digest = hashlib.sha256(moebed_version().encode())
     for package in packages:
         spec = importlib.util.find_spec(package)
         folders = spec.submodule_search_locations if spec is not None else None
         for folder in folders or ():
-            for path in sorted(Path(folder).rglob("*.py")):
+            for path in sorted(path for path in Path(folder).rglob("*") if path.suffix in endings):
                 digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -29,8 +29,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-ADVICE = "make room or choose another folder; what was there before is whole"
-CHECKPOINT_ADVICE = "the previous one is whole: make room or choose another folder, then continue with --ckpt_path last"
+ADVICE = "make room or choose another folder"
 _END = ".partial"
 _STALE_SECONDS = 24 * 3600  # a partial thing of another machine that nothing was written to for so long
 
@@ -45,8 +44,15 @@ class NotWritten(UserError):
     """
 
     def __init__(self, path: Path, reason: str, advice: str) -> None:
-        super().__init__(f"{path} could not be written ({reason}); {advice}")
+        before = "; what was there before is whole" if os.path.lexists(standing(path)) else ""
+        super().__init__(f"{path} could not be written ({reason}); {advice}{before}")
         self.reason = reason
+
+
+def checkpoint_advice(path: Path) -> str:
+    """What to do about a checkpoint of a run that could not be written: go on from an earlier one, if there is any."""
+    earlier = any(os.path.lexists(standing(one)) for one in (path, path.with_name("last.ckpt")))
+    return f"{ADVICE}, then {'continue with --ckpt_path last' if earlier else 'start again: there is none before it'}"
 
 
 def reason_of(error: BaseException) -> str:

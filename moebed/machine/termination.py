@@ -4,9 +4,21 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+
+def take_over(number: int, handler: Callable[[int, Any], Any]) -> Any:
+    """Handle a signal from now on, unless it is ignored: so shells start a job in the background, for Ctrl-C.
+
+    Returns:
+        What it was before, to give it back.
+    """
+    before = signal.getsignal(number)
+    if before is not signal.SIG_IGN:
+        signal.signal(number, handler)
+    return before
 
 
 @contextmanager
@@ -23,7 +35,7 @@ def ending_on_sigterm() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, end)
+    before = take_over(signal.SIGTERM, end)
     try:
         yield
     finally:
@@ -34,7 +46,7 @@ def ending_on_sigterm() -> Iterator[None]:
 def asked_to_end() -> Iterator[list[int]]:
     """The signals that asked to end, SIGINT and SIGTERM, in their order, while the block lasts; it looks by itself."""
     came: list[int] = []
-    before = {number: signal.signal(number, lambda n, _: came.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: take_over(number, lambda n, _: came.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield came
     finally:

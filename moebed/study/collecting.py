@@ -11,6 +11,7 @@ import numpy as np
 
 from moebed.errors import DivergedError
 from moebed.model.flops import scaling_sizes
+from moebed.study.code import Code
 from moebed.study.files import FORMAT, STUDY_FILE, read_json, write_json
 from moebed.study.progress import status_path, steps_done
 from moebed.study.runner import is_finished
@@ -19,6 +20,7 @@ from probes.running.run_folder import Curve, read_curves
 from probes.running.store import load_history
 
 DOMAIN = "val/bits_per_byte/"  # then the domain's name, in a run's summary
+RISE = 0.5  # nats a token; before anything is learned one text's loss is within hundredths of another's
 
 
 def collect(plan: StudyPlan, out: Path) -> Path:
@@ -55,6 +57,7 @@ def collect(plan: StudyPlan, out: Path) -> Path:
                     str(seed): _read_run(
                         plan.runs[plan.final[name, seed]], plan.runs.get(plan.tasks.get((name, seed), "")), arm, out
                     )
+                    | {"code": _code(plan, plan.final[name, seed], out)}
                     for seed in recipe.seeds
                 },
             }
@@ -70,7 +73,7 @@ def _read_run(run: Run, tasks: Run | None, arm: Arm, out: Path) -> dict[str, Any
     found: dict[str, Any] = {"folder": run.name, "config_hash": run.hash}
     numbers = read_json(folder / run.finished) if is_finished(run, out) else {}
     loss, guessing = numbers.get("val/loss"), math.log(arm.config.vocab_size)
-    found["status"], found["why"] = _status(run, loss, guessing, out)
+    found["status"], found["why"] = _status(run, loss, guessing, curves, out)
     found |= {
         "loss": _finite(loss),
         "bits_per_byte": _finite(numbers.get("val/bits_per_byte")),
@@ -85,14 +88,27 @@ def _read_run(run: Run, tasks: Run | None, arm: Arm, out: Path) -> dict[str, Any
     return found
 
 
-def _status(run: Run, loss: float | None, guessing: float, out: Path) -> tuple[str, str]:
+def _code(plan: StudyPlan, name: str | None, out: Path) -> list[Code]:
+    """What computed a run, and those that it goes on from."""
+    found: list[Code] = []
+    while name is not None:
+        kept = (read_json(status_path(out, name, "json")) or {}).get("code", [])
+        found = [*[one for one in kept if one not in found], *found]
+        name = plan.runs[name].needs
+    return found
+
+
+def _status(run: Run, loss: float | None, guessing: float, curves: Mapping[str, Curve], out: Path) -> tuple[str, str]:
     """``finished``, ``diverged``, ``failed`` or ``not run``; and the reason, where it is not finished."""
     if is_finished(run, out):
         if loss is None or not math.isfinite(loss):
             return "diverged", f"its loss on held-out text is {loss}"
+        had = _had(curves, guessing)
         # A model that was trained before begins anywhere: only of random weights is it known what they predict.
-        if run.from_random and loss >= guessing:
-            return "diverged", f"its loss on held-out text is {loss:.3f}, not below the {guessing:.3f} of guessing"
+        if run.from_random and loss >= guessing and loss > had + RISE:
+            return "diverged", (
+                f"its loss on held-out text rose from {had:.3f} to {loss:.3f}, above the {guessing:.3f} of guessing"
+            )
         return "finished", ""
     record = read_json(status_path(out, run.name, "json")) or {}
     code = record.get("exit_code")
@@ -102,6 +118,16 @@ def _status(run: Run, loss: float | None, guessing: float, out: Path) -> tuple[s
         return "failed", f"exit code {code}: {record['said']}"
     done = steps_done(out, run.name)
     return "not run", f"stopped at step {done} of {run.steps}" if done else ""
+
+
+def _had(curves: Mapping[str, Curve], guessing: float) -> float:
+    """The loss that a run from random weights had before its end: the least on held-out text, or where it began.
+
+    Random weights are worse than guessing by what their logits vary, which the first logged loss tells.
+    """
+    began = [value for value in curves.get("train/loss", ([], []))[1][:1] if math.isfinite(value)]
+    before = [value for value in curves.get("val/loss", ([], []))[1] if math.isfinite(value)]
+    return min(max([guessing, *began]), *before, math.inf)
 
 
 def _validation_curve(curves: Mapping[str, Curve]) -> dict[str, list[Any]]:

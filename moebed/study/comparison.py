@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from moebed.study.code import differing_code
 from moebed.study.gain import ROLES, GainShare, gain_share
 from moebed.study.statistics import Difference, compare, deviation_range, pairs_needed, pooled_freedom, t_interval
 from probes.measures.significance import holm
@@ -163,6 +164,7 @@ def _arm(name: str, arm: Mapping[str, Any]) -> ArmResult:
         for seed, run in arm["runs"].items()
         if run["status"] != "finished"
     ]
+    marks += _guessing(arm)
     before = [
         f"{kind} " + ", ".join(f"{_short(key)} {value}" for key, value in settings.items())
         for kind, settings in arm["steps_before"]
@@ -180,6 +182,17 @@ def _arm(name: str, arm: Mapping[str, Any]) -> ArmResult:
         over_floor=_mean(_by_seed(arm, lambda run: run.get("over_floor"))),
         marks=marks,
     )
+
+
+def _guessing(arm: Mapping[str, Any]) -> list[str]:
+    """Finished runs that have learned nothing, which are part of every mean: too few steps, or too small a rate."""
+    losses = _by_seed(arm, lambda run: run["loss"])
+    known = {seed: arm["runs"][str(seed)].get("guessing_loss") for seed in losses}  # files of earlier versions: not
+    bad = [seed for seed, loss in losses.items() if (guessing := known[seed]) is not None and loss >= guessing]
+    if not bad:
+        return []
+    seeds = f"seed{'s' if len(bad) > 1 else ''} {', '.join(map(str, bad))}"
+    return [f"{seeds} NO BETTER THAN GUESSING, whose loss is {known[bad[0]]:.3f}"]
 
 
 def _short(key: str) -> str:
@@ -247,6 +260,7 @@ def _warnings(study: Mapping[str, Any], compared: int) -> list[str]:
     ]
     if left_out:
         warnings.append(f"LEFT OUT of every mean and difference: {'; '.join(left_out)}.")
+    warnings += [said] if (said := differing_code(study)) else []
     if compared > 1:
         warnings.append(
             f"{compared} comparisons: if no arm differed, the interval of at least one would exclude 0 in up to "

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from moebed.errors import DivergedError, UserError
 from moebed.machine.last_words import last_words
 from moebed.machine.termination import asked_to_end
+from moebed.study.code import code_so_far
 from moebed.study.files import read_json, write_json
 from moebed.study.identity import changes
 from moebed.study.lock import HeldError, RunLock
@@ -204,8 +205,9 @@ def _start(
         lock.release()
         return None
     path = status_path(out, run.name, "json")
-    before = (read_json(path) or {}).get("seconds", 0.0)
-    write_json(path, {"hash": run.hash, "identity": dict(run.identity), "seconds": before})
+    before = read_json(path) or {}
+    record = {"hash": run.hash, "identity": dict(run.identity), "seconds": before.get("seconds", 0.0)}
+    write_json(path, record | {"code": code_so_far(before)})
     environment = {**os.environ, **placement.take(run.name, run.devices)}
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     with log.open("ab") as file:

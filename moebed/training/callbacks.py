@@ -30,11 +30,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write checkpoint to path; a failure leaves whatever was at path before."""
+        advice = storage.checkpoint_advice(Path(path))
         try:
-            with storage.new_file(Path(path), storage.CHECKPOINT_ADVICE, sole=True) as file:
+            with storage.new_file(Path(path), advice, sole=True) as file:
                 torch.save(checkpoint, file)
         except RuntimeError as error:  # what torch makes of a failed write
-            raise storage.NotWritten(Path(path), storage.reason_of(error), storage.CHECKPOINT_ADVICE) from error
+            raise storage.NotWritten(Path(path), storage.reason_of(error), advice) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint with torch.load(weights_only=True), whatever was asked."""

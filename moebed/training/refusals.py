@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
-from moebed.arguments import parse_yaml
+from moebed.arguments import parse_yaml, stray_argument
 from moebed.errors import ConfigError, UserError, did_you_mean
 from moebed.training.jsonargparse_private import option_names, type_of
 
@@ -55,8 +55,7 @@ def refusal(parser: Any, message: str, error: Exception | None) -> ConfigError:
         return _unknown_key(parser, next(filter(None, unknown.groups())))
     stray = re.match(r"unrecognized arguments: (\S+)", text)
     if stray is not None:
-        hint = f"; a recipe is given as --config {stray.group(1)}" if stray.group(1).endswith((".yaml", ".yml")) else ""
-        return ConfigError(f"{stray.group(1)!r} belongs to no option{hint}")
+        return stray_argument(stray.group(1))
     if (missing := _missing_class(error)) is not None and found:
         return ConfigError(f"{found.group(1)}: {missing}")
     given = found and _given(text[found.end() :])

@@ -16,6 +16,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from moebed.machine.progress import say
+from moebed.machine.termination import take_over
 
 NOTHING, SAVE, END, REQUEUE = 0, 1, 2, 3  # of several the largest holds
 
@@ -26,7 +27,7 @@ class Requests:
     Lightning acts within its signal handlers, each rank wherever it happens to be; ranks that are about to
     work together would then wait for each other forever. Here a handler takes a note, and the ranks agree on it at the
     end of a step. SLURM's signal (Lightning's SLURMEnvironment names it, or it is SIGUSR1) also requeues the job. A
-    second Ctrl-C waits for nothing.
+    second Ctrl-C waits for nothing; in a job that was started to ignore it, it stays ignored.
     """
 
     def __init__(self) -> None:
@@ -42,8 +43,7 @@ class Requests:
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             wanted[environment.requeue_signal or signal.SIGUSR1] = REQUEUE  # SLURM is on Linux alone
         for number, meaning in wanted.items():
-            self._lightnings[number] = signal.getsignal(number)
-            signal.signal(number, functools.partial(self._note, meaning))
+            self._lightnings[number] = take_over(number, functools.partial(self._note, meaning))
         # Lightning has the ranks ask the first one for a SIGTERM before every micro-batch, and wait for its answer.
         setattr(trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor", lambda: None)  # noqa: B010
 

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from moebed.machine.tags import LAYERS
 from probes.figures import drawing
+from probes.report.units import unit_of
 
 if TYPE_CHECKING:
     from probes.running.run_folder import Curve, RunFolder
@@ -33,17 +34,6 @@ FIRST_TAGS = (
     "train/router_z_loss",
     "train/grad_norm",
 )
-# What the numbers under a part of a tag are in; of others the tag says all that there is to say.
-UNITS = {
-    "loss": "nats a token",
-    "bits_per_byte": "bits a byte",
-    "router_entropy": "nats",
-    "max_violation": "busiest over mean, less 1",
-    "max_violation_worst": "busiest over mean, less 1",
-    "idle_experts": "experts of all layers",
-    "load_balancing_loss": "1 if even",
-    "tokens_per_second": "tokens a second",
-}
 LEFT_OUT = ("epoch", "hp_metric")
 MOST_PANELS = 24
 SMOOTHED_FROM = 60
@@ -65,11 +55,6 @@ def tags_in_order(runs: Sequence[RunFolder]) -> list[str]:
     }
     rest = sorted(found - set(FIRST_TAGS))
     return [tag for tag in FIRST_TAGS if tag in found] + rest
-
-
-def unit_of(tag: str) -> str:
-    """What the numbers of a logged tag are in; nothing where they are plain numbers."""
-    return next((UNITS[part] for part in tag.split("/") if part in UNITS), "")
 
 
 def draw_losses(runs: Sequence[RunFolder]) -> Figure:
@@ -102,9 +87,7 @@ def draw_curves(runs: Sequence[RunFolder], tags: Sequence[str]) -> Figure:
             if tag in run.curves:
                 _draw_curve(ax, run.curves[tag], colours[run.name], run.name)
         _limit(ax, [run.curves[tag] for run in runs if tag in run.curves])
-        ax.set_title(tag, fontsize=9)
-        ax.set_xlabel("step", fontsize=8)
-        ax.set_ylabel(unit_of(tag), fontsize=8)
+        _say(ax, tag, unit_of(tag))
     if len(runs) > 1:
         handles, labels = axes[0].get_legend_handles_labels()
         fig.legend(handles, labels, loc="outside upper left", ncols=4, fontsize=8.5, frameon=False)
@@ -188,8 +171,7 @@ def draw_headlines(series: Mapping[str, Mapping[str, Curve]], runs: Sequence[Run
         for run, (steps, values) in by_run.items():
             ax.plot(steps, values, color=colours[run], lw=1.6, marker="o", ms=3, label=run)
         probe, _, key = name.partition("/")
-        ax.set_title(f"{probe}: {key}", fontsize=9)
-        ax.set_xlabel("step", fontsize=8)
+        _say(ax, f"{probe}: {key}", unit_of(name))
     if len(runs) > 1:
         lines = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
         fig.legend(list(lines.values()), list(lines), loc="outside upper left", ncols=4, fontsize=8.5, frameon=False)
@@ -208,13 +190,19 @@ def draw_history(series: Mapping[str, Mapping[int, Curve]], columns: int) -> Fig
             mark = "o" if len(steps) < 25 else None
             ax.plot(steps, values, color=colours[layer], lw=1.4, marker=mark, ms=2.5, label=f"layer {layer}")
         probe, _, name = quantity.partition("/")
-        ax.set_title(f"{probe}: {name}", fontsize=9)
-        ax.set_xlabel("step", fontsize=8)
+        _say(ax, f"{probe}: {name}", unit_of(quantity))
     lines = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     shown = [f"layer {layer}" for layer in drawing.pick(layers, 8)]
     handles = [lines[label] for label in shown]
     fig.legend(handles, shown, loc="outside upper left", ncols=min(8, 2 * columns), fontsize=8.5, frameon=False)
     return fig
+
+
+def _say(ax: Axes, title: str, unit: str) -> None:
+    """What a small panel shows; a long title is written small enough for its panel."""
+    ax.set_title(title, fontsize=min(9.0, 260 / len(title)))
+    ax.set_xlabel("step", fontsize=8)
+    ax.set_ylabel(unit, fontsize=8)
 
 
 def small_panels(count: int, columns: int) -> tuple[Figure, list[Axes]]:

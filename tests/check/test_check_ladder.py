@@ -143,7 +143,9 @@ def test_killed_in_the_middle_and_continued(tmp_path, counts, monkeypatch, numbe
     """The step's process ends with the one that started it; rows that had ended are kept."""
     monkeypatch.setenv("PLANTED_SECONDS", "600")
     code = (
-        "import sys; from pathlib import Path; from moebed.check import runner; from tests.check import waiting;"
+        # A job in the background ignores Ctrl-C.
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from pathlib import Path; from moebed.check import runner; from tests.check import waiting;"
         f"runner.find_identity = lambda: {IDENTITY};"
         "runner.climb('tests.check.waiting', waiting.LADDER, Path(sys.argv[1]), 8.0)"
     )

@@ -2,13 +2,14 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from moebed.arguments import OneLineParser
+from moebed.arguments import OneLineParser, is_run_recipe, read_yaml
 from moebed.cli import main
-from moebed.commands.fit import look_first
-from moebed.errors import UserError
+from moebed.commands.fit import KEYS, look_first
+from moebed.errors import ConfigError, UserError
 from moebed.machine.units import parse_bytes
 
 RECIPE = "recipes/tiny_mixtral.yaml"
@@ -84,3 +85,38 @@ def test_the_version_is_said_without_pytorch():
     assert ", torch " in line
     assert ", Python 3." in line
     assert loaded == "False"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["recipes/demo.yaml"], "'recipes/demo.yaml' belongs to no option; a recipe is given as --config recipes/"),
+        (["--confg", "recipes/demo.yaml"], "unknown key 'confg' in the config; did you mean 'config'"),
+        (["--modle.config.num_experts=4"], "did you mean 'model.config.num_experts'"),
+        (["--config", "{yaml}"], "unknown key 'trainr' in the config; did you mean 'trainer'"),
+    ],
+)
+def test_what_no_key_begins_with_needs_no_pytorch(tmp_path, arguments, said):
+    (tmp_path / "mine.yaml").write_text("trainr: {max_steps: 4}\n")
+    with pytest.raises(ConfigError, match=said):
+        look_first("fit", [one.format(yaml=tmp_path / "mine.yaml") for one in arguments])
+
+
+def test_the_words_that_keys_begin_with_are_those_of_the_parsers(monkeypatch):
+    from moebed.training import command_line
+    from moebed.training.jsonargparse_private import option_names
+
+    known = set()
+
+    def note(parser, *_):
+        known.update(name.partition(".")[0] for name in option_names(parser))
+        return ConfigError("noted")
+
+    monkeypatch.setattr(command_line, "refusal", note)
+    for command in ("fit", "validate", "test", "predict"):
+        with pytest.raises(ConfigError, match="noted"):
+            command_line.TrainingCLI([command, "--no_such_key", "1"])
+    assert known == set(KEYS)
+    for recipe in Path("recipes").rglob("*.yaml"):
+        if is_run_recipe(content := read_yaml(recipe)):
+            assert content.keys() <= known, recipe

@@ -78,9 +78,11 @@ def test_a_failure_leaves_what_was_there(tmp_path, kind):
     path = tmp_path / "thing"
     _write(path, kind, "old")
     new = storage.new_file if kind == "file" else storage.new_folder
-    with pytest.raises(UserError, match=r"thing could not be written \(No space left on device\); make room"):
-        with new(path, sole=True):
-            raise OSError(28, "No space left on device")
+    full = r"thing could not be written \(No space left on device\); make room or choose another folder"
+    with pytest.raises(UserError, match=f"{full}; what was there before is whole$"), new(path, sole=True):
+        raise OSError(28, "No space left on device")
+    with pytest.raises(UserError, match=r"folder$"), new(tmp_path / "new_thing", sole=True):
+        raise OSError(28, "No space left on device")
     with pytest.raises(ZeroDivisionError), new(path, sole=True):
         raise ZeroDivisionError
     assert _names(tmp_path) == ["thing"]
@@ -173,11 +175,20 @@ def test_a_checkpoint_that_finds_no_room_says_what_the_system_says(tmp_path):
     """PyTorch makes of it an assertion about positions in a file."""
     import resource
 
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-    try:
-        with pytest.raises(UserError, match=r"last.ckpt could not be written \(File too large\); the previous one"):
-            AtomicCheckpointIO().save_checkpoint({"x": torch.zeros(200_000)}, tmp_path / "last.ckpt")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    before, last = resource.getrlimit(resource.RLIMIT_FSIZE), tmp_path / "last.ckpt"
+
+    def save(path):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+        try:
+            with pytest.raises(UserError, match=rf"{path.name} could not be written \(File too large\); ") as raised:
+                AtomicCheckpointIO().save_checkpoint({"x": torch.zeros(200_000)}, path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        return str(raised.value)
+
+    assert save(last).endswith("then start again: there is none before it")
     assert _names(tmp_path) == []
+    last.write_text("the previous one")
+    assert save(last).endswith("then continue with --ckpt_path last; what was there before is whole")
+    assert save(tmp_path / "step=4.ckpt").endswith("then continue with --ckpt_path last")
+    assert _names(tmp_path) == ["last.ckpt"]

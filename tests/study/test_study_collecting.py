@@ -13,13 +13,14 @@ from moebed.study.runs import Arm, StudyPlan
 from tests.conftest import tiny_config
 
 STEPS = 40
+SHORT = {"step": STEPS, "val/loss": 4.6}
 
 
 @pytest.fixture
 def collected(tmp_path):
     """Lays out a run's folder and reads it."""
 
-    def read(numbers=None, record=None, first_loss=4.6, from_random=True, step=None):
+    def read(numbers=None, record=None, first_loss=4.6, from_random=True, step=None, curve=((19, 4.1), (39, 3.9))):
         run, out = FakeRun("runs/topk/seed_1", steps=STEPS, from_random=from_random), tmp_path
         (out / run.name).mkdir(parents=True)
         (out / "status/runs/topk").mkdir(parents=True)
@@ -29,8 +30,9 @@ def collected(tmp_path):
         if step is not None:
             (out / "status/runs/topk/seed_1.step").write_text(str(step))
         with SummaryWriter(out / run.name / "tensorboard") as writer:
-            writer.add_scalar("train/loss", first_loss, 4)
-            for logged, loss in ((19, 4.1), (39, 3.9)):
+            if first_loss is not None:
+                writer.add_scalar("train/loss", first_loss, 4)
+            for logged, loss in curve:
                 writer.add_scalar("val/loss", loss, logged)
                 writer.add_scalar("val/bits_per_byte", loss / 2, logged)
             for logged, speed in enumerate((10.0, 100.0, 110.0)):
@@ -53,16 +55,34 @@ def test_a_finished_run(collected):
     assert found["curve"]["loss"] == pytest.approx([4.1, 3.9])
     assert found["tokens_per_second"] == 100.0  # the median: the first steps are slow
     assert found["guessing_loss"] == pytest.approx(4.564, abs=1e-3)  # ln 96
+    assert found["code"] == []  # of a folder of before this was kept
+
+
+def test_the_code_of_a_run_is_kept(collected):
+    code = [{"source": "3fa2", "torch": "2.9"}]
+    assert collected({"step": STEPS, "val/loss": 3.9}, record={"code": code})["code"] == code
 
 
 @pytest.mark.parametrize(
     ("numbers", "options", "status", "why"),
     [
         ({"step": STEPS, "val/loss": float("nan")}, {}, "diverged", "its loss on held-out text is nan"),
-        ({"step": STEPS, "val/loss": 4.7}, {}, "diverged", "4.700, not below the 4.564 of guessing"),
-        # Held-out text is not the text of the first batch, which says nothing.
-        ({"step": STEPS, "val/loss": 4.5}, {"first_loss": 4.2}, "finished", ""),
-        ({"step": STEPS, "val/loss": 4.57}, {"first_loss": 4.9}, "diverged", "4.564"),
+        ({"step": STEPS, "val/loss": 4.7}, {}, "diverged", "rose from 3.900 to 4.700, above the 4.564 of guessing"),
+        # A few steps, which have taught it nothing: random weights are a little worse than guessing.
+        (SHORT, {"first_loss": None, "curve": [(39, 4.6)]}, "finished", ""),
+        (SHORT, {"first_loss": 4.57, "curve": [(19, 4.59), (39, 4.6)]}, "finished", ""),
+        # Widely drawn weights begin far above guessing, and come down.
+        ({"step": STEPS, "val/loss": 6.9}, {"first_loss": 7.4, "curve": [(39, 6.9)]}, "finished", ""),
+        (
+            {"step": STEPS, "val/loss": 6.9},
+            {"first_loss": 4.6, "curve": [(39, 6.9)]},
+            "diverged",
+            "from 4.600 to 6.900",
+        ),
+        ({"step": STEPS, "val/loss": 6.9}, {"first_loss": None, "curve": [(39, 6.9)]}, "diverged", "from 4.564 to 6.9"),
+        # It came down, and lost what it had.
+        ({"step": STEPS, "val/loss": 4.57}, {"first_loss": 4.9}, "diverged", "from 3.900 to 4.570"),
+        ({"step": STEPS, "val/loss": 4.5}, {}, "finished", ""),
         # What was trained before may be far from its text, and get nearer.
         ({"step": STEPS, "val/loss": 4.7}, {"from_random": False}, "finished", ""),
         ({"step": STEPS, "val/loss": float("nan")}, {"from_random": False}, "diverged", "its loss on held-out text"),

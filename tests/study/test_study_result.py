@@ -136,6 +136,31 @@ def test_a_bad_run_leaves_its_pair_and_is_named(status, why):
     assert "| worse | 3 of 4 |" in text
 
 
+def test_runs_of_more_than_one_code_are_named():
+    study = made_up_study(LOSSES)
+    assert "CODE" not in markdown(compare_arms(study))  # a file of before this was kept
+    for arm in LOSSES:
+        for seed in (1, 2, 3, 4):
+            _spoil(study, arm, seed, code=[{"source": "3fa2", "torch": "2.9"}])
+    assert "CODE" not in markdown(compare_arms(study))
+    _spoil(study, "worse", 2, code=[{"source": "3fa2", "torch": "2.9"}, {"source": "77ab", "torch": "2.9"}])
+    _spoil(study, "worse", 3, code=[{"source": "77ab", "torch": "2.9"}])
+    assert (
+        "**NOT ONE CODE: differences may be those of moebed's source, which is 3fa2 (torch 2.9) in topk seeds 1 2 3 4, "
+        "worse seeds 1 2 4, alike seeds 1 2 3 4; 77ab (torch 2.9) in worse seeds 2 3.**"
+    ) in markdown(compare_arms(study))
+
+
+def test_runs_that_learned_nothing_count_and_are_named():
+    study = made_up_study(LOSSES)
+    for seed in (1, 3):
+        _spoil(study, "worse", seed, loss=7.62)
+    found = compare_arms(study)
+    assert found.arms["worse"].finished == [1, 2, 3, 4]
+    assert found.arms["worse"].marks == ["seeds 1, 3 NO BETTER THAN GUESSING, whose loss is 7.600"]
+    assert found.arms["alike"].marks == []
+
+
 def test_a_bad_run_of_the_baseline_leaves_every_pair():
     study = made_up_study(LOSSES)
     _spoil(study, "topk", 1, status="diverged", why="")

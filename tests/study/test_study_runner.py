@@ -42,6 +42,21 @@ def test_everything_runs_once_and_a_second_call_runs_nothing(tmp_path):
     assert "OMP_NUM_THREADS" in os.environ  # or the runs would share the cores as jobs ask
 
 
+def test_each_run_keeps_which_code_it_was_computed_by(tmp_path, monkeypatch):
+    """A study is continued by what lies there then, and a folder of before this was kept says that it is not known."""
+    runs = [FakeRun("runs/a/seed_1", behaviour="fails"), FakeRun("runs/a/seed_2", behaviour="fails")]
+    for source, last in (("one", 0), ("one", 0), ("two", 1)):
+        monkeypatch.setattr("moebed.study.code.source_now", lambda *_, source=source, **__: source)
+        run_all(runs[last:], tmp_path, command=program(tmp_path))
+    kept = [json.loads(status_path(tmp_path, run.name, "json").read_text()) for run in runs]
+    assert [[code["source"] for code in record["code"]] for record in kept] == [["one"], ["one", "two"]]
+    del kept[0]["code"]
+    status_path(tmp_path, runs[0].name, "json").write_text(json.dumps(kept[0]))
+    run_all(runs[:1], tmp_path, command=program(tmp_path))
+    record = json.loads(status_path(tmp_path, runs[0].name, "json").read_text())
+    assert [code["source"] for code in record["code"]] == ["not recorded", "two"]
+
+
 def test_a_failed_run_stops_only_what_needs_it_and_is_tried_again(tmp_path):
     first = FakeRun("stages/fit/seed_1", behaviour="fails")
     runs = [first, FakeRun("runs/b/seed_1", needs=first.name), FakeRun("runs/c/seed_1"), FakeRun("runs/d/seed_1")]

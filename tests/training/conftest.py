@@ -1,9 +1,19 @@
 """Runs of a second that are stopped and continued; each file of tests has its own."""
 
+import signal
+
 import pytest
 
 from tests.small_run import made_up_text, small_recipe, write_recipe
 from tests.training.saving_runs import ACCUMULATE, call
+
+
+@pytest.fixture(autouse=True)
+def _hears_ctrl_c():
+    """Which a job in the background ignores, and so would the runs in this process."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")

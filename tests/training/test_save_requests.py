@@ -8,7 +8,7 @@ import sys
 import pytest
 from lightning.pytorch import Trainer
 
-from moebed.training.save_requests import END, Requests
+from moebed.training.save_requests import END, NOTHING, Requests
 
 
 class _Interrupted(io.RawIOBase):
@@ -47,3 +47,15 @@ def test_a_second_ctrl_c_waits_for_nothing(capsys):
     finally:
         requests.give_back()
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_ctrl_c_that_is_ignored_as_in_the_background_stays_so():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    requests = Requests()
+    requests.take_over(Trainer(logger=False, accelerator="cpu", enable_checkpointing=False, enable_progress_bar=False))
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert requests._asked == NOTHING
+    finally:
+        requests.give_back()
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN

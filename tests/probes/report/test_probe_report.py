@@ -22,7 +22,7 @@ from moebed.views.live import walk
 from probes.figures import drawing
 from probes.questions import with_what_follows
 from probes.registry import PROBES
-from probes.report.charts import draw_curves, layer_series
+from probes.report.charts import draw_curves, draw_history, layer_series
 from probes.report.page import write_report
 from probes.report.pictures import compact
 from probes.running import store
@@ -278,3 +278,14 @@ def test_small_curves_say_what_they_are_in():
     axes = draw_curves([run], tags).axes
     assert [ax.get_ylabel() for ax in axes] == ["nats", "nats a token", ""]
     assert {ax.get_xlabel() for ax in axes} == {"step"}
+
+
+@pytest.mark.drawn
+def test_a_panel_has_room_for_its_title_and_says_what_its_numbers_are_in():
+    names = ("expert_geometry/subspace_distance_down", "matrix_similarity/mean_cos_down", "balance/dead", "x/rise")
+    fig = draw_history({name: {0: ([0, 4], [0.1, 0.2])} for name in names}, 4)
+    fig.draw_without_rendering()
+    for ax in fig.axes:
+        assert ax.title.get_window_extent().x0 >= 0
+        assert ax.title.get_window_extent().x1 <= fig.bbox.width
+    assert [ax.get_ylabel() for ax in fig.axes] == ["", "cosine", "experts", ""]
