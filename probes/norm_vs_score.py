@@ -16,7 +16,7 @@ from moebed.model.config import ModelConfig
 from moebed.views.layer import ExpertKind, ExpertView, LayerView, Need
 from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, numbers, per_layer
 from probes.figures.experts_by_token import draw_norms
-from probes.measures.ranks import correlation, rankable, ranks
+from probes.measures.ranks import correlation, joined, rankable, ranks
 from probes.measures.resampling import SHARE, interval_of, keep, unit_notes, units_of
 from probes.measures.short_texts import keep_tokens
 
@@ -65,7 +65,7 @@ class NormVsScore(Probe):
         norm = torch.stack(self._norms[ExpertKind.ROUTED], dim=1).cpu().numpy()  # (T, E)
         score = view.routing.router_probs.float().cpu().numpy()
         experts, chosen = view.num_experts, view.num_experts_per_tok
-        by_score, by_norm = ranks(score), ranks(norm)
+        by_score, by_norm = ranks(joined(score)), ranks(joined(norm))
         told = rankable(score) & rankable(norm) if experts > 1 else np.ones(len(norm), bool)  # (T,)
         self.put("output_norm", view.index, norm)
         self.put("ranked", view.index, told.mean() if len(told) else 0.0)
