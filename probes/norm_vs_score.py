@@ -31,7 +31,8 @@ class NormVsScore(Probe):
     """Every routed expert is run on every token; its output norm is ranked against its router score, both in float32.
 
     Stored for each layer: ``output_norm (T, E)``, L2 norm of the unweighted output; ``rank_count_score_by_norm`` (E,
-    E), tokens whose expert of score rank i (row) has norm rank j (column), 0 = smallest, ties by expert index;
+    E), tokens whose expert of score rank i (row) has norm rank j (column), 0 = smallest, ties by expert index, copies
+    of an expert too;
     ``ranked``, the share of tokens at which there is something to rank, since neither all norms nor all scores are
     equal; the others are left out of all that follows. ``spearman``, mean over tokens of the rank correlation over
     experts, ties averaged; ``topk_overlap``, P(an expert of the top K by norm is in the top K by score);

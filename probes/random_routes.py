@@ -48,7 +48,8 @@ class RandomRoutes(Probe):
     routes that are better, equal ones by half, with ``percentile_without (U,)``; ``percentile_p ()``, of .5, by signs
     flipped over texts; ``by_mean_loss (Q,)``, the same by fifths of the mean loss over all S + 1 routes, from tokens
     that the model is sure of on, with ``by_mean_loss_interval (2, Q)``; ``by_loss (Q,)``, by fifths of the loss as
-    executed, which do not give .5 where routes are alike; ``gap ()``, the loss as executed less the best of the S + 1,
+    executed, equal ones in one fifth, which do not give .5 where routes are alike;
+    ``gap ()``, the loss as executed less the best of the S + 1,
     and ``gap_random ()``, that of a random route less the same, both in nats. Stored once: ``loss (n,)``, as executed;
     ``token (n,)``; ``token_sequence (n,)``; ``unit_stratum (U,)``; ``noise ()``, by how much a token's loss changes
     where nothing is changed.

@@ -46,7 +46,8 @@ class RouterCoupling(Probe):
     W^j_n), whose sign tells since an activation is one-sided; ``up_energy (E, E)``, mean over neurons of the squared
     cosine with those of ``up``, 1/H at random; ``row_cos ()``, mean cosine of two rows. Of ``response_relative``:
     ``matched ()`` and ``unmatched ()``, means on and off its diagonal; ``top1_expert ()``, share of rows that their own
-    expert answers most; ``top1_row ()``, share of experts that answer their own row most; ``coupling_p ()``, how often
+    expert answers most; ``top1_row ()``, share of experts that answer their own row most, of n that do alike an n-th;
+    ``coupling_p ()``, how often
     experts in another order match as well: of all orders up to six experts, of 1000 beyond. What is zero has response
     and cosine 0. ``num_experts/<layer>``, E.
 

@@ -41,7 +41,8 @@ class StrengthVsScore(Probe):
     left out. Of each expert (E,), its rank correlation over tokens, in which scores are compared between tokens:
     ``score_strength_expert`` over all of them, ``score_strength_own`` over those that chose it, which selection makes
     smaller; and ``..._partial`` of each, with the norm of the layer's input held constant, as both grow with it; the
-    same where all inputs have one norm within a thousandth. An expert with fewer than 10 tokens has NaN.
+    same where all inputs have one norm within a thousandth. An expert with fewer than 10 tokens has NaN. Tokens whose
+    values are equal but for rounding share their rank.
     """
 
     name = "strength_vs_score"

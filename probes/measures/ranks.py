@@ -39,8 +39,8 @@ def ranks(values: np.ndarray, rounded: Literal["own", "largest"] | None = None) 
         rounded: What values are rounded by is a share of this: their ``own`` size, or the ``largest`` of their row, as
             of differences. Those that are equal but for it are tied: two tokens with the same past are equal in one
             matrix product and not in another, which sums in another order. They are neighbours in order; a run of such
-            that is longer than rounding makes it is of values that lie close, and is ranked as it is. None: only those
-            are tied that are the same, bit for bit.
+            that is longer than rounding makes it is of values that lie close, and only closer ones of it are tied.
+            None: only those are tied that are the same, bit for bit.
     """
     order = values.argsort(axis=1)  # its order among equals is anyone's guess
     first = np.arange(len(values))[:, None] * values.shape[1]  # of each row, in the flat array
@@ -57,12 +57,15 @@ def ranks(values: np.ndarray, rounded: Literal["own", "largest"] | None = None) 
         whole.ravel()[order + first] = place
         return Ranks(whole, whole)
     some, new = ordered[tied], np.ones((int(tied.sum()), values.shape[1]), dtype=bool)  # where a run of equals begins
-    other = some[:, 1:] != some[:, :-1]
-    new[:, 1:] = other
-    if rounded is not None:
-        new[:, 1:] = some[:, :-1] < some[:, 1:] - room[tied, 1:]
-        least, most = (np.take_along_axis(some, at, axis=1) for at in _ends(new))
-        new[:, 1:] |= other & (least < most - room[tied])[:, 1:]
+    if rounded is None:
+        new[:, 1:] = some[:, 1:] != some[:, :-1]
+    else:
+        long = np.ones(some.shape, dtype=bool)
+        for share in (1, 0.5, 0.25, 0.1, 0):
+            near = share * room[tied]
+            new[:, 1:] = np.where(long[:, 1:], some[:, :-1] < some[:, 1:] - near[:, 1:], new[:, 1:])
+            least, most = (np.take_along_axis(some, at, axis=1) for at in _ends(new))
+            long &= least < most - near
     number = np.empty_like(order[tied])
     np.put_along_axis(number, order[tied], new.cumsum(axis=1), axis=1)
     order[tied] = number.argsort(axis=1, kind="stable")
