@@ -147,4 +147,4 @@ def _agreement(added: np.ndarray, rise: np.ndarray) -> float:
     one, other = added[None].astype(np.float64), rise[None].astype(np.float64)
     if not np.isfinite(other).all() or not (rankable(one) & rankable(other))[0]:
         return float("nan")
-    return float(correlation(ranks(one), ranks(other))[0])
+    return float(correlation(ranks(one, "largest"), ranks(other, "largest"))[0])

@@ -330,7 +330,7 @@ def _rho(one: np.ndarray, other: np.ndarray) -> float:
     a, b = one[None].astype(np.float64), other[None].astype(np.float64)
     if a.shape[1] < 3 or not (rankable(a) & rankable(b))[0]:
         return float("nan")
-    return float(correlation(ranks(a), ranks(b))[0])
+    return float(correlation(ranks(a, "largest"), ranks(b, "largest"))[0])
 
 
 def _added(arrays: Arrays) -> dict[str, np.ndarray]:

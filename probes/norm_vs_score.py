@@ -16,7 +16,7 @@ from moebed.model.config import ModelConfig
 from moebed.views.layer import ExpertKind, ExpertView, LayerView, Need
 from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, numbers, per_layer
 from probes.figures.experts_by_token import draw_norms
-from probes.measures.ranks import correlation, rankable, ranks
+from probes.measures.ranks import correlation, joined, rankable, ranks
 from probes.measures.resampling import SHARE, interval_of, keep, unit_notes, units_of
 from probes.measures.short_texts import keep_tokens
 
@@ -31,7 +31,8 @@ class NormVsScore(Probe):
     """Every routed expert is run on every token; its output norm is ranked against its router score, both in float32.
 
     Stored for each layer: ``output_norm (T, E)``, L2 norm of the unweighted output; ``rank_count_score_by_norm`` (E,
-    E), tokens whose expert of score rank i (row) has norm rank j (column), 0 = smallest, ties by expert index;
+    E), tokens whose expert of score rank i (row) has norm rank j (column), 0 = smallest, ties by expert index, copies
+    of an expert too;
     ``ranked``, the share of tokens at which there is something to rank, since neither all norms nor all scores are
     equal; the others are left out of all that follows. ``spearman``, mean over tokens of the rank correlation over
     experts, ties averaged; ``topk_overlap``, P(an expert of the top K by norm is in the top K by score);
@@ -65,7 +66,7 @@ class NormVsScore(Probe):
         norm = torch.stack(self._norms[ExpertKind.ROUTED], dim=1).cpu().numpy()  # (T, E)
         score = view.routing.router_probs.float().cpu().numpy()
         experts, chosen = view.num_experts, view.num_experts_per_tok
-        by_score, by_norm = ranks(score), ranks(norm)
+        by_score, by_norm = ranks(joined(score)), ranks(joined(norm))
         told = rankable(score) & rankable(norm) if experts > 1 else np.ones(len(norm), bool)  # (T,)
         self.put("output_norm", view.index, norm)
         self.put("ranked", view.index, told.mean() if len(told) else 0.0)

@@ -24,6 +24,7 @@ from moebed.model.config import ModelConfig
 from moebed.views.interventions import Intervention, alone, assigned_weights, drop_top, identity
 from moebed.views.layer import ExpertKind, ExpertView, HeadView, LayerView, Need
 from probes.contract import Arrays, Headline, Probe, ProbeOptions, ProbeResult, by_layer, per_layer
+from probes.measures.ranks import first_of_largest, rankable
 from probes.measures.resampling import WITHOUT, as_interval, few_texts, jackknife
 from probes.measures.row_effects import DrawnTokens, asked_layers, power_said, require_layers, standardised
 from probes.measures.significance import holm
@@ -193,8 +194,8 @@ def high_less_low(observed: np.ndarray, rise: np.ndarray) -> np.ndarray:
     """
     known = np.isfinite(observed) & np.isfinite(rise)
     high, low = np.where(known, observed, -np.inf), np.where(known, observed, np.inf)
-    tokens, first, last = np.arange(len(rise)), high.argmax(axis=1), low.argmin(axis=1)
-    differ = (known.sum(axis=1) > 1) & (high[tokens, first] > low[tokens, last])
+    tokens, first, last = np.arange(len(rise)), first_of_largest(high), first_of_largest(-low)
+    differ = (known.sum(axis=1) > 1) & rankable(np.stack([high[tokens, first], low[tokens, last]], axis=1))
     return np.where(differ, rise[tokens, first] - rise[tokens, last], np.nan)
 
 

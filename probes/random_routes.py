@@ -28,6 +28,7 @@ from moebed.views.interventions import Intervention, alone, identity, random_set
 from moebed.views.layer import HeadView, LayerView, Need
 from probes.contract import Arrays, Headline, Probe, ProbeOptions, ProbeResult, by_layer, numbers, per_layer
 from probes.measures.effects import BINS
+from probes.measures.ranks import ranks
 from probes.measures.resampling import SHARE, WITHOUT, interval_of, jackknife, keep, unit_notes
 from probes.measures.row_effects import DrawnTokens, asked_layers, power_said, require_layers
 from probes.measures.significance import holm, sign_flip_p
@@ -47,7 +48,8 @@ class RandomRoutes(Probe):
     routes that are better, equal ones by half, with ``percentile_without (U,)``; ``percentile_p ()``, of .5, by signs
     flipped over texts; ``by_mean_loss (Q,)``, the same by fifths of the mean loss over all S + 1 routes, from tokens
     that the model is sure of on, with ``by_mean_loss_interval (2, Q)``; ``by_loss (Q,)``, by fifths of the loss as
-    executed, which do not give .5 where routes are alike; ``gap ()``, the loss as executed less the best of the S + 1,
+    executed, equal ones in one fifth, which do not give .5 where routes are alike;
+    ``gap ()``, the loss as executed less the best of the S + 1,
     and ``gap_random ()``, that of a random route less the same, both in nats. Stored once: ``loss (n,)``, as executed;
     ``token (n,)``; ``token_sequence (n,)``; ``unit_stratum (U,)``; ``noise ()``, by how much a token's loss changes
     where nothing is changed.
@@ -171,8 +173,10 @@ def percentiles(rise: np.ndarray) -> np.ndarray:
 
 def _in_bins(values: np.ndarray, by: np.ndarray, drawn: DrawnTokens) -> tuple[np.ndarray, np.ndarray]:
     """Means (Q,) of values (n,) in fifths by another number (n,), and those without each unit (U, Q)."""
-    edges = np.nanquantile(by, np.arange(1, BINS) / BINS)
-    within = np.searchsorted(edges, by, side="right")[:, None] == np.arange(BINS)  # (n, Q)
+    known = np.isfinite(by)
+    place = np.zeros(len(by), np.int64)
+    place[known] = ranks(by[known][None], "largest").shared[0] * BINS / max(known.sum() - 1, 1)
+    within = np.minimum(place, BINS - 1)[:, None] == np.arange(BINS)  # (n, Q)
     each = np.where(within, values[:, None], np.nan)
     count = np.maximum(np.isfinite(each).sum(axis=0), 1)
     return np.nansum(each, axis=0) / count, drawn.units.means_without(each)

@@ -24,6 +24,7 @@ from moebed.machine.float64 import double
 from moebed.views.layer import LayerView, Need
 from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, by_part, find, finite, per_layer
 from probes.measures.expert_matrices import num_experts
+from probes.measures.ranks import ranks
 from probes.measures.resampling import DRAWS, SEED, p_value
 from probes.measures.similarity import cosine_matrix, off_diagonal
 
@@ -45,7 +46,8 @@ class RouterCoupling(Probe):
     W^j_n), whose sign tells since an activation is one-sided; ``up_energy (E, E)``, mean over neurons of the squared
     cosine with those of ``up``, 1/H at random; ``row_cos ()``, mean cosine of two rows. Of ``response_relative``:
     ``matched ()`` and ``unmatched ()``, means on and off its diagonal; ``top1_expert ()``, share of rows that their own
-    expert answers most; ``top1_row ()``, share of experts that answer their own row most; ``coupling_p ()``, how often
+    expert answers most; ``top1_row ()``, share of experts that answer their own row most, of n that do alike an n-th;
+    ``coupling_p ()``, how often
     experts in another order match as well: of all orders up to six experts, of 1000 beyond. What is zero has response
     and cosine 0. ``num_experts/<layer>``, E.
 
@@ -91,8 +93,8 @@ class RouterCoupling(Probe):
             "response_relative": relative,
             "matched": matched,
             "unmatched": unmatched,
-            "top1_expert": (relative.argmax(axis=1) == own).mean(),
-            "top1_row": (relative.argmax(axis=0) == own).mean(),
+            "top1_expert": ranks(relative, "own").top()[own, own].mean(),
+            "top1_row": ranks(relative.T, "own").top()[own, own].mean(),
             "coupling_p": p_value(matched, _matched_in(relative, _orders(len(relative), layer))),
         }
         for key, value in found.items():

@@ -18,7 +18,7 @@ from torch import Tensor
 from moebed.views.layer import LayerView, Need
 from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, numbers, per_layer
 from probes.measures.choices import assignments, chosen_mask
-from probes.measures.ranks import ONE_NORM, Ranks, correlation, rankable, ranks
+from probes.measures.ranks import ONE_NORM, Ranks, correlation, joined, rankable, ranks
 from probes.measures.resampling import interval_of, keep, unit_notes, units_of
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ class StrengthVsScore(Probe):
     left out. Of each expert (E,), its rank correlation over tokens, in which scores are compared between tokens:
     ``score_strength_expert`` over all of them, ``score_strength_own`` over those that chose it, which selection makes
     smaller; and ``..._partial`` of each, with the norm of the layer's input held constant, as both grow with it; the
-    same where all inputs have one norm within a thousandth. An expert with fewer than 10 tokens has NaN.
+    same where all inputs have one norm within a thousandth. An expert with fewer than 10 tokens has NaN. Tokens whose
+    values are equal but for rounding share their rank.
     """
 
     name = "strength_vs_score"
@@ -67,7 +68,7 @@ class StrengthVsScore(Probe):
         self.put("ranked", view.index, told.mean() if len(told) else 0.0)
         if not told.any():
             return
-        rho = np.where(told, correlation(ranks(score), ranks(strength)), np.nan)
+        rho = np.where(told, correlation(ranks(joined(score)), ranks(joined(strength))), np.nan)
         units = units_of(view.text, len(rho))
         keep(self, "score_strength_token", view.index, float(np.nanmean(rho)), units.means_without(rho))
         self.arrays |= units.arrays()
@@ -107,7 +108,7 @@ def _over_tokens(score: np.ndarray, strength: np.ndarray, size: np.ndarray) -> t
     """Spearman's rho of score and strength (T,), and the same with size (T,) held constant; NaN of few tokens."""
     if len(score) < LEAST_TOKENS:
         return np.nan, np.nan
-    a, b, c = (ranks(values[None]) for values in (score, strength, size))
+    a, b, c = (ranks(values[None], "own") for values in (score, strength, size))
     plain, with_size, of_size = (_rho(x, y) for x, y in ((a, b), (a, c), (b, c)))
     if not rankable(size[None], ONE_NORM)[0]:
         return plain, plain

@@ -16,6 +16,7 @@ from moebed.views.layer import ExpertKind, ExpertView, HeadView, LayerView, Need
 from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, numbers, per_layer
 from probes.figures import importance
 from probes.measures.effects import Texts, effect_of
+from probes.measures.ranks import first_of_largest
 from probes.measures.resampling import SEED, few_texts, unit_notes
 
 QUANTILE, OF_LARGEST = 99.5, 10  # above this percentile of all experts, and a tenth of the largest
@@ -57,7 +58,7 @@ class SuperExperts(Probe):
         tokens = torch.where(self._chosen[:, expert.index])[0]
         self._all.append(float(sizes.max()))
         most, channel = sizes[tokens].max(dim=1) if len(tokens) else (sizes.new_zeros(1), tokens.new_zeros(1))
-        place = int(most.argmax())
+        place = int(first_of_largest(most.cpu().numpy()[None])[0])
         token = int(tokens[place]) if len(tokens) else -1
         position = int(view.text.position[token]) if token >= 0 else -1
         self._own.append(float(most[place]))

@@ -1,18 +1,22 @@
 """Ranks within rows, and their correlation.
 
-``scipy.stats.rankdata`` gives the ranks that ties share, bit for bit, but whole ones only of a second sort, and sorting
-is what the probes of routing spend their time on; so both come of one here.
+``scipy.stats.rankdata`` gives the ranks that ties share, but whole ones only of a second sort, and sorting is what the
+probes of routing spend their time on; so both come of one here. And it ties what is the same bit for bit, which on
+another device is something else.
 
 T rows (tokens, say), E entries of each (experts, say).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+EQUAL = 1e-5  # values that differ by less of their size are equal in float32, however they were summed
 
 
 class Ranks(NamedTuple):
@@ -21,26 +25,52 @@ class Ranks(NamedTuple):
     whole: np.ndarray
     shared: np.ndarray
 
+    def top(self) -> np.ndarray:
+        """Share of the largest that each entry is, (T, E): 1 of one alone, half of each of two that are equal."""
+        most = self.shared.max(axis=1, keepdims=True)
+        return (self.shared == most) / (2 * (self.shared.shape[1] - 1 - most) + 1)
 
-def ranks(values: np.ndarray) -> Ranks:
-    """Rank each row of (T, E), with one sort."""
+
+def ranks(values: np.ndarray, rounded: Literal["own", "largest"] | None = None) -> Ranks:
+    """Rank each row of (T, E), with one sort.
+
+    Args:
+        values: (T, E).
+        rounded: What values are rounded by is a share of this: their ``own`` size, or the ``largest`` of their row, as
+            of differences. Those that are equal but for it are tied: two tokens with the same past are equal in one
+            matrix product and not in another, which sums in another order. They are neighbours in order; a run of such
+            that is longer than rounding makes it is of values that lie close, and only closer ones of it are tied.
+            None: only those are tied that are the same, bit for bit.
+    """
     order = values.argsort(axis=1)  # its order among equals is anyone's guess
     first = np.arange(len(values))[:, None] * values.shape[1]  # of each row, in the flat array
     ordered = values.ravel()[order + first]
-    tied = (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)
-    order[tied] = values[tied].argsort(axis=1, kind="stable")
+    if rounded is None:
+        tied = (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)
+    else:
+        size = np.abs(ordered).max(axis=1, initial=0, keepdims=True) if rounded == "largest" else np.abs(ordered)
+        room = EQUAL * np.broadcast_to(np.where(np.isfinite(size), size, 0), ordered.shape)
+        tied = (ordered[:, :-1] >= ordered[:, 1:] - room[:, 1:]).any(axis=1)
     place = np.broadcast_to(np.arange(values.shape[1]), order.shape)
     whole = np.empty_like(order)
-    whole.ravel()[order + first] = place
     if not tied.any():
+        whole.ravel()[order + first] = place
         return Ranks(whole, whole)
-    some, place = ordered[tied], place[tied]
-    new = np.ones(some.shape, dtype=bool)  # where a run of equal values begins
-    new[:, 1:] = some[:, 1:] != some[:, :-1]
-    last = np.ones(some.shape, dtype=bool)
-    last[:, :-1] = new[:, 1:]
-    begin = np.maximum.accumulate(np.where(new, place, 0), axis=1)
-    end = np.minimum.accumulate(np.where(last, place, values.shape[1])[:, ::-1], axis=1)[:, ::-1]
+    some, new = ordered[tied], np.ones((int(tied.sum()), values.shape[1]), dtype=bool)  # where a run of equals begins
+    if rounded is None:
+        new[:, 1:] = some[:, 1:] != some[:, :-1]
+    else:
+        long = np.ones(some.shape, dtype=bool)
+        for share in (1, 0.5, 0.25, 0.1, 0):
+            near = share * room[tied]
+            new[:, 1:] = np.where(long[:, 1:], some[:, :-1] < some[:, 1:] - near[:, 1:], new[:, 1:])
+            least, most = (np.take_along_axis(some, at, axis=1) for at in _ends(new))
+            long &= least < most - near
+    number = np.empty_like(order[tied])
+    np.put_along_axis(number, order[tied], new.cumsum(axis=1), axis=1)
+    order[tied] = number.argsort(axis=1, kind="stable")
+    whole.ravel()[order + first] = place
+    begin, end = _ends(new)
     mean = np.empty(some.shape)
     np.put_along_axis(mean, order[tied], (begin + end) / 2, axis=1)
     shared = whole.astype(np.float64)
@@ -48,7 +78,39 @@ def ranks(values: np.ndarray) -> Ranks:
     return Ranks(whole, shared)
 
 
-EQUAL = 1e-5  # values that differ by less of the largest are equal in float32, however they were summed
+def _ends(new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first and last place of each entry's run, from where runs begin (T, E)."""
+    place = np.arange(new.shape[1])
+    last = np.ones(new.shape, dtype=bool)
+    last[:, :-1] = new[:, 1:]
+    begin = np.maximum.accumulate(np.where(new, place, 0), axis=1)
+    return begin, np.minimum.accumulate(np.where(last, place, new.shape[1])[:, ::-1], axis=1)[:, ::-1]
+
+
+def joined(values: np.ndarray) -> np.ndarray:
+    """Values (T, E) of experts, in which those that are equal but for rounding at every token are the same.
+
+    An expert and its copy, as upcycling makes them, are told apart by nothing else.
+    """
+    found, few = values, slice(None, None, 1 + len(values) // 16)
+    for one, other in pairwise(values[few].sum(axis=0).argsort(kind="stable")):  # copies are neighbours
+        if all(_equal(found[rows, one], values[rows, other]) for rows in (few, slice(None))):
+            found = values.copy() if found is values else found
+            found[:, other] = found[:, one]
+    return found
+
+
+def _equal(one: np.ndarray, other: np.ndarray) -> bool:
+    return bool((np.abs(one - other) <= EQUAL * np.abs(one)).all())
+
+
+def first_of_largest(values: np.ndarray) -> np.ndarray:
+    """The first entry of each row (T, E) that no other is larger than but by rounding: (T,) int64."""
+    largest = values.max(axis=1, keepdims=True)
+    room = EQUAL * np.where(np.isfinite(largest), np.abs(largest), 0)
+    return (values >= largest - room).argmax(axis=1)
+
+
 # Norms of what an RMSNorm whose weights are all alike gives out differ by what its epsilon takes from small tokens.
 # Ranked, they are mostly rounding, which is another on another device; and so small a difference changes nothing after.
 ONE_NORM = 1e-3

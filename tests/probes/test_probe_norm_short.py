@@ -7,7 +7,7 @@ from output_cases import output_view, plain_text
 from scipy.stats import rankdata
 
 from probes.figures.drawing import to_rgb
-from probes.measures.ranks import ranks
+from probes.measures.ranks import first_of_largest, joined, ranks
 from probes.norm_vs_score import NormVsScore
 from probes.running.driver import run_probes
 
@@ -62,3 +62,54 @@ def test_ranks_of_many_entries_with_a_few_ties():
     values = np.random.default_rng(0).integers(500, size=(300, 64)).astype(np.float32)
     np.testing.assert_array_equal(ranks(values).whole, values.argsort(axis=1, kind="stable").argsort(axis=1))
     np.testing.assert_array_equal(ranks(values).shared, rankdata(values, axis=1) - 1)
+
+
+def test_values_that_rounding_tells_apart_share_their_rank():
+    """In fixed steps some would lie on both sides of an end; a run of close values is longer than rounding makes it."""
+    rng = np.random.default_rng(0)
+    levels = rng.integers(40, size=(200, 64)) + 1.0
+    values = (levels * (1 + 1e-7 * rng.standard_normal(levels.shape))).astype(np.float32)
+    for rounded, signed in (("own", values), ("largest", values - 20)):
+        np.testing.assert_array_equal(ranks(signed, rounded).shared, rankdata(levels, axis=1) - 1)
+        np.testing.assert_array_equal(
+            ranks(signed, rounded).whole, levels.argsort(axis=1, kind="stable").argsort(axis=1)
+        )
+    close = 1 + 8e-6 * np.arange(64.0)[None]
+    for rounded in ("own", "largest"):
+        np.testing.assert_array_equal(ranks(close, rounded).shared[0], np.arange(64))
+
+
+def test_small_values_are_told_apart_by_their_own_size():
+    """So are probabilities of experts that are hardly ever chosen; differences of large numbers are not."""
+    tails = np.array([[1e-9, 1.0, 2e-9, 0.5, 0.0, 0.0]])
+    np.testing.assert_array_equal(ranks(tails, "own").shared, [[2, 5, 3, 4, 0.5, 0.5]])
+    np.testing.assert_array_equal(ranks(tails, "largest").shared, [[1.5, 5, 1.5, 4, 1.5, 1.5]])
+
+
+@pytest.mark.parametrize("rounded", [None, "own", "largest"])
+def test_what_is_infinite_is_larger_than_all_else(rounded):
+    values = np.array([[np.inf, 3.0, -np.inf, np.inf, 3.0]])
+    np.testing.assert_array_equal(ranks(values, rounded).shared, [[3.5, 1.5, 0, 3.5, 1.5]])
+    np.testing.assert_array_equal(ranks(values, rounded).whole, [[3, 1, 0, 4, 2]])
+    for none in (np.empty((0, 4)), np.empty((3, 0))):
+        assert ranks(none, rounded).shared.shape == none.shape
+
+
+def test_the_largest_of_several_that_are_equal_is_the_first():
+    values = np.array([[1, 2, 2 + 1e-7, 0], [3, 1, 1, 1], [-np.inf] * 4, [0, np.inf, 1, np.inf]])
+    np.testing.assert_array_equal(first_of_largest(values), [1, 0, 0, 1])
+    np.testing.assert_array_equal(ranks(values[:2], "own").top(), [[0, 0.5, 0.5, 0], [1, 0, 0, 0]])
+
+
+def test_copies_of_experts_are_joined_and_others_are_not():
+    rng = np.random.default_rng(0)
+    values = rng.random((50, 6)).astype(np.float32) + 0.5
+    values[-1, :2] = values[-1, 5]  # equal at one token alone
+    assert joined(values) is values
+    values[:, 4] = values[:, 1] * (1 + 1e-7 * rng.standard_normal(50))
+    values[:, 3] = values[:, 1] * (1 + 1e-7 * rng.standard_normal(50))
+    one = joined(values)
+    assert (one[:, [3, 4]] == one[:, [1]]).all()
+    np.testing.assert_allclose(one, values, rtol=1e-6)
+    assert (one[:, [0, 2, 5]] == values[:, [0, 2, 5]]).all()
+    assert joined(values[:0]).shape == (0, 6)
