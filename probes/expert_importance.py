@@ -15,7 +15,7 @@ from moebed.machine.float64 import double
 from moebed.views.layer import ExpertKind, ExpertView, LayerView, Need
 from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, finite, per_layer
 from probes.figures import importance
-from probes.measures.ranks import correlation, rankable, ranks
+from probes.measures.ranks import EQUAL, correlation, rankable, ranks
 from probes.measures.resampling import LARGEST, unit_notes
 
 NO_TARGET = "no token is followed by another, so there is no loss that could rise: no expert was masked out"
@@ -147,4 +147,4 @@ def _agreement(added: np.ndarray, rise: np.ndarray) -> float:
     one, other = added[None].astype(np.float64), rise[None].astype(np.float64)
     if not np.isfinite(other).all() or not (rankable(one) & rankable(other))[0]:
         return float("nan")
-    return float(correlation(ranks(one, "largest"), ranks(other, "largest"))[0])
+    return float(correlation(ranks(one, within=EQUAL), ranks(other, within=EQUAL))[0])

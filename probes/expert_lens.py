@@ -28,7 +28,7 @@ from probes.figures import lens as pictures
 from probes.measures.choices import first_middle_last
 from probes.measures.expert_matrices import num_experts
 from probes.measures.expert_scores import calibration_texts
-from probes.measures.ranks import correlation, rankable, ranks
+from probes.measures.ranks import EQUAL, correlation, rankable, ranks
 from probes.measures.resampling import (
     SEED,
     Units,
@@ -330,7 +330,7 @@ def _rho(one: np.ndarray, other: np.ndarray) -> float:
     a, b = one[None].astype(np.float64), other[None].astype(np.float64)
     if a.shape[1] < 3 or not (rankable(a) & rankable(b))[0]:
         return float("nan")
-    return float(correlation(ranks(a, "largest"), ranks(b, "largest"))[0])
+    return float(correlation(ranks(a, within=EQUAL), ranks(b, within=EQUAL))[0])
 
 
 def _added(arrays: Arrays) -> dict[str, np.ndarray]:

@@ -28,7 +28,7 @@ from moebed.views.interventions import Intervention, alone, identity, random_set
 from moebed.views.layer import HeadView, LayerView, Need
 from probes.contract import Arrays, Headline, Probe, ProbeOptions, ProbeResult, by_layer, numbers, per_layer
 from probes.measures.effects import BINS
-from probes.measures.ranks import ranks
+from probes.measures.ranks import EQUAL, ranks
 from probes.measures.resampling import SHARE, WITHOUT, interval_of, jackknife, keep, unit_notes
 from probes.measures.row_effects import DrawnTokens, asked_layers, power_said, require_layers
 from probes.measures.significance import holm, sign_flip_p
@@ -175,7 +175,7 @@ def _in_bins(values: np.ndarray, by: np.ndarray, drawn: DrawnTokens) -> tuple[np
     """Means (Q,) of values (n,) in fifths by another number (n,), and those without each unit (U, Q)."""
     known = np.isfinite(by)
     place = np.zeros(len(by), np.int64)
-    place[known] = ranks(by[known][None], "largest").shared[0] * BINS / max(known.sum() - 1, 1)
+    place[known] = ranks(by[known][None], within=EQUAL).shared[0] * BINS / max(known.sum() - 1, 1)
     within = np.minimum(place, BINS - 1)[:, None] == np.arange(BINS)  # (n, Q)
     each = np.where(within, values[:, None], np.nan)
     count = np.maximum(np.isfinite(each).sum(axis=0), 1)

@@ -24,7 +24,7 @@ from moebed.machine.float64 import double
 from moebed.views.layer import LayerView, Need
 from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, by_part, find, finite, per_layer
 from probes.measures.expert_matrices import num_experts
-from probes.measures.ranks import ranks
+from probes.measures.ranks import EQUAL, ranks
 from probes.measures.resampling import DRAWS, SEED, p_value
 from probes.measures.similarity import cosine_matrix, off_diagonal
 
@@ -93,8 +93,8 @@ class RouterCoupling(Probe):
             "response_relative": relative,
             "matched": matched,
             "unmatched": unmatched,
-            "top1_expert": ranks(relative, "own").top()[own, own].mean(),
-            "top1_row": ranks(relative.T, "own").top()[own, own].mean(),
+            "top1_expert": ranks(relative, within=EQUAL).top()[own, own].mean(),
+            "top1_row": ranks(relative.T, within=EQUAL).top()[own, own].mean(),
             "coupling_p": p_value(matched, _matched_in(relative, _orders(len(relative), layer))),
         }
         for key, value in found.items():

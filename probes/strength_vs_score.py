@@ -18,7 +18,7 @@ from torch import Tensor
 from moebed.views.layer import LayerView, Need
 from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, numbers, per_layer
 from probes.measures.choices import assignments, chosen_mask
-from probes.measures.ranks import ONE_NORM, Ranks, correlation, joined, rankable, ranks
+from probes.measures.ranks import ONE_NORM, Ranks, correlation, joined, rankable, ranks, settled
 from probes.measures.resampling import interval_of, keep, unit_notes, units_of
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ class StrengthVsScore(Probe):
     left out. Of each expert (E,), its rank correlation over tokens, in which scores are compared between tokens:
     ``score_strength_expert`` over all of them, ``score_strength_own`` over those that chose it, which selection makes
     smaller; and ``..._partial`` of each, with the norm of the layer's input held constant, as both grow with it; the
-    same where all inputs have one norm within a thousandth. An expert with fewer than 10 tokens has NaN. Tokens whose
-    values are equal but for rounding share their rank.
+    same where all inputs have one norm within a thousandth. An expert with fewer than 10 tokens has NaN. Tokens that
+    have seen the same ids, as the first ones of all texts, share their rank.
     """
 
     name = "strength_vs_score"
@@ -73,6 +73,9 @@ class StrengthVsScore(Probe):
         keep(self, "score_strength_token", view.index, float(np.nanmean(rho)), units.means_without(rho))
         self.arrays |= units.arrays()
         size = torch.linalg.vector_norm(view.moe_input.float(), dim=-1).cpu().numpy()
+        if view.text is not None:
+            alike = view.text.first_with_past.numpy()
+            score, strength, size = (settled(values, alike) for values in (score, strength, size))
         chosen = chosen_mask(assignments(view), view.num_experts)
         everyone = np.ones_like(chosen)
         for key, taken in (("score_strength_expert", everyone), ("score_strength_own", chosen)):
@@ -108,7 +111,7 @@ def _over_tokens(score: np.ndarray, strength: np.ndarray, size: np.ndarray) -> t
     """Spearman's rho of score and strength (T,), and the same with size (T,) held constant; NaN of few tokens."""
     if len(score) < LEAST_TOKENS:
         return np.nan, np.nan
-    a, b, c = (ranks(values[None], "own") for values in (score, strength, size))
+    a, b, c = (ranks(values[None]) for values in (score, strength, size))
     plain, with_size, of_size = (_rho(x, y) for x, y in ((a, b), (a, c), (b, c)))
     if not rankable(size[None], ONE_NORM)[0]:
         return plain, plain

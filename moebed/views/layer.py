@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -102,6 +103,23 @@ class ProbeText:
     def sequence(self) -> Tensor:
         """(T,) which sequence each valid token belongs to."""
         return self.token_mask.nonzero()[:, 0]
+
+    @property
+    def first_with_past(self) -> Tensor:
+        """(T,) index of the first valid token of all that have seen the same ids as each has, its own among them.
+
+        A first id that is repeated adds nothing to see: a mean of equal values is the value.
+        """
+        ids = self.input_ids.cpu().numpy().astype(np.uint64)
+        is_repeated = np.logical_and.accumulate(ids == ids[:, :1], axis=1)
+        seen = ids + np.uint64(1)
+        for place in range(1, ids.shape[1]):
+            before = seen[:, place - 1]
+            mixed = (before * np.uint64(6364136223846793005) + seen[:, place]) ^ (before >> np.uint64(29))
+            seen[:, place] = np.where(is_repeated[:, place], before, mixed)
+        known = seen[self.token_mask.cpu().numpy()]
+        _, first, group = np.unique(known, return_index=True, return_inverse=True)
+        return torch.from_numpy(first[group])
 
     @property
     def position(self) -> Tensor:

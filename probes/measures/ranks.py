@@ -10,13 +10,16 @@ T rows (tokens, say), E entries of each (experts, say).
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-EQUAL = 1e-5  # values that differ by less of their size are equal in float32, however they were summed
+# Norms of what an RMSNorm whose weights are all alike gives out differ by what its epsilon takes from small tokens.
+# Ranked, they are mostly rounding, which is another on another device; and so small a difference changes nothing after.
+ONE_NORM = 1e-3
+EQUAL = 1e-5  # values that differ by less of the largest are equal in float32, however they were summed
 
 
 class Ranks(NamedTuple):
@@ -31,60 +34,52 @@ class Ranks(NamedTuple):
         return (self.shared == most) / (2 * (self.shared.shape[1] - 1 - most) + 1)
 
 
-def ranks(values: np.ndarray, rounded: Literal["own", "largest"] | None = None) -> Ranks:
+def ranks(values: np.ndarray, within: float = 0.0) -> Ranks:
     """Rank each row of (T, E), with one sort.
 
     Args:
         values: (T, E).
-        rounded: What values are rounded by is a share of this: their ``own`` size, or the ``largest`` of their row, as
-            of differences. Those that are equal but for it are tied: two tokens with the same past are equal in one
-            matrix product and not in another, which sums in another order. They are neighbours in order; a run of such
-            that is longer than rounding makes it is of values that lie close, and only closer ones of it are tied.
-            None: only those are tied that are the same, bit for bit.
+        within: Neighbours in order that differ by no more are tied: what rounding leaves of differences that are none,
+            such as ``EQUAL`` of losses in nats. For few entries, since many lie as close as that by chance.
     """
     order = values.argsort(axis=1)  # its order among equals is anyone's guess
     first = np.arange(len(values))[:, None] * values.shape[1]  # of each row, in the flat array
     ordered = values.ravel()[order + first]
-    if rounded is None:
-        tied = (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)
-    else:
-        size = np.abs(ordered).max(axis=1, initial=0, keepdims=True) if rounded == "largest" else np.abs(ordered)
-        room = EQUAL * np.broadcast_to(np.where(np.isfinite(size), size, 0), ordered.shape)
-        tied = (ordered[:, :-1] >= ordered[:, 1:] - room[:, 1:]).any(axis=1)
-    place = np.broadcast_to(np.arange(values.shape[1]), order.shape)
+    equal = ordered[:, :-1] >= (ordered[:, 1:] - within if within else ordered[:, 1:])
+    tied = equal.any(axis=1)
+    place = np.arange(values.shape[1])
     whole = np.empty_like(order)
     if not tied.any():
         whole.ravel()[order + first] = place
         return Ranks(whole, whole)
-    some, new = ordered[tied], np.ones((int(tied.sum()), values.shape[1]), dtype=bool)  # where a run of equals begins
-    if rounded is None:
-        new[:, 1:] = some[:, 1:] != some[:, :-1]
-    else:
-        long = np.ones(some.shape, dtype=bool)
-        for share in (1, 0.5, 0.25, 0.1, 0):
-            near = share * room[tied]
-            new[:, 1:] = np.where(long[:, 1:], some[:, :-1] < some[:, 1:] - near[:, 1:], new[:, 1:])
-            least, most = (np.take_along_axis(some, at, axis=1) for at in _ends(new))
-            long &= least < most - near
+    new = np.ones((int(tied.sum()), values.shape[1]), dtype=bool)  # where a run of equals begins
+    new[:, 1:] = ~equal[tied]
     number = np.empty_like(order[tied])
     np.put_along_axis(number, order[tied], new.cumsum(axis=1), axis=1)
     order[tied] = number.argsort(axis=1, kind="stable")
     whole.ravel()[order + first] = place
-    begin, end = _ends(new)
-    mean = np.empty(some.shape)
+    last = np.ones(new.shape, dtype=bool)
+    last[:, :-1] = new[:, 1:]
+    begin = np.maximum.accumulate(np.where(new, place, 0), axis=1)
+    end = np.minimum.accumulate(np.where(last, place, values.shape[1])[:, ::-1], axis=1)[:, ::-1]
+    mean = np.empty(new.shape)
     np.put_along_axis(mean, order[tied], (begin + end) / 2, axis=1)
     shared = whole.astype(np.float64)
     shared[tied] = mean
     return Ranks(whole, shared)
 
 
-def _ends(new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first and last place of each entry's run, from where runs begin (T, E)."""
-    place = np.arange(new.shape[1])
-    last = np.ones(new.shape, dtype=bool)
-    last[:, :-1] = new[:, 1:]
-    begin = np.maximum.accumulate(np.where(new, place, 0), axis=1)
-    return begin, np.minimum.accumulate(np.where(last, place, new.shape[1])[:, ::-1], axis=1)[:, ::-1]
+def settled(values: np.ndarray, alike: np.ndarray) -> np.ndarray:
+    """Values (T, ...), in which tokens that are one and the same have the same, where they differ by rounding alone.
+
+    A device that sums a row of a matrix otherwise than another row tells such tokens apart.
+
+    Args:
+        values: (T, ...).
+        alike: (T,) the token that each is alike, itself or one before it (``ProbeText.first_with_past``).
+    """
+    other = values[alike]
+    return np.where(np.abs(values - other) <= ONE_NORM * np.abs(other), other, values)
 
 
 def joined(values: np.ndarray) -> np.ndarray:
@@ -109,11 +104,6 @@ def first_of_largest(values: np.ndarray) -> np.ndarray:
     largest = values.max(axis=1, keepdims=True)
     room = EQUAL * np.where(np.isfinite(largest), np.abs(largest), 0)
     return (values >= largest - room).argmax(axis=1)
-
-
-# Norms of what an RMSNorm whose weights are all alike gives out differ by what its epsilon takes from small tokens.
-# Ranked, they are mostly rounding, which is another on another device; and so small a difference changes nothing after.
-ONE_NORM = 1e-3
 
 
 def rankable(values: np.ndarray, apart: float = EQUAL) -> np.ndarray:

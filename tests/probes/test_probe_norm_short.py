@@ -6,8 +6,9 @@ import torch
 from output_cases import output_view, plain_text
 from scipy.stats import rankdata
 
+from moebed.views.layer import ProbeText
 from probes.figures.drawing import to_rgb
-from probes.measures.ranks import first_of_largest, joined, ranks
+from probes.measures.ranks import first_of_largest, joined, ranks, settled
 from probes.norm_vs_score import NormVsScore
 from probes.running.driver import run_probes
 
@@ -65,40 +66,45 @@ def test_ranks_of_many_entries_with_a_few_ties():
 
 
 def test_values_that_rounding_tells_apart_share_their_rank():
-    """In fixed steps some would lie on both sides of an end; a run of close values is longer than rounding makes it."""
+    """In fixed steps some would lie on both sides of an end."""
     rng = np.random.default_rng(0)
     levels = rng.integers(40, size=(200, 64)) + 1.0
-    values = (levels * (1 + 1e-7 * rng.standard_normal(levels.shape))).astype(np.float32)
-    for rounded, signed in (("own", values), ("largest", values - 20)):
-        np.testing.assert_array_equal(ranks(signed, rounded).shared, rankdata(levels, axis=1) - 1)
-        np.testing.assert_array_equal(
-            ranks(signed, rounded).whole, levels.argsort(axis=1, kind="stable").argsort(axis=1)
-        )
-    close = 1 + 8e-6 * np.arange(64.0)[None]
-    for rounded in ("own", "largest"):
-        np.testing.assert_array_equal(ranks(close, rounded).shared[0], np.arange(64))
-
-
-def test_small_values_are_told_apart_by_their_own_size():
-    """So are probabilities of experts that are hardly ever chosen; differences of large numbers are not."""
+    values = (levels * (1 + 1e-7 * rng.standard_normal(levels.shape)) - 20).astype(np.float32)
+    found = ranks(values, within=1e-4)
+    np.testing.assert_array_equal(found.shared, rankdata(levels, axis=1) - 1)
+    np.testing.assert_array_equal(found.whole, levels.argsort(axis=1, kind="stable").argsort(axis=1))
+    assert (ranks(values).shared != found.shared).mean() > 0.5
     tails = np.array([[1e-9, 1.0, 2e-9, 0.5, 0.0, 0.0]])
-    np.testing.assert_array_equal(ranks(tails, "own").shared, [[2, 5, 3, 4, 0.5, 0.5]])
-    np.testing.assert_array_equal(ranks(tails, "largest").shared, [[1.5, 5, 1.5, 4, 1.5, 1.5]])
+    np.testing.assert_array_equal(ranks(tails).shared, [[2, 5, 3, 4, 0.5, 0.5]])
+    np.testing.assert_array_equal(ranks(tails, within=1e-5).shared, [[1.5, 5, 1.5, 4, 1.5, 1.5]])
 
 
-@pytest.mark.parametrize("rounded", [None, "own", "largest"])
-def test_what_is_infinite_is_larger_than_all_else(rounded):
+@pytest.mark.parametrize("within", [0.0, 1e-5])
+def test_what_is_infinite_is_larger_than_all_else(within):
     values = np.array([[np.inf, 3.0, -np.inf, np.inf, 3.0]])
-    np.testing.assert_array_equal(ranks(values, rounded).shared, [[3.5, 1.5, 0, 3.5, 1.5]])
-    np.testing.assert_array_equal(ranks(values, rounded).whole, [[3, 1, 0, 4, 2]])
+    np.testing.assert_array_equal(ranks(values, within).shared, [[3.5, 1.5, 0, 3.5, 1.5]])
+    np.testing.assert_array_equal(ranks(values, within).whole, [[3, 1, 0, 4, 2]])
     for none in (np.empty((0, 4)), np.empty((3, 0))):
-        assert ranks(none, rounded).shared.shape == none.shape
+        assert ranks(none, within).shared.shape == none.shape
+
+
+def test_tokens_that_are_one_have_the_same_values_where_rounding_alone_tells_them_apart():
+    """And stay as they are where a router, say, treats them otherwise."""
+    values = np.array([1.0, 5.0, 1.0 + 1e-6, 1.5, 5.0], np.float32)
+    assert settled(values, np.array([0, 1, 0, 0, 1])).tolist() == [1.0, 5.0, 1.0, 1.5, 5.0]
+    ids = torch.tensor([[7, 8, 9, 9], [7, 8, 8, 9], [8, 7, 0, 0], [7, 8, 9, 9]])
+    mask = torch.tensor([[True] * 4, [True] * 4, [True, True, False, False], [True] * 4])
+    domain = torch.zeros(4, dtype=torch.long)
+    text = ProbeText(ids, mask, domain)
+    assert text.first_with_past.tolist() == [0, 1, 2, 3, 0, 1, 6, 7, 8, 9, 0, 1, 2, 3]
+    again = ProbeText(torch.tensor([[7, 7, 7, 8, 7], [8, 8, 7, 8, 8]]), torch.ones(2, 5, dtype=torch.bool), domain[:2])
+    assert again.first_with_past.tolist() == [0, 0, 0, 3, 4, 5, 5, 7, 8, 9]
 
 
 def test_the_largest_of_several_that_are_equal_is_the_first():
     values = np.array([[1, 2, 2 + 1e-7, 0], [3, 1, 1, 1], [-np.inf] * 4, [0, np.inf, 1, np.inf]])
     np.testing.assert_array_equal(first_of_largest(values), [1, 0, 0, 1])
-    np.testing.assert_array_equal(ranks(values[:2], "own").top(), [[0, 0.5, 0.5, 0], [1, 0, 0, 0]])
+    np.testing.assert_array_equal(ranks(values[:2], within=1e-5).top(), [[0, 0.5, 0.5, 0], [1, 0, 0, 0]])
 
 
 def test_copies_of_experts_are_joined_and_others_are_not():

@@ -100,12 +100,7 @@ def test_all_of_the_check(seed, tmp_path):
         assert differ(streamed_results("cpu", ALL, tmp_path / "checkpoint"), wanted) == []
 
 
-# Of a hundred tokens two may lie as near as rounding by chance, which moves a correlation over tokens by some 1e-4.
-by_chance = pytest.mark.xfail(strict=False, reason="tokens that lie within rounding of each other by chance")
-
-
 @pytest.mark.slow
-@by_chance
 @pytest.mark.usefixtures("real_text")
 @pytest.mark.parametrize("seed", range(1, 3))
 def test_every_probe_of_such_text(seed):
@@ -114,9 +109,9 @@ def test_every_probe_of_such_text(seed):
 
 
 @pytest.mark.slow
-@by_chance
 @pytest.mark.usefixtures("real_text", "copies")
 def test_every_probe_of_copies(monkeypatch):
     monkeypatch.setattr(probing, "CONFIG", dataclasses.replace(probing.CONFIG, num_experts=8, num_experts_per_tok=3))
-    names = tuple(PROBES)
+    # Of a hundred losses here two rise by 1e-5 nats more or less, which is where expert_lens calls them equal.
+    names = tuple(name for name in PROBES if name != "expert_lens")
     assert differ(rounded_otherwise(names), live_results("cpu", names)) == []
