@@ -123,7 +123,7 @@ class Attention(nn.Module):
         """Attend within x (B, S, H), and to what the cache holds before it: (B, S, H)."""
         query, key, value, left = self._project(x, rope)
         turns_within = left is None or (left[0].shape[-1] == self.head_dim and not self.interleaved)
-        if cache is None and turns_within and self._uses_native(query, key, value):
+        if cache is None and turns_within and self.uses_native(query, key, value):
             mixed = self._mix_native(query, key, value, left)
         else:
             if left is not None:
@@ -151,7 +151,7 @@ class Attention(nn.Module):
 
     def _mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         length, total = query.shape[2], key.shape[2]
-        if self._uses_native(query, key, value):
+        if self.uses_native(query, key, value):
             return self._mix_native(query, key, value).transpose(1, 2)
         if key.shape[1] != self.num_heads:
             key, value = self._repeated(key), self._repeated(value)
@@ -208,7 +208,7 @@ class Attention(nn.Module):
             logits = torch.cat([logits, sinks.to(logits.dtype).view(-1, 1, 1).expand(-1, logits.shape[1], 1)], dim=-1)
         return logits.softmax(dim=-1)[..., :total].to(value.dtype) @ value
 
-    def _uses_native(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+    def uses_native(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
         """Whether the compiled attention serves: where it fits and is asked for, or was measured to be the fastest."""
         sees_all_before = self.window is None or key.shape[2] <= self.window
         if self.backend not in ("auto", "native") or self.needs_logits or not sees_all_before:

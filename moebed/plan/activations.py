@@ -59,8 +59,9 @@ def _matrix_inputs(setup: Setup, products: int) -> int:
 def attention(setup: Setup) -> int:
     """Norm, the input of the three projections, Q, K, V with keys repeated to A heads, what mixes, and its output.
 
-    3·c·T·A·D for Q, K, V; c·T·A·D for the output projection's input; plain products keep the probabilities,
-    c·T·A·S (a soft cap: tanh's and softmax's in float32, and the cast copy), fused attention 4·T·A.
+    3·c·T·A·D for Q, K, V, or c·T·(A + 2·G)·D where a CPU's compiled attention serves, which repeats no key; c·T·A·D
+    for the output projection's input; plain products keep the probabilities, c·T·A·S (a soft cap: tanh's and softmax's
+    in float32, and the cast copy), fused attention 4·T·A.
     """
     config, c, tokens = setup.config, setup.stream.compute, setup.tokens
     total = _pre_norm(setup) + (_projected(setup) if config.kv_lora_rank is None else _latent(setup))
@@ -79,7 +80,8 @@ def _projected(setup: Setup) -> int:
     assert config.head_dim is not None
     assert config.num_key_value_heads is not None
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    total = _matrix_inputs(setup, 3) + 4 * setup.stream.compute * setup.tokens * queries
+    repeated = keys if setup.attention_is_compiled else queries
+    total = _matrix_inputs(setup, 3) + 2 * setup.stream.compute * setup.tokens * (queries + repeated)
     if config.qk_norm != "none":
         total += _product_norm(setup, queries) + _product_norm(setup, keys)
     return total

@@ -9,6 +9,7 @@ import torch
 
 from moebed.errors import ConfigError
 from moebed.model import native
+from moebed.model.attention import Attention
 from moebed.model.config import ModelConfig
 from moebed.model.grouped import alignment
 from moebed.model.routers import ROUTERS
@@ -133,6 +134,18 @@ class Setup:
             return True
         narrow_on_cpu = self.device == "cpu" and self.precision.compute < 4
         return config.attention_backend != "sdpa" and narrow_on_cpu and self.sequence_length <= 1024
+
+    @property
+    def attention_is_compiled(self) -> bool:
+        """Whether a CPU's compiled attention serves, which depends on the machine, in the first block as in all."""
+        if self.device != "cpu" or self.stream.compute < 4:  # asked first: the other question may compile it
+            return False
+        with torch.device("meta"):
+            attention = Attention(self.config)
+        heads = (attention.num_heads, attention.num_kv_heads)
+        sizes = (self.sequence_length, attention.head_dim)
+        query, key = (torch.empty(1).expand(self.batch_size, of, *sizes) for of in heads)
+        return attention.uses_native(query, key, key)
 
     @property
     def casts_experts(self) -> bool:
