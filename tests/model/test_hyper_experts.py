@@ -168,7 +168,8 @@ def test_4_5_the_constant_control_is_the_same_for_all_sets():
     nothing_chosen = routed(40, 4, 2)._replace(topk_weight=torch.zeros(40, 2), ragged=True)
     torch.testing.assert_close(out, by_token(layer, x, nothing_chosen))  # s is the sum of all
     other = layer_of()
-    assert len(other(x, routed(40, 4, 2)).unique(dim=0)) == math.comb(4, 2)
+    found = other(x, routed(40, 4, 2)).round(decimals=6)  # rows of a product are rounded each in its own way
+    assert len(found.unique(dim=0)) == math.comb(4, 2)
 
 
 @pytest.mark.parametrize(("adapters", "top_k"), [("unchosen", 2), ("constant", 2), ("free", 1)])
