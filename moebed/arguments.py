@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from moebed.errors import ConfigError, did_you_mean
+from moebed.errors import ConfigError, UserError, did_you_mean
 
 _NEGATIVE = re.compile(r"-\.?\d")
 _FLOAT = re.compile(r"[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")  # YAML 1.1 asks for a point and a sign
@@ -101,6 +101,12 @@ def read_yaml(path: Path, called: str = "") -> Any:
             beside = [str(other) for other in path.parent.glob("*.yaml")]
             cause, advice = "there is no such file", did_you_mean(path, beside, advice)
         raise ConfigError(f"{called} {path} cannot be read ({cause}); {advice}".lstrip()) from error
+
+
+def require_run_folder(path: Path) -> None:
+    """Raise UserError where there is no folder, and a run's is wanted."""
+    if not path.is_dir():
+        raise UserError(f"{path} is not a folder; give the folder of a run or of a probed checkpoint")
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

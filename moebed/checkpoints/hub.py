@@ -1,4 +1,7 @@
-"""Where a checkpoint is: a folder, a file, or a repository on the Hugging Face hub, which is fetched in part."""
+"""Where a checkpoint is: a folder, a file, or a repository on the Hugging Face hub, which is fetched in part.
+
+Needs no PyTorch before something is fetched: commands ask it first for what is neither here nor on the hub.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from moebed.checkpoints.gguf.finding import models_among
 from moebed.errors import UserError
 from moebed.machine.storage import standing
 
@@ -30,6 +32,12 @@ _ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+?)(:(?P<kind>[\w.-]+))?(@(?P<re
 _KIND = ("*[-._/]{kind}.gguf", "*[-._/]{kind}-?????-of-?????.gguf", "{kind}.gguf", "{kind}/*.gguf")
 
 
+def require_nameable(*names: str) -> None:
+    """Raise UserError for the name of nothing that is here and nothing that the hub, which is not asked, could have."""
+    for name in names:
+        _here_or_id(name)
+
+
 def find_checkpoint(name: str) -> Path:
     """The folder or the file of a checkpoint.
 
@@ -40,12 +48,9 @@ def find_checkpoint(name: str) -> Path:
     Raises:
         UserError: There is no such folder, or the hub cannot give it.
     """
-    here = standing(Path(name))
-    if here.exists():
-        return here
-    found = _ID.fullmatch(name)
-    if found is None or name.startswith((".", "/")):
-        raise UserError(f"{name} does not exist; give the folder of a checkpoint or a hub id such as org/name")
+    found = _here_or_id(name)
+    if isinstance(found, Path):
+        return found
     repository, kind, revision = found["repository"], found["kind"], found["revision"]
     if kind is not None:
         return _find_gguf(name, repository, kind, revision)
@@ -61,8 +66,21 @@ def find_checkpoint(name: str) -> Path:
     return folder
 
 
+def _here_or_id(name: str) -> Path | re.Match[str]:
+    """What is here of that name, or the parts of a hub id; raises UserError where it is neither."""
+    here = standing(Path(name))
+    if here.exists():
+        return here
+    found = _ID.fullmatch(name)
+    if found is None or name.startswith((".", "/")):
+        raise UserError(f"{name} does not exist; give the folder of a checkpoint or a hub id such as org/name")
+    return found
+
+
 def _find_gguf(name: str, repository: str, kind: str, revision: str | None) -> Path:
     """The file of the kind that is wanted, the first one where the model is several; none of the others is fetched."""
+    from moebed.checkpoints.gguf.finding import models_among
+
     spelled = list(dict.fromkeys((kind, kind.upper(), kind.lower())))
     patterns = [pattern.format(kind=one) for one in spelled for pattern in _KIND]
     folder = _fetch(name, repository, revision, patterns)
@@ -95,6 +113,8 @@ def _fetch(name: str, repository: str, revision: str | None, patterns: Sequence[
 def _listed(repository: str, revision: str | None) -> list[str]:
     """What the GGUF files of a repository add to their common name; empty where the hub cannot be asked."""
     from huggingface_hub import list_repo_files
+
+    from moebed.checkpoints.gguf.finding import models_among
 
     try:
         files = list(list_repo_files(repository, revision=revision))

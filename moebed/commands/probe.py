@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moebed.arguments import OneLineParser, add_text_options, parse_setting, read_yaml
+from moebed.checkpoints.hub import require_nameable
 from moebed.errors import ConfigError, UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -134,6 +135,8 @@ def run(command: str, arguments: Sequence[str]) -> None:
         UserError: Nothing could be probed, or some layers could not; the results of the others are written then.
     """
     options = read_options(arguments)
+    dense = options["reference_dense"]
+    require_nameable(*_several(options["earlier"]), options["checkpoint"], *([dense] if dense else []))
     folders: dict[str, Path] = {}
     for checkpoint in _several(options["earlier"]):
         name = Path(checkpoint).stem if checkpoint.endswith(".ckpt") else Path(checkpoint).name

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moebed.arguments import OneLineParser, add_text_options
+from moebed.checkpoints.hub import find_checkpoint, require_nameable
 from moebed.errors import ConfigError, UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -60,8 +61,8 @@ def run(command: str, arguments: Sequence[str]) -> None:
     """
     options = build_parser().parse_args(arguments)
     share, count = _kept(options.keep)
+    require_nameable(options.checkpoint)
     # Heavy imports wait until the options are known to be well formed.
-    from moebed.checkpoints.hub import find_checkpoint
     from moebed.checkpoints.pretrained import PretrainedMoE
     from moebed.checkpoints.texts import TextOptions
     from moebed.checkpoints.writer import require_empty

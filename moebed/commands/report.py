@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from moebed.arguments import OneLineParser
+from moebed.arguments import OneLineParser, require_run_folder
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -22,6 +22,8 @@ def build_parser() -> argparse.ArgumentParser:
 def run(command: str, arguments: Sequence[str]) -> None:
     """Write one HTML file about one or several run folders; the studies among them come first."""
     options = build_parser().parse_args(arguments)
+    for folder in options.folders:
+        require_run_folder(folder)
     from moebed.machine.progress import waiting
     from moebed.machine.storage import require_writable
     from moebed.study.page import is_study, sections

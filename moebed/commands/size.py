@@ -9,12 +9,13 @@ import argparse
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moebed.arguments import OneLineParser, parse_setting, read_recipe
 from moebed.errors import ConfigError
-from moebed.model.config import ModelConfig
-from moebed.model.flops import count_parameters, flops_per_token
+
+if TYPE_CHECKING:
+    from moebed.model.config import ModelConfig
 
 
 class Matched(NamedTuple):
@@ -40,6 +41,8 @@ def match_width(config: ModelConfig, reference: ModelConfig, sequence_length: in
     Raises:
         ConfigError: It has no experts, or layers of several widths, or is larger even with the narrowest experts.
     """
+    from moebed.model.flops import count_parameters, flops_per_token
+
     if not config.moe_layers or not isinstance(config.moe_intermediate_size, int):
         raise ConfigError("match: the model needs experts, and one number as their width, moe_intermediate_size")
     wanted = count_parameters(reference)[0]
@@ -62,6 +65,8 @@ def match_width(config: ModelConfig, reference: ModelConfig, sequence_length: in
 
 def size_table(config: ModelConfig, sequence_length: int) -> str:
     """The FFN or experts of every layer, and the whole model's parameters and forward FLOPs a token."""
+    from moebed.model.flops import count_parameters, flops_per_token
+
     lines = [f"{'layer':>5}{'experts':>9}{'chosen':>8}{'shared':>8}{'width':>8}"]
     for index in range(config.num_hidden_layers):
         layer = config.layer(index)
@@ -95,6 +100,9 @@ def read_model(recipe: Path, overrides: Sequence[str] = ()) -> tuple[ModelConfig
         if not sign:
             raise ConfigError(f"{text!r} changes nothing; write KEY=VALUE, such as num_experts=16")
         changes[key.removeprefix("model.config.")] = parse_setting(text, value)
+    # Heavy imports wait until the file and what changes it are known to be well formed.
+    from moebed.model.config import ModelConfig
+
     length = (content.get("data") or {}).get("sequence_length", 256)
     return ModelConfig.from_dict(overridden(model["config"], changes)), length
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moebed.arguments import OneLineParser
+from moebed.checkpoints.hub import find_checkpoint, require_nameable
 from moebed.errors import ConfigError, UserError
 
 PROBES = "balance,domain_share,domain_purity"
@@ -52,6 +53,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
         UserError: Nothing could be evaluated, or the text could not be probed; what was found is written then.
     """
     given = vars(build_parser().parse_args(arguments))
+    require_nameable(given["checkpoint"])
     from moebed.machine import storage
     from moebed.tasks.running import TaskOptions, run_tasks, texts_of
     from moebed.training.command_line import say
@@ -70,7 +72,6 @@ def run(command: str, arguments: Sequence[str]) -> None:
     if probes == "none" or not texts:
         return
     from moebed.checkpoints import Checkpoint
-    from moebed.checkpoints.hub import find_checkpoint
 
     if not Checkpoint.open(find_checkpoint(options.checkpoint)).config.moe_layers:
         say("note: the model has no experts, so its text is not probed")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moebed.arguments import OneLineParser
+from moebed.checkpoints.hub import find_checkpoint, require_nameable
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -35,11 +36,11 @@ def run(command: str, arguments: Sequence[str]) -> None:
         UserError: The checkpoint cannot be read, the family cannot express it, or the folder cannot be written.
     """
     options = build_parser().parse_args(arguments)
+    require_nameable(options.checkpoint)
     # Heavy imports wait until the options are known to be well formed.
     import torch
 
     from moebed.checkpoints.checkpoint import Checkpoint
-    from moebed.checkpoints.hub import find_checkpoint
     from moebed.checkpoints.writer import require_empty
     from moebed.checkpoints.writing_bar import WritingBar
     from moebed.exporting.export import export, plan_export

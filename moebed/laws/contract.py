@@ -16,11 +16,17 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from moebed.model.flops import training_flops
-
 Array = np.ndarray
 Constants = Mapping[str, Any]  # floats, or arrays (B, 1) of draws
 Columns = Mapping[str, Any]  # floats, or arrays (n,)
+
+
+def training_flops(active_parameters: Any, tokens: Any) -> Any:
+    """6·N·tok, the estimate that scaling laws are stated in: forward two a parameter and token, backward twice as many.
+
+    Products of attention are left out; ``moebed.model.flops.flops_per_token`` has them. Numbers or arrays.
+    """
+    return 6 * active_parameters * tokens
 
 
 @dataclass(frozen=True)

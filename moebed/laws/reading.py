@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from moebed.errors import UserError
-from moebed.laws.contract import Array, Law, LossLaw, Shape
-from moebed.model.flops import training_flops
+from moebed.laws.contract import Array, Law, LossLaw, Shape, training_flops
 
 # Column of ours -> what it may be called, and in words.
 COLUMNS: Mapping[str, tuple[str, ...]] = {

@@ -6,7 +6,6 @@ H hidden, F expert intermediate, E experts, K experts per token, V vocabulary, S
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 
@@ -138,14 +137,6 @@ def _pop_adapters(shapes: Shapes) -> list[tuple[int, ...]]:
 
 def _weights(shapes: list[tuple[int, ...]]) -> int:
     return count([shape for shape in shapes if len(shape) == 2])
-
-
-def training_flops(active_parameters: Any, tokens: Any) -> Any:
-    """6·N·tok, the estimate that scaling laws are stated in: forward two a parameter and token, backward twice as many.
-
-    Products of attention are left out; ``flops_per_token`` has them. Numbers or arrays.
-    """
-    return 6 * active_parameters * tokens
 
 
 def scaling_sizes(config: ModelConfig) -> dict[str, float] | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moebed.arguments import OneLineParser, add_text_options
+from moebed.checkpoints.hub import find_checkpoint, require_nameable
 from moebed.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -141,11 +142,11 @@ def run(command: str, arguments: Sequence[str]) -> None:
         UserError: The dense checkpoint cannot be read, the options do not fit it, or the folder cannot be written.
     """
     options = read_options(arguments)
+    require_nameable(options["dense"])
     # Heavy imports wait until the options are known to be well formed.
     import torch
 
     from moebed.checkpoints.checkpoint import Checkpoint
-    from moebed.checkpoints.hub import find_checkpoint
     from moebed.checkpoints.writer import require_empty
     from moebed.checkpoints.writing_bar import WritingBar
     from moebed.machine.progress import say

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moebed.arguments import require_run_folder
 from moebed.errors import UserError
 from probes.contract import ProbeResult
 from probes.registry import PROBES
@@ -62,8 +63,7 @@ def read_run(folder: Path) -> RunFolder:
     Raises:
         UserError: There is no such folder, or nothing in it to report, or a file in it is damaged.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder; give the folder of a run or of a probed checkpoint")
+    require_run_folder(folder)
     config, numbers = folder / "config.yaml", folder / "run_summary.json"
     _require_no_folder_of_runs(folder)
     run = RunFolder(

@@ -1,5 +1,7 @@
 """What is refused before PyTorch is loaded, and options that are misspelt, whatever the command."""
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moebed.arguments import OneLineParser, is_run_recipe, read_yaml
-from moebed.cli import main
+from moebed.cli import COMMANDS, main
 from moebed.commands.fit import KEYS, look_first
 from moebed.errors import ConfigError, UserError
 from moebed.machine.units import parse_bytes
@@ -25,6 +27,52 @@ def test_what_needs_no_model_is_refused_before_pytorch_is_loaded(tmp_path):
     )
     assert done.stdout.split() == ["2", "False"]
     assert "cannot be written (Not a directory); choose another with --trainer.default_root_dir" in done.stderr
+
+
+# Of each command: what it is given beside an option that it does not have, and a path that is not there.
+REFUSED = {
+    "fit": (["--config", RECIPE], ["--config", "nothere.yaml"]),
+    "validate": (["--config", RECIPE], ["--config", "nothere.yaml"]),
+    "test": (["--config", RECIPE], ["--config", "nothere.yaml"]),
+    "predict": (["--config", RECIPE], ["--config", "nothere.yaml"]),
+    "probe": (["nothere", "--out", "new"], ["nothere", "--out", "new"]),
+    "tasks": (["nothere", "--out", "new"], ["nothere", "--out", "new", "--tasks", "moebed_recall"]),
+    "upcycle": (["nothere", "--out", "new", "--method", "copy"], ["nothere", "--out", "new", "--method", "copy"]),
+    "export": (["nothere", "--out", "new"], ["nothere", "--out", "new"]),
+    "prune": (["nothere", "--out", "new", "--keep", "2"], ["nothere", "--out", "new", "--keep", "2"]),
+    "study": ([STUDY], ["nothere.yaml"]),
+    "law": (["nothere.csv", "--form", "joint", "--out", "new"], ["nothere.csv", "--form", "joint", "--out", "new"]),
+    "size": ([RECIPE], ["nothere.yaml"]),
+    "report": (["nothere"], ["nothere"]),
+    "bench": (["train"], ["nothere"]),
+    "check": ([], ["--out", RECIPE]),
+    "completion": (["bash"], ["nothere"]),
+}
+
+
+def test_every_command_refuses_what_it_can_before_pytorch_is_loaded():
+    """In one line, with exit code 2: an option that it does not have, and a path that is not there."""
+    assert REFUSED.keys() == COMMANDS.keys()
+    calls = {}
+    for command, (beside, nowhere) in REFUSED.items():
+        calls[command, "an option"] = [command, *beside, "--no-such-option"]
+        calls[command, "a path"] = [command, *nowhere]
+    program = (
+        "import contextlib, io, json, sys\nfrom moebed.cli import main\n"
+        "for arguments in json.loads(sys.argv[1]):\n"
+        "    with contextlib.redirect_stderr(io.StringIO()) as said:\n        code = main(arguments)\n"
+        "    print(json.dumps([code, 'torch' in sys.modules, said.getvalue()]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, json.dumps(list(calls.values()))],
+        capture_output=True, text=True, encoding="utf-8",
+    )  # fmt: skip
+    found = dict(zip(calls, map(json.loads, done.stdout.splitlines()), strict=True))
+    for (command, what), (code, loaded, said) in found.items():
+        assert (code, loaded) == (2, False), (command, what, said)
+        (line,) = said.splitlines()
+        wanted = "no[-_]such[-_]option" if what == "an option" else "nothere|is a file"
+        assert re.match(f"moebed: error: .*({wanted})", line), (command, line)
 
 
 def test_the_last_folder_that_is_named_holds(tmp_path):

@@ -18,9 +18,8 @@ from moebed.laws.choices import (
     size_of_cost,
     smallest_size,
 )
-from moebed.laws.contract import Shape, saturated
+from moebed.laws.contract import Shape, saturated, training_flops
 from moebed.laws.registry import LAWS
-from moebed.model.flops import training_flops
 
 TOTAL = COSTS["total"]
 
