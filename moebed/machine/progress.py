@@ -112,9 +112,11 @@ class Progress:
             self._bar.set_description(description, refresh=False)
             self._bar.set_postfix_str(detail, refresh=False)
 
-    def update(self, done: int) -> None:
-        """So many are done by now, in all."""
+    def update(self, done: int, total: int | None = None) -> None:
+        """So many are done by now, in all; of so many, where that has changed."""
+        self.total = self.total if total is None else total
         if self._bar is not None:
+            self._bar.total = self.total
             self._bar.update(done - self.done)
         self.done = done
 

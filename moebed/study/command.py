@@ -127,8 +127,9 @@ def run(command: str, arguments: Sequence[str]) -> None:
     for name, said in outcome.diverged.items():
         say(f"diverged: {name}: {said}")
     if outcome.failed:
-        failed = "; ".join(f"{name} ({said})" for name, said in outcome.failed.items())
-        raise UserError(f"{len(outcome.failed)} of {len(runs)} runs failed: {failed}; logs are in {out / 'status'}")
+        raise UserError(
+            f"{len(outcome.failed)} of {len(runs)} runs failed: {outcome.why_failed()}; logs are in {out / 'status'}"
+        )
 
 
 def _read_arms(text: str | None, recipe: StudyRecipe) -> list[str]:

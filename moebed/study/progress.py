@@ -27,23 +27,30 @@ class StudyBar:
 
     def __init__(self, out: Path, steps: Mapping[str, int]) -> None:
         self._out, self._steps = out, steps
-        self._finished: set[str] = set()
+        self._ended: dict[str, bool] = {}
         done = sum(min(steps_done(out, name), limit) for name, limit in steps.items())
         self._progress = Progress(sum(steps.values()), "step", done)
 
-    def finish(self, run: str) -> None:
-        """A run has come to its end, or needs no running."""
-        self._finished.add(run)
+    def end(self, run: str, finished: bool) -> None:
+        """A run has come to its last step, or will take no more steps although it has not."""
+        self._ended[run] = finished
 
     def show(self, running: Iterable[str]) -> None:
         """Read how far the runs are."""
         done = {
-            name: limit if name in self._finished else min(steps_done(self._out, name), limit)
+            name: limit if self._ended.get(name) else min(steps_done(self._out, name), limit)
             for name, limit in self._steps.items()
         }
+        to_do = sum(done[name] if name in self._ended else limit for name, limit in self._steps.items())
+        finished = sum(self._ended.values())
+        stopped = f", {len(self._ended) - finished} stopped" if finished < len(self._ended) else ""
         names = [f"{name.partition('/')[2]} {done[name]}/{self._steps[name]}" for name in running]
-        self._progress.describe(f"{len(self._finished)} of {len(self._steps)} runs", ", ".join(names))
-        self._progress.update(sum(done.values()))
+        self._progress.describe(f"{finished} of {len(self._steps)} runs{stopped}", ", ".join(names))
+        self._progress.update(sum(done.values()), to_do)
+
+    def standing(self) -> str:
+        """How things stand, as a line."""
+        return self._progress.standing()
 
     def say(self, text: str) -> None:
         """A line above the bar."""

@@ -7,6 +7,7 @@ array, share the work, and one that was killed leaves nothing to clean up.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from moebed.study.placement import Placement, visible_devices
 from moebed.study.progress import StudyBar, status_path
 
 POLL_SECONDS = 0.2
+_NAME = re.compile(r"\b(runs|stages|tasks)/[^/\s]+/seed_\d+")  # of a run
 GRACE_SECONDS = 20.0  # from the signal that asks a process to end to the one that ends it
 
 
@@ -81,6 +83,16 @@ class Outcome:
     finished: list[str] = field(default_factory=list)
     diverged: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+
+    def why_failed(self) -> str:
+        """What failed runs said, each thing once: what a run says of itself or of another one may name it."""
+        alike: dict[str, list[str]] = {}
+        for name, said in self.failed.items():
+            alike.setdefault(_NAME.sub("", said), []).append(name)
+        return "; ".join(
+            f"{first}{f' and {len(more)} more' if more else ''} ({self.failed[first]})"
+            for first, *more in alike.values()
+        )
 
 
 def moebed_command(run: RunLike) -> list[str]:
@@ -169,7 +181,7 @@ def _settled_already(run: RunLike, out: Path, outcome: Outcome, bar: StudyBar) -
     """Note a run that is finished, that diverged before, or that can never start."""
     if is_finished(run, out):
         outcome.finished.append(run.name)
-        bar.finish(run.name)
+        bar.end(run.name, finished=True)
         return True
     record = read_json(status_path(out, run.name, "json"))
     if record is not None and record.get("exit_code") == DivergedError.exit_code and (out / run.name).exists():
@@ -178,7 +190,7 @@ def _settled_already(run: RunLike, out: Path, outcome: Outcome, bar: StudyBar) -
         outcome.failed[run.name] = f"not started: it needs {run.needs}"
     else:
         return False
-    bar.finish(run.name)
+    bar.end(run.name, finished=False)
     return True
 
 
@@ -229,8 +241,9 @@ def _settle(process: Process, out: Path, outcome: Outcome, bar: StudyBar) -> Non
     record["seconds"] += time.monotonic() - process.started
     write_json(path, record)
     process.lock.release()
-    bar.finish(name)
-    if code == 0 and is_finished(process.run, out):
+    finished = code == 0 and is_finished(process.run, out)
+    bar.end(name, finished)
+    if finished:
         outcome.finished.append(name)
         bar.say(f"done: {name}")
         return

@@ -17,8 +17,8 @@ from study_runs import FakeRun, program
 from moebed.errors import UserError
 from moebed.study import lock
 from moebed.study.lock import RunLock
-from moebed.study.progress import status_path
-from moebed.study.runner import StoppedError, run_all
+from moebed.study.progress import StudyBar, status_path
+from moebed.study.runner import Outcome, StoppedError, run_all
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -70,6 +70,34 @@ def test_a_failed_run_stops_only_what_needs_it_and_is_tried_again(tmp_path):
     first.behaviour = runs[3].behaviour = "works"
     assert len(run_all(runs, tmp_path, command=program(tmp_path)).finished) == 4
     assert _starts(tmp_path, "runs/c/seed_1") == 1
+
+
+def test_the_time_that_is_left_counts_no_steps_of_a_run_that_has_stopped(tmp_path):
+    """Neither as done, which they are not, nor as to be done, which they will not be."""
+    with StudyBar(tmp_path, {f"runs/{arm}/seed_1": 100 for arm in "abcd"}) as bar:
+        for arm, steps in zip("abc", (100, 3, 20), strict=True):
+            path = status_path(tmp_path, f"runs/{arm}/seed_1", "step")
+            path.parent.mkdir(parents=True)
+            path.write_text(str(steps))
+        bar.end("runs/a/seed_1", finished=True)
+        bar.end("runs/b/seed_1", finished=False)
+        bar.show(["runs/c/seed_1"])
+        said = bar.standing()
+    assert said.startswith("1 of 4 runs, 1 stopped: 123 of 303 steps, ")
+    assert said.endswith(", c/seed_1 20/100")
+
+
+def test_a_fault_of_many_runs_is_said_once():
+    """With how many it stopped, be it that each names itself, or what it waited for."""
+    failed = {f"runs/{arm}/seed_{seed}": "exit code 2: no text" for arm in "ab" for seed in (1, 10)}
+    failed |= {f"stages/fit_1/seed_{seed}": f"exit code 1: out/stages/fit_1/seed_{seed}: full" for seed in (1, 10)}
+    failed |= {f"runs/c/seed_{seed}": f"not started: it needs stages/fit_1/seed_{seed}" for seed in (1, 10)}
+    failed["runs/d/seed_1"] = "exit code 1: another"
+    assert Outcome(failed=failed).why_failed() == (
+        "runs/a/seed_1 and 3 more (exit code 2: no text); "
+        "stages/fit_1/seed_1 and 1 more (exit code 1: out/stages/fit_1/seed_1: full); "
+        "runs/c/seed_1 and 1 more (not started: it needs stages/fit_1/seed_1); runs/d/seed_1 (exit code 1: another)"
+    )
 
 
 def test_a_diverged_run_is_told_from_a_failed_one_and_not_tried_again(tmp_path):
