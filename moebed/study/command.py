@@ -86,8 +86,8 @@ def run(command: str, arguments: Sequence[str]) -> None:
     from moebed.study.files import load_study
     from moebed.study.pilot import WANTED, pilot_runs, print_pilot
     from moebed.study.precision import keep_precision
-    from moebed.study.runner import Outcome, check_unchanged, run_all
-    from moebed.study.runs import plan_study
+    from moebed.study.runner import Outcome, check_unchanged, is_finished, run_all
+    from moebed.study.runs import plan_study, prepare_texts
 
     if recipe.tasks and not options.collect and find_spec("lm_eval") is None:
         raise UserError(
@@ -117,6 +117,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
     if not options.collect:
         trained = sum(run.name in plan.final.values() for run in runs)
         say(f"study {recipe.name}: {trained} runs of {len(recipe.arms)} arms and {len(recipe.seeds)} seeds in {out}")
+        prepare_texts(run for run in runs if not is_finished(run, out))
         outcome = run_all(runs, out, options.jobs)
     if options.pilot is not None:
         wanted = WANTED if options.difference is None else (options.difference,)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from moebed.data.sources import SourceConfig
+from moebed.data.datamodule import TextDataModule
 from moebed.model.config import ModelConfig
 from moebed.plan.plan import takes_any_gpu, world_size
 from moebed.training.command_line import TrainingCLI, quiet
@@ -50,14 +50,14 @@ class Resolved:
         config: The model's.
         tokens_per_step: Of an optimizer step, over all processes; where the recipe leaves their number open, one.
         devices: GPUs of a node that the run is to see; 0 where it takes none, or names its own.
-        sources: Where its text comes from.
+        data: Its text, of which nothing has been read.
     """
 
     content: dict[str, Any]
     config: ModelConfig
     tokens_per_step: int
     devices: int
-    sources: Sequence[SourceConfig]
+    data: TextDataModule
 
 
 def resolve(arguments: Sequence[str]) -> Resolved:
@@ -75,7 +75,7 @@ def resolve(arguments: Sequence[str]) -> Resolved:
     micro_batches = processes * recipe.trainer.accumulate_grad_batches
     tokens = micro_batches * recipe.data.batch_size * recipe.data.sequence_length
     devices = processes // recipe.trainer.num_nodes if takes_any_gpu(recipe, torch.cuda.device_count()) else 0
-    return Resolved(content, cli.model.config, tokens, devices, cli.datamodule.sources)
+    return Resolved(content, cli.model.config, tokens, devices, cli.datamodule)
 
 
 def as_arguments(overrides: Mapping[str, Any]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 
 from moebed.checkpoints.companions import START_RECIPE
 from moebed.checkpoints.families.base import NOT_IN_CHECKPOINTS
+from moebed.data.datamodule import TextDataModule
 from moebed.data.sources import Source
 from moebed.errors import ConfigError, UserError
 from moebed.machine import provenance
@@ -44,6 +45,7 @@ class Run:
         needs: Name of the run that must be finished before.
         from_random: Whether training starts from random weights.
         devices: GPUs that it is to see; 0 where it takes none, or names its own.
+        data: The text that it trains on; None where nothing is trained.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Run:
     needs: str | None = None
     from_random: bool = True
     devices: int = 0
+    data: TextDataModule | None = None
 
     @property
     def hash(self) -> str:
@@ -128,6 +131,23 @@ def plan_study(recipe: StudyRecipe, out: Path) -> StudyPlan:
     return plan
 
 
+def prepare_texts(runs: Iterable[Run]) -> None:
+    """Tokenize what runs will train on, each text once, into the cache that they read it from.
+
+    Raises:
+        UserError: What the first of them that cannot be trained would say, with its name.
+    """
+    done = set()
+    for run in runs:
+        text = fingerprint({key: run.identity[key] for key in run.identity if key.startswith("data.") or key == TEXT})
+        if run.data is not None and text not in done:
+            done.add(text)
+            try:
+                run.data.prepare_data()
+            except UserError as error:
+                raise UserError(f"{run.name} and what has the same text: {error}") from error
+
+
 @dataclass(frozen=True)
 class _CheckedStep:
     """A step of an arm, whatever the seed."""
@@ -140,6 +160,7 @@ class _CheckedStep:
     tokens: int = 0
     from_random: bool = True
     devices: int = 0
+    data: TextDataModule | None = None
 
 
 def _resolve_steps(recipe: StudyRecipe, steps: Sequence[Step], plan: StudyPlan, out: Path) -> list[_CheckedStep]:
@@ -192,7 +213,7 @@ def _resolve_steps(recipe: StudyRecipe, steps: Sequence[Step], plan: StudyPlan, 
             )
         identity = settings_of(resolved.content) | after
         # Content tells the text of two days or two machines apart where paths do not.
-        identity |= code | {TEXT: provenance.fingerprint([Source(one).content() for one in resolved.sources])}
+        identity |= code | {TEXT: provenance.fingerprint([Source(one).content() for one in resolved.data.sources])}
         found.append(
             _CheckedStep(
                 "fit",
@@ -203,6 +224,7 @@ def _resolve_steps(recipe: StudyRecipe, steps: Sequence[Step], plan: StudyPlan, 
                 number * resolved.tokens_per_step,
                 from_random=not found and resolved.content["model"]["init_from"] is None,
                 devices=resolved.devices,
+                data=resolved.data,
             )
         )
     return found
@@ -293,7 +315,17 @@ def _add_runs(plan: StudyPlan, arm: str, steps: Sequence[_CheckedStep], seed: in
             if needs is not None:
                 arguments.append(f"--model.init_from={out / needs.name}")
             before = needs.name if needs else None
-            run = Run(name, arguments, identity, step.steps, "run_summary.json", before, step.from_random, step.devices)
+            run = Run(
+                name,
+                arguments,
+                identity,
+                step.steps,
+                "run_summary.json",
+                before,
+                step.from_random,
+                step.devices,
+                step.data,
+            )
         plan.runs.setdefault(name, run)
         needs = run
     assert needs is not None

@@ -47,6 +47,21 @@ def study(tmp_path):
     return write
 
 
+def test_text_that_cannot_be_trained_on_is_found_before_a_run_is_begun(study, tmp_path, capsys):
+    """And once, where every run would have found it; --collect, which trains nothing, reads none."""
+    (tmp_path / "short.txt").write_text("one document, of which nothing is left to validate on. " * 20)
+    source = {"name": "short", "kind": "files", "path": str(tmp_path / "short.txt")}
+    path = study(settings={"data.sources": [source], "data.cache_dir": str(tmp_path / "cache")})
+    arguments = ["study", str(path), "--out", str(tmp_path / "out")]
+    main([*arguments, "--collect"])
+    assert "do not fill one sequence" not in capsys.readouterr().err
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert said.count("do not fill one sequence of 32 + 1 as all its text is one document") == 1
+    assert said.count("moebed: error: runs/topk/seed_1 and what has the same text: data source 'short'") == 1
+    assert not (tmp_path / "out" / "runs").exists()
+
+
 def test_a_study_like_another_has_its_arms_and_says_what_is_its_own(study, tmp_path):
     small = read_recipe(study(settings={"trainer.max_steps": 3, "data.batch_size": 4}, question="Which?"))
     elsewhere = tmp_path / "elsewhere"
