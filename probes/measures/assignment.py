@@ -58,6 +58,7 @@ def assign(similarity: Tensor, dense_turns: threading.Semaphore | None = None) -
 
     Raises:
         ValueError: Where the matrix is not square, or a row's largest entry is not finite.
+        RuntimeError: The prices that are to prove an optimum do not, which is a fault of this module.
     """
     size = len(similarity)
     if tuple(similarity.shape) != (size, size):
@@ -158,8 +159,16 @@ def _solve_by_scipy(similarity: Tensor, edges: np.ndarray, known: _Optimum) -> t
 
 
 def _merged(edges: np.ndarray, more: np.ndarray) -> np.ndarray:
-    """Both in order; they have none in common."""
-    return np.insert(edges, np.searchsorted(edges, more), more)
+    """Both in order. They have none in common: scipy's solvers write beyond their memory where an edge is there twice.
+
+    Raises:
+        RuntimeError: What a proof misses is a candidate already: prices or proof are wrong.
+    """
+    place = np.searchsorted(edges, more)
+    known = np.count_nonzero(edges.take(place, mode="clip") == more)
+    if known:
+        raise RuntimeError(f"an assignment's prices do not prove it: {known} of its own candidates exceed them")
+    return np.insert(edges, place, more)
 
 
 def _balancing_prices(similarity: Tensor) -> np.ndarray:

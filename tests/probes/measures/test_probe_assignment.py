@@ -155,6 +155,19 @@ def test_what_float32_cannot_tell_is_missing_too(compiled, monkeypatch):
     assert len(found) >= 150
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_prices_that_do_not_prove_it_are_an_error(compiled, monkeypatch):
+    """Scipy's sparse solver writes beyond its memory where an edge is there twice, and ends the process."""
+    if not compiled:
+        monkeypatch.setattr(native_assignment, "fits", lambda similarity: False)
+    missing = assignment._missing
+    monkeypatch.setattr(
+        assignment, "_missing", lambda similarity, profit, price: missing(similarity, profit - 0.1, price)
+    )
+    with pytest.raises(RuntimeError, match=r"prices do not prove it: [1-9]"):
+        assign(similarities("random", 300, 50, 0.0, 0))
+
+
 def test_of_many_missing_each_row_has_its_largest():
     row, entry = np.array([0, 0, 0, 2, 2]), np.array([1, 4, 7, 22, 25])
     excess = np.array([0.1, 0.3, 0.2, 0.5, 0.6])
