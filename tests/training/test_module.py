@@ -146,6 +146,29 @@ def test_global_scope_counts_the_window_so_far_and_window_scope_all_of_it(tmp_pa
     _trainer(tmp_path, 1, accumulate_grad_batches=2).fit(dense, datamodule=data(2))  # nothing to balance
 
 
+class Gradients(Callback):
+    """Keeps a step's before they are clipped, and after."""
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.before = [p.grad.clone() for p in pl_module.parameters()]
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.after = [p.grad for p in pl_module.parameters()]
+
+
+def test_clipping_by_hand(tmp_path, data):
+    """By the norm of all together, which leaves a smaller gradient as it is, or each number."""
+    for most, algorithm in ((1e-2, "norm"), (1e2, "norm"), (1e-3, "value")):
+        module, seen = _module(num_hidden_layers=1), Gradients()
+        options = {"gradient_clip_val": most, "gradient_clip_algorithm": algorithm}
+        _trainer(tmp_path, 1, seen, **options).fit(module, datamodule=data())
+        norm = torch.cat([gradient.flatten() for gradient in seen.before]).norm()
+        assert 0.1 < norm < 10
+        for before, after in zip(seen.before, seen.after, strict=True):
+            scaled = before * min(1.0, most / norm) if algorithm == "norm" else before.clamp(-most, most)
+            torch.testing.assert_close(after, scaled, rtol=1e-3, atol=0)
+
+
 def test_window_scope_survives_a_step_that_is_left_out(tmp_path, data):
     """What was counted for a step whose loss is not finite is of no other step."""
 

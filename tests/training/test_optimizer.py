@@ -1,10 +1,12 @@
 """Which parameters decay, by which schedule rates go, and that a restored optimizer does as told."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from moebed.model.decoder import Decoder
 from moebed.training.optim import OptimizerConfig, build_optimizer, learning_rate_factor
-from moebed.training.schedule import SchedulePlan
+from moebed.training.schedule import SchedulePlan, last_step
 from tests.conftest import tiny_config
 
 
@@ -18,6 +20,29 @@ def test_schedules():
     assert learning_rate_factor(wsd, 80, 100) == pytest.approx(1.0)
     assert learning_rate_factor(wsd, 90, 100) == pytest.approx(0.5)
     assert learning_rate_factor(wsd, 100, 100) == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "limit_train_batches", "max_epochs", "fast_dev_run", "wanted"),
+    [
+        (7, 1.0, None, 0, 7),
+        (-1, 10, 2, 0, 8),  # three micro-batches a step: the fourth of an epoch has one
+        (7, 10, 2, 0, 7),
+        (9, 10, 2, 0, 8),
+        (-1, 10, -1, 0, None),
+        (-1, 1.0, 2, 0, None),  # a share of a text without an end
+        (5, 5, 1, 5, 5),  # Lightning makes it so many steps of one micro-batch
+    ],
+)
+def test_the_step_that_ends_a_run(max_steps, limit_train_batches, max_epochs, fast_dev_run, wanted):
+    trainer = SimpleNamespace(
+        max_steps=max_steps,
+        limit_train_batches=limit_train_batches,
+        max_epochs=max_epochs,
+        fast_dev_run=fast_dev_run,
+        accumulate_grad_batches=3,
+    )
+    assert last_step(trainer) == wanted
 
 
 def test_norms_and_biases_do_not_decay():
