@@ -314,6 +314,41 @@ def test_traffic_by_hand():
     assert traffic.probe_gather_bytes(setup, layer_shapes(config, 0)) == 4 * (2 * routed + layer - own)
 
 
+def test_memory_of_a_rank_by_hand():
+    """Four ranks, two columns, T 8, K 2, H 4 in bf16; layers of 0, 4 and 8 experts, of which half are here."""
+    sizes = {"vocab_size": 8, "hidden_size": 4, "num_attention_heads": 1, "num_hidden_layers": 3}
+    config = ModelConfig(**sizes, moe_intermediate_size=2, intermediate_size=6, num_experts=[0, 4, 8])
+    setup = Setup(config, 2, 4, PRECISIONS["bf16-mixed"], ParallelConfig(2, 2, True, "bfloat16"))
+    attention, outer = 4 * 16 + 2 * 4, 2 * 32 + 4
+    blocks = attention + 3 * 24, attention + 16 + 3 * 8 * 2, attention + 32 + 3 * 8 * 4
+    parts = memory.state(setup)
+    assert parts["gathered: embedding, head"] == 2 * outer
+    assert parts["gathered: two blocks"] == 2 * (blocks[0] + blocks[2])  # the largest
+    moments = {moment.name: moment.parts for moment in memory.moments(setup)}
+    for index, elements in enumerate(blocks):
+        assert moments[f"backward pass of layer {index}"]["unsharded gradients of a block"] == (4 + 2) * elements
+    trips = 8 * 2 * (1 - 6 / 28)
+    assert memory.exchange_buffers(setup, 2) == round(trips * (3 * 8 + 16))  # rows sent, received, and results
+    gathered = replace(setup, layout=replace(setup.layout, exchange="all_gather"))
+    assert memory.exchange_buffers(gathered, 2) == 16 * (2 * 8 + 16) + 8 * 2 * 8  # T alone are sent and come back
+    replicated = replace(setup, layout=ParallelConfig(2, 2, False))
+    assert "DDP buckets" not in memory.state(replicated)  # FSDP2 replicates what is spread
+    whole = memory.state(replace(setup, layout=ParallelConfig(4, 1, False)))
+    assert whole["DDP buckets"] == whole["parameters"] == 4 * (outer + sum(blocks) + 3 * 8 * (2 + 4))
+    stream, rows = 4 * 8 * 4, 8 * 2
+    for width, working in ((2, 2 + 4), (10, 10 + 10)):  # gradients of what the down projection gives and takes
+        wide = replace(replicated, config=replace(config, moe_intermediate_size=width))
+        parts = memory._ffn_backward(wide, 2, 0.0)
+        assert parts["gradients of activations"] == 2 * rows * working + stream
+        assert parts["gradients"] == 4 * 8 * 4 * width / 2  # of the down projections of half the experts
+    plain = replace(replicated, config=replace(config, attention_backend="math"))
+    assert memory._attention_backward(plain)["gradients of activations"] == 2 * 2 * 8 * 4 + stream
+    for accumulate, gradients in ((1, 0), (2, memory.state(replicated)["parameters"])):
+        moments = memory.moments(replace(replicated, accumulate=accumulate))
+        (loss,) = (moment for moment in moments if moment.name == "backward pass of the loss")
+        assert loss.parts.get("gradients", 0) == gradients
+
+
 def test_tokens_of_experts():
     config = config_of("deepseek", num_experts=[0, 8])
     setup = Setup(config, 2, 10, layout=ParallelConfig(3, 2, False), accumulate=5, max_steps=7)

@@ -20,6 +20,15 @@ def test_schedules():
     assert learning_rate_factor(wsd, 80, 100) == pytest.approx(1.0)
     assert learning_rate_factor(wsd, 90, 100) == pytest.approx(0.5)
     assert learning_rate_factor(wsd, 100, 100) == pytest.approx(0.0)
+    wsd = OptimizerConfig(warmup_steps=10, schedule="wsd", decay_fraction=0.2, min_lr_ratio=0.1)
+    assert [learning_rate_factor(wsd, step, 100) for step in (90, 100, 110)] == pytest.approx([0.55, 0.1, 0.1])
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_optimizer_is_told_what_the_config_says(name):
+    config = OptimizerConfig(name=name, beta1=0.8, beta2=0.99, eps=1e-6, learning_rate=0.02)
+    for group in build_optimizer(Decoder(tiny_config()), config).param_groups:
+        assert (group["betas"], group["eps"], group["lr"]) == ((0.8, 0.99), 1e-6, 0.02)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,10 @@ def test_factors_by_hand():
     assert {key for key in found if key.startswith(layer) or "layers" not in key} == expected.keys()
     assert "embed_tokens.weight" not in found
     assert _decoder(256, base_hidden_size=64).width_factors[f"{layer}mlp.experts.down_proj"] == hidden
-    assert "lm_head.weight" not in _decoder(256, base_hidden_size=64, tie_word_embeddings=True).width_factors
+    tied = _decoder(256, base_hidden_size=64, tie_word_embeddings=True, router_options={"router_bias": True})
+    outer = {"embed_tokens.weight", "lm_head.weight", f"{layer}mlp.router.bias"}
+    assert not outer & tied.width_factors.keys()
+    assert f"{layer}mlp.router.bias" in dict(tied.named_parameters())
 
 
 def test_at_the_base_nothing_changes():
