@@ -108,16 +108,16 @@ class ProbeText:
     def first_with_past(self) -> Tensor:
         """(T,) index of the first valid token of all that have seen the same ids as each has, its own among them.
 
-        A first id that is repeated adds nothing to see: a mean of equal values is the value.
+        A first id that is repeated adds nothing to what it sees itself, for a mean of equal values is the value; but to
+        what another id sees after it, which weighs both.
         """
         ids = self.input_ids.cpu().numpy().astype(np.uint64)
         is_repeated = np.logical_and.accumulate(ids == ids[:, :1], axis=1)
         seen = ids + np.uint64(1)
         for place in range(1, ids.shape[1]):
             before = seen[:, place - 1]
-            mixed = (before * np.uint64(6364136223846793005) + seen[:, place]) ^ (before >> np.uint64(29))
-            seen[:, place] = np.where(is_repeated[:, place], before, mixed)
-        known = seen[self.token_mask.cpu().numpy()]
+            seen[:, place] = (before * np.uint64(6364136223846793005) + seen[:, place]) ^ (before >> np.uint64(29))
+        known = np.where(is_repeated, seen[:, :1], seen)[self.token_mask.cpu().numpy()]
         _, first, group = np.unique(known, return_index=True, return_inverse=True)
         return torch.from_numpy(first[group])
 

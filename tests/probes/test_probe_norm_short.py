@@ -8,7 +8,7 @@ from scipy.stats import rankdata
 
 from moebed.views.layer import ProbeText
 from probes.figures.drawing import to_rgb
-from probes.measures.ranks import first_of_largest, joined, ranks, settled
+from probes.measures.ranks import first_of_largest, joined, rankable, ranks, settled
 from probes.norm_vs_score import NormVsScore
 from probes.running.driver import run_probes
 
@@ -92,6 +92,8 @@ def test_tokens_that_are_one_have_the_same_values_where_rounding_alone_tells_the
     """And stay as they are where a router, say, treats them otherwise."""
     values = np.array([1.0, 5.0, 1.0 + 1e-6, 1.5, 5.0], np.float32)
     assert settled(values, np.array([0, 1, 0, 0, 1])).tolist() == [1.0, 5.0, 1.0, 1.5, 5.0]
+    of_size = np.array([[1e-4, -800.0], [2e-4, -800.5]])
+    assert settled(of_size, np.array([0, 0])).tolist() == [[1e-4, -800.0], [2e-4, -800.0]]
     ids = torch.tensor([[7, 8, 9, 9], [7, 8, 8, 9], [8, 7, 0, 0], [7, 8, 9, 9]])
     mask = torch.tensor([[True] * 4, [True] * 4, [True, True, False, False], [True] * 4])
     domain = torch.zeros(4, dtype=torch.long)
@@ -99,12 +101,19 @@ def test_tokens_that_are_one_have_the_same_values_where_rounding_alone_tells_the
     assert text.first_with_past.tolist() == [0, 1, 2, 3, 0, 1, 6, 7, 8, 9, 0, 1, 2, 3]
     again = ProbeText(torch.tensor([[7, 7, 7, 8, 7], [8, 8, 7, 8, 8]]), torch.ones(2, 5, dtype=torch.bool), domain[:2])
     assert again.first_with_past.tolist() == [0, 0, 0, 3, 4, 5, 5, 7, 8, 9]
+    zero = ProbeText(torch.tensor([[0, 7, 3], [7, 3, 0], [0, 0, 7]]), torch.ones(3, 3, dtype=torch.bool), domain[:3])
+    assert zero.first_with_past.tolist() == [0, 1, 2, 3, 4, 5, 0, 0, 8]  # 7 after two is not 7 after one
 
 
 def test_the_largest_of_several_that_are_equal_is_the_first():
     values = np.array([[1, 2, 2 + 1e-7, 0], [3, 1, 1, 1], [-np.inf] * 4, [0, np.inf, 1, np.inf]])
     np.testing.assert_array_equal(first_of_largest(values), [1, 0, 0, 1])
     np.testing.assert_array_equal(ranks(values[:2], within=1e-5).top(), [[0, 0.5, 0.5, 0], [1, 0, 0, 0]])
+
+
+def test_rows_can_be_ranked_whose_entries_differ_by_more_than_rounding_of_the_largest():
+    values = np.array([[1, 1 + 2e-5], [1, 1 + 5e-6], [-100, -100 + 5e-4], [-100, -98], [0, 0], [-1e-9, 1e-9]])
+    assert rankable(values).tolist() == [True, False, False, True, False, True]
 
 
 def test_copies_of_experts_are_joined_and_others_are_not():
