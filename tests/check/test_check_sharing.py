@@ -1,11 +1,13 @@
 """How the minutes are shared, on the ladder's own steps."""
 
+from dataclasses import replace
+
 import pytest
 
 from moebed.check import runner
 from moebed.check.contract import MINUTES
 from moebed.check.ladder import LADDER, MODULE
-from moebed.check.sharing import share
+from moebed.check.sharing import rung_seconds, share
 from tests.check.test_check_ladder import IDENTITY
 
 ASKED = ("machine", "probes", "checkpoints", "ranks", "memory", "waits", "fit")
@@ -47,6 +49,13 @@ def climbed(tmp_path, monkeypatch):
         return given
 
     return climb
+
+
+def test_a_rung_takes_as_long_as_its_longest_step_as_often_as_cores_take_turns():
+    steps = [replace(LADDER[0][0], seconds=seconds) for seconds in (10.0, 30.0, 20.0)]
+    assert [rung_seconds(steps, cores) for cores in (1, 2, 3, 4)] == [90, 60, 30, 30]
+    assert rung_seconds([], 2) == 0
+    assert share(steps[0], [steps, steps[:1]], 70.0, 2) == 10.0
 
 
 FOREVER = {step.name: 1e9 for rung in LADDER for step in rung}

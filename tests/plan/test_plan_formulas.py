@@ -329,8 +329,11 @@ def test_memory_of_a_rank_by_hand():
         assert moments[f"backward pass of layer {index}"]["unsharded gradients of a block"] == (4 + 2) * elements
     trips = 8 * 2 * (1 - 6 / 28)
     assert memory.exchange_buffers(setup, 2) == round(trips * (3 * 8 + 16))  # rows sent, received, and results
+    routing = 8 * (8 * 8 + 4 + 12 * 2)
+    assert activations.block_outputs(setup, 2) == routing + round(8 * trips)  # and where those that come back belong
     gathered = replace(setup, layout=replace(setup.layout, exchange="all_gather"))
     assert memory.exchange_buffers(gathered, 2) == 16 * (2 * 8 + 16) + 8 * 2 * 8  # T alone are sent and come back
+    assert activations.block_outputs(gathered, 2) == routing
     replicated = replace(setup, layout=ParallelConfig(2, 2, False))
     assert "DDP buckets" not in memory.state(replicated)  # FSDP2 replicates what is spread
     whole = memory.state(replace(setup, layout=ParallelConfig(4, 1, False)))

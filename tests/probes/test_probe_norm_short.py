@@ -128,3 +128,8 @@ def test_copies_of_experts_are_joined_and_others_are_not():
     np.testing.assert_allclose(one, values, rtol=1e-6)
     assert (one[:, [0, 2, 5]] == values[:, [0, 2, 5]]).all()
     assert joined(values[:0]).shape == (0, 6)
+    few = values.copy()
+    few[1::4, 3] += 0.1  # tokens that are not among those that are looked at first
+    assert (joined(few)[:, 3] == few[:, 3]).all()
+    drifting = values[:, :1] * (1 + np.array([0, 8e-6, 1.6e-5]))  # the third equals the second, and not the first
+    assert (joined(drifting) == drifting[:, [0, 0, 2]]).all()
