@@ -16,6 +16,7 @@ from moebed.parallel.traffic import (
     of_distance,
     slowest_link,
     trips_between_ranks,
+    trips_to_all,
 )
 from moebed.views.layer import LayerView
 from moebed.views.live import walk
@@ -110,7 +111,7 @@ def test_bytes_go_out_and_come_back_and_recomputation_repeats_the_way_forward():
     assert sent.tolist() == [[0, 3 * 824 + 812], [824 + 3 * 812, 0]]
     distance = of_distance(4, 2)
     assert distance.tolist() == [[0, 1, 2, 2], [1, 0, 2, 2], [2, 2, 0, 1], [2, 2, 1, 0]]
-    sent = np.where(distance == 2, 10.0, 60.0)
+    sent = np.array([1e9, 60.0, 10.0])[distance]  # to itself, which takes no time, to the node, and across
     assert slowest_link(sent, distance, bandwidth_node=10.0, bandwidth_across=1.0) == 10
     assert slowest_link(sent, distance, bandwidth_node=2.0, bandwidth_across=1.0) == 30
 
@@ -119,6 +120,7 @@ def test_of_several_choices_those_that_do_not_stand_travel_nowhere():
     index = np.array([[0, -1], [3, 1], [-1, -1]])
     assert between_ranks(index, np.array([0, 1, 1]), 4, 2).tolist() == [[1, 0], [1, 1]]
     assert trips_between_ranks(index, np.array([0, 1, 1]), 4, 2).tolist() == [[1, 0], [1, 1]]
+    assert trips_to_all(np.array([0, 1, 1]), 2).tolist() == [[1, 1], [2, 2]]
     weight = torch.tensor([[0.5, 0.0], [0.5, 0.5]])
     probs = torch.full((2, 4), 0.25)
     routing = Routing(probs.log(), probs, torch.tensor([[0, 1], [2, 3]]), weight, ragged=True)

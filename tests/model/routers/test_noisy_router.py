@@ -58,6 +58,16 @@ def test_it_begins_with_noise_far_above_its_logits():
         torch.testing.assert_close(router.initial("noise_proj", router.noise_proj), torch.zeros(4, 32))
 
 
+def test_noise_has_the_deviation_that_is_learned_and_its_least():
+    router, x = _router(router_options={"noise_epsilon": 0.25}).train(), torch.randn(50, 32)
+    for learned in (0.0, -100.0):  # softplus of which is ln 2, and 0
+        torch.nn.init.constant_(router.noise_proj, learned)
+        inputs = x.abs()
+        deviation = torch.nn.functional.softplus(inputs @ router.noise_proj.T) + 0.25
+        expected = router.logits(inputs) + router.noise(50) * deviation
+        torch.testing.assert_close(router(inputs, None).router_logits, expected)
+
+
 def test_noise_is_normal_and_another_one_for_every_token_expert_layer_step_and_micro_batch():
     router = _router(num_experts=8)
     router.begin_step(3)
