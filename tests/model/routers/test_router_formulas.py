@@ -282,7 +282,9 @@ def test_relu_weighs_by_the_positive_logits_and_takes_as_many():
     assert none.topk_weight.tolist() == [[0.0], [0.0]]
     assert not none.assigned.any()
     assert bool(none.router_probs.isfinite().all())
-    assert router.eval().choose(LOGITS).topk_weight.tolist() == [[2.0, 1.0, 0, 0], [0.5, 0.25, 0, 0]]
+    evaluated = router.eval().choose(LOGITS)
+    assert evaluated.topk_weight.tolist() == [[2.0, 1.0, 0, 0], [0.5, 0.25, 0, 0]]
+    assert evaluated.losses is None
 
 
 def test_relu_coefficient_follows_the_sparsity():

@@ -78,6 +78,11 @@ def test_any_layout_draws_the_same_and_each_step_and_layer_anew():
         torch.manual_seed(0)
         half = pooled(rows=slice(20, 40), **changes).topk_index.view(20, 12, 2)
         assert torch.equal(half, whole[20:])
+    for micro, rank, part in ((0, 0, 0), (0, 1, 1), (1, 0, 2), (1, 1, 3)):  # of two micro-batches on two ranks
+        torch.manual_seed(0)
+        rows = slice(10 * part, 10 * part + 10)
+        quarter = pooled(rows=rows, micro_batch=micro, rank=rank, ranks=2).topk_index.view(10, 12, 2)
+        assert torch.equal(quarter, whole[rows])
     for changes in ({"optimizer_step": 1}, {"layer": 1}):
         torch.manual_seed(0)
         assert not torch.equal(pooled(**changes).topk_index.view_as(whole), whole)

@@ -1,5 +1,7 @@
 """Routers that adapt to sums over a step's tokens: by hand, by simulation, and cut into any parts."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -55,6 +57,16 @@ def test_counts_leave_padding_out_and_add_up():
     parts = sum(histogram(values[at], mask[at]) for at in (slice(0, 7), slice(7, 41), slice(41, 60)))
     assert torch.equal(whole, parts)
     assert upper_quantile(torch.zeros(4, NUM_BINS), 0.5).tolist() == [0] * 4  # a step without a token
+
+
+def test_the_number_above_a_quantile_is_rounded_and_those_of_one_bin_lie_evenly():
+    five = histogram(torch.arange(1.0, 6.0).view(5, 1), _all(5))
+    for share, wanted in ((0.05, 4.5), (0.25, 4.5), (0.35, 3.5), (0.5, 3.5), (1.0, 1.0)):
+        assert upper_quantile(five, share).item() == pytest.approx(wanted, rel=0.01)
+    four = torch.zeros(1, NUM_BINS)
+    four[0, 1500] = 4
+    middle = FINEST * math.sinh((2 * 1500.5 / NUM_BINS - 1) * math.asinh(WIDEST / FINEST))
+    assert upper_quantile(four, 0.5).item() == pytest.approx(middle, rel=2e-4)
 
 
 # Quantile balancing --------------------------------------------------------------------------------------------------
@@ -168,6 +180,8 @@ def test_thresholds_begin_where_a_gate_as_drawn_has_them():
     x = F.rms_norm(torch.randn(2000, 256), (256,))
     load = router_stats(router(x, None), _all(2000)).counts.sum() / 2000
     assert load == pytest.approx(2, rel=0.15)
+    chooser = router_of("expert_choice", num_experts=16)
+    assert chooser.scores(torch.zeros(1, 16)).unique().item() == pytest.approx(chooser.first_threshold())
     everyone = router_of("threshold", num_experts_per_tok=4)
     assert bool(everyone.choose(torch.randn(7, 4)).assigned.all())
     _count(everyone, everyone.choose(torch.randn(7, 4))).end()
