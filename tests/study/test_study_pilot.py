@@ -187,3 +187,8 @@ def test_a_pilot_runs_few_and_says_what_more_take(tmp_path, capsys):
     assert all(finished["wide"]["runs"][seed]["seconds"] > 0.5 for seed in ("1", "2"))
     assert main([*arguments, "--pilot", "2", "--collect"]) == 0  # runs nothing
     assert not (tmp_path / "out" / "runs" / "random").exists()
+
+
+def test_the_most_pairs_that_are_looked_for_may_be_needed():
+    needed = detectable(1.0, 5)
+    assert [pairs_needed(1.0, needed, most=most) for most in (4, 5, 6)] == [None, 5, 5]

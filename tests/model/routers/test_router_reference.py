@@ -64,6 +64,19 @@ def test_the_oracle_is_the_softmax_router_within_a_block():
     torch.testing.assert_close(oracle.topk_weight, blocks.softmax(-1).sort(-1, descending=True).values)
 
 
+def test_what_is_left_of_the_experts_goes_to_the_largest_remainder():
+    assert block_sizes(10, [50, 32, 18]) == [5, 3, 2]  # of seven beside one each: 3.5, 2.24, 1.26
+
+
+def test_each_rotation_of_the_blocks_is_as_likely():
+    router = router_of("anti_oracle", num_experts=8, num_experts_per_tok=1, router_options={"num_domains": 4})
+    ids, none = torch.arange(2000), torch.zeros(2000, dtype=torch.long)
+    for domain in range(4):
+        context = TokenContext(ids, none + domain, sequence=ids, position=none)
+        share = torch.bincount(router.block_of(context), minlength=4) / 2000
+        torch.testing.assert_close(share, torch.full((4,), 0.25), rtol=0, atol=0.04)
+
+
 def test_in_the_anti_oracle_a_block_is_of_no_domain():
     """Each block has as many tokens of either domain, and within a sequence the domains keep apart."""
     torch.manual_seed(2)

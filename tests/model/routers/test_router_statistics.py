@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from moebed.model.losses import router_stats
-from moebed.model.routers import Load, RouterSteps
+from moebed.model.routers import Load, RouterSteps, build_router
 from moebed.model.routers.quantiles import FINEST, NUM_BINS, WIDEST, histogram, upper_quantile
 from tests.model.routers.router_cases import config_of, router_of
 
@@ -258,6 +258,17 @@ def test_kmeans_finds_two_planted_clusters():
             break
     else:
         pytest.fail("no start had a token of each cluster")
+
+
+def test_centroids_begin_anew_in_each_layer_with_tokens_of_the_first_micro_batch():
+    config = config_of("kmeans")
+    one, other = (build_router(config, config.layer(index)) for index in (0, 1))
+    assert not torch.equal(one.centroids, other.centroids)
+    for micro_batch, tokens in ((0, 4), (1, 0)):
+        one.micro_batch = micro_batch
+        one.begin_step(0)
+        counted = one.tokens_of(torch.randn(50, 32), torch.zeros(50, 2, dtype=torch.long))
+        assert counted[one.TOKENS].sum() == tokens
 
 
 def test_centroids_have_no_gradient_and_move_by_their_rate():
