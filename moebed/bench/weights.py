@@ -9,6 +9,7 @@ N shorter side, K longer side of a matrix.
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -67,16 +68,24 @@ def read_and_multiply(folder: Path, shape: Shape) -> float:
 
 def rates() -> str:
     """What the machine gives on all cores, for a roofline: the best of some tries, in words."""
-    side, best = 2048, dict[str, float]()
     numbers = torch.ones(1 << 28)  # a GB, which no cache holds
+    found = []
     for name, dtype in (("bf16", torch.bfloat16), ("float32", torch.float32)):
+        side, seconds = _product(dtype)
+        found.append(f"{name} {2e-9 * side**3 / seconds:,.0f} GFLOP/s ({side} × {side})")
+    rate = 1e-9 * numbers.nbytes / _best_seconds(numbers.sum)
+    return f"products here: {', '.join(found)}; memory is read at {rate:.1f} GB/s"
+
+
+def _product(dtype: torch.dtype) -> tuple[int, float]:
+    """Side and seconds of the largest product that takes no time to speak of: bf16 has 1 GFLOP/s on some processors."""
+    side = 256
+    while True:
         matrix = torch.ones(side, side, dtype=dtype)
-        best[name] = 2e-9 * side**3 / _best_seconds(lambda m=matrix: torch.mm(m, m))  # type: ignore[misc]
-    best["memory"] = 1e-9 * numbers.nbytes / _best_seconds(numbers.sum)
-    return (
-        f"products of {side} × {side} here: bf16 {best['bf16']:,.0f} GFLOP/s, float32 {best['float32']:,.0f}; memory "
-        f"is read at {best['memory']:.1f} GB/s"
-    )
+        seconds = _best_seconds(functools.partial(torch.mm, matrix, matrix))
+        if side == 2048 or seconds > 0.01:
+            return side, seconds
+        side *= 2
 
 
 def _best_seconds(work: Callable[[], object]) -> float:
