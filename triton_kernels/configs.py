@@ -121,8 +121,9 @@ HOPPER = Config(
     archs=("sm_90",),
 )
 
-# A copy of the rows takes four bytes a number of R·H, twice forward and backward, and saves a share of products that do
-# 8·F FLOPs with each. On an H100 both came to the same at F = 1408, and at 14336 copying took 5 % less.
+# A copy of the rows takes four bytes a number of R·H, once forward and twice backward, and saves a share of products
+# that do 12·F FLOPs with each. On an H100, at 8192 tokens, both came to the same at F = 1408, and at 14336 copying took
+# 5 % less, as a sum of parts; few tokens, as in decoding, were not timed.
 SORTED_FROM = 4096  # F
 HOPPER_SORTED = replace(
     HOPPER,

@@ -7,6 +7,7 @@ B sequences, S positions, T valid tokens, E experts, K experts per token, H hidd
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -104,7 +105,7 @@ class ProbeText:
         """(T,) which sequence each valid token belongs to."""
         return self.token_mask.nonzero()[:, 0]
 
-    @property
+    @functools.cached_property
     def first_with_past(self) -> Tensor:
         """(T,) index of the first valid token of all that have seen the same ids as each has, its own among them.
 
