@@ -1,5 +1,6 @@
 """Shared pieces of the tests."""
 
+import gc
 import io
 import os
 from pathlib import Path
@@ -47,6 +48,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         missing = [name for name in mark.args if not (SHARED / name).exists()]
         if missing:
             pytest.skip(f"needs ../shared/{missing[0]}, which is not here")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Leave what was imported and collected out of each garbage collection, which would walk through it many times."""
+    gc.collect()
+    gc.freeze()
 
 
 def blank_png(fig) -> bytes:
