@@ -8,6 +8,7 @@ import importlib
 import io
 import locale
 import os
+import select
 import sys
 from collections.abc import Sequence
 
@@ -90,11 +91,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit code: 0, 2 for an error that a person can mend, 3 for a loss that diverged, 130 for Ctrl-C.
+        The exit code: 0, 2 for an error that a person can mend, 3 for a loss that diverged, 130 for Ctrl-C, 141 where
+        nobody reads on, as in ``| head``.
     """
-    if argv is None:
-        _require_utf8()
-        _spin_briefly()
+    if argv is not None:
+        return _run(argv)
+    _require_utf8()
+    _spin_briefly()
+    try:
+        try:
+            code = _run(None)
+        except SystemExit:
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()  # at Python's own end an error would be said aloud
+    except BrokenPipeError:
+        if not _silence_closed():
+            raise
+        return 128 + 13  # as of a program that SIGPIPE ended
+    return code
+
+
+def _run(argv: Sequence[str] | None) -> int:
     if not (sys.argv[1:] if argv is None else argv):
         print(FIRST_STEPS)
         return 0
@@ -130,6 +148,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"moebed: error: {' '.join(line.split())}; -v shows how it came there", file=sys.stderr)
         return UserError.exit_code
     return 0
+
+
+def _silence_closed() -> bool:
+    """Whether nobody reads standard output or standard error any more; nothing is written there from now on."""
+    if not hasattr(select, "poll"):  # on Windows this is another error
+        return False
+    found = False
+    for stream in (sys.stdout, sys.stderr):
+        poll = select.poll()
+        poll.register(stream, 0)
+        if poll.poll(0):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            found = True
+    return found
 
 
 def _spin_briefly() -> None:

@@ -351,8 +351,33 @@ def _at_the_end_alone(probe):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_builds_and_takes_a_step(path, tmp_path, recipe, monkeypatch):
-    """At full size on the meta device, then one real step, a GPU-sized model narrowed for it, and probed.
+def test_every_recipe_builds(path, capsys):
+    """At full size on the meta device; and its plan, of which every setting is a part."""
+    import torch
+
+    from moebed.model.decoder import Decoder
+    from moebed.model.flops import count_parameters
+
+    config = ModelConfig.from_dict(yaml.safe_load(path.read_text())["model"]["config"])
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    assert sum(parameter.numel() for parameter in decoder.parameters()) == count_parameters(config)[0]
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "--config", str(path), "--print_plan=json"])
+    assert not ended.value.code
+    assert json.loads(capsys.readouterr().out)["total_parameters"] == count_parameters(config)[0]
+
+
+# One of each kind of recipe; the others differ by the family that their model is of.
+QUICK = ("demo", "domains", "study_planted", "tiny_hyper", "tiny_mixtral", "upcycled")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, id=path.stem, marks=() if path.stem in QUICK else pytest.mark.slow) for path in RECIPES],
+)
+def test_every_recipe_takes_a_step(path, tmp_path, recipe, monkeypatch):
+    """One real step, a GPU-sized model narrowed for it, and probed.
 
     Pictures, the report and what is probed before the step are those of one recipe alone.
     """
@@ -360,16 +385,8 @@ def test_every_recipe_builds_and_takes_a_step(path, tmp_path, recipe, monkeypatc
         monkeypatch.setattr(ProbeCallback, "_draw", lambda *arguments, **options: None)
         monkeypatch.setattr(ProbeCallback, "_probe", _at_the_end_alone(ProbeCallback._probe))
         monkeypatch.setattr("probes.report.page.write_report", lambda folders, out: out)
-    import torch
-
-    from moebed.model.decoder import Decoder
-    from moebed.model.flops import count_parameters
-
     content = yaml.safe_load(path.read_text())
     config = ModelConfig.from_dict(content["model"]["config"])
-    with torch.device("meta"):
-        decoder = Decoder(config)
-    assert sum(parameter.numel() for parameter in decoder.parameters()) == count_parameters(config)[0]
     recipe()  # writes the text
     text = (tmp_path / "text.txt").read_text()
     (tmp_path / "text.txt").write_text("".join(f"{part}\n\n{text}" for part in range(12)))  # for 128 windows to probe

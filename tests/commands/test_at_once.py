@@ -1,6 +1,7 @@
 """What is refused before PyTorch is loaded, and options that are misspelt, whatever the command."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -168,3 +169,18 @@ def test_the_words_that_keys_begin_with_are_those_of_the_parsers(monkeypatch):
     for recipe in Path("recipes").rglob("*.yaml"):
         if is_run_recipe(content := read_yaml(recipe)):
             assert content.keys() <= known, recipe
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unbuffered"), [("completion bash", ""), ("completion bash", "1"), ("--help", "")]
+)
+def test_output_that_nobody_reads_ends_a_command_in_silence(arguments, unbuffered):
+    """``| head``: with the exit code of a program that SIGPIPE ended, and no traceback."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "moebed.cli", *arguments.split()],
+        stdout=writing, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+    )  # fmt: skip
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -103,7 +103,8 @@ def test_the_weights_follow_the_gate_load(mixed, tmp_path, monkeypatch):
     assert abs(found[0] - found[-1]).max() > 1e-3
 
 
-@pytest.mark.parametrize("stop", [5, 6])  # between two changes; at a step that is validated and counted to the end
+# Between two changes; at a step that is validated and counted to the end.
+@pytest.mark.parametrize("stop", [pytest.param(5, marks=pytest.mark.slow), 6])
 @pytest.mark.parametrize("rule", RULE)
 def test_a_resumed_run_is_the_uninterrupted_one(rule, stop, mixed, tmp_path):
     recipe, stopping = mixed(RULE[rule]), callback("Stop", step=stop)

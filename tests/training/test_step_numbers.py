@@ -12,7 +12,13 @@ ALWAYS = ["--trainer.val_check_interval", "00:00:00:00"]
 EPOCHS = ["--trainer.max_steps", -1, "--model.optimizer.schedule", "constant", "--trainer.limit_train_batches", 4]
 
 
-@pytest.fixture(scope="module", params=[ONCE, ACCUMULATE], ids=["one micro-batch", "four micro-batches"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(ONCE, id="one micro-batch", marks=pytest.mark.slow),
+        pytest.param(ACCUMULATE, id="four micro-batches"),
+    ],
+)
 def never_stopped(request, recipe, tmp_path_factory):
     """Options, and the folder of a run that is validated after steps 2, 4 and 6."""
     folder = tmp_path_factory.mktemp("never_stopped") / "run"

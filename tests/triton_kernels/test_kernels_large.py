@@ -121,7 +121,7 @@ def _all_products(small, tokens, rows, num_experts, config):
     return {name: [t[-ends.get(name, height) :].clone() for t in product()] for name, product in products.items()}
 
 
-@pytest.mark.parametrize("name", ["interpreted", "hopper"])
+@pytest.mark.parametrize("name", [pytest.param("interpreted", marks=pytest.mark.slow), "hopper"])
 def test_offsets_past_two_to_the_31(last_program, name):
     config = configs.BY_NAME[name]
     torch.manual_seed(0)

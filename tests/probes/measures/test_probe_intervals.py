@@ -44,7 +44,9 @@ def require(found, simulated):
     assert not wrong
 
 
-@pytest.mark.parametrize("texts", [2, 5, 12])
+@pytest.mark.parametrize(
+    "texts", [pytest.param(2, marks=pytest.mark.slow), 5, pytest.param(12, marks=pytest.mark.slow)]
+)
 def test_intervals_hold_what_they_say(texts):
     """A few of them, give or take what 250 simulations leave open: 88.6 to 99.2 %."""
     found = coverage(texts, 250, names=("router_state", "routing", "repeats", "prediction"))

@@ -45,8 +45,13 @@ def test_padding_never_counts(make_decoder):
 
 @pytest.mark.parametrize(
     "changes",
-    [pytest.param(RAGGED, marks=pytest.mark.drawn), {"num_experts": 1, "num_experts_per_tok": 1}, {"num_experts": 0}],
-    ids=["ragged", "one expert", "dense"],
+    [
+        pytest.param(RAGGED, marks=(pytest.mark.drawn, pytest.mark.slow)),
+        pytest.param(RAGGED),
+        {"num_experts": 1, "num_experts_per_tok": 1},
+        {"num_experts": 0},
+    ],
+    ids=["ragged, drawn", "ragged", "one expert", "dense"],
 )
 def test_every_probe_describes_and_draws_every_model(make_decoder, text, changes):
     results = probe(walk(make_decoder(**changes, num_shared_experts=1), text, all_needs()), *PROBES)
