@@ -92,6 +92,7 @@ def test_a_router_and_a_probe_of_ones_own(plugin, recipe, tmp_path, capsys, monk
     assert "--plugins FILE.py" in said
 
 
+@pytest.mark.slow
 def test_runs_of_a_study_and_its_job_array_have_it(plugin, recipe, tmp_path, capsys):
     """Each run is a process of its own; that of the router of one's own is run, as a task of the array would."""
     arms = {"topk": {"model.config.router": "softmax_topk"}, "mine": {}}

@@ -57,7 +57,11 @@ OVER_FLOOR = "val/nats_over_floor"  # closing numbers of planted text; with a do
 
 
 class _Parser(PresentNames):
-    """Errors become a UserError of one line instead of a usage text."""
+    """Errors become a UserError of one line instead of a usage text; what it has parsed is not checked again."""
+
+    def dump(self, *arguments: Any, **options: Any) -> str:
+        """A config as text; to check it once more would take twice as long as to write it."""
+        return super().dump(*arguments, **{"skip_validation": True, **options})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise refusal(self, message, ex) from ex

@@ -159,6 +159,7 @@ def test_by_name_what_does_not_fit_is_computed_by_transformers_and_said_once_of_
     assert said.count("transformers' grouped_mm computes them") == 2
 
 
+@pytest.mark.slow
 def test_the_triton_kernels_compute_where_they_run():
     """In the interpreter, in a process of its own: the variable is read when Triton is imported."""
     script = (

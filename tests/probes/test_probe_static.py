@@ -58,6 +58,7 @@ def test_all_of_them_need_weights_alone():
     assert all(PROBES[name].needs == {Need.WEIGHTS} for name in STATIC_PROBES)
 
 
+@pytest.mark.slow
 def test_uneven_layers_are_all_described_and_drawn():
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     counts = enumerate((5, 1, 26), start=1)

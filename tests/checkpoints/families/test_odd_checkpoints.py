@@ -38,7 +38,7 @@ CLASSLESS = {
     "grok-1": {**MODEL, "num_experts": 4, "post_norms": True, "hidden_act": "gelu", "tie_word_embeddings": True,
                "attn_logit_softcapping": 30.0, "embedding_multiplier": 8.0, "logits_multiplier": 0.5},
 }  # fmt: skip
-SLOW = ("emo", "olmo2_noqknorm_prenorm")
+SLOW = ("deepseek", "emo", "olmo2_noqknorm_prenorm")
 
 
 def cases_of(config, folder):
