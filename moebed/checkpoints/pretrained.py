@@ -153,6 +153,12 @@ class PretrainedMoE(LightningModule):
             "text": self.text.fingerprint() if self.text is not None else None,
         }
 
+    def require_unchanged(self) -> None:
+        """Raise UserError where files that were opened have changed since."""
+        for checkpoint in (self.checkpoint, self.reference):
+            if checkpoint is not None:
+                checkpoint.require_unchanged()
+
     def prepare(
         self,
         skipped: Collection[int],
