@@ -95,6 +95,7 @@ class WeightPool:
         self.most = max((self._most(group) for group in range(len(plan))), default=0)  # bytes held at most
         self._on_read = on_read
         self._group = -1
+        self._ahead = 0, 0  # the group, and which of its pieces, that is to be read ahead next
         self._finished = self._read = 0  # bytes on disk of the groups left behind, and of this one
         self._held: dict[Piece, _Held] = {}
         self._spare: list[Tensor] = []  # memory of groups left behind, to be used again
@@ -138,16 +139,20 @@ class WeightPool:
                 if not held.mapped:
                     self._spare.append(held.memory)
         if not self.fits(group):
-            self._spare = []
+            self._spare, self._ahead = [], (0, 0)  # what is ahead gives room to it
             return
         for piece in self._in_file_order(group):
             self._start(piece, group)
-        limit = self._most(group)
-        for later in range(group + 1, len(self.plan)):
-            for piece in self._in_file_order(later) if self.fits(later) else ():
+        limit, (later, begun) = self._most(group), max(self._ahead, (group + 1, 0))
+        while later < len(self.plan):
+            for piece in self._in_file_order(later)[begun:] if self.fits(later) else ():
                 if piece not in self._held and self._bytes() + piece.num_bytes > limit:
+                    self._ahead = later, begun
                     return
                 self._start(piece, later)
+                begun += 1
+            later, begun = later + 1, 0
+        self._ahead = later, begun
 
     def _in_file_order(self, group: int) -> list[Piece]:
         return sorted(self.plan[group], key=lambda piece: piece.checkpoint.place(piece.part))
@@ -202,7 +207,7 @@ class WeightPool:
     def _start(self, piece: Piece, group: int) -> None:
         """Have the reader read a piece into a buffer of its own."""
         if piece in self._held:
-            self._held[piece].group = group
+            self._held[piece].group = max(self._held[piece].group, group)
             return
         part, size = piece.part, piece.num_bytes
         mapped = piece.checkpoint.cached(part)
