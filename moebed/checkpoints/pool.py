@@ -71,7 +71,8 @@ class WeightPool:
     Args:
         plan: Groups of pieces, in the order in which they will be asked for.
         budget: Bytes for all that is held, and for the work on it.
-        on_read: Called with the bytes of the plan that are read so far.
+        on_read: Called with the bytes of the plan that are done with, as a group is entered: they are read before the
+            work on them, from which no time left could be told.
         spoken_for: Bytes of the budget that others hold.
 
     Raises:
@@ -89,14 +90,14 @@ class WeightPool:
         self.limit = limit_of(budget, spoken_for)
         self._limit_ahead = min(self.limit, int((budget - spoken_for) * _AHEAD_SHARE))
         self._sizes = [sum(piece.num_bytes for piece in group) for group in plan]
-        self._stored = [sum(piece.stored_bytes for piece in group) for group in plan]
-        self._before = [0, *accumulate(self._stored)]  # bytes on disk of all groups before each
+        stored = [sum(piece.stored_bytes for piece in group) for group in plan]
+        self._before = [0, *accumulate(stored)]  # bytes on disk of all groups before each
         self.total = self._before[-1]
         self.most = max((self._most(group) for group in range(len(plan))), default=0)  # bytes held at most
         self._on_read = on_read
         self._group = -1
         self._ahead = 0, 0  # the group, and which of its pieces, that is to be read ahead next
-        self._finished = self._read = 0  # bytes on disk of the groups left behind, and of this one
+        self._done = 0  # bytes on disk of the groups left behind
         self._held: dict[Piece, _Held] = {}
         self._spare: list[Tensor] = []  # memory of groups left behind, to be used again
         self._reader = ThreadPoolExecutor(1, "moebed-reader")
@@ -130,8 +131,8 @@ class WeightPool:
         """Go on to a group of the plan; what was held of those before it gives room."""
         if group == self._group:
             return
-        self._finished = self._before[group]
-        self._group, self._read = group, 0
+        self._group, self._done = group, max(self._done, self._before[group])
+        self._on_read(self._done)
         for piece, held in list(self._held.items()):
             if held.group < group:
                 held.wait()
@@ -181,7 +182,6 @@ class WeightPool:
             if not looked_at:
                 piece.checkpoint.require_finite(piece.part, held.buffer)
             held.checked = True
-            self._count(piece.stored_bytes)
         return held.buffer
 
     def rows(self, piece: Piece, rows: slice) -> Tensor:
@@ -196,13 +196,7 @@ class WeightPool:
         else:
             found = mapped
             piece.checkpoint.require_finite(part, found)
-        self._count(piece.checkpoint.stored_bytes(part))
         return found
-
-    def _count(self, more: int) -> None:
-        """Tell how far the reading is; what is read more than once counts once."""
-        self._read = min(self._read + more, self._stored[self._group])
-        self._on_read(self._finished + self._read)
 
     def _start(self, piece: Piece, group: int) -> None:
         """Have the reader read a piece into a buffer of its own."""

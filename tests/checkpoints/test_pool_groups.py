@@ -59,6 +59,21 @@ def test_entering_every_group_asks_for_each_piece_a_few_times(budget):
     assert max(checkpoint.placed.values()) < 5
 
 
+def test_what_is_told_is_what_is_done_with_not_what_is_read():
+    """A group's bytes are read before the work on it, of which nothing is done then."""
+    done = []
+    pieces = pieces_of(_Counted(), 4)
+    pool = WeightPool([pieces[:2], pieces[2:3], pieces[3:]], 1 << 20, done.append)
+    for number, group in enumerate(pool.plan):
+        pool.enter(number)
+        for piece in group:
+            pool.get(piece)
+    pool.enter(0)  # what is asked for again takes nothing back
+    pool.close()
+    assert done == [0, 128, 192, 192]
+    assert pool.total == 256
+
+
 def test_what_follows_is_read_ahead_once_and_kept_until_its_last_group():
     checkpoint = _Read()
     one, two, three = pieces_of(checkpoint, 3)
