@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import mmap
 import os
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,8 +15,8 @@ _SAMPLED = 1 << 20  # bytes from one look to the next
 _SMALLEST = 1 << 20  # bytes; what is smaller is copied sooner than it is mapped
 
 
-def map_cached(path: Path, offset: int, size: int) -> Tensor | None:
-    """Bytes (size,) of a file from ``offset`` on, in memory that the file shares; None where they would be read.
+def map_cached(descriptor: int, offset: int, size: int) -> Tensor | None:
+    """Bytes (size,) of an open file from ``offset`` on, in memory that it shares; None where they would be read.
 
     Writing to them leaves the file as it is.
     """
@@ -25,13 +24,9 @@ def map_cached(path: Path, offset: int, size: int) -> Tensor | None:
         return None
     before = offset % mmap.ALLOCATIONGRANULARITY
     try:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            if os.fstat(descriptor).st_size < offset + size or not _is_cached(descriptor, offset, size):
-                return None
-            memory = mmap.mmap(descriptor, before + size, access=mmap.ACCESS_COPY, offset=offset - before)
-        finally:
-            os.close(descriptor)
+        if os.fstat(descriptor).st_size < offset + size or not _is_cached(descriptor, offset, size):
+            return None
+        memory = mmap.mmap(descriptor, before + size, access=mmap.ACCESS_COPY, offset=offset - before)
     except OSError:  # a file system that does not tell, or has no mapping: reading says what is wrong, if anything is
         return None
     if offset % torch.float32.itemsize:  # numbers would lie across words

@@ -20,7 +20,7 @@ from moebed.checkpoints.families.declared import HARMLESS_TENSORS
 from moebed.checkpoints.families.keys import KeyMap, TensorPart
 from moebed.checkpoints.families.own import RUN
 from moebed.checkpoints.families.registry import family_of
-from moebed.checkpoints.files import PackedEntry, RawEntry, TensorEntry, UnknownEntry
+from moebed.checkpoints.files import NamedEntry, PackedEntry, RawEntry, TensorEntry, UnknownEntry
 from moebed.checkpoints.finding import find_entries, read_json
 from moebed.checkpoints.gguf.finding import gguf_at
 from moebed.checkpoints.gguf.model import open_gguf
@@ -70,6 +70,7 @@ class Checkpoint:
         self.entries, self.notes, self._described_by = entries, notes, described_by
         self.keys = KeyMap(family, config, entries)
         self._check()
+        self._opened = {path: _state(path) for path in self._files().values()}
 
     @classmethod
     def open(cls, path: str | Path, runs: bool = True) -> Checkpoint:
@@ -233,13 +234,44 @@ class Checkpoint:
 
     def record(self) -> dict[str, Any]:
         """What tells it from another: its name, its files, and what stands for its config and its index."""
+        tensors = {name: [entry.path.name, entry.shape, str(entry.dtype)] for name, entry in self.entries.items()}
+        settings = provenance.fingerprint([dict(self.settings), tensors])
+        return {"name": self.name, "settings": settings, "files": provenance.files_record(self._files())}
+
+    def _files(self) -> dict[str, Path]:
+        """The files that hold its tensors, by what they are called in a record."""
         paths: dict[str, Path] = {}
         for path in {entry.path for entry in self.entries.values()}:
             inside = sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
             paths |= {str(one.relative_to(path.parent)): one for one in inside}
-        tensors = {name: [entry.path.name, entry.shape, str(entry.dtype)] for name, entry in self.entries.items()}
-        settings = provenance.fingerprint([dict(self.settings), tensors])
-        return {"name": self.name, "settings": settings, "files": provenance.files_record(paths)}
+        return paths
+
+    def require_unchanged(self) -> None:
+        """Before what was made of it is kept: it is what was opened.
+
+        Where another file took its name, the one that was opened is read on: it is held, and whole.
+
+        Raises:
+            UserError: A file was written to, or is read by its name and is another one now.
+        """
+        named = {entry.path for entry in self.entries.values() if isinstance(entry, NamedEntry)}
+        for path, before in self._opened.items():
+            now = _state(path)
+            replaced = now is None or before is None or now[:2] != before[:2]
+            if now != before and (not replaced or path in named or path.parent in named):
+                raise UserError(
+                    f"{path} has changed since it was opened; what was made of it meanwhile is not kept: begin again "
+                    "once it is whole"
+                )
+
+
+def _state(path: Path) -> tuple[int, ...] | None:
+    """What tells one file from another, then what changes as it is written to; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _find(folder: Path) -> tuple[dict[str, TensorEntry], list[str]]:

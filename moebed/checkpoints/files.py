@@ -64,6 +64,10 @@ class PackedEntry(abc.ABC):
         """Fill out (rows, columns), of the tensor's dtype, with the rows from ``first`` on."""
 
 
+class NamedEntry:
+    """A tensor whose file is found by its name whenever some of it is read; others hold the file that was opened."""
+
+
 class RawEntry:
     """A tensor whose numbers lie in a file as they are in memory: of a safetensors file, or one that is not packed."""
 
@@ -79,7 +83,7 @@ class RawEntry:
     def cached(self, first: int, rows: int, columns: int) -> Tensor | None:
         """The rows from ``first`` on (rows, columns), mapped, where the kernel holds them in memory; else None."""
         size = columns * self.dtype.itemsize
-        found = map_cached(self.path, self.position + first * size, rows * size)
+        found = self._file.cached(self.position + first * size, rows * size)
         return None if found is None else found.view(self.dtype).view(rows, columns)
 
 
@@ -104,6 +108,10 @@ class RawFile:
             if count == 0:
                 raise UserError(f"{self.path} ended while it was read; it has changed since the start")
             done += count
+
+    def cached(self, offset: int, size: int) -> Tensor | None:
+        """Bytes (size,) from ``offset`` on, mapped, where the kernel holds them in memory; else None."""
+        return map_cached(self._descriptor, offset, size)
 
     def _read_some(self, offset: int, into: memoryview) -> int:
         if hasattr(os, "preadv"):

@@ -71,7 +71,8 @@ class WeightPool:
     Args:
         plan: Groups of pieces, in the order in which they will be asked for.
         budget: Bytes for all that is held, and for the work on it.
-        on_read: Called with the bytes of the plan that are read so far.
+        on_read: Called with the bytes of the plan that are done with, as a group is entered: they are read before the
+            work on them, from which no time left could be told.
         spoken_for: Bytes of the budget that others hold.
 
     Raises:
@@ -89,13 +90,14 @@ class WeightPool:
         self.limit = limit_of(budget, spoken_for)
         self._limit_ahead = min(self.limit, int((budget - spoken_for) * _AHEAD_SHARE))
         self._sizes = [sum(piece.num_bytes for piece in group) for group in plan]
-        self._stored = [sum(piece.stored_bytes for piece in group) for group in plan]
-        self._before = [0, *accumulate(self._stored)]  # bytes on disk of all groups before each
+        stored = [sum(piece.stored_bytes for piece in group) for group in plan]
+        self._before = [0, *accumulate(stored)]  # bytes on disk of all groups before each
         self.total = self._before[-1]
         self.most = max((self._most(group) for group in range(len(plan))), default=0)  # bytes held at most
         self._on_read = on_read
         self._group = -1
-        self._finished = self._read = 0  # bytes on disk of the groups left behind, and of this one
+        self._ahead = 0, 0  # the group, and which of its pieces, that is to be read ahead next
+        self._done = 0  # bytes on disk of the groups left behind
         self._held: dict[Piece, _Held] = {}
         self._spare: list[Tensor] = []  # memory of groups left behind, to be used again
         self._reader = ThreadPoolExecutor(1, "moebed-reader")
@@ -129,8 +131,8 @@ class WeightPool:
         """Go on to a group of the plan; what was held of those before it gives room."""
         if group == self._group:
             return
-        self._finished = self._before[group]
-        self._group, self._read = group, 0
+        self._group, self._done = group, max(self._done, self._before[group])
+        self._on_read(self._done)
         for piece, held in list(self._held.items()):
             if held.group < group:
                 held.wait()
@@ -138,16 +140,20 @@ class WeightPool:
                 if not held.mapped:
                     self._spare.append(held.memory)
         if not self.fits(group):
-            self._spare = []
+            self._spare, self._ahead = [], (0, 0)  # what is ahead gives room to it
             return
         for piece in self._in_file_order(group):
             self._start(piece, group)
-        limit = self._most(group)
-        for later in range(group + 1, len(self.plan)):
-            for piece in self._in_file_order(later) if self.fits(later) else ():
+        limit, (later, begun) = self._most(group), max(self._ahead, (group + 1, 0))
+        while later < len(self.plan):
+            for piece in self._in_file_order(later)[begun:] if self.fits(later) else ():
                 if piece not in self._held and self._bytes() + piece.num_bytes > limit:
+                    self._ahead = later, begun
                     return
                 self._start(piece, later)
+                begun += 1
+            later, begun = later + 1, 0
+        self._ahead = later, begun
 
     def _in_file_order(self, group: int) -> list[Piece]:
         return sorted(self.plan[group], key=lambda piece: piece.checkpoint.place(piece.part))
@@ -176,7 +182,6 @@ class WeightPool:
             if not looked_at:
                 piece.checkpoint.require_finite(piece.part, held.buffer)
             held.checked = True
-            self._count(piece.stored_bytes)
         return held.buffer
 
     def rows(self, piece: Piece, rows: slice) -> Tensor:
@@ -191,18 +196,12 @@ class WeightPool:
         else:
             found = mapped
             piece.checkpoint.require_finite(part, found)
-        self._count(piece.checkpoint.stored_bytes(part))
         return found
-
-    def _count(self, more: int) -> None:
-        """Tell how far the reading is; what is read more than once counts once."""
-        self._read = min(self._read + more, self._stored[self._group])
-        self._on_read(self._finished + self._read)
 
     def _start(self, piece: Piece, group: int) -> None:
         """Have the reader read a piece into a buffer of its own."""
         if piece in self._held:
-            self._held[piece].group = group
+            self._held[piece].group = max(self._held[piece].group, group)
             return
         part, size = piece.part, piece.num_bytes
         mapped = piece.checkpoint.cached(part)

@@ -153,6 +153,12 @@ class PretrainedMoE(LightningModule):
             "text": self.text.fingerprint() if self.text is not None else None,
         }
 
+    def require_unchanged(self) -> None:
+        """Raise UserError where files that were opened have changed since."""
+        for checkpoint in (self.checkpoint, self.reference):
+            if checkpoint is not None:
+                checkpoint.require_unchanged()
+
     def prepare(
         self,
         skipped: Collection[int],
@@ -211,7 +217,7 @@ class PretrainedMoE(LightningModule):
         runs = runs and (len(walked) > 0 or head)
         if not runs or text is None:
             model, reference = self._models(lambda limit: self._plan(limit, walked, shown, needs, None))
-            return (self._view(model, reference, layer) for layer in walked if layer in shown)
+            return self._to_the_end(self._view(model, reference, layer) for layer in walked if layer in shown)
         self._told = self._riders(text, told, lambda limit: self._plan(limit, walked, shown, needs, text))
         spoken_for = self._text_bytes(text, len(self._told))
         model, reference = self._models(lambda limit: self._plan(limit, walked, shown, needs, text), spoken_for)
@@ -219,7 +225,14 @@ class PretrainedMoE(LightningModule):
             model, text, reference, *streams, interventions=self._told, attributed=self._attributed
         )
         self.text_pass.scratch = self.scratch
-        return self._walk(self.text_pass, (self._view(model, reference, layer) for layer in walked), shown, needs)
+        views = (self._view(model, reference, layer) for layer in walked)
+        return self._to_the_end(self._walk(self.text_pass, views, shown, needs))
+
+    def _to_the_end(self, views: Iterator[LayerView | HeadView]) -> Iterator[LayerView | HeadView]:
+        """The views, and the word that all is done with, whatever was read beside them."""
+        total = self.bytes_total
+        yield from views
+        self.on_read(total)
 
     def _models(
         self, planned: Callable[[int], ReadingPlan], spoken_for: int = 0, on_read: Callable[[int], None] | None = None

@@ -1,4 +1,4 @@
-"""The progress bar of a checkpoint that is read layer by layer: bytes read, rate, and time left."""
+"""The progress bar of a checkpoint that is read layer by layer: bytes done with, rate, and time left."""
 
 from __future__ import annotations
 

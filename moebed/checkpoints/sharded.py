@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from moebed.checkpoints.files import TensorEntry
+from moebed.checkpoints.files import NamedEntry, TensorEntry
 from moebed.errors import SharedError, UserError
 from moebed.machine import storage
 
@@ -103,7 +103,7 @@ def entries(path: Path) -> dict[str, TensorEntry]:
     }
 
 
-class PartsEntry:
+class PartsEntry(NamedEntry):
     """A tensor of which several ranks wrote a part each; some rows are read without the rest of a part."""
 
     def __init__(self, path: Path, name: str, entry: TensorStorageMetadata, places: Any, position: int) -> None:

@@ -47,7 +47,7 @@ def fill(decoder: Decoder, checkpoint: Checkpoint) -> None:
     as it was drawn, but for shared experts, whose ``down`` becomes 0: at first it adds nothing.
 
     Raises:
-        UserError: A weight is NaN or Inf.
+        UserError: A weight is NaN or Inf, or a file changed meanwhile.
     """
     for name, tensor in decoder.stored().items():
         if name not in checkpoint.keys.shapes:
@@ -60,6 +60,7 @@ def fill(decoder: Decoder, checkpoint: Checkpoint) -> None:
             value[region] = checkpoint.read(part).to(value).view_as(value[region])
         if spread:
             assign(tensor, value)
+    checkpoint.require_unchanged()
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moebed.checkpoints.files import TensorEntry
+from moebed.checkpoints.files import NamedEntry, TensorEntry
 from moebed.errors import UserError
 
 # Slot -> the port's name and whether it lies transposed; {e} where the first dimension counts experts.
@@ -197,7 +197,7 @@ def read_pickled_tensor(path: Path) -> _Array | _Quantized:
     return found
 
 
-class XaiEntry:
+class XaiEntry(NamedEntry):
     """A tensor of the release under the port's name, turned to (out, in) and, from 8 bits, to bfloat16."""
 
     def __init__(self, path: Path, found: _Array | _Quantized, transposed: bool, expert: int | None = None) -> None:

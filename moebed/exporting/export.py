@@ -108,6 +108,7 @@ def export(
     run = Run.of(source_path)
 
     def finish(partial: Path) -> None:
+        source.require_unchanged()
         tokenizer, note = copy_tokenizer(source_path, partial)
         notes.extend([note] if note else [])
         if is_run(source_path):

@@ -258,6 +258,7 @@ def upcycle(
         )
 
     def finish(partial: Path) -> None:
+        source.require_unchanged()
         tokenizer, note = copy_tokenizer(source_path, partial)
         notes.extend([note] if note else [])
         write_start_recipe(partial, folder, config, tokenizer)

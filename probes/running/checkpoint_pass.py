@@ -152,11 +152,14 @@ class CheckpointPass:
         if isinstance(view, HeadView):
             before = {probe.name: dict(probe.arrays) for probe in self._with_head}
             self._pass.show(view)
+            self.model.require_unchanged()
             self._kept.save_head(self._way(HEAD), self._with_head, before)
         else:
             if view.text is not None and self.model.text_pass is not None:
                 self._kept.save_streams(self._way(view.index), self.model.text_pass.streams)
-            if self._pass.show(view):
+            seen = self._pass.show(view)
+            self.model.require_unchanged()
+            if seen:
                 self._kept.save(view.index, self._way(view.index), self._pass.shown)
         release_freed_memory()  # or the holes of one layer's work add up to those of the next
 

@@ -15,7 +15,7 @@ class _Counted:
     """A checkpoint of made-up pieces that counts how often their size is asked for."""
 
     def __init__(self) -> None:
-        self.asked = Counter()
+        self.asked, self.placed = Counter(), Counter()
 
     def num_bytes(self, part):
         self.asked[part.name] += 1
@@ -28,6 +28,7 @@ class _Counted:
         return torch.float32
 
     def place(self, part):
+        self.placed[part.name] += 1
         return "file", int(part.name), 0
 
     def cached(self, part):
@@ -40,16 +41,77 @@ class _Counted:
         pass
 
 
-def test_entering_every_group_asks_for_each_size_a_few_times():
+def pieces_of(checkpoint, count):
+    return [Piece(checkpoint, TensorPart(str(number), (1, 64), 0, 1)) for number in range(count)]
+
+
+@pytest.mark.parametrize("budget", [8 * 64 * 4, 1 << 20], ids=["some fit", "all fit"])
+def test_entering_every_group_asks_for_each_piece_a_few_times(budget):
     checkpoint = _Counted()
-    plan = [[Piece(checkpoint, TensorPart(str(number), (1, 64), 0, 1))] for number in range(400)]
-    pool = WeightPool(plan, 8 * 64 * 4)
+    plan = [[piece] for piece in pieces_of(checkpoint, 400)]
+    pool = WeightPool(plan, budget)
     for number, [piece] in enumerate(plan):
         pool.enter(number)
         pool.get(piece)
         assert pool.most <= pool.limit
     pool.close()
     assert max(checkpoint.asked.values()) < 60
+    assert max(checkpoint.placed.values()) < 5
+
+
+def test_what_is_told_is_what_is_done_with_not_what_is_read():
+    """A group's bytes are read before the work on it, of which nothing is done then."""
+    done = []
+    pieces = pieces_of(_Counted(), 4)
+    pool = WeightPool([pieces[:2], pieces[2:3], pieces[3:]], 1 << 20, done.append)
+    for number, group in enumerate(pool.plan):
+        pool.enter(number)
+        for piece in group:
+            pool.get(piece)
+    pool.enter(0)  # what is asked for again takes nothing back
+    pool.close()
+    assert done == [0, 128, 192, 192]
+    assert pool.total == 256
+
+
+def test_what_follows_is_read_ahead_once_and_kept_until_its_last_group():
+    checkpoint = _Read()
+    one, two, three = pieces_of(checkpoint, 3)
+    pool = WeightPool([[one], [two], [one, three], [one]], 1 << 20)
+    for number, wanted in enumerate(([one], [two], [three, one], [one])):
+        pool.enter(number)
+        for piece in wanted:
+            pool.get(piece)
+    pool.close()
+    assert checkpoint.read == Counter("012")
+
+
+def test_after_a_group_that_takes_all_room_the_next_ones_are_read_ahead_again():
+    checkpoint = _Read()
+    pieces = pieces_of(checkpoint, 9)
+    pool = WeightPool([pieces[:1], pieces[3:], pieces[1:2], pieces[2:3]], 6 * 64 * 4)
+    assert [pool.fits(number) for number in range(4)] == [True, False, True, True]
+    pool.enter(0)
+    pool.enter(1)
+    for piece in pieces[3:]:
+        pool.get(piece)  # each takes the room of one that was read ahead
+    pool.enter(2)
+    assert checkpoint.two_again.wait(10)
+    pool.close()
+
+
+class _Read(_Counted):
+    """Counts how often each is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.two_again = Counter(), threading.Event()
+
+    def read_into(self, part, out):
+        self.read[part.name] += 1
+        if self.read["2"] > 1:
+            self.two_again.set()
+        out.zero_()
 
 
 class _Mapped(_Counted):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from moebed.checkpoints.checkpoint import Checkpoint
 from moebed.checkpoints.xai import SLOTS, XaiEntry, open_release, read_pickled_tensor, release_folder
 from moebed.errors import UserError
 
@@ -124,6 +125,16 @@ def test_probe_reads_the_release_as_it_reads_a_port(tmp_path):
         gate = plain["model.layers.2.moe_block.gate.weight"].T
         gate = gate / np.linalg.norm(gate, axis=1, keepdims=True)
         np.testing.assert_allclose(found["gate_cos/2"], gate @ gate.T, atol=1e-5)
+
+
+def test_a_file_that_is_another_one_now_is_named(tmp_path):
+    _write(tmp_path / "ckpt-0", np.random.default_rng(0))
+    path, opened = tmp_path / "ckpt-0" / "tensor00000_000", Checkpoint.open(tmp_path)
+    opened.require_unchanged()
+    (tmp_path / "new").write_bytes(path.read_bytes())
+    (tmp_path / "new").replace(path)  # it is opened by its name whenever some of it is read
+    with pytest.raises(UserError, match=f"{path} has changed since it was opened"):
+        opened.require_unchanged()
 
 
 def test_large_payloads_stay_in_the_file(tmp_path):

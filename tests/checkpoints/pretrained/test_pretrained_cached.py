@@ -33,7 +33,8 @@ def test_a_cached_part_is_mapped(entry):
 def test_what_is_not_cached_small_or_cut_short_is_not_mapped(entry, monkeypatch):
     stored, _ = entry
     assert stored.cached(0, 10, 1024) is None
-    assert cached.map_cached(stored.path, stored.position, 2 * 1024 * 1024 + 64) is None
+    with stored.path.open("rb") as file:
+        assert cached.map_cached(file.fileno(), stored.position, 2 * 1024 * 1024 + 64) is None
 
     def waits(*args):
         raise BlockingIOError
