@@ -9,8 +9,9 @@ import numpy as np
 
 from moebed.checkpoints.pretrained import PretrainedMoE
 from moebed.errors import UserError
-from moebed.machine import provenance, storage
+from moebed.machine import provenance
 from moebed.machine.allocator import release_freed_memory
+from moebed.machine.places import require_room
 from moebed.machine.units import human
 from moebed.views.layer import HeadView, LayerView
 from probes.contract import Probe, ProbeResult
@@ -124,7 +125,7 @@ class CheckpointPass:
         if more:
             largest = max(whole, key=lambda name: whole[name])
             needed = more + sum(whole.values())
-            free = storage.require_room(
+            free = require_room(
                 out,
                 needed,
                 "the probes need, until their results are written,",
