@@ -205,6 +205,7 @@ def _draw(arrays: Arrays) -> Figure:
         for value in sorted({round(float(value), 6) for value in random.values()}):
             ax.axhline(value, color=drawing.MUTED, ls="--", lw=1, label="chance, K/E")
         drawing.style_axes(ax)
+        ax.set_xlim(axes[0].get_xlim())  # the first probing has none before it
         ax.set_xlabel("checkpoint" if "step_names" in arrays else "optimizer step", fontsize=9)
         if "step_names" in arrays:
             ax.set_xticks(steps, arrays["step_names"], fontsize=8, rotation=20, ha="right")

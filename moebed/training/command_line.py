@@ -53,7 +53,7 @@ LIGHTNING_ADVICE = (
     "It is recommended to use `self.log",  # what is logged is a sum over ranks already
 )
 # What it says that says nothing of a run, and what the command says itself.
-LIGHTNING_SAYS = ("Tip:", "Detected KeyboardInterrupt")
+LIGHTNING_SAYS = ("Tip:", "TPU available: False", "Detected KeyboardInterrupt")
 
 BY_DOMAIN = ("val/loss/", "val/bits_per_byte/", "train/weight/")  # closing numbers, if there are several domains
 OVER_FLOOR = "val/nats_over_floor"  # closing numbers of planted text; with a domain after a slash

@@ -58,12 +58,15 @@ def pick(items: Sequence[Item], limit: int) -> list[Item]:
     return [items[round(i * (len(items) - 1) / (limit - 1))] for i in range(limit)]
 
 
-def ratio_norm(values: Sequence[np.ndarray], share: float = 1.0) -> TwoSlopeNorm:
-    """Colour scale of ratios: 0 to the ``share`` quantile of the values, at least 2, with the neutral colour at 1."""
+def ratio_norm(values: Sequence[np.ndarray], share: float = 1.0, most: float = math.inf) -> TwoSlopeNorm:
+    """Colour scale of ratios, with the neutral colour at 1: 0 to the ``share`` quantile of the values, at least 2.
+
+    It ends at ``most``: where nearly nothing is expected, a single token is thousands of times as much.
+    """
     flat = np.concatenate([value.ravel() for value in values])
     flat = flat[np.isfinite(flat)]
     highest = float(np.quantile(flat, share)) if flat.size else 2.0
-    return TwoSlopeNorm(vcenter=1.0, vmin=0.0, vmax=max(2.0, highest))
+    return TwoSlopeNorm(vcenter=1.0, vmin=0.0, vmax=min(max(2.0, highest), most))
 
 
 def heat_map(ax: Axes, values: np.ndarray, cmap: str, **image: Any) -> Any:
@@ -81,7 +84,15 @@ def write_values(ax: Axes, values: np.ndarray, norm: Normalize) -> None:
     for (row, column), value in np.ndenumerate(values):
         if math.isfinite(value):
             ink = "white" if abs(float(norm(value)) - 0.5) > 0.33 else INK
-            ax.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=7.5, color=ink, in_layout=False)
+            ax.text(column, row, cell_text(value), ha="center", va="center", fontsize=7.5, color=ink, in_layout=False)
+
+
+def cell_text(value: float) -> str:
+    """A value in two digits, as many characters as a cell has room for: 0.089, 4.8, 550, 45k."""
+    size = abs(float(f"{value:.2g}"))
+    if size < 100:
+        return f"{value:.2g}"
+    return f"{float(f'{value:.2g}'):.0f}" if size < 10_000 else f"{value / 1e3:.2g}k" if size < 1e5 else f"{value:.0e}"
 
 
 def index_ticks(axis: Any, labels: Sequence[int]) -> None:

@@ -128,11 +128,22 @@ def test_the_last_folder_that_is_named_holds(tmp_path):
     own.write_text(f"trainer: {{default_root_dir: {no}}}")
     option = "--trainer.default_root_dir"
     look_first("fit", ["--config", str(own), option, yes])
-    look_first("validate", ["--config", str(own)])
+    look_first("validate", ["--config", str(own), "--ckpt_path", "last"])
     look_first("fit", ["--config", "{trainer: {max_steps: 3}}", option, no, "--print_plan"])
     for arguments in (["--config", RECIPE, "--config", str(own)], [option, no], [option, yes, f"{option}={no}"]):
         with pytest.raises(UserError, match="cannot be written"):
             look_first("fit", arguments)
+
+
+def test_where_a_command_cannot_begin_is_said_at_once(tmp_path):
+    (tmp_path / "config.yaml").write_text("{}")
+    there = ["--config", RECIPE, "--trainer.default_root_dir", str(tmp_path)]
+    with pytest.raises(UserError, match="already holds a run; continue it with --ckpt_path last"):
+        look_first("fit", there)
+    for more in (["--ckpt_path", "last"], ["--ckpt_path=last"], ["--print_config"], ["--print_plan=json"]):
+        look_first("fit", [*there, *more])
+    with pytest.raises(UserError, match="validate needs a checkpoint: add --ckpt_path last"):
+        look_first("validate", there)
 
 
 def test_a_folder_of_runs_is_not_reported_as_one(tmp_path, capsys):
