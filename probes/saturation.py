@@ -130,12 +130,14 @@ class Saturation(Probe):
             start = len(settled) - int(np.argmin(settled[::-1])) if not settled.all() else 0
             value = float(steps[start] / steps[-1])
             until = f"of {len(steps)} given" if "step_names" in arrays else f"of {steps[-1]}"
-            reached = "only now" if start == len(steps) - 1 else f"from {called[start]} {until} on"
-            share = "" if "step_names" in arrays else f", {value:.0%} of the training so far"
+            when = f"{called[start]} {until} on"
+            when += "" if "step_names" in arrays else f", {value:.0%} of the training so far"
+            found = f"{SETTLED:.0%} of the experts that tokens go to now were chosen from {when}"
+            if start == len(steps) - 1:
+                found = f"At no probing before were {SETTLED:.0%} of the experts chosen that tokens go to now"
             headlines["settled_at"] = Headline(
                 value,
-                f"{SETTLED:.0%} of the experts that tokens go to now were chosen {reached}{share}; choices at random "
-                f"agree in {blind:.0%}.",
+                f"{found}; choices at random agree in {blind:.0%}.",
                 no_interval="no interval, as it is one of few steps",
             )
         if previous:

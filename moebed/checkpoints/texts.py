@@ -21,6 +21,7 @@ from moebed.checkpoints.run import is_run, run_folder
 from moebed.checkpoints.text_options import PAPER_LONG, TextOptions, domain_file, text_file
 from moebed.data.file_formats import not_utf8
 from moebed.errors import UserError
+from moebed.machine.storage import reason_of
 from moebed.views.layer import ProbeText
 
 PAPER_SHORT = "As an open source alternative to"
@@ -220,7 +221,7 @@ def _decoded(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise UserError(not_utf8(path, error)) from error
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error}); give another file") from error
+        raise UserError(f"{path} cannot be read ({reason_of(error)}); give another file") from error
 
 
 def _paper_long(path: Path | None) -> list[str]:
@@ -260,7 +261,9 @@ def _read_ids(path: Path) -> list[Tensor]:
     try:
         found = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"--input-ids {path} cannot be read ({error}); give a .npy file of integers") from error
+        raise UserError(
+            f"--input-ids {path} cannot be read ({reason_of(error)}); give a .npy file of integers"
+        ) from error
     if not isinstance(found, np.ndarray) or found.dtype.kind not in "iu" or found.ndim not in (1, 2) or not found.size:
         kind = f"{found.dtype} {list(found.shape)}" if isinstance(found, np.ndarray) else "an archive"
         raise UserError(f"--input-ids {path} holds {kind}; it must be integers, (S,) or (B, S)")

@@ -78,7 +78,7 @@ class RunCheckpoint(ModelCheckpoint):
         self._step = trainer.global_step
         is_last_step = trainer.global_step == trainer.max_steps
         asked = self._requests.agreed(trainer, pl_module.device, self._clock_asks())
-        if asked >= END and not is_last_step:  # the last step ends the run by itself
+        if asked >= END:
             self._end(trainer, asked)
         by_steps = self._every_n_train_steps > 0 and trainer.global_step % self._every_n_train_steps == 0
         if by_steps or asked >= SAVE:

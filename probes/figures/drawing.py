@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -23,16 +24,18 @@ INK, MUTED, GRID, MASKED = "#1f2933", "#6b7785", "#dde3ea", "#98a1ab"
 SERIES = ("#2f6db5", "#d1603d", "#3b9a6d", "#8a5fb0", "#b8860b")
 MANY = (*SERIES, "#c2477f", "#4a9fb5", "#7a7a2e")
 DPI = 110
+TITLE_LETTER = 0.086  # inches of a title's letters, on average
 PICTURED_LAYERS = 8
 
 Item = TypeVar("Item")
 
 
 def new_figure(width: float, height: float, title: str) -> Figure:
-    """An empty figure of width × height inches that says what it shows."""
+    """An empty figure of width × height inches that says what it shows, in as many lines as that takes."""
+    lines = [part for line in title.splitlines() for part in textwrap.wrap(line, int(width / TITLE_LETTER))]
     fig = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(fig)
-    fig.suptitle(title, fontsize=11.5, color=INK)
+    fig.suptitle("\n".join(lines), fontsize=11.5, color=INK)
     return fig
 
 

@@ -24,6 +24,8 @@ from probes.running.provenance import Provenance
 from probes.running.writing import require_same_model
 from probes.saturation import Saturation, joined
 
+WORTH_SAYING = 10**8  # bytes of results
+
 
 class CheckpointPass:
     """The probes' pass over a checkpoint.
@@ -108,7 +110,7 @@ class CheckpointPass:
         return found
 
     def _require_room(self, out: Path, shown: Sequence[Probe], done: Collection[int]) -> None:
-        """Set ``room``: what the probes will keep, where sizes tell; refuse a disk that has no room for it.
+        """Set ``room``: what the probes will keep, where that is much; refuse a disk that has no room for it.
 
         What is kept as the pass goes on is written once more with the results, and only then let go.
         """
@@ -132,10 +134,11 @@ class CheckpointPass:
                 f"of {human(sum(whole.values()), 'B')} that they keep {human(whole[largest], 'B')} are of {largest}: "
                 "leave it out, give less text, make room or choose another folder",
             )
-            self.room = (
-                f"{human(sum(whole.values()), 'B')} will be kept, mapped from files in {store.results_dir(out)}, and "
-                f"{human(needed, 'B')} are needed until the results are written; {human(free, 'B')} are free"
-            )
+            if needed >= WORTH_SAYING:
+                self.room = (
+                    f"{human(sum(whole.values()), 'B')} will be kept, mapped from files in {store.results_dir(out)}, "
+                    f"and {human(needed, 'B')} are needed until the results are written; {human(free, 'B')} are free"
+                )
 
     def _way(self, place: int) -> str:
         """How the text comes to a layer, or to the head."""

@@ -63,6 +63,18 @@ def test_a_sigterm_before_the_first_step_ends_the_run_after_it(run):
     assert last(folder)["global_step"] == 1
 
 
+def test_a_signal_in_the_last_step_does_not_wait_for_what_comes_after_it(run, whole):
+    """As in a probing that falls due with it: validation, the last pictures and the report can take minutes."""
+    stops = json.dumps(callback("Interrupted", hook="on_train_batch_end", step=6))
+    code, said, folder = run("run", *ACCUMULATE, "--trainer.callbacks", stops)
+    assert code == 130, said
+    assert "stopped at step 6, saved in" in said
+    assert not (folder / "run_summary.json").exists()
+    assert run("run", *ACCUMULATE, "--ckpt_path", "last")[0] == 0
+    require_same_model(last(folder), last(whole))
+    assert scalars(folder, "val/loss") == scalars(whole, "val/loss")
+
+
 def test_a_signal_after_the_last_step_ends_the_run_at_once(run, whole):
     """The last step is saved by then; what comes after it, validation and probing, is done when the run goes on."""
     for hook in ("on_validation_start", "on_train_end"):
