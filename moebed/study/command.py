@@ -67,6 +67,12 @@ def run(command: str, arguments: Sequence[str]) -> None:
     if options.study.suffix == ".json":
         if options.study.name != STUDY_FILE:
             raise UserError(f"{options.study}: a study's result is called {STUDY_FILE}; it lies in the study's folder")
+        defaults = vars(build_parser().parse_args([str(options.study)]))
+        for name, value in vars(options).items():
+            if value != defaults[name]:
+                raise UserError(
+                    f"--{name} does nothing with a study.json, which is shown again in its own folder; leave it out"
+                )
         load_study(options.study)
         _present(options.study.parent)
         return

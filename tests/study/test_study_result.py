@@ -197,6 +197,13 @@ def test_sizes_that_do_not_match_are_marked():
     assert found.arms["alike"].marks == []
 
 
+def test_what_does_nothing_with_a_result_is_refused(capsys):
+    """Its table and pictures go where it lies, whatever --out said."""
+    for option in (["--out", "elsewhere"], ["--jobs", "2"], ["--arms", "random"], ["--collect"], ["--pilot"]):
+        assert main(["study", "recipes/studies/results/planted_small/study.json", *option]) == 2
+        assert f"{option[0]} does nothing with a study.json" in capsys.readouterr().err
+
+
 def test_pictures_say_their_units_and_cut_nothing():
     found = compare_arms(made_up_study(LOSSES))
     panels = draw_headlines(found).axes
