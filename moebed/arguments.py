@@ -35,7 +35,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def add_text_options(group: argparse._ArgumentGroup) -> None:
-    """The options of a command that say which text; names are those of moebed.checkpoints.texts.TextOptions."""
+    """The options of a command that say which text; names are those of moebed.checkpoints.text_options.TextOptions."""
     group.add_argument(
         "--text",
         action="extend",

@@ -184,7 +184,7 @@ def _draw(arrays: Arrays, key: str) -> Figure:
         wanted = expected[layer].astype(np.float64)
         ratios[layer] = np.divide(shares[layer], wanted, out=np.full_like(wanted, np.nan), where=wanted > 0)
     highest = max((float(np.nanmax(v)) for v in shares.values() if np.isfinite(v).any()), default=1.0)
-    norm = drawing.ratio_norm(list(ratios.values()), share=0.99)
+    norm = drawing.ratio_norm(list(ratios.values()), share=0.99, most=10.0)
     for column, layer in enumerate(layers):
         top, bottom = axes[:, column]
         share = drawing.heat_map(top, shares[layer], cmap="Blues", vmin=0, vmax=highest)

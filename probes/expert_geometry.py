@@ -185,7 +185,7 @@ class ExpertGeometry(Probe):
             }
             for name, values in means.items():
                 scalars |= per_layer(f"{key}_{name}", values)
-            pictures[f"{key}_over_depth"] = partial(draw_depth, means, title, key.replace("_", " "))
+            pictures[f"{key}_over_depth"] = partial(draw_depth, means, title, key.replace("_", " "), marks={})
         ranks = by_part(arrays, "subspace_rank")
         distance = {
             name: {layer: value / np.sqrt(float(ranks[name][layer])) for layer, value in layers.items()}
@@ -196,7 +196,10 @@ class ExpertGeometry(Probe):
                 scalars |= per_layer(f"subspace_distance_{name}", values)
             title = "Distance of the subspaces that two experts' matrices use most"
             pictures |= draw_heat_maps(by_part(arrays, "subspace_distance"), labels_of(arrays), title, "distance")
-            pictures["distance_over_depth"] = partial(draw_depth, distance, f"{title}, over depth", "distance / √R")
+            ends = {0.0: "0, the same", 1.0: "1, orthogonal"}
+            pictures["distance_over_depth"] = partial(
+                draw_depth, distance, f"{title}, over depth", "distance / √R", ends
+            )
         return ProbeResult(arrays, scalars, _headlines(scalars), pictures)
 
 

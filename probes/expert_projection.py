@@ -100,7 +100,7 @@ class ExpertProjection(Probe):
             sentence = f"Two components hold {value:.1%} of the variance between {name} matrices ({even:.1%} if even)."
             headlines[f"variance_of_two_{name}"] = Headline(value, sentence)
         title = "Share of the variance between experts in two components"
-        pictures["over_depth"] = partial(draw_depth, held, title, "share of variance")
+        pictures["over_depth"] = partial(draw_depth, held, title, "share of variance", marks={})
         return ProbeResult(arrays, scalars, headlines, pictures, notes)
 
 

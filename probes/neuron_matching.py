@@ -94,7 +94,7 @@ class NeuronMatching(Probe):
             scalars |= per_layer(f"gain_order_{name}", orders)
         pictures["over_depth"] = partial(draw_depth, means["cos"], "Mean cosine after reordering over depth", "cosine")
         pictures["gain_over_depth"] = partial(
-            draw_depth, means["gain"], "Cosine gained by reordering over depth", "gain in cosine"
+            draw_depth, means["gain"], "Cosine gained by reordering over depth", "gain in cosine", {0.0: "0, nothing"}
         )
         pictures["kendall_over_depth"] = partial(
             draw_depth, means["kendall"], "Kendall's tau of the reordering over depth", "tau"

@@ -130,12 +130,14 @@ class Saturation(Probe):
             start = len(settled) - int(np.argmin(settled[::-1])) if not settled.all() else 0
             value = float(steps[start] / steps[-1])
             until = f"of {len(steps)} given" if "step_names" in arrays else f"of {steps[-1]}"
-            reached = "only now" if start == len(steps) - 1 else f"from {called[start]} {until} on"
-            share = "" if "step_names" in arrays else f", {value:.0%} of the training so far"
+            when = f"{called[start]} {until} on"
+            when += "" if "step_names" in arrays else f", {value:.0%} of the training so far"
+            found = f"{SETTLED:.0%} of the experts that tokens go to now were chosen from {when}"
+            if start == len(steps) - 1:
+                found = f"At no probing before were {SETTLED:.0%} of the experts chosen that tokens go to now"
             headlines["settled_at"] = Headline(
                 value,
-                f"{SETTLED:.0%} of the experts that tokens go to now were chosen {reached}{share}; choices at random "
-                f"agree in {blind:.0%}.",
+                f"{found}; choices at random agree in {blind:.0%}.",
                 no_interval="no interval, as it is one of few steps",
             )
         if previous:
@@ -205,6 +207,7 @@ def _draw(arrays: Arrays) -> Figure:
         for value in sorted({round(float(value), 6) for value in random.values()}):
             ax.axhline(value, color=drawing.MUTED, ls="--", lw=1, label="chance, K/E")
         drawing.style_axes(ax)
+        ax.set_xlim(axes[0].get_xlim())  # the first probing has none before it
         ax.set_xlabel("checkpoint" if "step_names" in arrays else "optimizer step", fontsize=9)
         if "step_names" in arrays:
             ax.set_xticks(steps, arrays["step_names"], fontsize=8, rotation=20, ha="right")

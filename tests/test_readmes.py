@@ -4,6 +4,7 @@ import argparse
 import ast
 import importlib
 import inspect
+import json
 import re
 from pathlib import Path
 
@@ -191,10 +192,16 @@ def test_every_file_is_in_the_table_of_its_package(package):
     assert not [name for name in sorted(named) if f"`{name}`" not in text]
 
 
-def test_the_example_in_python_runs(capsys):
-    (example,) = re.findall(r"```python\n(.*?)```", "\n".join(lines_of("moebed/commands/README.md")), re.DOTALL)
-    exec(example, {})
+def test_the_examples_in_python_run(capsys, tmp_path, monkeypatch):
+    """From another folder than the project's, as a script of a person's own."""
+    beneath, own = re.findall(r"```python\n(.*?)```", "\n".join(lines_of("moebed/commands/README.md")), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(beneath, {})
     assert "rank correlation" in capsys.readouterr().out
+    exec(own, {})
+    said = json.loads(Path("runs/own/summary.json").read_text(encoding="utf-8"))
+    assert "balance" in json.dumps(said)
+    assert Path("runs/own/results/balance.npz").is_file()
 
 
 def test_the_glossary_is_short():

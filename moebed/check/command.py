@@ -12,6 +12,7 @@ from moebed.check.contract import MINUTES, Verdict
 from moebed.check.ladder import LADDER, MODULE
 from moebed.check.runner import climb
 from moebed.errors import UserError
+from moebed.machine.places import require_writable
 from moebed.study.lock import HeldError, RunLock
 
 EXIT_CODES = "exit code 0: nothing is wrong (slow, or not run, is not wrong); 1: something is; 2: it could not be begun"
@@ -55,8 +56,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
     for name in only:
         if name not in steps:
             raise UserError(f"--only {name}: choose among {', '.join(steps)}")
-    if options.out.exists() and not options.out.is_dir():
-        raise UserError(f"--out {options.out} is a file; name a folder")
+    require_writable(options.out, "--out")
     options.out.mkdir(parents=True, exist_ok=True)
     try:
         lock = RunLock(options.out / ".lock")

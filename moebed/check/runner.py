@@ -21,19 +21,13 @@ from moebed.check.worker import AGAIN, NO_GPU, SHOW_PLACE, record_path
 from moebed.errors import UserError
 from moebed.machine.last_words import last_words
 from moebed.machine.progress import Lines, duration, say
-from moebed.machine.termination import asked_to_end
+from moebed.machine.termination import StoppedError, asked_to_end
 
 POLL_SECONDS = 0.1
 LONGEST_TICK = 1.0  # between two looks; what is longer, this process did not have, and neither had the steps
 LEAST_SECONDS = 5.0  # a step that would have less, beside what it took to start before, is not begun
 SHOWN_SECONDS = 0.2  # in which a process that is to be ended writes where it is
 IDENTITY_SECONDS = 120.0
-
-
-class StoppedError(UserError):
-    """A person stopped the check."""
-
-    exit_code = 130
 
 
 class Running:
@@ -300,7 +294,7 @@ def _climb_rung(
                         records[name] = running.pop(name).record
                         lines.say(each.ending())
                 if signals:
-                    raise StoppedError("stopped; the same command goes on where it was")
+                    raise StoppedError(signals[0], "the same command goes on where it was")
     finally:
         for each in running.values():
             each.end()

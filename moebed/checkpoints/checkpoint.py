@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ class Checkpoint:
         entries: All tensors in its files, by name.
         notes: What a person should know about it.
         described_by: The file that says what the model is, for errors.
+        called: What its files call one of the entries, for errors.
     """
 
     def __init__(
@@ -65,9 +66,11 @@ class Checkpoint:
         entries: Mapping[str, TensorEntry],
         notes: list[str],
         described_by: str = "config.json",
+        called: Callable[[str], str] = str,
     ) -> None:
         self.name, self.family, self.config, self.settings = name, family, config, settings
-        self.entries, self.notes, self._described_by = entries, notes, described_by
+        self.entries, self.notes = entries, notes
+        self._described_by, self._called = described_by, called
         self.keys = KeyMap(family, config, entries)
         self._check()
         self._opened = {path: _state(path) for path in self._files().values()}
@@ -88,7 +91,9 @@ class Checkpoint:
         path = Path(path)
         if (file := gguf_at(path)) is not None:
             model = open_gguf(file)
-            return cls._of_settings(file.name, file, model.settings, model.entries, model.notes, runs)
+            return cls._of_settings(
+                file.name, file, model.settings, model.entries, model.notes, runs, "header", model.called
+            )
         if path.is_file():
             require_no_other_file(path)
         if is_run(path):
@@ -114,6 +119,8 @@ class Checkpoint:
         entries: Mapping[str, TensorEntry],
         notes: list[str],
         runs: bool,
+        described_by: str = "config.json",
+        called: Callable[[str], str] = str,
     ) -> Checkpoint:
         """Check what a ``config.json``, or what stands for it, says against the tensors, which may lie beside it."""
         family = family_of(settings.get("model_type"), str(where))
@@ -126,7 +133,7 @@ class Checkpoint:
         entries = unstacked(entries, family, reading.config)
         require_unquantised(entries)
         config, tied = _settle_head(family, reading.config, entries, where)
-        checkpoint = cls(name, family, config, settings, entries, notes + tied, where.name)
+        checkpoint = cls(name, family, config, settings, entries, notes + tied, described_by, called)
         checkpoint.notes += [f"{where}: {note}" for note in reading.notes]
         if "auto_map" in settings:
             checkpoint.notes.append(
@@ -168,13 +175,15 @@ class Checkpoint:
             why = prefix_of(missing, self.entries)
             if why is not None:
                 raise UserError(f"{self.name}: {why}")
-            raise UserError(f"{self.name}: tensor {missing[0]} is missing; its {self._described_by} asks for it")
+            raise UserError(
+                f"{self.name}: tensor {self._called(missing[0])} is missing; its {self._described_by} asks for it"
+            )
         for part in parts.values():
             entry = self.entries[part.name]
             if entry.shape != part.shape:
                 raise UserError(
-                    f"{entry.path}: tensor {part.name} has shape {list(entry.shape)} but {self._described_by} "
-                    f"makes it {list(part.shape)}; the file and the config do not belong together"
+                    f"{entry.path}: tensor {self._called(part.name)} has shape {list(entry.shape)} but its "
+                    f"{self._described_by} makes it {list(part.shape)}; the file and the config do not belong together"
                 )
             if isinstance(entry, UnknownEntry):
                 raise UserError(

@@ -12,6 +12,7 @@ from typing import Any
 
 from moebed.checkpoints.files import TensorEntry, open_bin, open_safetensors
 from moebed.errors import ConfigError, UserError
+from moebed.machine.storage import reason_of
 
 WEIGHTS = (
     "model.safetensors",
@@ -26,7 +27,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}); download it again") from error
+        raise ConfigError(f"{path} cannot be read ({reason_of(error)}); download it again") from error
     if not isinstance(found, dict):
         raise ConfigError(f"{path} holds no settings by name; download it again")
     return found

@@ -32,7 +32,8 @@ from moebed.checkpoints.streamed import (
     matrix_pieces,
     routing_step,
 )
-from moebed.checkpoints.texts import TextOptions, read_texts
+from moebed.checkpoints.text_options import TextOptions
+from moebed.checkpoints.texts import read_texts
 from moebed.errors import ConfigError, UserError
 from moebed.machine import provenance
 from moebed.machine.progress import say

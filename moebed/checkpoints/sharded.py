@@ -71,7 +71,9 @@ class Reader(dcp.FileSystemReader):
             with open(path, "rb") as file:
                 metadata = _Unpickler(file).load()
         except Exception as error:  # a damaged pickle raises nearly anything
-            raise UserError(f"checkpoint {path.parent} cannot be read ({error}); use an earlier one") from error
+            raise UserError(
+                f"checkpoint {path.parent} cannot be read ({storage.reason_of(error)}); use an earlier one"
+            ) from error
         if metadata.storage_meta is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id

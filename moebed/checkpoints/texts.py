@@ -6,11 +6,9 @@ B sequences, S positions, T valid tokens.
 from __future__ import annotations
 
 import csv
-import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,8 +18,10 @@ from torch import Tensor
 
 from moebed.checkpoints.gguf.finding import gguf_at
 from moebed.checkpoints.run import is_run, run_folder
+from moebed.checkpoints.text_options import PAPER_LONG, TextOptions, domain_file, text_file
 from moebed.data.file_formats import not_utf8
-from moebed.errors import ConfigError, UserError
+from moebed.errors import UserError
+from moebed.machine.storage import reason_of
 from moebed.views.layer import ProbeText
 
 PAPER_SHORT = "As an open source alternative to"
@@ -33,45 +33,6 @@ PAPER_CHOSEN = (
     "Whether the experts that were left out would have said something else is what this text is here to show."
 )
 _WIKITEXT = ("Salesforce/wikitext", "wikitext-103-raw-v1")
-PRESETS = ("paper-short", "paper-long", "paper-chosen")
-
-
-@dataclass
-class TextOptions:
-    """Which text to run.
-
-    Args:
-        text: Text files, a sequence each; or presets of the paper: paper-short, paper-chosen, and paper-long, which may
-            name a local file with the WikiText-103 test set, as paper-long=FILE.
-        input_ids: ``.npy`` files of token ids, a sequence each (S,), or several of one length (B, S).
-        domain: NAME=FILE, a domain each; the file's documents are cut to ``sequence_length`` tokens.
-        sequence_length: Tokens of a domain's sequences at most.
-        domain_tokens: Tokens of each domain at most; its documents are taken evenly over the file.
-        text_field: Column or key that holds the text of a domain whose documents are records.
-    """
-
-    text: list[str] = field(default_factory=list)
-    input_ids: list[str] = field(default_factory=list)
-    domain: list[str] = field(default_factory=list)
-    sequence_length: int = 256
-    domain_tokens: int = 8192
-    text_field: str = "text"
-
-    def __post_init__(self) -> None:
-        """Raises ConfigError for numbers that are out of range."""
-        for name in ("sequence_length", "domain_tokens"):
-            if getattr(self, name) < 2:
-                raise ConfigError(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 2")
-
-    @classmethod
-    def of(cls, options: Mapping[str, Any]) -> TextOptions:
-        """Those that are given among a command's options."""
-        names = {one.name for one in fields(cls)}
-        return cls(**{name: value for name, value in options.items() if name in names and value is not None})
-
-    def __bool__(self) -> bool:
-        """Whether any text was asked for."""
-        return bool(self.text or self.input_ids or self.domain)
 
 
 class TextLimits(Protocol):
@@ -195,8 +156,6 @@ def read_texts(options: TextOptions, checkpoint: Path, config: TextLimits) -> tu
     for name in options.domain:
         assert tokenizer is not None
         label, found, note = _read_domain(name, options, tokenizer, config)
-        if label in {domain for _, domain, _ in sequences}:
-            raise ConfigError(f"--domain {name}: there are two domains called {label}; give each a name of its own")
         sequences += [(ids, label, f"--domain {label}") for ids in found]
         notes.append(note)
     return put_together(sequences, config, tokenizer or _tokenizer_or_none(checkpoint)), notes
@@ -248,19 +207,12 @@ def _require_fits(ids: Tensor, what: str, config: TextLimits) -> None:
 
 def _read_text(name: str) -> list[str]:
     """The sequences of a file or of a preset."""
-    preset, _, file = name.partition("=")
-    if preset == "paper-long" and not (not file and Path(name).is_file()):
-        return _paper_long(Path(file) if file else None)
-    path = Path(name)
-    if path.is_file():
-        return [_decoded(path)]
-    if name == "paper-short":
-        return [PAPER_SHORT]
-    if name == "paper-chosen":
-        return [PAPER_CHOSEN]
-    if path.is_dir():
-        raise UserError(f"--text {name}: it is a folder; give the files in it, such as {name.rstrip('/')}/*.txt")
-    raise UserError(f"--text {name}: there is no such file; give one, or one of {', '.join(PRESETS)}")
+    file = text_file(name)
+    if name.startswith(f"{PAPER_LONG}=") or (file is None and name == PAPER_LONG):
+        return _paper_long(file)
+    if file is None:
+        return [PAPER_SHORT if name == "paper-short" else PAPER_CHOSEN]
+    return [_decoded(file)]
 
 
 def _decoded(path: Path) -> str:
@@ -269,17 +221,13 @@ def _decoded(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise UserError(not_utf8(path, error)) from error
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error}); give another file") from error
+        raise UserError(f"{path} cannot be read ({reason_of(error)}); give another file") from error
 
 
 def _paper_long(path: Path | None) -> list[str]:
     """The first ten lines of the WikiText-103 test set that are neither empty nor a heading, a sequence each."""
     if path is None:
         lines = _wikitext_lines()
-    elif not path.is_file():
-        raise UserError(
-            f"--text paper-long={path}: there is no such file; give WikiText-103's test set, a line of text a line"
-        )
     elif path.suffix == ".csv":
         csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
         lines = [
@@ -313,7 +261,9 @@ def _read_ids(path: Path) -> list[Tensor]:
     try:
         found = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"--input-ids {path} cannot be read ({error}); give a .npy file of integers") from error
+        raise UserError(
+            f"--input-ids {path} cannot be read ({reason_of(error)}); give a .npy file of integers"
+        ) from error
     if not isinstance(found, np.ndarray) or found.dtype.kind not in "iu" or found.ndim not in (1, 2) or not found.size:
         kind = f"{found.dtype} {list(found.shape)}" if isinstance(found, np.ndarray) else "an archive"
         raise UserError(f"--input-ids {path} holds {kind}; it must be integers, (S,) or (B, S)")
@@ -326,15 +276,8 @@ def _read_domain(
     """A domain's name, its sequences, and a note on how much of the file they are."""
     from moebed.data.sources import Source, SourceConfig
 
-    label, separator, file = given.partition("=")
-    if not separator or not label or not file:
-        raise ConfigError(f"--domain {given}: write it as NAME=FILE")
-    if not re.fullmatch(r"[\w.+ -]+", label):
-        raise ConfigError(f"--domain {given}: a name has letters, digits, spaces and . + - _ only")
-    if not Path(file).is_file():
-        what = "is a folder" if Path(file).is_dir() else "does not exist"
-        raise UserError(f"--domain {given}: {file} {what}; give one file of text")
-    source = Source(SourceConfig(label, "files", path=file, text_field=options.text_field))
+    label, file = domain_file(given)
+    source = Source(SourceConfig(label, "files", path=str(file), text_field=options.text_field))
     documents = [text for text in source.documents() if text.strip()]
     if not documents:
         raise UserError(f"--domain {given}: {file} holds no text; give another file, or leave the domain out")

@@ -6,7 +6,6 @@ Nothing holds more than the band that is being written, so that a model may be l
 from __future__ import annotations
 
 import json
-import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from moebed.checkpoints.files import DTYPES
 from moebed.checkpoints.stacked import joined, places
 from moebed.errors import UserError
 from moebed.machine import storage
+from moebed.machine.places import require_empty, require_room
 
 SHARD_BYTES = 5 * 10**9
 BAND_BYTES = 64 << 20  # of a tensor that is copied as it is
@@ -200,20 +200,9 @@ def new_folder(folder: Path, num_bytes: int = 0) -> Iterator[Path]:
     folder = folder.resolve()
     require_empty(folder)
     storage.remove_leftovers(folder)  # they count as free
-    storage.require_room(folder, num_bytes, "the checkpoint takes")
+    require_room(folder, num_bytes, "the checkpoint takes")
     try:
         with storage.new_folder(folder) as partial:
             yield partial
     except storage.NotWritten as error:
         raise UserError(f"the checkpoint cannot be written to {folder} ({error.reason})") from error
-
-
-def require_empty(folder: Path) -> None:
-    """Raise UserError if there is something at ``folder`` already, or if nothing can be written there."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        what = "is not empty" if folder.is_dir() else "is a file"
-        raise UserError(f"{folder} {what}; choose another folder for the checkpoint")
-    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        what = "cannot be written to" if existing.is_dir() else "is a file"
-        raise UserError(f"{folder} cannot be made: {existing} {what}; choose another folder for the checkpoint")

@@ -8,9 +8,14 @@ from pathlib import Path
 from moebed.arguments import names_recipe, read_recipe, stray_argument
 from moebed.errors import ConfigError, UserError, did_you_mean
 from moebed.machine import storage
+from moebed.machine.places import require_writable
 from moebed.machine.progress import waiting
+from moebed.training.free_folder import require_checkpoint, require_no_run
 
 FOLDER = "--trainer.default_root_dir"
+CHECKPOINT = "--ckpt_path"
+TOLD = ("--print_plan", "--print_config", "--help", "-h")
+NAMES = ("last", "best", "hpc", "null")  # of checkpoints, and of none; what they mean is known later
 # What a recipe and the options begin with; the whole keys are known to the parser, which needs PyTorch.
 KEYS = (
     "trainer", "model", "data", "checkpoint", "samples", "parallel", "optimizer", "lr_scheduler", "seed_everything",
@@ -35,8 +40,8 @@ def look_first(command: str, arguments: Sequence[str]) -> None:
     """Refuse what takes no model to see, before PyTorch is loaded, which takes seconds.
 
     Raises:
-        UserError: A recipe cannot be read, a key begins with a word that none has, or the folder of a run cannot be
-            written into.
+        UserError: A recipe cannot be read, a key begins with a word that none has, a checkpoint is missing, or the
+            folder of a run cannot be written into or holds one.
     """
     if not arguments[0].startswith("-"):
         raise stray_argument(arguments[0])
@@ -44,7 +49,7 @@ def look_first(command: str, arguments: Sequence[str]) -> None:
         key = argument.partition("=")[0].removeprefix("--").rstrip("+")
         if argument.startswith("--") and key:
             _require_known(command, key)
-    folder = None
+    folder = checkpoint = None
     for option, value in _given(arguments):
         if option in ("-c", "--config") and names_recipe(value):
             content = read_recipe(Path(value))
@@ -52,10 +57,20 @@ def look_first(command: str, arguments: Sequence[str]) -> None:
                 _require_known(command, str(key))
             trainer = content.get("trainer")
             folder = trainer.get("default_root_dir", folder) if isinstance(trainer, dict) else folder
+            checkpoint = content.get("ckpt_path", checkpoint)
         elif option == FOLDER:
             folder = value
-    if command == "fit" and isinstance(folder, str) and "--print_plan" not in arguments:
-        storage.require_writable(Path(folder), FOLDER)
+        elif option == CHECKPOINT:
+            checkpoint = value
+    if isinstance(checkpoint, str) and checkpoint not in NAMES and not storage.standing(Path(checkpoint)).exists():
+        raise UserError(f"checkpoint {checkpoint} does not exist; give the path of a .ckpt, or last")
+    if any(one.partition("=")[0] in TOLD for one in arguments):  # which begins nothing
+        return
+    require_checkpoint(command, checkpoint)
+    if command == "fit" and isinstance(folder, str):
+        require_writable(Path(folder), FOLDER)
+        if checkpoint is None:
+            require_no_run(Path(folder))
 
 
 def _require_known(command: str, key: str) -> None:

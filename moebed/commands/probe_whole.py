@@ -10,7 +10,8 @@ import torch
 
 from moebed.checkpoints.hub import find_checkpoint
 from moebed.checkpoints.run import is_run
-from moebed.checkpoints.texts import TextOptions, read_texts
+from moebed.checkpoints.text_options import TextOptions
+from moebed.checkpoints.texts import read_texts
 from moebed.errors import UserError
 from moebed.machine.progress import say
 from moebed.traces.files import read_trace, write_trace

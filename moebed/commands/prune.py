@@ -14,7 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from moebed.arguments import OneLineParser, add_text_options
 from moebed.checkpoints.hub import find_checkpoint, require_nameable
+from moebed.checkpoints.text_options import TextOptions
 from moebed.errors import ConfigError, UserError, did_you_mean
+from moebed.machine import storage
+from moebed.machine.places import require_empty
+from moebed.machine.progress import say, waiting
+from moebed.machine.units import parse_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,27 +66,24 @@ def run(command: str, arguments: Sequence[str]) -> None:
     """
     options = build_parser().parse_args(arguments)
     share, count = _kept(options.keep)
+    text, out = TextOptions.of(vars(options)), Path(options.out)
     require_nameable(options.checkpoint)
+    if not text:
+        raise ConfigError("moebed prune needs text to score experts on and to judge by: --text, --input-ids, --domain")
+    require_empty(out)
+    parse_bytes(options.memory_budget)
     # Heavy imports wait until the options are known to be well formed.
-    from moebed.checkpoints.pretrained import PretrainedMoE
-    from moebed.checkpoints.texts import TextOptions
-    from moebed.checkpoints.writer import require_empty
-    from moebed.checkpoints.writing_bar import WritingBar
-    from moebed.exporting.content import prune
-    from moebed.exporting.export import export, plan_export
-    from moebed.machine import storage
-    from moebed.machine.progress import say
-    from probes.keep_k import ONE_TEXT
-    from probes.measures.expert_scores import RANDOM, SCORES, calibration_texts
+    with waiting("loading PyTorch"):
+        from moebed.checkpoints.pretrained import PretrainedMoE
+        from moebed.checkpoints.writing_bar import WritingBar
+        from moebed.exporting.content import prune
+        from moebed.exporting.export import export, plan_export
+        from probes.keep_k import ONE_TEXT
+        from probes.measures.expert_scores import RANDOM, SCORES, calibration_texts
 
     if options.by not in (*SCORES, RANDOM):
         hint = did_you_mean(options.by, (*SCORES, RANDOM), f"choose one of {', '.join((*SCORES, RANDOM))}")
         raise ConfigError(f"--by {options.by!r} is no score; {hint}")
-    text = TextOptions.of(vars(options))
-    if not text:
-        raise ConfigError("moebed prune needs text to score experts on and to judge by: --text, --input-ids, --domain")
-    out = Path(options.out)
-    require_empty(out)
     model = PretrainedMoE(options.checkpoint, text=text, memory_budget=options.memory_budget)
     assert model.text is not None
     for note in model.notes:

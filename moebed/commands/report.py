@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moebed.arguments import OneLineParser, require_run_folder
+from moebed.machine.places import require_writable
+from moebed.machine.progress import waiting
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -15,7 +17,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "folders", nargs="+", type=Path, metavar="DIR", help="folder of a run or study, such as runs/demo"
     )
-    parser.add_argument("--out", type=Path, help="HTML file; report.html in the first folder if not given")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE.html", help="HTML file; report.html in the first folder if not given"
+    )
     return parser
 
 
@@ -24,16 +28,13 @@ def run(command: str, arguments: Sequence[str]) -> None:
     options = build_parser().parse_args(arguments)
     for folder in options.folders:
         require_run_folder(folder)
-    from moebed.machine.progress import waiting
-    from moebed.machine.storage import require_writable
+    out = options.out or options.folders[0] / "report.html"
+    require_writable(out.parent, "--out")
     from moebed.study.page import is_study, sections
     from probes.report.page import write_report
 
     studies = [folder for folder in options.folders if is_study(folder)]
     runs = [folder for folder in options.folders if folder not in studies]
-    out = options.out or options.folders[0] / "report.html"
-    if options.out or out.parent.is_dir():  # of a folder that is not there something better is said
-        require_writable(out.parent, "--out")
     with waiting("drawing the report"):
         path = write_report(runs, out, sections(studies))
     print(path)

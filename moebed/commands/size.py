@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moebed.arguments import OneLineParser, parse_setting, read_recipe
 from moebed.errors import ConfigError
+from moebed.machine.progress import waiting
 
 if TYPE_CHECKING:
     from moebed.model.config import ModelConfig
@@ -84,11 +85,24 @@ def size_table(config: ModelConfig, sequence_length: int) -> str:
     return "\n".join(lines)
 
 
-def read_model(recipe: Path, overrides: Sequence[str] = ()) -> tuple[ModelConfig, int]:
+class Settings(NamedTuple):
+    """What a recipe says of its model, as plain data."""
+
+    model: dict[str, Any]
+    sequence_length: int
+
+    def config(self) -> ModelConfig:
+        """The model's config; raises ConfigError where it is wrong. Loads PyTorch."""
+        from moebed.model.config import ModelConfig
+
+        return ModelConfig.from_dict(self.model)
+
+
+def read_settings(recipe: Path, overrides: Sequence[str] = ()) -> Settings:
     """The model of a recipe under overrides such as ``num_experts=16``, and the recipe's sequence length.
 
     Raises:
-        ConfigError: The file cannot be read, has no model, or the config is wrong.
+        ConfigError: The file cannot be read, has no model, or what changes it is not well formed.
     """
     content = read_recipe(recipe)
     model = content.get("model")
@@ -100,11 +114,8 @@ def read_model(recipe: Path, overrides: Sequence[str] = ()) -> tuple[ModelConfig
         if not sign:
             raise ConfigError(f"{text!r} changes nothing; write KEY=VALUE, such as num_experts=16")
         changes[key.removeprefix("model.config.")] = parse_setting(text, value)
-    # Heavy imports wait until the file and what changes it are known to be well formed.
-    from moebed.model.config import ModelConfig
-
     length = (content.get("data") or {}).get("sequence_length", 256)
-    return ModelConfig.from_dict(overridden(model["config"], changes)), length
+    return Settings(overridden(model["config"], changes), length)
 
 
 def overridden(content: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,13 +147,16 @@ def build_parser() -> argparse.ArgumentParser:
 def run(command: str, arguments: Sequence[str]) -> None:
     """Print a model's size, and the width that matches another's."""
     options = build_parser().parse_args(arguments)
-    config, length = read_model(options.recipe, options.changes)
-    if options.match is None:
-        print(size_table(config, length))
-        return
     if options.granularity < 1:
         raise ConfigError(f"--granularity is {options.granularity}; it must be at least 1")
-    found = match_width(config, read_model(options.match)[0], length, options.granularity)
+    settings = read_settings(options.recipe, options.changes)
+    other = None if options.match is None else read_settings(options.match)
+    with waiting("loading PyTorch"):
+        config, length = settings.config(), settings.sequence_length
+    if other is None:
+        print(size_table(config, length))
+        return
+    found = match_width(config, other.config(), length, options.granularity)
     print(size_table(found.config, length))
     print(
         f"moe_intermediate_size {found.config.moe_intermediate_size} matches {options.match}: total parameters "

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from moebed.arguments import OneLineParser
 from moebed.checkpoints.hub import find_checkpoint, require_nameable
 from moebed.errors import ConfigError, UserError
+from moebed.machine import storage
+from moebed.machine.places import require_writable
+from moebed.machine.progress import say, waiting
+from moebed.tasks.options import INSTALL, TaskOptions
 
 PROBES = "balance,domain_share,domain_purity"
 
@@ -53,17 +58,19 @@ def run(command: str, arguments: Sequence[str]) -> None:
         UserError: Nothing could be evaluated, or the text could not be probed; what was found is written then.
     """
     given = vars(build_parser().parse_args(arguments))
-    require_nameable(given["checkpoint"])
-    from moebed.machine import storage
-    from moebed.tasks.running import TaskOptions, run_tasks, texts_of
-    from moebed.training.command_line import say
-
     probes = given.pop("probes")
     names = [name.strip() for name in given.pop("tasks").split(",") if name.strip()]
     options = TaskOptions(tasks=names, texts=_texts(given.pop("text")), **given)
-    storage.require_writable(options.out, "--out")
+    require_nameable(options.checkpoint)
+    require_writable(options.out, "--out")
     if (options.out / "config.yaml").exists():
         raise UserError(f"{options.out} is the folder of a run; choose another one for its tasks")
+    if find_spec("lm_eval") is None:
+        raise UserError(f"moebed tasks needs lm-eval; {INSTALL}")
+    # Heavy imports wait until the options are known to be well formed.
+    with waiting("loading PyTorch"):
+        from moebed.tasks.running import run_tasks, texts_of
+
     found = run_tasks(options)
     numbers = {f"tasks/{task}/{key}": value for task, one in found.items() for key, value in one.items()}
     storage.write_text(options.out / "run_summary.json", json.dumps(numbers, indent=1) + "\n")

@@ -59,7 +59,7 @@ def print_closing_table(numbers: dict[str, Any], folder: Path, report: Path) -> 
     console = Console(stderr=True)
     console.print(table)
     for sentence in numbers.get("alerts", ()):
-        console.print(f"alert: {sentence}", markup=False, highlight=False)
+        console.print(f"alert: {sentence}", markup=False, highlight=False, soft_wrap=True)
 
 
 def train(command: str, arguments: Sequence[str]) -> None:

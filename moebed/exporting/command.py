@@ -8,6 +8,8 @@ from pathlib import Path
 
 from moebed.arguments import OneLineParser
 from moebed.checkpoints.hub import find_checkpoint, require_nameable
+from moebed.machine.places import require_empty
+from moebed.machine.progress import say, waiting
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -36,18 +38,17 @@ def run(command: str, arguments: Sequence[str]) -> None:
         UserError: The checkpoint cannot be read, the family cannot express it, or the folder cannot be written.
     """
     options = build_parser().parse_args(arguments)
-    require_nameable(options.checkpoint)
-    # Heavy imports wait until the options are known to be well formed.
-    import torch
-
-    from moebed.checkpoints.checkpoint import Checkpoint
-    from moebed.checkpoints.writer import require_empty
-    from moebed.checkpoints.writing_bar import WritingBar
-    from moebed.exporting.export import export, plan_export
-    from moebed.machine.progress import say
-
     out = Path(options.out)
+    require_nameable(options.checkpoint)
     require_empty(out)
+    # Heavy imports wait until the options are known to be well formed.
+    with waiting("loading PyTorch"):
+        import torch
+
+        from moebed.checkpoints.checkpoint import Checkpoint
+        from moebed.checkpoints.writing_bar import WritingBar
+        from moebed.exporting.export import export, plan_export
+
     path = find_checkpoint(options.checkpoint)
     source = Checkpoint.open(path)
     plan = plan_export(source, options.family)

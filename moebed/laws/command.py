@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from moebed.arguments import OneLineParser
 from moebed.errors import UserError
 from moebed.machine import provenance
+from moebed.machine.places import require_writable
 from moebed.machine.progress import say
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
     for budget in options.budget:
         if not 1e6 <= budget <= 1e31:
             raise UserError(f"--budget is {budget:g}; training FLOPs lie between 1e6 and 1e31")
+    require_writable(options.out, "--out")
     # Heavy imports wait until the options are known to be well formed.
     from moebed.laws.findings import Fitted, describe
     from moebed.laws.fitting import Problem, bootstrap, check, fit, leave_largest_out

@@ -11,6 +11,7 @@ import numpy as np
 
 from moebed.errors import UserError
 from moebed.laws.contract import Array, Law, LossLaw, Shape, training_flops
+from moebed.machine.storage import reason_of
 
 # Column of ours -> what it may be called, and in words.
 COLUMNS: Mapping[str, tuple[str, ...]] = {
@@ -82,7 +83,7 @@ def _read_csv(path: Path) -> RunTable:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); give a CSV file or a study.json") from error
+        raise UserError(f"{path} cannot be read ({reason_of(error)}); give a CSV file or a study.json") from error
     head = text.split("\n", 1)[0]
     delimiter = max(",;\t", key=head.count)
     rows = [(number, row) for number, row in enumerate(csv.reader(text.splitlines(), delimiter=delimiter), 1) if row]

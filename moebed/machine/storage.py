@@ -12,7 +12,6 @@ import errno
 import os
 import shutil
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -22,7 +21,6 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 import psutil
 
 from moebed.errors import SharedError, UserError
-from moebed.machine.units import human
 
 if TYPE_CHECKING:
     import numpy as np
@@ -152,48 +150,6 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], note: str = "", c
             with archive.open(entry, "w", force_zip64=True) as part:
                 np.lib.format.write_array(part, array, allow_pickle=False)
     return path
-
-
-def require_writable(folder: Path, option: str) -> None:
-    """Find out before any work whether a folder, which need not be there yet, can be written into; leaves no trace.
-
-    Args:
-        folder: Where results are to lie.
-        option: Which another one is given by.
-
-    Raises:
-        UserError: It cannot.
-    """
-    existing = folder
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"the output folder {folder} cannot be written ({error.strerror}); choose another with {option}"
-        ) from error
-
-
-def require_room(folder: Path, num_bytes: int, what: str, advice: str = "make room or choose another folder") -> int:
-    """Bytes that are free where a folder is or will be.
-
-    Args:
-        folder: The folder.
-        num_bytes: What will be written there.
-        what: Of it, for the error: "the checkpoint takes".
-        advice: What the error tells a person to do.
-
-    Raises:
-        UserError: There is less.
-    """
-    folder = folder.resolve()
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if free < num_bytes:
-        raise UserError(f"{existing} has {human(free, 'B')} free but {what} {human(num_bytes, 'B')}; {advice}")
-    return free
 
 
 def read_note(path: Path) -> str:

@@ -8,6 +8,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from moebed.errors import UserError
+
+
+class StoppedError(UserError):
+    """A signal ended a command that keeps its work as it goes; the exit code is what a shell makes of the signal.
+
+    Args:
+        number: The signal.
+        then: What the same command does next.
+    """
+
+    def __init__(self, number: int, then: str) -> None:
+        super().__init__(f"stopped; {then}")
+        self.exit_code = 128 + number
+
 
 def take_over(number: int, handler: Callable[[int, Any], Any]) -> Any:
     """Handle a signal from now on, unless it is ignored: so shells start a job in the background, for Ctrl-C.

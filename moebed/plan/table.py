@@ -18,7 +18,8 @@ def print_plan(plan: Plan, as_json: bool) -> None:
         print(json.dumps(to_dict(plan), indent=2))
         return
     data, expert = plan.ranks
-    table = Table(title=f"plan for {data * expert} ranks: data {data} x expert {expert}", show_header=False)
+    ranks = f"{data * expert} ranks: data {data} x expert {expert}" if data * expert > 1 else "1 rank"
+    table = Table(title=f"plan for {ranks}", show_header=False)
     table.add_column()
     table.add_column(justify="right")
     for title, rows in _sections(plan):

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 from moebed.arguments import OneLineParser
 from moebed.errors import UserError
-from moebed.machine.progress import say
+from moebed.machine.places import require_writable
+from moebed.machine.progress import say, waiting
 from moebed.plugins import OPTION as PLUGINS
 from moebed.plugins import named_plugins
-from moebed.study.files import STUDY_FILE
+from moebed.study.files import STUDY_FILE, load_study
 from moebed.study.recipe import StudyRecipe, read_recipe
 
 PAIRS = 3  # of a pilot, of each arm: two leave the deviation open by a factor of 70, three by one of 12
@@ -66,6 +67,13 @@ def run(command: str, arguments: Sequence[str]) -> None:
     if options.study.suffix == ".json":
         if options.study.name != STUDY_FILE:
             raise UserError(f"{options.study}: a study's result is called {STUDY_FILE}; it lies in the study's folder")
+        defaults = vars(build_parser().parse_args([str(options.study)]))
+        for name, value in vars(options).items():
+            if value != defaults[name]:
+                raise UserError(
+                    f"--{name} does nothing with a study.json, which is shown again in its own folder; leave it out"
+                )
+        load_study(options.study)
         _present(options.study.parent)
         return
     if options.jobs < 1:
@@ -79,20 +87,21 @@ def run(command: str, arguments: Sequence[str]) -> None:
     count = len(recipe.arms) * len(recipe.seeds)
     if options.run is not None and not 0 <= options.run < count:
         raise UserError(f"--run {options.run}: the study has runs 0 to {count - 1}; give one of them")
-    out = options.out or Path("runs/studies") / recipe.name
-    # Heavy imports wait until the file is known to be well formed.
-    from moebed.study.collecting import collect
-    from moebed.study.comparison import compare_arms
-    from moebed.study.files import load_study
-    from moebed.study.pilot import WANTED, pilot_runs, print_pilot
-    from moebed.study.precision import keep_precision
-    from moebed.study.runner import Outcome, check_unchanged, is_finished, run_all
-    from moebed.study.runs import plan_study, prepare_texts
-
     if recipe.tasks and not options.collect and find_spec("lm_eval") is None:
         raise UserError(
             f"study {options.study.name}: its tasks need lm-eval; pip install -e '.[tasks]' where moebed was cloned"
         )
+    out = options.out or Path("runs/studies") / recipe.name
+    require_writable(out, "--out")
+    # Heavy imports wait until the file is known to be well formed.
+    with waiting("loading PyTorch"):
+        from moebed.study.collecting import collect
+        from moebed.study.comparison import compare_arms
+        from moebed.study.pilot import WANTED, pilot_runs, print_pilot
+        from moebed.study.precision import keep_precision
+        from moebed.study.runner import Outcome, check_unchanged, is_finished, run_all
+        from moebed.study.runs import plan_study, prepare_texts
+
     plan = plan_study(recipe, out)
     for note in plan.notes:
         say(f"note: {note}")

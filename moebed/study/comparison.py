@@ -288,8 +288,8 @@ def power(found: Comparison) -> str:
             together.append(float(np.corrcoef(both)[0, 1]))
     gain = f" Losses of a seed correlate with the baseline's at {_range(together, '+.2f')}." if together else ""
     return (
-        f"Paired differences have standard deviations of {_range(deviations, '.3f')} nats, pooled {pooled:.3f} "
-        f"(95 % interval {likely[0]:.3f} to {likely[1]:.3f}).{gain} Over that interval, to see a difference (80 % "
+        f"Paired differences have standard deviations of {_range(deviations, '.4f')} nats, pooled {pooled:.4f} "
+        f"(95 % interval {likely[0]:.4f} to {likely[1]:.4f}).{gain} Over that interval, to see a difference (80 % "
         f"power at 5 %) takes pairs: {', '.join(takes)}."
     )
 

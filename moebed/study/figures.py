@@ -11,6 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from moebed.study.comparison import Comparison
 from probes.figures import drawing
 from probes.report.charts import small_panels
+from probes.report.units import unit_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -105,7 +106,7 @@ def draw_loss_curves(found: Comparison) -> Figure:
         ax.set_title(title, fontsize=10.5)
         ax.set_xlabel("step", fontsize=9)
     _legend(fig, [left])
-    fig.supxlabel("mean over seeds; bands from the least to the most", fontsize=8.5, color=drawing.MUTED)
+    _say_bands(fig)
     return fig
 
 
@@ -114,6 +115,7 @@ def draw_differences(found: Comparison) -> Figure:
     arms = [arm for arm in found.arms.values() if arm.difference is not None]
     fig = drawing.new_figure(9.5, 1.5 + 0.5 * len(arms), "")
     ax = fig.subplots()
+    ax.use_sticky_edges = False  # a bar's left end would be the picture's
     drawing.style_axes(ax)
     styles, base = _styles(found), _final(found, found.baseline)
     for row, arm in enumerate(arms):
@@ -170,5 +172,11 @@ def draw_headlines(found: Comparison) -> Figure:
         probe, _, key = headline.partition("/")
         ax.set_title(f"{probe}: {key}", fontsize=8.5)
         ax.set_xlabel("step", fontsize=8)
+        ax.set_ylabel(unit_of(headline), fontsize=8)
     _legend(fig, axes)
+    _say_bands(fig)
     return fig
+
+
+def _say_bands(fig: Figure) -> None:
+    fig.supxlabel("mean over seeds; bands from the least to the most", fontsize=8.5, color=drawing.MUTED)

@@ -31,7 +31,9 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         return None
     except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}); delete it and run the study again") from error
+        raise UserError(
+            f"{path} cannot be read ({storage.reason_of(error)}); delete it and run the study again"
+        ) from error
 
 
 def load_study(path: Path) -> dict[str, Any]:

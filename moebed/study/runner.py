@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from moebed.errors import DivergedError, UserError
 from moebed.machine.last_words import last_words
-from moebed.machine.termination import asked_to_end
+from moebed.machine.termination import StoppedError, asked_to_end
 from moebed.study.code import code_so_far
 from moebed.study.files import read_json, write_json
 from moebed.study.identity import changes
@@ -30,12 +30,6 @@ from moebed.study.progress import StudyBar, status_path
 POLL_SECONDS = 0.2
 _NAME = re.compile(r"\b(runs|stages|tasks)/[^/\s]+/seed_\d+")  # of a run
 GRACE_SECONDS = 20.0  # from the signal that asks a process to end to the one that ends it
-
-
-class StoppedError(UserError):
-    """A person stopped the study."""
-
-    exit_code = 130
 
 
 class RunLike(Protocol):
@@ -171,8 +165,8 @@ def run_all(
                         running[run.name] = started
             bar.show(running)
             if signals:
-                _end(running)
-                raise StoppedError("stopped; the same command continues where the last checkpoints are")
+                _end(running, out)
+                raise StoppedError(signals[0], "the same command continues where the last checkpoints are")
             time.sleep(POLL_SECONDS)
     return outcome
 
@@ -236,10 +230,7 @@ def _start(
 def _settle(process: Process, out: Path, outcome: Outcome, bar: StudyBar) -> None:
     """Note what came of a process that has ended, and how long it took, with those that it went on from."""
     name, code = process.run.name, process.process.returncode
-    path = status_path(out, name, "json")
-    record = read_json(path)
-    record["seconds"] += time.monotonic() - process.started
-    write_json(path, record)
+    path, record = status_path(out, name, "json"), _note_time(process, out)
     process.lock.release()
     finished = code == 0 and is_finished(process.run, out)
     bar.end(name, finished)
@@ -256,8 +247,17 @@ def _settle(process: Process, out: Path, outcome: Outcome, bar: StudyBar) -> Non
     bar.say(f"{'diverged' if code == DivergedError.exit_code else f'failed with exit code {code}'}: {name}: {said}")
 
 
-def _end(running: Mapping[str, Process]) -> None:
-    """Ask all processes to end, and after a while make them."""
+def _note_time(process: Process, out: Path) -> dict[str, Any]:
+    """Add how long a process ran to what those before it took of its run; returns the run's record."""
+    path = status_path(out, process.run.name, "json")
+    record: dict[str, Any] = read_json(path)
+    record["seconds"] += time.monotonic() - process.started
+    write_json(path, record)
+    return record
+
+
+def _end(running: Mapping[str, Process], out: Path) -> None:
+    """Ask all processes to end, and after a while make them; what they took counts for who goes on."""
     for gently in (True, False):
         for process in running.values():
             if process.process.poll() is not None:
@@ -275,4 +275,5 @@ def _end(running: Mapping[str, Process]) -> None:
             except subprocess.TimeoutExpired:
                 continue
     for process in running.values():
+        _note_time(process, out)
         process.lock.release()

@@ -82,7 +82,7 @@ def _could_see(difference: Difference | None) -> str:
     if difference is None or difference.detectable is None:
         return "–"
     ends = difference.detectable_range
-    return f"{difference.detectable:.4f}" + (f" ({ends[0]:.3f} to {ends[1]:.3f})" if ends else "")
+    return f"{difference.detectable:.4f}" + (f" ({ends[0]:.4f} to {ends[1]:.4f})" if ends else "")
 
 
 def _number(value: float | None, form: str) -> str:

@@ -6,8 +6,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from moebed.data.sources import Source, SourceConfig
 from moebed.errors import ConfigError, UserError, did_you_mean
 from moebed.machine import provenance, storage
 from moebed.machine.progress import say
+from moebed.tasks.options import INSTALL, TaskOptions
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -27,43 +27,6 @@ if TYPE_CHECKING:
 FILES = Path(__file__).parent / "files"
 SEED = 1234
 _COUNTS = ("sample_len", "sample_count")  # what lm-eval puts beside the metrics
-
-
-@dataclass(frozen=True)
-class TaskOptions:
-    """What to evaluate a checkpoint on.
-
-    Args:
-        checkpoint: Folder of a checkpoint, or a ``.ckpt`` file of a run.
-        out: Folder of the results.
-        tasks: Names of lm-eval's tasks, those of ``include`` and of ``moebed/tasks/files`` among them.
-        texts: Name -> file whose perplexity is a task as well.
-        include: Folder with task files of one's own.
-        limit: Items of each task at most.
-        num_fewshot: Examples before each item; as each task says if not given.
-        batch_tokens: Of one forward pass, padding included.
-        device: Where to compute.
-    """
-
-    checkpoint: str
-    out: Path
-    tasks: Sequence[str] = ()
-    texts: Mapping[str, Path] = field(default_factory=dict)
-    include: Path | None = None
-    limit: int | None = None
-    num_fewshot: int | None = None
-    batch_tokens: int = 4096
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        """Raises ConfigError for what cannot be evaluated."""
-        if not self.tasks and not self.texts:
-            raise ConfigError("moebed tasks needs --tasks A,B or --text NAME=FILE")
-        for name, value in {"limit": self.limit, "batch-tokens": self.batch_tokens}.items():
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; it must be at least 1")
-        for name in {*self.tasks} & {*self.texts}:
-            raise ConfigError(f"--text {name}: a task is called so as well; give the text another name")
 
 
 def run_tasks(options: TaskOptions) -> dict[str, dict[str, Any]]:
@@ -173,12 +136,9 @@ def _manager(options: TaskOptions) -> TaskManager:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise UserError("moebed tasks needs lm-eval; pip install -e '.[tasks]' where moebed was cloned") from error
+        raise UserError(f"moebed tasks needs lm-eval; {INSTALL} ({error})") from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    include = options.include
-    if include is not None and not include.is_dir():
-        raise UserError(f"--include {include} is no folder; give one with task files of lm-eval")
-    folders = [str(FILES), *([str(include)] if include else [])]
+    folders = [str(FILES), *([str(options.include)] if options.include else [])]
     manager = TaskManager(include_path=folders, include_defaults=False)
     if not set(options.tasks) <= set(manager.all_tasks):
         manager = TaskManager(include_path=folders)
@@ -194,10 +154,7 @@ def _source(name: str, options: TaskOptions) -> Any:
     """What decides a task's items, as far as it is here: the bytes of a text, moebed's own code, or the name."""
     if name not in options.texts:
         return [name, str(options.include)]
-    file = options.texts[name]
-    if not file.is_file():
-        raise UserError(f"--text {name}={file}: there is no such file; give one of text")
-    return [name, provenance.fingerprint(file.read_text(encoding="utf-8", errors="replace"))]
+    return [name, provenance.fingerprint(options.texts[name].read_text(encoding="utf-8", errors="replace"))]
 
 
 def _kept(out: Path, name: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from moebed.checkpoints.families.base import beside_experts
 from moebed.data.datamodule import TextDataModule
 from moebed.errors import ConfigError
 from moebed.machine import storage
+from moebed.machine.places import require_writable
 from moebed.machine.precision import COMPUTED_IN, computed_in
 from moebed.machine.progress import say, waiting
 from moebed.model.config import ModelConfig
@@ -51,6 +52,8 @@ LIGHTNING_ADVICE = (
     "LeafSpec",
     "It is recommended to use `self.log",  # what is logged is a sum over ranks already
 )
+# What it says that says nothing of a run, and what the command says itself.
+LIGHTNING_SAYS = ("Tip:", "TPU available: False", "Detected KeyboardInterrupt")
 
 BY_DOMAIN = ("val/loss/", "val/bits_per_byte/", "train/weight/")  # closing numbers, if there are several domains
 OVER_FLOOR = "val/nats_over_floor"  # closing numbers of planted text; with a domain after a slash
@@ -181,7 +184,7 @@ class TrainingCLI(LightningCLI):
         if config.checkpoint.train_time_interval is not None:
             config.checkpoint.every_n_train_steps = None  # its default; ModelCheckpoint takes one of the two
         if self.subcommand == "fit":
-            storage.require_writable(Path(config.trainer.default_root_dir), "--trainer.default_root_dir")
+            require_writable(Path(config.trainer.default_root_dir), "--trainer.default_root_dir")
 
     def instantiate_classes(self) -> None:
         """Build model, data and callbacks; what they refuse is shown as they say it."""
@@ -315,9 +318,9 @@ class TrainingCLI(LightningCLI):
 
 
 def quiet() -> None:
-    """Leave out what Lightning warns of although it is meant."""
+    """Leave out what Lightning warns of although it is meant, and what else nobody needs to hear from it."""
     for message in LIGHTNING_ADVICE:
         warnings.filterwarnings("ignore", message=f".*{message}.*")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "Tip:" not in record.getMessage()
+        lambda record: not any(one in record.getMessage() for one in LIGHTNING_SAYS)
     )

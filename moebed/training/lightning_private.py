@@ -18,6 +18,7 @@ __all__ = [
     "log_under",
     "rank_before_processes",
     "saves_by_clock",
+    "take_sigterm",
     "validates_by_clock",
     "validation_follows",
 ]
@@ -33,6 +34,13 @@ def forget_step_values(trainer: Trainer) -> None:
     for item in trainer.fit_loop.epoch_loop._results.values():
         if not item.meta.on_epoch:
             item.reset()
+
+
+def take_sigterm(trainer: Trainer) -> bool:
+    """Whether Lightning has noted a SIGTERM, which it would act on after the next step; it forgets it here."""
+    connector = trainer._signal_connector
+    noted, connector.received_sigterm = bool(connector.received_sigterm), False
+    return noted
 
 
 def log_under(trainer: Trainer, step: int) -> None:

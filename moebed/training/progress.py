@@ -105,6 +105,10 @@ class ProgressLines(Callback):
         self._begin("work after validation (samples, checkpoint, data)")
         self._was_away = True
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What is done once, after the last step."""
+        self._begin("work at the end (probes, pictures, checkpoint)")
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Nothing more is said."""
         self._close()

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from moebed.machine.progress import say
 from moebed.machine.termination import take_over
+from moebed.training.lightning_private import take_sigterm
 
 NOTHING, SAVE, END, REQUEUE = 0, 1, 2, 3  # of several the largest holds
 
@@ -27,17 +28,21 @@ class Requests:
     Lightning acts within its signal handlers, each rank wherever it happens to be; ranks that are about to
     work together would then wait for each other forever. Here a handler takes a note, and the ranks agree on it at the
     end of a step. SLURM's signal (Lightning's SLURMEnvironment names it, or it is SIGUSR1) also requeues the job. A
-    second Ctrl-C waits for nothing; in a job that was started to ignore it, it stays ignored.
+    second Ctrl-C waits for nothing, nor does the first signal of one process once the last step is saved; in a job that
+    was started to ignore it, Ctrl-C stays ignored.
     """
 
     def __init__(self) -> None:
         self._asked = NOTHING
         self._interrupted = False
+        self._at_the_end = False
         self._lightnings: dict[int, Any] = {}
         self._agreed: tuple[torch.Tensor, Any] | None = None
 
     def take_over(self, trainer: Trainer) -> None:
         """Take the signals over from Lightning."""
+        if take_sigterm(trainer):  # which came before training began, in a probing of the untrained model
+            self._asked = END
         wanted = {signal.SIGTERM: END, signal.SIGINT: END}
         environment = getattr(trainer.strategy, "cluster_environment", None)
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
@@ -47,14 +52,24 @@ class Requests:
         # Lightning has the ranks ask the first one for a SIGTERM before every micro-batch, and wait for its answer.
         setattr(trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor", lambda: None)  # noqa: B010
 
+    def last_step_saved(self, trainer: Trainer) -> None:
+        """What is left, such as the last validation and probing, is done when the run goes on: nothing waits for it."""
+        self._at_the_end = trainer.world_size == 1
+
     def _note(self, meaning: int, number: int, _frame: Any) -> None:
         self._asked = max(self._asked, meaning)
-        if number == signal.SIGINT:
-            if self._interrupted:
-                raise KeyboardInterrupt
+        ends = self._at_the_end and meaning == END
+        if number == signal.SIGINT and not self._interrupted:
             self._interrupted = True
-            with contextlib.suppress(RuntimeError):  # Python refuses to print where the signal came amid a print
-                say("ends with a checkpoint after this step; Ctrl-C again ends at once, without one")
+            _tell(
+                "the last step is saved; --ckpt_path last does what is left: validation, probes, report"
+                if ends
+                else "ends with a checkpoint after this step; Ctrl-C again ends at once, without one"
+            )
+        elif number == signal.SIGINT:
+            ends = True
+        if ends:
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(self.exit_code)
 
     @property
     def exit_code(self) -> int:
@@ -85,6 +100,11 @@ class Requests:
         told = torch.tensor(own, device=device)
         self._agreed = told, dist.all_reduce(told, op=dist.ReduceOp.MAX, async_op=True)
         return asked
+
+
+def _tell(text: str) -> None:
+    with contextlib.suppress(RuntimeError):  # Python refuses to print where a signal came amid a print
+        say(text)
 
 
 def requeue() -> None:

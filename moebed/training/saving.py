@@ -36,7 +36,7 @@ class RunCheckpoint(ModelCheckpoint):
     ranked or named by a metric are written after the validation of the very step that they are of: the first one,
     once they are due. On SIGTERM, on Ctrl-C, and on SLURM's signal before the time limit, the run saves
     ``last.ckpt`` whatever ``save_last`` says and ends, its first process with exit code 143, of Ctrl-C 130;
-    ``--ckpt_path last`` continues it.
+    ``--ckpt_path last`` continues it. A run whose last step is saved ends at once.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -78,13 +78,15 @@ class RunCheckpoint(ModelCheckpoint):
         self._step = trainer.global_step
         is_last_step = trainer.global_step == trainer.max_steps
         asked = self._requests.agreed(trainer, pl_module.device, self._clock_asks())
-        if asked >= END and not is_last_step:  # the last step ends the run by itself
+        if asked >= END:
             self._end(trainer, asked)
         by_steps = self._every_n_train_steps > 0 and trainer.global_step % self._every_n_train_steps == 0
         if by_steps or asked >= SAVE:
             self._save(trainer)
         elif is_last_step and self.save_last:
             self._save_last(trainer)
+        if is_last_step and self._last_global_step_saved == trainer.global_step:
+            self._requests.last_step_saved(trainer)
 
     def _validates_now(self, is_due: bool, is_amid_step: bool) -> bool:
         """Validation that falls due between micro-batches comes at the end of their step."""

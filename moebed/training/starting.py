@@ -10,11 +10,11 @@ from typing import Any
 from moebed.checkpoints.run import is_run, read_run
 from moebed.errors import UserError
 from moebed.machine import storage
+from moebed.training.free_folder import require_checkpoint, require_no_run, require_nothing_else
 from moebed.training.lightning_private import rank_before_processes
 from moebed.training.saving import FOLDER
 
 LAST = "last"
-OTHERS = ("summary.json", "run_summary.json")  # of a probed checkpoint, of tasks
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,7 @@ def find_start(command: str, recipe: Any) -> Start:
         _recover(checkpoints)
     last = storage.standing(checkpoints / "last.ckpt")
     if given is None:
-        if not fits:
-            raise UserError(f"{command} needs a checkpoint: add --ckpt_path last, or the path of a .ckpt file")
+        require_checkpoint(command, given)
         _require_no_run(folder, checkpoints)
         return Start(None, f"a new run in {folder}; --ckpt_path last continues it")
     if given in ("best", "hpc"):
@@ -67,7 +66,7 @@ def find_start(command: str, recipe: Any) -> Start:
         raise UserError(f"there is no checkpoint {last} to {command}; {_advice(folder, recipe)}")
     if _is_elsewhere(folder, recipe) or _has_trained(folder, checkpoints):
         raise UserError(f"there is no checkpoint {last} to continue from; {_advice(folder, recipe)}")
-    _require_nothing_else(folder)
+    require_nothing_else(folder)
     return Start(None, f"a new run in {folder}, which has no checkpoint yet; --ckpt_path last continues it")
 
 
@@ -81,23 +80,8 @@ def _described(path: Path) -> str:
     return f"{path}, step {read_run(path).get('global_step', 'unknown')}"
 
 
-def _require_nothing_else(folder: Path) -> None:
-    """Raise UserError for a folder with results that are no run's, which a run would write its own over."""
-    there = [name for name in OTHERS if (folder / name).exists()]
-    if there and not (folder / "config.yaml").exists():
-        raise UserError(
-            f"{folder} holds results that are no run's ({', '.join(there)}), which a run would replace; choose another "
-            "folder with --trainer.default_root_dir"
-        )
-
-
 def _require_no_run(folder: Path, checkpoints: Path) -> None:
-    _require_nothing_else(folder)
-    if (folder / "config.yaml").exists():
-        raise UserError(
-            f"{folder} already holds a run; continue it with --ckpt_path last, or choose another folder "
-            "with --trainer.default_root_dir"
-        )
+    require_no_run(folder)
     if is_run(checkpoints / "last.ckpt"):
         raise UserError(
             f"{checkpoints} already holds a run's checkpoints; continue it with --ckpt_path last, or choose another "

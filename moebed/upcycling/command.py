@@ -10,7 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from moebed.arguments import OneLineParser, add_text_options
 from moebed.checkpoints.hub import find_checkpoint, require_nameable
+from moebed.checkpoints.text_options import TextOptions
 from moebed.errors import ConfigError
+from moebed.machine.places import require_empty
+from moebed.machine.progress import Progress, say, waiting
+from moebed.machine.units import parse_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -142,20 +146,24 @@ def run(command: str, arguments: Sequence[str]) -> None:
         UserError: The dense checkpoint cannot be read, the options do not fit it, or the folder cannot be written.
     """
     options = read_options(arguments)
+    wanted, out = TextOptions.of(options), Path(options["out"])
     require_nameable(options["dense"])
-    # Heavy imports wait until the options are known to be well formed.
-    import torch
-
-    from moebed.checkpoints.checkpoint import Checkpoint
-    from moebed.checkpoints.writer import require_empty
-    from moebed.checkpoints.writing_bar import WritingBar
-    from moebed.machine.progress import say
-    from moebed.model.flops import count_parameters
-    from moebed.upcycling.upcycle import plan_upcycling, upcycle
-
-    method, out = options["method"], Path(options["out"])
-    settings, layers = read_settings(options), read_layers(options)
     require_empty(out)
+    budget = parse_bytes(options.get("memory_budget", "8GiB"))
+    if not wanted and "memory_budget" in options:
+        raise ConfigError(
+            "--memory-budget does nothing without text, where upcycling holds a matrix at a time; leave it out"
+        )
+    # Heavy imports wait until the options are known to be well formed.
+    with waiting("loading PyTorch"):
+        import torch
+
+        from moebed.checkpoints.checkpoint import Checkpoint
+        from moebed.checkpoints.writing_bar import WritingBar
+        from moebed.model.flops import count_parameters
+        from moebed.upcycling.upcycle import plan_upcycling, upcycle
+
+    method, settings, layers = options["method"], read_settings(options), read_layers(options)
     path = find_checkpoint(options["dense"])
     source = Checkpoint.open(path)
     plan = plan_upcycling(source, method, settings, options.get("shared_experts", 0), layers, options.get("family"))
@@ -168,7 +176,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
         f"{plan.family.model_type}: {total / 1e6:.1f} M parameters, {active / 1e6:.1f} M active a token"
     )
     dtype = getattr(torch, options["dtype"]) if "dtype" in options else None
-    facts, first = _ask_text(options, path, source, plan, settings, dtype)
+    facts, first = _ask_text(options, wanted, budget, path, source, plan, settings, dtype)
     with WritingBar() as bar:
         notes = upcycle(source, path, plan, method, settings, out, dtype, bar.start, bar.update, facts, first)
     for note in notes:
@@ -178,6 +186,8 @@ def run(command: str, arguments: Sequence[str]) -> None:
 
 def _ask_text(
     options: Mapping[str, Any],
+    wanted: TextOptions,
+    budget: int,
     path: Path,
     source: Checkpoint,
     plan: Plan,
@@ -185,18 +195,10 @@ def _ask_text(
     dtype: torch.dtype | None,
 ) -> tuple[dict[int, TextFacts] | None, FirstLosses | None]:
     """What the text that was given tells; nothing without one."""
-    from moebed.checkpoints.texts import TextOptions, read_texts
-    from moebed.machine.progress import Progress, say
-    from moebed.machine.units import parse_bytes
+    from moebed.checkpoints.texts import read_texts
     from moebed.upcycling.from_text import ask_text, layers_passed
 
-    wanted = TextOptions.of(options)
-    budget = parse_bytes(options.get("memory_budget", "8GiB"))
     if not wanted:
-        if "memory_budget" in options:
-            raise ConfigError(
-                "--memory-budget does nothing without text, where upcycling holds a matrix at a time; leave it out"
-            )
         return None, None
     text, notes = read_texts(wanted, path, source.config)
     for note in notes:

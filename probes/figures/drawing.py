@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -23,16 +24,18 @@ INK, MUTED, GRID, MASKED = "#1f2933", "#6b7785", "#dde3ea", "#98a1ab"
 SERIES = ("#2f6db5", "#d1603d", "#3b9a6d", "#8a5fb0", "#b8860b")
 MANY = (*SERIES, "#c2477f", "#4a9fb5", "#7a7a2e")
 DPI = 110
+TITLE_LETTER = 0.086  # inches of a title's letters, on average
 PICTURED_LAYERS = 8
 
 Item = TypeVar("Item")
 
 
 def new_figure(width: float, height: float, title: str) -> Figure:
-    """An empty figure of width × height inches that says what it shows."""
+    """An empty figure of width × height inches that says what it shows, in as many lines as that takes."""
+    lines = [part for line in title.splitlines() for part in textwrap.wrap(line, int(width / TITLE_LETTER))]
     fig = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(fig)
-    fig.suptitle(title, fontsize=11.5, color=INK)
+    fig.suptitle("\n".join(lines), fontsize=11.5, color=INK)
     return fig
 
 
@@ -58,12 +61,15 @@ def pick(items: Sequence[Item], limit: int) -> list[Item]:
     return [items[round(i * (len(items) - 1) / (limit - 1))] for i in range(limit)]
 
 
-def ratio_norm(values: Sequence[np.ndarray], share: float = 1.0) -> TwoSlopeNorm:
-    """Colour scale of ratios: 0 to the ``share`` quantile of the values, at least 2, with the neutral colour at 1."""
+def ratio_norm(values: Sequence[np.ndarray], share: float = 1.0, most: float = math.inf) -> TwoSlopeNorm:
+    """Colour scale of ratios, with the neutral colour at 1: 0 to the ``share`` quantile of the values, at least 2.
+
+    It ends at ``most``: where nearly nothing is expected, a single token is thousands of times as much.
+    """
     flat = np.concatenate([value.ravel() for value in values])
     flat = flat[np.isfinite(flat)]
     highest = float(np.quantile(flat, share)) if flat.size else 2.0
-    return TwoSlopeNorm(vcenter=1.0, vmin=0.0, vmax=max(2.0, highest))
+    return TwoSlopeNorm(vcenter=1.0, vmin=0.0, vmax=min(max(2.0, highest), most))
 
 
 def heat_map(ax: Axes, values: np.ndarray, cmap: str, **image: Any) -> Any:
@@ -81,7 +87,15 @@ def write_values(ax: Axes, values: np.ndarray, norm: Normalize) -> None:
     for (row, column), value in np.ndenumerate(values):
         if math.isfinite(value):
             ink = "white" if abs(float(norm(value)) - 0.5) > 0.33 else INK
-            ax.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=7.5, color=ink, in_layout=False)
+            ax.text(column, row, cell_text(value), ha="center", va="center", fontsize=7.5, color=ink, in_layout=False)
+
+
+def cell_text(value: float) -> str:
+    """A value in two digits, as many characters as a cell has room for: 0.089, 4.8, 550, 45k."""
+    size = abs(float(f"{value:.2g}"))
+    if size < 100:
+        return f"{value:.2g}"
+    return f"{float(f'{value:.2g}'):.0f}" if size < 10_000 else f"{value / 1e3:.2g}k" if size < 1e5 else f"{value:.0e}"
 
 
 def index_ticks(axis: Any, labels: Sequence[int]) -> None:

@@ -35,15 +35,21 @@ def _draw_heat_maps(
     return drawing.similarity_grid(matrices, title, labels, quantity, scale_by_layer)
 
 
-def draw_depth(values: Mapping[str, Mapping[int, float]], title: str, quantity: str) -> Figure:
-    """A quantity over layers, a line a matrix."""
+UNRELATED = {0.0: "0, unrelated"}
+
+
+def draw_depth(
+    values: Mapping[str, Mapping[int, float]], title: str, quantity: str, marks: Mapping[float, str] = UNRELATED
+) -> Figure:
+    """A quantity over layers, a line a matrix; ``marks`` are values to see it beside, and what they mean."""
     from probes.figures import drawing
 
     fig = drawing.new_figure(6.5, 3.4, title)
     ax = fig.subplots()
     for (name, by_layer), colour in zip(values.items(), drawing.SERIES, strict=False):
         drawing.depth_line(ax, by_layer, colour, name)
-    ax.axhline(0, color=drawing.MUTED, lw=1, ls="--", label="0, unrelated")
+    for (value, meaning), dashes in zip(marks.items(), ("--", ":"), strict=False):
+        ax.axhline(value, color=drawing.MUTED, lw=1, ls=dashes, label=meaning)
     ax.set_ylabel(quantity, fontsize=9)
     ax.legend(fontsize=8, frameon=False)
     return fig

@@ -9,8 +9,9 @@ import numpy as np
 
 from moebed.checkpoints.pretrained import PretrainedMoE
 from moebed.errors import UserError
-from moebed.machine import provenance, storage
+from moebed.machine import provenance
 from moebed.machine.allocator import release_freed_memory
+from moebed.machine.places import require_room
 from moebed.machine.units import human
 from moebed.views.layer import HeadView, LayerView
 from probes.contract import Probe, ProbeResult
@@ -22,6 +23,8 @@ from probes.running.partial import HEAD, KeptLayers, way_to
 from probes.running.provenance import Provenance
 from probes.running.writing import require_same_model
 from probes.saturation import Saturation, joined
+
+WORTH_SAYING = 10**8  # bytes of results
 
 
 class CheckpointPass:
@@ -107,7 +110,7 @@ class CheckpointPass:
         return found
 
     def _require_room(self, out: Path, shown: Sequence[Probe], done: Collection[int]) -> None:
-        """Set ``room``: what the probes will keep, where sizes tell; refuse a disk that has no room for it.
+        """Set ``room``: what the probes will keep, where that is much; refuse a disk that has no room for it.
 
         What is kept as the pass goes on is written once more with the results, and only then let go.
         """
@@ -124,17 +127,18 @@ class CheckpointPass:
         if more:
             largest = max(whole, key=lambda name: whole[name])
             needed = more + sum(whole.values())
-            free = storage.require_room(
+            free = require_room(
                 out,
                 needed,
                 "the probes need, until their results are written,",
                 f"of {human(sum(whole.values()), 'B')} that they keep {human(whole[largest], 'B')} are of {largest}: "
                 "leave it out, give less text, make room or choose another folder",
             )
-            self.room = (
-                f"{human(sum(whole.values()), 'B')} will be kept, mapped from files in {store.results_dir(out)}, and "
-                f"{human(needed, 'B')} are needed until the results are written; {human(free, 'B')} are free"
-            )
+            if needed >= WORTH_SAYING:
+                self.room = (
+                    f"{human(sum(whole.values()), 'B')} will be kept, mapped from files in {store.results_dir(out)}, "
+                    f"and {human(needed, 'B')} are needed until the results are written; {human(free, 'B')} are free"
+                )
 
     def _way(self, place: int) -> str:
         """How the text comes to a layer, or to the head."""

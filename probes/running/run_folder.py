@@ -9,6 +9,7 @@ from typing import Any
 
 from moebed.arguments import require_run_folder
 from moebed.errors import UserError
+from moebed.machine.storage import reason_of
 from probes.contract import ProbeResult
 from probes.registry import PROBES
 from probes.running import store
@@ -106,7 +107,7 @@ def _read_numbers(path: Path) -> dict[str, Any]:
     try:
         numbers = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path} cannot be read ({error}); delete it, and probe or train again") from error
+        raise UserError(f"{path} cannot be read ({reason_of(error)}); delete it, and probe or train again") from error
     return numbers if isinstance(numbers, dict) else {}
 
 

@@ -60,7 +60,7 @@ def load_arrays(out: Path, name: str) -> dict[str, np.ndarray]:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; probe first") from None
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read ({error}); delete it and probe again") from error
+        raise UserError(f"{path} cannot be read ({storage.reason_of(error)}); delete it and probe again") from error
 
 
 def save_summary(
@@ -114,7 +114,7 @@ def load_summary(out: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path} cannot be read ({error}); delete it and probe again") from error
+        raise UserError(f"{path} cannot be read ({storage.reason_of(error)}); delete it and probe again") from error
 
 
 def history_line(step: int, results: Mapping[str, ProbeResult]) -> dict[str, Any]:

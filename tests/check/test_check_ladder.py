@@ -285,7 +285,7 @@ def test_the_page_and_the_table_say_everything(tmp_path, capsys):
     [
         (["--minutes", "0"], "--minutes 0: give more than 0"),
         (["--only", "nothing"], "--only nothing: choose among machine, kernels_bfloat16"),
-        (["--out", __file__], "is a file; name a folder"),
+        (["--out", __file__], "cannot be written (Not a directory)"),
     ],
 )
 def test_wrong_arguments_are_one_line(arguments, words, capsys):

@@ -1,5 +1,6 @@
 """What is refused before PyTorch is loaded, and options that are misspelt, whatever the command."""
 
+import importlib
 import json
 import os
 import re
@@ -51,6 +52,48 @@ REFUSED = {
 }
 
 
+# The other arguments that name a file or a folder: of each command, what stands beside them; of each of them, a path
+# that is not there, or, of what is written, one that cannot be: HERE is a file.
+HERE = RECIPE
+TEXT = {"--text": "nothere.txt", "--input-ids": "nothere.npy", "--domain": "code=nothere.txt"}
+PATHS = {
+    "fit": (["--config", RECIPE], {"--ckpt_path": "nothere.ckpt"}),
+    "validate": (["--config", RECIPE], {"--ckpt_path": "nothere.ckpt"}),
+    "test": (["--config", RECIPE], {"--ckpt_path": "nothere.ckpt"}),
+    "predict": (["--config", RECIPE], {"--ckpt_path": "nothere.ckpt"}),
+    "probe": (
+        ["recipes", "--out", "new"],
+        {**TEXT, "--config": "nothere.yaml", "--earlier": "nothere", "--reference-dense": "nothere"}
+        | {"--out": f"{HERE}/new", "--save-trace": f"{HERE}/trace.jsonl"},
+    ),
+    "tasks": (
+        ["recipes", "--tasks", "moebed_recall", "--out", "new"],
+        {"--text": "code=nothere.txt", "--include": "nothere", "--out": f"{HERE}/new"},
+    ),
+    "upcycle": (["recipes", "--method", "copy", "--out", "new"], {**TEXT, "--out": f"{HERE}/new"}),
+    "export": (["recipes", "--out", "new"], {"--out": f"{HERE}/new"}),
+    "prune": (["recipes", "--keep", "2", "--out", "new", "--text", RECIPE], {**TEXT, "--out": f"{HERE}/new"}),
+    "study": ([STUDY], {"--out": f"{HERE}/new"}),
+    "law": (["nothere.csv", "--form", "joint", "--out", "new"], {"--out": f"{HERE}/new"}),
+    "size": ([RECIPE], {"--match": "nothere.yaml"}),
+    "report": (["recipes"], {"--out": f"{HERE}/report.html"}),
+    "bench": (["train"], {"--json": "nothere/figures.json"}),
+    "check": ([], {"--out": f"{HERE}/new"}),
+}
+
+
+def test_every_argument_that_names_a_path_is_in_the_table():
+    for command, (module, _) in COMMANDS.items():
+        build = getattr(importlib.import_module(module), "build_parser", None)
+        actions = [] if build is None else build()._actions
+        named = {
+            one.option_strings[-1]
+            for one in actions
+            if one.option_strings and re.search("FILE|DIR|CHECKPOINT|DENSE|yaml", str(one.metavar))
+        }
+        assert named <= PATHS.get(command, ([], {}))[1].keys(), command
+
+
 def test_every_command_refuses_what_it_can_before_pytorch_is_loaded():
     """In one line, with exit code 2: an option that it does not have, and a path that is not there."""
     assert REFUSED.keys() == COMMANDS.keys()
@@ -58,6 +101,9 @@ def test_every_command_refuses_what_it_can_before_pytorch_is_loaded():
     for command, (beside, nowhere) in REFUSED.items():
         calls[command, "an option"] = [command, *beside, "--no-such-option"]
         calls[command, "a path"] = [command, *nowhere]
+    for command, (beside, paths) in PATHS.items():
+        calls |= {(command, option): [command, *beside, option, path] for option, path in paths.items()}
+    calls["study", "a result"] = ["study", "nothere/study.json"]
     program = (
         "import contextlib, io, json, sys\nfrom moebed.cli import main\n"
         "for arguments in json.loads(sys.argv[1]):\n"
@@ -72,7 +118,7 @@ def test_every_command_refuses_what_it_can_before_pytorch_is_loaded():
     for (command, what), (code, loaded, said) in found.items():
         assert (code, loaded) == (2, False), (command, what, said)
         (line,) = said.splitlines()
-        wanted = "no[-_]such[-_]option" if what == "an option" else "nothere|is a file"
+        wanted = "no[-_]such[-_]option" if what == "an option" else f"nothere|{HERE}"
         assert re.match(f"moebed: error: .*({wanted})", line), (command, line)
 
 
@@ -83,11 +129,22 @@ def test_the_last_folder_that_is_named_holds(tmp_path):
     own.write_text(f"trainer: {{default_root_dir: {no}}}")
     option = "--trainer.default_root_dir"
     look_first("fit", ["--config", str(own), option, yes])
-    look_first("validate", ["--config", str(own)])
+    look_first("validate", ["--config", str(own), "--ckpt_path", "last"])
     look_first("fit", ["--config", "{trainer: {max_steps: 3}}", option, no, "--print_plan"])
     for arguments in (["--config", RECIPE, "--config", str(own)], [option, no], [option, yes, f"{option}={no}"]):
         with pytest.raises(UserError, match="cannot be written"):
             look_first("fit", arguments)
+
+
+def test_where_a_command_cannot_begin_is_said_at_once(tmp_path):
+    (tmp_path / "config.yaml").write_text("{}")
+    there = ["--config", RECIPE, "--trainer.default_root_dir", str(tmp_path)]
+    with pytest.raises(UserError, match="already holds a run; continue it with --ckpt_path last"):
+        look_first("fit", there)
+    for more in (["--ckpt_path", "last"], ["--ckpt_path=last"], ["--print_config"], ["--print_plan=json"]):
+        look_first("fit", [*there, *more])
+    with pytest.raises(UserError, match="validate needs a checkpoint: add --ckpt_path last"):
+        look_first("validate", there)
 
 
 def test_a_folder_of_runs_is_not_reported_as_one(tmp_path, capsys):

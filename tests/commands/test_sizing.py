@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from moebed.cli import main
-from moebed.commands.size import match_width, overridden, read_model, size_table
+from moebed.commands.size import match_width, overridden, read_settings, size_table
 from moebed.errors import ConfigError
 from moebed.model.flops import count_parameters, flops_per_token
 from tests.conftest import tiny_config
@@ -74,7 +74,8 @@ def _recipe(folder, name="one.yaml", **config):
 def test_command(tmp_path, capsys):
     one, other = _recipe(tmp_path), _recipe(tmp_path, "other.yaml", num_experts=8)
     assert main(["size", str(one), "allocation=ascending", "num_experts=6"]) == 0
-    config, length = read_model(one, ["allocation=ascending", "model.config.num_experts=6"])
+    settings = read_settings(one, ["allocation=ascending", "model.config.num_experts=6"])
+    config, length = settings.config(), settings.sequence_length
     assert (config.num_experts, length) == ([3, 9], 64)
     assert capsys.readouterr().out.splitlines() == size_table(config, 64).splitlines()
     assert main(["size", str(one), "--match", str(other), "--granularity", "32"]) == 0

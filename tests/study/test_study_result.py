@@ -8,9 +8,10 @@ from study_runs import made_up_study
 
 from moebed.cli import main
 from moebed.study.comparison import compare_arms, power, verdict
-from moebed.study.figures import draw_all
+from moebed.study.figures import draw_all, draw_differences, draw_headlines
 from moebed.study.statistics import detectable, deviation_range
 from moebed.study.tables import arm_rows, markdown, verdicts
+from probes.report.units import unit_of
 
 LOSSES = {
     "topk": [3.97, 4.01, 3.95, 3.99],
@@ -77,8 +78,8 @@ def test_what_more_pairs_would_see():
     ends = deviation_range(pooled, freedom)
     least, most = (next(n for n in range(2, 99) if detectable(end, n) <= 0.01) for end in ends)
     sentence = power(found)
-    assert f"pooled {pooled:.3f}" in sentence
-    assert f"(95 % interval {ends[0]:.3f} to {ends[1]:.3f})" in sentence
+    assert f"pooled {pooled:.4f}" in sentence
+    assert f"(95 % interval {ends[0]:.4f} to {ends[1]:.4f})" in sentence
     assert f"0.01 nats {least} to {most}." in sentence
     assert "correlate with the baseline's at +0.9" in sentence
     assert sentence in markdown(found)
@@ -194,6 +195,23 @@ def test_sizes_that_do_not_match_are_marked():
     found = compare_arms(study)
     assert found.arms["worse"].marks == ["has 2 times the baseline's active FLOPs per token"]
     assert found.arms["alike"].marks == []
+
+
+def test_what_does_nothing_with_a_result_is_refused(capsys):
+    """Its table and pictures go where it lies, whatever --out said."""
+    for option in (["--out", "elsewhere"], ["--jobs", "2"], ["--arms", "random"], ["--collect"], ["--pilot"]):
+        assert main(["study", "recipes/studies/results/planted_small/study.json", *option]) == 2
+        assert f"{option[0]} does nothing with a study.json" in capsys.readouterr().err
+
+
+def test_pictures_say_their_units_and_cut_nothing():
+    found = compare_arms(made_up_study(LOSSES))
+    panels = draw_headlines(found).axes
+    assert [ax.get_ylabel() for ax in panels] == [unit_of(name) for name in found.headlines]
+    assert "rank correlation" in [ax.get_ylabel() for ax in panels]
+    (ax,) = draw_differences(found).axes
+    low, high = ax.get_xlim()
+    assert all(low < bar.get_x() and bar.get_x() + bar.get_width() < high for bar in ax.patches)
 
 
 @pytest.mark.drawn

@@ -15,10 +15,11 @@ import pytest
 from study_runs import FakeRun, program
 
 from moebed.errors import UserError
+from moebed.machine.termination import StoppedError
 from moebed.study import lock
 from moebed.study.lock import RunLock
 from moebed.study.progress import StudyBar, status_path
-from moebed.study.runner import Outcome, StoppedError, run_all
+from moebed.study.runner import Outcome, run_all
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,6 +32,10 @@ def _quick(monkeypatch):
 def _starts(out, name):
     path = out / name / "starts"
     return len(path.read_text()) if path.exists() else 0
+
+
+def _seconds(out, name):
+    return json.loads((out / "status" / f"{name}.json").read_text(encoding="utf-8"))["seconds"]
 
 
 def test_everything_runs_once_and_a_second_call_runs_nothing(tmp_path):
@@ -133,9 +138,13 @@ def test_a_signal_ends_the_processes_and_the_next_call_continues(tmp_path):
 
     thread = threading.Thread(target=interrupt)
     thread.start()
-    with pytest.raises(StoppedError, match="same command continues"):
+    begin = time.monotonic()
+    with pytest.raises(StoppedError, match="same command continues") as caught:
         run_all(runs, tmp_path, jobs=2, command=program(tmp_path))
     thread.join()
+    assert caught.value.exit_code == 128 + signal.SIGTERM
+    took = [_seconds(tmp_path, run.name) for run in runs[:2]]
+    assert all(0 < seconds <= time.monotonic() - begin for seconds in took)  # which a pilot counts, and who goes on
     reached = int(step.read_text())
     time.sleep(0.1)
     assert int(step.read_text()) == reached  # nothing goes on
@@ -143,6 +152,7 @@ def test_a_signal_ends_the_processes_and_the_next_call_continues(tmp_path):
         run.steps = reached + 5
     assert len(run_all(runs, tmp_path, jobs=2, command=program(tmp_path)).finished) == 3
     assert [_starts(tmp_path, run.name) for run in runs] == [2, 2, 1]
+    assert all(_seconds(tmp_path, run.name) > seconds for run, seconds in zip(runs, took, strict=False))
 
 
 def test_a_run_that_outlived_its_study_is_waited_for(tmp_path):

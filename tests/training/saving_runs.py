@@ -24,16 +24,16 @@ class Signal(Callback):
 
 
 class Interrupted(Callback):
-    """Ctrl-C, pressed some times, where a hook such as ``on_validation_batch_end`` is first called."""
+    """Ctrl-C, pressed some times, where a hook such as ``on_validation_batch_end`` is first called after a step."""
 
-    def __init__(self, hook: str, times: int = 1):
-        self.left = times
+    def __init__(self, hook: str, times: int = 1, step: int = 0, number: int = int(signal.SIGINT)):
+        self.left, self.step, self.number = times, step, number
         setattr(self, hook, self._press)
 
     def _press(self, trainer, *_, **__):
-        while self.left and not trainer.sanity_checking:
+        while self.left and not trainer.sanity_checking and trainer.global_step >= self.step:
             self.left -= 1
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), self.number)
 
 
 class Stop(Callback):
@@ -63,6 +63,8 @@ def call(recipe, folder, *options, command="fit"):
         return main([command, "--config", str(recipe), *place, *map(str, options)])
     except SystemExit as stop:
         return stop.code
+    except KeyboardInterrupt:  # of which `moebed` makes this code
+        return 130
 
 
 def last(folder, name="last.ckpt"):

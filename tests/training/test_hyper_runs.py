@@ -5,7 +5,7 @@ import json
 import pytest
 
 from moebed.cli import main
-from moebed.commands.size import read_model
+from moebed.commands.size import read_settings
 from moebed.model.config import ModelConfig
 from moebed.model.flops import count_parameters, flops_per_token, generator_flops
 from tests.training.saving_runs import last, require_same_model
@@ -64,7 +64,8 @@ def test_a_plan_counts_them(recipe, adapters, capsys, tmp_path):
     plan = json.loads(capsys.readouterr().out)
     changes = [f"hyper_experts={json.dumps({**SIZES, 'adapters': adapters})}"]
     changes += ["num_experts_per_tok=1", "norm_topk_prob=false"] if KINDS[adapters] else []
-    config, length = read_model(recipe, changes)
+    settings = read_settings(recipe, changes)
+    config, length = settings.config(), settings.sequence_length
     assert (plan["total_parameters"], plan["active_parameters"]) == count_parameters(config)
     tokens = plan["tokens_per_rank"]
     generated = generator_flops(config, tokens)

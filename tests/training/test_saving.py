@@ -47,9 +47,46 @@ def test_ctrl_c_that_leaves_no_checkpoint_is_said_with_its_exit_code(run, recipe
             assert main() == 130
         finally:
             signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning leaves it ignored
-        assert "moebed: interrupted" in capfd.readouterr().err
+        told = capfd.readouterr()
+        said = [line for line in (told.out + told.err).splitlines() if "interrupt" in line.lower()]
+        assert said == ["moebed: interrupted"]  # and nothing that Lightning says of it
         assert not (folder / "checkpoints" / "last.ckpt").exists()
         assert run(hook, "--ckpt_path", "last")[0] == 0
+
+
+def test_a_sigterm_before_the_first_step_ends_the_run_after_it(run):
+    """As in the probing of the untrained model, when the signals are still Lightning's."""
+    stops = json.dumps(callback("Interrupted", hook="on_train_start", number=int(signal.SIGTERM)))
+    code, said, folder = run("run", *ACCUMULATE, "--trainer.callbacks", stops)
+    assert code == 143, said
+    assert "stopped at step 1, saved in" in said
+    assert last(folder)["global_step"] == 1
+
+
+def test_a_signal_in_the_last_step_does_not_wait_for_what_comes_after_it(run, whole):
+    """As in a probing that falls due with it: validation, the last pictures and the report can take minutes."""
+    stops = json.dumps(callback("Interrupted", hook="on_train_batch_end", step=6))
+    code, said, folder = run("run", *ACCUMULATE, "--trainer.callbacks", stops)
+    assert code == 130, said
+    assert "stopped at step 6, saved in" in said
+    assert not (folder / "run_summary.json").exists()
+    assert run("run", *ACCUMULATE, "--ckpt_path", "last")[0] == 0
+    require_same_model(last(folder), last(whole))
+    assert scalars(folder, "val/loss") == scalars(whole, "val/loss")
+
+
+def test_a_signal_after_the_last_step_ends_the_run_at_once(run, whole):
+    """The last step is saved by then; what comes after it, validation and probing, is done when the run goes on."""
+    for hook in ("on_validation_start", "on_train_end"):
+        stops = json.dumps(callback("Interrupted", hook=hook, step=6))
+        code, said, folder = run(hook, *ACCUMULATE, "--trainer.callbacks", stops)
+        assert code == 130, said
+        assert "the last step is saved; --ckpt_path last does what is left" in said
+        assert not (folder / "run_summary.json").exists()
+        assert last(folder)["global_step"] == 6
+        assert run(hook, *ACCUMULATE, "--ckpt_path", "last")[0] == 0
+        require_same_model(last(folder), last(whole))
+        assert dict(scalars(folder, "val/loss")) == dict(scalars(whole, "val/loss"))
 
 
 def test_ctrl_c_in_a_validation_ends_with_a_checkpoint_that_goes_on(run, whole):

@@ -217,7 +217,10 @@ def _read_tensor(cursor: _Cursor) -> TensorInfo:
     shape = tuple(reversed(cursor.numbers("Q", dimensions)))
     kind, offset = *cursor.numbers("I", 1), *cursor.numbers("Q", 1)
     if kind not in TYPES:
-        cursor.fail(f"tensor {name} is of type {kind}, which is not known here")
+        raise UserError(
+            f"{cursor.path}: tensor {name[:200]} is packed as ggml's type {kind}, which is not known here; give a file "
+            "of another kind, such as Q8_0, or download it again if it should be one"
+        )
     if not all(1 <= size <= _LARGEST_SIZE for size in shape):
         cursor.fail(f"tensor {name} has shape {list(shape)}")
     if shape[-1] % TYPES[kind].block:

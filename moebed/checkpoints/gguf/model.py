@@ -6,7 +6,8 @@ E experts, F their width, H hidden, D numbers of a head.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,11 +67,13 @@ class GgufModel(NamedTuple):
         settings: As a ``config.json`` of its family has them.
         entries: Tensors by the family's names; by the file's where the family has none.
         notes: What a person should know of it.
+        called: What the file calls, or would call, one of the entries.
     """
 
     settings: dict[str, Any]
     entries: dict[str, TensorEntry]
     notes: list[str]
+    called: Callable[[str], str]
 
 
 def open_gguf(path: Path) -> GgufModel:
@@ -107,7 +110,7 @@ def open_gguf(path: Path) -> GgufModel:
         )
     if unread := facts.unread():
         notes.append(f"{path}: {', '.join(unread)}: not read, and no setting that is known here")
-    return GgufModel(settings, entries, notes)
+    return GgufModel(settings, entries, notes, partial(_called, family))
 
 
 def _read_all(path: Path) -> tuple[Header, dict[Path, RawFile]]:
@@ -213,6 +216,22 @@ def _named(
 def _expert_name(family: Family, matrix: str, layer: int, expert: int) -> str:
     assert family.experts is not None
     return str(getattr(family.experts, matrix)).format(i=layer, e=expert)
+
+
+def _called(family: Family, name: str) -> str:
+    """What files call a tensor of the family's; the name itself where they have no other for it."""
+    ours = {theirs: stored for stored, theirs in _NAMES.items()}
+    templates = {
+        Stored.of(stored).name: ours.get(parameter.removeprefix("layers.{i}."))
+        for parameter, stored in family.tensors.items()
+    }
+    if family.experts is not None:
+        templates |= {str(getattr(family.experts, one)): f"ffn_{one}_exps.weight" for one in ("gate", "up", "down")}
+    for template, theirs in templates.items():
+        pattern = re.escape(template).replace(r"\{i\}", r"(?P<layer>\d+)").replace(r"\{e\}", r"\d+")
+        if theirs is not None and (found := re.fullmatch(pattern, name)):
+            return f"blk.{found['layer']}.{theirs}" if "layer" in found.groupdict() else theirs
+    return name
 
 
 def _scaling(

@@ -108,6 +108,12 @@ def place_of(path, text):
         (b"blk.0.attn_q.weight", "<I", 77, "blk.0.attn_q.weight has 77 dimensions"),
         (b"blk.0.attn_q.weight\x02\0\0\0", "<Q", 0, "blk.0.attn_q.weight has shape [32, 0]"),
         (b"blk.0.attn_q.weight\x02\0\0\0", "<Q", 31, "no whole blocks of Q8_0"),
+        (
+            b"blk.0.attn_q.weight" + struct.pack("<IQQ", 2, 32, 32),
+            "<I",
+            77,
+            "as ggml's type 77, which is not",
+        ),
         (b"blk.0.attn_q.weight\x02\0\0\0", "<Q", 1 << 39, "is cut short: tensor blk.0.attn_q.weight"),
     ],
 )
@@ -118,6 +124,18 @@ def test_what_cannot_be_is_one_line(whole, tmp_path, where, form, value, words):
         Checkpoint.open(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["blk.1.ffn_up_exps.weight", "blk.1.ffn_gate_inp.weight", "blk.0.attn_k.weight", "output_norm.weight"],
+)
+def test_a_missing_tensor_is_called_as_the_file_calls_it(whole, tmp_path, name):
+    path, content = tmp_path / "missing.gguf", whole.read_bytes()
+    path.write_bytes(content.replace(name.encode(), name.replace("weight", "wright").encode(), 1))
+    with pytest.raises(UserError) as caught:
+        Checkpoint.open(path)
+    assert str(caught.value) == f"missing.gguf: tensor {name} is missing; its header asks for it"
 
 
 def test_tensors_over_each_other_are_refused(whole, tmp_path):

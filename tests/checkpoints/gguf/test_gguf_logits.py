@@ -269,7 +269,7 @@ def test_what_rounding_does_to_cosines_is_as_the_note_says():
         ({"llama.expert_count": 1 << 30}, "expert_count is 1073741824"),
         ({"llama.attention.head_count": [4, 4]}, "llama.attention.head_count is an array"),
         ({"llama.attention.value_length": 32}, "differ in width"),
-        ({"llama.feed_forward_length": 512}, "has shape [256, 256] but model.gguf makes it [512, 256]"),
+        ({"llama.feed_forward_length": 512}, "has shape [256, 256] but its header makes it [512, 256]"),
         ({"general.type": "adapter"}, "'adapter'"),
         ({"split.count": 2}, "one of 2 files"),
     ],

@@ -10,7 +10,8 @@ from checkpoint_files import write
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from moebed.checkpoints.pretrained import PretrainedMoE
-from moebed.checkpoints.texts import PAPER_CHOSEN, PAPER_SHORT, TextOptions, read_texts
+from moebed.checkpoints.text_options import TextOptions
+from moebed.checkpoints.texts import PAPER_CHOSEN, PAPER_SHORT, read_texts
 from moebed.cli import main
 from moebed.data.tokenizer import BytesTokenizer
 from moebed.errors import ConfigError, UserError

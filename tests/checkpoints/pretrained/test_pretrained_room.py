@@ -59,7 +59,8 @@ def _probe(checkpoint, out, *options):
     return main(["probe", str(checkpoint), "--out", str(out), "--input-ids", *files, *SAID, *options])
 
 
-def test_what_will_be_kept_is_said_and_kept(checkpoint, tmp_path, caplog):
+def test_what_will_be_kept_is_said_and_kept(checkpoint, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("probes.running.checkpoint_pass.WORTH_SAYING", 2 * KEPT)
     assert _probe(checkpoint, tmp_path / "out") == 0
     (line,) = [line for line in caplog.messages if "will be kept" in line]
     assert f"{human(KEPT, 'B')} will be kept" in line
@@ -68,6 +69,9 @@ def test_what_will_be_kept_is_said_and_kept(checkpoint, tmp_path, caplog):
     assert 0.95 * KEPT < files < 1.1 * KEPT  # arrays of less than 64 kB are deflated
     caplog.clear()
     assert _probe(checkpoint, tmp_path / "out") == 0  # all is there
+    assert not any("will be kept" in line for line in caplog.messages)
+    monkeypatch.setattr("probes.running.checkpoint_pass.WORTH_SAYING", 2 * KEPT + 1)
+    assert _probe(checkpoint, tmp_path / "out", "--fresh") == 0
     assert not any("will be kept" in line for line in caplog.messages)
 
 

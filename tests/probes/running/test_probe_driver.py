@@ -61,8 +61,11 @@ def test_every_probe_describes_and_draws_every_model(make_decoder, text, changes
         for array in result.arrays.values():
             assert array.dtype.kind in "iU" or array.dtype == np.float32, name
         for build in result.figures.values():
-            pixels = to_rgb(build())
-            assert pixels.std() > 0
+            figure = build()
+            assert to_rgb(figure).std() > 0
+            title = figure._suptitle.get_window_extent()
+            assert title.x0 >= 0, figure.get_suptitle()
+            assert title.x1 <= figure.bbox.x1, figure.get_suptitle()
         again = PROBES[name].describe(result.arrays)
         assert again.scalars == result.scalars
         assert again.figures.keys() == result.figures.keys()

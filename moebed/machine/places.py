@@ -1,0 +1,64 @@
+"""Whether results can lie where a person wants them, found out before any work and without PyTorch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from moebed.errors import UserError
+from moebed.machine.units import human
+
+
+def require_writable(folder: Path, option: str) -> None:
+    """Find out before any work whether a folder, which need not be there yet, can be written into; leaves no trace.
+
+    Args:
+        folder: Where results are to lie.
+        option: Which another one is given by.
+
+    Raises:
+        UserError: It cannot.
+    """
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"the output folder {folder} cannot be written ({error.strerror}); choose another with {option}"
+        ) from error
+
+
+def require_empty(folder: Path) -> None:
+    """Raise UserError if there is something at ``folder`` already, or if nothing can be written there."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        what = "is not empty" if folder.is_dir() else "is a file"
+        raise UserError(f"{folder} {what}; choose another folder for the checkpoint")
+    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        what = "cannot be written to" if existing.is_dir() else "is a file"
+        raise UserError(f"{folder} cannot be made: {existing} {what}; choose another folder for the checkpoint")
+
+
+def require_room(folder: Path, num_bytes: int, what: str, advice: str = "make room or choose another folder") -> int:
+    """Bytes that are free where a folder is or will be.
+
+    Args:
+        folder: The folder.
+        num_bytes: What will be written there.
+        what: Of it, for the error: "the checkpoint takes".
+        advice: What the error tells a person to do.
+
+    Raises:
+        UserError: There is less.
+    """
+    folder = folder.resolve()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < num_bytes:
+        raise UserError(f"{existing} has {human(free, 'B')} free but {what} {human(num_bytes, 'B')}; {advice}")
+    return free

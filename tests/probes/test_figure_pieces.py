@@ -1,0 +1,46 @@
+"""Pieces that pictures are drawn with."""
+
+import numpy as np
+import pytest
+
+from probes.figures.drawing import cell_text, new_figure, ratio_norm, to_rgb
+from probes.figures.pictures import draw_depth
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (0.089, "0.089"), (-0.5, "-0.5"), (4.83, "4.8"), (99.6, "100"), (158, "160"), (1660, "1700"),
+     (9_960, "10k"), (45_300, "45k"), (2.3e6, "2e+06")],
+)  # fmt: skip
+def test_a_cells_value_is_in_two_digits_and_short(value, text):
+    assert cell_text(value) == text
+    assert len(text) <= 5
+
+
+def test_one_ratio_of_thousands_leaves_the_others_their_colours():
+    values = [np.array([[0.5, 1.0, 3.0, 45_000.0]])]
+    assert ratio_norm(values).vmax == 45_000
+    norm = ratio_norm(values, most=10.0)
+    assert (norm.vmin, norm.vcenter, norm.vmax) == (0, 1, 10)
+    assert float(norm(3.0)) > 0.6
+
+
+def test_a_title_takes_as_many_lines_as_it_needs():
+    for width in (6.5, 7.1, 12.0):
+        figure = new_figure(width, 3.0, "Distance of the subspaces that matrices use most, each layer on its own scale")
+        to_rgb(figure)
+        box = figure._suptitle.get_window_extent()
+        assert box.x0 >= 0
+        assert box.x1 <= figure.bbox.x1
+    assert "\n" not in figure.get_suptitle()
+    assert new_figure(12.0, 3.0, "One line\nand another").get_suptitle().count("\n") == 1
+
+
+def test_lines_over_depth_stand_beside_what_means_something_alone():
+    """Where 0 is no rank and no distance of what is unrelated, no line says that it is."""
+    values = {"up": {0: 57.1, 1: 57.3}}
+    (ax,) = draw_depth(values, "Effective rank", "rank", {}).axes
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["up"]
+    assert ax.get_ylim()[0] > 50
+    (ax,) = draw_depth(values, "Cosine", "cosine").axes
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["up", "0, unrelated"]
