@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -352,26 +353,28 @@ def test_an_environment_that_limits_pytorch_limits_it():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("own_set")
-def test_processes_and_threads_compile_side_by_side_and_a_killed_one_holds_nobody_up(tmp_path, monkeypatch):
-    killed = _python(MOEBED_CACHE=str(tmp_path))
-    while killed.poll() is None and not list(tmp_path.rglob("tmp*")):
-        pass
-    killed.kill()
-    killed.communicate(timeout=60)
-    assert not list(tmp_path.rglob("*.so"))
-    others = [_python(MOEBED_CACHE=str(tmp_path)) for _ in range(2)]
+def test_of_processes_and_threads_one_compiles_and_a_killed_one_holds_nobody_up(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("MOEBED_CACHE", str(tmp_path))
-    found = []
+    killed = _python()
+    while killed.poll() is None and not list(tmp_path.rglob("*.partial")):
+        time.sleep(0.01)
+    killed.kill()
+    killed.communicate()
     name = native.instruction_set()
+    assert len(list((tmp_path / "native").glob("*.partial"))) == 1
+    assert not compiled.is_there(name)
+    others, found = [_python() for _ in range(2)], []
     work = [threading.Thread(target=lambda: found.append(compiled.library.__wrapped__(name))) for _ in range(2)]
     for thread in work:
         thread.start()
     for thread in work:
         thread.join()
+    said = [capfd.readouterr().err]
     for process in others:
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
-        assert "compiling C++ for" in err
-        assert out.strip() == name
+        out, err = process.communicate()
+        assert (out.strip(), process.returncode) == (name, 0), err
+        said.append(err)
+    assert sum(one.count("compiling C++ for") for one in said) == 1, said
     assert len(found) == 2
-    assert len(list((tmp_path / "native").glob("*.so"))) == 1
+    (kept,) = (tmp_path / "native").iterdir()  # nothing of the one that was killed
+    assert [path.name for path in kept.iterdir()] == [compiled.LIBRARY]

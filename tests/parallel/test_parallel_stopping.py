@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+from functools import cache
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tests.parallel.forked import run, start
 from tests.parallel.parallel_runs import fit, recipe
 
 STEPS, ACCUMULATE = 12, 4
+OPTIONS = ["--trainer.accumulate_grad_batches", str(ACCUMULATE), "--trainer.limit_val_batches", "0"]
 WAYS = {
     "SIGTERM": ["--checkpoint.every_n_train_steps", "1000"],
     "clock": ["--checkpoint.train_time_interval", "0:00:00"],
@@ -43,15 +45,26 @@ def _at(batch, number, rank):
     return before
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The last checkpoint of a layout's run that nothing stopped; each is trained once."""
+
+    @cache
+    def of(layout):
+        folder = tmp_path_factory.mktemp("whole")
+        run(*fit(recipe(folder, STEPS), folder / "run", layout, *OPTIONS), folder / "logs")
+        return _load(folder / "run")
+
+    return of
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("layout", ["1 process", "DDP-2", "EP-2"])
-def test_runs_stopped_at_random_micro_batches_end_as_the_whole_run(tmp_path, layout, way):
+def test_runs_stopped_at_random_micro_batches_end_as_the_whole_run(tmp_path, whole, layout, way):
     path, draw = recipe(tmp_path, STEPS), random.Random(f"{layout} {way}")
-    options = ["--trainer.accumulate_grad_batches", str(ACCUMULATE), "--trainer.limit_val_batches", "0"]
-    run(*fit(path, tmp_path / "whole", layout, *options), tmp_path / "logs" / "whole")
-    arguments, ranks = fit(path, tmp_path / "run", layout, *options, *WAYS[way], "--ckpt_path", "last")
+    arguments, ranks = fit(path, tmp_path / "run", layout, *OPTIONS, *WAYS[way], "--ckpt_path", "last")
     number = signal.SIGTERM if way == "SIGTERM" else signal.SIGKILL
     done, stops = 0, 0
     while stops < 4:
@@ -66,7 +79,7 @@ def test_runs_stopped_at_random_micro_batches_end_as_the_whole_run(tmp_path, lay
         done, stops = _load(tmp_path / "run")["global_step"], stops + 1
     assert stops >= 2
     run(arguments, ranks, tmp_path / "logs" / "last")
-    found, wanted = _load(tmp_path / "run"), _load(tmp_path / "whole")
+    found, wanted = _load(tmp_path / "run"), whole(layout)
     assert found["global_step"] == wanted["global_step"] == STEPS
     for name, value in wanted["state_dict"].items():
         assert torch.equal(found["state_dict"][name], value), name

@@ -121,7 +121,7 @@ def test_files_are_named_and_ranked_by_the_validation_of_their_own_step(run):
     assert "checkpoint.filename asks for 'val/los', which is not logged" in said
 
 
-@pytest.mark.parametrize("mode", ["min", pytest.param("max", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["min", "max"])
 def test_a_link_to_the_last_checkpoint_is_never_to_an_older_one(run, mode):
     best = ["--checkpoint.monitor", "val/loss", "--checkpoint.save_top_k", 1, "--checkpoint.mode", mode]
     code, said, folder = run("run", *best, "--checkpoint.save_last", "link", "--checkpoint.every_n_train_steps", 2)

@@ -130,10 +130,17 @@ def _started(recipe: Path, folder: Path, steps: int) -> subprocess.Popen:
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
+@pytest.fixture(scope="module")
+def whole(run_recipe, tmp_path_factory) -> Path:
+    """The folder of a run that nothing killed."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert _started(run_recipe, folder, 40).wait() == 0
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("after", [0.0, 0.05, 0.2])
-def test_a_run_killed_and_continued_leaves_what_the_whole_one_leaves(run_recipe, tmp_path, after):
-    assert _started(run_recipe, tmp_path / "whole", 40).wait() == 0
+def test_a_run_killed_and_continued_leaves_what_the_whole_one_leaves(run_recipe, whole, tmp_path, after):
     process = _started(run_recipe, tmp_path / "run", 40)
     while not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists():
         assert process.poll() is None
@@ -142,10 +149,10 @@ def test_a_run_killed_and_continued_leaves_what_the_whole_one_leaves(run_recipe,
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     assert _started(run_recipe, tmp_path / "run", 40).wait() == 0
-    whole, other = kept(tmp_path / "whole"), kept(tmp_path / "run")
-    compared = [name for name in whole if name.startswith("results/") or name == "summary.json"]
+    wanted, found = kept(whole), kept(tmp_path / "run")
+    compared = [name for name in wanted if name.startswith("results/") or name == "summary.json"]
     assert len(compared) == 4
-    assert [other[name] for name in compared] == [whole[name] for name in compared]
-    states = [torch.load(tmp_path / name / "checkpoints" / "last.ckpt")["state_dict"] for name in ("whole", "run")]
+    assert [found[name] for name in compared] == [wanted[name] for name in compared]
+    states = [torch.load(run / "checkpoints" / "last.ckpt")["state_dict"] for run in (whole, tmp_path / "run")]
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
     assert not [path for path in (tmp_path / "run").rglob("*") if path.name.endswith((".partial", ".old"))]

@@ -1,8 +1,8 @@
 """Compiles the C++ sources beside it into one library for an instruction set, keeps it, and calls it.
 
-The sources need a C++ compiler and no header of Python or PyTorch: that takes seconds. A library is written elsewhere
-and then moved to its place in the cache (``$MOEBED_CACHE``, ``~/.cache/moebed``), named by sources and flags. So any
-number of processes and threads may compile at once, and one that is killed holds nobody up.
+The sources need a C++ compiler and no header of Python or PyTorch: that takes seconds. A library is kept in the cache
+(``$MOEBED_CACHE``, ``~/.cache/moebed``), named by sources and flags. Of processes and threads that ask at once one
+compiles and the others wait for it; one that is killed holds nobody up, and the next takes away what it left.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moebed.machine.cache import cache_folder
+from moebed.errors import UserError
+from moebed.machine.cache import cache_folder, find_or_build
 
 COMPILER = "g++"
 _COMMON = ("-O3", "-std=c++17", "-fno-tree-slp-vectorize", "-fopenmp", "-fPIC", "-shared", "-fvisibility=hidden", "-w")
@@ -36,6 +36,7 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "avx512_bf16": _AVX512_BF16,
     "amx": (*_AVX512_BF16, "-mamx-tile", "-mamx-bf16"),
 }
+LIBRARY = "moebed.so"
 NAMES = {"avx2": "AVX2", "avx512": "AVX-512", "avx512_bf16": "AVX512-BF16", "amx": "AMX"}
 
 
@@ -47,16 +48,20 @@ def _sources(pattern: str) -> list[Path]:
     return sorted(Path(__file__).parent.glob(pattern))
 
 
-def _path(instruction_set: str) -> Path:
+def _kept() -> Path:
+    return cache_folder(None) / "native"
+
+
+def _key(instruction_set: str) -> str:
     digest = hashlib.sha256(" ".join((*_COMMON, *FLAGS[instruction_set])).encode())
     for source in [*_sources("*.cpp"), *_sources("*.h")]:
         digest.update(source.read_bytes())
-    return cache_folder(None) / "native" / f"moebed-{instruction_set}-{digest.hexdigest()[:16]}.so"
+    return f"{instruction_set}-{digest.hexdigest()[:16]}"
 
 
 def is_there(instruction_set: str) -> bool:
     """Whether the library for an instruction set was compiled before."""
-    return _path(instruction_set).exists()
+    return (_kept() / _key(instruction_set) / LIBRARY).exists()
 
 
 def compiler_takes(instruction_set: str) -> bool:
@@ -67,23 +72,20 @@ def compiler_takes(instruction_set: str) -> bool:
     return subprocess.run(command, capture_output=True).returncode == 0
 
 
-def _compile(instruction_set: str, path: Path) -> None:
+def _compile(instruction_set: str, folder: Path) -> None:
+    """Write the library into a folder."""
     if shutil.which(COMPILER) is None:
         raise Unavailable(f"compiling it needs {COMPILER}")
     print(
-        f"compiling C++ for {NAMES[instruction_set]}, once, a few seconds (kept in {path.parent})",
+        f"compiling C++ for {NAMES[instruction_set]}, once, a few seconds (kept in {_kept()})",
         file=sys.stderr,
         flush=True,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = Path(folder) / path.name
-        command = [COMPILER, *_COMMON, *FLAGS[instruction_set], *map(str, _sources("*.cpp"))]
-        done = subprocess.run([*command, "-o", str(made)], capture_output=True, encoding="utf-8", errors="replace")
-        if done.returncode:
-            errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
-            raise Unavailable(f"it did not compile: {errors[0].strip() if errors else f'exit code {done.returncode}'}")
-        made.replace(path)
+    command = [COMPILER, *_COMMON, *FLAGS[instruction_set], *map(str, _sources("*.cpp")), "-o", str(folder / LIBRARY)]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+        raise Unavailable(f"it did not compile: {errors[0].strip() if errors else f'exit code {done.returncode}'}")
 
 
 @functools.cache
@@ -93,12 +95,10 @@ def library(instruction_set: str) -> ctypes.CDLL:
     Raises:
         Unavailable: There is no compiler, it failed, or the cache cannot be written.
     """
-    path = _path(instruction_set)
     try:
-        if not path.exists():
-            _compile(instruction_set, path)
-        loaded = ctypes.CDLL(str(path))
-    except OSError as error:
+        folder = find_or_build(_kept(), _key(instruction_set), functools.partial(_compile, instruction_set))
+        loaded = ctypes.CDLL(str(folder / LIBRARY))
+    except (OSError, UserError) as error:
         raise Unavailable(f"it cannot be kept or loaded: {error}") from error
     for name in ("expert_mlp", "attention", "coordinates", "gram", "krylov", "carry", "transpose", "assign", "reach"):
         function = getattr(loaded, f"moebed_{name}")

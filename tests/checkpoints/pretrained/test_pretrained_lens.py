@@ -34,7 +34,7 @@ def test_they_run_where_asked_for():
     assert set(NAMES) <= set(BY_NAME_ONLY)
 
 
-@pytest.mark.parametrize("case", ["shared, a dense layer", pytest.param("tied", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", ["shared, a dense layer", "tied"])
 def test_a_streamed_checkpoint_gives_the_numbers_of_a_live_model(case, tmp_path):
     decoder, text = write(tmp_path, **CASES[case]), make_text(*[24] * 3)
     probes = made()
