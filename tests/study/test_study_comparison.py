@@ -237,4 +237,4 @@ def test_a_verdict_has_the_sign_and_the_certainty_of_its_pairs():
 @pytest.mark.parametrize(("holm", "doubted"), [(None, False), (0.04, False), (0.05, False), (0.06, True)])
 def test_a_call_is_doubted_where_holms_p_is_above_one_in_twenty(holm, doubted):
     arm = dataclasses.replace(_arm([2.0, 2.0, 2.1], [1.0, 1.0, 1.0]), holm=holm)
-    assert ("may still be chance (Holm's p 0.06)" in verdict(arm, "old")) is doubted
+    assert ("may still be chance" in verdict(arm, "old")) is doubted
