@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernels_interpreted import configs, interpreter, pieces  # noqa: F401
+from kernels_interpreted import configs, interpreter, pieces, shuffled  # noqa: F401
 
 CPU = torch.device("cpu")
 
@@ -31,7 +31,7 @@ def test_sizes_are_those_of_the_most_pieces_that_loads_can_make(monkeypatch, mos
     assert made.first_slot.shape == (5,)
 
 
-def test_pieces_and_their_sums_by_hand(interpreter, monkeypatch):  # noqa: F811
+def test_pieces_and_their_sums_by_hand(shuffled, monkeypatch):  # noqa: F811
     """Experts of S rows, of two S, of none, of one more than S, of fewer; in several steps of the scan."""
     monkeypatch.setattr(pieces, "most_pieces", lambda *args: 9)
     monkeypatch.setattr(pieces, "SCAN", 4)
