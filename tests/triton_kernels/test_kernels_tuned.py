@@ -7,7 +7,7 @@ import pytest
 
 from moebed.machine.cache import cache_folder
 from triton_kernels import tuned
-from triton_kernels.configs import CANDIDATES, HOPPER, WIDE, Tile
+from triton_kernels.configs import CANDIDATES, HOPPER, WIDE, Tile, with_tile
 
 DEVICE = "NVIDIA H100 80GB HBM3"
 FOUR = Tile(256, 64, warps=8, stages=4, persistent=True)
@@ -48,6 +48,7 @@ def test_the_next_launch_reads_what_was_measured(table, monkeypatch):
     [
         ({}, "3.6.0", "were measured with triton 3.9.0"),
         ({"source": "older"}, "3.9.0", "were measured with source older"),
+        ({"device": "another"}, "3.9.0", "were measured with device another"),
         ({"tiles": {"down": {"rows": 1}}}, "3.9.0", "cannot be read (TypeError)"),
         ({"tiles": None}, "3.9.0", "cannot be read (AttributeError)"),
     ],
@@ -82,8 +83,12 @@ def test_the_environment_may_name_another_file(table, tmp_path, monkeypatch):
 
 
 def test_what_belongs_to_the_shipped_table_stays(table):
-    table(tiles={"down": dataclasses.asdict(FOUR), "rows": {"rows": 64}, "name": {}})
-    assert tuned.tuned(HOPPER, DEVICE, "3.9.0") == dataclasses.replace(HOPPER, down=FOUR)
+    table(tiles={"down": {"group": 4}, "rows": {"rows": 64}, "name": {}})
+    assert tuned.tuned(HOPPER, DEVICE, "3.9.0") == with_tile(HOPPER, "down", dataclasses.replace(HOPPER.down, group=4))
+
+
+def test_another_tile_leaves_the_other_ops_theirs():
+    assert with_tile(HOPPER, "down", FOUR) == dataclasses.replace(HOPPER, down=FOUR) != HOPPER
 
 
 def test_the_source_stands_for_every_kernels_file_and_its_name(tmp_path, monkeypatch):
