@@ -10,7 +10,7 @@ import torch
 from kernels_interpreted import configs, errors, interpreter, make_case, op, shuffled  # noqa: F401
 
 OPS = ("up", "down", "grad_hidden", "grad_rows")
-SMALL = {"columns": 32, "depth": 32, "group": 2}
+SMALL = {"columns": 32, "depth": 32, "group": 4}
 
 
 @pytest.mark.parametrize("name", ["hopper", "hopper sorted"])
