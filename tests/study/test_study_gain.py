@@ -89,7 +89,7 @@ def test_a_study_shows_shares_and_nats_over_the_floor(study):
         "0.2500",
         f"{expected.share:.3f} [{expected.interval[0]:.3f}, {expected.interval[1]:.3f}]",
     ]
-    assert rows[2][2] == "1.000 [1.000, 1.000]"
+    assert [rows[0][2], rows[2][2]] == ["0.000 [0.000, 0.000]", "1.000 [1.000, 1.000]"]
     assert "## What routing gains" in markdown(found)
 
 

@@ -303,15 +303,23 @@ def test_both_ops_launch_within_the_guard(launched, monkeypatch):
 def test_tiles_by_capability(capability, name):
     assert configs.choose(capability, 2, False, 1408).name == name
     assert configs.choose(capability, 4, False, 14336).name == "wide"
-    assert configs.choose(capability, 2, True, 14336).name == "interpreted"
+    assert {configs.choose(capability, size, True, 14336).name for size in (2, 4)} == {"interpreted"}
     wide = configs.choose(capability, 2, False, 14336)
     assert wide.name == ("hopper sorted" if name == "hopper" else name)
     assert wide.rows == configs.BY_NAME[name].rows  # what is saved has one size
+    assert configs.choose(capability, 2, False, configs.SORTED_FROM) == wide
+    assert configs.choose(capability, 2, False, configs.SORTED_FROM - 1).name == name
 
 
-def test_sorted_rows_need_kernels_that_read_them():
+def test_blocks_that_cover_a_size_and_the_power_of_two_that_does():
+    assert [configs.cdiv(size, 4) for size in (0, 1, 4, 5, 8)] == [0, 1, 1, 2, 2]
+    assert [configs.power_of_two(size) for size in (1, 2, 3, 8, 9)] == [1, 2, 4, 8, 16]
+
+
+@pytest.mark.parametrize("name", ["up", "grad_hidden"])
+def test_sorted_rows_need_kernels_that_read_them(name):
     with pytest.raises(ValueError, match="hopper sorted: only persistent kernels read rows that are sorted"):
-        dataclasses.replace(configs.HOPPER_SORTED, up=configs.AMPERE.up)
+        dataclasses.replace(configs.HOPPER_SORTED, **{name: getattr(configs.AMPERE, name)})
 
 
 def test_wide_experts_have_their_rows_sorted_once_forward_and_twice_backward(launched, monkeypatch):

@@ -87,6 +87,17 @@ def test_an_index_outside_is_left_out(interpreter):  # noqa: F811
     assert torch.equal(out, rows[:3])
 
 
+@pytest.mark.parametrize("config", [CONFIG, BY_FOUR])
+def test_an_absent_assignment_has_no_row(shuffled, config):  # noqa: F811
+    """Of weight 0, or of the index -1; by one launch and by four."""
+    index, weight = torch.tensor([[0, -1], [2, 0], [1, 2]]), torch.tensor([[1.0, 1.0], [0.0, 0.5], [0.5, 0.5]])
+    meta = routing.route(index, 3, config, weight)
+    assert meta.inside
+    assert meta.slot.tolist() == [0, -1, -1, 1, 2, 3]
+    assert meta.offsets.tolist() == [0, 2, 3, 4]
+    assert (meta.order[:4].tolist(), meta.token[:4].tolist()) == ([0, 3, 4, 5], [0, 1, 2, 2])
+
+
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize(("tokens", "top_k", "width"), [(1, 1, 8), (63, 8, 40), (130, 3, 200)])
 def test_combine_equals_plain_torch(shuffled, tokens, top_k, width, weighted):  # noqa: F811

@@ -7,7 +7,7 @@ import pytest
 
 from moebed.machine.cache import cache_folder
 from triton_kernels import tuned
-from triton_kernels.configs import CANDIDATES, HOPPER, WIDE, Tile
+from triton_kernels.configs import CANDIDATES, HOPPER, WIDE, Tile, with_tile
 
 DEVICE = "NVIDIA H100 80GB HBM3"
 FOUR = Tile(256, 64, warps=8, stages=4, persistent=True)
@@ -48,6 +48,7 @@ def test_the_next_launch_reads_what_was_measured(table, monkeypatch):
     [
         ({}, "3.6.0", "were measured with triton 3.9.0"),
         ({"source": "older"}, "3.9.0", "were measured with source older"),
+        ({"device": "another"}, "3.9.0", "were measured with device another"),
         ({"tiles": {"down": {"rows": 1}}}, "3.9.0", "cannot be read (TypeError)"),
         ({"tiles": None}, "3.9.0", "cannot be read (AttributeError)"),
     ],
@@ -67,9 +68,45 @@ def test_a_damaged_table_does_not_serve(table):
         assert tuned.tuned(HOPPER, DEVICE, "3.9.0") == HOPPER
 
 
+def test_a_table_without_what_it_was_made_with_does_not_serve(table):
+    table().write_text("{}")
+    with pytest.warns(UserWarning, match=r"cannot be read \(KeyError\)"):
+        assert tuned.tuned(HOPPER, DEVICE, "3.9.0") == HOPPER
+
+
+def test_the_environment_may_name_another_file(table, tmp_path, monkeypatch):
+    other = table().rename(tmp_path / "mine.json")
+    assert tuned.tuned(HOPPER, DEVICE, "3.9.0") == HOPPER
+    tuned.tuned.cache_clear()
+    monkeypatch.setenv(tuned.SWITCH, str(other))
+    assert tuned.tuned(HOPPER, DEVICE, "3.9.0").down == FOUR
+
+
+def test_what_belongs_to_the_shipped_table_stays(table):
+    table(tiles={"down": {"group": 4}, "rows": {"rows": 64}, "name": {}})
+    assert tuned.tuned(HOPPER, DEVICE, "3.9.0") == with_tile(HOPPER, "down", dataclasses.replace(HOPPER.down, group=4))
+
+
+def test_another_tile_leaves_the_other_ops_theirs():
+    assert with_tile(HOPPER, "down", FOUR) == dataclasses.replace(HOPPER, down=FOUR) != HOPPER
+
+
+def test_the_source_stands_for_every_kernels_file_and_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(tuned, "__file__", str(tmp_path / "tuned.py"))
+    seen = set()
+    (tmp_path / "grouped").mkdir()
+    for name, text in (("up.py", "1"), ("up.py", "2"), ("down.py", "2"), ("down.txt", "2")):
+        path = tmp_path / "grouped" / name
+        path.write_text(text, encoding="utf-8")
+        seen.add(tuned.source.__wrapped__())
+        path.unlink()
+    assert len(seen) == 4  # the last is of no file
+
+
 def test_the_table_lies_in_the_cache_folder(table):
     assert tuned.path_of(DEVICE).is_relative_to(cache_folder(None))
     assert tuned.path_of("a/../b").parent == tuned.path_of(DEVICE).parent
+    assert tuned.path_of("NVIDIA H100") != tuned.path_of("NVIDIA H200")
 
 
 def test_candidates_leave_the_size_of_every_tensor_as_it_is():
