@@ -20,10 +20,11 @@ FINITE, ROUTING = "training/not_finite.py", "model/routing.py"  # the first: whe
 RAGGED = {"relu", "threshold", "expert_choice"}  # which ask, in each layer, how many experts the busiest token has
 
 
-def python(*arguments, devices=1, capability="9.0"):
+def python(*arguments, devices=1, capability="9.0", **variables):
     """What a Python process with emulated devices prints."""
     command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(devices, capability), capture_output=True, text=True)
+    around = environment(devices, capability) | variables
+    done = subprocess.run(command, cwd=ROOT, env=around, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
