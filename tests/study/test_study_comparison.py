@@ -155,7 +155,7 @@ def test_what_holds_for_the_whole_study_is_said_where_it_holds():
 
 def _likely(pooled, freedom):
     low, high = deviation_range(pooled, freedom)
-    return f"pooled {pooled:.3f} (95 % interval {low:.3f} to {high:.3f})"
+    return f"pooled {pooled:.4f} (95 % interval {low:.4f} to {high:.4f})"
 
 
 def test_an_arm_that_is_the_baseline_tells_nothing_of_how_far_apart_pairs_lie():
@@ -164,7 +164,7 @@ def test_an_arm_that_is_the_baseline_tells_nothing_of_how_far_apart_pairs_lie():
     assert sentence == power(compare_arms(made_up_study({**losses, "same": BASE})))
     differences = np.subtract(losses["other"], BASE)
     assert (
-        f"standard deviations of {differences.std(ddof=1):.3f} nats, {_likely(differences.std(ddof=1), 3)}" in sentence
+        f"standard deviations of {differences.std(ddof=1):.4f} nats, {_likely(differences.std(ddof=1), 3)}" in sentence
     )
     correlation = np.corrcoef(losses["other"], BASE)[0, 1]
     assert f" Losses of a seed correlate with the baseline's at {correlation:+.2f}. Over" in sentence
@@ -178,7 +178,7 @@ def test_a_correlation_that_means_nothing_is_not_said(losses):
 def test_three_pairs_have_a_correlation_and_all_deviations_a_range():
     losses = {"base": BASE[:3], "near": [4.01, 4.1, 3.9], "far": [4.3, 4.0, 3.9]}
     sentence = power(compare_arms(made_up_study(losses)))
-    assert "standard deviations of 0.006 to 0.208 nats" in sentence
+    assert "standard deviations of 0.0058 to 0.2082 nats" in sentence
     assert "at +0.24 to +1.00." in sentence
 
 
