@@ -90,6 +90,8 @@ class TestEachInstructionSet:
     [
         ("avx2", 4096, 16, 16, torch.float32, True),
         ("avx2", 4095, 16, 16, torch.float32, False),  # small
+        ("avx2", 128, 1024, 1024, torch.float32, True),
+        ("avx2", 128, 1024, 1040, torch.float32, False),  # packed anew for few rows
         ("avx2", 4096, 24, 16, torch.float32, False),
         ("avx2", 4096, 16, 24, torch.float32, False),
         ("avx2", 4096, 16, 16, torch.bfloat16, False),

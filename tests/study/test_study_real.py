@@ -71,7 +71,7 @@ def test_a_killed_study_continues_and_says_what_is_there(tmp_path):
         assert study.poll() is None, study.stderr.read()
         time.sleep(0.02)
     study.send_signal(signal.SIGTERM)
-    assert study.wait(timeout=60) == 130
+    assert study.wait(timeout=60) == 143
     assert "the same command continues" in study.stderr.read()
     assert not (out / "runs/topk/seed_1/run_summary.json").exists()
 
