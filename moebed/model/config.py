@@ -125,7 +125,8 @@ class ModelConfig:
         base_moe_intermediate_size: Width of an expert there; if not given, it has grown as the hidden size has.
         experts_backend: How the expert products are computed: auto, grouped_mm, loop, native (compiled on first
             use, for CPUs with AVX2 or more) or triton (see moebed.model.experts). On a GPU auto is triton from the size
-            on at which `moebed check` has found it right and faster there, and grouped_mm otherwise.
+            on at which `moebed check` has found it right and faster there, and grouped_mm otherwise; on a CPU native
+            where that was measured to be faster.
         attention_backend: auto, sdpa (PyTorch's fused attention), math (plain matrix products) or native (compiled on
             first use, for float32 on CPUs with AVX2 or more; what it does not fit is done as by auto). auto is native
             in float32 on a CPU where that was measured to be faster; math where a soft cap asks for it and in

@@ -282,7 +282,8 @@ def _auto(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
     enough = routing.topk_index.numel() >= native.LEAST_ROWS * experts.num_local_experts
     if x.device.type != "cpu" or not enough or _native_unfit(experts, x) is not None:
         return _grouped_mm(experts, x, routing)
-    return (_native if native.is_fastest(compute_dtype(x)) else _grouped_mm)(experts, x, routing)
+    elements = experts.down_proj.shape[1:].numel()
+    return (_native if native.is_fastest(compute_dtype(x), elements) else _grouped_mm)(experts, x, routing)
 
 
 def _takes_triton(experts: Experts, x: Tensor, routing: Routing) -> bool:

@@ -147,6 +147,19 @@ def test_auto_takes_it_where_it_was_measured_to_be_the_fastest(
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    ("name", "width", "expected"), [("avx2", 32, "native"), ("avx2", 48, "grouped_mm"), ("amx", 48, "native")]
+)
+def test_auto_leaves_large_experts_to_grouped_mm_where_they_were_slower(monkeypatch, name, width, expected):
+    monkeypatch.setattr(native, "instruction_set", lambda: name)
+    monkeypatch.setattr(native, "load", lambda: None)
+    monkeypatch.setattr(native, "LARGEST", {("avx2", torch.float32): 32 * 32})
+    for backend in ("native", "grouped_mm"):
+        monkeypatch.setattr(seam, f"_{backend}", lambda *_, backend=backend: backend)
+    layer, routing, x = _case(4, 32, width, 64, 2, torch.float32, "silu")
+    assert resolve_backend("auto")(layer, x, routing) == expected
+
+
 def test_auto_on_another_device_compiles_nothing(monkeypatch):
     monkeypatch.setattr(native, "load", lambda: pytest.fail("compiled"))
     monkeypatch.setattr(seam, "_grouped_mm", lambda *_: "grouped_mm")

@@ -52,7 +52,9 @@ FASTEST = frozenset(
         ("amx", torch.bfloat16),
     }
 )
-LEAST_ROWS = 16  # of an expert on average, for auto; a guess: packing the weights weighs more with fewer rows
+# For auto: rows of an expert on average, and elements of a matrix, since each call packs the weights anew.
+LEAST_ROWS = 16
+LARGEST = {("avx2", torch.float32): 2**20}
 
 
 def processor() -> str | None:
@@ -94,12 +96,17 @@ def load() -> str | None:
 
 
 @torch.compiler.assume_constant_result
-def is_fastest(dtype: torch.dtype) -> bool:
+def is_fastest(dtype: torch.dtype, elements: int = 0) -> bool:
     """Whether the backend is the fastest measured one for a type on this machine, and is there; compiles it if need be.
 
     Where it cannot be had, the answer is no and nothing is said: nobody asked for it.
+
+    Args:
+        dtype: What is computed in.
+        elements: Of an expert's down projection, H·F.
     """
-    return (instruction_set(), dtype) in FASTEST and load() is None
+    asked = instruction_set(), dtype
+    return asked in FASTEST and elements <= LARGEST.get(asked, elements) and load() is None
 
 
 def unfit(x: Tensor, dtype: torch.dtype, gate_up: Tensor, down: Tensor) -> str | None:
