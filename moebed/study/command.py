@@ -16,7 +16,6 @@ from moebed.plugins import OPTION as PLUGINS
 from moebed.plugins import named_plugins
 from moebed.study.files import STUDY_FILE, load_study
 from moebed.study.recipe import StudyRecipe, read_recipe
-from moebed.tasks.options import INSTALL
 
 PAIRS = 3  # of a pilot, of each arm: two leave the deviation open by a factor of 70, three by one of 12
 
@@ -89,7 +88,9 @@ def run(command: str, arguments: Sequence[str]) -> None:
     if options.run is not None and not 0 <= options.run < count:
         raise UserError(f"--run {options.run}: the study has runs 0 to {count - 1}; give one of them")
     if recipe.tasks and not options.collect and find_spec("lm_eval") is None:
-        raise UserError(f"study {options.study.name}: its tasks need lm-eval; {INSTALL}")
+        raise UserError(
+            f"study {options.study.name}: its tasks need lm-eval; pip install -e '.[tasks]' where moebed was cloned"
+        )
     out = options.out or Path("runs/studies") / recipe.name
     if not options.slurm:  # a script may be for a machine that has other folders
         require_writable(out, "--out")
