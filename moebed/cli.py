@@ -102,9 +102,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             code = _run(None)
         except SystemExit:
-            sys.stdout.flush()
+            _flush()
             raise
-        sys.stdout.flush()  # at Python's own end an error would be said aloud
+        _flush()
     except BrokenPipeError:
         if not _silence_closed():
             raise
@@ -150,12 +150,18 @@ def _run(argv: Sequence[str] | None) -> int:
     return 0
 
 
+def _flush() -> None:
+    """Write what is left for standard output, as at Python's own end an error would be said aloud."""
+    if sys.stdout is not None:  # as it is where a command was started without one
+        sys.stdout.flush()
+
+
 def _silence_closed() -> bool:
     """Whether nobody reads standard output or standard error any more; nothing is written there from now on."""
     if not hasattr(select, "poll"):  # on Windows this is another error
         return False
     found = False
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         poll = select.poll()
         poll.register(stream, 0)
         if poll.poll(0):

@@ -264,23 +264,24 @@ class Checkpoint:
             UserError: A file was written to, or is read by its name and is another one now.
         """
         named = {entry.path for entry in self.entries.values() if isinstance(entry, NamedEntry)}
-        for path, before in self._opened.items():
-            now = _state(path)
-            replaced = now is None or before is None or now[:2] != before[:2]
-            if now != before and (not replaced or path in named or path.parent in named):
+        for path, (before, content) in self._opened.items():
+            now, content_now = _state(path)
+            is_held = path not in named and path.parent not in named
+            # Of a file that is read by its name no number is looked at: some network file systems give it new ones.
+            if content_now != content and not (is_held and now != before):
                 raise UserError(
                     f"{path} has changed since it was opened; what was made of it meanwhile is not kept: begin again "
                     "once it is whole"
                 )
 
 
-def _state(path: Path) -> tuple[int, ...] | None:
-    """What tells one file from another, then what changes as it is written to; None where there is none."""
+def _state(path: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What tells one file from another, and what changes as it is written to; of what is not there nothing."""
     try:
         status = path.stat()
     except OSError:
-        return None
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+        return (), ()
+    return (status.st_dev, status.st_ino), (status.st_size, status.st_mtime_ns)
 
 
 def _find(folder: Path) -> tuple[dict[str, TensorEntry], list[str]]:

@@ -218,7 +218,7 @@ class PretrainedMoE(LightningModule):
         runs = runs and (len(walked) > 0 or head)
         if not runs or text is None:
             model, reference = self._models(lambda limit: self._plan(limit, walked, shown, needs, None))
-            return self._to_the_end(self._view(model, reference, layer) for layer in walked if layer in shown)
+            return (self._view(model, reference, layer) for layer in walked if layer in shown)
         self._told = self._riders(text, told, lambda limit: self._plan(limit, walked, shown, needs, text))
         spoken_for = self._text_bytes(text, len(self._told))
         model, reference = self._models(lambda limit: self._plan(limit, walked, shown, needs, text), spoken_for)
@@ -227,13 +227,7 @@ class PretrainedMoE(LightningModule):
         )
         self.text_pass.scratch = self.scratch
         views = (self._view(model, reference, layer) for layer in walked)
-        return self._to_the_end(self._walk(self.text_pass, views, shown, needs))
-
-    def _to_the_end(self, views: Iterator[LayerView | HeadView]) -> Iterator[LayerView | HeadView]:
-        """The views, and the word that all is done with, whatever was read beside them."""
-        total = self.bytes_total
-        yield from views
-        self.on_read(total)
+        return self._walk(self.text_pass, views, shown, needs)
 
     def _models(
         self, planned: Callable[[int], ReadingPlan], spoken_for: int = 0, on_read: Callable[[int], None] | None = None

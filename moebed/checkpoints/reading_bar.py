@@ -27,7 +27,9 @@ class ReadingBar(Callback):
         self._progress.describe("predictions" if ends else f"layer {batch}")
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close the bar."""
+        """All is done with, the last layer and what no probe needed of it too; close the bar."""
+        if self._progress is not None:
+            self._progress.update(self._progress.total)
         self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

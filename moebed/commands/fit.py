@@ -60,12 +60,14 @@ def look_first(command: str, arguments: Sequence[str]) -> None:
             checkpoint = content.get("ckpt_path", checkpoint)
         elif option == FOLDER:
             folder = value
+        elif option == "--trainer":  # all of it; where that puts the run is known later
+            folder = None
         elif option == CHECKPOINT:
             checkpoint = value
-    if isinstance(checkpoint, str) and checkpoint not in NAMES and not storage.standing(Path(checkpoint)).exists():
-        raise UserError(f"checkpoint {checkpoint} does not exist; give the path of a .ckpt, or last")
     if any(one.partition("=")[0] in TOLD for one in arguments):  # which begins nothing
         return
+    if isinstance(checkpoint, str) and checkpoint not in NAMES and not storage.standing(Path(checkpoint)).exists():
+        raise UserError(f"checkpoint {checkpoint} does not exist; give the path of a .ckpt, or last")
     require_checkpoint(command, checkpoint)
     if command == "fit" and isinstance(folder, str):
         require_writable(Path(folder), FOLDER)

@@ -12,7 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from moebed.errors import UserError
 from moebed.machine.allocator import keep_freed_memory
 from moebed.model.flops import count_parameters
-from moebed.training.command_line import TrainingCLI, quiet
+from moebed.training.command_line import SUMMARY, TrainingCLI, quiet
 
 # What gloo and NCCL say when a peer is gone or silent.
 LOST_RANK = ("onnection closed by peer", "onnection reset by peer", "Broken pipe", "imed out", "NCCL", "ocket")
@@ -26,7 +26,7 @@ class ReportingCLI(TrainingCLI):
         if self.config.fit.trainer.fast_dev_run:
             return
         folder = Path(self.trainer.default_root_dir)
-        numbers = self.closing_numbers(folder / "run_summary.json")
+        numbers = self.closing_numbers(folder / SUMMARY)
         if not self.trainer.is_global_zero:
             return
         from probes.report.page import write_report

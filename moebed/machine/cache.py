@@ -65,7 +65,7 @@ def find_or_build(cache: Path, key: str, build: Callable[[Path], None]) -> Path:
 
 def _unwritable(cache: Path, reason: str) -> UserError:
     return UserError(
-        f"cannot write the cache folder {cache}: {reason}; set data.cache_dir or MOEBED_CACHE to a writable one"
+        f"cannot write the cache folder {cache}: {reason}; set MOEBED_CACHE, or for text data.cache_dir, to another"
     )
 
 

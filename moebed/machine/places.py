@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -21,11 +20,8 @@ def require_writable(folder: Path, option: str) -> None:
     Raises:
         UserError: It cannot.
     """
-    existing = folder
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
     try:
-        with tempfile.TemporaryFile(dir=existing):
+        with tempfile.TemporaryFile(dir=_existing(folder)):
             pass
     except OSError as error:
         raise UserError(
@@ -34,14 +30,11 @@ def require_writable(folder: Path, option: str) -> None:
 
 
 def require_empty(folder: Path) -> None:
-    """Raise UserError if there is something at ``folder`` already, or if nothing can be written there."""
+    """Raise UserError if there is something at ``folder`` already, or if a checkpoint cannot be written there."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         what = "is not empty" if folder.is_dir() else "is a file"
         raise UserError(f"{folder} {what}; choose another folder for the checkpoint")
-    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        what = "cannot be written to" if existing.is_dir() else "is a file"
-        raise UserError(f"{folder} cannot be made: {existing} {what}; choose another folder for the checkpoint")
+    require_writable(folder, "--out")
 
 
 def require_room(folder: Path, num_bytes: int, what: str, advice: str = "make room or choose another folder") -> int:
@@ -56,9 +49,13 @@ def require_room(folder: Path, num_bytes: int, what: str, advice: str = "make ro
     Raises:
         UserError: There is less.
     """
-    folder = folder.resolve()
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    existing = _existing(folder)
     free = shutil.disk_usage(existing).free
     if free < num_bytes:
         raise UserError(f"{existing} has {human(free, 'B')} free but {what} {human(num_bytes, 'B')}; {advice}")
     return free
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or what is there of those above it."""
+    return next(path for path in (folder, *folder.resolve().parents) if path.exists())

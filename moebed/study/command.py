@@ -92,7 +92,8 @@ def run(command: str, arguments: Sequence[str]) -> None:
             f"study {options.study.name}: its tasks need lm-eval; pip install -e '.[tasks]' where moebed was cloned"
         )
     out = options.out or Path("runs/studies") / recipe.name
-    require_writable(out, "--out")
+    if not options.slurm:  # a script may be for a machine that has other folders
+        require_writable(out, "--out")
     # Heavy imports wait until the file is known to be well formed.
     with waiting("loading PyTorch"):
         from moebed.study.collecting import collect

@@ -34,6 +34,7 @@ from moebed.plan.table import print_plan
 from moebed.training.alerts import Alerts
 from moebed.training.callbacks import AtomicCheckpointIO, SampleText, TrainingRate, UnbrokenLog
 from moebed.training.jsonargparse_private import PresentNames
+from moebed.training.lightning_private import end_where_nothing_is_left_to_train
 from moebed.training.loggers import EventLog, log_texts
 from moebed.training.module import MoEModule
 from moebed.training.progress import ProgressBar, ProgressLines
@@ -56,6 +57,7 @@ LIGHTNING_ADVICE = (
 LIGHTNING_SAYS = ("Tip:", "TPU available: False", "Detected KeyboardInterrupt")
 
 BY_DOMAIN = ("val/loss/", "val/bits_per_byte/", "train/weight/")  # closing numbers, if there are several domains
+SUMMARY = "run_summary.json"  # the closing numbers, in the run's folder
 OVER_FLOOR = "val/nats_over_floor"  # closing numbers of planted text; with a domain after a slash
 
 
@@ -238,6 +240,9 @@ class TrainingCLI(LightningCLI):
         self.datamodule.mixing.check(self.datamodule, self.trainer, self.model.config.moe_layers)
         require_whole_steps(self.trainer)
         SchedulePlan.of(self.model.optimizer_config, self.trainer)
+        if not self.config.fit.trainer.fast_dev_run:
+            done = _finished_at(Path(self.trainer.default_root_dir) / SUMMARY)
+            end_where_nothing_is_left_to_train(self.trainer, lambda: self.trainer.global_step not in (0, done))
         config: Any = self.model.config
         total, active = count_parameters(config)
         flops = flops_per_token(config, self.datamodule.sequence_length, training=True)
@@ -261,8 +266,8 @@ class TrainingCLI(LightningCLI):
         Those of a run that was finished stay.
         """
         step = self.trainer.global_step
-        if path.exists() and (kept := json.loads(path.read_text(encoding="utf-8"))).get("step") == step:
-            return kept
+        if _finished_at(path) == step:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
         found = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
         if self.model.last_validated_step != step and self.trainer.limit_val_batches != 0:
             found |= self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)[0]
@@ -315,6 +320,11 @@ class TrainingCLI(LightningCLI):
         storage.write_arrays(path, arrays)
         shapes = ", ".join(f"{key} {array.shape}" for key, array in arrays.items())
         print(f"{path}: {shapes}", file=sys.stderr, flush=True)  # every rank has a file
+
+
+def _finished_at(path: Path) -> int | None:
+    """The step of a run's closing numbers; None where it has none yet."""
+    return json.loads(path.read_text(encoding="utf-8")).get("step") if path.exists() else None
 
 
 def quiet() -> None:

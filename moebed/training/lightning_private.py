@@ -14,6 +14,7 @@ __all__ = [
     "PrecisionName",
     "check_validation",
     "consider_saved",
+    "end_where_nothing_is_left_to_train",
     "forget_step_values",
     "log_under",
     "rank_before_processes",
@@ -41,6 +42,22 @@ def take_sigterm(trainer: Trainer) -> bool:
     connector = trainer._signal_connector
     noted, connector.received_sigterm = bool(connector.received_sigterm), False
     return noted
+
+
+def end_where_nothing_is_left_to_train(trainer: Trainer, is_left: Callable[[], bool]) -> None:
+    """Where a run goes on at its last step, and its end is left, do that: Lightning leaves it out with the steps."""
+    loop = trainer.fit_loop
+    run = loop.run
+
+    def run_to_the_end() -> None:
+        loop.setup_data()
+        if not (is_left() and loop.skip):
+            return run()
+        loop.reset()
+        loop.on_run_start()
+        loop.on_run_end()
+
+    setattr(loop, "run", run_to_the_end)  # noqa: B010
 
 
 def log_under(trainer: Trainer, step: int) -> None:

@@ -7,7 +7,7 @@ import functools
 import os
 import signal
 import subprocess
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -41,35 +41,39 @@ class Requests:
 
     def take_over(self, trainer: Trainer) -> None:
         """Take the signals over from Lightning."""
-        if take_sigterm(trainer):  # which came before training began, in a probing of the untrained model
-            self._asked = END
         wanted = {signal.SIGTERM: END, signal.SIGINT: END}
         environment = getattr(trainer.strategy, "cluster_environment", None)
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             wanted[environment.requeue_signal or signal.SIGUSR1] = REQUEUE  # SLURM is on Linux alone
         for number, meaning in wanted.items():
             self._lightnings[number] = take_over(number, functools.partial(self._note, meaning))
+        if take_sigterm(trainer):  # which came before training began, in a probing of the untrained model
+            self._asked = max(self._asked, END)
         # Lightning has the ranks ask the first one for a SIGTERM before every micro-batch, and wait for its answer.
         setattr(trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor", lambda: None)  # noqa: B010
 
     def last_step_saved(self, trainer: Trainer) -> None:
         """What is left, such as the last validation and probing, is done when the run goes on: nothing waits for it."""
         self._at_the_end = trainer.world_size == 1
+        if self._at_the_end and self._asked >= END:  # since it came while that was written
+            self._leave(self._asked)
 
     def _note(self, meaning: int, number: int, _frame: Any) -> None:
         self._asked = max(self._asked, meaning)
-        ends = self._at_the_end and meaning == END
-        if number == signal.SIGINT and not self._interrupted:
-            self._interrupted = True
-            _tell(
-                "the last step is saved; --ckpt_path last does what is left: validation, probes, report"
-                if ends
-                else "ends with a checkpoint after this step; Ctrl-C again ends at once, without one"
-            )
-        elif number == signal.SIGINT:
-            ends = True
-        if ends:
-            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(self.exit_code)
+        is_first, self._interrupted = not self._interrupted, self._interrupted or number == signal.SIGINT
+        if self._at_the_end:
+            self._leave(meaning)
+        if number == signal.SIGINT:
+            if not is_first:
+                raise KeyboardInterrupt
+            _tell("ends with a checkpoint after this step; Ctrl-C again ends at once, without one")
+
+    def _leave(self, meaning: int) -> NoReturn:
+        """End at once, with the last step saved."""
+        _tell("the last step is saved; --ckpt_path last does what is left: validation, probes, report")
+        if meaning == REQUEUE:
+            requeue()
+        raise SystemExit(self.exit_code)
 
     @property
     def exit_code(self) -> int:

@@ -36,7 +36,8 @@ class RunCheckpoint(ModelCheckpoint):
     ranked or named by a metric are written after the validation of the very step that they are of: the first one,
     once they are due. On SIGTERM, on Ctrl-C, and on SLURM's signal before the time limit, the run saves
     ``last.ckpt`` whatever ``save_last`` says and ends, its first process with exit code 143, of Ctrl-C 130;
-    ``--ckpt_path last`` continues it. A run whose last step is saved ends at once.
+    ``--ckpt_path last`` continues it. A run of one process
+    whose last step is saved ends at once.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -78,15 +79,15 @@ class RunCheckpoint(ModelCheckpoint):
         self._step = trainer.global_step
         is_last_step = trainer.global_step == trainer.max_steps
         asked = self._requests.agreed(trainer, pl_module.device, self._clock_asks())
-        if asked >= END:
-            self._end(trainer, asked)
         by_steps = self._every_n_train_steps > 0 and trainer.global_step % self._every_n_train_steps == 0
+        if asked >= END:
+            self._ranked_is_due |= by_steps and self._waits_for_validation(trainer)
+            self._end(trainer, asked)
         if by_steps or asked >= SAVE:
             self._save(trainer)
         elif is_last_step and self.save_last:
             self._save_last(trainer)
-        if is_last_step and self._last_global_step_saved == trainer.global_step:
-            self._requests.last_step_saved(trainer)
+        self._look_at_the_end(trainer)
 
     def _validates_now(self, is_due: bool, is_amid_step: bool) -> bool:
         """Validation that falls due between micro-batches comes at the end of their step."""
@@ -106,6 +107,7 @@ class RunCheckpoint(ModelCheckpoint):
         if self._ranked_is_due or (by_epochs and trainer.global_step > 0):
             self._save_ranked(trainer)
             self._save_last(trainer)
+            self._look_at_the_end(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save, if epochs are what it is done by and no validation follows; an epoch ends with a step."""
@@ -128,6 +130,11 @@ class RunCheckpoint(ModelCheckpoint):
 
     # Saving -----------------------------------------------------------------------------------------------------------
 
+    def _look_at_the_end(self, trainer: Trainer) -> None:
+        """From the moment on at which the last step is saved, nothing waits for what follows."""
+        if self.save_last and self._last_global_step_saved == trainer.global_step == trainer.max_steps:
+            self._requests.last_step_saved(trainer)
+
     def _clock_asks(self) -> bool:
         interval, now = self._train_time_interval, time.monotonic()
         if interval is None or now - (self._last_time_checked or 0.0) < interval.total_seconds():
@@ -139,7 +146,7 @@ class RunCheckpoint(ModelCheckpoint):
         """A save is due: of ranked files once the step is validated, of ``last.ckpt`` now or with them."""
         if not _saves(trainer):
             return
-        if self.save_top_k != 0 and self._needs_validation and trainer.enable_validation:
+        if self._waits_for_validation(trainer):
             self._ranked_is_due = True
             if validation_follows(trainer):
                 return
@@ -147,11 +154,11 @@ class RunCheckpoint(ModelCheckpoint):
             self._save_ranked(trainer)
         self._save_last(trainer)
 
-    @property
-    def _needs_validation(self) -> bool:
-        """Whether a file's rank or name says how good it is."""
+    def _waits_for_validation(self, trainer: Trainer) -> bool:
+        """Whether there are files whose rank or name says how good they are."""
         names = set(re.findall(r"\{([^:}]+)", self.filename or ""))
-        return self.monitor is not None or not names <= {"epoch", "step"}
+        says = self.monitor is not None or not names <= {"epoch", "step"}
+        return self.save_top_k != 0 and says and trainer.enable_validation
 
     def _save_ranked(self, trainer: Trainer) -> None:
         self._ranked_is_due = False

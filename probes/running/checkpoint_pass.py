@@ -160,6 +160,7 @@ class CheckpointPass:
             self._kept.save_head(self._way(HEAD), self._with_head, before)
         else:
             if view.text is not None and self.model.text_pass is not None:
+                self.model.require_unchanged()
                 self._kept.save_streams(self._way(view.index), self.model.text_pass.streams)
             seen = self._pass.show(view)
             self.model.require_unchanged()

@@ -132,6 +132,7 @@ def test_a_file_that_is_another_one_now_is_named(tmp_path):
     path, opened = tmp_path / "ckpt-0" / "tensor00000_000", Checkpoint.open(tmp_path)
     opened.require_unchanged()
     (tmp_path / "new").write_bytes(path.read_bytes())
+    os.utime(tmp_path / "new", ns=(1, path.stat().st_mtime_ns + 1))
     (tmp_path / "new").replace(path)  # it is opened by its name whenever some of it is read
     with pytest.raises(UserError, match=f"{path} has changed since it was opened"):
         opened.require_unchanged()

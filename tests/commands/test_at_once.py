@@ -131,6 +131,8 @@ def test_the_last_folder_that_is_named_holds(tmp_path):
     look_first("fit", ["--config", str(own), option, yes])
     look_first("validate", ["--config", str(own), "--ckpt_path", "last"])
     look_first("fit", ["--config", "{trainer: {max_steps: 3}}", option, no, "--print_plan"])
+    look_first("fit", ["--config", str(own), "--trainer", f"{{default_root_dir: {yes}}}"])
+    look_first("fit", ["--config", RECIPE, "--ckpt_path", "nothere.ckpt", "--print_plan"])
     for arguments in (["--config", RECIPE, "--config", str(own)], [option, no], [option, yes, f"{option}={no}"]):
         with pytest.raises(UserError, match="cannot be written"):
             look_first("fit", arguments)
@@ -228,16 +230,21 @@ def test_the_words_that_keys_begin_with_are_those_of_the_parsers(monkeypatch):
             assert content.keys() <= known, recipe
 
 
-@pytest.mark.parametrize(
-    ("arguments", "unbuffered"), [("completion bash", ""), ("completion bash", "1"), ("--help", "")]
-)
+@pytest.mark.parametrize(("arguments", "unbuffered"), [([], ""), ([], "1"), (["--help"], "")])
 def test_output_that_nobody_reads_ends_a_command_in_silence(arguments, unbuffered):
     """``| head``: with the exit code of a program that SIGPIPE ended, and no traceback."""
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(
-        [sys.executable, "-m", "moebed.cli", *arguments.split()],
+        [sys.executable, "-m", "moebed.cli", *arguments],
         stdout=writing, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
     )  # fmt: skip
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_command_without_an_output_ends_as_with_one():
+    """As a service may be started: Python has no standard output then."""
+    command = [sys.executable, "-m", "moebed.cli", "completion", "nosuchshell"]
+    done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr

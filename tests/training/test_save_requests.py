@@ -8,7 +8,7 @@ import sys
 import pytest
 from lightning.pytorch import Trainer
 
-from moebed.training.save_requests import END, NOTHING, Requests
+from moebed.training.save_requests import END, NOTHING, REQUEUE, Requests
 
 
 class _Interrupted(io.RawIOBase):
@@ -47,6 +47,16 @@ def test_a_second_ctrl_c_waits_for_nothing(capsys):
     finally:
         requests.give_back()
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_slurms_signal_after_the_last_step_requeues_the_job_and_ends_the_run(monkeypatch):
+    """Which would else be killed at the time limit, amid its last probing."""
+    requests, requeued = Requests(), []
+    monkeypatch.setattr("moebed.training.save_requests.requeue", lambda: requeued.append(True))
+    requests.last_step_saved(Trainer(logger=False, accelerator="cpu", enable_checkpointing=False))
+    with pytest.raises(SystemExit) as ended:
+        requests._note(REQUEUE, int(signal.SIGUSR1), None)
+    assert (ended.value.code, requeued) == (143, [True])
 
 
 def test_a_ctrl_c_that_is_ignored_as_in_the_background_stays_so():

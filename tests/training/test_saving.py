@@ -66,27 +66,39 @@ def test_a_sigterm_before_the_first_step_ends_the_run_after_it(run):
 def test_a_signal_in_the_last_step_does_not_wait_for_what_comes_after_it(run, whole):
     """As in a probing that falls due with it: validation, the last pictures and the report can take minutes."""
     stops = json.dumps(callback("Interrupted", hook="on_train_batch_end", step=6))
-    code, said, folder = run("run", *ACCUMULATE, "--trainer.callbacks", stops)
+    best = ["--checkpoint.monitor", "val/loss", "--checkpoint.save_top_k", -1, "--checkpoint.every_n_train_steps", 6]
+    code, said, folder = run("run", *ACCUMULATE, *best, "--trainer.callbacks", stops)
     assert code == 130, said
     assert "stopped at step 6, saved in" in said
     assert not (folder / "run_summary.json").exists()
-    assert run("run", *ACCUMULATE, "--ckpt_path", "last")[0] == 0
+    assert run("run", *ACCUMULATE, *best, "--ckpt_path", "last")[0] == 0
+    assert list((folder / "checkpoints").glob("*step=6.ckpt"))  # which waited for its validation
     require_same_model(last(folder), last(whole))
     assert scalars(folder, "val/loss") == scalars(whole, "val/loss")
 
 
-def test_a_signal_after_the_last_step_ends_the_run_at_once(run, whole):
+@pytest.mark.parametrize(
+    ("hook", "number"),
+    [
+        pytest.param("on_save_checkpoint", signal.SIGTERM, marks=pytest.mark.slow),  # when it is not saved yet
+        pytest.param("on_validation_start", signal.SIGINT, marks=pytest.mark.slow),
+        ("on_train_end", signal.SIGINT),
+    ],
+)
+def test_a_signal_after_the_last_step_ends_the_run_at_once(run, whole, hook, number):
     """The last step is saved by then; what comes after it, validation and probing, is done when the run goes on."""
-    for hook in ("on_validation_start", "on_train_end"):
-        stops = json.dumps(callback("Interrupted", hook=hook, step=6))
-        code, said, folder = run(hook, *ACCUMULATE, "--trainer.callbacks", stops)
-        assert code == 130, said
-        assert "the last step is saved; --ckpt_path last does what is left" in said
-        assert not (folder / "run_summary.json").exists()
-        assert last(folder)["global_step"] == 6
-        assert run(hook, *ACCUMULATE, "--ckpt_path", "last")[0] == 0
-        require_same_model(last(folder), last(whole))
-        assert dict(scalars(folder, "val/loss")) == dict(scalars(whole, "val/loss"))
+    probing = [{"class_path": "probes.ProbeCallback", "init_args": {"probes": ["balance"], "at_start": False}}]
+    stops = callback("Interrupted", hook=hook, step=6, number=int(number))
+    code, said, folder = run("run", *ACCUMULATE, "--trainer.callbacks", json.dumps(stops + probing))
+    assert code == 128 + number, said
+    assert "the last step is saved; --ckpt_path last does what is left" in said
+    assert not (folder / "run_summary.json").exists()
+    assert not (folder / "summary.json").exists()
+    assert last(folder)["global_step"] == 6
+    assert run("run", *ACCUMULATE, "--trainer.callbacks", json.dumps(probing), "--ckpt_path", "last")[0] == 0
+    assert json.loads((folder / "summary.json").read_text())["step"] == 6
+    require_same_model(last(folder), last(whole))
+    assert dict(scalars(folder, "val/loss")) == dict(scalars(whole, "val/loss"))
 
 
 def test_ctrl_c_in_a_validation_ends_with_a_checkpoint_that_goes_on(run, whole):

