@@ -36,8 +36,7 @@ class RunCheckpoint(ModelCheckpoint):
     ranked or named by a metric are written after the validation of the very step that they are of: the first one,
     once they are due. On SIGTERM, on Ctrl-C, and on SLURM's signal before the time limit, the run saves
     ``last.ckpt`` whatever ``save_last`` says and ends, its first process with exit code 143, of Ctrl-C 130;
-    ``--ckpt_path last`` continues it. A run of one process
-    whose last step is saved ends at once.
+    ``--ckpt_path last`` continues it. A run of one process whose last step is saved ends at once.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
