@@ -19,7 +19,7 @@ LARGEST = 2**20  # elements of a weight: it is packed anew in each call, which a
 def fits(x: Tensor, *weights: Tensor) -> bool:
     """Whether x (..., K) and weights (N, K) are float32 in plain memory of a CPU, large, in multiples of 16.
 
-    Weights are no larger than LARGEST: of 4096 x 4096, 128 rows took 1.7 times as long as PyTorch's product.
+    Weights are no larger than LARGEST.
     """
     if x.dtype != torch.float32 or any(len(weight) % 16 for weight in weights) or not rowwise.fits(x, 16, *weights):
         return False
