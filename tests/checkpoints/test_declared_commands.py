@@ -71,7 +71,16 @@ def test_no_command_writes_or_trains_another_model(tmp_path, capsys, name):
     for arguments in (
         ("export", moe, "--out", tmp_path / "exported"),
         ("upcycle", dense, "--method", "copy", "--out", tmp_path / "upcycled"),
-        ("probe", odd(tmp_path / "plain"), "--out", tmp_path / "probed", "--reference-dense", dense, "--text", "x"),
+        (
+            "probe",
+            odd(tmp_path / "plain"),
+            "--out",
+            tmp_path / "probed",
+            "--reference-dense",
+            dense,
+            "--text",
+            "paper-short",
+        ),
     ):
         code, said = run(capsys, *arguments)
         assert code == 2, arguments

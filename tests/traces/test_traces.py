@@ -85,7 +85,7 @@ def test_the_command_writes_one_and_reads_it(tmp_path, capsys):
     capsys.readouterr()
     for options, said in (
         (["--probes", "router_state"], "router_state cannot run: a trace has no router logits"),
-        (["--text", "x.txt"], "--text does nothing with a trace"),
+        (["--text", "paper-short"], "--text does nothing with a trace"),
         (["--num-experts", "4"], "names expert 5, but has 4 experts"),
     ):
         assert main([*again[:2], "--out", str(tmp_path / "c"), *options]) == 2
