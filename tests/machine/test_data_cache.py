@@ -93,7 +93,7 @@ def test_an_unwritable_cache_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(
         UserError,
-        match=r"cannot write the cache folder .*file/cache: Not a directory; set MOEBED_CACHE, or for text data.cache_dir",
+        match=r"cannot write the cache folder .*file/cache: Not a directory; set MOEBED_CACHE, or for text data",
     ):
         find_or_build(tmp_path / "file" / "cache", "key", lambda folder: None)
 
