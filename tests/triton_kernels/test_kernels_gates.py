@@ -13,13 +13,15 @@ pytest.importorskip("triton")
 from triton_kernels.gates import check, roofline
 from triton_kernels.gates.compile import TARGETS, CompileError, compile_spec
 from triton_kernels.gates.facts import Facts
+from triton_kernels.precision import version
 from triton_kernels.shipped import SHIPPED, WIDE_EVEN, candidates
 from triton_kernels.spec import DTYPES, Argument
 
 # Gates that kernels miss today: (op, architecture, element type) -> names of gates.
 MISSED: dict[tuple[str, str, str], set[str]] = {
     ("route_small", "gfx942", "bf16"): {"spills"},
-    ("grad_hidden", "sm_120", "fp32"): {"spills"},  # 2 accesses, in TF32 at odd sizes
+    # At odd sizes: 3 accesses in float32 by Triton 3.6, 2 in TF32 by later ones.
+    ("up", "sm_90", "fp32") if version() < (3, 7) else ("grad_hidden", "sm_120", "fp32"): {"spills"},
 }
 # Masks in the loop in place of a last step after it: more instructions, and less time on an H100 where experts have few
 # rows (recipes/gpu/results/h100.md).
