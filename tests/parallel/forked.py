@@ -1,5 +1,6 @@
 """Several ranks of a `moebed` command on one machine: forked from this process, so that none imports anything anew."""
 
+import faulthandler
 import os
 import signal
 import socket
@@ -181,6 +182,7 @@ def _fork(work: Callable[[], int], world_size: int, folder: Path) -> Ranks:
             with open(ranks.logs[rank], "w", buffering=1) as log, redirect_stdout(log), redirect_stderr(log):
                 os.dup2(log.fileno(), 1)
                 os.dup2(log.fileno(), 2)
+                faulthandler.enable(log)  # where a rank that dies in C was
                 try:
                     code = work()
                 except SystemExit as stop:
