@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from moebed.machine.progress import Progress
+
+if TYPE_CHECKING:
+    from moebed.checkpoints.pretrained import PretrainedMoE
+    from moebed.views.layer import HeadView, LayerView, Need, ProbeText
+
+
+def walk(
+    model: PretrainedMoE, text: ProbeText | None, needs: frozenset[Need], description: str
+) -> Iterator[LayerView | HeadView]:
+    """The views of ``PretrainedMoE.views``, under a bar of their own; the model is closed after the last one."""
+    try:
+        views = model.views(text, needs)
+        with Progress(model.bytes_total, "B", description=description) as progress:
+            model.on_read = progress.update
+            yield from views
+            progress.update(progress.total)
+    finally:
+        model.close()
 
 
 class ReadingBar(Callback):

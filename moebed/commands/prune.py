@@ -102,7 +102,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
         notes = export(model.checkpoint, path, plan, out, None, bar.start, bar.update, pruned)
     for note in notes:
         say(f"note: {note}")
-    after = _head(PretrainedMoE(str(out), text=model.text, memory_budget=options.memory_budget))
+    after = _head(PretrainedMoE(str(out), text=model.text, memory_budget=options.memory_budget), "loss after")
     judged = _judged(model.text, before, after, apart)
     sizes = [len(some) for some in kept.values()]
     found = {"score": options.by, "kept": {str(index): list(some) for index, some in kept.items()}} | judged
@@ -152,6 +152,7 @@ def _kept(text: str) -> tuple[float, int]:
 
 def _scored(model: PretrainedMoE, by: str, seed: int) -> tuple[HeadView, dict[int, np.ndarray]]:
     """The model's predictions, and its experts' scores (E,) by layer."""
+    from moebed.checkpoints.reading_bar import walk
     from moebed.views.layer import HeadView
     from probes.contract import by_layer
     from probes.keep_k import KeepK
@@ -160,30 +161,28 @@ def _scored(model: PretrainedMoE, by: str, seed: int) -> tuple[HeadView, dict[in
 
     if by == RANDOM:
         layers = model.config.moe_layers
-        return _head(model), {n: random_scores(model.config.layer(n).num_experts, n, seed) for n in layers}
+        return _head(model, "loss before"), {
+            n: random_scores(model.config.layer(n).num_experts, n, seed) for n in layers
+        }
     probe, found = KeepK(), None
     one_pass = ProbePass([probe])
-    try:
-        for view in model.views(model.text, KeepK.needs):
-            if isinstance(view, HeadView):
-                found = view
-            elif not one_pass.show(view):
-                raise UserError(f"layer {view.index} cannot be scored: {one_pass.missing.get(view.index)}")
-    finally:
-        model.close()
+    for view in walk(model, model.text, KeepK.needs, "scoring experts"):
+        if isinstance(view, HeadView):
+            found = view
+        elif not one_pass.show(view):
+            raise UserError(f"layer {view.index} cannot be scored: {one_pass.missing.get(view.index)}")
     if found is None:
         raise UserError("the text did not come through the model")
     return found, by_layer(probe.arrays, "score", by)
 
 
-def _head(model: PretrainedMoE) -> HeadView:
+def _head(model: PretrainedMoE, description: str) -> HeadView:
     """What a model predicts on its text."""
+    from moebed.checkpoints.reading_bar import walk
     from moebed.views.layer import HeadView, Need
 
-    try:
-        found = [view for view in model.views(model.text, frozenset({Need.PREDICTIONS})) if isinstance(view, HeadView)]
-    finally:
-        model.close()
+    views = walk(model, model.text, frozenset({Need.PREDICTIONS}), description)
+    found = [view for view in views if isinstance(view, HeadView)]
     if not found:
         raise UserError("the text did not come through the model")
     return found[0]

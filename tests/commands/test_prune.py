@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from moebed.checkpoints import write_checkpoint
+from moebed.checkpoints import reading_bar, write_checkpoint
 from moebed.checkpoints.checkpoint import Checkpoint
 from moebed.checkpoints.pretrained import PretrainedMoE
 from moebed.cli import main
+from moebed.machine.progress import Progress
 from moebed.model.config import ModelConfig
 from moebed.model.decoder import Decoder
 from moebed.views.interventions import keep
@@ -135,3 +136,18 @@ def test_the_best_of_one_layer_and_of_all():
     assert best_over_layers(scores, 0.5) == {0: (0, 1, 2), 2: (0,)}
     assert best_over_layers(scores, 0.01) == {0: (0,), 2: (0,)}
     assert calibration_texts(np.array([0, 1, 0, 1, 0])).tolist() == [False, False, True, True, False]
+
+
+def test_each_walk_over_the_checkpoint_says_how_far_it_is(tmp_path, monkeypatch):
+    walks = []
+
+    class Told(Progress):
+        def update(self, done, total=None):
+            super().update(done, total)
+            walks.append((self._description, done / self.total))
+
+    monkeypatch.setattr(reading_bar, "Progress", Told)
+    made(tmp_path)
+    assert prune(tmp_path, "--keep", "1/2") == 0
+    assert [name for name, done in walks if done == 1] == ["scoring experts", "loss after"]
+    assert len([done for name, done in walks if name == "loss after" and 0 < done < 1]) >= 3  # layers
