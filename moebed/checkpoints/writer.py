@@ -24,6 +24,7 @@ from moebed.checkpoints.stacked import joined, places
 from moebed.errors import UserError
 from moebed.machine import storage
 from moebed.machine.places import require_empty, require_room
+from moebed.machine.termination import ending_on_sigterm
 
 SHARD_BYTES = 5 * 10**9
 BAND_BYTES = 64 << 20  # of a tensor that is copied as it is
@@ -188,7 +189,8 @@ def read_bands(source: Checkpoint, part: TensorPart) -> Iterator[Tensor]:
 
 @contextmanager
 def new_folder(folder: Path, num_bytes: int = 0) -> Iterator[Path]:
-    """A temporary folder beside ``folder`` that takes its name at the end, and is removed if that is not reached.
+    """A temporary folder beside ``folder`` that takes its name at the end, and is removed if that is not reached, by
+    SIGTERM as well.
 
     Args:
         folder: A new or empty folder.
@@ -202,7 +204,7 @@ def new_folder(folder: Path, num_bytes: int = 0) -> Iterator[Path]:
     storage.remove_leftovers(folder)  # they count as free
     require_room(folder, num_bytes, "the checkpoint takes")
     try:
-        with storage.new_folder(folder) as partial:
+        with ending_on_sigterm(), storage.new_folder(folder) as partial:
             yield partial
     except storage.NotWritten as error:
         raise UserError(f"the checkpoint cannot be written to {folder} ({error.reason})") from error

@@ -40,21 +40,23 @@ def take_over(number: int, handler: Callable[[int, Any], Any]) -> Any:
 def ending_on_sigterm() -> Iterator[None]:
     """End the process with exit code 143 on SIGTERM as soon as Python gets to act, whatever it is at.
 
-    In another thread than the main one, which alone may ask for signals, nothing changes.
+    Nothing changes where somebody handles it already, nor in another thread than the main one, which alone may ask for
+    signals.
     """
 
     def end(number: int, frame: Any) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough: what is open is being closed
         raise SystemExit(143)
 
-    if threading.current_thread() is not threading.main_thread():
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
-    before = take_over(signal.SIGTERM, end)
+    signal.signal(signal.SIGTERM, end)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextmanager

@@ -1,10 +1,11 @@
-"""Signals that a process was started to ignore stay ignored; others are noted, and given back."""
+"""Signals that a process was started to ignore stay ignored; others are noted or end it in order, and given back."""
 
 import os
 import signal
 
 import pytest
 
+from moebed.checkpoints.writer import new_folder
 from moebed.machine.termination import asked_to_end, ending_on_sigterm
 
 
@@ -30,3 +31,33 @@ def test_what_is_not_ignored_is_noted_and_given_back(number):
         os.kill(os.getpid(), number)
     assert signals == [number]
     assert signal.getsignal(number) is signal.SIG_DFL
+
+
+@pytest.fixture
+def _default():
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("_default")
+def test_sigterm_leaves_nothing_of_a_half_written_checkpoint(tmp_path):
+    def write():
+        with new_folder(tmp_path / "model") as partial:
+            (partial / "model.safetensors").write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
+
+    with pytest.raises(SystemExit) as end:
+        write()
+    assert end.value.code == 143
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.usefixtures("_default")
+def test_who_handles_sigterm_already_goes_on_to():
+    """As a run does, which notes it and ends after its step."""
+    with asked_to_end() as signals, ending_on_sigterm():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signals == [signal.SIGTERM]
