@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from moebed.cli import main
+from tests.parallel.forked import start
 from tests.training.saving_runs import ACCUMULATE, callback, last, require_same_model, scalars
 
 
@@ -99,6 +100,38 @@ def test_a_signal_after_the_last_step_ends_the_run_at_once(run, whole, hook, num
     assert json.loads((folder / "summary.json").read_text())["step"] == 6
     require_same_model(last(folder), last(whole))
     assert dict(scalars(folder, "val/loss")) == dict(scalars(whole, "val/loss"))
+
+
+@pytest.mark.parametrize(
+    ("hook", "options"),
+    [
+        ("on_train_end", ["--trainer.max_steps", -1, "--trainer.max_epochs", 1, "--trainer.limit_train_batches", 4]),
+        ("on_validation_batch_end", ["--trainer.max_steps", 3]),  # of the closing numbers; it is not one that is due
+    ],
+)
+def test_nor_where_epochs_end_the_run_and_in_the_validation_after_it(run, hook, options):
+    """Lightning made exit code 0 of it, or nothing at all."""
+    stops = json.dumps(callback("Interrupted", hook=hook, step=3, number=int(signal.SIGTERM)))
+    code, said, folder = run("run", *options, "--trainer.callbacks", stops)
+    assert code == 143, said
+    assert "the last step is saved; --ckpt_path last does what is left" in said
+    assert not (folder / "run_summary.json").exists()
+    assert run("run", *options, "--ckpt_path", "last")[0] == 0
+    assert json.loads((folder / "run_summary.json").read_text())["step"] == last(folder)["global_step"] >= 3
+
+
+def test_sigterm_ends_a_validation_alone_as_it_ends_any_process(run, recipe, whole, tmp_path):
+    """Of which nothing is kept; Lightning made exit code 0 of it."""
+
+    def before(rank):
+        from moebed.training.module import MoEModule
+
+        MoEModule.on_validation_batch_end = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+
+    checkpoint = str(whole / "checkpoints" / "last.ckpt")
+    arguments = ["validate", "--config", str(recipe), "--trainer.default_root_dir", str(tmp_path / "run")]
+    ranks = start([*arguments, "--ckpt_path", checkpoint], 1, tmp_path / "logs", before)
+    assert ranks.wait(60) == [-signal.SIGTERM], ranks.said
 
 
 def test_ctrl_c_in_a_validation_ends_with_a_checkpoint_that_goes_on(run, whole):
