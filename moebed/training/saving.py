@@ -86,7 +86,8 @@ class RunCheckpoint(ModelCheckpoint):
         asked = self._requests.agreed(trainer, pl_module.device, self._clock_asks())
         by_steps = self._every_n_train_steps > 0 and trainer.global_step % self._every_n_train_steps == 0
         if asked >= END:
-            self._ranked_is_due |= by_steps and self._waits_for_validation(trainer)
+            if by_steps:
+                self._save_named(trainer)
             self._end(trainer, asked)
         if by_steps or asked >= SAVE:
             self._save(trainer)
@@ -159,16 +160,17 @@ class RunCheckpoint(ModelCheckpoint):
         return True
 
     def _save(self, trainer: Trainer) -> None:
-        """A save is due: of ranked files once the step is validated, of ``last.ckpt`` now or with them."""
-        if not _saves(trainer):
-            return
+        """A save is due: of files by name, and of ``last.ckpt`` now or with those that wait for a validation."""
+        self._save_named(trainer)
+        if not (self._ranked_is_due and validation_follows(trainer)):
+            self._save_last(trainer)
+
+    def _save_named(self, trainer: Trainer) -> None:
+        """The step's file beside ``last.ckpt``: now, or where files are ranked once the step is validated."""
         if self._waits_for_validation(trainer):
             self._ranked_is_due = True
-            if validation_follows(trainer):
-                return
-        elif self.save_top_k != 0:
+        elif self.save_top_k != 0 and _saves(trainer):
             self._save_ranked(trainer)
-        self._save_last(trainer)
 
     def _waits_for_validation(self, trainer: Trainer) -> bool:
         """Whether there are files whose rank or name says how good they are."""

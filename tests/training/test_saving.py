@@ -166,6 +166,32 @@ def test_files_are_named_and_ranked_by_the_validation_of_their_own_step(run):
     assert "checkpoint.filename asks for 'val/los', which is not logged" in said
 
 
+BY_STEPS = ["--checkpoint.every_n_train_steps", 2]
+BY_EPOCHS = ["--checkpoint.every_n_train_steps", "null", "--checkpoint.every_n_epochs", 1]
+
+
+@pytest.mark.parametrize(
+    ("due", "monitor"),
+    [
+        pytest.param(BY_STEPS, [], id="steps"),
+        pytest.param(BY_EPOCHS, [], id="epochs", marks=pytest.mark.slow),
+        pytest.param(BY_EPOCHS, ["--checkpoint.monitor", "val/loss"], id="epochs, ranked", marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_at_a_step_that_is_saved_leaves_out_none_of_its_files(run, due, monitor):
+    """An epoch has two steps; the run goes on after this one, and comes to it no more."""
+    epochs = ["--trainer.limit_train_batches", 2, "--trainer.val_check_interval", 2]
+    options = [*epochs, *due, *monitor, "--checkpoint.save_top_k", -1, "--checkpoint.filename", "{step}"]
+    stops = json.dumps(callback("Interrupted", hook="on_train_batch_end", step=4, number=int(signal.SIGTERM)))
+    code, said, folder = run("run", *options, "--trainer.callbacks", stops)
+    assert code == 143, said
+    assert "stopped at step 4" in said
+    assert run("run", *options, "--ckpt_path", "last")[0] == 0
+    wanted = {f"step={step}.ckpt" for step in (2, 4, 6)} | {"last.ckpt"}
+    assert {file.name for file in (folder / "checkpoints").iterdir()} == wanted
+    assert last(folder, "step=4.ckpt")["global_step"] == 4
+
+
 @pytest.mark.parametrize("mode", ["min", "max"])
 def test_a_link_to_the_last_checkpoint_is_never_to_an_older_one(run, mode):
     best = ["--checkpoint.monitor", "val/loss", "--checkpoint.save_top_k", 1, "--checkpoint.mode", mode]
