@@ -102,7 +102,7 @@ class Requests:
 
     @property
     def exit_code(self) -> int:
-        """What a shell takes for a process that a signal ended: 130 of Ctrl-C, 143 of SIGTERM; 0 but of the first one."""
+        """Of the first rank what a shell takes for a process that a signal ended: 130 of Ctrl-C, 143 of SIGTERM."""
         return 0 if not self._is_first_rank else 130 if self._interrupted else 143
 
     def agreed(self, trainer: Trainer, device: torch.device, clock_asks: bool) -> int:
