@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.utils.tensorboard
 
-import moebed.commands.fit  # noqa: F401
+import moebed.commands.training_run  # noqa: F401
 import probes.report.page  # noqa: F401
 
 
