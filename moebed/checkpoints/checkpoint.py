@@ -7,6 +7,7 @@ is an error for whoever runs the model, and a note for who looks at its weights 
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from moebed.checkpoints.families.declared import HARMLESS_TENSORS
 from moebed.checkpoints.families.keys import KeyMap, TensorPart
 from moebed.checkpoints.families.own import RUN
 from moebed.checkpoints.families.registry import family_of
-from moebed.checkpoints.files import NamedEntry, PackedEntry, RawEntry, TensorEntry, UnknownEntry
+from moebed.checkpoints.files import NamedEntry, PackedEntry, RawEntry, RawFile, TensorEntry, UnknownEntry
 from moebed.checkpoints.finding import find_entries, read_json
 from moebed.checkpoints.gguf.finding import gguf_at
 from moebed.checkpoints.gguf.model import open_gguf
@@ -73,7 +74,12 @@ class Checkpoint:
         self._described_by, self._called = described_by, called
         self.keys = KeyMap(family, config, entries)
         self._check()
-        self._opened = {path: _state(path) for path in self._files().values()}
+        # Of a file that is read by its name, the file of that name counts; else the one that was opened, held here too.
+        named = {entry.path for entry in entries.values() if isinstance(entry, NamedEntry)}
+        self._opened: dict[Path, tuple[Path | RawFile, tuple[int, ...]]] = {}
+        for path in self._files().values():
+            file = path if path in named or path.parent in named else RawFile(path)
+            self._opened[path] = file, _content(file)
 
     @classmethod
     def open(cls, path: str | Path, runs: bool = True) -> Checkpoint:
@@ -263,25 +269,21 @@ class Checkpoint:
         Raises:
             UserError: A file was written to, or is read by its name and is another one now.
         """
-        named = {entry.path for entry in self.entries.values() if isinstance(entry, NamedEntry)}
-        for path, (before, content) in self._opened.items():
-            now, content_now = _state(path)
-            is_held = path not in named and path.parent not in named
-            # Of a file that is read by its name no number is looked at: some network file systems give it new ones.
-            if content_now != content and not (is_held and now != before):
+        for path, (file, before) in self._opened.items():
+            if _content(file) != before:
                 raise UserError(
                     f"{path} has changed since it was opened; what was made of it meanwhile is not kept: begin again "
                     "once it is whole"
                 )
 
 
-def _state(path: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What tells one file from another, and what changes as it is written to; of what is not there nothing."""
+def _content(file: Path | RawFile) -> tuple[int, ...]:
+    """What changes as a file is written to; of what is not there nothing."""
     try:
-        status = path.stat()
+        status = os.stat(file if isinstance(file, Path) else file.descriptor)
     except OSError:
-        return (), ()
-    return (status.st_dev, status.st_ino), (status.st_size, status.st_mtime_ns)
+        return ()
+    return status.st_size, status.st_mtime_ns
 
 
 def _find(folder: Path) -> tuple[dict[str, TensorEntry], list[str]]:

@@ -92,13 +92,13 @@ class RawFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         self._turn = threading.Lock()
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)  # the kernel then reads further ahead
+            os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)  # the kernel then reads further ahead
 
     def __del__(self) -> None:
-        os.close(self._descriptor)
+        os.close(self.descriptor)
 
     def read(self, offset: int, into: memoryview) -> None:
         """Read ``len(into)`` bytes from ``offset`` on; other threads may read at the same time."""
@@ -111,14 +111,14 @@ class RawFile:
 
     def cached(self, offset: int, size: int) -> Tensor | None:
         """Bytes (size,) from ``offset`` on, mapped, where the kernel holds them in memory; else None."""
-        return map_cached(self._descriptor, offset, size)
+        return map_cached(self.descriptor, offset, size)
 
     def _read_some(self, offset: int, into: memoryview) -> int:
         if hasattr(os, "preadv"):
-            return os.preadv(self._descriptor, [into], offset)
+            return os.preadv(self.descriptor, [into], offset)
         with self._turn:  # elsewhere a descriptor has one position for all threads
-            os.lseek(self._descriptor, offset, os.SEEK_SET)
-            found = os.read(self._descriptor, min(len(into), _READ_AT_ONCE))
+            os.lseek(self.descriptor, offset, os.SEEK_SET)
+            found = os.read(self.descriptor, min(len(into), _READ_AT_ONCE))
         into[: len(found)] = found
         return len(found)
 

@@ -26,12 +26,13 @@ class ReportingCLI(TrainingCLI):
         if self.config.fit.trainer.fast_dev_run:
             return
         folder = Path(self.trainer.default_root_dir)
-        numbers = self.closing_numbers(folder / SUMMARY)
-        if not self.trainer.is_global_zero:
-            return
-        from probes.report.page import write_report
+        with self._get(self.config_init, "checkpoint").ending_at_once(self.trainer):
+            numbers = self.closing_numbers(folder / SUMMARY)
+            if not self.trainer.is_global_zero:
+                return
+            from probes.report.page import write_report
 
-        report = write_report([folder], folder / "report.html")
+            report = write_report([folder], folder / "report.html")
         total, active = count_parameters(self.model.config)
         sizes = {"parameters": f"{total:,}", "active for a token": f"{active:,}"}
         print_closing_table(sizes | numbers, folder, report)

@@ -49,11 +49,15 @@ class GatheredModel:
 
     @contextmanager
     def leading(self) -> Iterator[None]:
-        """Rank 0's side; at its end the other ranks go on with their own work."""
+        """Rank 0's side; at its end the other ranks go on with their own work, unless it is the process's."""
         try:
             yield
-        finally:
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException:
             self._tell(_DONE)
+            raise
+        self._tell(_DONE)
 
     def follow(self) -> None:
         """The other ranks' side: give what rank 0 asks for."""

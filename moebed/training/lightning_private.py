@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning.fabric.connector import _PRECISION_INPUT as PrecisionName
+from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -16,10 +17,11 @@ __all__ = [
     "consider_saved",
     "end_where_nothing_is_left_to_train",
     "forget_step_values",
+    "handle_signals",
     "log_under",
     "rank_before_processes",
     "saves_by_clock",
-    "take_sigterm",
+    "started_by",
     "validates_by_clock",
     "validation_follows",
 ]
@@ -37,11 +39,21 @@ def forget_step_values(trainer: Trainer) -> None:
             item.reset()
 
 
-def take_sigterm(trainer: Trainer) -> bool:
-    """Whether Lightning has noted a SIGTERM, which it would act on after the next step; it forgets it here."""
+def started_by(trainer: Trainer) -> ClusterEnvironment:
+    """What has started the run's processes, also where there is but one: of a strategy's public names it has none."""
+    return trainer._accelerator_connector.cluster_environment
+
+
+def handle_signals(trainer: Trainer, take_over: Callable[[], None], give_back: Callable[[], None]) -> None:
+    """Have these be called in place of Lightning's own handling of signals, before a stage and whenever it ends.
+
+    Lightning's handler of SIGTERM broadcasts, wherever its rank happens to be, and the ranks ask the first one for a
+    SIGTERM before every micro-batch, and wait for its answer.
+    """
     connector = trainer._signal_connector
-    noted, connector.received_sigterm = bool(connector.received_sigterm), False
-    return noted
+    setattr(connector, "register_signal_handlers", take_over)  # noqa: B010
+    setattr(connector, "teardown", give_back)  # noqa: B010
+    setattr(trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor", lambda: None)  # noqa: B010
 
 
 def end_where_nothing_is_left_to_train(trainer: Trainer, is_left: Callable[[], bool]) -> None:

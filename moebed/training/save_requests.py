@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import signal
 import subprocess
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +16,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from moebed.machine.progress import say
 from moebed.machine.termination import take_over
-from moebed.training.lightning_private import take_sigterm
+from moebed.training.leaving import LeavingTogether
+from moebed.training.lightning_private import started_by
 
 NOTHING, SAVE, END, REQUEUE = 0, 1, 2, 3  # of several the largest holds
 
@@ -28,63 +28,82 @@ class Requests:
     Lightning acts within its signal handlers, each rank wherever it happens to be; ranks that are about to
     work together would then wait for each other forever. Here a handler takes a note, and the ranks agree on it at the
     end of a step. SLURM's signal (Lightning's SLURMEnvironment names it, or it is SIGUSR1) also requeues the job. A
-    second Ctrl-C waits for nothing, nor does the first signal of one process once the last step is saved; in a job that
-    was started to ignore it, Ctrl-C stays ignored.
+    second Ctrl-C waits for nothing, nor does the first signal once the last step is saved, on all ranks together; in a
+    job that was started to ignore it, Ctrl-C stays ignored.
     """
 
     def __init__(self) -> None:
         self._asked = NOTHING
         self._interrupted = False
-        self._at_the_end = False
-        self._lightnings: dict[int, Any] = {}
+        self._is_first_rank = True
+        self._at_the_end = self._is_leaving = False
+        self._together: LeavingTogether | None = None
+        self._meanings: dict[int, int] = {}
+        self._before: dict[int, Any] = {}
         self._agreed: tuple[torch.Tensor, Any] | None = None
 
     def take_over(self, trainer: Trainer) -> None:
-        """Take the signals over from Lightning."""
-        wanted = {signal.SIGTERM: END, signal.SIGINT: END}
-        environment = getattr(trainer.strategy, "cluster_environment", None)
+        """Handle the signals from now on."""
+        self._meanings = {signal.SIGTERM: END, signal.SIGINT: END}
+        environment = started_by(trainer)
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
-            wanted[environment.requeue_signal or signal.SIGUSR1] = REQUEUE  # SLURM is on Linux alone
-        for number, meaning in wanted.items():
-            self._lightnings[number] = take_over(number, functools.partial(self._note, meaning))
-        if take_sigterm(trainer):  # which came before training began, in a probing of the untrained model
-            self._asked = max(self._asked, END)
-        # Lightning has the ranks ask the first one for a SIGTERM before every micro-batch, and wait for its answer.
-        setattr(trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor", lambda: None)  # noqa: B010
+            self._meanings[environment.requeue_signal or signal.SIGUSR1] = REQUEUE  # SLURM is on Linux alone
+        self._is_first_rank = trainer.is_global_zero
+        self._before = {number: take_over(number, self._note) for number in self._meanings}
 
     def last_step_saved(self, trainer: Trainer) -> None:
         """What is left, such as the last validation and probing, is done when the run goes on: nothing waits for it."""
-        self._at_the_end = trainer.world_size == 1
-        if self._at_the_end and self._asked >= END:  # since it came while that was written
-            self._leave(self._asked)
+        if self._at_the_end:
+            return
+        self._at_the_end = True
+        if trainer.world_size > 1:
+            place = trainer.global_rank, trainer.world_size
+            self._together = LeavingTogether(*place, self._meanings, self._last_words)
+        if self._asked >= END:  # since it came while that was written
+            os.kill(os.getpid(), self._number)
 
-    def _note(self, meaning: int, number: int, _frame: Any) -> None:
-        self._asked = max(self._asked, meaning)
+    def give_back(self, is_last: bool = False) -> None:
+        """Give the signals back.
+
+        Args:
+            is_last: Of several ranks, whether this one has nothing more to do with the others.
+        """
+        if self._together is not None:
+            self._together.stop(is_last)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before, self._together, self._at_the_end = {}, None, False
+
+    def _note(self, number: int, _frame: Any) -> None:
+        self._asked = max(self._asked, self._meanings[number])
         is_first, self._interrupted = not self._interrupted, self._interrupted or number == signal.SIGINT
         if self._at_the_end:
-            self._leave(meaning)
+            raise SystemExit(self._last_words(number if self._together is None else self._together.wait()))
         if number == signal.SIGINT:
             if not is_first:
                 raise KeyboardInterrupt
             _tell("ends with a checkpoint after this step; Ctrl-C again ends at once, without one")
 
-    def _leave(self, meaning: int) -> NoReturn:
-        """End at once, with the last step saved."""
-        _tell("the last step is saved; --ckpt_path last does what is left: validation, probes, report")
-        if meaning == REQUEUE:
-            requeue()
-        raise SystemExit(self.exit_code)
+    def _last_words(self, number: int) -> int:
+        """With the last step saved, before it ends at once; returns its exit code."""
+        self._interrupted |= number == signal.SIGINT
+        is_first_time, self._is_leaving = not self._is_leaving, True
+        if self._is_first_rank and is_first_time:
+            _tell("the last step is saved; --ckpt_path last does what is left: validation, probes, report")
+            if self._meanings[number] == REQUEUE:
+                requeue()
+        return self.exit_code
+
+    @property
+    def _number(self) -> int:
+        """The signal that was noted, of several the one that asks for most."""
+        asked = [number for number, meaning in self._meanings.items() if meaning == self._asked]
+        return int(signal.SIGINT if self._interrupted and signal.SIGINT in asked else asked[0])
 
     @property
     def exit_code(self) -> int:
-        """What a shell takes for a process that a signal ended: 130 of Ctrl-C, 143 of SIGTERM."""
-        return 130 if self._interrupted else 143
-
-    def give_back(self) -> None:
-        """Give the signals back."""
-        for number, handler in self._lightnings.items():
-            signal.signal(number, handler)
-        self._lightnings = {}
+        """Of the first rank what a shell takes for a process that a signal ended: 130 of Ctrl-C, 143 of SIGTERM."""
+        return 0 if not self._is_first_rank else 130 if self._interrupted else 143
 
     def agreed(self, trainer: Trainer, device: torch.device, clock_asks: bool) -> int:
         """What is to be done at the end of this step; with several ranks, what any was asked by the end of the last.

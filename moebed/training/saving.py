@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from moebed.machine.progress import say
 from moebed.training.lightning_private import (
     check_validation,
     consider_saved,
+    handle_signals,
     saves_by_clock,
     validates_by_clock,
     validation_follows,
@@ -36,7 +39,7 @@ class RunCheckpoint(ModelCheckpoint):
     ranked or named by a metric are written after the validation of the very step that they are of: the first one,
     once they are due. On SIGTERM, on Ctrl-C, and on SLURM's signal before the time limit, the run saves
     ``last.ckpt`` whatever ``save_last`` says and ends, its first process with exit code 143, of Ctrl-C 130;
-    ``--ckpt_path last`` continues it. A run of one process whose last step is saved ends at once.
+    ``--ckpt_path last`` continues it. A run whose last step is saved ends at once.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -51,19 +54,22 @@ class RunCheckpoint(ModelCheckpoint):
     # A run's parts ----------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Where no folder is given, checkpoints lie in the run's own."""
+        """Where no folder is given, checkpoints lie in the run's own. Signals are heard in training alone."""
         if self.dirpath is None:
             self.dirpath = os.path.realpath(Path(trainer.default_root_dir) / FOLDER)
         super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            handle_signals(trainer, lambda: self._requests.take_over(trainer), self._requests.give_back)
+        else:  # nothing of it is kept: they end it as they end any process
+            handle_signals(trainer, lambda: None, lambda: None)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take over the signals; make whole windows of the micro-batches to come."""
+        """Make whole windows of the micro-batches to come."""
         super().on_train_start(trainer, pl_module)
         self._step = trainer.global_step
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint):
                 consider_saved(callback, trainer.global_step)  # not again amid the step to come
-        self._requests.take_over(trainer)
         check_validation(trainer, self._validates_now)
         if self._accumulated not in (None, trainer.accumulate_grad_batches):
             self._realign(trainer)
@@ -80,7 +86,8 @@ class RunCheckpoint(ModelCheckpoint):
         asked = self._requests.agreed(trainer, pl_module.device, self._clock_asks())
         by_steps = self._every_n_train_steps > 0 and trainer.global_step % self._every_n_train_steps == 0
         if asked >= END:
-            self._ranked_is_due |= by_steps and self._waits_for_validation(trainer)
+            if by_steps:
+                self._save_named(trainer)
             self._end(trainer, asked)
         if by_steps or asked >= SAVE:
             self._save(trainer)
@@ -119,19 +126,30 @@ class RunCheckpoint(ModelCheckpoint):
         """Save, whatever ended the run."""
         if self.save_last and self._last_global_step_saved != trainer.global_step:
             self._save_last(trainer)
+        self._look_at_the_end(trainer, is_over=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Nothing is saved: a step may be half done."""
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the signals back."""
-        self._requests.give_back()
+    @contextmanager
+    def ending_at_once(self, trainer: Trainer) -> Iterator[None]:
+        """What comes after a run's training, for which nothing waits either if its last step is saved."""
+        if not self.save_last or self._last_global_step_saved != trainer.global_step:
+            yield
+            return
+        self._requests.take_over(trainer)
+        self._requests.last_step_saved(trainer)
+        try:
+            yield
+        finally:
+            self._requests.give_back(is_last=True)
 
     # Saving -----------------------------------------------------------------------------------------------------------
 
-    def _look_at_the_end(self, trainer: Trainer) -> None:
+    def _look_at_the_end(self, trainer: Trainer, is_over: bool = False) -> None:
         """From the moment on at which the last step is saved, nothing waits for what follows."""
-        if self.save_last and self._last_global_step_saved == trainer.global_step == trainer.max_steps:
+        is_saved = self.save_last and self._last_global_step_saved == trainer.global_step
+        if is_saved and (is_over or trainer.global_step == trainer.max_steps):
             self._requests.last_step_saved(trainer)
 
     def _clock_asks(self) -> bool:
@@ -142,16 +160,17 @@ class RunCheckpoint(ModelCheckpoint):
         return True
 
     def _save(self, trainer: Trainer) -> None:
-        """A save is due: of ranked files once the step is validated, of ``last.ckpt`` now or with them."""
-        if not _saves(trainer):
-            return
+        """A save is due: of files by name, and of ``last.ckpt`` now or with those that wait for a validation."""
+        self._save_named(trainer)
+        if not (self._ranked_is_due and validation_follows(trainer)):
+            self._save_last(trainer)
+
+    def _save_named(self, trainer: Trainer) -> None:
+        """The step's file beside ``last.ckpt``: now, or where files are ranked once the step is validated."""
         if self._waits_for_validation(trainer):
             self._ranked_is_due = True
-            if validation_follows(trainer):
-                return
-        elif self.save_top_k != 0:
+        elif self.save_top_k != 0 and _saves(trainer):
             self._save_ranked(trainer)
-        self._save_last(trainer)
 
     def _waits_for_validation(self, trainer: Trainer) -> bool:
         """Whether there are files whose rank or name says how good they are."""
@@ -172,7 +191,6 @@ class RunCheckpoint(ModelCheckpoint):
 
     def _end(self, trainer: Trainer, asked: int) -> None:
         """Save and leave, all ranks at the same step."""
-        self._requests.give_back()
         if _saves(trainer):
             assert self.dirpath is not None
             path = Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
@@ -180,7 +198,7 @@ class RunCheckpoint(ModelCheckpoint):
             say(f"stopped at step {trainer.global_step}, saved in {path}; --ckpt_path last continues")
         if asked == REQUEUE and trainer.is_global_zero:
             requeue()
-        raise SystemExit(self._requests.exit_code if trainer.is_global_zero else 0)
+        raise SystemExit(self._requests.exit_code)
 
     # Names ------------------------------------------------------------------------------------------------------------
 

@@ -47,10 +47,34 @@ def test_a_missing_compiler_a_failed_one_and_a_cache_that_cannot_be_written_are_
     failing.chmod(0o755)
     monkeypatch.setattr(compiled, "COMPILER", str(failing))
     assert native.load.__wrapped__() == "it did not compile: x.h:1: error: out of luck"
-    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert [path.suffix for path in (tmp_path / "cache").rglob("*") if path.is_file()] == [".failed"]  # it is why
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MOEBED_CACHE", str(tmp_path / "file"))
     assert "it cannot be kept or loaded" in native.load.__wrapped__()
+
+
+def test_who_waits_for_a_compilation_takes_its_failure_and_who_comes_later_tries_again(monkeypatch, tmp_path):
+    """Of many ranks each would else compile, for most of a minute, one after the other."""
+    monkeypatch.setenv("MOEBED_CACHE", str(tmp_path / "cache"))
+    failing, tried, said = tmp_path / "failing", tmp_path / "tried", []
+    failing.write_text(f"#!/bin/sh\necho >> {tried}\nsleep 0.3\necho 'x.h:1: error: out of luck' >&2\nexit 1\n")
+    failing.chmod(0o755)
+    monkeypatch.setattr(compiled, "COMPILER", str(failing))
+
+    def ask():
+        with pytest.raises(compiled.Unavailable) as refused:
+            compiled.library.__wrapped__("avx2")
+        said.append(str(refused.value))
+
+    together = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in together:
+        thread.start()
+    for thread in together:
+        thread.join()
+    assert said == ["it did not compile: x.h:1: error: out of luck"] * 3
+    assert len(tried.read_text().splitlines()) == 1
+    ask()
+    assert len(tried.read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.utils.tensorboard
 
-import moebed.commands.fit  # noqa: F401
+import moebed.commands.training_run  # noqa: F401
 import probes.report.page  # noqa: F401
 
 
@@ -55,8 +55,8 @@ class Ranks:
         return "\n".join(f"[{rank}] {log.read_text()}" for rank, log in enumerate(self.logs) if log.exists())
 
 
-def call(work: Callable[..., None], world_size: int, *arguments: Any) -> None:
-    """Call work(rank, world_size, *arguments) on so many ranks, which can talk to each other; none may fail."""
+def begin(work: Callable[..., None], world_size: int, folder: Path, *arguments: Any) -> Ranks:
+    """Begin work(rank, world_size, *arguments) on so many ranks, which can talk to each other."""
 
     def joined() -> int:
         if world_size == 1:
@@ -66,8 +66,13 @@ def call(work: Callable[..., None], world_size: int, *arguments: Any) -> None:
             work(dist.get_rank(), world_size, *arguments)
         return 0
 
+    return _fork(joined, world_size, folder)
+
+
+def call(work: Callable[..., None], world_size: int, *arguments: Any) -> None:
+    """The same to its end; none may fail."""
     with TemporaryDirectory() as folder:
-        ranks = _fork(joined, world_size, Path(folder))
+        ranks = begin(work, world_size, Path(folder), *arguments)
         codes = ranks.wait(120)
         assert codes == [0] * world_size, f"{codes}\n{ranks.said}"
 

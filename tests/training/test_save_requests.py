@@ -6,9 +6,10 @@ import signal
 import sys
 
 import pytest
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Trainer
 
-from moebed.training.save_requests import END, NOTHING, REQUEUE, Requests
+from moebed.training.save_requests import END, NOTHING, Requests
 
 
 class _Interrupted(io.RawIOBase):
@@ -53,9 +54,14 @@ def test_slurms_signal_after_the_last_step_requeues_the_job_and_ends_the_run(mon
     """Which would else be killed at the time limit, amid its last probing."""
     requests, requeued = Requests(), []
     monkeypatch.setattr("moebed.training.save_requests.requeue", lambda: requeued.append(True))
-    requests.last_step_saved(Trainer(logger=False, accelerator="cpu", enable_checkpointing=False))
-    with pytest.raises(SystemExit) as ended:
-        requests._note(REQUEUE, int(signal.SIGUSR1), None)
+    trainer = Trainer(logger=False, accelerator="cpu", enable_checkpointing=False, plugins=[SLURMEnvironment()])
+    requests.take_over(trainer)
+    try:
+        requests.last_step_saved(trainer)
+        with pytest.raises(SystemExit) as ended:
+            os.kill(os.getpid(), signal.SIGUSR1)
+    finally:
+        requests.give_back()
     assert (ended.value.code, requeued) == (143, [True])
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from moebed.cli import main
+from tests.parallel.forked import start
 from tests.training.saving_runs import ACCUMULATE, callback, last, require_same_model, scalars
 
 
@@ -101,6 +102,38 @@ def test_a_signal_after_the_last_step_ends_the_run_at_once(run, whole, hook, num
     assert dict(scalars(folder, "val/loss")) == dict(scalars(whole, "val/loss"))
 
 
+@pytest.mark.parametrize(
+    ("hook", "options"),
+    [
+        ("on_train_end", ["--trainer.max_steps", -1, "--trainer.max_epochs", 1, "--trainer.limit_train_batches", 4]),
+        ("on_validation_batch_end", ["--trainer.max_steps", 3]),  # of the closing numbers; it is not one that is due
+    ],
+)
+def test_nor_where_epochs_end_the_run_and_in_the_validation_after_it(run, hook, options):
+    """Lightning made exit code 0 of it, or nothing at all."""
+    stops = json.dumps(callback("Interrupted", hook=hook, step=3, number=int(signal.SIGTERM)))
+    code, said, folder = run("run", *options, "--trainer.callbacks", stops)
+    assert code == 143, said
+    assert "the last step is saved; --ckpt_path last does what is left" in said
+    assert not (folder / "run_summary.json").exists()
+    assert run("run", *options, "--ckpt_path", "last")[0] == 0
+    assert json.loads((folder / "run_summary.json").read_text())["step"] == last(folder)["global_step"] >= 3
+
+
+def test_sigterm_ends_a_validation_alone_as_it_ends_any_process(run, recipe, whole, tmp_path):
+    """Of which nothing is kept; Lightning made exit code 0 of it."""
+
+    def before(rank):
+        from moebed.training.module import MoEModule
+
+        MoEModule.on_validation_batch_end = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+
+    checkpoint = str(whole / "checkpoints" / "last.ckpt")
+    arguments = ["validate", "--config", str(recipe), "--trainer.default_root_dir", str(tmp_path / "run")]
+    ranks = start([*arguments, "--ckpt_path", checkpoint], 1, tmp_path / "logs", before)
+    assert ranks.wait(60) == [-signal.SIGTERM], ranks.said
+
+
 def test_ctrl_c_in_a_validation_ends_with_a_checkpoint_that_goes_on(run, whole):
     stops = json.dumps(callback("Interrupted", hook="on_validation_batch_end"))
     code, said, folder = run("run", *ACCUMULATE, "--trainer.callbacks", stops)
@@ -131,6 +164,32 @@ def test_files_are_named_and_ranked_by_the_validation_of_their_own_step(run):
     code, said, _ = run("other", *keep, "--checkpoint.monitor", "val/loss", "--checkpoint.filename", "{val/los}")
     assert code == 2
     assert "checkpoint.filename asks for 'val/los', which is not logged" in said
+
+
+BY_STEPS = ["--checkpoint.every_n_train_steps", 2]
+BY_EPOCHS = ["--checkpoint.every_n_train_steps", "null", "--checkpoint.every_n_epochs", 1]
+
+
+@pytest.mark.parametrize(
+    ("due", "monitor"),
+    [
+        pytest.param(BY_STEPS, [], id="steps"),
+        pytest.param(BY_EPOCHS, [], id="epochs", marks=pytest.mark.slow),
+        pytest.param(BY_EPOCHS, ["--checkpoint.monitor", "val/loss"], id="epochs, ranked", marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_at_a_step_that_is_saved_leaves_out_none_of_its_files(run, due, monitor):
+    """An epoch has two steps; the run goes on after this one, and comes to it no more."""
+    epochs = ["--trainer.limit_train_batches", 2, "--trainer.val_check_interval", 2]
+    options = [*epochs, *due, *monitor, "--checkpoint.save_top_k", -1, "--checkpoint.filename", "{step}"]
+    stops = json.dumps(callback("Interrupted", hook="on_train_batch_end", step=4, number=int(signal.SIGTERM)))
+    code, said, folder = run("run", *options, "--trainer.callbacks", stops)
+    assert code == 143, said
+    assert "stopped at step 4" in said
+    assert run("run", *options, "--ckpt_path", "last")[0] == 0
+    wanted = {f"step={step}.ckpt" for step in (2, 4, 6)} | {"last.ckpt"}
+    assert {file.name for file in (folder / "checkpoints").iterdir()} == wanted
+    assert last(folder, "step=4.ckpt")["global_step"] == 4
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])

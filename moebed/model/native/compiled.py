@@ -2,7 +2,8 @@
 
 The sources need a C++ compiler and no header of Python or PyTorch: that takes seconds. A library is kept in the cache
 (``$MOEBED_CACHE``, ``~/.cache/moebed``), named by sources and flags. Of processes and threads that ask at once one
-compiles and the others wait for it; one that is killed holds nobody up, and the next takes away what it left.
+compiles and the others wait for it, and take its failure for theirs; one that is killed holds nobody up, and the next
+takes away what it left.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor
 
 from moebed.errors import UserError
+from moebed.machine import storage
 from moebed.machine.cache import cache_folder, find_or_build
 
 COMPILER = "g++"
@@ -72,8 +75,12 @@ def compiler_takes(instruction_set: str) -> bool:
     return subprocess.run(command, capture_output=True).returncode == 0
 
 
-def _compile(instruction_set: str, folder: Path) -> None:
-    """Write the library into a folder."""
+def _compile(instruction_set: str, asked: float, folder: Path) -> None:
+    """Write the library into a folder, unless that failed in another process since this one asked, at a time."""
+    failure = _kept() / f"{_key(instruction_set)}.failed"
+    if failure.exists() and failure.stat().st_mtime > asked:
+        raise Unavailable(failure.read_text(encoding="utf-8"))
+    failure.unlink(missing_ok=True)
     if shutil.which(COMPILER) is None:
         raise Unavailable(f"compiling it needs {COMPILER}")
     print(
@@ -85,7 +92,9 @@ def _compile(instruction_set: str, folder: Path) -> None:
     done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
-        raise Unavailable(f"it did not compile: {errors[0].strip() if errors else f'exit code {done.returncode}'}")
+        said = f"it did not compile: {errors[0].strip() if errors else f'exit code {done.returncode}'}"
+        storage.write_text(failure, said)
+        raise Unavailable(said)
 
 
 @functools.cache
@@ -96,7 +105,8 @@ def library(instruction_set: str) -> ctypes.CDLL:
         Unavailable: There is no compiler, it failed, or the cache cannot be written.
     """
     try:
-        folder = find_or_build(_kept(), _key(instruction_set), functools.partial(_compile, instruction_set))
+        build = functools.partial(_compile, instruction_set, time.time())
+        folder = find_or_build(_kept(), _key(instruction_set), build)
         loaded = ctypes.CDLL(str(folder / LIBRARY))
     except (OSError, UserError) as error:
         raise Unavailable(f"it cannot be kept or loaded: {error}") from error

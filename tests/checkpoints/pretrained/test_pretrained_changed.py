@@ -41,6 +41,18 @@ def test_a_file_that_took_the_name_of_another_is_not_read_in_its_place(tmp_path)
     opened.require_unchanged()
 
 
+def test_a_file_that_is_written_to_under_another_name_is_still_the_one_that_was_opened(tmp_path):
+    write(tmp_path / "model", num_hidden_layers=1, shards=False)
+    path, opened = tmp_path / "model" / "model.safetensors", Checkpoint.open(tmp_path / "model")
+    content = path.read_bytes()
+    path.rename(tmp_path / "old")
+    path.write_bytes(content)
+    opened.require_unchanged()
+    rewrite(tmp_path / "old")
+    with pytest.raises(UserError, match=f"{path} has changed since it was opened"):
+        opened.require_unchanged()
+
+
 def test_a_file_that_is_written_to_ends_a_probing_and_what_was_finished_before_is_whole(tmp_path, monkeypatch, capsys):
     write(tmp_path / "model")
     path, show = sorted((tmp_path / "model").glob("*.safetensors"))[-1], ProbePass.show

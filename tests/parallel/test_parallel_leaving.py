@@ -1,0 +1,165 @@
+"""A signal to any rank of a run whose last step is saved ends all of them at once, wherever each of them is."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch.distributed as dist
+from lightning.fabric.plugins.environments import SLURMEnvironment
+
+from moebed.training import leaving, save_requests
+from moebed.training.save_requests import Requests
+from tests.parallel.forked import Ranks, begin, run, start
+from tests.small_run import probing, small_recipe, write_recipe
+
+LONG = 60.0  # seconds; what takes so long is ended before
+
+
+def _wait_for(paths: list[Path], ranks: Ranks) -> None:
+    end = time.monotonic() + LONG
+    while not all(path.exists() for path in paths):
+        assert time.monotonic() < end, ranks.said
+        time.sleep(0.01)
+
+
+def _trainer(rank: int, world_size: int) -> SimpleNamespace:
+    """What is asked of one; SLURM has started it."""
+    started_by = SimpleNamespace(cluster_environment=SLURMEnvironment())
+    place = {"world_size": world_size, "global_rank": rank, "is_global_zero": rank == 0}
+    return SimpleNamespace(**place, _accelerator_connector=started_by)
+
+
+def _at_the_end(rank: int, world_size: int, folder: Path, stuck: bool = False) -> None:
+    """The first rank works alone; the other one waits for it in a collective, or for what never comes."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    save_requests.requeue = lambda: (folder / f"requeued by {rank}").touch()
+    trainer = _trainer(rank, world_size)
+    requests = Requests()
+    requests.take_over(trainer)
+    requests.last_step_saved(trainer)
+    (folder / f"ready {rank}").touch()
+    if rank == 0:
+        time.sleep(LONG)
+    elif stuck:
+        leaving.PATIENCE = 0.2
+        dist.distributed_c10d._get_default_store().get("what never comes")
+    dist.barrier()
+
+
+@pytest.mark.parametrize(
+    ("number", "rank", "code"), [(signal.SIGTERM, 1, 143), (signal.SIGINT, 0, 130), (signal.SIGUSR1, 1, 143)]
+)
+def test_a_signal_to_one_rank_ends_both(tmp_path, number, rank, code):
+    ranks = begin(_at_the_end, 2, tmp_path, tmp_path)
+    _wait_for([tmp_path / f"ready {one}" for one in range(2)], ranks)
+    os.kill(ranks.pids[rank], number)
+    assert ranks.wait(LONG / 2) == [code, 0], ranks.said
+    assert ranks.said.count("the last step is saved; --ckpt_path last does what is left") == 1
+    requeued = [path.name for path in tmp_path.glob("requeued*")]
+    assert requeued == (["requeued by 0"] if number == signal.SIGUSR1 else [])
+
+
+def test_a_rank_that_does_not_come_back_is_ended_where_it_is(tmp_path):
+    """As one that waits for a device, which waits for a rank that has left."""
+    ranks = begin(_at_the_end, 2, tmp_path, tmp_path, True)
+    _wait_for([tmp_path / f"ready {one}" for one in range(2)], ranks)
+    os.kill(ranks.pids[1], signal.SIGTERM)
+    assert ranks.wait(LONG / 2) == [143, 0], ranks.said
+
+
+def _through(rank: int, world_size: int, folder: Path) -> None:
+    """The second rank has nothing more to do; the first one is asked to end then."""
+    trainer = _trainer(rank, world_size)
+    requests = Requests()
+    requests.take_over(trainer)
+    before = signal.getsignal(signal.SIGTERM)
+    requests.last_step_saved(trainer)
+    dist.barrier()
+    if rank == 1:
+        requests.give_back(is_last=True)
+        assert signal.getsignal(signal.SIGTERM) is not before
+        (folder / "through").touch()
+        return
+    while not (folder / "through").exists():
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(LONG)
+
+
+def test_who_leaves_does_not_wait_for_a_rank_that_is_through(tmp_path, monkeypatch):
+    monkeypatch.setattr(leaving, "PATIENCE", LONG)
+    ranks = begin(_through, 2, tmp_path, tmp_path)
+    assert ranks.wait(LONG / 2) == [143, 0], ranks.said
+
+
+def _recipe(folder: Path, layout: dict, val_check_interval: int = 2) -> Path:
+    content = small_recipe(
+        folder,
+        trainer={
+            "precision": "32-true",
+            "devices": 2,
+            "val_check_interval": val_check_interval,
+            "callbacks": probing(2, probes=["balance"], at_start=False),
+            **layout.get("trainer", {}),
+        },
+    )
+    if "parallel" in layout:
+        content["parallel"] = layout["parallel"]
+    return write_recipe(folder, content)
+
+
+def _pressed(hook: str, step: int, number: int):
+    """The second rank gets a signal in a hook; the first one works on for long, if it is the end of the run."""
+
+    def before(rank: int) -> None:
+        import probes.report.page
+        from moebed.training.callbacks import SampleText
+
+        probes.report.page.write_report = lambda runs, path: path  # drawing it takes longer than the run
+
+        def press(self, trainer, *_, **__):
+            if trainer.global_step < step or self.__dict__.setdefault("is_pressed", False):
+                return
+            self.is_pressed = True
+            if rank == 1:
+                os.kill(os.getpid(), number)
+            elif hook == "on_train_end":
+                time.sleep(LONG)
+
+        setattr(SampleText, hook, press)
+
+    return before
+
+
+DDP = {"trainer": {"strategy": "ddp"}}
+EXPERTS = {"parallel": {"expert": 2}}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("layout", [DDP, EXPERTS], ids=["DDP-2", "EP-2"])
+@pytest.mark.parametrize(
+    ("hook", "step", "val_check_interval", "said"),
+    [
+        ("on_train_start", 0, 2, "stopped at step"),  # in what comes before the first step
+        ("on_validation_start", 4, 2, "the last step is saved"),
+        ("on_train_end", 4, 2, "the last step is saved"),
+        ("on_validation_batch_end", 4, 3, "the last step is saved"),  # of the closing numbers
+    ],
+)
+def test_a_run_ends_and_goes_on_wherever_one_rank_hears_the_signal(
+    tmp_path, layout, hook, step, val_check_interval, said
+):
+    arguments = ["fit", "--config", str(_recipe(tmp_path, layout, val_check_interval))]
+    ranks = start(arguments, 2, tmp_path / "first", before=_pressed(hook, step, signal.SIGTERM))
+    assert ranks.wait(120) == [143, 0], ranks.said
+    assert said in ranks.said
+    summary = tmp_path / "run" / "run_summary.json"
+    assert not summary.exists()
+    run([*arguments, "--ckpt_path", "last"], 2, tmp_path / "second")
+    assert json.loads(summary.read_text())["step"] == 4
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["step"] == 4
