@@ -13,6 +13,7 @@ import pytest
 
 from moebed import extras
 from moebed.arguments import OneLineParser, is_run_recipe, read_yaml
+from moebed.bench.command import CHOICES
 from moebed.cli import COMMANDS, main
 from moebed.commands.fit import CHECKPOINT, FOLDER, KEYS, SOURCES, look_first
 from moebed.errors import ConfigError, UserError
@@ -107,6 +108,9 @@ def test_every_command_refuses_what_it_can_before_pytorch_is_loaded():
     for command, (beside, paths) in PATHS.items():
         calls |= {(command, option): [command, *beside, option, path] for option, path in paths.items()}
     calls["study", "a result"] = ["study", "nothere/study.json"]
+    for kind, choices in CHOICES.items():
+        calls |= {("bench", f"{kind} {option}"): ["bench", kind, option, "nothere"] for option in choices}
+        calls["bench", f"{kind} --device"] = ["bench", kind, "--device", "nothere"]
     program = (
         "import contextlib, io, json, sys\nfrom moebed.cli import main\n"
         "for arguments in json.loads(sys.argv[1]):\n"
