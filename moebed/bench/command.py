@@ -17,11 +17,12 @@ from moebed.errors import UserError
 from moebed.machine import storage
 from moebed.machine.progress import say
 
-_TRAINED = {"--size": ("A", "F", "B"), "--precision": ("auto", "32-true", "bf16-mixed")}
-_SHAPES = {"--shape": ("A", "F", "B", "mixtral", "deepseekmoe", "olmoe", "qwen3")}
+Choices = dict[str, tuple[str, ...]]  # of each option
+_TRAINED: Choices = {"--size": ("A", "F", "B"), "--precision": ("auto", "32-true", "bf16-mixed")}
+_SHAPES: Choices = {"--shape": ("A", "F", "B", "mixtral", "deepseekmoe", "olmoe", "qwen3")}
 # What an option may be, of each kind; the names are those of the files beside, which need torch: a test holds them
 # together. A router's name and a device need torch to be known.
-CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
+CHOICES: dict[str, Choices] = {
     "train": _TRAINED,
     "routers": _TRAINED,
     "probe": {

@@ -108,6 +108,9 @@ def test_every_command_refuses_what_it_can_before_pytorch_is_loaded():
     for command, (beside, paths) in PATHS.items():
         calls |= {(command, option): [command, *beside, option, path] for option, path in paths.items()}
     calls["study", "a result"] = ["study", "nothere/study.json"]
+    for named in ("mask 3 @ nothere", "replay nothere/routing.npz", f"mask 1; replay {HERE}", "nothere"):
+        words = ["--text", HERE, "--intervene", named]
+        calls["probe", named] = ["probe", "recipes", "--out", "new", *words]
     for kind, choices in CHOICES.items():
         calls |= {("bench", f"{kind} {option}"): ["bench", kind, option, "nothere"] for option in choices}
         calls["bench", f"{kind} --device"] = ["bench", kind, "--device", "nothere"]
