@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 RANKED = "no interval, as few texts rank experts badly, which lowers it: with more it would be higher"
 LOWERED = "no interval, as few texts lower it: what as few texts show with the domains' names shuffled stands beside it"
 FEW = "a domain of one text: what its experts vary by from text to text cannot be told, nor taken off"
+ONE_DOMAIN = "the text has one domain"
 
 
 class Committee(Probe):
@@ -146,7 +147,7 @@ class Committee(Probe):
             )
             notes += [] if apart else [FEW]
         else:
-            notes.append("the text has one domain: nothing to compare it with")
+            notes.append(f"{ONE_DOMAIN}: nothing to compare it with")
         pictures = {"over_depth": partial(_draw, arrays)}
         return ProbeResult(arrays, scalars, headlines, pictures, notes + unit_notes(arrays, headlines))
 
@@ -235,25 +236,22 @@ def _draw(arrays: Arrays) -> Figure:
     top, curves = numbers(arrays, "top"), by_layer(arrays, "top_mass")
     fig = drawing.new_figure(11.0, 3.5, "Do the same few experts do the work in every domain? Over depth")
     mass, apart, same = fig.subplots(1, 3)
-    drawing.depth_line(mass, numbers(arrays, "mass"), drawing.SERIES[0], "as many as a token has")
-    even = {layer: top[layer] / len(curve) for layer, curve in curves.items()}
-    drawing.depth_line(mass, even, drawing.MUTED, "even", dashed=True)
+    if measured := finite(numbers(arrays, "mass")):
+        drawing.depth_line(mass, measured, drawing.SERIES[0], "as many as a token has")
+        even = {layer: top[layer] / len(curve) for layer, curve in curves.items()}
+        drawing.depth_line(mass, even, drawing.MUTED, "even", dashed=True)
     mass.set_title("share of the most used experts", fontsize=10)
-    parts = {key: finite(numbers(arrays, key)) for key in ("expert_part", "domain_part")}
-    if any(parts.values()):
-        drawing.depth_line(apart, parts["expert_part"], drawing.SERIES[1], "in all domains")
-        drawing.depth_line(apart, parts["domain_part"], drawing.SERIES[2], "what a domain adds")
-    else:
-        apart.text(0.5, 0.5, "not known: a domain has one text", transform=apart.transAxes, ha="center", fontsize=9)
-        apart.set_axis_off()
+    drawing.depth_line(apart, numbers(arrays, "expert_part"), drawing.SERIES[1], "in all domains")
+    drawing.depth_line(apart, numbers(arrays, "domain_part"), drawing.SERIES[2], "what a domain adds")
     apart.set_title("squared variation of shares", fontsize=10)
-    drawing.depth_line(same, numbers(arrays, "top_jaccard"), drawing.SERIES[3], "measured")
+    overlap = numbers(arrays, "top_jaccard")
+    drawing.depth_line(same, overlap, drawing.SERIES[3], "measured")
     null = {layer: float(of[0]) for layer, of in by_layer(arrays, "top_jaccard_null").items()}
     drawing.depth_line(same, null, drawing.MUTED, "domains' names shuffled", dashed=True)
     same.set_title("overlap of domains' most used", fontsize=10)
     for ax in (mass, same):
         ax.set_ylim(0, 1.04)
-    for ax in (mass, apart, same):
-        if ax.lines:
-            ax.legend(fontsize=7.5, frameon=False)
+    drawing.legend(mass, "no domain has two texts")
+    drawing.legend(apart, "a domain has one text" if overlap else ONE_DOMAIN)
+    drawing.legend(same, ONE_DOMAIN)
     return fig

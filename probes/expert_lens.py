@@ -21,7 +21,8 @@ from torch import Tensor
 
 from moebed.machine.float64 import double
 from moebed.model.config import ModelConfig
-from moebed.views.interventions import ZERO, Intervention, alone, assigned_weights, drop_top
+from moebed.views.intervention_words import ZERO
+from moebed.views.interventions import Intervention, alone, assigned_weights, drop_top
 from moebed.views.layer import ExpertKind, ExpertView, HeadView, LayerView, Need
 from probes.contract import Arrays, Headline, Probe, ProbeResult, by_layer, numbers, per_layer
 from probes.figures import lens as pictures

@@ -16,6 +16,7 @@ import numpy as np
 from moebed.model.config import ModelConfig
 from moebed.views.branches import require_different
 from moebed.views.intervention_names import parse
+from moebed.views.intervention_words import split
 from moebed.views.interventions import Intervention, alone, identity
 from moebed.views.layer import HeadView, Need
 from probes.contract import Arrays, Headline, Probe, ProbeOptions, ProbeResult
@@ -54,7 +55,7 @@ class Interventions(Probe):
 
         def interventions(self) -> list[Intervention]:
             """Those that are asked for, and with them nothing at all, in the same layers."""
-            asked = [parse(part.strip()) for part in self.apply.split(";") if part.strip()]
+            asked = [parse(part) for part in split(self.apply)]
             require_different(asked)
             changes = [one for one in asked if not _is_noise(one.name)] or asked
             everywhere = any(one.layers is None for one in changes)

@@ -135,13 +135,12 @@ def _draw_over_depth(arrays: Arrays) -> Figure:
     left, right = fig.subplots(1, 2)
     drawing.depth_line(left, numbers(arrays, "score_strength_token"), drawing.SERIES[0], "over experts")
     left.set_title("at a token, over experts", fontsize=10)
-    for (key, label), colour in zip(_EXPERT_KEYS.items(), drawing.SERIES[1:], strict=True):
-        if values := _means(arrays, key):
-            drawing.depth_line(right, values, colour, label)
     right.set_title("of an expert, over tokens; mean over experts", fontsize=10)
-    right.legend(fontsize=7.5, frameon=False)
+    for (key, label), colour in zip(_EXPERT_KEYS.items(), drawing.SERIES[1:], strict=True):
+        drawing.depth_line(right, _means(arrays, key), colour, label)
     for ax in (left, right):
         ax.axhline(0, color=drawing.MUTED, ls="--", lw=1)
         ax.set_ylim(-1.05, 1.05)
         ax.set_ylabel("Spearman's rho", fontsize=9)
+    drawing.legend(right, f"no expert has {LEAST_TOKENS} tokens that can be ranked")
     return fig

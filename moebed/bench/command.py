@@ -17,6 +17,26 @@ from moebed.errors import UserError
 from moebed.machine import storage
 from moebed.machine.progress import say
 
+Choices = dict[str, tuple[str, ...]]  # of each option
+_TRAINED: Choices = {"--size": ("A", "F", "B"), "--precision": ("auto", "32-true", "bf16-mixed")}
+_SHAPES: Choices = {"--shape": ("A", "F", "B", "mixtral", "deepseekmoe", "olmoe", "qwen3")}
+# What an option may be, of each kind; the names are those of the files beside, which need torch: a test holds them
+# together. A router's name and a device need torch to be known.
+CHOICES: dict[str, Choices] = {
+    "train": _TRAINED,
+    "routers": _TRAINED,
+    "probe": {
+        "--only": ("streaming", "text", "weights", "matching"),
+        "--size": ("mixtral", "deepseek", "olmoe"),
+    },
+    "kernels": _SHAPES
+    | {
+        "--arch": ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "all"),
+        "--dtype": ("fp16", "bf16", "fp32", "all"),
+    },
+    "experts": _SHAPES | {"--dtype": ("float32", "bfloat16", "autocast")},
+}
+LEAST = {"tokens": 1, "rounds": 1, "steps": 1, "experts": 2}
 PACKAGES = ("torch", "transformers", "triton", "lightning", "numpy", "scipy")
 
 
@@ -76,17 +96,31 @@ def run(command: str, arguments: Sequence[str]) -> None:
     options = build_parser().parse_args(arguments)
     if options.json is not None and not options.json.parent.is_dir():
         raise UserError(f"--json {options.json}: the folder {options.json.parent} does not exist; make it first")
+    _look_first(options)
     parts = {"train": _train, "routers": _routers, "probe": _probe, "kernels": _kernels, "experts": _experts}
     found = parts[options.what](options)
     if options.json is not None:
         storage.write_text(options.json, json.dumps({"machine": machine(), "results": found}, indent=2) + "\n")
 
 
+def _look_first(options: argparse.Namespace) -> None:
+    """Refuse what takes no PyTorch to see, which takes seconds to load."""
+    for option, known in CHOICES[options.what].items():
+        given = getattr(options, option.removeprefix("--")) or []
+        _check_choices(option, [given] if isinstance(given, str) else given, known)
+    for name, least in LEAST.items():
+        value = getattr(options, name, None)
+        if value is not None and value < least:
+            raise UserError(f"--{name} {value}: give at least {least}")
+    device = getattr(options, "device", "cpu")
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise UserError(f"--device {device}: choose cpu or cuda")
+
+
 def _train(options: argparse.Namespace) -> list[dict[str, Any]]:
     from moebed.bench import train
 
     _check_device(options.device)
-    _check_choices("--size", options.size or [], train.SIZES)
     precision = _precision(options)
     results = []
     for name in options.size or ["A", "F"]:
@@ -121,11 +155,10 @@ def _routers(options: argparse.Namespace) -> list[dict[str, Any]]:
     from rich.console import Console
     from rich.table import Table
 
-    from moebed.bench import routers, train
+    from moebed.bench import routers
     from moebed.model.routers import ROUTERS
 
     _check_device(options.device)
-    _check_choices("--size", options.size or [], train.SIZES)
     measured = [name for name, rule in ROUTERS.items() if not rule.needs_domain]  # random text has no domains
     _check_choices("--router", options.router or [], measured)
     precision = _precision(options)
@@ -156,12 +189,6 @@ def _probe(options: argparse.Namespace) -> dict[str, Any]:
 
     from moebed.bench import probe, weights
 
-    for name in ("rounds", "experts"):
-        value = getattr(options, name)
-        if value is not None and value < (1 if name == "rounds" else 2):
-            raise UserError(f"--{name} {value}: give at least {1 if name == 'rounds' else 2}")
-    _check_choices("--only", options.only or [], probe.KINDS)
-    _check_choices("--size", options.size or [], weights.SIZES)
     kinds, sizes = options.only or probe.KINDS, options.size or tuple(weights.SIZES)
     found = probe.run(options.rounds, options.full, say, kinds, sizes, options.experts)
     table = Table(title=f"weight probes, median \\[least, most] of {found['rounds']} rounds")
@@ -180,13 +207,10 @@ def _kernels(options: argparse.Namespace) -> Any:
     from moebed.bench import kernels, tables
 
     if not options.static:
-        _check_measured(options)
         results = kernels.timed(options.shape or _published_shapes(), options.tokens, options.rounds, options.steps)
         for found in results:
             tables.experts(found)
         return results
-    _check_choices("--arch", options.arch or [], [*kernels.ARCHS, "all"])
-    _check_choices("--dtype", options.dtype or [], [*kernels.DTYPES, "all"])
     archs = kernels.ARCHS if "all" in (options.arch or []) else options.arch or ["sm_90"]
     dtypes = kernels.DTYPES if "all" in (options.dtype or []) else options.dtype or ["bf16"]
     found = kernels.static(archs, dtypes, options.only, options.first, say)
@@ -201,8 +225,6 @@ def _experts(options: argparse.Namespace) -> list[dict[str, Any]]:
     from moebed.bench import experts, tables
 
     _check_device(options.device)
-    _check_choices("--dtype", options.dtype or [], experts.TOLERANCES)
-    _check_measured(options)
     device = torch.device(options.device)
     results = []
     for name in options.shape or ["A", "F"]:
@@ -220,20 +242,6 @@ def _published_shapes() -> list[str]:
     return list(experts.MODELS)
 
 
-def _shapes() -> list[str]:
-    from moebed.bench import train
-
-    return [*train.SIZES, *_published_shapes()]
-
-
-def _check_measured(options: argparse.Namespace) -> None:
-    _check_choices("--shape", options.shape or [], _shapes())
-    for name in ("tokens", "rounds", "steps"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value}: give at least 1")
-
-
 def _check_choices(option: str, given: Iterable[str], known: Iterable[str]) -> None:
     for name in given:
         if name not in known:
@@ -242,10 +250,8 @@ def _check_choices(option: str, given: Iterable[str], known: Iterable[str]) -> N
 
 def _precision(options: argparse.Namespace) -> str:
     """What ``--precision`` asks for, or what fits the device; a choice is said."""
-    from moebed.bench import train
     from moebed.machine.precision import choose_precision
 
-    _check_choices("--precision", [options.precision], ["auto", *train.PRECISIONS])
     if options.precision != "auto":
         return options.precision
     choice = choose_precision(options.device.split(":")[0])

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from moebed.arguments import names_recipe, read_recipe, stray_argument
+from moebed.arguments import names_recipe, parse_setting, read_recipe, stray_argument
 from moebed.errors import ConfigError, UserError, did_you_mean
 from moebed.machine import storage
 from moebed.machine.places import require_writable
 from moebed.machine.progress import waiting
-from moebed.training.free_folder import require_checkpoint, require_no_run
+from moebed.training.free_folder import require_checkpoint, require_no_run, run_folder
 
 FOLDER = "--trainer.default_root_dir"
 CHECKPOINT = "--ckpt_path"
+SOURCES = "--data.sources"
+WHERE = (FOLDER, CHECKPOINT, SOURCES)  # what is looked at here, in recipes as well; the last one that says it holds
+MISSING = object()
 TOLD = ("--print_plan", "--print_config", "--help", "-h")
-NAMES = ("last", "best", "hpc", "null")  # of checkpoints, and of none; what they mean is known later
+NAMES = ("last", "best", "hpc")  # of checkpoints; what they mean is known later
+NULL = ("null", "Null", "NULL", "~")  # of YAML, which an option's value is as well
 # What a recipe and the options begin with; the whole keys are known to the parser, which needs PyTorch.
 KEYS = (
     "trainer", "model", "data", "checkpoint", "samples", "parallel", "optimizer", "lr_scheduler", "seed_everything",
@@ -40,8 +45,8 @@ def look_first(command: str, arguments: Sequence[str]) -> None:
     """Refuse what takes no model to see, before PyTorch is loaded, which takes seconds.
 
     Raises:
-        UserError: A recipe cannot be read, a key begins with a word that none has, a checkpoint is missing, or the
-            folder of a run cannot be written into or holds one.
+        UserError: A recipe cannot be read, a key begins with a word that none has, a checkpoint or a file of text is
+            missing, or the folder of a run cannot be written into or holds one.
     """
     if not arguments[0].startswith("-"):
         raise stray_argument(arguments[0])
@@ -49,30 +54,44 @@ def look_first(command: str, arguments: Sequence[str]) -> None:
         key = argument.partition("=")[0].removeprefix("--").rstrip("+")
         if argument.startswith("--") and key:
             _require_known(command, key)
-    folder = checkpoint = None
+    said: dict[str, Any] = {}
     for option, value in _given(arguments):
         if option in ("-c", "--config") and names_recipe(value):
             content = read_recipe(Path(value))
             for key in content:
                 _require_known(command, str(key))
-            trainer = content.get("trainer")
-            folder = trainer.get("default_root_dir", folder) if isinstance(trainer, dict) else folder
-            checkpoint = content.get("ckpt_path", checkpoint)
-        elif option == FOLDER:
-            folder = value
-        elif option == "--trainer":  # all of it; where that puts the run is known later
-            folder = None
-        elif option == CHECKPOINT:
-            checkpoint = value
+            said |= {key: value for key in WHERE if (value := _at(content, key)) is not MISSING}
+        elif option in WHERE:
+            said[option] = None if value in NULL else parse_setting(option, value) if option == SOURCES else value
+        else:  # of one that says all of a section, or a part of a value, the parser alone knows the outcome
+            for key in WHERE:
+                if key.startswith(f"{option}.") or option.startswith((f"{key}.", f"{key}+")):
+                    said.pop(key, None)
     if any(one.partition("=")[0] in TOLD for one in arguments):  # which begins nothing
         return
+    checkpoint = said.get(CHECKPOINT)
     if isinstance(checkpoint, str) and checkpoint not in NAMES and not storage.standing(Path(checkpoint)).exists():
         raise UserError(f"checkpoint {checkpoint} does not exist; give the path of a .ckpt, or last")
     require_checkpoint(command, checkpoint)
-    if command == "fit" and isinstance(folder, str):
-        require_writable(Path(folder), FOLDER)
-        if checkpoint is None:
-            require_no_run(Path(folder))
+    if FOLDER in said:
+        folder = run_folder(said[FOLDER])
+        if command == "fit":
+            require_writable(folder, FOLDER)
+            if checkpoint is None:
+                require_no_run(folder)
+    if isinstance(sources := said.get(SOURCES), list):
+        from moebed.data.sources import require_files
+
+        require_files(sources)
+
+
+def _at(content: Any, option: str) -> Any:
+    """What a recipe says of an option, or MISSING."""
+    for key in option.removeprefix("--").split("."):
+        if not isinstance(content, dict) or key not in content:
+            return MISSING
+        content = content[key]
+    return content
 
 
 def _require_known(command: str, key: str) -> None:

@@ -16,6 +16,7 @@ from moebed.checkpoints.text_options import TextOptions
 from moebed.errors import ConfigError, did_you_mean
 from moebed.machine.places import require_writable
 from moebed.machine.units import parse_bytes
+from moebed.views.intervention_words import read, split
 
 _CHOICES = {
     "dtype": ("float32", "bfloat16", "auto"),
@@ -198,6 +199,9 @@ def look_first(options: dict[str, Any]) -> None:
     dense = options["reference_dense"]
     require_nameable(*several(options["earlier"]), options["checkpoint"], *([dense] if dense else []))
     asked(options, bool(text_of(options)))
+    for text in several(options["intervene"]):
+        for one in split(text):
+            read(one)
     layers_of(options)
     parse_bytes(options["memory_budget"])
     require_writable(Path(options["out"]), "--out")

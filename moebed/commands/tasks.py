@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from moebed.arguments import OneLineParser
 from moebed.checkpoints.hub import find_checkpoint, require_nameable
 from moebed.errors import ConfigError, UserError
+from moebed.extras import require_lm_eval
 from moebed.machine import storage
 from moebed.machine.places import require_writable
 from moebed.machine.progress import say, waiting
-from moebed.tasks.options import INSTALL, TaskOptions
+from moebed.tasks.options import TaskOptions
 
 PROBES = "balance,domain_share,domain_purity"
 
@@ -65,8 +65,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
     require_writable(options.out, "--out")
     if (options.out / "config.yaml").exists():
         raise UserError(f"{options.out} is the folder of a run; choose another one for its tasks")
-    if find_spec("lm_eval") is None:
-        raise UserError(f"moebed tasks needs lm-eval; {INSTALL}")
+    require_lm_eval("moebed tasks")
     # Heavy imports wait until the options are known to be well formed.
     with waiting("loading PyTorch"):
         from moebed.tasks.running import run_tasks, texts_of

@@ -13,6 +13,7 @@ from moebed.errors import UserError
 from moebed.machine.allocator import keep_freed_memory
 from moebed.model.flops import count_parameters
 from moebed.training.command_line import SUMMARY, TrainingCLI, quiet
+from moebed.training.saving import FOLDER
 
 # What gloo and NCCL say when a peer is gone or silent.
 LOST_RANK = ("onnection closed by peer", "onnection reset by peer", "Broken pipe", "imed out", "NCCL", "ocket")
@@ -35,11 +36,12 @@ class ReportingCLI(TrainingCLI):
             report = write_report([folder], folder / "report.html")
         total, active = count_parameters(self.model.config)
         sizes = {"parameters": f"{total:,}", "active for a token": f"{active:,}"}
-        print_closing_table(sizes | numbers, folder, report)
+        checkpoints = Path(self.config.fit.checkpoint.dirpath or folder / FOLDER)
+        print_closing_table(sizes | numbers, folder, report, checkpoints)
 
 
-def print_closing_table(numbers: dict[str, Any], folder: Path, report: Path) -> None:
-    """What came out, and where everything lies."""
+def print_closing_table(numbers: dict[str, Any], folder: Path, report: Path, checkpoints: Path) -> None:
+    """What came out, and where all of it lies that is there: a run without probes has no results."""
     from rich.console import Console
     from rich.table import Table
 
@@ -49,14 +51,15 @@ def print_closing_table(numbers: dict[str, Any], folder: Path, report: Path) -> 
             continue  # below, as they are long
         table.add_row(name, f"{value:,.4f}" if isinstance(value, float) else str(value))
     table.add_section()
-    for name, where in (
-        ("report, one page", report),
-        ("checkpoint", folder / "checkpoints" / "last.ckpt"),
-        ("probe results", folder / "results"),
-        ("figures", folder / "figures"),
-        ("curves and images", f"tensorboard --logdir {folder.parent}"),
+    for name, place, shown in (
+        ("report, one page", report, report),
+        ("checkpoint", checkpoints / "last.ckpt", checkpoints / "last.ckpt"),
+        ("probe results", folder / "results", folder / "results"),
+        ("figures", folder / "figures", folder / "figures"),
+        ("curves and images", folder / "tensorboard", f"tensorboard --logdir {folder.parent}"),
     ):
-        table.add_row(name, str(where))
+        if place.exists():
+            table.add_row(name, str(shown))
     console = Console(stderr=True)
     console.print(table)
     for sentence in numbers.get("alerts", ()):

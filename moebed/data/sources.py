@@ -351,6 +351,21 @@ class _TextOf:
         return text
 
 
+def require_files(given: list[Any]) -> None:
+    """Refuse a recipe's ``data.sources`` whose local files are not there, before anything is built.
+
+    Raises:
+        UserError: There is no such file, or a setting has no such value. What is of another type the parser refuses.
+    """
+    for entry in given:
+        if not isinstance(entry, dict) or entry.get("kind") != "files":
+            continue
+        try:
+            Source(SourceConfig(**entry)).files()
+        except TypeError:
+            continue
+
+
 def encodable(text: str) -> str:
     """Replaces what has no UTF-8 form: lone surrogates, which JSON can spell."""
     return text.encode("utf-8", "replace").decode()

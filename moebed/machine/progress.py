@@ -11,6 +11,8 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from moebed.machine.units import human
+
 SECONDS = 10.0  # between lines
 
 
@@ -78,7 +80,7 @@ class Progress:
 
     Args:
         total: How many there are.
-        unit: Their name; of bytes, B, which are shown in KiB, MiB and so on.
+        unit: Their name; of bytes, B, which are shown in kB, MB and so on, a thousand to the next, as everywhere.
         initial: How many were done before.
         description: What is being done.
     """
@@ -91,7 +93,7 @@ class Progress:
         self._lines: Lines | None = None
         if sys.stderr.isatty():
             # Where things come in bursts the mean since the start is the better forecast, hence no smoothing.
-            scale = {"unit_scale": True, "unit_divisor": 1024} if unit == "B" else {"smoothing": 0}
+            scale = {"unit_scale": True} if unit == "B" else {"smoothing": 0}
             self._bar = tqdm(
                 total=total,
                 initial=initial,
@@ -142,7 +144,7 @@ class Progress:
 
     def _amount(self, number: float) -> str:
         if self._unit == "B":
-            return tqdm.format_sizeof(number, "B", 1024)
+            return human(number, "B")
         return f"{number:,.0f} {self._unit}s"
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ _BYTES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 def human(value: float, unit: str = "") -> str:
     """Three digits and a decimal prefix: 3.62 G, 81.3 GB."""
     for size, prefix in _PREFIXES:
-        if value >= size:
+        if value >= 0.9995 * size:  # what rounds to a thousand of one has the next: 1e+03 MB is none
             return f"{value / size:.3g} {prefix}{unit}"
     return f"{value:.3g} {unit}".rstrip()
 

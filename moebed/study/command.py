@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moebed.arguments import OneLineParser
 from moebed.errors import UserError
+from moebed.extras import require_lm_eval
 from moebed.machine.places import require_writable
 from moebed.machine.progress import say, waiting
 from moebed.plugins import OPTION as PLUGINS
@@ -87,10 +87,8 @@ def run(command: str, arguments: Sequence[str]) -> None:
     count = len(recipe.arms) * len(recipe.seeds)
     if options.run is not None and not 0 <= options.run < count:
         raise UserError(f"--run {options.run}: the study has runs 0 to {count - 1}; give one of them")
-    if recipe.tasks and not options.collect and find_spec("lm_eval") is None:
-        raise UserError(
-            f"study {options.study.name}: its tasks need lm-eval; pip install -e '.[tasks]' where moebed was cloned"
-        )
+    if recipe.tasks and not options.collect:
+        require_lm_eval(f"study {options.study.name}, which has tasks,")
     out = options.out or Path("runs/studies") / recipe.name
     if not options.slurm:  # a script may be for a machine that has other folders
         require_writable(out, "--out")

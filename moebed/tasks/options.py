@@ -8,8 +8,6 @@ from pathlib import Path
 
 from moebed.errors import ConfigError, UserError
 
-INSTALL = "pip install -e '.[tasks]' where moebed was cloned"
-
 
 @dataclass(frozen=True)
 class TaskOptions:

@@ -15,9 +15,10 @@ from moebed.checkpoints.hub import find_checkpoint
 from moebed.checkpoints.texts import CheckpointTokenizer
 from moebed.data.sources import Source, SourceConfig
 from moebed.errors import ConfigError, UserError, did_you_mean
+from moebed.extras import INSTALL_LM_EVAL
 from moebed.machine import provenance, storage
 from moebed.machine.progress import say
-from moebed.tasks.options import INSTALL, TaskOptions
+from moebed.tasks.options import TaskOptions
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -136,7 +137,7 @@ def _manager(options: TaskOptions) -> TaskManager:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise UserError(f"moebed tasks needs lm-eval; {INSTALL} ({error})") from error
+        raise UserError(f"moebed tasks needs lm-eval; {INSTALL_LM_EVAL} ({error})") from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     folders = [str(FILES), *([str(options.include)] if options.include else [])]
     manager = TaskManager(include_path=folders, include_defaults=False)

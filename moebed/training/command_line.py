@@ -24,6 +24,7 @@ from moebed.machine import storage
 from moebed.machine.places import require_writable
 from moebed.machine.precision import COMPUTED_IN, computed_in
 from moebed.machine.progress import say, waiting
+from moebed.machine.units import human
 from moebed.model.config import ModelConfig
 from moebed.model.flops import count_parameters, flops_per_token
 from moebed.model.routers import all_options
@@ -255,10 +256,7 @@ class TrainingCLI(LightningCLI):
                 say(f"note: {note}")
         if (micro := self.trainer.accumulate_grad_batches) > 1:
             say(f"a step has {micro} micro-batches; val_check_interval, checkpoints, probes and log count steps")
-        say(
-            f"model: {total / 1e6:.1f} M parameters, {active / 1e6:.1f} M active a token, "
-            f"{flops / 1e6:.0f} MFLOP a token forward"
-        )
+        say(f"model: {human(total)} parameters, {human(active)} active a token, {human(flops, 'FLOP')} a token forward")
 
     def closing_numbers(self, path: Path) -> dict[str, Any]:
         """The last numbers of the run, and what they were computed in, kept in ``run_summary.json``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from moebed.errors import UserError
@@ -13,6 +14,14 @@ def require_checkpoint(command: str, given: str | None) -> None:
     """Raise UserError where a command that looks at a checkpoint is given none."""
     if given is None and command != "fit":
         raise UserError(f"{command} needs a checkpoint: add --ckpt_path last, or the path of a .ckpt file")
+
+
+def run_folder(given: object) -> Path:
+    """The folder that ``trainer.default_root_dir`` names; raises UserError where it names none."""
+    if not isinstance(given, str | os.PathLike) or not str(given):
+        said = "null" if given is None else repr(given)
+        raise UserError(f"trainer.default_root_dir is {said}; give the run a folder, such as runs/mine")
+    return Path(given)
 
 
 def require_no_run(folder: Path) -> None:

@@ -126,9 +126,9 @@ class ProgressLines(Callback):
         step = (now - self._warm[0]) / (self._steps - self._warm[1])
         total = _last_step(trainer)
         parts = [f"first steps: {_short(step)} a step, {self._rate(now):,.0f} tokens/s"]
-        if total is not None:
-            left = duration(step * (total - self._steps))
-            parts.append(f"the {total - self._steps} to come take about {left}, validation and probes not counted")
+        if total is not None and (come := total - self._steps) > 0:
+            many = "one more takes" if come == 1 else f"the {come} to come take"
+            parts.append(f"{many} about {duration(step * come)}, validation and probes not counted")
         self._lines.say("; ".join(parts))
 
     def _say_step(self, trainer: Trainer, now: float) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from moebed.checkpoints.run import is_run, read_run
 from moebed.errors import UserError
 from moebed.machine import storage
-from moebed.training.free_folder import require_checkpoint, require_no_run, require_nothing_else
+from moebed.training.free_folder import require_checkpoint, require_no_run, require_nothing_else, run_folder
 from moebed.training.lightning_private import rank_before_processes
 from moebed.training.saving import FOLDER
 
@@ -40,7 +40,7 @@ def find_start(command: str, recipe: Any) -> Start:
     Raises:
         UserError: There is no such checkpoint, or the folder holds another run.
     """
-    folder = Path(recipe.trainer.default_root_dir)
+    folder = run_folder(recipe.trainer.default_root_dir)
     checkpoints = Path(recipe.checkpoint.dirpath or folder / FOLDER)
     fits, given = command == "fit", recipe.ckpt_path
     if fits:

@@ -14,7 +14,7 @@ from moebed.checkpoints.text_options import TextOptions
 from moebed.errors import ConfigError
 from moebed.machine.places import require_empty
 from moebed.machine.progress import Progress, say, waiting
-from moebed.machine.units import parse_bytes
+from moebed.machine.units import human, parse_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -172,8 +172,8 @@ def run(command: str, arguments: Sequence[str]) -> None:
     total, active = count_parameters(plan.config)
     before, _ = count_parameters(source.config)
     say(
-        f"{source.name} ({source.family.model_type}, {before / 1e6:.1f} M parameters) becomes "
-        f"{plan.family.model_type}: {total / 1e6:.1f} M parameters, {active / 1e6:.1f} M active a token"
+        f"{source.name} ({source.family.model_type}, {human(before)} parameters) becomes "
+        f"{plan.family.model_type}: {human(total)} parameters, {human(active)} active a token"
     )
     dtype = getattr(torch, options["dtype"]) if "dtype" in options else None
     facts, first = _ask_text(options, wanted, budget, path, source, plan, settings, dtype)

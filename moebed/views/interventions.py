@@ -20,9 +20,8 @@ from torch import Tensor
 from moebed.errors import ConfigError
 from moebed.model.config import LayerConfig, ModelConfig
 from moebed.model.routers import Router, Routing
+from moebed.views.intervention_words import DROP_NORM, REFILL, ZERO
 
-ZERO, REFILL, DROP_NORM = "zero", "refill", "drop_norm"
-REMOVALS = (ZERO, REFILL, DROP_NORM)
 _DRAW = 20240618  # of the tokens that are looked at
 _STEER = 0.01  # how far a forced expert's logit is above the largest one (SteerMoE)
 

@@ -42,11 +42,8 @@ def draw_control(found: Mapping[str, Mapping[int, float]]) -> Figure:
     fig = drawing.new_figure(15.0, 3.8, "Control, what the router sees of a hidden state, and content, the rest")
     for ax, (title, lines) in zip(fig.subplots(1, len(PANELS)), PANELS.items(), strict=True):
         for (key, label), colour in zip(lines.items(), drawing.SERIES, strict=False):
-            if found[key]:
-                drawing.depth_line(ax, found[key], colour, label, dashed=key.endswith(CHANCE))
+            drawing.depth_line(ax, found[key], colour, label, dashed=key.endswith(CHANCE))
         ax.set_title(title, fontsize=10)
         ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
-        drawing.layer_axis(ax)
-        if ax.lines:
-            ax.legend(fontsize=7, frameon=False)
+        drawing.legend(ax, "too little text")
     return fig

@@ -131,13 +131,35 @@ def layer_axis(ax: Axes) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
+def legend(ax: Axes, why: str) -> None:
+    """What a panel's lines are; where none is known, why, in the panel's place."""
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(fontsize=7.5, frameon=False)
+        return
+    for reference in list(ax.lines):
+        reference.remove()
+    ax.text(
+        0.5,
+        0.5,
+        textwrap.fill(f"not known: {why}", 36),
+        transform=ax.transAxes,
+        ha="center",
+        va="center",
+        fontsize=9,
+        color=INK,
+    )
+    ax.set_axis_off()
+
+
 def depth_line(ax: Axes, values: Mapping[int, float], colour: str, label: str, dashed: bool = False) -> None:
-    """One quantity by layer."""
+    """One quantity by layer; nothing, in the legend neither, where it is known of no layer."""
+    layer_axis(ax)
+    if not any(map(math.isfinite, values.values())):
+        return
     style = {"ls": "--", "lw": 1.2} if dashed else {"marker": "o", "ms": 4, "lw": 1.6}
     ax.plot(list(values), list(values.values()), color=colour, label=label, **style)  # type: ignore[arg-type]
     if len(values) == 1:
         ax.plot(list(values), list(values.values()), "o", ms=4, color=colour)
-    layer_axis(ax)
 
 
 def depth_band(ax: Axes, quartiles: Mapping[int, np.ndarray], colour: str) -> None:

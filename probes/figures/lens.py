@@ -71,12 +71,10 @@ def draw_over_depth(arrays: Arrays, cosines: Mapping[str, Mapping[int, float]]) 
         ("lens_overlap_other", "another expert's", drawing.MUTED),
     ):
         means = {layer: float(np.nanmean(of)) for layer, of in by_layer(arrays, key).items() if np.isfinite(of).any()}
-        if means:
-            drawing.depth_line(words, means, colour, label, dashed=key == "lens_overlap_other")
+        drawing.depth_line(words, means, colour, label, dashed=key == "lens_overlap_other")
     words.set_ylim(-0.3, 10.3)
     words.set_title("of an expert's ten words, the same", fontsize=10)
-    for ax in (first, added, words):
-        if ax.lines:
-            ax.legend(fontsize=7.5, frameon=False)
+    for ax, why in ((first, "no token has experts"), (added, "no token follows"), (words, "there is one text")):
         drawing.layer_axis(ax)
+        drawing.legend(ax, why)
     return fig

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from moebed.checkpoints.pretrained import PretrainedMoE
-from moebed.data.loader import domains_of_tokens
 from moebed.errors import ConfigError, UserError
 from moebed.machine import provenance
 from moebed.model.config import ModelConfig
@@ -32,10 +29,10 @@ from probes.running import store, tags
 from probes.running.checkpoint_pass import CheckpointPass
 from probes.running.choosing import probes_for
 from probes.running.driver import Timing, needs_of, run_probes
+from probes.running.offered import probe_text, views_of
 from probes.running.provenance import Provenance
 from probes.running.writing import draw_pictures, log_results, save_results
 
-IGNORE_INDEX = -100
 MOST_OF_TIME, LONG_ENOUGH = (
     0.25,
     60.0,
@@ -256,10 +253,7 @@ class ProbeCallback(Callback):
                 probe.begin(trainer.global_step, store.load_arrays(self.out, probe.name) if earlier.exists() else {})
         if self._text is None:
             self._text = probe_text(trainer, self.num_sequences)
-        views = getattr(pl_module, "views", None)
-        if views is None:
-            raise UserError(f"{type(pl_module).__name__} has no views(text, needs): the probes cannot look into it")
-        return run_probes(views(self._text, needs_of(probes)), probes, timing)
+        return run_probes(views_of(pl_module, self._text, needs_of(probes)), probes, timing)
 
     def _log(self, trainer: Trainer, results: Mapping[str, ProbeResult], timing: Timing, step: int) -> None:
         elapsed = time.perf_counter() - self._started
@@ -281,29 +275,6 @@ class ProbeCallback(Callback):
     def _draw(self, trainer: Trainer, results: Mapping[str, ProbeResult], step: int) -> None:
         assert self.out is not None
         draw_pictures(trainer, self.out, results, step)
-
-
-def probe_text(trainer: Trainer, num_sequences: int) -> ProbeText:
-    """The datamodule's held-out sequences; positions without a label are padding.
-
-    Raises:
-        UserError: The datamodule offers no text, or none that is not padding.
-    """
-    datamodule: Any = getattr(trainer, "datamodule", None)
-    if not hasattr(datamodule, "probe_batch"):
-        raise UserError("the probes need text: give the trainer a datamodule that has probe_batch(num_sequences)")
-    batch = datamodule.probe_batch(num_sequences)
-    mask = batch["labels"] != IGNORE_INDEX
-    if not bool(torch.any(mask)):
-        raise UserError("the probes' text holds no tokens; raise the callback's num_sequences or give more text")
-    domains = tuple(datamodule.domains)
-    text = ProbeText(batch["input_ids"], mask, batch["domain"], domains, token_domain=domains_of_tokens(batch))
-    tokenizer = getattr(datamodule, "tokenizer", None)
-    if tokenizer is None:
-        return text
-    ids = text.token_ids.tolist()
-    said = {number: tokenizer.says(number) for number in set(ids)}
-    return replace(text, token_text=tuple(said[number] for number in ids), says=tokenizer.says)
 
 
 def _left_out(config: object, names: Collection[str]) -> list[str]:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moebed.bench import train
+from moebed.bench import experts, kernels, probe, train, weights
+from moebed.bench.command import CHOICES
 from moebed.cli import main
 from moebed.model import native
 from moebed.model.flops import count_parameters, flops_per_token
@@ -104,6 +105,7 @@ def test_every_contestant_trains_on_the_loss_of_next_tokens():
 
 def test_bench_prints_and_keeps_its_figures(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(train.SIZES, "T", TINY)
+    monkeypatch.setitem(CHOICES["train"], "--size", ("T",))
     assert (
         main(
             [
@@ -139,6 +141,7 @@ def test_bench_prints_and_keeps_its_figures(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize(("bfloat16", "chosen"), [(300.0, "bf16-mixed"), (1.0, "32-true")])
 def test_auto_takes_what_fits_the_machine_and_says_so(what, bfloat16, chosen, monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(train.SIZES, "T", TINY)
+    monkeypatch.setitem(CHOICES[what], "--size", ("T",))
     monkeypatch.setattr("moebed.machine.precision.measured_rates", lambda: (100.0, bfloat16))
     file = tmp_path / "f.json"
     options = ["--size", "T", "--rounds", "1", "--steps", "1", "--json", str(file)]
@@ -152,6 +155,8 @@ def test_auto_takes_what_fits_the_machine_and_says_so(what, bfloat16, chosen, mo
     [
         (["--size", "Z"], "--size Z: choose among A, F, B"),
         (["--json", "no/such/folder/f.json"], "no/such/folder"),
+        (["--rounds", "0"], "--rounds 0: give at least 1"),
+        (["--device", "tpu"], "--device tpu: choose cpu or cuda"),
         (["--precision", "16"], "--precision 16: choose among auto, 32-true, bf16-mixed"),
         (["--device", "cuda"], "no CUDA device"),
     ],
@@ -161,3 +166,14 @@ def test_wrong_arguments_are_one_line(arguments, words, capsys):
         pytest.skip("a CUDA device is available")
     assert main(["bench", "train", *arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_what_an_option_may_be_is_what_the_parts_know():
+    """The command has names of its own, as they are refused before PyTorch is loaded."""
+    for what in ("train", "routers"):
+        assert CHOICES[what] == {"--size": tuple(train.SIZES), "--precision": ("auto", *train.PRECISIONS)}
+    assert CHOICES["probe"] == {"--only": probe.KINDS, "--size": tuple(weights.SIZES)}
+    shapes = {"--shape": (*train.SIZES, *experts.MODELS)}
+    static = {"--arch": (*kernels.ARCHS, "all"), "--dtype": (*kernels.DTYPES, "all")}
+    assert CHOICES["kernels"] == shapes | static
+    assert CHOICES["experts"] == shapes | {"--dtype": tuple(experts.TOLERANCES)}

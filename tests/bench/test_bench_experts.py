@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from moebed.bench import experts, kernels, peers, tables, train
+from moebed.bench.command import CHOICES
 from moebed.cli import main
 from moebed.model import native
 from moebed.model.native.compiled import NAMES
@@ -20,6 +21,8 @@ TINY = train.Size(tiny_config(vocab_size=64, router_aux_loss_coef=0.0), 2, 16)
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch, request):
     monkeypatch.setitem(train.SIZES, "T", TINY)
+    for what in ("kernels", "experts"):
+        monkeypatch.setitem(CHOICES[what], "--shape", (*CHOICES[what]["--shape"], "T"))
     if request.node.get_closest_marker("slow") is None:
         monkeypatch.setattr(native, "load", lambda: "nothing is compiled in a fast test")
 

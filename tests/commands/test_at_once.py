@@ -6,15 +6,19 @@ import os
 import re
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
+from moebed import extras
 from moebed.arguments import OneLineParser, is_run_recipe, read_yaml
+from moebed.bench.command import CHOICES
 from moebed.cli import COMMANDS, main
-from moebed.commands.fit import KEYS, look_first
+from moebed.commands.fit import CHECKPOINT, FOLDER, KEYS, SOURCES, look_first
 from moebed.errors import ConfigError, UserError
 from moebed.machine.units import parse_bytes
+from moebed.training.starting import find_start
 
 RECIPE = "recipes/tiny_mixtral.yaml"
 STUDY = "recipes/studies/router_tiny.yaml"
@@ -104,6 +108,12 @@ def test_every_command_refuses_what_it_can_before_pytorch_is_loaded():
     for command, (beside, paths) in PATHS.items():
         calls |= {(command, option): [command, *beside, option, path] for option, path in paths.items()}
     calls["study", "a result"] = ["study", "nothere/study.json"]
+    for named in ("mask 3 @ nothere", "replay nothere/routing.npz", f"mask 1; replay {HERE}", "nothere"):
+        words = ["--text", HERE, "--intervene", named]
+        calls["probe", named] = ["probe", "recipes", "--out", "new", *words]
+    for kind, choices in CHOICES.items():
+        calls |= {("bench", f"{kind} {option}"): ["bench", kind, option, "nothere"] for option in choices}
+        calls["bench", f"{kind} --device"] = ["bench", kind, "--device", "nothere"]
     program = (
         "import contextlib, io, json, sys\nfrom moebed.cli import main\n"
         "for arguments in json.loads(sys.argv[1]):\n"
@@ -147,6 +157,71 @@ def test_where_a_command_cannot_begin_is_said_at_once(tmp_path):
         look_first("fit", [*there, *more])
     with pytest.raises(UserError, match="validate needs a checkpoint: add --ckpt_path last"):
         look_first("validate", there)
+
+
+@pytest.mark.parametrize("null", ["null", "Null", "NULL", "~"])
+def test_null_is_none_as_the_parser_has_it(tmp_path, null):
+    """Of a checkpoint: a new run. Of the folder: none to write into."""
+    (tmp_path / "config.yaml").write_text("{}")
+    own = tmp_path / "own.yaml"
+    own.write_text(f"trainer: {{default_root_dir: {null}}}\nckpt_path: {null}")
+    with pytest.raises(UserError, match="already holds a run"):
+        look_first("fit", ["--config", str(own), FOLDER, str(tmp_path), CHECKPOINT, null])
+    with pytest.raises(UserError, match="validate needs a checkpoint"):
+        look_first("validate", ["--config", RECIPE, CHECKPOINT, null])
+    for arguments in (["--config", str(own)], ["--config", RECIPE, FOLDER, null], [f"{FOLDER}=", f"{CHECKPOINT}=last"]):
+        with pytest.raises(UserError, match=r"trainer.default_root_dir is (null|''); give the run a folder"):
+            look_first("fit", arguments)
+
+
+def test_a_run_without_a_folder_is_refused_where_the_parser_alone_knows():
+    given = Namespace(trainer=Namespace(default_root_dir=None), checkpoint=Namespace(dirpath=None), ckpt_path=None)
+    with pytest.raises(UserError, match=r"trainer\.default_root_dir is null; give the run a folder"):
+        find_start("fit", given)
+
+
+def test_text_that_is_not_there_is_said_at_once(tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text("text")
+
+    def sources(path, more=""):
+        return f"[{{name: a, kind: files, path: {path}{more}}}]"
+
+    own = tmp_path / "own.yaml"
+    own.write_text(f"data: {{sources: {sources('nothere.txt')}}}")
+    nowhere = ["--config", str(own)]
+    for arguments, said in (
+        (nowhere, "data source 'a': there is no file nothere.txt"),
+        (["--config", RECIPE, SOURCES, sources(tmp_path)], "is a folder; name its files, such as"),
+        (["--config", RECIPE, SOURCES, sources(text), *nowhere], "there is no file nothere.txt"),
+        ([*nowhere, SOURCES, sources(text, ", weight: -1")], "weight is -1; it must be positive"),
+        ([f"{SOURCES}=[{{"], "is no YAML"),
+    ):
+        with pytest.raises(UserError, match=said):
+            look_first("fit", arguments)
+    for arguments in (
+        [*nowhere, SOURCES, sources(text)],
+        [*nowhere, SOURCES, "null"],
+        [*nowhere, "--data", "{}"],
+        [*nowhere, f"{SOURCES}+", "{name: b}"],
+        [*nowhere, "--print_plan"],
+        [SOURCES, sources(text, ", weight: heavy")],  # of another type, or unknown: the parser says it with its key
+        [SOURCES, sources("nothere.txt", ", pth: y")],
+        [SOURCES, "x.txt"],
+    ):
+        look_first("fit", arguments)
+
+
+def test_where_lm_eval_is_missing_is_said_in_the_same_words(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    study = tmp_path / "own.yaml"
+    content = read_yaml(Path(STUDY)) | {"base": str(Path(RECIPE).resolve()), "tasks": {"tasks": ["moebed_recall"]}}
+    study.write_text(json.dumps(content))
+    tasks = ["tasks", "recipes", "--tasks", "moebed_recall", "--out", str(tmp_path / "new")]
+    for arguments, what in ((tasks, "moebed tasks"), (["study", str(study)], "study own.yaml, which has tasks,")):
+        assert main(arguments) == 2
+        said = f"moebed: error: {what} needs lm-eval; pip install -e '.[tasks]' where moebed was cloned\n"
+        assert capsys.readouterr().err == said
 
 
 def test_a_folder_of_runs_is_not_reported_as_one(tmp_path, capsys):

@@ -7,6 +7,7 @@ import pytest
 
 from moebed.machine import progress
 from moebed.machine.progress import Lines, Progress, duration, waiting
+from moebed.machine.units import human
 
 
 def _wait_for(capsys, words, seconds=5.0):
@@ -47,14 +48,14 @@ def test_waiting_says_so_and_ends(capsys, monkeypatch):
 
 def test_a_log_gets_whole_lines_of_amount_rate_and_time_left(capsys, monkeypatch):
     monkeypatch.setattr(Lines.__init__, "__defaults__", (0.05, 0.05))
-    with Progress(8 * 2**30, "B", initial=2**30) as work:
+    with Progress(8 * 10**9, "B", initial=10**9) as work:
         work.describe("layer 3", "two of them")
-        work.update(3 * 2**30)
+        work.update(3 * 10**9)
         said = _wait_for(capsys, "left")
         work.say("done: a run")
         assert "done: a run\n" in capsys.readouterr().err
     line = said.splitlines()[-1]
-    assert line.startswith("layer 3: 3.00GB of 8.00GB, ")
+    assert line.startswith("layer 3: 3 GB of 8 GB, ")
     assert "B/s, " in line
     assert line.endswith(" left, two of them")
     assert "\r" not in said
@@ -77,6 +78,28 @@ def test_a_terminal_gets_a_bar(monkeypatch):
         work.update(4)
         work.update(7)
         assert (work._bar.n, work._lines) == (7, None)
+
+
+def test_a_bar_counts_bytes_as_all_else_does(monkeypatch):
+    """In powers of a thousand, as the plan and a file's size have them."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with Progress(1_494_242_960, "B") as work:
+        assert "/1.49G " in str(work._bar)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (1_494_242_960, "1.49 GB"),
+        (999_499_999, "999 MB"),
+        (999_960_000, "1 GB"),
+        (999.7, "1 kB"),
+        (12, "12 B"),
+        (0, "0 B"),
+    ],
+)
+def test_sizes_have_three_digits(value, text):
+    assert human(value, "B") == text
 
 
 @pytest.mark.parametrize(

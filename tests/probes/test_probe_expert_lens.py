@@ -11,7 +11,8 @@ from scipy.stats import spearmanr
 
 from moebed.views.attribution import most_raised
 from moebed.views.beside import Rows
-from moebed.views.interventions import ZERO, alone, assigned_weights, drop_top
+from moebed.views.intervention_words import ZERO
+from moebed.views.interventions import alone, assigned_weights, drop_top
 from moebed.views.layer import ExpertKind, HeadView, Need
 from moebed.views.live import LiveModel, intervene, walk
 from probes.expert_lens import LISTS, ExpertLens

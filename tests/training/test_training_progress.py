@@ -70,6 +70,17 @@ def test_the_time_of_the_run_is_foretold_by_the_steps_after_the_first(monkeypatc
     ]
 
 
+@pytest.mark.parametrize(("max_steps", "come"), [(3, "; one more takes about 8 s, validation and"), (2, "")])
+def test_what_is_foretold_of_a_short_run(monkeypatch, max_steps, come):
+    """Nothing, where no step is left."""
+    run = Run(monkeypatch, max_steps=max_steps)
+    for seconds in (5.0, 8.0):
+        run.step(seconds)
+    (text,) = [text for _, text in run.log.lines if text.startswith("first steps")]
+    assert text.removeprefix("first steps: 8.00 s a step, 256 tokens/s").startswith(come)
+    assert ("about" in text) == bool(come)
+
+
 @pytest.mark.parametrize("seconds", [0.004, 0.3, 1.0, 4.0, 9.0])
 def test_a_line_comes_within_ten_seconds_or_with_every_step(monkeypatch, seconds):
     run = Run(monkeypatch, max_steps=100_000)

@@ -44,7 +44,6 @@ class DocumentPool(SoftmaxTopK):
     options: Options
     evaluated_as = "softmax_topk"
     needs_context = True
-    has_plan_formula = False
 
     def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
         super().__init__(config, layer)
@@ -52,6 +51,11 @@ class DocumentPool(SoftmaxTopK):
         # Which part of the step's batch this call has; a tensor, so that a compiled pass is not compiled anew for each.
         self.part = torch.zeros((), dtype=torch.int64)
         self.sizes = self.pool_sizes(config, layer)
+
+    @classmethod
+    def plan_bytes(cls, config: ModelConfig, layer: LayerConfig, is_narrow: bool) -> int:
+        """Which experts are in the pool, E."""
+        return layer.num_experts
 
     @classmethod
     def pool_sizes(cls, config: ModelConfig, layer: LayerConfig) -> tuple[int, int]:

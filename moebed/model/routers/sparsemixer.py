@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moebed.model.config import RouterOptions, setting
+from moebed.model.config import LayerConfig, ModelConfig, RouterOptions, setting
 from moebed.model.routers.softmax import GatedRouter
 from moebed.model.routing import Routing
 
@@ -32,6 +32,12 @@ class SparseMixer(GatedRouter):
     options: Options
     default_norm_topk_prob = False
     shift_invariant = False
+    has_plan_formula = True
+
+    @classmethod
+    def plan_bytes(cls, config: ModelConfig, layer: LayerConfig, is_narrow: bool) -> int:
+        """Of each choice who is far, a softmax and its place, E + 4·E + 8; and the order of the K weights, 8·K."""
+        return layer.num_experts_per_tok * (5 * layer.num_experts + 16)
 
     def choose(self, logits: Tensor) -> Routing:
         """The decision that follows from logits (T, E)."""

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from moebed.bench import routers, train
+from moebed.bench.command import CHOICES
 from moebed.cli import main
 from moebed.model.flops import flops_per_token
 from tests.conftest import tiny_config
@@ -20,6 +21,7 @@ def test_autonomy_has_the_flops_of_the_baseline(size):
 
 def test_it_measures_what_is_asked_for(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(train.SIZES, "T", train.Size(tiny_config(vocab_size=64, moe_intermediate_size=96), 1, 16))
+    monkeypatch.setitem(CHOICES["routers"], "--size", ("T",))
     options = ["--size", "T", "--router", "autonomy", "--router", "expert_norm", "--rounds", "1", "--steps", "1"]
     assert main(["bench", "routers", *options, "--json", str(tmp_path / "f.json")]) == 0
     rows = json.loads((tmp_path / "f.json").read_text())["results"][0]["rows"]

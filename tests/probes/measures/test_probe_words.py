@@ -8,7 +8,7 @@ from moebed.checkpoints.texts import CheckpointTokenizer, put_together
 from moebed.data.tokenizer import BytesTokenizer
 from moebed.views.layer import ProbeText
 from probes.measures.words import keep_words, word_of, words_of
-from probes.running.callback import probe_text
+from probes.running.offered import probe_text
 
 LIMITS = SimpleNamespace(vocab_size=300, max_position_embeddings=9)
 

@@ -71,6 +71,20 @@ def test_every_probe_describes_and_draws_every_model(make_decoder, text, changes
         assert again.figures.keys() == result.figures.keys()
 
 
+@pytest.mark.filterwarnings("error:.*legend")
+@pytest.mark.parametrize("lengths", [[6], [6, 5]])
+def test_what_a_short_text_cannot_show_is_said_in_its_panel(make_decoder, lengths):
+    """No empty axes, and no line in a legend that was not drawn."""
+    for name, result in probe(walk(make_decoder(), make_text(lengths, 8), all_needs()), *PROBES).items():
+        for picture, build in result.figures.items():
+            for ax in filter(lambda ax: ax.get_visible(), build().axes):
+                lines = [line for line in ax.lines if np.isfinite(np.asarray(line.get_ydata(), float)).any()]
+                where = (name, picture, ax.get_title())
+                assert lines or ax.images or ax.collections or ax.patches or ax.texts, where
+                drawn = [line for line in ax.lines if len(line.get_ydata()) and line.get_label()[0] != "_"]
+                assert all(line in lines for line in drawn), where
+
+
 def test_a_diverged_model_is_drawn_all_the_same(make_decoder, text):
     decoder = make_decoder()
     with torch.no_grad():
