@@ -55,6 +55,8 @@ def test_what_reaches_the_least_of_its_row_is_found_if_there_is_room(similarity)
     want = np.flatnonzero((similarity - price >= least.unsqueeze(1)).numpy())
     assert np.array_equal(assignment.reached(similarity, price, least, len(want)), want)
     assert assignment.reached(similarity, price, least, len(want) - 1) is None
+    for room in (0, 1, 60, 127):  # of which all that are looked at together want some
+        assert assignment.reached(similarity, price, price - 1, room) is None
     sampled = (similarity - price)[:, ::7].topk(5, dim=1).values[:, -1:]
     want = np.flatnonzero((similarity - price >= sampled).numpy())
     assert np.array_equal(assignment.reached(similarity, price, None, SIZE * SIZE, rank=5, every=7), want)

@@ -18,7 +18,7 @@ SIZES = [
     (1, 130, 6, 1, 48),  # all query heads on one key-value head
     (2, 96, 2, 2, 64),
     (1, 300, 2, 2, 128),  # sums longer than DEPTH units
-    (1, 20, 1, 1, 256),
+    (1, 49, 1, 1, 256),  # a whole block of the widest heads
 ]
 
 

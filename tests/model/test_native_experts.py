@@ -316,10 +316,11 @@ class TestExtension:
             found = _run("native", layer, routing, x, target, function)
             assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
-    def test_an_expert_that_is_not_there_is_an_error(self):
+    @pytest.mark.parametrize("expert", [-1, 4])
+    def test_an_expert_that_is_not_there_is_an_error(self, expert):
         layer, routing, x = _case(4, 32, 32, 3, 1, BF16, "silu")
-        with pytest.raises(RuntimeError, match="expert 4 of 4"):
-            BACKENDS["native"](layer, x, routing._replace(topk_index=torch.full((3, 1), 4)))
+        with pytest.raises(RuntimeError, match=f"expert {expert} of 4"):
+            BACKENDS["native"](layer, x, routing._replace(topk_index=torch.full((3, 1), expert)))
 
     def test_operators_hold_their_contracts(self):
         layer, routing, x = _case(4, 32, 32, 10, 2, BF16, "silu")

@@ -6,6 +6,10 @@
 
 #include <omp.h>
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
+
 #include <atomic>
 #include <vector>
 
@@ -83,6 +87,7 @@ struct Rows {
 };
 
 // Takes arrays one after another from memory that begins at a multiple of 64; from nullptr, it tells how much is needed.
+// Where addresses are checked (-fsanitize=address), there is a line between two arrays that nobody may touch.
 struct Room {
   char* base;
   int64_t used = 0;
@@ -91,6 +96,10 @@ struct Room {
   T* take(int64_t count) {
     T* const array = (T*)(base + used);
     used += (count * sizeof(T) + LINE - 1) / LINE * LINE;
+#ifdef __SANITIZE_ADDRESS__
+    used += LINE;
+    if (base != nullptr) ASAN_POISON_MEMORY_REGION(array + count, base + used - (char*)(array + count));
+#endif
     return array;
   }
 };
