@@ -17,7 +17,7 @@ from moebed.model.native import compiled
 compiled._COMMON = (*compiled._COMMON, "-O1", "-fsanitize=address")
 """
 TESTS = START + "import pytest; sys.exit(pytest.main(sys.argv[1:]))"
-# A call whose last row, given or made, or whose workspace's last lines, are not there.
+# A call whose last row, given or made, or whose workspace's last line, is not there.
 ROWS = """
 import torch
 from moebed.model.native import rowwise
@@ -28,7 +28,7 @@ WORKSPACE = """
 import torch
 from moebed.model.native import attention
 invoke = compiled.invoke
-compiled.invoke = lambda function, *rest: invoke(lambda *given: function(*given) - 128, *rest)
+compiled.invoke = lambda function, *rest: invoke(lambda *given: function(*given) - 64, *rest)
 attention.causal_attention(*(torch.zeros(1, 48, 1, 16) for _ in range(3)), 1.0)
 """
 
