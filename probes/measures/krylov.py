@@ -52,7 +52,7 @@ class Symmetric(NamedTuple):
         """The product with each row of a block (B, N); rounded to bfloat16 where the matrix is."""
         if self.lost is None:
             return block @ self.product
-        return torch.addcmul((self.product @ block.T.bfloat16()).T.float(), block, self.lost)
+        return torch.addcmul((self.product @ block.T.to(self.product.dtype)).T.float(), block, self.lost)
 
 
 class KrylovSpace:

@@ -99,6 +99,9 @@ def test_a_hundred_mutated_files(tmp_path):
         ({"a": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 4]}}, "4 bytes, which is not F32"),
         ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 2**50]}}, "is cut short: tensor a"),
         ({"a": {"dtype": "U8", "shape": [8], "data_offsets": [0, 4]}}, "4 bytes, which is not U8"),
+        ({"a": {"dtype": "F16", "shape": [1], "data_offsets": [0, 4]}}, "4 bytes, which is not F16"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, "is cut short: tensor a"),
+        ({"a": {"dtype": "F16", "shape": [1], "data_offsets": [0, 2]}}, "bytes but its header describes"),
     ],
 )
 def test_what_cannot_be_is_one_line(tmp_path, header, words):

@@ -12,6 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from moebed.checkpoints import Checkpoint, load_decoder
+from moebed.checkpoints import quantised as reading
 from moebed.checkpoints.files import open_safetensors
 from moebed.checkpoints.quantised import Quantisation, unquantised
 from moebed.cli import main
@@ -133,6 +134,12 @@ def whole(entry, first=0, rows=None):
     return out
 
 
+@pytest.fixture(params=[1 << 20, 1000], ids=["at once", "in parts"])
+def _numbers_at_a_time(request, monkeypatch):
+    monkeypatch.setattr(reading, "_AT_A_TIME", request.param)
+
+
+@pytest.mark.usefixtures("_numbers_at_a_time")
 def test_the_last_blocks_of_a_matrix_are_short(tmp_path):
     """DeepSeek-V3's kv_a_proj_with_mqa has 576 rows and 5 scales, from which no size of blocks follows."""
     torch.manual_seed(0)
@@ -146,6 +153,7 @@ def test_the_last_blocks_of_a_matrix_are_short(tmp_path):
     assert entry.stored_bytes(10) == 9280
 
 
+@pytest.mark.usefixtures("_numbers_at_a_time")
 def test_all_experts_of_a_layer_in_one_tensor(tmp_path):
     torch.manual_seed(0)
     value = torch.randn(3, 200, 256)
@@ -229,6 +237,7 @@ def test_gpt_oss_as_it_was_published(tmp_path):
     same_as(load_decoder(checkpoint), model, {})
 
 
+@pytest.mark.usefixtures("_numbers_at_a_time")
 def test_mxfp4_is_what_transformers_makes_of_it(tmp_path):
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 

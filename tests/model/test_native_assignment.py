@@ -39,6 +39,22 @@ def test_prices_prove_the_optimum_and_it_goes_on_from_that_over_fewer_candidates
         assert np.allclose(values[every, permutation], profit + price[permutation], atol=1e-12, rtol=0)
 
 
+def test_prices_prove_the_optimum_of_small_ones(similarity):
+    """Of few candidates, some of them equal: searches of a few columns, the last of which is as near as the first."""
+    for number in range(300):
+        size, some = 2 + number % 60, torch.Generator().manual_seed(number)
+        values = torch.rand(size, size, generator=some)
+        values = (values * 8).round() / 8 if number % 3 == 0 else values
+        wanted = torch.rand(size, size, generator=some) < (4 if number % 2 else 12) / size
+        wanted[torch.arange(size), torch.randperm(size, generator=some)] = True
+        left, (price, profit, permutation) = solved(values, np.flatnonzero(wanted.numpy()))
+        over = values.double().numpy() - profit[:, None] - price
+        assert left == 0
+        assert sorted(permutation) == list(range(size))
+        assert over[wanted.numpy()].max() < 1e-12, number
+        assert np.abs(over[np.arange(size), permutation]).max() < 1e-12, number
+
+
 def test_rows_without_a_column_are_as_few_as_can_be_and_no_more_than_allowed(similarity):
     """Nine rows have the same four candidates."""
     wanted = torch.eye(SIZE, dtype=torch.bool)
@@ -55,9 +71,12 @@ def test_what_reaches_the_least_of_its_row_is_found_if_there_is_room(similarity)
     want = np.flatnonzero((similarity - price >= least.unsqueeze(1)).numpy())
     assert np.array_equal(assignment.reached(similarity, price, least, len(want)), want)
     assert assignment.reached(similarity, price, least, len(want) - 1) is None
-    sampled = (similarity - price)[:, ::7].topk(5, dim=1).values[:, -1:]
-    want = np.flatnonzero((similarity - price >= sampled).numpy())
-    assert np.array_equal(assignment.reached(similarity, price, None, SIZE * SIZE, rank=5, every=7), want)
+    for room in (0, 1, 60, 127):  # of which all that are looked at together want some
+        assert assignment.reached(similarity, price, price - 1, room) is None
+    for dear in (price, price + 2):  # whose gains are below 0
+        sampled = (similarity - dear)[:, ::7].topk(5, dim=1).values[:, -1:]
+        want = np.flatnonzero((similarity - dear >= sampled).numpy())
+        assert np.array_equal(assignment.reached(similarity, dear, None, SIZE * SIZE, rank=5, every=7), want)
 
 
 def test_what_it_does_not_take(similarity, monkeypatch):

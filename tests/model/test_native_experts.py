@@ -34,49 +34,6 @@ def test_without_a_compiler_grouped_mm_serves_and_says_so_once(monkeypatch, caps
     )
 
 
-def test_a_missing_compiler_a_failed_one_and_a_cache_that_cannot_be_written_are_named(monkeypatch, tmp_path):
-    monkeypatch.setenv("MOEBED_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(native, "instruction_set", lambda: None)
-    assert "no AVX2" in native.load.__wrapped__()
-    monkeypatch.setattr(native, "instruction_set", lambda: "avx2")
-    monkeypatch.setattr(compiled, "library", compiled.library.__wrapped__)
-    monkeypatch.setattr(compiled, "COMPILER", "no-such-compiler")
-    assert native.load.__wrapped__() == "compiling it needs no-such-compiler"
-    failing = tmp_path / "failing"
-    failing.write_text("#!/bin/sh\necho 'x.h:1: error: out of luck' >&2\nexit 1\n")
-    failing.chmod(0o755)
-    monkeypatch.setattr(compiled, "COMPILER", str(failing))
-    assert native.load.__wrapped__() == "it did not compile: x.h:1: error: out of luck"
-    assert [path.suffix for path in (tmp_path / "cache").rglob("*") if path.is_file()] == [".failed"]  # it is why
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("MOEBED_CACHE", str(tmp_path / "file"))
-    assert "it cannot be kept or loaded" in native.load.__wrapped__()
-
-
-def test_who_waits_for_a_compilation_takes_its_failure_and_who_comes_later_tries_again(monkeypatch, tmp_path):
-    """Of many ranks each would else compile, for most of a minute, one after the other."""
-    monkeypatch.setenv("MOEBED_CACHE", str(tmp_path / "cache"))
-    failing, tried, said = tmp_path / "failing", tmp_path / "tried", []
-    failing.write_text(f"#!/bin/sh\necho >> {tried}\nsleep 0.3\necho 'x.h:1: error: out of luck' >&2\nexit 1\n")
-    failing.chmod(0o755)
-    monkeypatch.setattr(compiled, "COMPILER", str(failing))
-
-    def ask():
-        with pytest.raises(compiled.Unavailable) as refused:
-            compiled.library.__wrapped__("avx2")
-        said.append(str(refused.value))
-
-    together = [threading.Thread(target=ask) for _ in range(3)]
-    for thread in together:
-        thread.start()
-    for thread in together:
-        thread.join()
-    assert said == ["it did not compile: x.h:1: error: out of luck"] * 3
-    assert len(tried.read_text().splitlines()) == 1
-    ask()
-    assert len(tried.read_text().splitlines()) == 2
-
-
 @pytest.mark.parametrize(
     ("capability", "bf16", "amx", "environment", "expected"),
     [
@@ -104,13 +61,6 @@ def test_processor_and_environment_limit_the_instruction_set(monkeypatch, capabi
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_init_amx", lambda: amx)
     assert native.processor() == expected
-
-
-def test_a_compiler_that_does_not_know_an_instruction_set_takes_the_next_below(monkeypatch):
-    monkeypatch.setattr(native, "processor", lambda: "amx")
-    monkeypatch.setattr(compiled, "is_there", lambda name: False)
-    monkeypatch.setattr(compiled, "compiler_takes", lambda name: name in ("avx2", "avx512"))
-    assert native.instruction_set.__wrapped__() == "avx512"
 
 
 @pytest.mark.parametrize(
@@ -340,10 +290,20 @@ class TestExtension:
             found = _run("native", layer, routing, x, target, function)
             assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
-    def test_an_expert_that_is_not_there_is_an_error(self):
+    @pytest.mark.parametrize("expert", [-1, 4])
+    def test_an_expert_that_is_not_there_is_an_error(self, expert):
         layer, routing, x = _case(4, 32, 32, 3, 1, BF16, "silu")
-        with pytest.raises(RuntimeError, match="expert 4 of 4"):
-            BACKENDS["native"](layer, x, routing._replace(topk_index=torch.full((3, 1), 4)))
+        with pytest.raises(RuntimeError, match=f"expert {expert} of 4"):
+            BACKENDS["native"](layer, x, routing._replace(topk_index=torch.full((3, 1), expert)))
+
+    def test_tensors_that_do_not_fit_one_another_are_an_error(self):
+        fitting = {"x": torch.zeros(3, 32), "gate_up": torch.zeros(4, 64, 32), "down": torch.zeros(4, 32, 32)}
+        fitting |= {"index": torch.zeros(3, 1, dtype=torch.int64), "weight": torch.zeros(3, 1)}
+        wrong = [("x", (3, 64)), ("x", (4, 32)), ("weight", (3, 2)), ("gate_up", (4, 64, 64)), ("index", (3, 1))]
+        others = [(name, torch.zeros(shape)) for name, shape in wrong] + [("weight", fitting["weight"].double())]
+        for name, tensor in others:
+            with pytest.raises(RuntimeError, match=r"expert_mlp: (shapes do not fit|index must be)"):
+                native.expert_mlp(**{**fitting, name: tensor}, activation="silu")
 
     def test_operators_hold_their_contracts(self):
         layer, routing, x = _case(4, 32, 32, 10, 2, BF16, "silu")

@@ -9,13 +9,13 @@ from probes.measures.krylov import KrylovSpace, Symmetric
 
 
 def _matrix(side, dtype, seed=0):
-    """A Gram matrix as the probes have it: of bf16 with what its diagonal lost."""
+    """A Gram matrix as the probes have it, of bf16 with what its diagonal lost; of float32 with something as well."""
     generator = torch.Generator().manual_seed(seed)
     wide = torch.randn(side, 2 * side, generator=generator) / (2 * side) ** 0.5
     product = wide @ wide.T
     rounded = product.to(dtype)
     lost = (product - rounded.float()).diagonal().contiguous()
-    return Symmetric(rounded, lost if dtype == torch.bfloat16 else None)
+    return Symmetric(rounded, lost if dtype == torch.bfloat16 else torch.linspace(0, 0.1, side))
 
 
 def _start(side, width, seed=1):
@@ -96,6 +96,19 @@ def test_a_space_that_is_exhausted_grows_by_chance():
     values = torch.linalg.eigvalsh(space.projected()).flip(0)
     assert torch.allclose(values[:40], torch.linalg.eigvalsh((left.T @ left).double()).flip(0), rtol=1e-4)
     assert float(values[40:].abs().max()) < 1e-5
+
+
+@pytest.mark.usefixtures("_library")
+def test_chance_is_of_a_share_of_a_vectors_length_and_a_block_too_close_to_dependent_is_not_made():
+    matrix, chance = _matrix(64, torch.float32), _start(64, 8, seed=3).T.contiguous()
+    basis, image = torch.zeros(16, 64), torch.zeros(16, 64)
+    basis[:8] = torch.linalg.qr(_start(64, 8)).Q.T
+    arguments = (matrix.product, matrix.added, basis, image, chance, 0, 2)
+    numbers = {"share": 0.3, "passes": 3, "orthogonal": 0.5}
+    assert native_krylov.grow(*arguments, conditioned=1.0, **numbers) == 1
+    assert native_krylov.grow(*arguments, conditioned=0.01, **numbers) == 2
+    led = image[:8] + 0.3 * image[:8].norm(dim=1, keepdim=True) * chance
+    assert float((led - led @ basis.T @ basis).norm()) < 1e-5 * float(led.norm())
 
 
 def test_what_the_library_takes(monkeypatch):

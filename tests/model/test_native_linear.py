@@ -103,6 +103,7 @@ def test_it_serves_where_it_was_measured_to_be_faster(monkeypatch, name, rows, i
     monkeypatch.setattr(native, "load", lambda: None)
     x, weight = torch.empty(rows, inputs, dtype=dtype), torch.empty(outputs, inputs, dtype=dtype)
     assert linear.fits(x, weight) == expected
+    assert linear.fits(x, torch.empty(16, inputs, dtype=dtype), weight) == expected
     assert not linear.fits(x.to("meta"), weight.to("meta"))
     with torch.autocast("cpu", torch.bfloat16):
         assert not linear.fits(x, weight)

@@ -50,8 +50,9 @@ class TestEachInstructionSet:
         found, expected = _products(blocks, 9)[1], _expected(blocks, 9)[1]
         assert _off(found, expected) < SUM
         assert torch.equal(found[3], found[5])
-        equal = [common] * 8
-        assert torch.equal(_products(equal, 8)[1], torch.zeros(8, 8, dtype=torch.float64))
+        for count in (8, 7):  # of which no sum by sevenths is exact
+            equal = torch.zeros(count, count, dtype=torch.float64)
+            assert torch.equal(_products([common] * count, count)[1], equal)
 
     def test_what_is_not_finite_shows(self):
         blocks = [_bf16(40, 64) for _ in range(8)]

@@ -218,39 +218,45 @@ struct Attention {
 
   static constexpr int64_t MOST = 256 + LANES;  // values in a buffer's row of D
 
+  struct Buffers {  // of a thread in the backward pass
+    float *key_panels, *value_panels, *key_units, *turned_keys;  // (keys, D)
+    float *rows, *grad_rows, *weights, *grad_weights;            // (QUERIES, logits_apart)
+    float *query_units, *grad_units, *queries;                   // (QUERIES, D)
+    float *grad_key, *grad_value;                                // (S, across)
+  };
+
   int64_t backward(Room room) const {
-    const int64_t panels_size = keys * width, rows_size = QUERIES * logits_apart, packed_size = QUERIES * width;
-    const int64_t sums_size = (length + TILE) * across;
-    const int64_t each = 4 * panels_size + 4 * rows_size + 3 * packed_size + 2 * sums_size;
-    float* const all = room.take<float>(call.threads * each);
+    const int64_t sums_size = length * across;
+    std::vector<Buffers> buffers(call.threads);
+    for (Buffers& at : buffers) {
+      for (float** array : {&at.key_panels, &at.value_panels, &at.key_units, &at.turned_keys})
+        *array = room.take<float>(keys * width);
+      for (float** array : {&at.rows, &at.grad_rows, &at.weights, &at.grad_weights})
+        *array = room.take<float>(QUERIES * logits_apart);
+      for (float** array : {&at.query_units, &at.grad_units, &at.queries}) *array = room.take<float>(QUERIES * width);
+      for (float** array : {&at.grad_key, &at.grad_value}) *array = room.take<float>(sums_size);
+    }
     if (room.base == nullptr) return room.used;
     run(call.threads, tasks(), [&](int64_t task, int thread) {
-      float* next = all + thread * each;
-      const auto take = [&](int64_t count) { return (next += count) - count; };
-      float *key_panels = take(panels_size), *value_panels = take(panels_size), *key_units = take(panels_size);
-      float *rows = take(rows_size), *grad_rows = take(rows_size);
-      float *weights = take(rows_size), *grad_weights = take(rows_size);
-      float *query_units = take(packed_size), *grad_units = take(packed_size);
-      float *turned_keys = take(panels_size), *queries = take(packed_size);
-      float *grad_key = take(sums_size), *grad_value = take(sums_size);
+      const Buffers& own = buffers[thread];
       const Head first = head(task, 0);
-      turn(first.key, key_apart, 0, length, 1, turned_keys, width);
-      pack_positions(turned_keys, width, key_panels);
-      pack_positions(first.value, key_apart, value_panels);
-      pack_units(turned_keys, width, length, keys, key_units);
-      memset(grad_key, 0, sums_size * sizeof(float));
-      memset(grad_value, 0, sums_size * sizeof(float));
+      turn(first.key, key_apart, 0, length, 1, own.turned_keys, width);
+      pack_positions(own.turned_keys, width, own.key_panels);
+      pack_positions(first.value, key_apart, own.value_panels);
+      pack_units(own.turned_keys, width, length, keys, own.key_units);
+      memset(own.grad_key, 0, sums_size * sizeof(float));
+      memset(own.grad_value, 0, sums_size * sizeof(float));
       for (int64_t h = 0; h < group(); ++h) {
         const Head at = head(task, h);
         const int64_t offset = at.query - call.query;
         const float* const sums = log_sums(at);
         each_block([&](const Block& block) {
           const int64_t from = offset + block.begin * query_apart, stop = up_to(block.end(), LANES);
-          turn(call.query + from, query_apart, block.begin, block.count, 1, queries, width);
-          to_positions(block, queries, width, key_panels, rows);
-          to_positions(block, call.grad + from, query_apart, value_panels, grad_rows);
-          pack_units(queries, width, block.count, QUERIES, query_units);
-          pack_units(call.grad + from, query_apart, block.count, QUERIES, grad_units);
+          turn(call.query + from, query_apart, block.begin, block.count, 1, own.queries, width);
+          to_positions(block, own.queries, width, own.key_panels, own.rows);
+          to_positions(block, call.grad + from, query_apart, own.value_panels, own.grad_rows);
+          pack_units(own.queries, width, block.count, QUERIES, own.query_units);
+          pack_units(call.grad + from, query_apart, block.count, QUERIES, own.grad_units);
           for (int64_t i = 0; i < block.count; ++i) {
             const int64_t query = block.begin + i, last = query / LANES * LANES;
             const float *grad = call.grad + from + i * query_apart, *out = call.out + from + i * query_apart;
@@ -258,7 +264,7 @@ struct Attention {
             for (int64_t d = 0; d < width; d += LANES) dot = multiply_add(load(grad + d), load(out + d), dot);
             const Vector mean = set(sum(dot)), log_sum = set(-sums[query]), s = set(scale);
             const Mask after = hidden(last, query);
-            float *row = rows + i * logits_apart, *grad_row = grad_rows + i * logits_apart;
+            float *row = own.rows + i * logits_apart, *grad_row = own.grad_rows + i * logits_apart;
             for (int64_t c = 0; c < stop; c += LANES) {
               Vector p = set(0.0f), slope = p;
               if (c <= last) {
@@ -268,20 +274,20 @@ struct Attention {
                 if (c == last) p = where(after, set(0.0f), p), slope = where(after, set(0.0f), slope);
               }
               store(row + c, slope);
-              store(weights + c * QUERIES + i * LANES, p);
-              store(grad_weights + c * QUERIES + i * LANES, slope);
+              store(own.weights + c * QUERIES + i * LANES, p);
+              store(own.grad_weights + c * QUERIES + i * LANES, slope);
             }
           }
-          add_to_positions(block, weights, grad_units, grad_value);
-          add_to_positions(block, grad_weights, query_units, grad_key);
+          add_to_positions(block, own.weights, own.grad_units, own.grad_value);
+          add_to_positions(block, own.grad_weights, own.query_units, own.grad_key);
           alignas(64) float mixed[QUERIES * MOST];
-          from_positions(block, rows, key_units, mixed);
+          from_positions(block, own.rows, own.key_units, mixed);
           turn(mixed, across, block.begin, block.count, -1, call.grad_query + from, query_apart);
         });
       }
       const int64_t to = first.key - call.key;
-      turn(grad_key, across, 0, length, -1, call.grad_key + to, key_apart);
-      for (int64_t s = 0; s < length; ++s) convert(grad_value + s * across, call.grad_value + to + s * key_apart, width);
+      turn(own.grad_key, across, 0, length, -1, call.grad_key + to, key_apart);
+      for (int64_t s = 0; s < length; ++s) convert(own.grad_value + s * across, call.grad_value + to + s * key_apart, width);
     });
     return 0;
   }

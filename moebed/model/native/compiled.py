@@ -139,7 +139,7 @@ def invoke(
     if needed < 0:
         return needed
     workspace = torch.empty(max(needed, 1) + 64, dtype=torch.uint8)
-    call.workspace = -(-workspace.data_ptr() // 64) * 64
+    call.workspace = (workspace.data_ptr() + 64) // 64 * 64  # so that it ends where the memory does
     function(ctypes.byref(call), int(backward))
     return 0
 

@@ -107,16 +107,22 @@ struct Coordinates {
   }
 
   int64_t forward(Room room) const {
-    const int64_t values = padded * APART, each = 3 * values + (padded + LANES) * CHUNK, parts = SPLIT ? 3 : 2;
-    Element* const elements = room.take<Element>(call.threads * each);
-    float* const outs = room.take<float>(call.threads * BLOCK * ROW);
+    const int64_t values = padded * APART, panels = (padded + LANES) * CHUNK, parts = SPLIT ? 3 : 2;
+    std::vector<Buffers> buffers(call.threads);
+    for (Buffers& at : buffers) {
+      for (Element** array : {&at.given, &at.high, &at.low}) *array = room.take<Element>(values);
+      at.panels = room.take<Element>(panels);
+      at.out = room.take<float>(BLOCK * ROW);
+    }
     double* const totals = room.take<double>(slabs * parts * sums);
     if (room.base == nullptr) return room.used;
-    memset(elements, 0, call.threads * each * sizeof(Element));
+    for (const Buffers& at : buffers) {
+      for (Element* array : {at.given, at.high, at.low}) memset(array, 0, values * sizeof(Element));
+      memset(at.panels, 0, panels * sizeof(Element));
+    }
     memset(totals, 0, slabs * parts * sums * sizeof(double));
     run(call.threads, slabs, [&](int64_t slab, int thread) {
-      Element* const own = elements + thread * each;
-      const Buffers at{own, own + values, own + 2 * values, own + 3 * values, outs + thread * BLOCK * ROW};
+      const Buffers& at = buffers[thread];
       double* const total = totals + slab * parts * sums;
       const int64_t stop = smaller(call.coordinates, (slab + 1) * SLAB);
       for (int64_t begin = slab * SLAB; begin < stop; begin += CHUNK) {

@@ -6,12 +6,24 @@
 
 #include <omp.h>
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
+
 #include <atomic>
 #include <vector>
 
 #include "pack.h"
 
 namespace moebed {
+
+#ifdef __SANITIZE_ADDRESS__
+constexpr int64_t BETWEEN = LINE;
+inline void forbid(char* from, char* to) { ASAN_POISON_MEMORY_REGION(from, to - from); }
+#else
+constexpr int64_t BETWEEN = 0;
+inline void forbid(char*, char*) {}
+#endif
 
 // Run task(thread) on each thread, no more of them than there are things to do.
 template <class Task>
@@ -83,15 +95,17 @@ struct Rows {
 };
 
 // Takes arrays one after another from memory that begins at a multiple of 64; from nullptr, it tells how much is needed.
+// Where addresses are checked (-fsanitize=address), nobody may touch what lies before and between them.
 struct Room {
   char* base;
   int64_t used = 0;
 
   template <class T>
   T* take(int64_t count) {
-    T* const array = (T*)(base + used);
-    used += (count * sizeof(T) + LINE - 1) / LINE * LINE;
-    return array;
+    char *const before = base + used, *const array = before + BETWEEN;
+    used += BETWEEN + (count * sizeof(T) + LINE - 1) / LINE * LINE;
+    if (base != nullptr) forbid(before, array), forbid(array + count * sizeof(T), base + used);
+    return (T*)array;
   }
 };
 

@@ -11,6 +11,7 @@ import transformers
 from gguf_files import packed, to_pairs, unpacked, write_gguf
 
 from moebed.checkpoints import Checkpoint, load_decoder, write_checkpoint
+from moebed.checkpoints.gguf import entries as gguf_entries
 from moebed.checkpoints.gguf import model as gguf_model
 from moebed.checkpoints.gguf.rounding import cosine_factor, cosine_noise
 from moebed.checkpoints.gguf.types import TYPES
@@ -150,6 +151,22 @@ def test_the_rows_of_queries_and_keys_are_what_the_logits_depend_on(tmp_path, mo
     wrong = logits(load_decoder(path))
     assert wrong.isfinite().all()
     assert (wrong - right).abs().max() > 0.1 * right.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+def test_any_rows_are_read_and_unpacked_a_few_at_a_time(kind, tmp_path, monkeypatch):
+    """Of an expert's matrix among others, and of queries, whose rows are turned a head of 64 at a time."""
+    path = write_gguf(saved("mixtral", tmp_path / "folder"), tmp_path / "model.gguf", kind)
+    layer = "model.layers.1."
+    for name in ("self_attn.q_proj.weight", "block_sparse_moe.experts.2.w3.weight"):
+        entry = Checkpoint.open(path).entries[layer + name]
+        at_once, few = torch.empty(entry.shape, dtype=entry.dtype), torch.empty(71, 256, dtype=entry.dtype)
+        entry.read(0, at_once)
+        monkeypatch.setattr(gguf_entries, "_AT_A_TIME", 30 * 256)
+        for first in (0, 50, 256 - 71):
+            entry.read(first, few)
+            assert torch.equal(few, at_once[first : first + 71])
+        monkeypatch.undo()
 
 
 @pytest.mark.parametrize("kind", ["F32", "Q4_K"])
