@@ -41,11 +41,7 @@ class LeavingTogether:
         self._key = f"moebed/leaving/{attempt}"
         self._keys = [f"{self._key}/{one}" for one in range(world_size)]  # of the ranks that know of it
         self._own_key = self._keys[rank]
-        # One of its own: a call that waits holds up all others of a store's client.
-        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self._store: dist.Store | None = dist.TCPStore(
-            *place, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=PATIENCE)
-        )
+        self._store = _new_client()
         self._number = _STOP
         self._all_know = threading.Event()
         self._pipe, self._end = os.pipe()
@@ -119,3 +115,15 @@ class LeavingTogether:
         except RuntimeError:  # the first rank, which has it, is gone
             self._store = None
         return own or _STOP
+
+
+def _new_client() -> dist.Store | None:
+    """A client of the ranks' store, of this rank's own, as a call that waits holds up all others of a client.
+
+    None where ranks did not meet by ``MASTER_ADDR`` and ``MASTER_PORT``: each then acts on its own signals.
+    """
+    try:
+        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return dist.TCPStore(*place, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=PATIENCE))
+    except (KeyError, ValueError, RuntimeError):
+        return None

@@ -13,7 +13,7 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 
 from moebed.training import leaving, save_requests
 from moebed.training.save_requests import Requests
-from tests.parallel.forked import Ranks, begin, run, start
+from tests.parallel.forked import Ranks, begin, call, run, start
 from tests.small_run import probing, small_recipe, write_recipe
 
 LONG = 60.0  # seconds; what takes so long is ended before
@@ -163,3 +163,15 @@ def test_a_run_ends_and_goes_on_wherever_one_rank_hears_the_signal(
     run([*arguments, "--ckpt_path", "last"], 2, tmp_path / "second")
     assert json.loads(summary.read_text())["step"] == 4
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["step"] == 4
+
+
+def _elsewhere(rank: int, world_size: int) -> None:
+    os.environ.pop("MASTER_ADDR", None)
+    together, heard = leaving.LeavingTogether(rank, 2, [signal.SIGUSR1], lambda number: 1), []
+    signal.signal(signal.SIGUSR1, lambda *_: heard.append(together.wait()))
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert heard == [signal.SIGUSR1]
+
+
+def test_a_rank_that_met_the_others_elsewhere_acts_on_its_own_signals():
+    call(_elsewhere, 1)
