@@ -13,7 +13,7 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 
 from moebed.training import leaving, save_requests
 from moebed.training.save_requests import Requests
-from tests.parallel.forked import Ranks, begin, run, start
+from tests.parallel.forked import Ranks, begin, call, run, start
 from tests.small_run import probing, small_recipe, write_recipe
 
 LONG = 60.0  # seconds; what takes so long is ended before
@@ -94,6 +94,31 @@ def test_who_leaves_does_not_wait_for_a_rank_that_is_through(tmp_path, monkeypat
     monkeypatch.setattr(leaving, "PATIENCE", LONG)
     ranks = begin(_through, 2, tmp_path, tmp_path)
     assert ranks.wait(LONG / 2) == [143, 0], ranks.said
+
+
+def _with_a_child(rank: int, world_size: int) -> None:
+    """A process that the first rank has forked is ended, as a loader's workers are."""
+    trainer = _trainer(rank, world_size)
+    requests = Requests()
+    requests.take_over(trainer)
+    requests.last_step_saved(trainer)
+    if rank == 0:
+        begun, begins = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.write(begins, b"1")
+            time.sleep(LONG)
+        os.read(begun, 1)
+        os.kill(child, signal.SIGTERM)
+        os.waitpid(child, 0)
+    time.sleep(5 * leaving.SECONDS)
+    dist.barrier()
+    requests.give_back(is_last=True)
+
+
+def test_a_signal_to_a_process_that_a_rank_has_forked_is_none_to_the_rank(monkeypatch):
+    monkeypatch.setattr(leaving, "SECONDS", 0.05)
+    call(_with_a_child, 2)
 
 
 def _recipe(folder: Path, layout: dict, val_check_interval: int = 2) -> Path:
