@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import select
 import signal
+import socket
 import sys
 import threading
 import time
@@ -23,7 +23,7 @@ class LeavingTogether:
     """Ends this rank soon after any of a run's ranks has heard a signal.
 
     Python runs a signal's handler between two of its own instructions, and a rank that waits within a collective comes
-    to none: but the signal's number is written to a pipe at once. A thread reads it there and puts it into the store
+    to none: but the signal's number is written to a socket at once. A thread reads it there and puts it into the store
     at which the ranks met, where the other ranks' threads look, and send it to themselves; so no collective is needed,
     which a rank that is about to leave would have to be at. A handler waits until all ranks know: whatever a rank meets
     of those that leave before it, its own handler ends it. One that still waits for them is ended here.
@@ -43,17 +43,23 @@ class LeavingTogether:
         self._own_key = self._keys[rank]
         self._store = _new_client()
         self._number = _STOP
-        self._all_know = threading.Event()
-        self._pipe, self._end = os.pipe()
-        os.set_blocking(self._end, False)
-        self._before = signal.set_wakeup_fd(self._end, warn_on_full_buffer=False)
-        self._thread = threading.Thread(target=self._listen, daemon=True, name="leaving together")
-        self._thread.start()
+        self._has_ended = threading.Event()
+        self._heard, self._told = socket.socketpair()
+        self._heard.settimeout(SECONDS)
+        self._told.setblocking(False)
+        self._before = signal.set_wakeup_fd(self._told.fileno(), warn_on_full_buffer=False)
+        self._process = os.getpid()
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # it would tell of its own signals
+        threading.Thread(target=self._listen, daemon=True, name="leaving together").start()
 
-    def wait(self) -> int:
-        """Until all ranks know, or do not answer; the signal on which they leave."""
-        self._all_know.wait()
-        return self._number
+    def wait(self) -> int | None:
+        """Until all ranks know, or do not answer; the signal on which they leave.
+
+        None where it was stopped, and in a process that was forked from this one.
+        """
+        if os.getpid() == self._process:
+            self._has_ended.wait()
+        return self._number or None
 
     def stop(self, is_last: bool) -> None:
         """Listen no more.
@@ -61,26 +67,31 @@ class LeavingTogether:
         Args:
             is_last: Whether this rank needs no other one from now on, nor is needed: who leaves does not wait for it.
         """
-        if self._all_know.is_set():
-            return  # it is ending
+        if self._has_ended.is_set():
+            return  # the process ends
         signal.set_wakeup_fd(self._before)
-        os.write(self._end, bytes([_STOP]))
-        self._thread.join()
+        self._told.send(bytes([_STOP]))
+        if (number := self.wait()) is not None:
+            raise SystemExit(self._last_words(number))
         if is_last and self._store is not None:
             with suppress(RuntimeError):
                 self._store.set(self._own_key, "")
-        os.close(self._pipe)
-        os.close(self._end)
+        self._told.close()
+        self._heard.close()
 
     def _listen(self) -> None:
-        own = None
+        own: int | None = None
         while self._number == _STOP:
-            ready, _, _ = select.select([self._pipe], [], [], SECONDS)
-            own = os.read(self._pipe, 1)[0] if ready else None
+            try:
+                own = self._heard.recv(1)[0]
+            except TimeoutError:
+                own = None
             self._number = self._agreed(own if own in self._numbers else None)
-            if self._number == own == _STOP:
-                return
-        self._all_know.set()
+            if own == _STOP:
+                break
+        self._has_ended.set()
+        if self._number == _STOP:
+            return
         time.sleep(PATIENCE)
         code = self._last_words(self._number)
         for stream in (sys.stdout, sys.stderr):

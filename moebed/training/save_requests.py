@@ -55,10 +55,10 @@ class Requests:
         """What is left, such as the last validation and probing, is done when the run goes on: nothing waits for it."""
         if self._at_the_end:
             return
-        self._at_the_end = True
         if trainer.world_size > 1:
             place = trainer.global_rank, trainer.world_size
             self._together = LeavingTogether(*place, self._meanings, self._last_words)
+        self._at_the_end = True
         if self._asked >= END:  # since it came while that was written
             os.kill(os.getpid(), self._number)
 
@@ -78,7 +78,8 @@ class Requests:
         self._asked = max(self._asked, self._meanings[number])
         is_first, self._interrupted = not self._interrupted, self._interrupted or number == signal.SIGINT
         if self._at_the_end:
-            raise SystemExit(self._last_words(number if self._together is None else self._together.wait()))
+            agreed = self._together.wait() if self._together is not None else None
+            raise SystemExit(self._last_words(agreed or number))
         if number == signal.SIGINT:
             if not is_first:
                 raise KeyboardInterrupt

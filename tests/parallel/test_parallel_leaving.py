@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import pytest
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import SLURMEnvironment
 
+from moebed.parallel.gathered import GatheredModel
 from moebed.training import leaving, save_requests
 from moebed.training.save_requests import Requests
 from tests.parallel.forked import Ranks, begin, call, run, start
@@ -94,6 +96,42 @@ def test_who_leaves_does_not_wait_for_a_rank_that_is_through(tmp_path, monkeypat
     monkeypatch.setattr(leaving, "PATIENCE", LONG)
     ranks = begin(_through, 2, tmp_path, tmp_path)
     assert ranks.wait(LONG / 2) == [143, 0], ranks.said
+
+
+def _with_a_child(rank: int, world_size: int) -> None:
+    """A process that the first rank has forked is ended, as a loader's workers are."""
+    trainer = _trainer(rank, world_size)
+    requests = Requests()
+    requests.take_over(trainer)
+    requests.last_step_saved(trainer)
+    if rank == 0:
+        begun, begins = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.write(begins, b"1")
+            time.sleep(LONG)
+        os.read(begun, 1)
+        os.kill(child, signal.SIGTERM)
+        os.waitpid(child, 0)
+    time.sleep(5 * leaving.SECONDS)
+    dist.barrier()
+    requests.give_back(is_last=True)
+
+
+def test_a_signal_to_a_process_that_a_rank_has_forked_is_none_to_the_rank(monkeypatch):
+    monkeypatch.setattr(leaving, "SECONDS", 0.05)
+    call(_with_a_child, 2)
+
+
+@pytest.mark.parametrize(("error", "told"), [(SystemExit, 0), (KeyboardInterrupt, 0), (ValueError, 1), (None, 1)])
+def test_a_rank_that_ends_amid_a_probing_does_not_wait_to_tell_the_others(monkeypatch, error, told):
+    """They are ending too; of an error of its own, and of the walk's end, it tells them."""
+    said = []
+    monkeypatch.setattr(GatheredModel, "_tell", lambda self, part: said.append(part))
+    with pytest.raises(error) if error else nullcontext(), GatheredModel.__new__(GatheredModel).leading():
+        if error:
+            raise error
+    assert len(said) == told
 
 
 def _recipe(folder: Path, layout: dict, val_check_interval: int = 2) -> Path:
