@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from graphlib import CycleError, TopologicalSorter
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -64,6 +64,27 @@ class ProbeResult:
     figures: Mapping[str, Callable[[], Figure]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     pages: Mapping[str, Callable[[], str]] = field(default_factory=dict)
+
+
+def require_result(found: object, name: str) -> None:
+    """Raise ConfigError where what a probe of that name describes cannot be kept, shown and drawn."""
+    if not isinstance(found, ProbeResult):
+        raise ConfigError(f"probe {name}: describe gives a {type(found).__name__}; it must return a ProbeResult")
+    parts: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+        ("scalars", lambda value: isinstance(value, int | float | np.number), "a number"),
+        ("headlines", lambda value: isinstance(value, Headline), "a Headline"),
+        ("figures", callable, "a function that draws it"),
+        ("pages", callable, "a function that writes it"),
+    )
+    for part, fits, wanted in parts:
+        given = getattr(found, part)
+        if not isinstance(given, Mapping):
+            raise ConfigError(f"probe {name}: {part} is of type {type(given).__name__}; it must have each by its name")
+        for key, value in given.items():
+            if not fits(value):
+                raise ConfigError(
+                    f"probe {name}: {part} has {key!r} of type {type(value).__name__}; it must be {wanted}"
+                )
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any, TypeVar
 
 from moebed.errors import ConfigError, did_you_mean
+from moebed.views.layer import Need
 from probes.activations import Activations
 from probes.balance import Balance
 from probes.capacity import Capacity
@@ -133,6 +134,12 @@ def register(probe: Own) -> Own:
     for attribute in ("name", "question"):
         if not isinstance(getattr(probe, attribute, None), str):
             raise ConfigError(f"probe {probe.__qualname__} has no {attribute}; give it one, a text, in its class")
+    for attribute in ("needs", "wants"):
+        asked = getattr(probe, attribute, None)
+        if not isinstance(asked, frozenset) or not all(isinstance(one, Need) for one in asked):
+            raise ConfigError(
+                f"probe {probe.name!r}: {attribute} is {asked!r}; write it such as frozenset({{Need.ROUTING}})"
+            )
     if probe.name in PROBES:
         raise ConfigError(f"probe {probe.name!r} is {PROBES[probe.name].__qualname__} already; choose another name")
     PROBES[probe.name] = probe

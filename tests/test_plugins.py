@@ -148,7 +148,10 @@ class Broken(Probe):
     @classmethod
     def describe(cls, arrays): return ProbeResult(arrays, {"x": numbers(arrays, "x")})
 """
-ROUTER = """from moebed.model.routers import GatedRouter, register
+CHOSEN = "self.choose(hidden_states @ self.weight.T)"
+DESCRIBED = 'ProbeResult(arrays, {"x": numbers(arrays, "x")})'
+ROUTER = """import torch
+from moebed.model.routers import GatedRouter, register
 @register("broken")
 class Broken(GatedRouter):
     def forward(self, hidden_states, experts, context=None):
@@ -175,6 +178,11 @@ def test_a_probe_that_gives_something_else_is_one_line(broken):
     for old, new, words in (
         ('    question = "Which?"\n', "", "probe Broken has no question"),
         ("Need.WEIGHTS", "Need.WEIGHT", r"AttributeError: WEIGHT \(.*broken.py, line 6\)"),
+        (
+            "frozenset({Need.WEIGHTS})",
+            "['weights']",
+            r"probe 'broken': needs is \['weights'\]; write it such as frozenset",
+        ),
         ("view): self", "view) self", r"SyntaxError: .*broken.py, line 8\)"),
     ):
         with pytest.raises(UserError, match=words):
@@ -183,6 +191,10 @@ def test_a_probe_that_gives_something_else_is_one_line(broken):
     for old, new, words in (
         ("view.gate", "view.gate", r"a probe put 'x' of layer 0 as an array of shape \(4, 32\)"),
         ("return ProbeResult(arrays, {", "return None and ({", "probe broken: describe gives a NoneType"),
+        ("view.gate", "1.0)  #", "probe broken: scalars has 'x' of type dict; it must be a number"),
+        (DESCRIBED, "ProbeResult(arrays, [1])", "scalars is of type list; it must have each by its name"),
+        (DESCRIBED, 'ProbeResult(arrays, {}, {"x": "one"})', "headlines has 'x' of type str; it must be a Headline"),
+        (DESCRIBED, 'ProbeResult(arrays, figures={"x": 3})', "figures has 'x' of type int; it must be a function"),
     ):
         broken(PROBE, old, new)
         with pytest.raises(ConfigError, match=words):
@@ -195,6 +207,8 @@ def test_a_router_that_gives_something_else_is_one_line(broken):
     for old, new, words in (
         ("return ", "", "router Broken: forward gives a NoneType; it must return a Routing"),
         (".T)", ".T[:, :3])", r"router_logits has shape \(8, 3\); of 8 tokens and 4 experts it must be \(8, 4\)"),
+        (CHOSEN, f"({CHOSEN})._replace(topk_index=torch.ones(8, 2))", "topk_index is torch.float32 and topk_weight"),
+        (CHOSEN, f"({CHOSEN})._replace(topk_index=torch.full((8, 2), 9))", "topk_index has numbers from 9 to 9; of 4"),
     ):
         broken(ROUTER, old, new)
         decoder = Decoder(ModelConfig(**SIZES, router="broken"))

@@ -86,6 +86,20 @@ def require_routing(found: object, router: object, tokens: int, num_experts: int
             f"router {rule}: topk_index and topk_weight have shapes {tuple(found.topk_index.shape)} and "
             f"{tuple(found.topk_weight.shape)}; both must be (T, K), of {tokens} tokens"
         )
+    index, weight = found.topk_index, found.topk_weight
+    if index.dtype != torch.int64 or not weight.is_floating_point():
+        raise ConfigError(
+            f"router {rule}: topk_index is {index.dtype} and topk_weight {weight.dtype}; they must be torch.int64 and "
+            "torch.float32"
+        )
+    # A device would be waited for; its kernels assert as much.
+    if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
+        least, most = int(index.min()), int(index.max())
+        if not 0 <= least <= most < num_experts:
+            raise ConfigError(
+                f"router {rule}: topk_index has numbers from {least} to {most}; of {num_experts} experts they must be "
+                f"between 0 and {num_experts - 1}"
+            )
 
 
 def ragged(logits: Tensor, probs: Tensor, weights: Tensor, cut: bool) -> Routing:

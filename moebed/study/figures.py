@@ -60,10 +60,17 @@ def _band(ax: Axes, curves: Mapping[str, Mapping[int, float]], style: Mapping[st
     if not steps:
         return
     values = np.array([[curve[step] for step in steps] for curve in curves.values()])  # (seeds, steps)
-    if len(values) > 1:
-        ax.fill_between(steps, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.1, lw=0)
+    least, most = values.min(axis=0), values.max(axis=0)
+    if len(steps) == 1:  # which has no width
+        ax.vlines(steps, least, most, color=style["color"], alpha=0.4, lw=1.5)
+    elif len(values) > 1:
+        ax.fill_between(steps, least, most, color=style["color"], alpha=0.1, lw=0)
     ax.plot(steps, values.mean(axis=0), marker="o", ms=3, label=label, **style)
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    if ax.dataLim.width == 0:  # a single step: whole ones around it
+        ax.set_xlim(steps[0] - 1, steps[0] + 1)
+    else:
+        ax.autoscale(axis="x")
 
 
 def _legend(fig: Figure, axes: Sequence[Axes]) -> None:

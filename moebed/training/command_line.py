@@ -58,6 +58,7 @@ LIGHTNING_ADVICE = (
 LIGHTNING_SAYS = ("Tip:", "TPU available: False", "Detected KeyboardInterrupt")
 
 BY_DOMAIN = ("val/loss/", "val/bits_per_byte/", "train/weight/")  # closing numbers, if there are several domains
+OWN, AS_PYTHON_DOES = Path(__file__).parents[1], warnings.formatwarning
 SUMMARY = "run_summary.json"  # the closing numbers, in the run's folder
 OVER_FLOOR = "val/nats_over_floor"  # closing numbers of planted text; with a domain after a slash
 
@@ -325,8 +326,20 @@ def _finished_at(path: Path) -> int | None:
     return json.loads(path.read_text(encoding="utf-8")).get("step") if path.exists() else None
 
 
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    if category is UserWarning and Path(filename).is_relative_to(OWN):
+        return f"note: {message}\n"
+    return AS_PYTHON_DOES(message, category, filename, lineno, line)
+
+
 def quiet() -> None:
-    """Leave out what Lightning warns of although it is meant, and what else nobody needs to hear from it."""
+    """Leave out what Lightning warns of although it is meant, and what else nobody needs to hear from it.
+
+    What moebed itself warns of is a note, a line as all others, without the place in the code that it comes from.
+    """
+    warnings.formatwarning = _format_warning
     for message in LIGHTNING_ADVICE:
         warnings.filterwarnings("ignore", message=f".*{message}.*")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from moebed.errors import ConfigError, UserError
+from moebed.errors import UserError
 from moebed.machine.float32 import exact_products
 from moebed.views.layer import MATRICES, HeadView, LayerView, Need
-from probes.contract import ArrayName, Probe, ProbeResult, in_order
+from probes.contract import ArrayName, Probe, ProbeResult, in_order, require_result
 
 PER_EXPERT = frozenset({Need.OUTPUTS, Need.ACTIVATIONS})
 
@@ -116,10 +116,7 @@ class ProbePass:
                     named = (*probe.sources, *(name for name in probe.optional_sources if name in results))
                     probe.derive({name: results[name].arrays for name in named})
                 result = probe.compute()
-                if not isinstance(result, ProbeResult):
-                    raise ConfigError(
-                        f"probe {probe.name}: describe gives a {type(result).__name__}; it must return a ProbeResult"
-                    )
+                require_result(result, probe.name)
                 results[probe.name] = result
         for result in results.values():
             result.notes.extend(f"layer {layer} is missing: {why}" for layer, why in self.missing.items())

@@ -44,7 +44,9 @@ def _views(found: Iterable[Any], own: str) -> Iterator[LayerView | HeadView]:
     try:
         for view in iterator:
             if not isinstance(view, LayerView | HeadView):
-                raise UserError(f"{own}.views gives a {type(view).__name__} among its views; each must be of a layer")
+                raise UserError(
+                    f"{own}.views gives one of type {type(view).__name__}; each must be the view of a layer"
+                )
             yield view
     finally:
         if hasattr(iterator, "close"):

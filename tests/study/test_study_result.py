@@ -8,9 +8,11 @@ from study_runs import made_up_study
 
 from moebed.cli import main
 from moebed.study.comparison import compare_arms, power, verdict
-from moebed.study.figures import draw_all, draw_differences, draw_headlines
+from moebed.study.figures import _band, draw_all, draw_differences, draw_headlines
 from moebed.study.statistics import detectable, deviation_range
 from moebed.study.tables import arm_rows, markdown, verdicts
+from probes.figures import drawing
+from probes.figures.drawing import to_rgb
 from probes.report.units import unit_of
 
 LOSSES = {
@@ -239,3 +241,18 @@ def test_one_command_makes_everything_again_from_the_file_alone(tmp_path, capsys
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "again.html")]) == 0
     assert (tmp_path / "again.html").read_text() == page
+
+
+def test_a_single_validation_is_drawn_with_its_range_and_whole_steps():
+    """As a short study's: a band over one step has no width, and a step is no fraction."""
+    fig = drawing.new_figure(5, 4, "")
+    ax = fig.subplots()
+    _band(ax, {"1": {4: 3.0}, "2": {4: 3.4}}, {"color": "red"}, "one")
+    (line,) = ax.collections
+    assert line.get_segments()[0].tolist() == [[4, 3.0], [4, 3.4]]
+    to_rgb(fig)
+    assert all(step == round(step) for step in ax.get_xticks())
+    _band(ax, {"1": {4: 3.0, 40: 2.0}, "2": {4: 3.4, 40: 2.2}}, {"color": "blue"}, "more")
+    to_rgb(fig)
+    low, high = ax.get_xlim()
+    assert low < 4 < 40 < high < 50

@@ -1,11 +1,14 @@
 """Alerts come when something planted goes wrong, once, and stay away from a run that is well."""
 
+import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from moebed.training import command_line
 from moebed.training.alerts import WINDOW, Alerts
 from moebed.training.routing_log import StepRouting
 
@@ -96,3 +99,13 @@ def test_micro_batches_of_one_step_are_looked_at_once():
         trainer = SimpleNamespace(global_step=number // 4, is_global_zero=True, callback_metrics={})
         alerts.on_train_batch_end(trainer, SimpleNamespace(step_routing=None), None, None, number)
     assert alerts._looked_at == WINDOW - 1
+
+
+def test_what_moebed_warns_of_is_a_note_of_one_line(monkeypatch):
+    """Where the code that says it lies is of no use to who trains; of other packages it is."""
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    command_line.quiet()
+    own, other = str(Path(command_line.__file__)), "/elsewhere/other.py"
+    assert warnings.formatwarning("look", UserWarning, own, 7) == "note: look\n"
+    assert "/elsewhere/other.py:7: UserWarning: look" in warnings.formatwarning("look", UserWarning, other, 7)
+    assert "RuntimeWarning: look" in warnings.formatwarning("look", RuntimeWarning, own, 7)

@@ -162,7 +162,11 @@ def test_mistakes_are_told_at_once(options, message):
 
 
 def test_text_of_padding_alone_is_an_error(tmp_path, monkeypatch):
-    batch = {"input_ids": torch.zeros(1, 4, dtype=int), "labels": torch.full((1, 4), -100), "domain": torch.zeros(1)}
+    batch = {
+        "input_ids": torch.zeros(1, 4, dtype=int),
+        "labels": torch.full((1, 4), -100),
+        "domain": torch.zeros(1, dtype=torch.long),
+    }
     monkeypatch.setattr(Windows, "probe_batch", lambda self, n: batch)
     with pytest.raises(UserError, match="holds no tokens"):
         train(tmp_path, [ProbeCallback(FEW)], 1)
