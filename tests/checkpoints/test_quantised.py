@@ -162,6 +162,11 @@ def test_all_experts_of_a_layer_in_one_tensor(tmp_path):
         "gate_up_proj"
     ]
     assert torch.equal(whole(entry, 150, 300), left.flatten(0, 1).bfloat16()[150:450])
+    for number, scale in enumerate((torch.tensor([0.5]), torch.tensor([0.5, 1.0, 2.0]))):  # of all, and of each
+        path = tmp_path / f"{number}.safetensors"
+        entry = entries_of({"down_proj": codes, "down_proj_scale": scale}, path)["down_proj"]
+        wanted = (codes.float() * scale.expand(3)[:, None, None]).flatten(0, 1).bfloat16()
+        assert torch.equal(whole(entry, 150, 300), wanted[150:450])
 
 
 @pytest.mark.parametrize("stored", [torch.uint8, torch.float8_e8m0fnu])
