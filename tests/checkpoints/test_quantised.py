@@ -259,6 +259,18 @@ def test_mxfp4_is_what_transformers_makes_of_it(tmp_path):
             assert torch.equal(ours, theirs[expert].T[place::2])
 
 
+@pytest.mark.parametrize(
+    ("blocks", "scales", "words"),
+    [((2, 11, 3, 16), (2, 11, 3), "11 rows are not those of gate and up"), ((2, 12, 3, 16), (2, 12, 2), "no MXFP4")],
+)
+def test_mxfp4_of_shapes_that_cannot_be(tmp_path, blocks, scales, words):
+    path, name = tmp_path / "x.safetensors", "x.experts.gate_up_proj_"
+    tensors = {f"{name}blocks": blocks, f"{name}scales": scales}
+    save_file({key: torch.zeros(shape, dtype=torch.uint8) for key, shape in tensors.items()}, path)
+    with pytest.raises(UserError, match=words):
+        unquantised(open_safetensors(path), None, "config.json")
+
+
 def test_probes_are_told_and_read_less_than_they_hold(tmp_path):
     saved(tmp_path / "model")
     quantised(tmp_path / "model", "blocks")
