@@ -162,6 +162,11 @@ def test_all_experts_of_a_layer_in_one_tensor(tmp_path):
         "gate_up_proj"
     ]
     assert torch.equal(whole(entry, 150, 300), left.flatten(0, 1).bfloat16()[150:450])
+    for number, scale in enumerate((torch.tensor([0.5]), torch.tensor([0.5, 1.0, 2.0]))):  # of all, and of each
+        path = tmp_path / f"{number}.safetensors"
+        entry = entries_of({"down_proj": codes, "down_proj_scale": scale}, path)["down_proj"]
+        wanted = (codes.float() * scale.expand(3)[:, None, None]).flatten(0, 1).bfloat16()
+        assert torch.equal(whole(entry, 150, 300), wanted[150:450])
 
 
 @pytest.mark.parametrize("stored", [torch.uint8, torch.float8_e8m0fnu])
@@ -252,6 +257,18 @@ def test_mxfp4_is_what_transformers_makes_of_it(tmp_path):
         for place, name in enumerate(("gate", "up")):
             ours = whole(found[f"x.experts.{expert}.{name}_proj.weight"])
             assert torch.equal(ours, theirs[expert].T[place::2])
+
+
+@pytest.mark.parametrize(
+    ("blocks", "scales", "words"),
+    [((2, 11, 3, 16), (2, 11, 3), "11 rows are not those of gate and up"), ((2, 12, 3, 16), (2, 12, 2), "no MXFP4")],
+)
+def test_mxfp4_of_shapes_that_cannot_be(tmp_path, blocks, scales, words):
+    path, name = tmp_path / "x.safetensors", "x.experts.gate_up_proj_"
+    tensors = {f"{name}blocks": blocks, f"{name}scales": scales}
+    save_file({key: torch.zeros(shape, dtype=torch.uint8) for key, shape in tensors.items()}, path)
+    with pytest.raises(UserError, match=words):
+        unquantised(open_safetensors(path), None, "config.json")
 
 
 def test_probes_are_told_and_read_less_than_they_hold(tmp_path):

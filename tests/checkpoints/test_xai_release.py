@@ -181,6 +181,18 @@ def test_what_is_no_tensor_is_one_line(tmp_path, content):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("scales", [(4, 8), (3, 8), (2, 2, 8)])
+def test_scales_of_other_groups_than_there_are_rows_for(tmp_path, scales):
+    path = tmp_path / "tensor00002_000"
+    stored = QuantizedWeight8bit(np.ones((8, 8), np.int8), np.ones(scales, np.float32))
+    path.write_bytes(pickle.dumps(stored, protocol=4))
+    if scales == (4, 8):
+        assert XaiEntry(path, read_pickled_tensor(path), True).shape == (8, 8)
+        return
+    with pytest.raises(UserError, match="do not fit weights"):
+        XaiEntry(path, read_pickled_tensor(path), True)
+
+
 def test_a_file_cut_short_and_a_missing_one(tmp_path):
     _write(tmp_path / "ckpt-0", np.random.default_rng(0))
     path = tmp_path / "ckpt-0" / "tensor00002_000"

@@ -98,6 +98,7 @@ def test_finished_runs_count():
     assert [seed for _, seed in pilot_runs(found, ["other"], 3)][::2] == [2, 5, 4]
     assert pilot_runs(found, ["other"], 2)[0] == ("topk", 2)
     assert len(pilot_runs(found, ["other", "third", "topk"], 2)) == 6
+    assert len(pilot_runs(found, ["other"], 6)) == 12
     for pairs in (1, 7):
         with pytest.raises(UserError, match="give at least 2 pairs, and at most the study's 6 seeds"):
             pilot_runs(found, ["other"], pairs)

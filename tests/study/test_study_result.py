@@ -10,7 +10,7 @@ from moebed.cli import main
 from moebed.study.comparison import compare_arms, power, verdict
 from moebed.study.figures import _band, draw_all, draw_differences, draw_headlines
 from moebed.study.statistics import detectable, deviation_range
-from moebed.study.tables import arm_rows, markdown, verdicts
+from moebed.study.tables import arm_rows, headline_differences, headline_note, markdown, verdicts
 from probes.figures import drawing
 from probes.figures.drawing import to_rgb
 from probes.report.units import unit_of
@@ -96,6 +96,21 @@ def test_headlines_have_their_differences_with_intervals():
     assert (
         f"| norm_vs_score/spearman | {base.mean:.3f} [{low:.3f}, {high:.3f}] | {worse.difference.mean:+.3f} [" in text
     )
+
+
+def test_small_headlines_keep_digits_and_intervals_are_counted():
+    study = made_up_study(LOSSES)
+    for arm in study["arms"].values():
+        for seed, run in arm["runs"].items():
+            run["headlines"]["tiny/share"] = {"step": [300], "value": [1e-5 * int(seed)]}
+    found = compare_arms(study)
+    assert next(row for row in headline_differences(found)[1] if row[0] == "tiny/share")[1].startswith("0.000025 [")
+    assert "These are 6 intervals, not adjusted: about 0 would" in headline_note(found)
+    assert "These are 0 intervals" in headline_note(compare_arms(made_up_study({"topk": [4.0], "other": [3.5]})))
+    seen = found.arms["worse"].difference
+    low, high = seen.detectable_range
+    assert low < seen.detectable < high
+    assert arm_rows(found)[1][7] == f"{seen.detectable:.4f} ({low:.4f} to {high:.4f})"
 
 
 def test_domains_stand_apart():

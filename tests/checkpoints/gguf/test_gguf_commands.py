@@ -143,6 +143,11 @@ def test_files_that_belong_together_are_all_needed(tmp_path):
     files[1].write_bytes(files[2].read_bytes())
     with pytest.raises(UserError, match="is file 2 by its metadata"):
         Checkpoint.open(first)
+    other, number = bytearray(files[2].read_bytes()), files[2].read_bytes().index(b"split.no") + len("split.no") + 4
+    other[number] = 1  # it says that it is the second
+    files[1].write_bytes(other)
+    with pytest.raises(UserError, match=rf"is in .*{files[1].name} and in .*{files[2].name}"):
+        Checkpoint.open(first)
     files[1].write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match=rf"{files[1].name} is cut short: tensor blk"):
         Checkpoint.open(first)

@@ -14,6 +14,7 @@ import transformers
 from gguf_files import write_gguf
 
 from moebed.checkpoints import Checkpoint
+from moebed.checkpoints.gguf import header
 from moebed.checkpoints.gguf.header import read_header
 from moebed.checkpoints.gguf.types import FILE_TYPES, TYPES
 from moebed.errors import UserError
@@ -71,14 +72,55 @@ def test_values_and_tensors_are_those_that_the_gguf_package_reads(whole):
 @pytest.mark.parametrize("width", ["uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"])
 def test_whole_numbers_of_any_width_are_read(tmp_path, width):
     """Files differ in the width of one and the same key."""
-    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
-    getattr(writer, f"add_{width}")("llama.block_count", 2)
+    path = small(tmp_path, lambda writer: getattr(writer, f"add_{width}")("llama.block_count", 2))
+    assert read_header(path).size("llama.block_count") == 2
+
+
+@pytest.mark.parametrize("alignment", [32, 64, 4096])
+def test_tensors_begin_where_the_file_aligns_them(tmp_path, alignment):
+    path = small(tmp_path, lambda writer: writer.add_custom_alignment(alignment))
+    found, (theirs,) = read_header(path).tensors["token_embd.weight"], gguf.GGUFReader(path).tensors
+    assert found.offset == theirs.data_offset
+    assert found.offset % alignment == 0
+
+
+def test_numbers_are_what_was_written_and_sizes_are_some(tmp_path):
+    def write(writer):
+        writer.add_float32("epsilon", 1e-5)
+        writer.add_float32("base", float("inf"))
+        writer.add_bool("yes", True)
+        writer.add_uint32("none", 0)
+
+    found = read_header(small(tmp_path, write))
+    assert found.get("epsilon", float) == 1e-5
+    assert found.get("yes", bool) is True
+    for ask, words in (
+        (lambda: found.get("base", float), "base is inf; it must be a number"),
+        (lambda: found.get("yes", int), "yes is True; it must be a whole number"),
+        (lambda: found.size("none"), "none is 0, which is no size of a model"),
+    ):
+        with pytest.raises(UserError, match=words):
+            ask()
+
+
+@pytest.mark.parametrize(
+    ("limit", "most", "words"),
+    [("_MOST_STRING_BYTES", 99, "a string of"), ("_LARGEST_HEADER", 2000, "beyond byte 2000")],
+)
+def test_a_header_larger_than_any_is_refused(whole, monkeypatch, limit, most, words):
+    monkeypatch.setattr(header, limit, most)
+    with pytest.raises(UserError, match=words):
+        read_header(whole)
+
+
+def small(folder, write):
+    """A file of one tensor, and of what ``write`` has a writer of the gguf package add."""
+    writer = gguf.GGUFWriter(folder / "model.gguf", "llama")
+    write(writer)
     writer.add_tensor("token_embd.weight", np.ones((4, 32), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    assert read_header(tmp_path / "model.gguf").size("llama.block_count") == 2
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    return folder / "model.gguf"
 
 
 def changed(path, target, place, form, *values):
@@ -100,6 +142,8 @@ def place_of(path, text):
         (4, ">I", 3, "big-endian"),
         (8, "<Q", 1 << 60, "it announces 1152921504606846976 tensors"),
         (16, "<Q", 1 << 60, "it announces 1152921504606846976 keys"),
+        (8, "<Q", 100_000, "it announces 100000 tensors"),  # fewer than there may be, and more than have room
+        (16, "<Q", 10_000, "it announces 10000 keys"),
         (24, "<Q", 1 << 60, "it holds a string of 1152921504606846976 bytes"),
         (b"general.architecture", "<I", 99, "it holds a value of type 99"),
         (b"tokenizer.ggml.tokens\x09\0\0\0\x08\0\0\0", "<Q", 1 << 60, "announces 1152921504606846976 strings"),
