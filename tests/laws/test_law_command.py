@@ -284,6 +284,12 @@ def test_leverage_is_read_off_the_tables_own_dense_runs(tmp_path):
     assert found.columns["leverage"] == pytest.approx(np.full(7, 10.0), rel=1e-6)
     assert found.columns["A"].tolist() == [1 / 8] * 7
     assert found.notes[-1] == "left out: 2 runs whose loss lies beyond those of the dense runs"
+    # Between dense runs as well; and dense runs that are worse than a smaller one say nothing.
+    sparse["loss"], ones = dense["loss"] - 0.125, [1, 1]
+    bad = {"C": [5e19, 6e19], "E": ones, "K": ones, "G": ones, "loss": [3.0, 2.5]}
+    columns = {k: np.concatenate([dense[k], bad[k], sparse[k]]) for k in dense}
+    found = select(LAWS["leverage"], read_table(write_csv(tmp_path / "more.csv", columns)))
+    assert found.columns["leverage"] == pytest.approx(np.full(6, 10**1.25), rel=1e-6)
 
 
 def test_what_a_table_leaves_open_is_said(tmp_path):

@@ -250,6 +250,12 @@ class TestEachInstructionSet:
         assert not ours[2][weight == 0].any()
         assert ours[2][weight != 0].all()
 
+    @pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh"])
+    def test_gates_beyond_the_range_of_exp(self, act):
+        layer, routing, x = _case(3, 32, 32, 40, 2, torch.float32, act)
+        x = (100 * x.detach()).requires_grad_()
+        _holds(layer, routing, x, torch.randn(40, 32), torch.float32)
+
     @pytest.mark.parametrize("dtype", [BF16, torch.float32])
     def test_any_number_of_threads_gives_the_same_bits(self, dtype):
         layer, routing, x = _case(8, 64, 64, 500, 2, dtype, "silu")
