@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from moebed.data.file_formats import require_known
 from moebed.errors import ConfigError, UserError
 
 PAPER_LONG = "paper-long"
@@ -91,7 +92,7 @@ def domain_file(given: str) -> tuple[str, Path]:
 
     Raises:
         ConfigError: It is not written as NAME=FILE.
-        UserError: There is no such file.
+        UserError: There is no such file, or none of a kind that is known.
     """
     label, separator, file = given.partition("=")
     if not separator or not label or not file:
@@ -101,4 +102,5 @@ def domain_file(given: str) -> tuple[str, Path]:
     if not Path(file).is_file():
         what = "is a folder" if Path(file).is_dir() else "does not exist"
         raise UserError(f"--domain {given}: {file} {what}; give one file of text")
+    require_known(Path(file), f"--domain {given}")
     return label, Path(file)

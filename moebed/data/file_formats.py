@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moebed.data.pieces import json_records, text_documents
+from moebed.errors import UserError
 
 SUFFIXES = (".txt", ".csv", ".jsonl", ".json", ".parquet")
 
@@ -17,6 +18,12 @@ SUFFIXES = (".txt", ".csv", ".jsonl", ".json", ".parquet")
 def suffix(path: Path) -> str:
     """Says how a file's name ends, but for ``.gz``; in small letters."""
     return Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
+
+
+def require_known(path: Path, where: str) -> None:
+    """Raise UserError for a file of text whose name ends as no known kind does; ``where`` says whose it is."""
+    if suffix(path) not in SUFFIXES:
+        raise UserError(f"{where}: cannot read {path}; known kinds: {', '.join(SUFFIXES)}")
 
 
 def not_utf8(path: Path, error: UnicodeDecodeError) -> str:

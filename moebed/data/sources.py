@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moebed.data.corpus import EMBEDDED_DOMAINS, embedded_documents, embedded_identity
-from moebed.data.file_formats import SUFFIXES, chosen, file_documents, not_utf8, suffix
+from moebed.data.file_formats import SUFFIXES, chosen, file_documents, not_utf8, require_known, suffix
 from moebed.data.planted import DEFAULT_MAX_BYTES as PLANTED_BYTES
 from moebed.data.planted import PLANTED_VERSION, PlantedConfig, PlantedLanguage, language_of
 from moebed.errors import ConfigError, UserError
@@ -179,10 +179,7 @@ class Source:
                 raise UserError(f"data source {self.config.name!r}: {_no_file(pattern, Path(expanded))}")
             found += [path for path in matches if path not in found]
         for path in found:
-            if suffix(path) not in SUFFIXES:
-                raise UserError(
-                    f"data source {self.config.name!r}: cannot read {path}; known kinds: {', '.join(SUFFIXES)}"
-                )
+            require_known(path, f"data source {self.config.name!r}")
         return found
 
     def documents(self) -> Iterator[str]:

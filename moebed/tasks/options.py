@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from moebed.data.file_formats import require_known
 from moebed.errors import ConfigError, UserError
 
 
@@ -47,5 +48,6 @@ class TaskOptions:
         for name, file in self.texts.items():
             if not file.is_file():
                 raise UserError(f"--text {name}={file}: there is no such file; give one of text")
+            require_known(file, f"--text {name}={file}")
         if self.include is not None and not self.include.is_dir():
             raise UserError(f"--include {self.include} is no folder; give one with task files of lm-eval")

@@ -111,6 +111,8 @@ def test_every_command_refuses_what_it_can_before_pytorch_is_loaded():
     for named in ("mask 3 @ nothere", "replay nothere/routing.npz", f"mask 1; replay {HERE}", "nothere"):
         words = ["--text", HERE, "--intervene", named]
         calls["probe", named] = ["probe", "recipes", "--out", "new", *words]
+    calls["probe", "a kind of text"] = ["probe", "recipes", "--out", "new", "--domain", f"a={HERE}"]
+    calls["tasks", "a kind of text"] = ["tasks", "recipes", "--out", "new", "--text", f"a={HERE}"]
     for kind, choices in CHOICES.items():
         calls |= {("bench", f"{kind} {option}"): ["bench", kind, option, "nothere"] for option in choices}
         calls["bench", f"{kind} --device"] = ["bench", kind, "--device", "nothere"]
