@@ -23,7 +23,11 @@ IGNORE_INDEX = -100
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy of every next token in nats, (B, S) float32; 0 where labels (B, S) are -100. logits (B, S, V)."""
+    """Cross entropy of every next token in nats, (B, S) float32; 0 where labels (B, S) are -100. logits (B, S, V).
+
+    Raises:
+        RuntimeError: Another label is below 0, or V or above.
+    """
     flat = logits.flatten(0, 1)
     if torch.compiler.is_compiling():  # the compiler fuses this one by itself
         nats = F.cross_entropy(flat.float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
@@ -43,8 +47,9 @@ class _CrossEntropy(torch.autograd.Function):
         else:
             log_sums = torch.cat([rows.float().logsumexp(dim=-1) for rows in logits.split(_rows_at_once(logits))])
         ctx.save_for_backward(logits, labels, log_sums)
-        chosen = logits.gather(1, labels.clamp(min=0).unsqueeze(1)).squeeze(1).float()
-        return (log_sums - chosen).masked_fill(labels == IGNORE_INDEX, 0.0)
+        ignored = labels == IGNORE_INDEX
+        chosen = logits.gather(1, labels.masked_fill(ignored, 0).unsqueeze(1)).squeeze(1).float()  # refuses all others
+        return (log_sums - chosen).masked_fill(ignored, 0.0)
 
     @staticmethod
     def backward(ctx, grad: Tensor):

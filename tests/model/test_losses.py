@@ -195,6 +195,15 @@ def test_token_losses_equal_cross_entropy(dtype, compiled, monkeypatch):
     torch.testing.assert_close(grad, expected_grad, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("vocabulary", [5, 80_000], ids=["PyTorch's", "compiled in C++"])
+@pytest.mark.parametrize("label", [-1, -99, "V"])
+def test_a_label_that_is_no_token_is_refused(vocabulary, label):
+    """It was taken for that of token 0; -1 marks padding elsewhere."""
+    labels = torch.tensor([[3, vocabulary if label == "V" else label]])
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        token_losses(torch.randn(1, 2, vocabulary), labels)
+
+
 def test_token_losses_leave_out_ignored():
     logits, labels = torch.randn(2, 3, 5), torch.tensor([[1, 2, -100], [0, -100, 4]])
     losses = token_losses(logits, labels)
