@@ -259,17 +259,27 @@ def run(
         if kind in only:
             progress(f"measuring {what}")
             rows += measure()
-    notes = [
-        f"published procedure: {SAMPLED_ROWS} of {DEEPSEEK[0]} rows are timed and scaled; the assignment is whole; how "
-        "fast it allocates depends on what its process did before, so it is timed in two",
-        "'products alone' are float32-accumulated products of bf16 weights on all cores, converted as the probe does",
+    told = [
+        (
+            ("matching",),
+            f"published procedure: {SAMPLED_ROWS} of {DEEPSEEK[0]} rows are timed and scaled; the assignment is whole; "
+            "how fast it allocates depends on what its process did before, so it is timed in two",
+        ),
+        (
+            ("text", "matching"),
+            "'products alone' are float32-accumulated products of bf16 weights on all cores, converted as the probe "
+            "does",
+        ),
+        (
+            ("weights",),
+            "reading and multiplying a layer: each expert matrix read from the page cache, copied to float32 and "
+            "multiplied by its transpose on its shorter side, the least product that lengths, angles, spectra follow "
+            "from",
+        ),
     ]
-    notes.append(
-        "reading and multiplying a layer: each expert matrix read from the page cache, copied to float32 and "
-        "multiplied by its transpose on its shorter side, the least product that lengths, angles, spectra follow from"
-    )
+    notes = [note for kinds, note in told if set(kinds) & set(only)]
     if "weights" in only:
         notes.append(weights.rates())
-    if not full:
+    if "matching" in only and not full:
         notes.append(f"a layer is timed over {SOME_EXPERTS} of its {LAYER_EXPERTS} experts; --full takes all")
     return {"rounds": rounds, "full": full, "notes": notes, "rows": rows}

@@ -88,6 +88,11 @@ def _each(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
+def _of_machine(place: str) -> str:
+    """A path as the card says it: where it begins at the root, its name alone, as a card is read elsewhere."""
+    return Path(place).name if Path(place).is_absolute() else place
+
+
 def _model(config: ModelConfig, family: Family) -> str:
     total, active = count_parameters(config)
     kind = "A Mixture-of-Experts" if config.moe_layers else "A dense"
@@ -131,7 +136,7 @@ def _training(run: Run) -> str:
         "precision": trainer.get("precision"),
         "learning rate": optimizer.get("learning_rate"),
         "schedule": optimizer.get("schedule"),
-        "weights at the start": model.get("init_from") or "random",
+        "weights at the start": _of_machine(str(model.get("init_from") or "random")),
         "seed": run.recipe.get("seed_everything"),
         "tokenizer": tokenizer.get("kind"),
     }
@@ -146,7 +151,8 @@ def _data(sources: list[dict[str, Any]] | None) -> str:
         )
     lines = []
     for source in sources:
-        where = _each(source.get("path")) if source.get("path") else source["name"]
+        paths = source.get("path") or [source["name"]]
+        where = _each([_of_machine(str(path)) for path in ([paths] if isinstance(paths, str) else paths)])
         chosen = [str(source[key]) for key in ("subset", "split", "revision") if source.get(key)]
         detail = f" ({', '.join(chosen)})" if source.get("kind") == "hub" and chosen else ""
         weight = f", weight {source['weight']}" if source.get("weight") is not None else ""

@@ -41,9 +41,11 @@ def test_it_measures_prints_and_keeps(tiny, tmp_path, capsys):
 
 def test_some_rows_alone(tiny, tmp_path, capsys):
     command.run("bench", ["probe", "--rounds", "1", "--only", "weights", "--json", str(tmp_path / "x.json")])
-    rows = json.loads((tmp_path / "x.json").read_text())["results"]["rows"]
+    found = json.loads((tmp_path / "x.json").read_text())["results"]
+    rows = found["rows"]
     assert rows
     assert all("reading and multiplying a layer" in row["name"] for row in rows)
+    assert "published procedure" not in " ".join(found["notes"])  # nothing is said of rows that are not there
     options = ["--rounds", "1", "--only", "weights", "--size", "deepseek", "--experts", "3"]
     command.run("bench", ["probe", *options, "--json", str(tmp_path / "x.json")])
     rows = json.loads((tmp_path / "x.json").read_text())["results"]["rows"]

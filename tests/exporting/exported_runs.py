@@ -26,7 +26,7 @@ SIZES = {
 RECIPE = {
     "seed_everything": 7,
     "trainer": {"precision": "32-true", "accumulate_grad_batches": 2},
-    "model": {"optimizer": {"learning_rate": 0.004, "schedule": "cosine"}},
+    "model": {"optimizer": {"learning_rate": 0.004, "schedule": "cosine"}, "init_from": "/home/somebody/dense_model"},
     "data": {
         "sources": [{"name": "rhymes", "kind": "files", "path": "texts/rhymes.txt", "weight": 2.0}],
         "tokenizer": {"kind": "bpe"},

@@ -22,12 +22,14 @@ def test_the_card_tells_what_the_run_was(tmp_path):
         "| optimizer steps | 20 |",
         "| batches of a step | 2 |",
         "| learning rate | 0.004 |",
+        "| weights at the start | dense_model |",
         "- rhymes: files texts/rhymes.txt, weight 2.0",
         "| val/loss | 3.2500 |",
         "AutoTokenizer",
     ):
         assert row in card
     assert "do not hold" not in card
+    assert "/home" not in card
 
 
 def test_the_card_says_when_the_numbers_are_of_another_step(tmp_path):
