@@ -13,7 +13,7 @@ from moebed.check.same_steps import LAID_OUT, Steps, largest_difference
 from moebed.check.standing import StandingRanks
 
 STEPS, GLOBAL_BATCH = 4, 8
-SECONDS = 90.0  # more than the step gives a row: it calls one slow, and not wrong, whose ranks have not begun by then
+SECONDS = 90.0  # a row's: it is slow if its ranks have not ended by then; in a short check the step ends it before
 ALONE = "one process"
 
 
@@ -76,7 +76,8 @@ def run(place: Place, layout: str, standing: StandingRanks) -> Steps:
     """Loss and gradient norm by step of a layout.
 
     Raises:
-        RuntimeError: A rank failed, or they did not end.
+        RuntimeError: A rank failed.
+        TimeoutError: They did not end.
     """
     folder = place.folder / layout.replace(" ", "_").replace(",", "")
     return standing.call(train, folder, layout, place.device)

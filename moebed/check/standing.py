@@ -36,7 +36,8 @@ class StandingRanks:
         """Call work(*arguments), which can be pickled, on every rank; returns what the first one returns.
 
         Raises:
-            RuntimeError: A rank failed, or they did not end.
+            RuntimeError: A rank failed.
+            TimeoutError: They did not end.
         """
         if not self._ranks:
             self._ranks = _start(self.world)
@@ -58,7 +59,9 @@ class StandingRanks:
         while pipes:
             ready = wait(list(pipes), max(0.0, end - time.monotonic()))
             if not ready:
-                raise RuntimeError(f"rank {min(pipes.values())} of {self.world}: did not end in {self.seconds:.0f} s")
+                raise TimeoutError(
+                    f"rank {min(pipes.values())} of {self.world} had not ended after {self.seconds:.0f} s"
+                )
             for pipe in ready:
                 assert isinstance(pipe, Connection)
                 number = pipes.pop(pipe)

@@ -107,6 +107,8 @@ def measure(row: Row, place: Place) -> Finding:
 def _raised(error: Exception) -> Found:
     if isinstance(error, NotRun):
         return Found(str(error), verdict=Verdict.NOT_RUN)
+    if isinstance(error, TimeoutError):  # on a busy machine, or since it hangs: which of the two is not known
+        return Found(str(error), verdict=Verdict.SLOW)
     if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] not in OWN:
         return Found(f"{error.name.partition('.')[0]} is not installed", verdict=Verdict.NOT_RUN)
     traceback.print_exception(error)  # into the step's log
