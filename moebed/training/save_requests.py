@@ -55,11 +55,11 @@ class Requests:
         """What is left, such as the last validation and probing, is done when the run goes on: nothing waits for it."""
         if self._at_the_end:
             return
-        self._at_the_end = True
         if trainer.world_size > 1:
             place = trainer.global_rank, trainer.world_size
             self._together = LeavingTogether(*place, self._meanings, self._last_words)
-        if self._asked >= END:  # since it came while that was written
+        self._at_the_end = True
+        if self._asked >= END:  # since it came while that was written, or amid these lines
             os.kill(os.getpid(), self._number)
 
     def give_back(self, is_last: bool = False) -> None:

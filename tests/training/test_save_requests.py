@@ -4,11 +4,13 @@ import io
 import os
 import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch import Trainer
 
+from moebed.training import save_requests
 from moebed.training.save_requests import END, NOTHING, Requests
 
 
@@ -63,6 +65,34 @@ def test_slurms_signal_after_the_last_step_requeues_the_job_and_ends_the_run(mon
     finally:
         requests.give_back()
     assert (ended.value.code, requeued) == (143, [True])
+
+
+def test_a_signal_while_a_rank_joins_those_that_leave_together_waits_for_them_too(monkeypatch):
+    """It connects to their store first, which takes a while; a rank that left by itself would leave them waiting."""
+    calls = []
+
+    class Joining:
+        def __init__(self, *_):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        def wait(self):
+            calls.append("wait")
+            return signal.SIGTERM
+
+        def stop(self, is_last):
+            calls.append("stop")
+
+    monkeypatch.setattr(save_requests, "LeavingTogether", Joining)
+    started_by = SimpleNamespace(cluster_environment=LightningEnvironment())
+    place = {"world_size": 2, "global_rank": 1, "is_global_zero": False}
+    trainer, requests = SimpleNamespace(**place, _accelerator_connector=started_by), Requests()
+    requests.take_over(trainer)
+    try:
+        with pytest.raises(SystemExit):
+            requests.last_step_saved(trainer)
+    finally:
+        requests.give_back()
+    assert calls == ["wait", "stop"]
 
 
 def test_a_ctrl_c_that_is_ignored_as_in_the_background_stays_so():
