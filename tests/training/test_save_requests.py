@@ -4,6 +4,7 @@ import io
 import os
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,14 @@ from lightning.pytorch import Trainer
 
 from moebed.training import save_requests
 from moebed.training.save_requests import END, NOTHING, Requests
+
+
+SECOND_OF_TWO = SimpleNamespace(
+    world_size=2,
+    global_rank=1,
+    is_global_zero=False,
+    _accelerator_connector=SimpleNamespace(cluster_environment=LightningEnvironment()),
+)
 
 
 class _Interrupted(io.RawIOBase):
@@ -83,13 +92,11 @@ def test_a_signal_while_a_rank_joins_those_that_leave_together_waits_for_them_to
             calls.append("stop")
 
     monkeypatch.setattr(save_requests, "LeavingTogether", Joining)
-    started_by = SimpleNamespace(cluster_environment=LightningEnvironment())
-    place = {"world_size": 2, "global_rank": 1, "is_global_zero": False}
-    trainer, requests = SimpleNamespace(**place, _accelerator_connector=started_by), Requests()
-    requests.take_over(trainer)
+    requests = Requests()
+    requests.take_over(SECOND_OF_TWO)
     try:
         with pytest.raises(SystemExit):
-            requests.last_step_saved(trainer)
+            requests.last_step_saved(SECOND_OF_TWO)
     finally:
         requests.give_back()
     assert calls == ["wait", "stop"]
@@ -105,3 +112,18 @@ def test_a_ctrl_c_that_is_ignored_as_in_the_background_stays_so():
     finally:
         requests.give_back()
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_a_run_in_another_thread_than_the_main_one_leaves_signals_alone():
+    """As of a server or a notebook's widget: Python lets no other thread ask for them."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run():
+        requests = Requests()
+        requests.take_over(SECOND_OF_TWO)
+        requests.last_step_saved(SECOND_OF_TWO)
+        requests.give_back()
+        return {number: signal.getsignal(number) for number in before}
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(run).result() == before
