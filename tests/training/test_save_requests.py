@@ -14,7 +14,6 @@ from lightning.pytorch import Trainer
 from moebed.training import save_requests
 from moebed.training.save_requests import END, NOTHING, Requests
 
-
 SECOND_OF_TWO = SimpleNamespace(
     world_size=2,
     global_rank=1,
