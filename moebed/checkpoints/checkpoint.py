@@ -74,11 +74,12 @@ class Checkpoint:
         self._described_by, self._called = described_by, called
         self.keys = KeyMap(family, config, entries)
         self._check()
-        # Of a file that is read by its name, the file of that name counts; else the one that was opened, held here too.
+        # Of a file that is read by its name, the file of that name counts; else the one that was opened.
         named = {entry.path for entry in entries.values() if isinstance(entry, NamedEntry)}
+        held = {entry.path: entry.file for entry in entries.values() if entry.file is not None}
         self._opened: dict[Path, tuple[Path | RawFile, tuple[int, ...]]] = {}
         for path in self._files().values():
-            file = path if path in named or path.parent in named else RawFile(path)
+            file = path if path in named or path.parent in named else held.get(path) or RawFile(path)
             self._opened[path] = file, _content(file)
 
     @classmethod

@@ -42,6 +42,11 @@ class TensorEntry(Protocol):
 
     position: int  # sorts a file's tensors as they lie in it
 
+    @property
+    def file(self) -> RawFile | None:
+        """The open file that it is read from; None where it is read by its name, or is mapped."""
+        ...
+
     def read(self, first: int, out: Tensor) -> None:
         """Fill out (rows, columns), of the tensor's dtype, with the rows from ``first`` on; see TensorPart."""
         ...
@@ -51,6 +56,7 @@ class PackedEntry(abc.ABC):
     """A tensor that is stored as codes, fewer bytes than its numbers are; they are made as it is read."""
 
     path: Path
+    file: RawFile | None
     shape: tuple[int, ...]
     dtype: torch.dtype
     position: int
@@ -67,23 +73,25 @@ class PackedEntry(abc.ABC):
 class NamedEntry:
     """A tensor whose file is found by its name whenever some of it is read; others hold the file that was opened."""
 
+    file = None
+
 
 class RawEntry:
     """A tensor whose numbers lie in a file as they are in memory: of a safetensors file, or one that is not packed."""
 
     def __init__(self, file: RawFile, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> None:
         self.path, self.shape, self.dtype = file.path, shape, dtype
-        self._file, self.position = file, offset
+        self.file, self.position = file, offset
 
     def read(self, first: int, out: Tensor) -> None:
         """Fill out (rows, columns) with the rows from ``first`` on, straight from the file."""
         offset = self.position + first * out.shape[-1] * out.element_size()
-        self._file.read(offset, memoryview(out.view(torch.uint8).numpy().data).cast("B"))
+        self.file.read(offset, memoryview(out.view(torch.uint8).numpy().data).cast("B"))
 
     def cached(self, first: int, rows: int, columns: int) -> Tensor | None:
         """The rows from ``first`` on (rows, columns), mapped, where the kernel holds them in memory; else None."""
         size = columns * self.dtype.itemsize
-        found = self._file.cached(self.position + first * size, rows * size)
+        found = self.file.cached(self.position + first * size, rows * size)
         return None if found is None else found.view(self.dtype).view(rows, columns)
 
 
@@ -197,6 +205,7 @@ class UnknownEntry:
     """A tensor of a dtype that nothing here can read; an error only where the model needs it."""
 
     dtype = torch.uint8
+    file: RawFile | None = None
 
     def __init__(self, path: Path, shape: tuple[int, ...], stored: str) -> None:
         self.path, self.shape, self.stored, self.position = path, shape, stored, 0
@@ -211,17 +220,21 @@ class UnknownEntry:
 class CodeEntry(UnknownEntry):
     """A tensor of codes of 8 bits, which are numbers only together with what lies beside them."""
 
+    file: RawFile
+
     def __init__(self, file: RawFile, shape: tuple[int, ...], stored: str, offset: int) -> None:
         super().__init__(file.path, shape, stored)
-        self._file, self.position = file, offset
+        self.file, self.position = file, offset
 
     def read_codes(self, first: int, out: Tensor) -> None:
         """Fill out (rows, columns) uint8 with the rows from ``first`` on."""
-        RawEntry(self._file, self.shape, torch.uint8, self.position).read(first, out)
+        RawEntry(self.file, self.shape, torch.uint8, self.position).read(first, out)
 
 
 class MappedEntry:
     """A tensor of a ``.bin`` file, mapped into memory; its pages are read when they are copied."""
+
+    file = None
 
     def __init__(self, path: Path, tensor: Tensor) -> None:
         self.path, self.shape, self.dtype = path, tuple(tensor.shape), tensor.dtype

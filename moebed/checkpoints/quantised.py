@@ -148,7 +148,8 @@ class Fp8Entry(PackedEntry):
     dtype = torch.bfloat16
 
     def __init__(self, codes: CodeEntry, scales: TensorEntry, block: tuple[int, int]) -> None:
-        self.path, self.shape, self.position = codes.path, codes.shape, codes.position
+        self.path, self.file = codes.path, codes.file
+        self.shape, self.position = codes.shape, codes.position
         self._codes, self._scales = codes, scales
         if len(self.shape) < 2:
             raise UserError(f"{self.path}: a tensor of shape {list(self.shape)} is fp8, which only matrices can be")
@@ -219,7 +220,7 @@ class Mxfp4Entry(PackedEntry):
 
     def __init__(self, blocks: CodeEntry, scales: CodeEntry, expert: int, first: int, step: int) -> None:
         _, stored, groups, _ = blocks.shape
-        self.path, self.shape = blocks.path, (stored // step, 32 * groups)
+        self.path, self.file, self.shape = blocks.path, blocks.file, (stored // step, 32 * groups)
         self._first, self._step = expert * stored + first, step
         self._blocks, self._scales = blocks, scales
         self.position = blocks.position + self._first * groups * 16

@@ -40,7 +40,8 @@ class StackedEntry:
         *columns, wide = tensor.shape[1:]
         self._rows = columns[0] if columns else 1  # of the tensor, for each expert
         self._first = expert * self._rows
-        self.path, self.dtype, self.shape = tensor.path, tensor.dtype, (wide // turns, *columns)
+        self.path, self.file = tensor.path, tensor.file
+        self.dtype, self.shape = tensor.dtype, (wide // turns, *columns)
         self.position = tensor.position + self._first * wide * tensor.dtype.itemsize
 
     def read(self, first: int, out: Tensor) -> None:

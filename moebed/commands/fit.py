@@ -56,9 +56,9 @@ def look_first(command: str, arguments: Sequence[str]) -> None:
             _require_known(command, key)
     said: dict[str, Any] = {}
     for option, value in _given(arguments):
-        if option in ("-c", "--config") and names_recipe(value):
-            content = read_recipe(Path(value))
-            for key in content:
+        if option in ("-c", "--config"):
+            content = read_recipe(Path(value)) if names_recipe(value) else parse_setting(option, value)
+            for key in content if isinstance(content, dict) else ():
                 _require_known(command, str(key))
             said |= {key: value for key in WHERE if (value := _at(content, key)) is not MISSING}
         elif option in WHERE:

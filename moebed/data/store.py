@@ -27,6 +27,7 @@ from moebed.data.tokenizer import Tokenizer
 from moebed.errors import UserError
 from moebed.machine.cache import find_or_build, fingerprint
 from moebed.machine.provenance import moebed_version
+from moebed.machine.units import human
 
 _BATCH_BYTES = 1 << 20
 _INDEX = "index.json"
@@ -264,7 +265,7 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
     size = 0
     for text in documents:
         batch.append(text)
-        size += len(text)
+        size += len(text.encode())
         if size >= _BATCH_BYTES:
             yield batch
             batch, size = [], 0
@@ -279,13 +280,11 @@ def _reported(name: str, documents: Iterable[str]) -> Iterator[str]:
     for text in documents:
         yield text
         count += 1
-        size += len(text)
+        size += len(text.encode())
         # A terminal shows a line that changes; a log gets a line rarely.
         if (now := time.monotonic()) - shown > (0.5 if sys.stderr.isatty() else 15):
             shown = now
             end = "\r" if sys.stderr.isatty() else "\n"
-            print(
-                f"tokenizing {name}: {size / 1e6:.1f} MB, {now - started:.0f} s", end=end, file=sys.stderr, flush=True
-            )
+            print(f"tokenizing {name}: {human(size, 'B')}, {now - started:.0f} s", end=end, file=sys.stderr, flush=True)
     seconds = time.monotonic() - started
-    print(f"tokenized {name}: {count} documents, {size / 1e6:.1f} MB in {seconds:.1f} s", file=sys.stderr, flush=True)
+    print(f"tokenized {name}: {count} documents, {human(size, 'B')} in {seconds:.1f} s", file=sys.stderr, flush=True)

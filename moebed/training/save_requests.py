@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import threading
 from typing import Any
 
 import torch
@@ -43,23 +44,24 @@ class Requests:
         self._agreed: tuple[torch.Tensor, Any] | None = None
 
     def take_over(self, trainer: Trainer) -> None:
-        """Handle the signals from now on."""
+        """Handle the signals from now on; where a run is not in the main thread, which alone may, nothing changes."""
         self._meanings = {signal.SIGTERM: END, signal.SIGINT: END}
         environment = started_by(trainer)
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             self._meanings[environment.requeue_signal or signal.SIGUSR1] = REQUEUE  # SLURM is on Linux alone
         self._is_first_rank = trainer.is_global_zero
-        self._before = {number: take_over(number, self._note) for number in self._meanings}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: take_over(number, self._note) for number in self._meanings}
 
     def last_step_saved(self, trainer: Trainer) -> None:
         """What is left, such as the last validation and probing, is done when the run goes on: nothing waits for it."""
         if self._at_the_end:
             return
-        if trainer.world_size > 1:
+        if trainer.world_size > 1 and self._before:
             place = trainer.global_rank, trainer.world_size
             self._together = LeavingTogether(*place, self._meanings, self._last_words)
         self._at_the_end = True
-        if self._asked >= END:  # since it came while that was written
+        if self._asked >= END:  # since it came while that was written, or amid these lines
             os.kill(os.getpid(), self._number)
 
     def give_back(self, is_last: bool = False) -> None:

@@ -16,6 +16,7 @@ from moebed.checkpoints import Checkpoint, load_decoder
 from moebed.checkpoints.hub import find_checkpoint
 from moebed.checkpoints.texts import CheckpointTokenizer, TextLimits, put_together
 from moebed.errors import ConfigError, UserError, did_you_mean
+from moebed.machine.units import human
 from moebed.model.config import ModelConfig
 from moebed.model.decoder import Decoder
 from moebed.model.flops import count_parameters
@@ -59,8 +60,8 @@ class LoadedModel:
             f"{config.num_experts} experts, {config.num_experts_per_tok} a token" if config.moe_layers else "dense"
         )
         return (
-            f"{self.name}: {config.num_hidden_layers} layers, {experts}, {total / 1e6:,.1f} M parameters, "
-            f"{active / 1e6:,.1f} M active"
+            f"{self.name}: {config.num_hidden_layers} layers, {experts}, {human(total)} parameters, "
+            f"{human(active)} active"
         )
 
 

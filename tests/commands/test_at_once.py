@@ -176,6 +176,22 @@ def test_null_is_none_as_the_parser_has_it(tmp_path, null):
             look_first("fit", arguments)
 
 
+def test_settings_in_place_of_a_recipe_are_looked_at_as_one(tmp_path):
+    """They hold from there on, whatever the recipe before them says."""
+    run, new = tmp_path / "run", tmp_path / "new"
+    run.mkdir()
+    (run / "config.yaml").write_text("{}")
+    (tmp_path / "own.yaml").write_text(f"trainer: {{default_root_dir: {run}}}")
+    own = ["--config", str(tmp_path / "own.yaml")]
+    look_first("fit", [*own, "--config", f"trainer: {{default_root_dir: {new}}}"])
+    with pytest.raises(UserError, match="already holds a run"):
+        look_first("fit", ["--config", f"trainer: {{default_root_dir: {run}}}"])
+    with pytest.raises(ConfigError, match="unknown key 'trainr' in the config; did you mean 'trainer'"):
+        look_first("fit", [*own, "--config", "trainr: {max_steps: 4}"])
+    with pytest.raises(ConfigError, match="is no YAML"):
+        look_first("fit", [*own, "--config={trainer: ["])
+
+
 def test_a_run_without_a_folder_is_refused_where_the_parser_alone_knows():
     given = Namespace(trainer=Namespace(default_root_dir=None), checkpoint=Namespace(dirpath=None), ckpt_path=None)
     with pytest.raises(UserError, match=r"trainer\.default_root_dir is null; give the run a folder"):

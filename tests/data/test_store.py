@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moebed.data.sources import Source, SourceConfig
-from moebed.data.store import DomainStore, build_domain, gzip_size, is_validation
+from moebed.data.store import DomainStore, _reported, build_domain, gzip_size, is_validation
 from moebed.data.tokenizer import BytesTokenizer, Encoded
 from moebed.errors import UserError
 
@@ -114,3 +114,8 @@ def test_a_damaged_store_says_which_folder_to_delete(tmp_path: Path) -> None:
     tokens.write_bytes(tokens.read_bytes()[:-2])
     with pytest.raises(UserError, match=rf"cached tokens in {store.folder} are damaged .*; delete that folder"):
         DomainStore("texts", store.folder)
+
+
+def test_what_was_tokenized_is_told_in_bytes_of_three_digits(capsys):
+    assert list(_reported("math", ["\u00e9" * 700, "x"])) == ["\u00e9" * 700, "x"]
+    assert capsys.readouterr().err.startswith("tokenized math: 2 documents, 1.4 kB in ")

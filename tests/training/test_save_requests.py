@@ -4,12 +4,22 @@ import io
 import os
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch import Trainer
 
+from moebed.training import save_requests
 from moebed.training.save_requests import END, NOTHING, Requests
+
+SECOND_OF_TWO = SimpleNamespace(
+    world_size=2,
+    global_rank=1,
+    is_global_zero=False,
+    _accelerator_connector=SimpleNamespace(cluster_environment=LightningEnvironment()),
+)
 
 
 class _Interrupted(io.RawIOBase):
@@ -65,6 +75,32 @@ def test_slurms_signal_after_the_last_step_requeues_the_job_and_ends_the_run(mon
     assert (ended.value.code, requeued) == (143, [True])
 
 
+def test_a_signal_while_a_rank_joins_those_that_leave_together_waits_for_them_too(monkeypatch):
+    """It connects to their store first, which takes a while; a rank that left by itself would leave them waiting."""
+    calls = []
+
+    class Joining:
+        def __init__(self, *_):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        def wait(self):
+            calls.append("wait")
+            return signal.SIGTERM
+
+        def stop(self, is_last):
+            calls.append("stop")
+
+    monkeypatch.setattr(save_requests, "LeavingTogether", Joining)
+    requests = Requests()
+    requests.take_over(SECOND_OF_TWO)
+    try:
+        with pytest.raises(SystemExit):
+            requests.last_step_saved(SECOND_OF_TWO)
+    finally:
+        requests.give_back()
+    assert calls == ["wait", "stop"]
+
+
 def test_a_ctrl_c_that_is_ignored_as_in_the_background_stays_so():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     requests = Requests()
@@ -75,3 +111,18 @@ def test_a_ctrl_c_that_is_ignored_as_in_the_background_stays_so():
     finally:
         requests.give_back()
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_a_run_in_another_thread_than_the_main_one_leaves_signals_alone():
+    """As of a server or a notebook's widget: Python lets no other thread ask for them."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run():
+        requests = Requests()
+        requests.take_over(SECOND_OF_TWO)
+        requests.last_step_saved(SECOND_OF_TWO)
+        requests.give_back()
+        return {number: signal.getsignal(number) for number in before}
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(run).result() == before

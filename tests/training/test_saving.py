@@ -56,7 +56,7 @@ def test_ctrl_c_that_leaves_no_checkpoint_is_said_with_its_exit_code(run, recipe
 
 
 def test_a_sigterm_before_the_first_step_ends_the_run_after_it(run):
-    """As in the probing of the untrained model, when the signals are still Lightning's."""
+    """As in the probing of the untrained model."""
     stops = json.dumps(callback("Interrupted", hook="on_train_start", number=int(signal.SIGTERM)))
     code, said, folder = run("run", *ACCUMULATE, "--trainer.callbacks", stops)
     assert code == 143, said

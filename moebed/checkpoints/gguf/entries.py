@@ -28,13 +28,15 @@ class GgufEntry(PackedEntry):
             where transformers turns the two halves: the file's row 2j + s of each head is row sD/2 + j here.
     """
 
+    file: RawFile
+
     def __init__(
         self, file: RawFile, info: TensorInfo, shape: tuple[int, ...], first: int = 0, head: int | None = None
     ) -> None:
         assert info.kind.dtype is not None
         self.path, self.shape, self.dtype = info.path, shape, info.kind.dtype
         self.position = info.offset + first * info.row_bytes
-        self._file, self._info, self._head = file, info, head
+        self.file, self._info, self._head = file, info, head
 
     def stored_bytes(self, rows: int) -> int:
         """Bytes that so many rows take in the file."""
@@ -59,7 +61,7 @@ class GgufEntry(PackedEntry):
         for begin in range(0, len(out), band):
             rows = out[begin : begin + band]
             codes = memory[: len(rows) * size]
-            self._file.read(self.position + (first + begin) * size, memoryview(codes.data))
+            self.file.read(self.position + (first + begin) * size, memoryview(codes.data))
             if self._info.kind.packed:
                 rows.copy_(torch.from_numpy(unpack(self._info.kind, codes.reshape(len(rows), size))))
             else:
@@ -78,7 +80,8 @@ class LatentEntry(PackedEntry):
         heads, columns, width = keys.shape
         self._keys, self._values, self._width = keys, values, width
         self._head = width + values.shape[1]
-        self.path, self.shape, self.position = keys.path, (heads * self._head, columns), keys.position
+        self.path, self.file, self.position = keys.path, keys.file, keys.position
+        self.shape = heads * self._head, columns
         self.dtype = torch.promote_types(keys.dtype, values.dtype)
 
     def stored_bytes(self, rows: int) -> int:

@@ -1,6 +1,7 @@
 """A checkpoint that changes while it is read: what was opened is read on, or one line says which file it was."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,6 +52,17 @@ def test_a_file_that_is_written_to_under_another_name_is_still_the_one_that_was_
     rewrite(tmp_path / "old")
     with pytest.raises(UserError, match=f"{path} has changed since it was opened"):
         opened.require_unchanged()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="the system does not list what a process has open")
+def test_each_file_is_open_once(tmp_path):
+    """A process may have 256 open on macOS, and DeepSeek-V3 has 163."""
+    write(tmp_path / "model")
+    checkpoint = Checkpoint.open(tmp_path / "model")
+    paths = [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]
+    opened = [path for path in paths if path.startswith(str(tmp_path.resolve()))]
+    assert sorted(opened) == sorted(str(path.resolve()) for path in (tmp_path / "model").glob("*.safetensors"))
+    checkpoint.require_unchanged()
 
 
 def test_a_file_that_is_written_to_ends_a_probing_and_what_was_finished_before_is_whole(tmp_path, monkeypatch, capsys):

@@ -11,6 +11,8 @@ import torch
 import moebed
 from moebed.cli import main
 from moebed.errors import ConfigError, UserError
+from moebed.machine.units import human
+from moebed.model.flops import count_parameters
 from tests.small_run import small_recipe, write_recipe
 
 ROOT = Path(__file__).parents[3]
@@ -40,7 +42,8 @@ def test_it_finds_what_the_command_finds(checkpoint, tmp_path):
         main(["probe", str(checkpoint), "--out", str(tmp_path / "out"), "--probes", "routing", "--text", *files]) == 0
     )
     model = moebed.load(checkpoint)
-    assert "4 experts, 2 a token" in repr(model)
+    total, active = count_parameters(model.config)
+    assert f"4 experts, 2 a token, {human(total)} parameters, {human(active)} active" in repr(model)
     found = moebed.probe(model, texts, ["routing", "balance"])
     assert list(found) == ["routing", "balance"]
     kept = np.load(tmp_path / "out" / "results" / "routing.npz")
