@@ -11,8 +11,10 @@ import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
+from lightning.pytorch import Trainer
 
 SECONDS = 0.5  # between two looks at what other ranks have heard
 PATIENCE = 10.0  # seconds for the other ranks to hear of it, and then for this one to end by itself
@@ -138,3 +140,34 @@ def _new_client() -> dist.Store | None:
         return dist.TCPStore(*place, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=PATIENCE))
     except (KeyError, ValueError, RuntimeError):
         return None
+
+
+class EndingStartedRanks:
+    """SIGTERM ends a process as it ends any, and before it the ranks that it has started, which would wait for it.
+
+    Args:
+        trainer: Whose ranks they are, if Lightning has started them; torchrun and SLURM send signals to each of theirs.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._handles = False
+
+    def take_over(self) -> None:
+        """Handle it from now on, where nobody does already; in the main thread, which alone may."""
+        is_free = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        if is_free and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._end)
+            self._handles = True
+
+    def give_back(self) -> None:
+        """Give it back."""
+        if self._handles:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            self._handles = False
+
+    def _end(self, number: int, _frame: Any) -> None:
+        if (launcher := self._trainer.strategy.launcher) is not None:
+            launcher.kill(number)
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)

@@ -18,6 +18,7 @@ from torch import Tensor
 from moebed.errors import ConfigError, UserError
 from moebed.machine import storage
 from moebed.machine.progress import say
+from moebed.training.leaving import EndingStartedRanks
 from moebed.training.lightning_private import (
     check_validation,
     consider_saved,
@@ -60,8 +61,9 @@ class RunCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             handle_signals(trainer, lambda: self._requests.take_over(trainer), self._requests.give_back)
-        else:  # nothing of it is kept: they end it as they end any process
-            handle_signals(trainer, lambda: None, lambda: None)
+        else:  # nothing of it is kept
+            ending = EndingStartedRanks(trainer)
+            handle_signals(trainer, ending.take_over, ending.give_back)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make whole windows of the micro-batches to come."""

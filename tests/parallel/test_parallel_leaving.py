@@ -213,3 +213,21 @@ def _elsewhere(rank: int, world_size: int) -> None:
 
 def test_a_rank_that_met_the_others_elsewhere_acts_on_its_own_signals():
     call(_elsewhere, 1)
+
+
+def _judging(rank: int, world_size: int, folder: Path) -> None:
+    """A validation, say, of a rank that Lightning started as the one that has started the others."""
+    launcher = SimpleNamespace(kill=lambda number: (folder / f"passed on {number}").touch())
+    ending = leaving.EndingStartedRanks(SimpleNamespace(strategy=SimpleNamespace(launcher=launcher)))
+    ending.take_over()
+    ending.give_back()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    ending.take_over()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(LONG)
+
+
+def test_who_has_started_ranks_ends_them_with_itself(tmp_path):
+    ranks = begin(_judging, 1, tmp_path, tmp_path)
+    assert ranks.wait(LONG / 2) == [-signal.SIGTERM], ranks.said
+    assert (tmp_path / f"passed on {int(signal.SIGTERM)}").exists()
