@@ -3,13 +3,14 @@
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 
 import pytest
 import torch
 
 from moebed.check import command, machine, speed, worker
-from moebed.check.contract import Place, Row, Verdict
+from moebed.check.contract import Finding, Place, Row, Verdict
 from moebed.check.record import Record
 from moebed.cli import main
 from tests.check import planted
@@ -113,6 +114,47 @@ def test_a_training_step_with_other_losses_is_wrong(tmp_path, monkeypatch):
     assert "losses differ from the loop's by 1.0e-03" in wrong.said
 
 
+@pytest.fixture
+def judged(monkeypatch, tmp_path):
+    """What is said of a step of loss 3 that is as fast as is said."""
+    from moebed.check import training
+
+    def measure(of, rate=50.0, reference=3.0, found=()):
+        monkeypatch.setattr(training, "make_step", lambda of, device: None)
+        monkeypatch.setattr(training, "losses_of", lambda step, of, device: [3.0])
+        monkeypatch.setattr(training, "fastest", lambda work, *_: training.size_of(of.size).tokens / rate)
+        rows = {
+            name: Finding(name, Verdict.WORKS, "", {"tokens_per_second": rate}) for name, rate in dict(found).items()
+        }
+        return training.measure(Place("cpu", 0, tmp_path, rows), of, lambda loop: [reference])
+
+    return measure
+
+
+def test_losses_that_are_no_numbers_are_wrong(judged):
+    from moebed.check.training import Contestant
+
+    assert judged(Contestant("tiny", "grouped_mm", False, "32-true"), reference=math.nan).verdict == Verdict.WRONG
+
+
+@pytest.mark.parametrize(
+    ("size", "name", "rate", "verdict", "times"),
+    [
+        ("A", "grouped_mm", 90.0, Verdict.SLOW, "0.90"),
+        ("A", "grouped_mm", 150.0, Verdict.WORKS, "1.50"),
+        ("A", "loop", 90.0, Verdict.WORKS, "0.90"),  # it is there to be compared with
+        ("tiny", "grouped_mm", 90.0, Verdict.WORKS, "0.90"),  # of which speed says nothing
+    ],
+)
+def test_a_training_step_is_slow_beside_the_best_of_transformers(judged, size, name, rate, verdict, times):
+    from moebed.check.training import PEERS, Contestant
+
+    of = Contestant(size, name, False, "32-true")
+    found = judged(of, rate, found={str(of._replace(name=peer)): 100.0 / n for n, peer in enumerate(PEERS, 1)})
+    assert found.verdict == verdict
+    assert found.said.endswith(f"; {times} times transformers' best")
+
+
 def test_probes_that_differ_are_named(tmp_path):
     from moebed.check import probing
 
@@ -124,6 +166,11 @@ def test_probes_that_differ_are_named(tmp_path):
     found = probing.compare(other, results)
     assert found.verdict == Verdict.WRONG
     assert f"routing {key}" in found.said
+    for named in ({**arrays, "more": arrays[key]}, {name: arrays[name] for name in arrays if name != key}):
+        other = {**results, "routing": dataclasses.replace(results["routing"], arrays=named)}
+        found = probing.compare(other, results)
+        assert found.verdict == Verdict.WRONG
+        assert found.said.endswith("differ: routing has other arrays")
 
 
 def test_a_run_that_forgets_its_optimizer_is_found(tmp_path, monkeypatch):

@@ -169,6 +169,12 @@ def test_all_experts_of_a_layer_in_one_tensor(tmp_path):
         assert torch.equal(whole(entry, 150, 300), wanted[150:450])
 
 
+def test_scales_of_rows_do_not_say_which_of_several_matrices_they_are_of(tmp_path):
+    tensors = {"gate_up_proj": torch.randn(3, 200, 256).to(FP8), "gate_up_proj_scale": torch.ones(200, 1)}
+    with pytest.raises(UserError, match=r"scales of shape \[200, 1\] do not fit a tensor of shape \[3, 200, 256\]"):
+        entries_of(tensors, tmp_path / "x.safetensors")
+
+
 @pytest.mark.parametrize("stored", [torch.uint8, torch.float8_e8m0fnu])
 def test_scales_may_be_powers_of_two(stored, tmp_path):
     codes = torch.randn(256, 128).to(FP8)

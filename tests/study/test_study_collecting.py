@@ -1,13 +1,15 @@
 """What becomes of a run's folder in study.json: finished, diverged, failed or not run, each for its reason."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from study_runs import FakeRun
 from torch.utils.tensorboard import SummaryWriter
 
-from moebed.study.collecting import collect
+from moebed.study.collecting import _code, _tasks, collect
 from moebed.study.files import load_study
+from moebed.study.progress import status_path
 from moebed.study.recipe import Step, StudyRecipe
 from moebed.study.runs import Arm, StudyPlan
 from tests.conftest import tiny_config
@@ -61,6 +63,27 @@ def test_a_finished_run(collected):
 def test_the_code_of_a_run_is_kept(collected):
     code = [{"source": "3fa2", "torch": "2.9"}]
     assert collected({"step": STEPS, "val/loss": 3.9}, record={"code": code})["code"] == code
+
+
+def test_the_code_of_the_steps_before_comes_first_and_once(tmp_path):
+    """Two steps of one code, a third of another."""
+    old, new = ({"source": source, "torch": "2.9"} for source in ("3fa2", "77c0"))
+    runs = {}
+    for name, needs, code in (("dense", None, [old]), ("moe", "dense", [new]), ("longer", "moe", [old, new])):
+        runs[name] = FakeRun(name, needs=needs)
+        path = status_path(tmp_path, name, "json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"code": code}))
+    found = {name: _code(SimpleNamespace(runs=runs), name, tmp_path) for name in runs}
+    assert found == {"dense": [old], "moe": [old, new], "longer": [old, new]}
+
+
+def test_of_tasks_neither_errors_nor_counts_are_compared(tmp_path):
+    run = FakeRun("tasks/topk/seed_1", steps=0)
+    (tmp_path / run.name).mkdir(parents=True)
+    numbers = {"tasks/recall/acc": 0.5, "tasks/recall/acc_stderr": 0.1, "tasks/recall/items": 20}
+    (tmp_path / run.name / run.finished).write_text(json.dumps(numbers))
+    assert _tasks(run, 40, tmp_path) == {"tasks/recall/acc": {"step": [40], "value": [0.5]}}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Bad studies are refused in one line that says what is wrong, before anything runs."""
 
+import contextlib
 import json
 
 import pytest
@@ -9,7 +10,7 @@ from moebed.cli import main
 from moebed.errors import ConfigError, UserError
 from moebed.study.recipe import read_recipe
 from moebed.study.runner import check_unchanged
-from moebed.study.runs import plan_study
+from moebed.study.runs import Arm, _check_comparable, plan_study
 
 SIZES = {
     "vocab_size": 260,
@@ -166,6 +167,15 @@ def test_arms_that_cannot_be_compared_are_refused(study, tmp_path, changes, word
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("flops", "words"), [(97, "0.970"), (99, ""), (101, ""), (103, "1.030")])
+def test_arms_are_neither_larger_nor_smaller_than_the_tolerance(study, flops, words):
+    recipe = read_recipe(study(match=["active_flops"]))
+    arms = {name: Arm(None, {}, 6, 384, 1, 1, found) for name, found in (("topk", 100), ("raw", flops))}
+    refused = pytest.raises(ConfigError, match=f"arm 'raw' has {flops} active flops .*: {words} times as many")
+    with refused if words else contextlib.nullcontext():
+        _check_comparable(recipe, arms, {"topk": {}, "raw": {}})
+
+
 def test_arms_of_equal_tokens_get_the_steps_for_it(study, tmp_path):
     arms = {"topk": {}, "small_batches": {"data.batch_size": 1}}
     plan = plan_study(read_recipe(study(arms=arms, budget={"tokens": 640})), tmp_path / "out")
@@ -195,12 +205,11 @@ def test_a_seed_decides_data_and_weights_and_nothing_else_differs(study, tmp_pat
 
 
 def test_arms_share_the_steps_before_and_match_by_what_they_become(study, tmp_path):
-    drop = {"steps": [{"fit": DENSE}, {"upcycle": {"method": "drop", "num_experts": 4, "fraction": 0.5}}, {"fit": {}}]}
-    recipe = read_recipe(
-        study(
-            arms={"scratch": {}, "copy": UPCYCLED, "drop": drop}, seeds=[1], match=["total_parameters", "active_flops"]
-        )
-    )
+    """An upcycling decides over the settings of all arms, and the step after it over both: all have two of four."""
+    one, two = ({"model.config.num_experts_per_tok": count} for count in (1, 2))
+    upcycled = {"method": "drop", "num_experts": 4, "num_experts_per_tok": 3, "fraction": 0.5}
+    arms = {"scratch": two, "copy": UPCYCLED, "drop": {"steps": [{"fit": DENSE}, {"upcycle": upcycled}, {"fit": two}]}}
+    recipe = read_recipe(study(arms=arms, settings=one, seeds=[1], match=["total_parameters", "active_flops"]))
     plan = plan_study(recipe, tmp_path / "out")
     dense = [name for name in plan.runs if name.startswith("stages/fit")]
     upcycled = [name for name in plan.runs if name.startswith("stages/upcycle")]

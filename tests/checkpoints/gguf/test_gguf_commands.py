@@ -143,14 +143,27 @@ def test_files_that_belong_together_are_all_needed(tmp_path):
     files[1].write_bytes(files[2].read_bytes())
     with pytest.raises(UserError, match="is file 2 by its metadata"):
         Checkpoint.open(first)
-    other, number = bytearray(files[2].read_bytes()), files[2].read_bytes().index(b"split.no") + len("split.no") + 4
-    other[number] = 1  # it says that it is the second
-    files[1].write_bytes(other)
+    files[1].write_bytes(saying(content, "split.no", 0))
+    with pytest.raises(UserError, match=rf"{files[1].name} is file 0 by its metadata"):
+        Checkpoint.open(first)
+    files[1].write_bytes(saying(files[2].read_bytes(), "split.no", 1))
     with pytest.raises(UserError, match=rf"is in .*{files[1].name} and in .*{files[2].name}"):
         Checkpoint.open(first)
     files[1].write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match=rf"{files[1].name} is cut short: tensor blk"):
         Checkpoint.open(first)
+    files[1].write_bytes(content)
+    tensors, begun = sum(len(read_header(path).tensors) for path in files), first.read_bytes()
+    for told in (tensors - 1, tensors + 1):
+        first.write_bytes(saying(begun, "split.tensors.count", told))
+        with pytest.raises(UserError, match=rf"{tensors} tensors are there of {told}"):
+            Checkpoint.open(first)
+
+
+def saying(content, key, number):
+    """A file's bytes, with a number of its metadata written over."""
+    place = content.index(key.encode()) + len(key) + 4
+    return content[:place] + bytes([number]) + content[place + 1 :]
 
 
 @pytest.mark.parametrize("name", ["model.gguf.part1of2", "model.gguf-split-a", "model.gguf.001"])

@@ -182,6 +182,14 @@ def test_a_missing_tensor_is_called_as_the_file_calls_it(whole, tmp_path, name):
     assert str(caught.value) == f"missing.gguf: tensor {name} is missing; its header asks for it"
 
 
+def test_experts_of_a_tensor_each_are_as_many_as_the_router_has(whole, tmp_path):
+    """Elsewhere the tensor of all of them says it."""
+    folder, metadata = whole.parent / "folder", {"llama.expert_count": 5}
+    path = write_gguf(folder, tmp_path / "m.gguf", each_expert=True, metadata=metadata)
+    with pytest.raises(UserError, match="expert_count is 5 but a router has 4 rows; the file is damaged"):
+        Checkpoint.open(path)
+
+
 def test_tensors_over_each_other_are_refused(whole, tmp_path):
     found = read_header(whole)
     first, second = sorted(found.tensors.values(), key=lambda info: info.offset)[:2]

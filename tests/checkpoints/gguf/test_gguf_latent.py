@@ -178,3 +178,11 @@ def test_what_does_not_fit_is_named_and_further_layers_are_left_aside(tmp_path):
         "blk.2.nextn.eh_proj.weight and its like (1) predict further tokens" in note for note in checkpoint.notes
     )
     same(load_decoder(checkpoint), model)
+
+
+@pytest.mark.parametrize("heads", [3, 5])
+def test_halves_of_a_latent_that_are_of_other_heads_are_refused(heads, tmp_path):
+    more = {"blk.1.attn_v_b.weight": np.ones((heads, 16, 32), np.float32)}
+    written("deepseek_v2", tmp_path, tmp_path / "model.gguf", split=True, more=more.items())
+    with pytest.raises(UserError, match=r"blk\.1\.attn_k_b and v_b are not those of the same heads"):
+        Checkpoint.open(tmp_path / "model.gguf")

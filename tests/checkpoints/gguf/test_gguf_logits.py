@@ -280,7 +280,7 @@ def test_what_rounding_does_to_cosines_is_as_the_note_says():
     ("metadata", "words"),
     [
         ({"llama.rope.scaling.type": "proportional", "llama.rope.scaling.factor": 4.0}, "proportional"),
-        ({"llama.rope.dimension_count": 32}, "partial_rotary_factor"),
+        ({"llama.rope.dimension_count": 32}, "partial_rotary_factor is 0.5"),
         ({"llama.expert_gating_func": 2}, "expert_gating_func is 2"),
         ({"llama.block_count": 3}, "block_count is 3 but tensors of 2 layers are there"),
         ({"llama.expert_count": 1 << 30}, "expert_count is 1073741824"),
