@@ -326,21 +326,6 @@ def test_a_rank_without_tokens(call):
     call(_uneven)
 
 
-def _frozen(rank: int, world_size: int, meta: bool) -> None:
-    with torch.device("meta" if meta else "cpu"):
-        decoder = Decoder(tiny_config(num_shared_experts=1))
-    for name, parameter in decoder.named_parameters():
-        parameter.requires_grad_("down_proj" not in name)
-    Layout(ParallelConfig(expert=2), world_size, "cpu").apply(decoder, torch.device("cpu"))
-    trained = {name for name, parameter in decoder.named_parameters() if parameter.requires_grad}
-    assert trained == {name for name, _ in decoder.named_parameters() if "down_proj" not in name}
-
-
-@pytest.mark.parametrize("meta", [True, False])
-def test_what_is_not_trained_is_not_trained_where_it_is_spread(call, meta):
-    call(_frozen, meta)
-
-
 def _filled(rank: int, world_size: int, folder: Path, changes: dict) -> None:
     """Every rank takes its parts of a checkpoint's weights, and keeps those of what the checkpoint lacks as drawn."""
     config, checkpoint = tiny_config(**changes), Checkpoint.open(folder)
