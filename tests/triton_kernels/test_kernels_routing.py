@@ -72,9 +72,10 @@ def test_tiles_write_every_row_once(interpreter, tokens, num_experts, top_k, see
     assert torch.equal(meta.order[meta.slot.long()], torch.arange(tokens * top_k, dtype=torch.int32))
 
 
-def test_an_index_outside_is_left_out(interpreter):  # noqa: F811
+@pytest.mark.parametrize("outside", [torch.tensor(2**30, dtype=torch.int32), torch.tensor(2**32 + 1)])
+def test_an_index_outside_is_left_out(interpreter, outside):  # noqa: F811
     """What guards a GPU between the assertion and its report: no row, no write, and nothing added by the combine."""
-    index = torch.tensor([[0, 9], [-1, 2], [3, 2**30]], dtype=torch.int32)
+    index = torch.tensor([[0, 9], [-1, 2], [3, outside]], dtype=outside.dtype)
     for config in (CONFIG, BY_FOUR):
         meta = routing.route(index, 4, config)
         assert not meta.inside
@@ -89,8 +90,8 @@ def test_an_index_outside_is_left_out(interpreter):  # noqa: F811
 
 @pytest.mark.parametrize("config", [CONFIG, BY_FOUR])
 def test_an_absent_assignment_has_no_row(shuffled, config):  # noqa: F811
-    """Of weight 0, or of the index -1; by one launch and by four."""
-    index, weight = torch.tensor([[0, -1], [2, 0], [1, 2]]), torch.tensor([[1.0, 1.0], [0.0, 0.5], [0.5, 0.5]])
+    """Of weight 0, not of one below it, or of the index -1; by one launch and by four."""
+    index, weight = torch.tensor([[0, -1], [2, 0], [1, 2]]), torch.tensor([[1.0, 1.0], [0.0, 0.5], [-0.5, 0.5]])
     meta = routing.route(index, 3, config, weight)
     assert meta.inside
     assert meta.slot.tolist() == [0, -1, -1, 1, 2, 3]
