@@ -207,11 +207,11 @@ def test_text_that_is_not_there_is_said_at_once(tmp_path):
 
     own = tmp_path / "own.yaml"
     own.write_text(f"data: {{sources: {sources('nothere.txt')}}}")
-    nowhere = ["--config", str(own)]
+    nowhere, known = ["--config", str(own)], ["--config", RECIPE, FOLDER, str(tmp_path / "run")]
     for arguments, said in (
         (nowhere, "data source 'a': there is no file nothere.txt"),
-        (["--config", RECIPE, SOURCES, sources(tmp_path)], "is a folder; name its files, such as"),
-        (["--config", RECIPE, SOURCES, sources(text), *nowhere], "there is no file nothere.txt"),
+        ([*known, SOURCES, sources(tmp_path)], "is a folder; name its files, such as"),
+        ([*known, SOURCES, sources(text), *nowhere], "there is no file nothere.txt"),
         ([*nowhere, SOURCES, sources(text, ", weight: -1")], "weight is -1; it must be positive"),
         ([f"{SOURCES}=[{{"], "is no YAML"),
     ):
