@@ -55,13 +55,13 @@ class RunCheckpoint(ModelCheckpoint):
     # A run's parts ----------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Where no folder is given, checkpoints lie in the run's own. Signals are heard in training alone."""
+        """Where no folder is given, checkpoints lie in the run's own. In training alone a signal waits for one."""
         if self.dirpath is None:
             self.dirpath = os.path.realpath(Path(trainer.default_root_dir) / FOLDER)
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             handle_signals(trainer, lambda: self._requests.take_over(trainer), self._requests.give_back)
-        else:  # nothing of it is kept
+        else:  # nothing of it is kept, so they end it at once
             ending = EndingStartedRanks(trainer)
             handle_signals(trainer, ending.take_over, ending.give_back)
 
