@@ -13,8 +13,6 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 # Norms of what an RMSNorm whose weights are all alike gives out differ by what its epsilon takes from small tokens.
 # Ranked, they are mostly rounding, which is another on another device; and so small a difference changes nothing after.
@@ -119,8 +117,3 @@ def correlation(a: Ranks, b: Ranks) -> np.ndarray:
     product, xx, yy = (np.einsum("te,te->t", one, other) for one, other in ((x, y), (x, x), (y, y)))
     size = np.sqrt(xx * yy)
     return np.divide(product, size, out=np.zeros_like(product), where=size > 0)
-
-
-def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Spearman's rho of each row of a and b (T, E): (T,) float64; 0 where a row is all tied."""
-    return torch.from_numpy(correlation(ranks(a.cpu().numpy()), ranks(b.cpu().numpy())))

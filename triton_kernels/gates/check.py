@@ -7,7 +7,7 @@ byte of 2-byte operands that a program reads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -200,19 +200,6 @@ def check(spec: KernelSpec, dtype: str, arch: str) -> Row:
         programs_per_multiprocessor(facts, MACHINES[arch]),
         gates_of(spec, dtype, arch, facts),
     )
-
-
-def check_all(
-    specs: Iterable[KernelSpec], archs: Sequence[str], progress: Callable[[str], None] = lambda line: None
-) -> list[Row]:
-    """Every kernel for every architecture of these and every type that it ships for."""
-    rows = []
-    for spec in specs:
-        for arch in archs:
-            for dtype in spec.dtypes if arch in spec.archs else ():
-                progress(f"{spec.name} {arch} {dtype}")
-                rows.append(check(spec, dtype, arch))
-    return rows
 
 
 def best_gates(rows: Iterable[Row]) -> dict[str, list[Gate]]:
