@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
-from moebed.checkpoints.families.base import NOT_IN_CHECKPOINTS
+from moebed.checkpoints.families.meaning import NOT_IN_CHECKPOINTS
 from moebed.checkpoints.gguf.finding import gguf_at
 from moebed.checkpoints.run import is_run, run_folder
 from moebed.errors import UserError

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from moebed.checkpoints.companions import START_RECIPE
-from moebed.checkpoints.families.base import NOT_IN_CHECKPOINTS
+from moebed.checkpoints.families.meaning import NOT_IN_CHECKPOINTS
 from moebed.data.datamodule import TextDataModule
 from moebed.data.sources import Source
 from moebed.errors import ConfigError, UserError

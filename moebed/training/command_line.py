@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from moebed.arguments import names_recipe, read_recipe
-from moebed.checkpoints.families.base import beside_experts
+from moebed.checkpoints.families.meaning import beside_experts
 from moebed.data.datamodule import TextDataModule
 from moebed.errors import ConfigError
 from moebed.machine import storage

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moebed.checkpoints.checkpoint import Checkpoint
-from moebed.checkpoints.families.base import NOT_IN_CHECKPOINTS, beside_experts, same_setting
+from moebed.checkpoints.families.meaning import NOT_IN_CHECKPOINTS, beside_experts, same_setting
 from moebed.errors import ConfigError
 from moebed.machine.progress import say
 from moebed.model.config import ModelConfig

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from moebed.checkpoints.families.base import Family, Settings, one_number, require_count
+from moebed.checkpoints.families.base import Family, Settings, require_count
 from moebed.checkpoints.families.layout import DENSE_FFN, EXPERTS, LLAMA, ROUTER, shared_expert
+from moebed.checkpoints.families.meaning import one_number
 from moebed.errors import ConfigError
 from moebed.model.config import ModelConfig
 

@@ -7,7 +7,7 @@ checkpoints (src/hf_trust_remote_code) and what writes them (src/olmo_core/nn/hf
 import json
 from typing import Any
 
-from moebed.checkpoints.families.base import ExpertNames, Family, Settings, Stored, one_number, require_count
+from moebed.checkpoints.families.base import ExpertNames, Family, Settings, Stored, require_count
 from moebed.checkpoints.families.flex_olmo import FLEX_OLMO, NO_IDS
 from moebed.checkpoints.families.layout import (
     ALL_ATTENTION_BIAS,
@@ -17,6 +17,7 @@ from moebed.checkpoints.families.layout import (
     OUTSIDE,
     PRE_NORMS,
 )
+from moebed.checkpoints.families.meaning import one_number
 from moebed.errors import ConfigError
 from moebed.model.config import ModelConfig
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from moebed.checkpoints.families.base import Settings, one_number, require_count
+from moebed.checkpoints.families.base import Settings, require_count
 from moebed.checkpoints.families.layout import DENSE_FFN, LLAMA, ROUTER, shared_expert
+from moebed.checkpoints.families.meaning import one_number
 from moebed.errors import ConfigError
 from moebed.model.config import ModelConfig
 
