@@ -1,4 +1,4 @@
-"""The versions that were tested together are ones that pyproject allows, and a next major version is not."""
+"""The versions that were tested together can be installed together, pyproject allows them and no next major version."""
 
 import tomllib
 from pathlib import Path
@@ -13,6 +13,10 @@ REQUIRED = {found.name.lower(): found.specifier for found in map(Requirement, PR
 LINES = (line.partition("#")[0].strip() for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines())
 TESTED = {name.lower(): version for name, _, version in (line.partition("==") for line in LINES if line)}
 
+# What PyPI's builds of torch for GPUs ask for, by their metadata. Its builds for CPUs ask for none, so that an
+# installation of those would not notice that the two cannot be had together.
+TRITON_OF_TORCH = {"2.11.0": "3.6.0", "2.12.0": "3.7.0", "2.12.1": "3.7.1", "2.13.0": "3.7.1"}
+
 
 def test_every_dependency_was_tested_in_a_version_that_is_allowed():
     assert set(REQUIRED) <= set(TESTED)
@@ -22,3 +26,7 @@ def test_every_dependency_was_tested_in_a_version_that_is_allowed():
 @pytest.mark.parametrize("name", ["torch", "lightning", "jsonargparse", "transformers", "triton", "datasets", "numpy"])
 def test_a_next_major_version_does_not_slip_in(name):
     assert f"{Version(TESTED[name]).major + 1}.0" not in REQUIRED[name]
+
+
+def test_torch_for_gpus_can_be_installed_beside_the_tested_triton():
+    assert TESTED["triton"] == TRITON_OF_TORCH[TESTED["torch"]]
