@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from moebed.arguments import names_recipe, parse_setting, read_recipe, stray_argument
 from moebed.errors import ConfigError, UserError, did_you_mean
-from moebed.machine import storage
+from moebed.machine import slurm, storage
 from moebed.machine.places import require_writable
 from moebed.machine.progress import waiting
+from moebed.machine.termination import note_early
 from moebed.training.free_folder import require_checkpoint, require_no_run, run_folder
 
 FOLDER = "--trainer.default_root_dir"
@@ -36,6 +38,8 @@ def run(command: str, arguments: Sequence[str]) -> None:
             "options"
         )
     look_first(command, arguments)
+    if command == "fit" and slurm.job() is not None:
+        note_early(signal.SIGUSR1)  # until the run can save and requeue, it would end the process
     with waiting("loading PyTorch and Lightning"):
         from moebed.commands.training_run import train
     train(command, arguments)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,6 +34,22 @@ def take_over(number: int, handler: Callable[[int, Any], Any]) -> Any:
     if before is not signal.SIG_IGN:
         signal.signal(number, handler)
     return before
+
+
+_came_early: list[int] = []
+
+
+def note_early(number: int) -> None:
+    """Have a signal that would end this process be noted, for who acts on it later by what ``came_early`` has."""
+    if threading.current_thread() is threading.main_thread():
+        take_over(number, lambda number, _frame: _came_early.append(number))
+
+
+def came_early() -> Collection[int]:
+    """The signals that were noted and that nobody has acted on yet; they are asked for once."""
+    came = tuple(_came_early)
+    _came_early.clear()
+    return came
 
 
 @contextmanager
