@@ -11,6 +11,7 @@ import re
 import subprocess
 from collections.abc import Mapping
 
+SECONDS = 60  # for scontrol's answer
 # What makes a process one of several to those who look: Lightning before it has a Trainer, and `tasks`.
 _OF_TASK = ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID")
 
@@ -40,10 +41,24 @@ def job() -> str | None:
 
 def requeue() -> str | None:
     """Put this job into the queue again; returns why it could not be."""
+    return _ask("requeue", str(job()))[1]
+
+
+def makes_room() -> bool:
+    """Whether this job has been asked to end for another, within a grace time.
+
+    SLURM queues it again once that is over; a job that has ended by itself meanwhile it does not.
+    """
+    said = "" if job() is None else _ask("show", "job", str(job()))[0]
+    return "JobState=RUNNING" in said and re.search(r"\bPreemptTime=\d", said) is not None
+
+
+def _ask(*words: str) -> tuple[str, str | None]:
+    """What scontrol answers, and what is wrong, if anything is."""
     try:
         done = subprocess.run(
-            ["scontrol", "requeue", str(job())], capture_output=True, text=True, encoding="utf-8", errors="replace"
+            ["scontrol", *words], capture_output=True, text=True, encoding="utf-8", errors="replace", timeout=SECONDS
         )
-    except OSError as error:
-        return str(error)
-    return (" ".join(done.stderr.split()) or f"exit code {done.returncode}") if done.returncode else None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return "", str(error)
+    return done.stdout, (" ".join(done.stderr.split()) or f"exit code {done.returncode}") if done.returncode else None

@@ -95,9 +95,21 @@ class Requests:
         is_first_time, self._is_leaving = not self._is_leaving, True
         if self._is_first_rank and is_first_time:
             _tell("the last step is saved; --ckpt_path last does what is left: validation, probes, report")
-            if self._meanings[number] == REQUEUE:
-                requeue()
+            self.requeue(self._meanings[number])
         return self.exit_code
+
+    def requeue(self, asked: int) -> None:
+        """What the first rank does last: put its SLURM job into the queue again, if it is to go on there.
+
+        Also on a SIGTERM by which it makes room for another job: as it ends within its grace time, SLURM would not.
+        """
+        wanted = asked == REQUEUE or (asked == END and not self._interrupted and slurm.makes_room())
+        if not wanted:
+            return
+        if (why := slurm.requeue()) is not None:
+            rank_zero_warn(f"job {slurm.job()} could not be requeued ({why}); start it again by hand, it continues")
+        else:
+            say(f"job {slurm.job()} is in the queue again, and continues")
 
     @property
     def _number(self) -> int:
@@ -133,11 +145,3 @@ class Requests:
 def _tell(text: str) -> None:
     with contextlib.suppress(RuntimeError):  # Python refuses to print where a signal came amid a print
         say(text)
-
-
-def requeue() -> None:
-    """Put this SLURM job, or this task of an array, into the queue again."""
-    if (why := slurm.requeue()) is not None:
-        rank_zero_warn(f"job {slurm.job()} could not be requeued ({why}); start it again by hand, it continues")
-    else:
-        say(f"job {slurm.job()} is in the queue again, and continues")

@@ -15,7 +15,6 @@ from moebed.commands import fit
 from moebed.errors import SharedError
 from moebed.machine import slurm
 from moebed.machine.termination import came_early
-from moebed.training import save_requests
 from moebed.training.launched import SrunTasks
 from moebed.training.save_requests import NOTHING, REQUEUE, Requests
 from moebed.training.trainer import AutoTrainer, looking_trainer
@@ -186,14 +185,54 @@ def test_an_environment_of_ones_own_says_whether_a_job_is_queued_again(said):
         requests.give_back()
 
 
-def test_why_a_job_cannot_be_queued_again_is_said_as_scontrol_does(said, tmp_path, monkeypatch):
-    said({**SCRIPT, "SLURM_ARRAY_JOB_ID": "12340", "SLURM_ARRAY_TASK_ID": "5"})
+@pytest.fixture
+def scontrol(said, tmp_path, monkeypatch):
+    """A command of this name, given as a script; returns what it was called with."""
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    scontrol = tmp_path / "scontrol"
-    scontrol.write_text('#!/bin/sh\necho "$@: Requested operation is presently disabled" >&2; exit 1\n')
-    scontrol.chmod(0o755)
-    with pytest.warns(UserWarning, match=r"job 12340_5 could not be requeued \(requeue 12340_5: Requested operation"):
-        save_requests.requeue()
+
+    def write(script):
+        (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/called\n{script}\n')
+        (tmp_path / "scontrol").chmod(0o755)
+        return tmp_path / "called"
+
+    return write
+
+
+def test_why_a_job_cannot_be_queued_again_is_said_as_scontrol_does(said, scontrol):
+    said({**SCRIPT, "SLURM_ARRAY_JOB_ID": "12340", "SLURM_ARRAY_TASK_ID": "5"})
+    called = scontrol("echo Requested operation is presently disabled >&2; exit 1")
+    with pytest.warns(
+        UserWarning, match=r"job 12340_5 could not be requeued \(Requested operation is presently disabl"
+    ):
+        Requests().requeue(REQUEUE)
+    assert called.read_text() == "requeue 12340_5\n"
+
+
+MAKES_ROOM = "PreemptEligibleTime=2026-11-28T11:55:48 PreemptTime=2026-11-28T11:55:55"
+
+
+@pytest.mark.parametrize(
+    ("number", "shown", "requeued"),
+    [
+        (signal.SIGTERM, f"JobState=RUNNING Reason=None {MAKES_ROOM}", True),
+        (signal.SIGTERM, "JobState=RUNNING PreemptEligibleTime=2026-11-28T11:55:48 PreemptTime=None", False),
+        (signal.SIGTERM, f"JobState=COMPLETING Restarts=1 {MAKES_ROOM}", False),  # SLURM has done it
+        (signal.SIGINT, f"JobState=RUNNING Reason=None {MAKES_ROOM}", False),
+    ],
+)
+def test_a_job_that_makes_room_within_its_grace_time_is_queued_again(said, scontrol, capsys, number, shown, requeued):
+    """It was not: SLURM queues one again that it has to end, and this one had ended by itself."""
+    said(SCRIPT)
+    called = scontrol(f"echo '{shown}'")
+    requests = Requests()
+    requests.take_over(_trainer(1, strategy="auto"))
+    try:
+        os.kill(os.getpid(), number)
+        requests.requeue(requests._asked)
+    finally:
+        requests.give_back()
+    assert ("requeue 12345" in (called.read_text() if called.exists() else "").splitlines()) == requeued
+    assert ("job 12345 is in the queue again, and continues" in capsys.readouterr().err) == requeued
 
 
 # What is said ---------------------------------------------------------------------------------------------------------
