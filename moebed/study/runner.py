@@ -151,6 +151,9 @@ def run_all(
     waiting, waited_for = list(runs), set[str]()
     with asked_to_end() as signals, StudyBar(out, {run.name: run.steps for run in runs}) as bar:
         while waiting or running:
+            if signals:  # first: who sent it, as SLURM does, may have sent it to the runs too, which have not failed
+                _end(running, out)
+                raise StoppedError(signals[0], "the same command continues where the last checkpoints are")
             for name, process in list(running.items()):
                 if process.process.poll() is not None:
                     del running[name]
@@ -165,9 +168,6 @@ def run_all(
                         waiting.remove(run)
                         running[run.name] = started
             bar.show(running)
-            if signals:
-                _end(running, out)
-                raise StoppedError(signals[0], "the same command continues where the last checkpoints are")
             time.sleep(POLL_SECONDS)
     return outcome
 
