@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import signal
 import threading
 from collections.abc import Callable, Collection, Iterator
@@ -40,9 +41,21 @@ _came_early: list[int] = []
 
 
 def note_early(number: int) -> None:
-    """Have a signal that would end this process be noted, for who acts on it later by what ``came_early`` has."""
-    if threading.current_thread() is threading.main_thread():
-        take_over(number, lambda number, _frame: _came_early.append(number))
+    """Have a signal that would end this process be noted, for who acts on it later by what ``came_early`` has.
+
+    What this process starts does not hear it from now on, a compiler for example: SLURM sends it to all of them. So it
+    is blocked, which they inherit, and a thread waits for it, and has the main one handle it as if it had come.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "sigwait"):
+        return
+    take_over(number, lambda number, _frame: _came_early.append(number))
+    signal.pthread_sigmask(signal.SIG_BLOCK, [number])
+
+    def hand_on() -> None:
+        while True:
+            _thread.interrupt_main(signal.sigwait([number]))
+
+    threading.Thread(target=hand_on, daemon=True, name="waits for a signal").start()
 
 
 def came_early() -> Collection[int]:

@@ -5,20 +5,21 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
-from moebed.commands import fit
 from moebed.errors import SharedError
 from moebed.machine import slurm
-from moebed.machine.termination import came_early
 from moebed.training.launched import SrunTasks
 from moebed.training.save_requests import NOTHING, REQUEUE, Requests
 from moebed.training.trainer import AutoTrainer, looking_trainer
 from tests.slurm_variables import SCRIPT, task
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -142,25 +143,37 @@ def test_a_process_of_its_own_is_no_task(said):
 # Signals --------------------------------------------------------------------------------------------------------------
 
 
-def test_slurms_signal_before_the_run_can_save_waits_until_it_can(said, monkeypatch):
-    """While text is prepared or PyTorch loaded, it ended the job, which was not queued again."""
+EARLY = """
+import os, signal, subprocess, sys
+from moebed.commands import fit
+from moebed.machine.termination import came_early
+
+def train(command, arguments):
+    child = subprocess.Popen(["sleep", "0.5"])  # as a compiler
+    os.kill(child.pid, signal.SIGUSR1)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    print(child.wait(), *came_early(), *came_early())
+
+sys.modules["moebed.commands.training_run"] = type(sys)("training_run")
+sys.modules["moebed.commands.training_run"].train = train
+fit.run("fit", ["--trainer.max_steps", "1"])
+"""
+
+
+def test_slurms_signal_before_the_run_can_save_is_noted_and_reaches_nothing_that_it_has_started(said):
+    """While text is prepared or PyTorch loaded it ended the job, which was not queued again; and it ends compilers."""
+    environment = {**os.environ, **SCRIPT, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", EARLY], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"0 {int(signal.SIGUSR1)}\n"), done.stderr
+
+
+def test_a_signal_that_came_early_counts(said, monkeypatch):
     said(SCRIPT)
-    before, met = signal.getsignal(signal.SIGUSR1), []
-
-    def train(command, arguments):
-        os.kill(os.getpid(), signal.SIGUSR1)
-        requests = Requests()
-        requests.take_over(_trainer(1, strategy="auto"))
-        met.append(requests._asked)
-        requests.give_back()
-
-    monkeypatch.setattr("moebed.commands.training_run.train", train)
-    try:
-        fit.run("fit", ["--trainer.max_steps", "1"])
-    finally:
-        signal.signal(signal.SIGUSR1, before)
-    assert met == [REQUEUE]
-    assert came_early() == ()
+    monkeypatch.setattr("moebed.training.save_requests.came_early", lambda: [signal.SIGUSR1])
+    requests = Requests()
+    requests.take_over(_trainer(1, strategy="auto"))
+    requests.give_back()
+    assert requests._asked == REQUEUE
 
 
 def test_without_slurm_its_signal_means_nothing(said):
