@@ -66,7 +66,7 @@ class Lines:
                 self.say(self._standing())
 
 
-def _starts_first() -> bool:
+def starts_first() -> bool:
     """Whether this process is the first of those that torchrun, Lightning or srun has started, as far as it is one."""
     of_slurm = os.environ.get("SLURM_PROCID", "0") if slurm.tasks() > 1 else "0"
     return os.environ.get("RANK", os.environ.get("LOCAL_RANK", of_slurm)) == "0"
@@ -75,7 +75,7 @@ def _starts_first() -> bool:
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
     """Says every ten seconds that something of unknown length is still going on; of several ranks one does."""
-    if not _starts_first():
+    if not starts_first():
         yield
         return
     begin = time.monotonic()

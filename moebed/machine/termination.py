@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import os
 import signal
 import threading
 from collections.abc import Callable, Collection, Iterator
@@ -53,7 +54,7 @@ def note_early(number: int) -> None:
 
     def hand_on() -> None:
         while True:
-            _thread.interrupt_main(signal.sigwait([number]))
+            _thread.interrupt_main(signal.Signals(signal.sigwait([number])))
 
     threading.Thread(target=hand_on, daemon=True, name="waits for a signal").start()
 
@@ -63,6 +64,18 @@ def came_early() -> Collection[int]:
     came = tuple(_came_early)
     _came_early.clear()
     return came
+
+
+def first_on_sigterm(action: Callable[[], Any]) -> None:
+    """Have SIGTERM do this before it ends the process at once, until somebody else handles it."""
+
+    def end(number: int, _frame: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        action()
+        os.kill(os.getpid(), number)
+
+    if threading.current_thread() is threading.main_thread():
+        take_over(signal.SIGTERM, end)
 
 
 @contextmanager

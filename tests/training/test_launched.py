@@ -143,12 +143,29 @@ def test_a_process_of_its_own_is_no_task(said):
 # Signals --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def scontrol(said, tmp_path, monkeypatch):
+    """A command of this name, given as a script; returns what it was called with."""
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+
+    def write(script):
+        (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/called\n{script}\n')
+        (tmp_path / "scontrol").chmod(0o755)
+        return tmp_path / "called"
+
+    return write
+
+
+PREEMPTED = "PreemptEligibleTime=2026-11-28T11:55:48 PreemptTime=2026-11-28T11:55:55"
+MAKES_ROOM = f"JobState=RUNNING Reason=None {PREEMPTED}"
 EARLY = """
 import os, signal, subprocess, sys
 from moebed.commands import fit
 from moebed.machine.termination import came_early
 
 def train(command, arguments):
+    if "to make room" in sys.argv:
+        os.kill(os.getpid(), signal.SIGTERM)
     child = subprocess.Popen(["sleep", "0.5"])  # as a compiler
     os.kill(child.pid, signal.SIGUSR1)
     os.kill(os.getpid(), signal.SIGUSR1)
@@ -165,6 +182,19 @@ def test_slurms_signal_before_the_run_can_save_is_noted_and_reaches_nothing_that
     environment = {**os.environ, **SCRIPT, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", EARLY], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"0 {int(signal.SIGUSR1)}\n"), done.stderr
+
+
+@pytest.mark.parametrize(("rank", "requeued"), [(0, True), (1, False)])
+def test_a_job_that_makes_room_before_it_has_begun_is_queued_again(said, scontrol, rank, requeued):
+    """Which ended of the signal, within the grace time."""
+    called = scontrol(f"echo '{MAKES_ROOM}'")
+    environment = {**os.environ, **task(rank), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", EARLY, "to make room"], env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, ""), done.stderr
+    assert called.exists() == requeued
+    assert ("job 12345 is in the queue again: it makes room before it has begun" in done.stderr) == requeued
 
 
 def test_a_signal_that_came_early_counts(said, monkeypatch):
@@ -198,19 +228,6 @@ def test_an_environment_of_ones_own_says_whether_a_job_is_queued_again(said):
         requests.give_back()
 
 
-@pytest.fixture
-def scontrol(said, tmp_path, monkeypatch):
-    """A command of this name, given as a script; returns what it was called with."""
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-
-    def write(script):
-        (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/called\n{script}\n')
-        (tmp_path / "scontrol").chmod(0o755)
-        return tmp_path / "called"
-
-    return write
-
-
 def test_why_a_job_cannot_be_queued_again_is_said_as_scontrol_does(said, scontrol):
     said({**SCRIPT, "SLURM_ARRAY_JOB_ID": "12340", "SLURM_ARRAY_TASK_ID": "5"})
     called = scontrol("echo Requested operation is presently disabled >&2; exit 1")
@@ -221,16 +238,13 @@ def test_why_a_job_cannot_be_queued_again_is_said_as_scontrol_does(said, scontro
     assert called.read_text() == "requeue 12340_5\n"
 
 
-MAKES_ROOM = "PreemptEligibleTime=2026-11-28T11:55:48 PreemptTime=2026-11-28T11:55:55"
-
-
 @pytest.mark.parametrize(
     ("number", "shown", "requeued"),
     [
-        (signal.SIGTERM, f"JobState=RUNNING Reason=None {MAKES_ROOM}", True),
+        (signal.SIGTERM, MAKES_ROOM, True),
         (signal.SIGTERM, "JobState=RUNNING PreemptEligibleTime=2026-11-28T11:55:48 PreemptTime=None", False),
-        (signal.SIGTERM, f"JobState=COMPLETING Restarts=1 {MAKES_ROOM}", False),  # SLURM has done it
-        (signal.SIGINT, f"JobState=RUNNING Reason=None {MAKES_ROOM}", False),
+        (signal.SIGTERM, f"JobState=COMPLETING Restarts=1 {PREEMPTED}", False),  # SLURM has done it
+        (signal.SIGINT, MAKES_ROOM, False),
     ],
 )
 def test_a_job_that_makes_room_within_its_grace_time_is_queued_again(said, scontrol, capsys, number, shown, requeued):
