@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from moebed.arguments import names_recipe, parse_setting, read_recipe, stray_argument
 from moebed.errors import ConfigError, UserError, did_you_mean
-from moebed.machine import storage
+from moebed.machine import slurm, storage
 from moebed.machine.places import require_writable
-from moebed.machine.progress import waiting
+from moebed.machine.progress import say, starts_first, waiting
+from moebed.machine.termination import first_on_sigterm, note_early
 from moebed.training.free_folder import require_checkpoint, require_no_run, run_folder
 
 FOLDER = "--trainer.default_root_dir"
@@ -36,9 +38,17 @@ def run(command: str, arguments: Sequence[str]) -> None:
             "options"
         )
     look_first(command, arguments)
+    if command == "fit" and slurm.job() is not None:  # until the run itself acts on them
+        note_early(signal.SIGUSR1)
+        first_on_sigterm(_queue_again_to_make_room)
     with waiting("loading PyTorch and Lightning"):
         from moebed.commands.training_run import train
     train(command, arguments)
+
+
+def _queue_again_to_make_room() -> None:
+    if starts_first() and slurm.makes_room() and slurm.requeue() is None:
+        say(f"job {slurm.job()} is in the queue again: it makes room before it has begun")
 
 
 def look_first(command: str, arguments: Sequence[str]) -> None:

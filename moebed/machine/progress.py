@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -11,6 +12,7 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from moebed.machine import slurm
 from moebed.machine.units import human
 
 SECONDS = 10.0  # between lines
@@ -64,9 +66,18 @@ class Lines:
                 self.say(self._standing())
 
 
+def starts_first() -> bool:
+    """Whether this process is the first of those that torchrun, Lightning or srun has started, as far as it is one."""
+    of_slurm = os.environ.get("SLURM_PROCID", "0") if slurm.tasks() > 1 else "0"
+    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", of_slurm)) == "0"
+
+
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """Says every ten seconds that something of unknown length is still going on."""
+    """Says every ten seconds that something of unknown length is still going on; of several ranks one does."""
+    if not starts_first():
+        yield
+        return
     begin = time.monotonic()
     lines = Lines(lambda: f"{what}: {duration(time.monotonic() - begin)} so far")
     try:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import _thread
+import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,6 +36,46 @@ def take_over(number: int, handler: Callable[[int, Any], Any]) -> Any:
     if before is not signal.SIG_IGN:
         signal.signal(number, handler)
     return before
+
+
+_came_early: list[int] = []
+
+
+def note_early(number: int) -> None:
+    """Have a signal that would end this process be noted, for who acts on it later by what ``came_early`` has.
+
+    What this process starts does not hear it from now on, a compiler for example: SLURM sends it to all of them. So it
+    is blocked, which they inherit, and a thread waits for it, and has the main one handle it as if it had come.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "sigwait"):
+        return
+    take_over(number, lambda number, _frame: _came_early.append(number))
+    signal.pthread_sigmask(signal.SIG_BLOCK, [number])
+
+    def hand_on() -> None:
+        while True:
+            _thread.interrupt_main(signal.Signals(signal.sigwait([number])))
+
+    threading.Thread(target=hand_on, daemon=True, name="waits for a signal").start()
+
+
+def came_early() -> Collection[int]:
+    """The signals that were noted and that nobody has acted on yet; they are asked for once."""
+    came = tuple(_came_early)
+    _came_early.clear()
+    return came
+
+
+def first_on_sigterm(action: Callable[[], Any]) -> None:
+    """Have SIGTERM do this before it ends the process at once, until somebody else handles it."""
+
+    def end(number: int, _frame: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        action()
+        os.kill(os.getpid(), number)
+
+    if threading.current_thread() is threading.main_thread():
+        take_over(signal.SIGTERM, end)
 
 
 @contextmanager

@@ -110,7 +110,8 @@ def run(command: str, arguments: Sequence[str]) -> None:
         own = ["moebed", "study", str(options.study), "--out", str(out)]
         if named_plugins():
             own += [PLUGINS, ",".join(named_plugins())]
-        print(job_array(own, recipe.name, len(plan.final), options.jobs))
+        numbers = [number for number, (arm, _) in enumerate(plan.final) if arm in arms]
+        print(job_array(own, recipe.name, numbers, options.jobs))
         return
     if plan.precision is not None and not options.collect and keep_precision(out, plan.precision) != plan.precision:
         plan = plan_study(recipe, out)  # another call began the study meanwhile, and chose otherwise

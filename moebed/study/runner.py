@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from moebed.errors import DivergedError, UserError
+from moebed.machine import slurm
 from moebed.machine.last_words import last_words
 from moebed.machine.termination import StoppedError, asked_to_end
 from moebed.study.code import code_so_far
@@ -150,6 +151,9 @@ def run_all(
     waiting, waited_for = list(runs), set[str]()
     with asked_to_end() as signals, StudyBar(out, {run.name: run.steps for run in runs}) as bar:
         while waiting or running:
+            if signals:  # first: who sent it, as SLURM does, may have sent it to the runs too, which have not failed
+                _end(running, out)
+                raise StoppedError(signals[0], "the same command continues where the last checkpoints are")
             for name, process in list(running.items()):
                 if process.process.poll() is not None:
                     del running[name]
@@ -164,9 +168,6 @@ def run_all(
                         waiting.remove(run)
                         running[run.name] = started
             bar.show(running)
-            if signals:
-                _end(running, out)
-                raise StoppedError(signals[0], "the same command continues where the last checkpoints are")
             time.sleep(POLL_SECONDS)
     return outcome
 
@@ -214,7 +215,7 @@ def _start(
     before = read_json(path) or {}
     record = {"hash": run.hash, "identity": dict(run.identity), "seconds": before.get("seconds", 0.0)}
     write_json(path, record | {"code": code_so_far(before)})
-    environment = {**os.environ, **placement.take(run.name, run.devices)}
+    environment = {**slurm.alone(os.environ), **placement.take(run.name, run.devices)}
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     with log.open("ab") as file:
         begin = file.tell()

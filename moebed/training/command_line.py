@@ -53,6 +53,7 @@ LIGHTNING_ADVICE = (
     "args parameter is intended to run from within Python",
     "LeafSpec",
     "It is recommended to use `self.log",  # what is logged is a sum over ranks already
+    "The `srun` command is available",  # also where one process is meant; what needs it is refused
 )
 # What it says that says nothing of a run, and what the command says itself.
 LIGHTNING_SAYS = ("Tip:", "TPU available: False", "Detected KeyboardInterrupt")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
 import threading
 from typing import Any
 
@@ -15,8 +14,9 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from moebed.machine import slurm
 from moebed.machine.progress import say
-from moebed.machine.termination import take_over
+from moebed.machine.termination import came_early, take_over
 from moebed.training.leaving import LeavingTogether
 from moebed.training.lightning_private import started_by
 
@@ -28,9 +28,9 @@ class Requests:
 
     Lightning acts within its signal handlers, each rank wherever it happens to be; ranks that are about to
     work together would then wait for each other forever. Here a handler takes a note, and the ranks agree on it at the
-    end of a step. SLURM's signal (Lightning's SLURMEnvironment names it, or it is SIGUSR1) also requeues the job. A
-    second Ctrl-C waits for nothing, nor does the first signal once the last step is saved, on all ranks together; in a
-    job that was started to ignore it, Ctrl-C stays ignored.
+    end of a step. SLURM's signal (SIGUSR1, unless a SLURMEnvironment in trainer.plugins names another) also requeues
+    the job; what came of it before the run began counts. A second Ctrl-C waits for nothing, nor does the first signal
+    once the last step is saved, on all ranks together; in a job that was started to ignore it, Ctrl-C stays ignored.
     """
 
     def __init__(self) -> None:
@@ -47,11 +47,13 @@ class Requests:
         """Handle the signals from now on; where a run is not in the main thread, which alone may, nothing changes."""
         self._meanings = {signal.SIGTERM: END, signal.SIGINT: END}
         environment = started_by(trainer)
-        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
-            self._meanings[environment.requeue_signal or signal.SIGUSR1] = REQUEUE  # SLURM is on Linux alone
+        own = environment if isinstance(environment, SLURMEnvironment) else None  # a person's, by trainer.plugins
+        if slurm.job() is not None if own is None else own.auto_requeue:
+            self._meanings[(own and own.requeue_signal) or signal.SIGUSR1] = REQUEUE  # SLURM is on Linux alone
         self._is_first_rank = trainer.is_global_zero
         if threading.current_thread() is threading.main_thread():
             self._before = {number: take_over(number, self._note) for number in self._meanings}
+            self._asked = max([self._asked, *(self._meanings.get(number, NOTHING) for number in came_early())])
 
     def last_step_saved(self, trainer: Trainer) -> None:
         """What is left, such as the last validation and probing, is done when the run goes on: nothing waits for it."""
@@ -93,9 +95,21 @@ class Requests:
         is_first_time, self._is_leaving = not self._is_leaving, True
         if self._is_first_rank and is_first_time:
             _tell("the last step is saved; --ckpt_path last does what is left: validation, probes, report")
-            if self._meanings[number] == REQUEUE:
-                requeue()
+            self.requeue(self._meanings[number])
         return self.exit_code
+
+    def requeue(self, asked: int) -> None:
+        """What the first rank does last: put its SLURM job into the queue again, if it is to go on there.
+
+        Also on a SIGTERM by which it makes room for another job: as it ends within its grace time, SLURM would not.
+        """
+        wanted = asked == REQUEUE or (asked == END and not self._interrupted and slurm.makes_room())
+        if not wanted:
+            return
+        if (why := slurm.requeue()) is not None:
+            rank_zero_warn(f"job {slurm.job()} could not be requeued ({why}); start it again by hand, it continues")
+        else:
+            say(f"job {slurm.job()} is in the queue again, and continues")
 
     @property
     def _number(self) -> int:
@@ -131,15 +145,3 @@ class Requests:
 def _tell(text: str) -> None:
     with contextlib.suppress(RuntimeError):  # Python refuses to print where a signal came amid a print
         say(text)
-
-
-def requeue() -> None:
-    """Put this SLURM job, or this task of an array, into the queue again."""
-    array = os.environ.get("SLURM_ARRAY_JOB_ID")
-    job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
-    try:
-        subprocess.run(
-            ["scontrol", "requeue", job], check=True, capture_output=True, text=True, encoding="utf-8", errors="replace"
-        )
-    except (OSError, subprocess.CalledProcessError) as error:
-        rank_zero_warn(f"job {job} could not be requeued ({error}); start it again by hand, it continues")

@@ -27,7 +27,7 @@ from moebed.training.lightning_private import (
     validates_by_clock,
     validation_follows,
 )
-from moebed.training.save_requests import END, REQUEUE, SAVE, Requests, requeue
+from moebed.training.save_requests import END, SAVE, Requests
 
 FOLDER = "checkpoints"  # in the run's folder
 
@@ -198,8 +198,8 @@ class RunCheckpoint(ModelCheckpoint):
             path = Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
             trainer.save_checkpoint(path)
             say(f"stopped at step {trainer.global_step}, saved in {path}; --ckpt_path last continues")
-        if asked == REQUEUE and trainer.is_global_zero:
-            requeue()
+        if trainer.is_global_zero:
+            self._requests.requeue(asked)
         raise SystemExit(self._requests.exit_code)
 
     # Names ------------------------------------------------------------------------------------------------------------

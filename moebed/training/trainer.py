@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import MixedPrecision, Precision
@@ -17,6 +18,7 @@ from moebed.checkpoints.run import is_run, read_run
 from moebed.machine import storage
 from moebed.machine.precision import choose_precision
 from moebed.parallel.strategy import MeshStrategy
+from moebed.training.launched import require_as_launched, with_environment
 from moebed.training.lightning_private import PrecisionName
 from moebed.training.loggers import EventLog
 
@@ -51,7 +53,9 @@ class AutoTrainer(Trainer):
             # FSDP2 cannot gather a shard of one rank in inference mode, which Lightning takes over NCCL, not over gloo.
             kwargs["inference_mode"] = False
         chosen = choose_precision(str(accelerator)).precision if precision == "auto" else precision
+        kwargs["plugins"] = with_environment(kwargs.get("plugins"))
         super().__init__(accelerator=accelerator, precision=chosen, **kwargs)
+        require_as_launched(self)
 
     def save_checkpoint(self, filepath: Any, weights_only: bool | None = None, storage_options: Any = None) -> None:
         """Write a checkpoint, all ranks together: all hear of one that failed, before they wait for each other.
@@ -85,6 +89,7 @@ def looking_trainer(out: Path, accelerator: str = "cpu", callbacks: Sequence[Cal
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=False,
+        plugins=[LightningEnvironment()],  # one process, whoever has started it beside others
     )
 
 

@@ -12,8 +12,9 @@ import pytest
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import SLURMEnvironment
 
+from moebed.machine import slurm
 from moebed.parallel.gathered import GatheredModel
-from moebed.training import leaving, save_requests
+from moebed.training import leaving
 from moebed.training.save_requests import Requests
 from tests.parallel.forked import Ranks, begin, call, run, start
 from tests.small_run import probing, small_recipe, write_recipe
@@ -38,7 +39,7 @@ def _trainer(rank: int, world_size: int) -> SimpleNamespace:
 def _at_the_end(rank: int, world_size: int, folder: Path, stuck: bool = False) -> None:
     """The first rank works alone; the other one waits for it in a collective, or for what never comes."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    save_requests.requeue = lambda: (folder / f"requeued by {rank}").touch()
+    slurm.requeue = lambda: (folder / f"requeued by {rank}").touch()
     trainer = _trainer(rank, world_size)
     requests = Requests()
     requests.take_over(trainer)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.slurm_variables import task
 from tests.small_run import small_recipe, write_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,21 +39,10 @@ def slurm_tasks(command: list[str], folder: Path) -> list[subprocess.Popen]:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     tasks = []
-    for task in range(2):
-        variables = {
-            "SLURM_JOB_ID": "4321",
-            "SLURM_JOB_NAME": "moe",
-            "SLURM_NTASKS": "2",
-            "SLURM_NTASKS_PER_NODE": "2",
-            "SLURM_NNODES": "1",
-            "SLURM_NODELIST": "localhost",
-            "SLURM_NODEID": "0",
-            "SLURM_PROCID": str(task),
-            "SLURM_LOCALID": str(task),
-            "MASTER_PORT": port,
-            "PATH": f"{folder}:{os.environ['PATH']}",
-        }
-        with open(folder / f"task{task}.log", "a") as log:
+    for rank in range(2):
+        variables = task(rank, per_node=2, nodes=1, SLURM_STEP_NODELIST="localhost")
+        variables |= {"MASTER_PORT": port, "PATH": f"{folder}:{os.environ['PATH']}"}
+        with open(folder / f"task{rank}.log", "a") as log:
             tasks.append(subprocess.Popen(command, env=environment(**variables), stdout=log, stderr=log))
     return tasks
 
@@ -102,7 +92,7 @@ def test_slurm_signal_saves_and_requeues_and_the_run_goes_on(tmp_path):
         for task in tasks:
             task.kill()
             task.wait()
-    assert requeued.read_text().split() == ["requeue", "4321"]
+    assert requeued.read_text().split() == ["requeue", "12345"]
     import torch
 
     step = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]

@@ -26,6 +26,7 @@ BASE = {
     "model": {"config": SIZES},
     "data": {"tokenizer": {"kind": "bytes"}, "sequence_length": 32, "batch_size": 2},
 }
+TOP1 = {"model.config.num_experts_per_tok": 1}
 DENSE = {"model.config.num_experts": 0, "model.config.intermediate_size": 32, "trainer.max_steps": 4}
 UPCYCLED = {"steps": [{"fit": DENSE}, {"upcycle": {"method": "copy", "num_experts": 4}}, {"fit": {}}]}
 
@@ -256,6 +257,10 @@ def test_slurm_script_and_refusals_on_the_command_line(study, tmp_path, capsys):
     assert "--array=0-5%3" in script
     assert f'moebed study {path} --out {out} --run "$SLURM_ARRAY_TASK_ID"' in script
     assert f"moebed study {path} --out {out} --collect" in script
+    three = study(arms={"topk": {}, "raw": {"model.config.norm_topk_prob": False}, "top1": TOP1}, seeds=[1, 2])
+    for arms, numbers in (("raw", "0,1,3,4"), ("top1", "0,2,3,5"), ("raw,top1", "0-5")):  # and the baseline's
+        assert main(["study", str(three), "--out", str(out), "--slurm", "--arms", arms]) == 0
+        assert f"--array={numbers}%1 " in capsys.readouterr().out
     for arguments, words in (
         ([str(path), "--arms", "rwa"], "'rwa' is no arm"),
         ([str(path), "--run", "6"], "runs 0 to 5"),

@@ -155,6 +155,16 @@ def test_a_signal_ends_the_processes_and_the_next_call_continues(tmp_path):
     assert all(_seconds(tmp_path, run.name) > seconds for run, seconds in zip(runs, took, strict=False))
 
 
+def test_a_run_that_heard_the_signal_too_has_not_failed(tmp_path, capsys):
+    """SLURM sends it to every process of a job at once, and one that loads its libraries ends before the study does."""
+    tells = "import os, signal; os.kill(os.getppid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGTERM)"
+    run = FakeRun("runs/a/seed_1")
+    with pytest.raises(StoppedError):
+        run_all([run], tmp_path, command=lambda _: [sys.executable, "-c", tells])
+    assert "exit_code" not in json.loads(status_path(tmp_path, run.name, "json").read_text(encoding="utf-8"))
+    assert "failed" not in capsys.readouterr().err
+
+
 def test_a_run_that_outlived_its_study_is_waited_for(tmp_path):
     """The process holds the lock itself, so a study that was killed outright cannot lead to a second one beside it."""
     code = (

@@ -63,7 +63,7 @@ def test_a_second_ctrl_c_waits_for_nothing(capsys):
 def test_slurms_signal_after_the_last_step_requeues_the_job_and_ends_the_run(monkeypatch):
     """Which would else be killed at the time limit, amid its last probing."""
     requests, requeued = Requests(), []
-    monkeypatch.setattr("moebed.training.save_requests.requeue", lambda: requeued.append(True))
+    monkeypatch.setattr("moebed.machine.slurm.requeue", lambda: requeued.append(True))
     trainer = Trainer(logger=False, accelerator="cpu", enable_checkpointing=False, plugins=[SLURMEnvironment()])
     requests.take_over(trainer)
     try:
