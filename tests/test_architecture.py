@@ -132,9 +132,16 @@ def test_importing_is_cheap(package):
     assert done.stdout.strip() == "[]"
 
 
-def test_model_needs_no_triton():
-    code = "import sys; sys.modules['triton'] = None; import moebed.training.module, probes.running.callback"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
+def test_models_need_no_triton_and_no_compiler_and_drawing_no_pyplot():
+    """In one process, as each that imports PyTorch takes seconds; what trains brings both of the latter along."""
+    code = (
+        "import sys; sys.modules['triton'] = None; "
+        "import moebed.model.in_transformers, moebed.checkpoints, probes.registry, probes.figures.drawing; "
+        "print([name for name in ('torch._dynamo', 'matplotlib.pyplot') if name in sys.modules]); "
+        "import moebed.training.module, probes.running.callback"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
 
 
 def test_the_folder_beside_the_checkout_is_reached_in_one_place():

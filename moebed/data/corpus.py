@@ -14,6 +14,7 @@ import platform
 import re
 import sys
 import sysconfig
+from collections import deque
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -34,6 +35,7 @@ _SKIPPED_PREFIXES = ("_sysconfigdata", "__phello__")
 _MIN_CODE_BYTES = 400
 _MIN_DOCSTRING_CHARACTERS = 80
 _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+_Docstring = tuple[_Documented, ast.Expr]
 
 
 def embedded_documents(domain: str, max_bytes: int | None = None) -> Iterator[str]:
@@ -79,10 +81,11 @@ def _library_documents() -> tuple[list[str], list[str]]:
             continue  # an unreadable file is no reason to do without the others
         # Not splitlines: to the parser a form feed is no line end.
         lines = [line + "\n" for line in source.split("\n")]
-        stripped = _without_docstrings(lines, tree)
+        docstrings = list(_docstrings(tree))
+        stripped = _without_docstrings(lines, docstrings)
         if len(stripped.encode()) >= _MIN_CODE_BYTES:
             code.append(stripped)
-        if text := _prose_of(tree):
+        if text := _prose_of(docstrings):
             prose.append(text)
     return _ordered(code), _ordered(prose)
 
@@ -105,8 +108,13 @@ def _library_files() -> list[Path]:
     return sorted(files)
 
 
-def _docstring_nodes(tree: ast.Module) -> Iterator[tuple[_Documented, ast.Expr]]:
-    for node in ast.walk(tree):
+def _docstrings(tree: ast.Module) -> Iterator[_Docstring]:
+    """What has a docstring, and the docstring; a walk over statements alone, where definitions can be."""
+    waiting: deque[ast.AST] = deque([tree])
+    while waiting:
+        node = waiting.popleft()
+        for inside in ("body", "handlers", "orelse", "finalbody", "cases"):
+            waiting.extend(getattr(node, inside, ()))
         if isinstance(node, _Documented) and node.body:
             first = node.body[0]
             if (
@@ -117,10 +125,10 @@ def _docstring_nodes(tree: ast.Module) -> Iterator[tuple[_Documented, ast.Expr]]
                 yield node, first
 
 
-def _without_docstrings(lines: list[str], tree: ast.Module) -> str:
+def _without_docstrings(lines: list[str], docstrings: list[_Docstring]) -> str:
     """Removes docstrings by their line ranges; a body that held nothing else keeps an ellipsis in their place."""
     kept: list[str | None] = list(lines)
-    for node, docstring in _docstring_nodes(tree):
+    for node, docstring in docstrings:
         start, end = docstring.lineno - 1, (docstring.end_lineno or docstring.lineno) - 1
         # Columns of the syntax tree count UTF-8 bytes.
         before = lines[start].encode()[: docstring.col_offset].decode()
@@ -133,9 +141,9 @@ def _without_docstrings(lines: list[str], tree: ast.Module) -> str:
     return "".join(line for line in kept if line is not None).strip("\n") + "\n"
 
 
-def _prose_of(tree: ast.Module) -> str:
+def _prose_of(docstrings: list[_Docstring]) -> str:
     """Joins a module's docstrings that hold sentences, in the order of the source."""
-    found = sorted(_docstring_nodes(tree), key=lambda pair: pair[1].lineno)
+    found = sorted(docstrings, key=lambda pair: pair[1].lineno)
     texts = [_sentences(inspect.cleandoc(str(ast.literal_eval(node.value)))) for _, node in found]
     return "\n\n".join(dict.fromkeys(text for text in texts if text))
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moebed.errors import ConfigError
+from moebed.machine.settled import settled
 from moebed.model import measured, native
 from moebed.model.config import LayerConfig, ModelConfig
 from moebed.model.fused import GATINGS, gated
@@ -343,7 +344,7 @@ def resolve_backend(name: str, no_kernel: str | None = None) -> Backend:
 _said: set[str] = set()
 
 
-@torch.compiler.assume_constant_result  # said when a graph is traced
+@settled  # said when a graph is traced
 def say_once(sentence: str) -> None:
     """A line on stderr, the first time in this process."""
     if sentence not in _said:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from moebed.errors import ConfigError
+from moebed.machine.settled import settled
 from moebed.model import native
 from moebed.model.experts import say_once
 from moebed.model.grouped import compute_dtype
@@ -130,7 +131,7 @@ def _activation(module: Any) -> str | None:
     return "gelu_tanh" if isinstance(act_fn, activations.GELUTanh) else None
 
 
-@torch.compiler.assume_constant_result
+@settled
 def _by_triton(rows: Tensor) -> bool:
     from triton_kernels.mlp.checks import runs_on_cpu
 

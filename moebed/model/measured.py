@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from moebed.machine.cache import cache_folder
+from moebed.machine.settled import settled
 from triton_kernels.tuned import source
 
 
@@ -39,7 +40,7 @@ def content(device: str, least_work: Mapping[str, float | None]) -> str:
     return json.dumps({**_made_with(device), "least_work": dict(least_work)}, indent=1) + "\n"
 
 
-@torch.compiler.assume_constant_result  # of a device and a type, within a process
+@settled  # of a device and a type, within a process
 def least_work(device: torch.device, dtype: torch.dtype) -> float:
     """From how much work on ``auto`` takes the Triton kernels on a device; infinite where nothing asks for them."""
     return _of_kind(torch.cuda.get_device_name(device)).get(str(dtype).removeprefix("torch."), math.inf)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moebed.machine.settled import settled
 from moebed.model.native import compiled
 
 MULTIPLE = {torch.float32: 16, torch.bfloat16: 32}  # of hidden size and width, by the type computed in
@@ -95,7 +96,7 @@ def load() -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@settled
 def is_fastest(dtype: torch.dtype, elements: int = 0) -> bool:
     """Whether the backend is the fastest measured one for a type on this machine, and is there; compiles it if need be.
 

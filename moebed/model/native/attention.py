@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moebed.machine.settled import settled
 from moebed.model import native
 from moebed.model.native import compiled
 
@@ -31,13 +32,13 @@ _CALL = compiled.structure(
 )
 
 
-@torch.compiler.assume_constant_result
+@settled
 def is_there() -> bool:
     """Whether it can be had; compiles it if need be."""
     return native.load() is None
 
 
-@torch.compiler.assume_constant_result
+@settled
 def is_fastest(key_heads: int) -> bool:
     """Whether it is the fastest measured attention in float32 on this machine, and is there; compiles it if need be.
 

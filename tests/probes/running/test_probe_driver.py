@@ -143,11 +143,6 @@ def test_importing_probes_is_cheap():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
-def test_drawing_needs_no_pyplot():
-    code = "import sys, probes.registry, probes.figures.drawing; print('matplotlib.pyplot' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
-
-
 @pytest.mark.parametrize("expert", [-1, 0, 3])
 def test_ablation_is_the_loss_of_a_model_that_never_chooses_the_expert(make_decoder, text, expert):
     decoder = make_decoder().eval()
