@@ -134,6 +134,8 @@ def _power(log10: float) -> str:
 
 
 def _draw(arrays: Arrays) -> Figure:
+    from matplotlib.ticker import MaxNLocator
+
     from probes.figures import drawing
 
     fig = drawing.new_figure(12.0, 3.6, "Cosines of tokens with their experts, and the capacity that they stand for")
@@ -154,6 +156,7 @@ def _draw(arrays: Arrays) -> Figure:
     drawing.depth_line(right, furthest, drawing.SERIES[3], f"needed at the nearest, {BOUNDS['exact']}")
     load = {layer: float(np.log10(max(value.mean(), 1))) for layer, value in by_layer(arrays, "load").items()}
     drawing.depth_line(right, load, drawing.MUTED, "tokens that an expert got", dashed=True)
+    right.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))  # whole powers of ten
     right.yaxis.set_major_formatter(lambda power, _: f"{10**power:.3g}")
     right.set_ylabel("tokens an expert", fontsize=9)
     right.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))

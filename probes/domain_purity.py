@@ -36,6 +36,12 @@ MEASURES = {
     "matched": "With experts dealt to domains as suits best, {value:.3g} of all assignments go to their own domain's",
 }
 
+PANELS = {
+    "purity": "assignments in their\nexpert's own domain (purity)",
+    "nmi": "mutual information over\nthe most possible (nmi)",
+    "matched": "assignments in the domain\ndealt to their expert (matched)",
+}
+
 
 def purity(counts: np.ndarray) -> np.ndarray:
     """Share of assignments in the domain that their expert has most of, from counts (..., E, D): (...)."""
@@ -182,15 +188,16 @@ def _draw_measures(arrays: Arrays) -> Figure:
         null = {layer: float(value[1]) for layer, value in by_layer(arrays, f"{key}_null").items()}
         drawing.depth_line(ax, null, drawing.MUTED, "domains shuffled: 95th percentile", dashed=True)
         ax.set_ylim(0, 1.05)
-        ax.set_title(key, fontsize=10)
+        ax.set_title(PANELS[key], fontsize=10)
         ax.legend(fontsize=7, frameon=False)
     return fig
 
 
 def _draw_counts(arrays: Arrays) -> Figure:
     from probes.figures import drawing
+    from probes.figures.letters import plain
 
-    counts, names = by_layer(arrays, "count"), [str(name) for name in arrays["domain_names"]]
+    counts, names = by_layer(arrays, "count"), [plain(str(name), 22) for name in arrays["domain_names"]]
     layers, rows = drawing.pick(sorted(counts), 3), slice(0, MOST_DOMAINS)
     title = "Where each domain's assignments go, as a multiple of an even share"
     title += f"; {MOST_DOMAINS} of {len(names)} domains" if len(names) > MOST_DOMAINS else ""

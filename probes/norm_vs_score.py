@@ -67,9 +67,10 @@ class NormVsScore(Probe):
         score = view.routing.router_probs.float().cpu().numpy()
         experts, chosen = view.num_experts, view.num_experts_per_tok
         by_score, by_norm = ranks(joined(score)), ranks(joined(norm))
-        told = rankable(score) & rankable(norm) if experts > 1 else np.ones(len(norm), bool)  # (T,)
+        told = rankable(score) & rankable(norm) & (experts > 1)  # (T,)
         self.put("output_norm", view.index, norm)
-        self.put("ranked", view.index, told.mean() if len(told) else 0.0)
+        if experts > 1:
+            self.put("ranked", view.index, told.mean() if len(told) else 0.0)
         for dense in self._norms[ExpertKind.REFERENCE]:
             self.put("dense_ffn_output_norm", view.index, dense)
         if keep_tokens(self.arrays, view):
@@ -108,7 +109,7 @@ class NormVsScore(Probe):
         ]
         if not rho:
             drawn = {"tokens": partial(draw_norms, arrays)} if by_layer(arrays, "score") else {}
-            return ProbeResult(arrays, figures=drawn, notes=notes or ["no layer has routed experts"])
+            return ProbeResult(arrays, figures=drawn, notes=notes or ["no layer has two routed experts to rank"])
         overlap, random = numbers(arrays, "topk_overlap"), numbers(arrays, "topk_overlap_random")
         scalars = per_layer("spearman", rho) | per_layer("topk_overlap", overlap)
         blind = sum(random.values()) / len(random)

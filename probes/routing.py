@@ -88,6 +88,7 @@ class RoutingMap(Probe):
 
 def _draw_tokens(arrays: Arrays) -> Figure:
     from probes.figures import drawing
+    from probes.figures.letters import plain
 
     probs, index = by_layer(arrays, "router_probs"), by_layer(arrays, "topk_index")
     layers = drawing.pick(list(probs), PICTURED_LAYERS)
@@ -126,6 +127,6 @@ def _draw_tokens(arrays: Arrays) -> Figure:
             if row == len(pictured) - 1:
                 ax.set_xlabel("token", fontsize=9)
             if column == 0:
-                ax.set_ylabel(f"{names[number]}\nexpert", fontsize=9)
+                ax.set_ylabel(f"{plain(str(names[number]), 22)}\nexpert", fontsize=9)
     drawing.colour_bar(fig, image, axes, "router probability", extend="max")
     return fig

@@ -116,6 +116,7 @@ class SuperExperts(Probe):
         scalars |= per_layer("residual_max", most) | {"found": float(len(found))}
         count = sum(map(len, sizes.values()))
         named = ", ".join(f"{expert} of layer {layer}" for layer, expert in found[:MOST])
+        named = f" ({named})" if named else ""
         first = sum(int(by_layer(arrays, "max_at")[int(n)][int(e), 1] == 0) for n, e in found)
         where = (
             f"massive activations in the residual stream from layer {massive[0]} on"
@@ -125,7 +126,7 @@ class SuperExperts(Probe):
         headlines = {
             "found": Headline(
                 float(len(found)),
-                f"{len(found)} of {count} experts stand out ({named}), {first} at the first token of a text; {where}.",
+                f"{len(found)} of {count} experts stand out{named}, {first} at the first token of a text; {where}.",
                 no_interval="no interval, as it counts what is above a percentile of them all",
             )
         }

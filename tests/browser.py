@@ -38,9 +38,13 @@ class Browser:
         width: Of the window, in CSS pixels.
         height: Of the window.
         mobile: Behave as a phone: the page is laid out at this width whatever it would like.
+
+    Attributes:
+        errors: What went wrong on the pages opened so far, as their console has it.
     """
 
     def __init__(self, width: int = 1400, height: int = 900, mobile: bool = False) -> None:
+        self.errors: list[str] = []
         self._folder = tempfile.TemporaryDirectory(prefix="browser_")
         self._counter, self._rest = 0, b""
         to_browser, self._out = os.pipe()
@@ -60,6 +64,9 @@ class Browser:
         target = next(t for t in self._call("Target.getTargets")["targetInfos"] if t["type"] == "page")
         attached = self._call("Target.attachToTarget", targetId=target["targetId"], flatten=True)
         self._session = attached["sessionId"]
+        self._call("Runtime.enable")
+        self._call("Log.enable")
+        self._call("Emulation.setFocusEmulationEnabled", enabled=True)  # as if a person had the window before them
         self.resize(width, height, mobile)
 
     _session: str | None = None
@@ -95,6 +102,10 @@ class Browser:
         """What the page says now, from top to bottom."""
         return self.evaluate(TEXT)
 
+    def problems(self) -> list[str]:
+        """What keeps some people from using the page: pictures without words, headings that skip, links to nowhere."""
+        return self.evaluate(PROBLEMS)
+
     def screenshot(self, path: Path, whole: bool = False) -> Path:
         """Keep a PNG of the window, or of the whole page."""
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,10 +132,17 @@ class Browser:
             message["sessionId"] = self._session
         os.write(self._out, json.dumps(message).encode() + b"\0")
         while (answer := self._read()).get("id") != self._counter:
-            pass
+            self._note(answer)
         if "error" in answer:
             raise RuntimeError(f"{method}: {answer['error']['message']}")
         return answer["result"]
+
+    def _note(self, event: dict[str, Any]) -> None:
+        kind, what = event.get("method"), event.get("params", {})
+        if kind == "Runtime.exceptionThrown" or (kind == "Runtime.consoleAPICalled" and what["type"] == "error"):
+            self.errors.append(json.dumps(what.get("exceptionDetails", what))[:500])
+        if kind == "Log.entryAdded" and what["entry"]["level"] == "error":
+            self.errors.append(what["entry"]["text"])
 
     def _read(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
@@ -145,6 +163,21 @@ class Browser:
     ) -> None:
         self.close()
 
+
+PROBLEMS = """
+(function () {
+  const found = [], all = (what) => [...document.querySelectorAll(what)];
+  all('img:not([alt]), img[alt=""]').forEach(() => found.push('a picture without words'));
+  all('th:not([scope])').forEach((cell) => found.push('a head of nothing: ' + cell.textContent));
+  all('[id]').filter((one) => document.getElementById(one.id) !== one).forEach((one) => found.push('twice: ' + one.id));
+  all('a[href^="#"]').filter((link) => !document.getElementById(link.hash.slice(1)))
+    .forEach((link) => found.push('leads nowhere: ' + link.hash));
+  const levels = all('h1, h2, h3, h4, h5, h6').map((heading) => Number(heading.tagName[1]));
+  if (levels.filter((level) => level === 1).length !== 1) found.push('not one first heading');
+  levels.forEach((level, at) => { if (level > (levels[at - 1] || 0) + 1) found.push('a heading skips to ' + level); });
+  return found;
+})()
+"""
 
 # What a page says, a line an element, within web components too, of which TensorBoard is made.
 TEXT = """

@@ -10,6 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from moebed.study.comparison import Comparison
 from probes.figures import drawing
+from probes.figures.letters import plain
 from probes.report.charts import small_panels
 from probes.report.units import unit_of
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Series = Mapping[str, Sequence[Any]]
+NAME_LETTERS = 44  # of an arm's name
 
 
 def draw_all(found: Comparison) -> dict[str, Callable[[], Figure]]:
@@ -73,23 +75,6 @@ def _band(ax: Axes, curves: Mapping[str, Mapping[int, float]], style: Mapping[st
         ax.autoscale(axis="x")
 
 
-def _legend(fig: Figure, axes: Sequence[Axes]) -> None:
-    """One legend above all panels, in as many columns as fit; the figure grows by its rows."""
-    lines = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    longest = max((len(label) for label in lines), default=1)
-    columns = max(1, int(fig.get_figwidth() / (0.65 + 0.08 * longest)))
-    fig.set_figheight(fig.get_figheight() + 0.2 * (len(lines) // columns))
-    fig.legend(
-        list(lines.values()),
-        list(lines),
-        loc="outside upper left",
-        ncols=columns,
-        handlelength=2.8,
-        fontsize=8.5,
-        frameon=False,
-    )
-
-
 def draw_loss_curves(found: Comparison) -> Figure:
     """Loss on held-out text over steps, and its paired difference from the baseline, where arms lie close together."""
     fig = drawing.new_figure(11.6, 4.4, "")
@@ -97,7 +82,7 @@ def draw_loss_curves(found: Comparison) -> Figure:
     styles, base = _styles(found), _curves(found, found.baseline, "loss")
     for name in found.arms:
         curves = _curves(found, name, "loss")
-        _band(left, curves, styles[name], name)
+        _band(left, curves, styles[name], plain(name, NAME_LETTERS))
         if name == found.baseline:
             continue
         pairs = {
@@ -105,14 +90,14 @@ def draw_loss_curves(found: Comparison) -> Figure:
             for seed, curve in curves.items()
             if seed in base
         }
-        _band(right, pairs, styles[name], name)
+        _band(right, pairs, styles[name], plain(name, NAME_LETTERS))
     right.axhline(0, color=drawing.MUTED, lw=1, ls="--", zorder=1)
-    titles = "loss on held-out text (nats a token)", f"paired difference from {found.baseline}"
+    titles = "loss on held-out text (nats a token)", f"paired difference from {plain(found.baseline, NAME_LETTERS)}"
     for ax, title in zip((left, right), titles, strict=True):
         drawing.style_axes(ax)
         ax.set_title(title, fontsize=10.5)
         ax.set_xlabel("step", fontsize=9)
-    _legend(fig, [left])
+    drawing.legend_above(fig, [left])
     _say_bands(fig)
     return fig
 
@@ -136,11 +121,13 @@ def draw_differences(found: Comparison) -> Figure:
         ax.plot(values, [row + 0.2] * len(values), "o", ms=3.5, mfc="none", mec=colour, mew=1, zorder=3)
         ax.plot([difference.mean], [row], "D", ms=6, color=colour, zorder=4)
     ax.axvline(0, color=drawing.INK, lw=1)
-    ax.set_yticks(range(len(arms)), [f"{arm.name}{' *' if _called(arm.difference) else ''}" for arm in arms])
+    named = [plain(arm.name, NAME_LETTERS) + (" *" if _called(arm.difference) else "") for arm in arms]
+    ax.set_yticks(range(len(arms)), named)
     ax.set_ylim(len(arms) - 0.4, -0.6)
     ax.tick_params(axis="y", labelsize=9.5)
     ax.set_title(
-        f"loss minus that of {found.baseline}, paired over seeds (nats a token; less is better)", fontsize=10.5
+        f"loss minus that of {plain(found.baseline, NAME_LETTERS)}, paired over seeds (nats a token; less is better)",
+        fontsize=10.5,
     )
     ax.set_xlabel(
         "diamond: mean, line: 95 % interval, rings: pairs, * interval excludes 0\n"
@@ -175,12 +162,12 @@ def draw_headlines(found: Comparison) -> Figure:
                 for seed, run in runs.items()
                 if run["status"] == "finished" and headline in run["headlines"]
             }
-            _band(ax, curves, styles[arm], arm)
+            _band(ax, curves, styles[arm], plain(arm, NAME_LETTERS))
         probe, _, key = headline.partition("/")
         ax.set_title(f"{probe}: {key}", fontsize=8.5)
         ax.set_xlabel("step", fontsize=8)
         ax.set_ylabel(unit_of(headline), fontsize=8)
-    _legend(fig, axes)
+    drawing.legend_above(fig, axes)
     _say_bands(fig)
     return fig
 

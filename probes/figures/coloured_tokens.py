@@ -42,7 +42,8 @@ def expert_colours(experts: int) -> list[str]:
 def _words(arrays: Arrays, tokens: slice) -> list[str]:
     """What the tokens say; their ids where that is not known."""
     if "token_text" in arrays:
-        return [str(text) for text in arrays["token_text"][tokens]]
+        said = zip(arrays["token_text"][tokens], arrays["token_ids"][tokens], strict=True)
+        return [str(text) or f"#{one}" for text, one in said]
     return [f"{int(one)} " for one in arrays["token_ids"][tokens]]
 
 
@@ -90,6 +91,7 @@ def draw_coloured(arrays: Arrays) -> Figure:
     from matplotlib.patches import Patch
 
     from probes.figures import drawing
+    from probes.figures.letters import plain
 
     index, probs = by_layer(arrays, "topk_index"), by_layer(arrays, "router_probs")
     layers = first_middle_last(list(index))
@@ -104,8 +106,7 @@ def draw_coloured(arrays: Arrays) -> Figure:
         for column, layer in enumerate(layers):
             colours = expert_colours(probs[layer].shape[1])
             _set_text(axes[row, column], words, [colours[int(one)] for one in index[layer][tokens, 0]])
-            label = f"{name}, layer {layer}".replace("$", r"\$")
-            axes[row, column].set_title(label, fontsize=9, loc="left")
+            axes[row, column].set_title(f"{plain(name, 40)}, layer {layer}", fontsize=9, loc="left")
     if most <= 24:
         columns = min(most, 12 if len(layers) == 1 else 24)
         handles = [Patch(color=colour, label=str(expert)) for expert, colour in enumerate(expert_colours(most))]
@@ -122,6 +123,7 @@ def _set_text(ax: Axes, words: Sequence[str], colours: Sequence[str]) -> None:
     from matplotlib.patches import Rectangle
 
     from probes.figures import drawing
+    from probes.figures.letters import columns
 
     boxes, paints = [], []
     line = column = 0
@@ -131,18 +133,19 @@ def _set_text(ax: Axes, words: Sequence[str], colours: Sequence[str]) -> None:
                 piece, ends = "⏎", True
             else:
                 ends = False
-            if column + len(piece) > IMAGE_COLUMNS and column:
+            if column + columns(piece) > IMAGE_COLUMNS and column:
                 line, column = line + 1, 0
                 piece = piece.lstrip(" ") or " "
             if line >= IMAGE_LINES:
                 break
-            boxes.append(Rectangle((column, line), len(piece), 0.92))
+            width = columns(piece)
+            boxes.append(Rectangle((column, line), width, 0.92))
             paints.append(colour)
             ax.text(
-                column + len(piece) / 2, line + 0.46, piece.replace(" ", "\xa0"), fontsize=7, family="monospace",
+                column + width / 2, line + 0.46, piece.replace(" ", "\xa0"), fontsize=7, family="monospace",
                 ha="center", va="center", color=drawing.INK, parse_math=False, clip_on=True, in_layout=False,
             )  # fmt: skip
-            line, column = (line + 1, 0) if ends else (line, column + len(piece))
+            line, column = (line + 1, 0) if ends else (line, column + width)
     ax.add_collection(PatchCollection(boxes, facecolor=paints, edgecolor="white", linewidth=0.6))
     ax.set_xlim(0, IMAGE_COLUMNS)
     ax.set_ylim(IMAGE_LINES, 0)
@@ -151,16 +154,21 @@ def _set_text(ax: Axes, words: Sequence[str], colours: Sequence[str]) -> None:
 
 def _pieces(word: str) -> list[str]:
     """A word cut at its line ends and where it is longer than a line."""
+    from probes.figures.letters import columns
+
     pieces: list[str] = []
     for position, part in enumerate(word.split("\n")):
         pieces += ["\n"] if position else []
-        pieces += [part[i : i + IMAGE_COLUMNS] for i in range(0, len(part), IMAGE_COLUMNS)]
+        start = len(pieces)
+        for letter in part:
+            if len(pieces) == start or columns(pieces[-1] + letter) > IMAGE_COLUMNS:
+                pieces.append("")
+            pieces[-1] += letter
     return pieces
 
 
 def _drawable(word: str) -> str:
-    """The word with a box for what the font of the image has no glyph for."""
-    from matplotlib.font_manager import FontProperties, findfont, get_font
+    """The word with a box for what no font here has a letter for."""
+    from probes.figures.letters import BOX, font_with
 
-    font = get_font(findfont(FontProperties(family="monospace")))
-    return "".join(c if c == "\n" or font.get_char_index(ord(c)) else "□" for c in word.replace("\t", "  "))
+    return "".join(c if c == "\n" or font_with(c) is not None else BOX for c in word.replace("\t", "  "))

@@ -9,8 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from probes.figures import drawing
+from probes.figures.letters import plain
 
 COLOURS = (*drawing.SERIES, "#4aa3b5", "#c4568f", "#7d8b2f", "#5b6472", "#a86b4c")
+NAME_LETTERS = 22
 MOST_BARS = 16  # experts; with more of them the bars cannot be told apart
 _INTERVAL = "95 % interval over texts"
 BY_NAME = Mapping[str, Mapping[int, np.ndarray]]
@@ -46,7 +48,7 @@ def share_panels(shares: BY_NAME, intervals: BY_NAME, layers: Sequence[int], tit
             image = drawing.heat_map(ax, relative[layer], cmap="RdBu_r", norm=norm, aspect="auto")
             row, column = np.nonzero((ends[:, 0] > 1 / experts[layer]) | (ends[:, 1] < 1 / experts[layer]))
             ax.scatter(column, row, s=3, color=drawing.INK, linewidth=0)
-            ax.set_yticks(range(len(domains[layer])), [shortened(name) for name in domains[layer]])
+            ax.set_yticks(range(len(domains[layer])), [plain(name, NAME_LETTERS) for name in domains[layer]])
             drawing.index_ticks(ax.xaxis, range(experts[layer]))
         else:
             _bars(ax, relative[layer] / experts[layer], ends, domains[layer])
@@ -65,7 +67,7 @@ def _bars(ax: Axes, shares: np.ndarray, ends: np.ndarray, names: Sequence[str]) 
     experts, width = shares.shape[1], 0.8 / len(names)
     for number, name in enumerate(names):
         x = np.arange(experts) + (number - (len(names) - 1) / 2) * width
-        ax.bar(x, shares[number], 0.9 * width, color=COLOURS[number], label=shortened(name))
+        ax.bar(x, shares[number], 0.9 * width, color=COLOURS[number], label=plain(name, NAME_LETTERS))
         low, high = np.where(np.isfinite(ends[number]), ends[number], shares[number])
         ax.vlines(
             x, low, high, color=drawing.INK, lw=0.9, label=_INTERVAL if number == 0 and (high > low).any() else "_"
@@ -91,10 +93,4 @@ def domain_lines(ax: Axes, values: Mapping[str, Mapping[int, float]], intervals:
                 low, high = np.stack(list(known.values()), axis=1)
                 label = "_" if number else _INTERVAL
                 ax.vlines(np.array(list(known)) + shift, low, high, color=COLOURS[number], lw=1, alpha=0.6, label=label)
-        drawing.depth_line(ax, values[name], COLOURS[number], shortened(name))
-
-
-def shortened(name: str, most: int = 22) -> str:
-    """A name that fits into a legend; matplotlib takes a dollar for mathematics and hides what begins with _."""
-    name = name if len(name) <= most else name[: most - 1] + "…"
-    return (" " + name if name.startswith("_") else name).replace("$", r"\$")
+        drawing.depth_line(ax, values[name], COLOURS[number], plain(name, NAME_LETTERS))

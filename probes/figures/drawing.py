@@ -15,10 +15,12 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import Normalize, TwoSlopeNorm
+from matplotlib.colors import LogNorm, Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from PIL import Image
+
+from probes.figures.letters import give_fonts
 
 INK, MUTED, GRID, MASKED = "#1f2933", "#6b7785", "#dde3ea", "#98a1ab"
 SERIES = ("#2f6db5", "#d1603d", "#3b9a6d", "#8a5fb0", "#b8860b")
@@ -41,6 +43,7 @@ def new_figure(width: float, height: float, title: str) -> Figure:
 
 def to_rgb(fig: Figure) -> np.ndarray:
     """The figure's pixels, (height, width, 3) uint8."""
+    give_fonts(fig)
     canvas = FigureCanvasAgg(fig)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
@@ -111,6 +114,17 @@ def colour_bar(fig: Figure, image: Any, axes: Any, label: str, **options: Any) -
     bar.set_label(label, fontsize=9)
     bar.ax.tick_params(labelsize=8, length=2)
     bar.outline.set_visible(False)
+    if isinstance(image.norm, LogNorm):
+        log_ticks(bar.ax.yaxis)
+
+
+def log_ticks(axis: Any) -> None:
+    """Ticks of a logarithmic axis, whose limits are known, as plain numbers: 3 in place of 3 × 10⁰."""
+    low, high = axis.get_view_interval()
+    few = high > 1000 * low
+    axis.set_major_locator(LogLocator(subs=(1.0,) if few else (1.0, 2.0, 5.0) if high > 8 * low else range(1, 10)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def style_axes(ax: Axes) -> None:
@@ -128,7 +142,7 @@ def layer_axis(ax: Axes) -> None:
     """Layers from left to right."""
     style_axes(ax)
     ax.set_xlabel("layer", fontsize=9)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))  # there may be one layer
 
 
 def legend(ax: Axes, why: str) -> None:
@@ -149,6 +163,23 @@ def legend(ax: Axes, why: str) -> None:
         color=INK,
     )
     ax.set_axis_off()
+
+
+def legend_above(fig: Figure, axes: Sequence[Axes], only: Sequence[str] | None = None) -> None:
+    """One legend above all panels, in as many columns as fit; the figure grows by its rows."""
+    lines = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    labels = list(lines) if only is None else list(only)
+    columns = max(1, int(fig.get_figwidth() / (0.65 + 0.08 * max(map(len, labels), default=1))))
+    fig.set_figheight(fig.get_figheight() + 0.2 * (len(labels) // columns))
+    fig.legend(
+        [lines[label] for label in labels],
+        labels,
+        loc="outside upper left",
+        ncols=columns,
+        handlelength=2.8,
+        fontsize=8.5,
+        frameon=False,
+    )
 
 
 def depth_line(ax: Axes, values: Mapping[int, float], colour: str, label: str, dashed: bool = False) -> None:

@@ -16,11 +16,14 @@ if TYPE_CHECKING:
     from probes.measures.effects import Effect
 
 SHOWN = 40  # rows
+LABELS = {"domain": "frequency in the own domain", "other_domain": "frequency in another domain"}
+NAME_LETTERS = 60  # of an intervention
 
 
 def draw_effects(rows: Sequence[tuple[str, Effect, bool]], noise: float) -> Figure:
     """Each intervention's effect and interval, by name; grey where it is not called, as chance does as much."""
     from probes.figures import drawing
+    from probes.figures.letters import plain
 
     rows = sorted(rows, key=lambda row: -abs(row[1].mean))[:SHOWN]
     fig = drawing.new_figure(
@@ -37,7 +40,7 @@ def draw_effects(rows: Sequence[tuple[str, Effect, bool]], noise: float) -> Figu
             ax.plot(effect.interval, [place, place], color=colour, lw=1.6, solid_capstyle="butt")
         ax.plot([effect.mean], [place], "o", ms=4.5, color=colour)
     ax.axvline(0, color=drawing.MUTED, lw=1, ls="--")
-    ax.set_yticks(range(len(rows)), [name for name, _, _ in rows], fontsize=8)
+    ax.set_yticks(range(len(rows)), [plain(name, NAME_LETTERS) for name, _, _ in rows], fontsize=8)
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.set_xlabel("change of the loss", fontsize=9)
     return fig
@@ -46,6 +49,7 @@ def draw_effects(rows: Sequence[tuple[str, Effect, bool]], noise: float) -> Figu
 def draw_by_confidence(rises: Mapping[str, np.ndarray]) -> Figure:
     """Mean rise (Q,) of each intervention, from the tokens that the model is sure of to those that it is not."""
     from probes.figures import drawing
+    from probes.figures.letters import plain
 
     fig = drawing.new_figure(7.5, 4.0, "Whom does it hurt? Change of the loss by how sure the model was of the token")
     ax = fig.subplots()
@@ -53,7 +57,7 @@ def draw_by_confidence(rises: Mapping[str, np.ndarray]) -> Figure:
     for number, (name, rise) in enumerate(rises.items()):
         style = "-" if number < len(drawing.MANY) else "--"
         ax.plot(range(1, len(rise) + 1), rise, style, marker="o", ms=4, lw=1.5,
-                color=drawing.MANY[number % len(drawing.MANY)], label=name)  # fmt: skip
+                color=drawing.MANY[number % len(drawing.MANY)], label=plain(name, NAME_LETTERS))  # fmt: skip
     ax.axhline(0, color=drawing.MUTED, lw=1, ls="--")
     ax.set_xticks(range(1, 6), ["surest", "2nd", "3rd", "4th", "least sure"], fontsize=8)
     ax.set_xlabel("fifths of the tokens by their loss as it is", fontsize=9)
@@ -79,7 +83,7 @@ def draw_keep_k(shares: Sequence[float], effects: Mapping[str, Sequence[Effect]]
         reach = [[row.mean - low for row, (low, _) in zip(rows, ends, strict=True)],
                  [high - row.mean for row, (_, high) in zip(rows, ends, strict=True)]]  # fmt: skip
         ax.errorbar(places, [row.mean for row in rows], yerr=reach, color=colour, marker="o", ms=4, lw=1.5,
-                    elinewidth=0.8, label=name)  # fmt: skip
+                    elinewidth=0.8, label=LABELS.get(name, name))  # fmt: skip
     chance = effects["random"]
     ax.plot(places, [row.mean for row in chance], color=drawing.INK, lw=1.4, ls="--", label="random")
     if all(row.interval is not None for row in chance):
@@ -87,7 +91,9 @@ def draw_keep_k(shares: Sequence[float], effects: Mapping[str, Sequence[Effect]]
         ax.fill_between(places, low, high, color=drawing.MUTED, alpha=0.18, lw=0)
     ax.axhline(0, color=drawing.MUTED, lw=1, ls=":")
     ax.set_xticks(places, [f"1/{1 / share:g}" for share in shares], fontsize=8)
-    ax.set_xlabel("experts kept in each layer", fontsize=9)
+    known = any(row.interval is not None for rows in effects.values() for row in rows)
+    ax.set_xlabel(f"experts kept in each layer{'; 95 % intervals over texts' if known else ''}", fontsize=9)
     ax.set_ylabel("rise of the loss (nats per token)", fontsize=9)
-    ax.legend(fontsize=8, frameon=False)
+    ax.legend(fontsize=8, frameon=False, title="chosen by", title_fontsize=8, loc="center left",
+              bbox_to_anchor=(1.0, 0.5))  # fmt: skip
     return fig

@@ -58,6 +58,12 @@ def _panels(
     return fig, axes, panels
 
 
+def _names(arrays: Arrays, count: int) -> list[str]:
+    from probes.figures.letters import plain
+
+    return [plain(name) for name in token_names(arrays, count)]
+
+
 def _of_all(layers: Sequence[int], every: dict[int, np.ndarray]) -> str:
     return f"; {len(layers)} of {len(every)} layers" if len(layers) < len(every) else ""
 
@@ -77,7 +83,7 @@ def draw_similarities(arrays: Arrays) -> Figure:
         f"Angular similarity of the experts' outputs at each token (diagonal in grey){_of_all(layers, every)}\n"
         "Above each panel: the token, and the experts chosen for it"
     )
-    names = token_names(arrays, len(angular[layers[0]]))
+    names = _names(arrays, len(angular[layers[0]]))
     fig, axes, panels = _panels(names, layers, 6, (2.0, 2.35), 7.5, (1.2, 1.0), title)
     for ax, layer, token, name, first, _ in panels:
         image = drawing.heat_map(ax, angular[layer][token], "viridis", vmin=lowest, vmax=highest)
@@ -104,7 +110,7 @@ def draw_norms(arrays: Arrays) -> Figure:
         f"Each expert's output norm (left, blue) and score (right, red) at each token{_of_all(layers, scores)}\n"
         f"Experts in order of their number{line}"
     )
-    names = token_names(arrays, len(scores[layers[0]]))
+    names = _names(arrays, len(scores[layers[0]]))
     fig, _, panels = _panels(names, layers, 4, (3.0, 1.75), 7.0, (1.0, 1.1), title)
     for ax, layer, token, name, first, last in panels:
         experts = np.arange(scores[layer].shape[1])
@@ -148,7 +154,7 @@ def draw_neurons(arrays: Arrays) -> Figure:
 
     every, width = by_layer(arrays, "act_gate_map"), numbers(arrays, "num_neurons")
     layers = drawing.pick(list(every), PICTURED_LAYERS)
-    names = token_names(arrays, len(every[layers[0]]))
+    names = _names(arrays, len(every[layers[0]]))
     grouped = any(every[n].shape[2] < width[n] for n in layers)
     kind = "Mean |activation| of groups of neurons beside each other" if grouped else "|activation| of each neuron"
     title = f"{kind}, by expert and token{_of_all(layers, every)}"

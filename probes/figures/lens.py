@@ -9,7 +9,7 @@ import numpy as np
 
 from probes.contract import Arrays, by_layer
 from probes.measures.choices import first_middle_last
-from probes.measures.words import word_of, words_of
+from probes.measures.words import words_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,6 +20,7 @@ DRAWN_EXPERTS, DRAWN_WORDS, DRAWN_LETTERS = 16, 6, 9
 def draw_words(arrays: Arrays) -> Figure:
     """A line an expert, a column a layer: its words, and of how many the other half of the texts says the same."""
     from probes.figures import drawing
+    from probes.figures.letters import token
 
     known, ids = words_of(arrays), by_layer(arrays, "lens_ids")
     overlap = by_layer(arrays, "lens_overlap")
@@ -29,12 +30,12 @@ def draw_words(arrays: Arrays) -> Figure:
     fig = drawing.new_figure(max(8.5, 5.6 * len(layers)), 0.9 + 0.24 * rows, title)
     for ax, layer in zip(fig.subplots(1, len(layers), squeeze=False)[0], layers, strict=True):
         for row, expert in enumerate(drawing.pick(range(len(ids[layer])), DRAWN_EXPERTS)):
-            said = [word_of(known, int(one))[:DRAWN_LETTERS] for one in ids[layer][expert] if one >= 0][:DRAWN_WORDS]
+            said = [token(known, int(one), DRAWN_LETTERS) for one in ids[layer][expert] if one >= 0][:DRAWN_WORDS]
             same = overlap[layer][expert]
             line = (f"[{same:.0f}] " if np.isfinite(same) else "[–] ") + "  ".join(said) if said else "–"
             for place, text in ((0.0, str(expert)), (0.06, line)):
                 ax.text(place, row, text, fontsize=7.5, family="monospace", va="center", color=drawing.INK,
-                        parse_math=False, in_layout=False)  # fmt: skip
+                        in_layout=False)  # fmt: skip
         ax.set_title(f"layer {layer}: expert, words", fontsize=9, loc="left")
         ax.set_xlim(0, 1)
         ax.set_ylim(rows - 0.5, -0.5)

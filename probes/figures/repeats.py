@@ -66,6 +66,7 @@ def draw_runs(arrays: Arrays) -> Figure:
         drawing.style_axes(ax)
         ax.set_yscale("log")
         ax.set_ylim(max(0.5 / max(lengths[layer].sum(), 1), 1e-6), 1.3)
+        drawing.log_ticks(ax.yaxis)
         ax.set_xlim(0.4, max(longest, 6) + 0.6)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set_title(f"layer {layer}", fontsize=10)

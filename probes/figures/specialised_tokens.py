@@ -20,6 +20,7 @@ SHOWN_EXPERTS = 64
 def draw_tokens(arrays: Arrays, kind: str, kinds: Mapping[str, str]) -> Figure:
     """The page's first table of each layer as an image: a line an expert, a column a layer."""
     from probes.figures import drawing
+    from probes.figures.letters import token
 
     words = words_of(arrays)
     ids, shares = by_layer(arrays, "top_ids", kind), by_layer(arrays, "top_shares", kind)
@@ -30,11 +31,11 @@ def draw_tokens(arrays: Arrays, kind: str, kinds: Mapping[str, str]) -> Figure:
     for ax, layer in zip(fig.subplots(1, len(layers), squeeze=False)[0], layers, strict=True):
         for row, expert in enumerate(drawing.pick(range(len(ids[layer])), DRAWN_EXPERTS)):
             own = zip(ids[layer][expert], shares[layer][expert], strict=True)
-            said = [f"{word_of(words, int(one))[:DRAWN_LETTERS]} {value:.0%}" for one, value in own if one >= 0]
+            said = [f"{token(words, int(one), DRAWN_LETTERS)} {value:.0%}" for one, value in own if one >= 0]
             line = "   ".join(said[:DRAWN_IDS]) or "–"
             for place, text in ((0.0, str(expert)), (0.06, line)):
                 ax.text(place, row, text, fontsize=7.5, family="monospace", va="center", color=drawing.INK,
-                        parse_math=False, in_layout=False)  # fmt: skip
+                        in_layout=False)  # fmt: skip
         ax.set_title(f"layer {layer}: expert, ids", fontsize=9, loc="left")
         ax.set_xlim(0, 1)
         ax.set_ylim(rows - 0.5, -0.5)

@@ -42,7 +42,7 @@ def token_names(arrays: Arrays, count: int) -> list[str]:
 
 
 def _readable(text: str) -> str:
-    """A token on one line: no spaces around it, line ends visible, nothing that a picture takes for a formula."""
+    """A token on one line: no spaces around it, line ends visible."""
     text = text.replace("\u2581", " ").replace("\u0120", " ").replace("\n", "\u21b5").replace("\t", "\u2192")
     text = text.strip() or "(space)"
-    return (text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "\u2026").replace("$", r"\$")
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "\u2026"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from probes.contract import Arrays
 
 # Where ids are stored that something is told of, and what they say: those of a text, those that a model predicted.
 WORDS = {"text_ids": "text_of_ids", "text_ids_predicted": "text_of_ids_predicted"}
-_SHOWN = {"\n": "⏎", "\r": "␍", "\t": "⇥", " ": "␣"}
+_SHOWN = {"\n": "⏎", "\t": "⇥"}
 
 
 def keep_words(arrays: dict[str, np.ndarray], text: ProbeText, ids: Iterable[int], key: str = "text_ids") -> None:
@@ -28,8 +28,12 @@ def words_of(arrays: Arrays) -> dict[int, str]:
     return known
 
 
-def word_of(words: dict[int, str], one: int) -> str:
+def word_of(words: Mapping[int, str], one: int) -> str:
     """What an id says, on one line and all of it visible; ``#7`` where it is not known."""
-    text = "".join(_SHOWN.get(letter, letter) for letter in str(words.get(one, "")))
-    text = "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
-    return text or f"#{one}"
+    return visible(str(words.get(one, ""))).replace(" ", "␣") or f"#{one}"
+
+
+def visible(text: str) -> str:
+    """A text on one line, with what has no shape of its own written as Python does: ``\\x07``, ``\\u200b``."""
+    shown = (_SHOWN.get(letter, letter) for letter in text)
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in shown)

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from moebed.machine.tags import LAYERS
 from probes.figures import drawing
+from probes.figures.letters import plain
 from probes.report.units import unit_of
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ FIRST_TAGS = (
 LEFT_OUT = ("epoch", "hp_metric")
 MOST_PANELS = 24
 SMOOTHED_FROM = 60
+NAME_LETTERS = 40  # of a run's name
 
 
 def run_colours(runs: Sequence[RunFolder]) -> dict[str, str]:
@@ -65,16 +67,17 @@ def draw_losses(runs: Sequence[RunFolder]) -> Figure:
     colours = run_colours(runs)
     for ax, (title, (train, validation)) in zip(axes, panels.items(), strict=True):
         for run in runs:
+            name = plain(run.name, NAME_LETTERS)
             if train in run.curves:
-                _draw_curve(ax, run.curves[train], colours[run.name], f"{run.name}: train")
+                _draw_curve(ax, run.curves[train], colours[run.name], f"{name}: train")
             if validation in run.curves:
                 drawing.style_axes(ax)
                 style = {"marker": "o", "ms": 5, "ls": ":", "lw": 1.2, "mec": "white"}
-                ax.plot(*run.curves[validation], color=colours[run.name], label=f"{run.name}: validation", **style)
+                ax.plot(*run.curves[validation], color=colours[run.name], label=f"{name}: validation", **style)
         _limit(ax, [run.curves[tag] for run in runs for tag in (train, validation) if tag in run.curves])
         ax.set_title(title, fontsize=10.5)
         ax.set_xlabel("step", fontsize=9)
-        ax.legend(fontsize=8.5, frameon=False)
+    drawing.legend_above(fig, axes)
     return fig
 
 
@@ -85,12 +88,11 @@ def draw_curves(runs: Sequence[RunFolder], tags: Sequence[str]) -> Figure:
     for ax, tag in zip(axes, tags, strict=False):
         for run in runs:
             if tag in run.curves:
-                _draw_curve(ax, run.curves[tag], colours[run.name], run.name)
+                _draw_curve(ax, run.curves[tag], colours[run.name], plain(run.name, NAME_LETTERS))
         _limit(ax, [run.curves[tag] for run in runs if tag in run.curves])
         _say(ax, tag, unit_of(tag))
     if len(runs) > 1:
-        handles, labels = axes[0].get_legend_handles_labels()
-        fig.legend(handles, labels, loc="outside upper left", ncols=4, fontsize=8.5, frameon=False)
+        drawing.legend_above(fig, axes)
     return fig
 
 
@@ -169,12 +171,11 @@ def draw_headlines(series: Mapping[str, Mapping[str, Curve]], runs: Sequence[Run
     for ax, (name, by_run) in zip(axes, series.items(), strict=True):
         drawing.style_axes(ax)
         for run, (steps, values) in by_run.items():
-            ax.plot(steps, values, color=colours[run], lw=1.6, marker="o", ms=3, label=run)
+            ax.plot(steps, values, color=colours[run], lw=1.6, marker="o", ms=3, label=plain(run, NAME_LETTERS))
         probe, _, key = name.partition("/")
         _say(ax, f"{probe}: {key}", unit_of(name))
     if len(runs) > 1:
-        lines = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-        fig.legend(list(lines.values()), list(lines), loc="outside upper left", ncols=4, fontsize=8.5, frameon=False)
+        drawing.legend_above(fig, axes)
     return fig
 
 
@@ -191,10 +192,7 @@ def draw_history(series: Mapping[str, Mapping[int, Curve]], columns: int) -> Fig
             ax.plot(steps, values, color=colours[layer], lw=1.4, marker=mark, ms=2.5, label=f"layer {layer}")
         probe, _, name = quantity.partition("/")
         _say(ax, f"{probe}: {name}", unit_of(quantity))
-    lines = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    shown = [f"layer {layer}" for layer in drawing.pick(layers, 8)]
-    handles = [lines[label] for label in shown]
-    fig.legend(handles, shown, loc="outside upper left", ncols=min(8, 2 * columns), fontsize=8.5, frameon=False)
+    drawing.legend_above(fig, axes, [f"layer {layer}" for layer in drawing.pick(layers, 8)])
     return fig
 
 

@@ -78,6 +78,7 @@ def write_report(
         ],
         number=_format,
         drawn=drawn,
+        said_of=_said_of,
         index=search_index(runs),
         **parts,
     )
@@ -145,10 +146,10 @@ class Shown(NamedTuple):
     figure: str
     png: bytes
 
-    @property
-    def alt(self) -> str:
-        """What it is."""
-        return f"{self.probe}: {self.figure}"
+
+def _said_of(probe: str, figure: str) -> str:
+    """What a picture is, for those who cannot see it: the probe's question, and its name."""
+    return f"{PROBES[probe].question} ({probe}: {figure.replace('_', ' ')})"
 
 
 def _first_picture(run: RunFolder, results: Mapping[str, ProbeResult], question: Question) -> Shown | None:

@@ -81,3 +81,13 @@ def test_rank_correlation_with_ties_is_scipys():
 def test_rank_correlation_of_a_constant_is_zero():
     """Experts just copied from one dense FFN all have the same norm."""
     assert correlation(ranks(np.ones((1, 4))), ranks(np.arange(4.0)[None])).tolist() == [0.0]
+
+
+def test_layers_of_one_expert_have_no_ranks_and_say_nothing(make_decoder, text):
+    few = make_decoder(num_experts=[1, 1, 4], num_experts_per_tok=[1, 1, 2])
+    result = probe(walk(few, text, NormVsScore.needs), "norm_vs_score")["norm_vs_score"]
+    assert {name for name in result.scalars if "layer" in name} == {"spearman/layer_02", "topk_overlap/layer_02"}
+    one = make_decoder(num_experts=1, num_experts_per_tok=1)
+    result = probe(walk(one, text, NormVsScore.needs), "norm_vs_score")["norm_vs_score"]
+    assert not result.headlines
+    assert result.notes == ["no layer has two routed experts to rank"]

@@ -97,3 +97,8 @@ def test_layers_without_text_or_experts_are_left_out(make_decoder, texts):
     assert "no layer" in run(make_decoder(num_experts=0), texts).notes[0]
     ragged = run(make_decoder(num_experts=[0, 4, 2]), texts)
     assert set(ragged.arrays) >= {"max_abs/1", "max_abs/2"}
+
+
+def test_where_none_stands_out_none_is_named(make_decoder, texts):
+    result = run(make_decoder(num_experts=1, num_experts_per_tok=1, num_hidden_layers=1), texts)
+    assert result.headlines["found"].sentence.startswith("0 of 1 experts stand out, ")

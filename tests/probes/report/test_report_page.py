@@ -104,3 +104,31 @@ def test_a_phone_shows_the_page_without_moving_it_sideways(page, several):
     browser.open((both if several else path).as_uri())
     browser.screenshot(path.parent / "seen" / f"phone_{several}.png")
     assert browser.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_nothing_on_the_page_leads_nowhere_or_has_no_words(page, several):
+    browser, path, both, words = page
+    browser.open((both if several else path).as_uri())
+    for text in ("layer 3", "expert 2", words[0]):
+        look_for(browser, text)
+    look_for(browser, "")
+    assert browser.problems() == []
+    assert browser.errors == []
+
+
+def test_what_the_search_may_be_asked_can_be_read_whole(page):
+    browser, path, _, _ = page
+    browser.resize(1400, 1000)
+    browser.open(path.as_uri())
+    assert browser.evaluate("(search.value = search.placeholder, search.scrollWidth <= search.clientWidth)")
+
+
+def test_a_picture_that_a_key_would_enlarge_is_seen_to_be_chosen(page):
+    browser, path, _, _ = page
+    browser.resize(1400, 1000)
+    browser.open(path.as_uri())
+    outline = "getComputedStyle(document.querySelector('.shown img')).outlineStyle"
+    assert browser.evaluate(outline) == "none"
+    browser.evaluate("document.querySelector('.shown input').focus({focusVisible: true})")
+    assert browser.evaluate(outline) == "solid"

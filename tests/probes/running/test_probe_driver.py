@@ -13,6 +13,7 @@ from moebed.views.layer import Need
 from moebed.views.live import walk
 from probes.figures.drawing import to_rgb
 from probes.registry import BY_NAME_ONLY, DEFAULT_PROBES, PROBES, resolve_probes
+from probes.report.units import unit_of
 from probes.running.driver import Timing, needs_of, run_probes
 
 RAGGED = {"num_experts": [4, 0, 6, 1], "num_experts_per_tok": [2, 0, 6, 1], "num_hidden_layers": 4}
@@ -58,6 +59,7 @@ def test_every_probe_describes_and_draws_every_model(make_decoder, text, changes
     for name, result in results.items():
         assert result.notes or result.headlines, name
         assert all(np.isfinite(value) for value in result.scalars.values()), name
+        assert [key for key in {*result.scalars, *result.headlines} if not unit_of(f"{name}/{key}")] == []
         for array in result.arrays.values():
             assert array.dtype.kind in "iU" or array.dtype == np.float32, name
         for build in result.figures.values():
