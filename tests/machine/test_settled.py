@@ -1,5 +1,7 @@
 """What is settled is asked for once, while a graph is traced."""
 
+from pathlib import Path
+
 import torch
 
 from moebed.machine.settled import settled
@@ -9,7 +11,7 @@ asked = []
 
 @settled
 def _answer(of: str) -> int:
-    asked.append(open(__file__, encoding="utf-8").read())  # which cannot be traced
+    asked.append(Path(__file__).read_text(encoding="utf-8"))  # which cannot be traced
     return len(of)
 
 
