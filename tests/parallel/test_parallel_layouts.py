@@ -56,9 +56,6 @@ SHARDED = ("softmax_topk", "competesmoe", "autonomy", "sigmoid_topk", "document_
 RANKS = {"expert_ranks": 2, "router_options": {"d_low": 8, "competition_rate": 1.0, "jitter": 0.1, "num_domains": 2}}
 
 
-ALONE: dict[str, tuple[Decoder, list[float]]] = {}  # in a rank that stays: models of one process, for all their layouts
-
-
 def _slow_unless(quick: bool, *case: Any) -> Any:
     return case if quick else pytest.param(*case, marks=pytest.mark.slow)
 
@@ -129,12 +126,9 @@ def _hyper(rank: int, world_size: int, options: dict, changes: dict, set_bytes: 
 def _work(rank: int, world_size: int, options: dict, changes: dict, meta: bool, optimizer: str = "adamw") -> None:
     config = tiny_config(num_shared_experts=1, **changes)
     ids = torch.randint(0, 96, (4, 24), generator=torch.Generator().manual_seed(1))
-    asked = repr((config, optimizer, hyper_experts.SET_BYTES))
-    if asked not in ALONE:
-        torch.manual_seed(5)
-        alone = Decoder(config)
-        ALONE[asked] = alone, _steps(alone, ids, 0, 1, optimizer)
-    alone, expected = ALONE[asked]
+    torch.manual_seed(5)
+    alone = Decoder(config)
+    expected = _steps(alone, ids, 0, 1, optimizer)
     torch.manual_seed(5)
     with torch.device("meta" if meta else "cpu"):
         spread = Decoder(config)
