@@ -233,6 +233,8 @@ def by_part(arrays: Arrays, key: str) -> dict[str, dict[int, np.ndarray]]:
     """The arrays ``<key>/<layer>/<part>`` by part (a matrix, say, or a domain) and layer, the layers in order."""
     found: dict[str, dict[int, np.ndarray]] = {}
     for name, value in arrays.items():
+        if not name.startswith(key):  # most of them, and a probe may have hundreds
+            continue
         at = ArrayName.of(name)
         if at.key == key and at.layer is not None:
             found.setdefault(at.part, {})[at.layer] = value

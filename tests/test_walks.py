@@ -64,17 +64,18 @@ def test_every_function_of_a_walk_is_there(walk):
 def watching(called):
     """Notes (file, qualified name) of every function of ours that is called, in this thread and new ones."""
 
-    def note(frame, event, argument):
-        if event == "call":
-            called.add(frame.f_code)
+    def note(
+        frame, event, argument
+    ):  # of calls, and as it returns nothing, of no line; a profiler is told of C as well
+        called.add(frame.f_code)
 
-    threading.setprofile(note)
-    sys.setprofile(note)
+    threading.settrace(note)
+    sys.settrace(note)
     try:
         yield
     finally:
-        sys.setprofile(None)
-        threading.setprofile(None)
+        sys.settrace(None)
+        threading.settrace(None)
 
 
 @pytest.fixture(scope="module")

@@ -104,7 +104,10 @@ def test_ranks_share_a_stream_and_the_global_batch_does_not_depend_on_them(confi
             assert all(torch.equal(whole[key], torch.cat([part[key] for part in parts])) for key in whole)
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 1), (2, 4), (4, 2), (2, 2)])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(4, 1), (2, 4), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 4), (4, 2), (2, 2)))],
+)
 def test_ranks_that_continue_may_be_more_or_fewer(config: SourceConfig, before: int, after: int) -> None:
     wanted = list(islice(_loader(config, 8), 60))
     for place in (0, 1, 7, 30):

@@ -97,9 +97,9 @@ def _counted(rank: int, world_size: int, router: str, recomputed: bool, dtype: s
     [
         ("softmax_topk", False, "float32", "all_to_all", False),
         ("softmax_topk", False, "bfloat16", "all_to_all", False),
-        ("softmax_topk", True, "float32", "all_to_all", False),
+        pytest.param("softmax_topk", True, "float32", "all_to_all", False, marks=pytest.mark.slow),
         ("softmax_topk", True, "float32", "all_to_all", True),
-        ("grap", False, "float32", "all_to_all", False),
+        pytest.param("grap", False, "float32", "all_to_all", False, marks=pytest.mark.slow),
         ("locmoe_plus", False, "float32", "all_to_all", False),
         ("softmax_topk", True, "float32", "all_gather", False),
     ],

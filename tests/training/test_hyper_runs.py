@@ -21,7 +21,7 @@ def options_of(adapters: str) -> list[object]:
     return [*given, *KINDS[adapters]]
 
 
-@pytest.mark.parametrize("adapters", ["unchosen", "free"])
+@pytest.mark.parametrize("adapters", ["unchosen", pytest.param("free", marks=pytest.mark.slow)])
 def test_a_run_goes_on_bit_for_bit(run, adapters):
     kind = [*options_of(adapters), "--model.optimizer.schedule", "constant"]
     code, _, whole = run("whole", *kind)
@@ -41,7 +41,10 @@ def test_another_kind_of_adapters_is_another_model(run):
     assert "hyper_experts" in said
 
 
-@pytest.mark.parametrize("adapters", KINDS)
+@pytest.mark.parametrize(
+    "adapters",
+    [pytest.param(kind, marks=() if kind in ("unchosen", "free") else pytest.mark.slow) for kind in KINDS],
+)
 def test_total_and_active_parameters_are_shown(run, adapters):
     """In the closing table."""
     code, said, folder = run("run", *options_of(adapters), "--trainer.max_steps", 1)

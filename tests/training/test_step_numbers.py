@@ -45,8 +45,13 @@ def _require_same_curves(folder, whole, stopped_at):
         assert {step for step, _ in found[tag]} - steps <= ({stopped_at - 1} if tag.startswith("val/") else set()), tag
 
 
-@pytest.mark.parametrize("step", [3, 4])  # of which the second is validated
-@pytest.mark.parametrize("kind", ["signal", "max_steps", "callback"])
+@pytest.mark.parametrize(
+    ("kind", "step"),  # the fourth of which is validated
+    [
+        *(("signal", 3), ("signal", 4), ("max_steps", 3), ("callback", 4)),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("max_steps", 4), ("callback", 3))),
+    ],
+)
 def test_a_step_has_its_own_number_whatever_stopped_the_run(run, never_stopped, kind, step):
     micro, whole = never_stopped
     code, said, folder = run("run", *SIX, *micro, *_stopped_by(kind, step, micro[1]))

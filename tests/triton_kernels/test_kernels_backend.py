@@ -69,7 +69,7 @@ def test_the_module_compiles_in_one_graph(interpreter):  # noqa: F811
 
 
 def test_a_training_run_tracks_loop(interpreter):  # noqa: F811
-    """A decoder from the same start, ten steps by each backend: the losses part by rounding alone, and fall."""
+    """A decoder from the same start, five steps by each backend: the losses part by rounding alone, and fall."""
     start = Decoder(tiny_config(experts_backend="loop", num_hidden_layers=1, initializer_range=0.05))
     ids = torch.randint(0, 96, (2, 33))
     losses, ends = {}, {}
@@ -80,7 +80,7 @@ def test_a_training_run_tracks_loop(interpreter):  # noqa: F811
                 module.backend = BACKENDS[backend]
         optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-2)
         losses[backend] = []
-        for _ in range(10):
+        for _ in range(5):
             loss = cross_entropy(decoder(ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten())
             optimizer.zero_grad()
             loss.backward()

@@ -42,21 +42,38 @@ def _agree(case, function=None):
 
 @pytest.mark.parametrize(
     ("tokens", "num_experts", "top_k"),
-    [(1, 1, 1), (1, 8, 8), (63, 4, 1), (63, 3, 2), (100, 8, 2), (100, 16, 8), (257, 2, 2), (257, 5, 3), (257, 64, 6)],
+    [
+        *((1, 1, 1), (1, 8, 8), (63, 4, 1), (63, 3, 2), (100, 8, 2), (100, 16, 8), (257, 5, 3)),
+        *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((257, 2, 2), (257, 64, 6))),
+    ],
 )
 def test_values_and_gradients(shuffled, tokens, num_experts, top_k):  # noqa: F811
     _agree(make_case(tokens, num_experts, top_k))
     assert shuffled  # the fixture saw the grids: it did order the programs
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
-@pytest.mark.parametrize(("width", "inter"), [(8, 8), (40, 72), (136, 24), (64, 200)])
+@pytest.mark.parametrize(
+    ("width", "inter", "activation"),
+    [
+        pytest.param(*sizes, activation, marks=() if number % 3 == at else pytest.mark.slow)
+        for number, sizes in enumerate([(8, 8), (40, 72), (136, 24), (64, 200)])
+        for at, activation in enumerate(["silu", "gelu", "gelu_tanh"])
+    ],
+)
 def test_awkward_sizes(shuffled, width, inter, activation):  # noqa: F811
     _agree(make_case(50, 3, 2, width, inter, activation))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize(
+    ("activation", "dtype"),
+    [
+        *(("silu", torch.bfloat16), ("gelu", torch.float16), ("gelu_tanh", torch.bfloat16)),
+        *(
+            pytest.param(activation, dtype, marks=pytest.mark.slow)
+            for activation, dtype in (("silu", torch.float16), ("gelu", torch.bfloat16), ("gelu_tanh", torch.float16))
+        ),
+    ],
+)
 def test_two_byte_types(shuffled, dtype, activation):  # noqa: F811
     _agree(make_case(70, 4, 2, 40, 24, activation, dtype))
 
@@ -65,9 +82,10 @@ def test_two_byte_types(shuffled, dtype, activation):  # noqa: F811
     "name",
     [
         "hopper",
-        "hopper sorted",
-        "ampere",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("cdna", "wide", "blackwell")),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("hopper sorted", "ampere", "cdna", "wide", "blackwell")
+        ),
     ],
 )
 def test_the_tiles_that_ship_for_gpus(shuffled, monkeypatch, name):  # noqa: F811
@@ -129,7 +147,7 @@ def test_a_reach_out_of_a_tensor_is_seen(interpreter):  # noqa: F811
         routing.scan_kernel[(3,)](counts, totals, 3, SCAN=16)
 
 
-@pytest.mark.parametrize("name", ["interpreted", "hopper", "hopper sorted"])
+@pytest.mark.parametrize("name", ["interpreted", pytest.param("hopper", marks=pytest.mark.slow), "hopper sorted"])
 def test_an_index_outside_reaches_nothing(shuffled, monkeypatch, name):  # noqa: F811
     """What guards a GPU, where the error comes later: such a choice adds nothing, and its weight's gradient is 0."""
     monkeypatch.setattr(op, "choose", lambda *device: configs.BY_NAME[name])
@@ -148,7 +166,7 @@ def test_an_index_outside_reaches_nothing(shuffled, monkeypatch, name):  # noqa:
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["interpreted", "hopper", "hopper sorted"])
+@pytest.mark.parametrize("name", ["interpreted", pytest.param("hopper", marks=pytest.mark.slow), "hopper sorted"])
 def test_ragged_assignments_pass_no_product(shuffled, monkeypatch, name):  # noqa: F811
     """Weight 0 or index -1: no row, no gradient of the weight, and what such an index says does not matter."""
     monkeypatch.setattr(op, "choose", lambda *device: configs.BY_NAME[name])
@@ -186,16 +204,20 @@ def test_an_index_of_minus_one_is_refused_unless_ragged(interpreter):  # noqa: F
         kernels.expert_mlp(*case._replace(topk_index=torch.tensor([[-2, 3]]).repeat(8, 1)), ragged=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32])
-def test_indices_of_any_integer_type(interpreter, dtype):  # noqa: F811
+def test_indices_of_any_integer_type(interpreter):  # noqa: F811
     """More experts than int8 can name, too: an index is compared in 64 bits."""
     many = make_case(6, 300, 2, 8, 8, index=torch.randint(100, (6, 2)))
-    narrow = many._replace(topk_index=many.topk_index.to(dtype))
-    assert torch.equal(kernels.expert_mlp(*narrow), kernels.expert_mlp(*many))
-    assert torch.allclose(kernels.reference.expert_mlp(*narrow), kernels.expert_mlp(*many), atol=1e-5)
+    expected = kernels.expert_mlp(*many)
+    for dtype in (torch.int8, torch.uint8, torch.int16, torch.int32):
+        narrow = many._replace(topk_index=many.topk_index.to(dtype))
+        assert torch.equal(kernels.expert_mlp(*narrow), expected), dtype
+        assert torch.allclose(kernels.reference.expert_mlp(*narrow), expected, atol=1e-5), dtype
 
 
-@pytest.mark.parametrize(("skew", "most"), [(0.0, 9), (2.0, 5), (20.0, 2), (20.0, 9)])
+@pytest.mark.parametrize(
+    ("skew", "most"),
+    [(2.0, 5), (20.0, 9), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((0.0, 9), (20.0, 2)))],
+)
 def test_the_rows_of_crowded_experts_are_cut(shuffled, monkeypatch, skew, most):  # noqa: F811
     """Pieces of 64 rows and more, as many as the loads ask for; gradients as ever."""
     cuts, cut = [], grad_weight.cut
@@ -213,16 +235,16 @@ def test_the_rows_of_crowded_experts_are_cut(shuffled, monkeypatch, skew, most):
         assert (made.first_slot >= 0).tolist() == (sizes > made.rows).tolist()
 
 
-@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (0, 3), (1, 2)])
-def test_gradients_that_nobody_asked_for(interpreter, wanted):  # noqa: F811
+def test_gradients_that_nobody_asked_for(interpreter):  # noqa: F811
     case = make_case(40, 3, 2)
     whole = run(case)
-    for i, tensor in enumerate(case.floating):
-        tensor.requires_grad_(i in wanted)
-    out = kernels.expert_mlp(*case)
-    target = torch.linspace(-1, 1, out.numel()).sin().view(out.shape)
-    grads = torch.autograd.grad((out * target).sum(), [case.floating[i] for i in wanted])
-    assert all(torch.equal(g, whole[1 + i]) for g, i in zip(grads, wanted, strict=True))
+    for wanted in ((0,), (1,), (2,), (3,), (0, 3), (1, 2)):
+        for i, tensor in enumerate(case.floating):
+            tensor.requires_grad_(i in wanted)
+        out = kernels.expert_mlp(*case)
+        target = torch.linspace(-1, 1, out.numel()).sin().view(out.shape)
+        grads = torch.autograd.grad((out * target).sum(), [case.floating[i] for i in wanted])
+        assert all(torch.equal(g, whole[1 + i]) for g, i in zip(grads, wanted, strict=True)), wanted
 
 
 def test_inference_saves_nothing(interpreter):  # noqa: F811

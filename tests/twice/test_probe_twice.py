@@ -130,7 +130,7 @@ def test_the_same_command_gives_the_same_bytes_and_reads_nothing(model, whole, t
     assert seen == []
 
 
-@pytest.mark.parametrize("place", [0, 1, 2, -1])
+@pytest.mark.parametrize("place", [0, pytest.param(1, marks=pytest.mark.slow), 2, -1])
 def test_killed_anywhere_and_continued_is_the_uninterrupted_one(model, whole, tmp_path, monkeypatch, undrawn, place):
     wanted = whole(probes=ALL)
     with stop_at(monkeypatch, place), pytest.raises((SystemExit, KeyboardInterrupt)):

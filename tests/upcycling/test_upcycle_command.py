@@ -112,7 +112,13 @@ def test_a_start_that_does_not_fit_is_one_line(tmp_path, capsys, kind):
 ADAPTERS = ["unchosen", "constant", "free", "shared_equal_flops", "shared_equal_parameters"]
 
 
-@pytest.mark.parametrize("adapters", ADAPTERS)
+@pytest.mark.parametrize(
+    "adapters",
+    [
+        one if one in ("unchosen", "free", "shared_equal_flops") else pytest.param(one, marks=pytest.mark.slow)
+        for one in ADAPTERS
+    ],
+)
 def test_adapters_begin_beside_upcycled_experts_and_silent(tmp_path, capsys, adapters):
     """As HyperMoE's published runs do, which begin with copies of a dense model."""
     dense, moe = dense_run(tmp_path, BytesTokenizer()), tmp_path / "moe"

@@ -26,7 +26,7 @@ from moebed.checkpoints import write_checkpoint
 from moebed.model.config import ModelConfig
 from moebed.model.decoder import Decoder
 
-ONE_OF = 13  # in the quick test, which begins at another case in each family
+ONE_OF = 26  # in the quick test, which begins at another case in each family
 FAMILIES_WITH_CLASS = list(SIZES)
 MODEL = {"vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_experts": [0, 4],
          "num_experts_per_tok": 2, "moe_intermediate_size": 16, "intermediate_size": 24, "norm_topk_prob": False,
@@ -72,7 +72,7 @@ def test_some_odd_checkpoints_are_read_as_transformers_reads_them(family, tmp_pa
     config = write_base(family, tmp_path / "base")
     cases = cases_of(config, tmp_path / "base")
     chosen = list(itertools.islice(cases, FAMILIES_WITH_CLASS.index(family), None, ONE_OF))
-    assert said(capsys, family, judged(chosen, tmp_path)) >= 14
+    assert said(capsys, family, judged(chosen, tmp_path)) >= 7
 
 
 @pytest.mark.slow

@@ -117,7 +117,10 @@ def test_all_kinds_are_what_other_routers_would_have_done(case, tmp_path):
 
 
 @pytest.mark.shared("oracles")
-@pytest.mark.parametrize("name", ["mixtral", "deepseekmoe", "grok-1"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("mixtral", marks=pytest.mark.slow), "deepseekmoe", pytest.param("grok-1", marks=pytest.mark.slow)],
+)
 def test_the_oracles(name):
     """Published layouts: the effects of a live model, and every probe that asks for effects, pictures drawn."""
     model = PretrainedMoE(str(ORACLES / name))

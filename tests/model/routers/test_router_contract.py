@@ -107,7 +107,14 @@ def test_balancing_reaches_what_decides(name):
     assert any(key.startswith("layers.0") and decides in key for key in reached)
 
 
-@pytest.mark.parametrize("name", ["relu", "quantile", "threshold", "expert_choice", "kmeans"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "relu",
+        "quantile",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("threshold", "expert_choice", "kmeans")),
+    ],
+)
 def test_a_training_step_with_router_losses_and_statistics_is_one_graph(name):
     from moebed.training.module import MoEModule
 
@@ -145,7 +152,7 @@ def test_one_graph_in_training(name):
         torch.testing.assert_close(found[key], gradient, rtol=1e-3, atol=1e-5 * float(gradient.norm()), msg=key)
 
 
-@pytest.mark.parametrize("backend", ["grouped_mm", "loop"])
+@pytest.mark.parametrize("backend", ["grouped_mm", pytest.param("loop", marks=pytest.mark.slow)])
 def test_a_compiled_step_has_the_gradients_of_one_that_is_not(backend):
     """Of every part: a compiler that loses one says nothing, and the loss is right."""
     decoder = _decoder("softmax_topk", experts_backend=backend)
