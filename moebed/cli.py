@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 from moebed.arguments import OneLineParser
 from moebed.errors import UserError, did_you_mean
-from moebed.machine.ranks import stand_alone
 from moebed.plugins import load_plugins, mistake
+from moebed.ranks import stand_alone
 
 TRAINING = "moebed.commands.fit"  # alone may be several processes that work together
 COMMANDS = {

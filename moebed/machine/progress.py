@@ -11,8 +11,8 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from moebed.machine.ranks import starts_first
 from moebed.machine.units import human
+from moebed.ranks import starts_first
 
 SECONDS = 10.0  # between lines
 

@@ -10,8 +10,9 @@ import os
 import re
 import subprocess
 
+from moebed.ranks import TASKS
+
 SECONDS = 60  # for scontrol's answer
-TASKS = "SLURM_STEP_NUM_TASKS"
 
 
 def tasks() -> int:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 
-from moebed.machine import slurm
-
+TASKS = "SLURM_STEP_NUM_TASKS"  # tells how many tasks srun has started together
 SAID = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # where Lightning looks for a rank, in its order
 
 
 def starts_first() -> bool:
     """Whether it is the first one, or the only one."""
-    of_slurm = os.environ.get("SLURM_PROCID", "0") if slurm.tasks() > 1 else "0"
+    of_slurm = os.environ.get("SLURM_PROCID", "0") if os.environ.get(TASKS, "1") != "1" else "0"
     return os.environ.get("RANK", os.environ.get("LOCAL_RANK", of_slurm)) == "0"
 
 
@@ -20,5 +19,5 @@ def stand_alone() -> None:
 
     What is done by one process would be done by none but the first: later ones draw and log nothing.
     """
-    for name in (*SAID, slurm.TASKS):
+    for name in (*SAID, TASKS):
         os.environ.pop(name, None)
