@@ -15,12 +15,14 @@ from collections.abc import Sequence
 from moebed.arguments import OneLineParser
 from moebed.errors import UserError, did_you_mean
 from moebed.plugins import load_plugins, mistake
+from moebed.ranks import stand_alone
 
+TRAINING = "moebed.commands.fit"  # alone may be several processes that work together
 COMMANDS = {
-    "fit": ("moebed.commands.fit", "train a model from a recipe, with probes; --ckpt_path last continues a run"),
-    "validate": ("moebed.commands.fit", "evaluate a checkpoint on the validation text"),
-    "test": ("moebed.commands.fit", "evaluate a checkpoint on the test text"),
-    "predict": ("moebed.commands.fit", "per-token losses of a checkpoint on the test text"),
+    "fit": (TRAINING, "train a model from a recipe, with probes; --ckpt_path last continues a run"),
+    "validate": (TRAINING, "evaluate a checkpoint on the validation text"),
+    "test": (TRAINING, "evaluate a checkpoint on the test text"),
+    "predict": (TRAINING, "per-token losses of a checkpoint on the test text"),
     "probe": (
         "moebed.commands.probe",
         "run probes on a pretrained checkpoint, a layer at a time; a second run continues",
@@ -126,6 +128,8 @@ def _run(argv: Sequence[str] | None) -> int:
         arguments = [argument for argument in options.arguments if argument not in ("-v", "--verbose")]
         arguments = load_plugins(arguments)
         module, _ = COMMANDS[options.command]
+        if argv is None and module != TRAINING:
+            stand_alone()
         importlib.import_module(module).run(options.command, arguments)
     except UserError as error:
         if verbose:

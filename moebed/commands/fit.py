@@ -11,8 +11,9 @@ from moebed.arguments import names_recipe, parse_setting, read_recipe, stray_arg
 from moebed.errors import ConfigError, UserError, did_you_mean
 from moebed.machine import slurm, storage
 from moebed.machine.places import require_writable
-from moebed.machine.progress import say, starts_first, waiting
+from moebed.machine.progress import say, waiting
 from moebed.machine.termination import first_on_sigterm, note_early
+from moebed.ranks import starts_first
 from moebed.training.free_folder import require_checkpoint, require_no_run, run_folder
 
 FOLDER = "--trainer.default_root_dir"

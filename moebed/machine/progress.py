@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 import time
@@ -12,8 +11,8 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from moebed.machine import slurm
 from moebed.machine.units import human
+from moebed.ranks import starts_first
 
 SECONDS = 10.0  # between lines
 
@@ -64,12 +63,6 @@ class Lines:
         while not self._end.wait(max(0.01, self._next - time.monotonic())):
             if time.monotonic() >= self._next:
                 self.say(self._standing())
-
-
-def starts_first() -> bool:
-    """Whether this process is the first of those that torchrun, Lightning or srun has started, as far as it is one."""
-    of_slurm = os.environ.get("SLURM_PROCID", "0") if slurm.tasks() > 1 else "0"
-    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", of_slurm)) == "0"
 
 
 @contextmanager

@@ -9,27 +9,21 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Mapping
+
+from moebed.ranks import TASKS
 
 SECONDS = 60  # for scontrol's answer
-# What makes a process one of several to those who look: Lightning before it has a Trainer, and `tasks`.
-_OF_TASK = ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID")
 
 
 def tasks() -> int:
     """How many tasks srun has started together, this one among them; 1 where it has not."""
-    return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    return int(os.environ.get(TASKS, "1"))
 
 
 def tasks_of_nodes() -> list[int]:
     """The same by node: SLURM writes ``2(x3),1`` for 2, 2, 2 and 1."""
     found = re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ["SLURM_STEP_TASKS_PER_NODE"])
     return [int(number) for number, times in found for _ in range(int(times or 1))]
-
-
-def alone(environment: Mapping[str, str]) -> dict[str, str]:
-    """An environment for a process that this one starts, which is no task of srun."""
-    return {name: value for name, value in environment.items() if name not in _OF_TASK}
 
 
 def job() -> str | None:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from moebed.errors import DivergedError, UserError
-from moebed.machine import slurm
 from moebed.machine.last_words import last_words
 from moebed.machine.termination import StoppedError, asked_to_end
 from moebed.study.code import code_so_far
@@ -215,7 +214,7 @@ def _start(
     before = read_json(path) or {}
     record = {"hash": run.hash, "identity": dict(run.identity), "seconds": before.get("seconds", 0.0)}
     write_json(path, record | {"code": code_so_far(before)})
-    environment = {**slurm.alone(os.environ), **placement.take(run.name, run.devices)}
+    environment = {**os.environ, **placement.take(run.name, run.devices)}
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     with log.open("ab") as file:
         begin = file.tell()

@@ -109,7 +109,7 @@ class Requests:
         if (why := slurm.requeue()) is not None:
             rank_zero_warn(f"job {slurm.job()} could not be requeued ({why}); start it again by hand, it continues")
         else:
-            say(f"job {slurm.job()} is in the queue again, and continues")
+            _tell(f"job {slurm.job()} is in the queue again, and continues")
 
     @property
     def _number(self) -> int:

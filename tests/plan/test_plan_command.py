@@ -118,7 +118,8 @@ def test_sbatch_script_asks_for_what_its_recipe_needs():
     assert name == "SIGUSR1"  # the signal at which Lightning requeues
     assert int(seconds) >= 300
     assert "requeue" in asked
-    assert command[1:3] == ["moebed", "fit"]
+    assert command[command.index("moebed") + 1] == "fit"
+    assert '--cpus-per-task="$SLURM_CPUS_PER_TASK"' in command[: command.index("moebed")]
     readme = (script.parent / "README.md").read_text()
     launch = " ".join(readme[readme.index("torchrun --nnodes") :].split("\n\n")[0].split())
     nodes, processes = (int(number) for number in re.findall(r"--(?:nnodes|nproc_per_node) (\d+)", launch))

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "scancel")
 SCRIPT = ROOT / "recipes" / "cluster" / "moe_64gpu.sbatch"
 NODES = [f"127.0.0.{number}" for number in (11, 12, 13, 14)]  # names that any Linux machine finds
-PATIENCE, SOON = 420.0, 60.0  # seconds for a test, and for its end
+PATIENCE, SOON = 480.0, 60.0  # seconds for a test, and for its end
 
 # Credentials are short-lived, since a job that is queued again waits until its old ones are of no use.
 CONF = """\

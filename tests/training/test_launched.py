@@ -133,11 +133,25 @@ def test_tasks_of_nodes_are_read_as_slurm_writes_them(said):
         assert slurm.tasks_of_nodes() == tasks
 
 
-def test_a_process_of_its_own_is_no_task(said):
-    said(task(rank=1))
-    environment = slurm.alone(os.environ)
-    assert (slurm.tasks(), environment.get("SLURM_STEP_NUM_TASKS"), environment.get("SLURM_PROCID")) == (4, None, None)
-    assert environment["SLURM_JOB_ID"] == "12345"
+ALONE = """
+import os, sys
+from moebed.cli import main
+sys.modules["moebed.commands.report"] = type(sys)("report")
+sys.modules["moebed.commands.report"].run = print
+sys.argv = ["moebed", "report", "a folder"]
+main()
+from lightning.pytorch.utilities import rank_zero_only
+from moebed.machine import slurm
+print(rank_zero_only.rank, slurm.tasks(), slurm.job())
+"""
+
+
+@pytest.mark.parametrize("variables", [task(rank=1), {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"} | SCRIPT])
+def test_a_command_of_one_process_is_the_first_wherever_it_was_started(said, variables):
+    """As srun starts one for each of several checkpoints: those after the first drew and logged nothing, or failed."""
+    environment = {**os.environ, **variables, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", ALONE], env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["report ['a folder']", "0 1 12345"], done.stderr
 
 
 # Signals --------------------------------------------------------------------------------------------------------------
@@ -266,12 +280,12 @@ def test_a_job_that_makes_room_within_its_grace_time_is_queued_again(said, scont
 
 
 @pytest.mark.parametrize(("variables", "times"), [(task(rank=0), 1), (task(rank=2), 0), (SCRIPT, 1)])
-def test_what_is_waited_for_is_said_once(variables, times):
+def test_what_is_waited_for_is_said_once(said, variables, times):
     """Also before PyTorch is there; each of 64 ranks said it."""
     code = (
         "import time\nfrom moebed.machine import progress\nprogress.SECONDS = .05\n"
         "progress.Lines.__init__.__defaults__ = (.05, 60)\nwith progress.waiting('loading'): time.sleep(.3)"
     )
-    environment = slurm.alone(os.environ) | variables
+    environment = {**os.environ, **variables}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr.count("loading")) == (0, times), done.stderr
