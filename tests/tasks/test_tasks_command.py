@@ -134,7 +134,7 @@ def test_a_second_run_goes_on_where_the_first_one_stopped(checkpoint, tmp_path, 
         (["--tasks", "moebed_recal"], "did you mean 'moebed_recall'?"),
         (["--text", "words"], "write it as NAME=FILE"),
         (["--text", "words=nothing.txt"], "there is no such file"),
-        (["--tasks", "moebed_recall", "--limit", "0"], "limit is 0"),
+        (["--tasks", "moebed_recall", "--limit", "0"], "--limit is '0'; give a whole number of at least 1"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_in_a_line(checkpoint, tmp_path, capsys, arguments, said):
