@@ -68,7 +68,7 @@ def whole(least: int | None = None) -> Callable[[str], int]:
 
 def number(least: float = -math.inf, most: float = math.inf, above: float = -math.inf) -> Callable[[str], float]:
     """The type of an option that is a number, neither NaN nor infinite, within bounds."""
-    bounds = [f"{word} {bound:g}" for word, bound in (("above", above), ("at least", least), ("at most", most))
+    bounds = [f"{word} {bound:g}" for word, bound in (("above", above), ("of at least", least), ("at most", most))
               if math.isfinite(bound)]  # fmt: skip
     wanted = " ".join(["a number", " and ".join(bounds)]).strip()
 

@@ -186,7 +186,7 @@ def test_a_table_that_cannot_tell_is_one_line(lines, words, tmp_path, capsys):
         (("--form", "joint", "--fix", "A=1"), ("'A' is no constant of joint; it has a, alpha",)),
         (("--form", "joint", "--fix", "a=-1"), ("a must be finite and above 0",)),
         (("--form", "joint", "--fix", "a"), ("give a number",)),
-        (("--form", "joint", "--budget", "5"), ("--budget is 5",)),
+        (("--form", "joint", "--budget", "5"), ("--budget is '5'; give a number of at least 1e+06 and at most 1e+31",)),
         (("--form", "joint", "--resamples", "3"), ("--resamples is '3'; give a whole number of at least 40",)),
         (("--form", "leverage"), ("missing: flops (also C, training_flops, compute), A",)),
     ],

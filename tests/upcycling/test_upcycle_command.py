@@ -154,9 +154,9 @@ WRONG = {
     "an option of another method": (["--method", "copy", "--fraction", "0.3"], "it is for noise, drop"),
     "fraction": (
         ["--method", "drop", "--fraction", "1.5"],
-        "--fraction is '1.5'; give a number at least 0 and at most 1",
+        "--fraction is '1.5'; give a number of at least 0 and at most 1",
     ),
-    "negative": (["--method", "noise", "--noise-std", "-1"], "--noise-std is '-1'; give a number at least 0"),
+    "negative": (["--method", "noise", "--noise-std", "-1"], "--noise-std is '-1'; give a number of at least 0"),
     "not a number": (["--method", "noise", "--noise-std", "nan"], "--noise-std is 'nan'"),
     "no such layer": (["--method", "copy", "--dense-layers", "0,2"], "layers 0 to 1, not 2"),
     "all layers": (["--method", "copy", "--dense-layers", "0,1"], "dense-layers names every layer"),
