@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from moebed.errors import ConfigError, UserError, did_you_mean
 
-_NEGATIVE = re.compile(r"-\.?\d")
+_NEGATIVE = re.compile(r"-(\.?\d|inf|nan)")
 _FLOAT = re.compile(r"[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")  # YAML 1.1 asks for a point and a sign
 
 
@@ -22,16 +23,65 @@ class OneLineParser(argparse.ArgumentParser):
         super().__init__(**{"allow_abbrev": False, **options})
         self._negative_number_matcher = _NEGATIVE  # -5GiB is a value, for its option to refuse
 
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; {self._hint(message) or f'`{self.prog} --help` lists the options'}")
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does, once nothing is given that is empty: a variable of a shell that was not set."""
+        before = ""
+        # What follows a command's name is for another parser.
+        mine = not any(action.nargs == argparse.REMAINDER for action in self._actions)
+        for argument in args or () if mine else ():
+            option, equals, value = argument.partition("=")
+            if not argument.strip() or (equals and option.startswith("--") and not value.strip()):
+                named = option if equals else before if before.startswith("--") else "an argument"
+                raise ConfigError(f"{named} is empty; give it a value, or leave it out")
+            before = argument
+        return super().parse_known_args(args, namespace)
 
-    def _hint(self, message: str) -> str:
-        """The option, or the choice, that was meant, where one is near to what was written."""
+    def error(self, message: str) -> NoReturn:
+        value = re.match(r"argument (\S+): (is .*)", message, re.DOTALL)  # as whole and number say it
+        if value is not None:
+            raise ConfigError(" ".join(value.groups()))
+        choice = re.match(r"argument (\S+): invalid choice: '(.*?)' \(choose from (.*)\)$", message, re.DOTALL)
+        if choice is not None:
+            name, given, known = choice.group(1), choice.group(2), re.findall(r"[^\s',]+", choice.group(3))
+            hint = did_you_mean(given, known, f"choose one of {', '.join(known)}")
+            raise ConfigError(f"{name} is {given!r}; {hint}")
         unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
-        if unknown is not None:
-            return did_you_mean(unknown.group(1), self._option_string_actions)
-        choice = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)$", message)
-        return "" if choice is None else did_you_mean(choice.group(1), re.findall(r"[^\s',]+", choice.group(2)))
+        hint = "" if unknown is None else did_you_mean(unknown.group(1), self._option_string_actions)
+        raise ConfigError(f"{message}; {hint or f'`{self.prog} --help` lists the options'}")
+
+
+def whole(least: int | None = None) -> Callable[[str], int]:
+    """The type of an option that is a whole number, of at least so much."""
+    wanted = "a whole number" + ("" if least is None else f" of at least {least}")
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or (least is not None and value < least):
+            raise argparse.ArgumentTypeError(f"is {text!r}; give {wanted}")
+        return value
+
+    return read
+
+
+def number(least: float = -math.inf, most: float = math.inf, above: float = -math.inf) -> Callable[[str], float]:
+    """The type of an option that is a number, neither NaN nor infinite, within bounds."""
+    bounds = [f"{word} {bound:g}" for word, bound in (("above", above), ("of at least", least), ("at most", most))
+              if math.isfinite(bound)]  # fmt: skip
+    wanted = " ".join(["a number", " and ".join(bounds)]).strip()
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and value > above and least <= value <= most):
+            raise argparse.ArgumentTypeError(f"is {text!r}; give {wanted}")
+        return value
+
+    return read
 
 
 def add_text_options(group: argparse._ArgumentGroup) -> None:
@@ -50,8 +100,10 @@ def add_text_options(group: argparse._ArgumentGroup) -> None:
         metavar="NAME=FILE",
         help="a labelled domain for the domain probes; may be repeated",
     )
-    group.add_argument("--sequence-length", type=int, metavar="N", help="tokens of a domain's sequences; default 256")
-    group.add_argument("--domain-tokens", type=int, metavar="N", help="tokens of each domain; default 8192")
+    group.add_argument(
+        "--sequence-length", type=whole(2), metavar="N", help="tokens of a domain's sequences; default 256"
+    )
+    group.add_argument("--domain-tokens", type=whole(2), metavar="N", help="tokens of each domain; default 8192")
     group.add_argument(
         "--text-field", metavar="KEY", help="column or key of a domain's text, if it holds records; default text"
     )

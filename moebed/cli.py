@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import importlib
 import io
 import locale
@@ -146,12 +147,19 @@ def _run(argv: Sequence[str] | None) -> int:
         print("moebed: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        line = None if verbose else mistake(error)
+        line = None if verbose else _too_long(error) or mistake(error)
         if line is None:
             raise
         print(f"moebed: error: {' '.join(line.split())}; -v shows how it came there", file=sys.stderr)
         return UserError.exit_code
     return 0
+
+
+def _too_long(error: Exception) -> str | None:
+    """One line for what no file can be called, whichever argument it is of: a text in the place of its file."""
+    if not isinstance(error, OSError) or error.errno != errno.ENAMETOOLONG:
+        return None
+    return f"{str(error.filename)[:60]!r}... is too long for the name of a file; give the path of one"
 
 
 def _flush() -> None:

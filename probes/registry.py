@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any, TypeVar
 
 from moebed.errors import ConfigError, did_you_mean
+from moebed.names import PROBES as KNOWN
 from moebed.views.layer import Need
 from probes.activations import Activations
 from probes.balance import Balance
@@ -193,9 +194,7 @@ def resolve_probes(names: Sequence[str] | None) -> tuple[str, ...]:
     if names is None:
         return DEFAULT_PROBES
     for name in names:
-        if name not in PROBES and name != "all":
-            hint = did_you_mean(name, PROBES, f"choose all or some of {', '.join(PROBES)}")
-            raise ConfigError(f"probes: unknown probe {name!r}; {hint}")
+        KNOWN.require(name, "probes", also=("all",))
     if "all" in names:
         return tuple(name for name in PROBES if name in names or name not in BY_NAME_ONLY)
     return in_order(names, PROBES)

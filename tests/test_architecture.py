@@ -103,7 +103,18 @@ def test_no_files_import_one_another():
 def test_a_loose_file_does_not_hide_from_the_table():
     """What lies beside the rooms is on the lowest floor of its package, whatever its name."""
     loose = {path.stem for path in (ROOT / "moebed").glob("*.py")}
-    assert loose == {"__init__", "cli", "errors", "extras", "arguments", "plugins", "ranks", "former_names", "lazy"}
+    assert loose == {
+        "__init__",
+        "cli",
+        "errors",
+        "extras",
+        "names",
+        "arguments",
+        "plugins",
+        "ranks",
+        "former_names",
+        "lazy",
+    }
 
 
 @pytest.mark.parametrize(

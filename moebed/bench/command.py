@@ -12,16 +12,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from moebed.arguments import OneLineParser
+from moebed.arguments import OneLineParser, whole
 from moebed.errors import UserError
 from moebed.machine import storage
+from moebed.machine.places import require_file_writable
 from moebed.machine.progress import say
+from moebed.names import OF_DOMAINS, ROUTERS
 
 Choices = dict[str, tuple[str, ...]]  # of each option
 _TRAINED: Choices = {"--size": ("A", "F", "B"), "--precision": ("auto", "32-true", "bf16-mixed")}
 _SHAPES: Choices = {"--shape": ("A", "F", "B", "mixtral", "deepseekmoe", "olmoe", "qwen3")}
 # What an option may be, of each kind; the names are those of the files beside, which need torch: a test holds them
-# together. A router's name and a device need torch to be known.
+# together. A device needs torch to be known.
 CHOICES: dict[str, Choices] = {
     "train": _TRAINED,
     "routers": _TRAINED,
@@ -36,7 +38,6 @@ CHOICES: dict[str, Choices] = {
     },
     "experts": _SHAPES | {"--dtype": ("float32", "bfloat16", "autocast")},
 }
-LEAST = {"tokens": 1, "rounds": 1, "steps": 1, "experts": 2}
 PACKAGES = ("torch", "transformers", "triton", "lightning", "numpy", "scipy")
 
 
@@ -46,8 +47,8 @@ def build_parser() -> argparse.ArgumentParser:
     kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     train = kinds.add_parser("train", help="tokens/s of a training step, beside transformers and our dense model")
     train.add_argument("--size", action="append", help="A, F or B (see moebed/bench/train.py); may be repeated")
-    train.add_argument("--rounds", type=int, default=10, help="alternations between all contestants")
-    train.add_argument("--steps", type=int, default=3, help="steps of each contestant in a round")
+    train.add_argument("--rounds", type=whole(1), default=10, help="alternations between all contestants")
+    train.add_argument("--steps", type=whole(1), default=3, help="steps of each contestant in a round")
     train.add_argument(
         "--compile", action="store_true", help="compiled contestants as well; their warm-up takes longer"
     )
@@ -55,18 +56,20 @@ def build_parser() -> argparse.ArgumentParser:
     routers = kinds.add_parser("routers", help="tokens/s of a training step with each router, beside softmax_topk")
     routers.add_argument("--size", action="append", help="A, F or B (see moebed/bench/train.py); may be repeated")
     routers.add_argument("--router", action="append", help="one of moebed.model.routers; default all; may be repeated")
-    routers.add_argument("--rounds", type=int, default=10, help="alternations between all contestants")
-    routers.add_argument("--steps", type=int, default=3, help="steps of each contestant in a round")
+    routers.add_argument("--rounds", type=whole(1), default=10, help="alternations between all contestants")
+    routers.add_argument("--steps", type=whole(1), default=3, help="steps of each contestant in a round")
     routers.add_argument("--compile", action="store_true", help="compiled, where the router can be")
     routers.add_argument("--device", default="cpu", help="cpu or cuda")
     for kind in (train, routers):
         kind.add_argument("--precision", default="auto", help="32-true, bf16-mixed or auto, of all contestants")
     probe = kinds.add_parser("probe", help="neuron matching beside the published procedure and its own products")
-    probe.add_argument("--rounds", type=int, default=3, help="alternations of each comparison; 3 take five minutes")
+    probe.add_argument(
+        "--rounds", type=whole(1), default=3, help="alternations of each comparison; 3 take five minutes"
+    )
     probe.add_argument("--only", action="append", help="streaming, text, weights or matching; default all; repeatable")
     sizes = "rows of weights: mixtral, deepseek or olmoe; default all; repeatable"
     probe.add_argument("--size", action="append", help=sizes)
-    probe.add_argument("--experts", type=int, metavar="N", help="rows of weights: at most N experts of the layer")
+    probe.add_argument("--experts", type=whole(2), metavar="N", help="rows of weights: at most N experts of the layer")
     probe.add_argument("--full", action="store_true", help="a whole layer of 64 experts; takes more than an hour")
     kernels = kinds.add_parser("kernels", help="the Triton kernels: machine code and roofline, or times on a GPU")
     kernels.add_argument("--static", action="store_true", help="compile and check the machine code; needs no GPU")
@@ -83,9 +86,11 @@ def build_parser() -> argparse.ArgumentParser:
     experts.add_argument("--device", default="cpu", help="cpu or cuda")
     for kind in (kernels, experts):
         kind.add_argument("--shape", action="append", help="A, F, B, mixtral, deepseekmoe, olmoe or qwen3; repeatable")
-        kind.add_argument("--tokens", type=int, help="tokens; default those of the size, or 256 (CPU) or 8192 (GPU)")
-        kind.add_argument("--rounds", type=int, default=10, help="alternations between all contestants")
-        kind.add_argument("--steps", type=int, default=3, help="steps of each contestant in a round")
+        kind.add_argument(
+            "--tokens", type=whole(1), help="tokens; default those of the size, or 256 (CPU) or 8192 (GPU)"
+        )
+        kind.add_argument("--rounds", type=whole(1), default=10, help="alternations between all contestants")
+        kind.add_argument("--steps", type=whole(1), default=3, help="steps of each contestant in a round")
     for kind in (train, routers, probe, kernels, experts):
         kind.add_argument("--json", type=Path, metavar="FILE", help="keep the figures, with versions and machine")
     return parser
@@ -94,8 +99,6 @@ def build_parser() -> argparse.ArgumentParser:
 def run(command: str, arguments: Sequence[str]) -> None:
     """Measure, print a table, and keep the figures where asked."""
     options = build_parser().parse_args(arguments)
-    if options.json is not None and not options.json.parent.is_dir():
-        raise UserError(f"--json {options.json}: the folder {options.json.parent} does not exist; make it first")
     _look_first(options)
     parts = {"train": _train, "routers": _routers, "probe": _probe, "kernels": _kernels, "experts": _experts}
     found = parts[options.what](options)
@@ -108,10 +111,14 @@ def _look_first(options: argparse.Namespace) -> None:
     for option, known in CHOICES[options.what].items():
         given = getattr(options, option.removeprefix("--")) or []
         _check_choices(option, [given] if isinstance(given, str) else given, known)
-    for name, least in LEAST.items():
-        value = getattr(options, name, None)
-        if value is not None and value < least:
-            raise UserError(f"--{name} {value}: give at least {least}")
+    for name in getattr(options, "router", None) or ():
+        ROUTERS.require(name, "--router")
+        if name in OF_DOMAINS:
+            raise UserError(f"--router {name}: it is told each token's domain, and the text here has none")
+    if options.json is not None:
+        if not options.json.parent.is_dir():
+            raise UserError(f"--json {options.json}: there is no folder {options.json.parent}; make it first")
+        require_file_writable(options.json, "--json")
     device = getattr(options, "device", "cpu")
     if device.partition(":")[0] not in ("cpu", "cuda"):
         raise UserError(f"--device {device}: choose cpu or cuda")
@@ -156,11 +163,9 @@ def _routers(options: argparse.Namespace) -> list[dict[str, Any]]:
     from rich.table import Table
 
     from moebed.bench import routers
-    from moebed.model.routers import ROUTERS
 
     _check_device(options.device)
-    measured = [name for name, rule in ROUTERS.items() if not rule.needs_domain]  # random text has no domains
-    _check_choices("--router", options.router or [], measured)
+    measured = [name for name in ROUTERS if name not in OF_DOMAINS]  # random text has no domains
     precision = _precision(options)
     results = []
     for size in options.size or ["A"]:

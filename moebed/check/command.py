@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from moebed.arguments import OneLineParser
+from moebed.arguments import OneLineParser, number
 from moebed.check import backends, table
 from moebed.check.contract import MINUTES, Verdict
 from moebed.check.ladder import LADDER, MODULE
@@ -34,7 +34,9 @@ def build_parser() -> argparse.ArgumentParser:
         f"that the same command goes on where it was.\n{EXIT_CODES}.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="shared among the steps; default %(default)g")
+    parser.add_argument(
+        "--minutes", type=number(above=0), default=MINUTES, help="shared among the steps; default %(default)g"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/check"), metavar="DIR", help="default %(default)s")
     parser.add_argument("--only", default="", metavar="STEP,...", help="these steps alone")
     parser.add_argument("--fresh", action="store_true", help="measure again what is kept in DIR")
@@ -50,8 +52,6 @@ def run(command: str, arguments: Sequence[str]) -> None:
     """
     steps = {step.name: step for rung in LADDER for step in rung}
     options = build_parser().parse_args(arguments)
-    if not options.minutes > 0:
-        raise UserError(f"--minutes {options.minutes:g}: give more than 0")
     only = [name.strip() for name in options.only.split(",") if name.strip()]
     for name in only:
         if name not in steps:

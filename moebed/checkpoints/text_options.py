@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -9,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from moebed.data.file_formats import require_known
-from moebed.errors import ConfigError, UserError
+from moebed.errors import ConfigError
+from moebed.machine.places import require_file
 
 PAPER_LONG = "paper-long"
 PRESETS = ("paper-short", PAPER_LONG, "paper-chosen")
@@ -44,9 +46,7 @@ class TextOptions:
         for name in self.text:
             text_file(name)
         for name in self.input_ids:
-            if not Path(name).is_file():
-                what = "it is a folder" if Path(name).is_dir() else "there is no such file"
-                raise UserError(f"--input-ids {name}: {what}; give a .npy file of integers")
+            require_file(Path(name), f"--input-ids {name}", "give a .npy file of integers", b"\x93NUMPY")
         labels: set[str] = {"text"} if self.text or self.input_ids else set()
         for name in self.domain:
             label, _ = domain_file(name)
@@ -73,18 +73,16 @@ def text_file(name: str) -> Path | None:
     """
     preset, _, file = name.partition("=")
     if preset == PAPER_LONG and file:
-        if not Path(file).is_file():
-            raise UserError(
-                f"--text {name}: there is no such file; give WikiText-103's test set, a line of text a line"
-            )
+        require_file(Path(file), f"--text {name}", "give WikiText-103's test set, a line of text a line")
         return Path(file)
-    if Path(name).is_file():
-        return Path(name)
-    if name in PRESETS:
+    path = Path(name)
+    if name in PRESETS and not path.is_file():
         return None
-    if Path(name).is_dir():
-        raise UserError(f"--text {name}: it is a folder; give the files in it, such as {name.rstrip('/')}/*.txt")
-    raise UserError(f"--text {name}: there is no such file; give one, or one of {', '.join(PRESETS)}")
+    advice = f"give one, or one of {', '.join(PRESETS)}"
+    if os.path.isdir(name):
+        advice = f"give the files in it, such as {name.rstrip('/')}/*.txt"
+    require_file(path, f"--text {name}", advice)
+    return path
 
 
 def domain_file(given: str) -> tuple[str, Path]:
@@ -99,8 +97,6 @@ def domain_file(given: str) -> tuple[str, Path]:
         raise ConfigError(f"--domain {given}: write it as NAME=FILE")
     if not re.fullmatch(r"[\w.+ -]+", label):
         raise ConfigError(f"--domain {given}: a name has letters, digits, spaces and . + - _ only")
-    if not Path(file).is_file():
-        what = "is a folder" if Path(file).is_dir() else "does not exist"
-        raise UserError(f"--domain {given}: {file} {what}; give one file of text")
+    require_file(Path(file), f"--domain {given}", "give one file of text")
     require_known(Path(file), f"--domain {given}")
     return label, Path(file)

@@ -7,18 +7,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moebed.arguments import names_recipe, parse_setting, read_recipe, stray_argument
+import yaml
+
+from moebed.arguments import names_recipe, parse_setting, parse_yaml, read_recipe, stray_argument
 from moebed.errors import ConfigError, UserError, did_you_mean
 from moebed.machine import slurm, storage
 from moebed.machine.places import require_writable
 from moebed.machine.progress import say, waiting
 from moebed.machine.termination import first_on_sigterm, note_early
+from moebed.model.config import ModelConfig
 from moebed.ranks import starts_first
 from moebed.training.free_folder import require_checkpoint, require_no_run, run_folder
 
 FOLDER = "--trainer.default_root_dir"
 CHECKPOINT = "--ckpt_path"
 SOURCES = "--data.sources"
+MODEL = "--model.config"
 WHERE = (FOLDER, CHECKPOINT, SOURCES)  # what is looked at here, in recipes as well; the last one that says it holds
 MISSING = object()
 TOLD = ("--print_plan", "--print_config", "--help", "-h")
@@ -72,6 +76,9 @@ def look_first(command: str, arguments: Sequence[str]) -> None:
             for key in content if isinstance(content, dict) else ():
                 _require_known(command, str(key))
             said |= {key: value for key in WHERE if (value := _at(content, key)) is not MISSING}
+            _look_at_model(_at(content, MODEL))
+        elif option.startswith(f"{MODEL}."):
+            _look_at_model({option.removeprefix(f"{MODEL}."): value})
         elif option in WHERE:
             said[option] = None if value in NULL else parse_setting(option, value) if option == SOURCES else value
         else:  # of one that says all of a section, or a part of a value, the parser alone knows the outcome
@@ -94,6 +101,22 @@ def look_first(command: str, arguments: Sequence[str]) -> None:
         from moebed.data.sources import require_files
 
         require_files(sources)
+
+
+def _look_at_model(settings: Any) -> None:
+    """Refuse settings of the model that no router is needed to see, as the parser would."""
+    if isinstance(settings, dict):
+        # Of a part of a value, such as num_experts+ or router_options.gamma, the parser alone knows the outcome.
+        whole = {str(key): value for key, value in settings.items() if not {".", "+"} & set(str(key))}
+        ModelConfig.look_first({key: _plain(value) for key, value in whole.items()})
+
+
+def _plain(value: Any) -> Any:
+    """A value of an option, or of a recipe where it is quoted, as YAML has it."""
+    try:
+        return parse_yaml(value) if isinstance(value, str) else value
+    except yaml.YAMLError:
+        return value
 
 
 def _at(content: Any, option: str) -> Any:

@@ -6,16 +6,17 @@ Needs no PyTorch.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moebed.arguments import OneLineParser, add_text_options, parse_setting, read_yaml
+from moebed.arguments import OneLineParser, add_text_options, parse_setting, read_yaml, whole
 from moebed.checkpoints.hub import require_nameable
 from moebed.checkpoints.text_options import TextOptions
 from moebed.errors import ConfigError, did_you_mean
-from moebed.machine.places import require_writable
+from moebed.machine.places import require_file_writable, require_writable
 from moebed.machine.units import parse_bytes
+from moebed.names import PROBES, SETTINGS, STATIC_PROBES
 from moebed.views.intervention_words import read, split
 
 _CHOICES = {
@@ -78,7 +79,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="transformers: any MoE whose experts go through its experts interface, read into memory whole and run by "
         "its own code",
     )
-    parser.add_argument("--num-experts", type=int, metavar="N", help="experts of a layer, where a trace does not say")
+    parser.add_argument(
+        "--num-experts", type=whole(1), metavar="N", help="experts of a layer, where a trace does not say"
+    )
     parser.add_argument("--reference-dense", metavar="DENSE", help='dense checkpoint to compare with, the paper\'s "F"')
     parser.add_argument("--layers", metavar="0,5", help="all (the default), or some of them")
     parser.add_argument(
@@ -129,7 +132,7 @@ def read_options(arguments: Sequence[str]) -> dict[str, Any]:
     """
     given = vars(build_parser().parse_args(arguments))
     file = given.pop("config", None)
-    content = _read_yaml(Path(file), ["checkpoint", "out", *DEFAULTS]) if file is not None else {}
+    content = {} if file is None else _read_yaml(Path(file), ["checkpoint", "out", *DEFAULTS])
     options = {**DEFAULTS, **content, **given}
     for name in ("checkpoint", "out"):
         if not options.get(name):
@@ -137,9 +140,6 @@ def read_options(arguments: Sequence[str]) -> dict[str, Any]:
                 "CHECKPOINT, a folder or a hub id" if name == "checkpoint" else "--out DIR, a folder for the results"
             )
             raise ConfigError(f"moebed probe needs {wanted}")
-    for name, choices in _CHOICES.items():
-        if options[name] is not None and options[name] not in choices:
-            raise ConfigError(f"{name} is {options[name]!r}; choose one of {', '.join(choices)}")
     return options
 
 
@@ -151,7 +151,23 @@ def _read_yaml(path: Path, known: Sequence[str]) -> dict[str, Any]:
         if key not in known:
             hint = did_you_mean(key, known, f"the known ones are {', '.join(known)}")
             raise ConfigError(f"{path}: unknown key {key!r}; {hint}")
+    _require_kinds(path, content)
     return content
+
+
+def _require_kinds(path: Path, content: dict[str, Any]) -> None:
+    """Refuse a value of a file that its option would refuse."""
+    for action in build_parser()._actions:
+        value = content.get(action.dest)
+        if value is None:
+            continue
+        if action.choices is not None and value not in action.choices:
+            raise ConfigError(f"{path}: {action.dest} is {value!r}; choose one of {', '.join(action.choices)}")
+        if callable(action.type):
+            try:
+                action.type(str(value))
+            except argparse.ArgumentTypeError as error:
+                raise ConfigError(f"{path}: {action.dest} {error}") from None
 
 
 def _listed(value: Any) -> list[str]:
@@ -198,7 +214,8 @@ def look_first(options: dict[str, Any]) -> None:
     """
     dense = options["reference_dense"]
     require_nameable(*several(options["earlier"]), options["checkpoint"], *([dense] if dense else []))
-    asked(options, bool(text_of(options)))
+    has_text = bool(text_of(options))
+    require_probes(*asked(options, has_text), has_text)
     for text in several(options["intervene"]):
         for one in split(text):
             read(one)
@@ -206,7 +223,31 @@ def look_first(options: dict[str, Any]) -> None:
     parse_bytes(options["memory_budget"])
     require_writable(Path(options["out"]), "--out")
     if options["save_trace"]:
-        require_writable(Path(options["save_trace"]).parent, "--save-trace")
+        require_file_writable(Path(options["save_trace"]), "--save-trace")
+
+
+def require_probes(chosen: Sequence[str], settings: Mapping[str, Mapping[str, Any]], has_text: bool = True) -> None:
+    """Refuse names of probes, and of their settings, that nothing is called, and probes that need text without any.
+
+    Those that a plug-in has registered are known as well.
+
+    Raises:
+        ConfigError: Says which it could be.
+    """
+    for name in chosen:
+        PROBES.require(name, "probes", also=("all",))
+        if not has_text and name in PROBES.own and name not in STATIC_PROBES:
+            raise ConfigError(
+                f"probes: {name} needs text; give --text, --input-ids or --domain, or choose from "
+                f"{', '.join(STATIC_PROBES)}"
+            )
+    for name, given in settings.items():
+        PROBES.require(name, "probe-option")
+        for key in given if isinstance(given, Mapping) and name in PROBES.own else ():
+            known = SETTINGS.get(name, ())
+            if key not in known:
+                hint = did_you_mean(key, known, f"it has {', '.join(known) or 'none'}")
+                raise ConfigError(f"probes: {name} has no option {key!r}; {hint}")
 
 
 def text_of(options: dict[str, Any]) -> TextOptions:
@@ -224,6 +265,8 @@ def layers_of(options: dict[str, Any]) -> list[int] | None:
 def asked(options: dict[str, Any], has_text: bool) -> tuple[list[str], dict[str, dict[str, Any]]]:
     """The probes that are named, those that options name, and settings of them."""
     chosen, settings = _listed(options["probes"]), _probe_options(options["probe_option"])
+    if not chosen:
+        raise ConfigError(f"probes is {options['probes']!r}, which names none; name some, or leave it out for all")
     for option, probe in (("save_logits", "logits"), ("intervene", "interventions"), ("save_trace", "routing")):
         if not options[option]:
             continue

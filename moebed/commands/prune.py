@@ -12,14 +12,15 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moebed.arguments import OneLineParser, add_text_options
+from moebed.arguments import OneLineParser, add_text_options, whole
 from moebed.checkpoints.hub import find_checkpoint, require_nameable
 from moebed.checkpoints.text_options import TextOptions
-from moebed.errors import ConfigError, UserError, did_you_mean
+from moebed.errors import ConfigError, UserError
 from moebed.machine import storage
 from moebed.machine.places import require_empty
 from moebed.machine.progress import say, waiting
 from moebed.machine.units import parse_bytes
+from moebed.names import RANDOM, SCORES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="the best of all layers together, each beside its layer's mean, so that layers differ in size; at least "
         "one in each",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the draw, by random")
+    parser.add_argument("--seed", type=whole(0), default=0, help="of the draw, by random")
     text = parser.add_argument_group("text: several sequences, every other one of which experts are scored on")
     add_text_options(text)
     parser.add_argument("--memory-budget", default="8GiB", metavar="8GiB", help="for weights and the work on them")
@@ -68,6 +69,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
     share, count = _kept(options.keep)
     text, out = TextOptions.of(vars(options)), Path(options.out)
     require_nameable(options.checkpoint)
+    SCORES.require(options.by, "--by", also=(RANDOM,))
     if not text:
         raise ConfigError("moebed prune needs text to score experts on and to judge by: --text, --input-ids, --domain")
     require_empty(out)
@@ -79,11 +81,8 @@ def run(command: str, arguments: Sequence[str]) -> None:
         from moebed.exporting.content import prune
         from moebed.exporting.export import export, plan_export
         from probes.keep_k import ONE_TEXT
-        from probes.measures.expert_scores import RANDOM, SCORES, calibration_texts
+        from probes.measures.expert_scores import calibration_texts
 
-    if options.by not in (*SCORES, RANDOM):
-        hint = did_you_mean(options.by, (*SCORES, RANDOM), f"choose one of {', '.join((*SCORES, RANDOM))}")
-        raise ConfigError(f"--by {options.by!r} is no score; {hint}")
     model = PretrainedMoE(options.checkpoint, text=text, memory_budget=options.memory_budget)
     assert model.text is not None
     for note in model.notes:
@@ -156,7 +155,7 @@ def _scored(model: PretrainedMoE, by: str, seed: int) -> tuple[HeadView, dict[in
     from moebed.views.layer import HeadView
     from probes.contract import by_layer
     from probes.keep_k import KeepK
-    from probes.measures.expert_scores import RANDOM, random_scores
+    from probes.measures.expert_scores import random_scores
     from probes.running.driver import ProbePass
 
     if by == RANDOM:

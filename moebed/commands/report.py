@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moebed.arguments import OneLineParser, require_run_folder
-from moebed.machine.places import require_writable
+from moebed.machine.places import require_file_writable
 from moebed.machine.progress import waiting
 
 
@@ -29,7 +29,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
     for folder in options.folders:
         require_run_folder(folder)
     out = options.out or options.folders[0] / "report.html"
-    require_writable(out.parent, "--out")
+    require_file_writable(out, "--out")
     from moebed.study.page import is_study, sections
     from probes.report.page import write_report
 

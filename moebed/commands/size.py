@@ -9,14 +9,13 @@ import argparse
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from moebed.arguments import OneLineParser, parse_setting, read_recipe
+from moebed.arguments import OneLineParser, parse_setting, read_recipe, whole
 from moebed.errors import ConfigError
 from moebed.machine.progress import waiting
-
-if TYPE_CHECKING:
-    from moebed.model.config import ModelConfig
+from moebed.machine.units import human
+from moebed.model.config import ModelConfig
 
 
 class Matched(NamedTuple):
@@ -79,7 +78,7 @@ def size_table(config: ModelConfig, sequence_length: int) -> str:
     total, active = count_parameters(config)
     flops = flops_per_token(config, sequence_length)
     lines.append(
-        f"{total:,} parameters, {active:,} active a token; {flops / 1e6:,.1f} MFLOP a token forward, in sequences of "
+        f"{total:,} parameters, {active:,} active a token; {human(flops, 'FLOP', 4)} a token forward, in sequences of "
         f"{sequence_length}"
     )
     return "\n".join(lines)
@@ -93,8 +92,6 @@ class Settings(NamedTuple):
 
     def config(self) -> ModelConfig:
         """The model's config; raises ConfigError where it is wrong. Loads PyTorch."""
-        from moebed.model.config import ModelConfig
-
         return ModelConfig.from_dict(self.model)
 
 
@@ -115,7 +112,9 @@ def read_settings(recipe: Path, overrides: Sequence[str] = ()) -> Settings:
             raise ConfigError(f"{text!r} changes nothing; write KEY=VALUE, such as num_experts=16")
         changes[key.removeprefix("model.config.")] = parse_setting(text, value)
     length = (content.get("data") or {}).get("sequence_length", 256)
-    return Settings(overridden(model["config"], changes), length)
+    found = Settings(overridden(model["config"], changes), length)
+    ModelConfig.look_first(found.model)
+    return found
 
 
 def overridden(content: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -140,15 +139,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--match", type=Path, metavar="OTHER.yaml", help="find the width of experts that gives as many parameters"
     )
-    parser.add_argument("--granularity", type=int, default=8, metavar="N", help="which is a multiple of N; default 8")
+    parser.add_argument(
+        "--granularity", type=whole(1), default=8, metavar="N", help="which is a multiple of N; default 8"
+    )
     return parser
 
 
 def run(command: str, arguments: Sequence[str]) -> None:
     """Print a model's size, and the width that matches another's."""
     options = build_parser().parse_args(arguments)
-    if options.granularity < 1:
-        raise ConfigError(f"--granularity is {options.granularity}; it must be at least 1")
     settings = read_settings(options.recipe, options.changes)
     other = None if options.match is None else read_settings(options.match)
     with waiting("loading PyTorch"):

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moebed.arguments import OneLineParser
+from moebed.arguments import OneLineParser, whole
 from moebed.checkpoints.hub import find_checkpoint, require_nameable
+from moebed.commands.probe_options import require_probes
 from moebed.errors import ConfigError, UserError
 from moebed.extras import require_lm_eval
 from moebed.machine import storage
@@ -38,9 +39,13 @@ def build_parser() -> OneLineParser:
         help="a text whose perplexity is a task as well; may be repeated",
     )
     parser.add_argument("--include", type=Path, metavar="DIR", help="folder with task files of your own")
-    parser.add_argument("--limit", type=int, metavar="N", help="items of each task at most; default all")
-    parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each item; default as tasks say")
-    parser.add_argument("--batch-tokens", type=int, default=4096, metavar="N", help="of a forward pass; default 4096")
+    parser.add_argument("--limit", type=whole(1), metavar="N", help="items of each task at most; default all")
+    parser.add_argument(
+        "--num-fewshot", type=whole(0), metavar="N", help="examples before each item; default as tasks say"
+    )
+    parser.add_argument(
+        "--batch-tokens", type=whole(1), default=4096, metavar="N", help="of a forward pass; default 4096"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute; default cpu")
     parser.add_argument(
         "--probes",
@@ -65,6 +70,8 @@ def run(command: str, arguments: Sequence[str]) -> None:
     require_writable(options.out, "--out")
     if (options.out / "config.yaml").exists():
         raise UserError(f"{options.out} is the folder of a run; choose another one for its tasks")
+    if probes != "none":
+        require_probes([name.strip() for name in probes.split(",") if name.strip()], {})
     require_lm_eval("moebed tasks")
     # Heavy imports wait until the options are known to be well formed.
     with waiting("loading PyTorch"):

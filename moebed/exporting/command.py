@@ -10,6 +10,7 @@ from moebed.arguments import OneLineParser
 from moebed.checkpoints.hub import find_checkpoint, require_nameable
 from moebed.machine.places import require_empty
 from moebed.machine.progress import say, waiting
+from moebed.names import FAMILIES, OWN_LAYOUT
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -40,6 +41,8 @@ def run(command: str, arguments: Sequence[str]) -> None:
     options = build_parser().parse_args(arguments)
     out = Path(options.out)
     require_nameable(options.checkpoint)
+    if options.family is not None:
+        FAMILIES.require(options.family, "--family", also=(OWN_LAYOUT,))
     require_empty(out)
     # Heavy imports wait until the options are known to be well formed.
     with waiting("loading PyTorch"):

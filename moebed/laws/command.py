@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moebed.arguments import OneLineParser
+from moebed.arguments import OneLineParser, number, whole
 from moebed.errors import UserError
 from moebed.machine import provenance
 from moebed.machine.places import require_writable
-from moebed.machine.progress import say
+from moebed.machine.progress import say, waiting
 
 if TYPE_CHECKING:
     from moebed.laws.contract import Law
@@ -43,15 +43,17 @@ def build_parser() -> argparse.ArgumentParser:
         "--budget",
         action="append",
         default=[],
-        type=float,
+        type=number(1e6, 1e31),
         metavar="FLOPS",
         help="training FLOPs to ask about; may be repeated; default the largest run's, and ten times that",
     )
     parser.add_argument(
         "--cost", choices=("total", "active"), default="total", help="what using a model costs: parameters held, or met"
     )
-    parser.add_argument("--resamples", type=int, default=200, metavar="N", help="fits to resampled runs; at least 40")
-    parser.add_argument("--seed", type=int, default=0, help="of starts and resamples")
+    parser.add_argument(
+        "--resamples", type=whole(40), default=200, metavar="N", help="fits to resampled runs; at least 40"
+    )
+    parser.add_argument("--seed", type=whole(0), default=0, help="of starts and resamples")
     return parser
 
 
@@ -62,11 +64,6 @@ def run(command: str, arguments: Sequence[str]) -> None:
         UserError: The table cannot tell, or the folder holds something else.
     """
     options = build_parser().parse_args(arguments)
-    if options.resamples < 40:
-        raise UserError(f"--resamples is {options.resamples}; an interval needs at least 40")
-    for budget in options.budget:
-        if not 1e6 <= budget <= 1e31:
-            raise UserError(f"--budget is {budget:g}; training FLOPs lie between 1e6 and 1e31")
     require_writable(options.out, "--out")
     # Heavy imports wait until the options are known to be well formed.
     from moebed.laws.findings import Fitted, describe
@@ -90,16 +87,17 @@ def run(command: str, arguments: Sequence[str]) -> None:
     }
     _check_free(options.out, identity)
     problem = Problem(law, table.columns, fixed)
-    found = fit(problem, options.seed)
-    largest = float(table.columns["flops"].max())
-    fitted = Fitted(
-        table,
-        found,
-        bootstrap(found, options.resamples, options.seed),
-        leave_largest_out(problem, table.columns["flops"], options.seed),
-        tuple(options.budget) or (largest, 10 * largest),
-        options.cost,
-    )
+    with waiting(f"fitting {law.form} to {table.runs} runs, and to {options.resamples} resamples of them"):
+        found = fit(problem, options.seed)
+        largest = float(table.columns["flops"].max())
+        fitted = Fitted(
+            table,
+            found,
+            bootstrap(found, options.resamples, options.seed),
+            leave_largest_out(problem, table.columns["flops"], options.seed),
+            tuple(options.budget) or (largest, 10 * largest),
+            options.cost,
+        )
     record = {"identity": identity, "version": provenance.moebed_version(), "code": provenance.code()}
     content = {"format": FORMAT, **describe(fitted), "provenance": record}
     for path in present(options.out, fitted, content):

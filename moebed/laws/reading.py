@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from moebed.data.file_formats import not_utf8
 from moebed.errors import UserError
 from moebed.laws.contract import Array, Law, LossLaw, Shape, training_flops
 from moebed.machine.storage import reason_of
@@ -38,6 +40,8 @@ def _folded(name: str) -> str:
 
 
 _NAMES = {_folded(name): ours for ours, names in COLUMNS.items() for name in (ours, *names)}
+MOST = 1e60  # what is larger is a slip of the pen, and more than numbers of a law can be multiplied with
+_COMMA = re.compile(r"[-+]?\d*,\d+([eE][-+]?\d+)?")
 _TOO_OLD = "does not say what its arms' models are; run `moebed study RECIPE.yaml --collect` again"
 
 
@@ -82,11 +86,14 @@ def read_table(path: Path) -> RunTable:
 def _read_csv(path: Path) -> RunTable:
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(not_utf8(path, error)) from error
+    except OSError as error:
         raise UserError(f"{path} cannot be read ({reason_of(error)}); give a CSV file or a study.json") from error
     head = text.split("\n", 1)[0]
     delimiter = max(",;\t", key=head.count)
-    rows = [(number, row) for number, row in enumerate(csv.reader(text.splitlines(), delimiter=delimiter), 1) if row]
+    lines = enumerate(csv.reader(text.splitlines(), delimiter=delimiter), 1)
+    rows = [(number, row) for number, row in lines if any(cell.strip() for cell in row)]  # ,,, ends a spreadsheet's
     if len(rows) < 2:
         raise UserError(f"{path} has no runs: its first line must name the columns, and each other be a run")
     names, unknown = [cell.strip() for cell in rows[0][1]], []
@@ -100,7 +107,10 @@ def _read_csv(path: Path) -> RunTable:
         else:
             known[ours] = index
     if not known:
-        raise UserError(f"{path}: no column is known, of {', '.join(names)}; known are {', '.join(COLUMNS)}")
+        raise UserError(
+            f"{path}: no column is known, of {', '.join(names)}; the first line names them, and known are "
+            f"{', '.join(COLUMNS)}"
+        )
     columns: dict[str, list[float]] = {ours: [] for ours in known}
     for number, row in rows[1:]:
         if len(row) != len(names):
@@ -108,16 +118,32 @@ def _read_csv(path: Path) -> RunTable:
         for ours, index in known.items():
             columns[ours].append(_number(row[index], f"{path}, line {number}, column {names[index]}"))
     notes = [f"not used: column{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}"] if unknown else []
+    if again := _repeated(rows[1:]):
+        shown = ", ".join(map(str, again[:5])) + (", ..." if len(again) > 5 else "")
+        notes.append(
+            f"{len(again)} line{'s' if len(again) > 1 else ''} repeat{'' if len(again) > 1 else 's'} an earlier one in "
+            f"every cell (line {shown}), and each counts as a run: take out what is there twice, or intervals are too "
+            "narrow"
+        )
     return RunTable(path.name, {ours: np.array(values) for ours, values in columns.items()}, notes)
+
+
+def _repeated(rows: Sequence[tuple[int, list[str]]]) -> list[int]:
+    """Numbers of the lines that are as an earlier one."""
+    first: dict[tuple[str, ...], int] = {}
+    return [number for number, row in rows if first.setdefault(tuple(row), number) != number]
 
 
 def _number(cell: str, where: str) -> float:
     try:
         value = float(cell)
     except ValueError:
-        raise UserError(f"{where}: {cell!r} is no number; mend the cell, or take the line out") from None
-    if not (np.isfinite(value) and value > 0):
-        raise UserError(f"{where} is {cell.strip()}; it must be finite and above 0: leave out runs that diverged")
+        advice = "write a point for the comma" if _COMMA.fullmatch(cell.strip()) else "mend the cell"
+        raise UserError(f"{where}: {cell!r} is no number; {advice}, or take the line out") from None
+    if not 0 < value < MOST:
+        raise UserError(
+            f"{where} is {cell.strip()}; it must be finite, above 0 and below {MOST:g}: leave out runs that diverged"
+        )
     return value
 
 

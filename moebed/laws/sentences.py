@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from moebed.laws.contract import Shape
+from moebed.machine.units import human
 
 Content = Mapping[str, Any]
 
@@ -40,10 +41,7 @@ def large(value: float | None) -> str:
     """A count in the field's words: 1.23 B."""
     if value is None:
         return "none"
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= 0.9995 * size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:.3g}"
+    return human(value).replace(" G", " B")
 
 
 def _large_interval(found: Content) -> str:

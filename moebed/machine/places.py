@@ -29,6 +29,43 @@ def require_writable(folder: Path, option: str) -> None:
         ) from error
 
 
+def require_file_writable(path: Path, option: str) -> None:
+    """The same of a file, which may be there: it is written anew."""
+    if path.is_dir():
+        raise UserError(f"{option} {path}: it is a folder; give a file")
+    require_writable(path.parent, option)
+
+
+def require_file(path: Path, called: str, advice: str, begins: bytes = b"") -> None:
+    """Find out before any work whether a file is there, can be read and has something in it.
+
+    Args:
+        path: The file.
+        called: What an error begins with, such as the option and what it was given.
+        advice: What the error tells a person to do.
+        begins: What a file of its kind begins with.
+
+    Raises:
+        UserError: It is not so.
+    """
+    start = b""
+    try:
+        if path.is_dir():
+            cause = "it is a folder"
+        elif path.exists() and not path.is_file():
+            cause = "it is no plain file"
+        else:
+            with path.open("rb") as file:
+                start = file.read(max(1, len(begins)))
+            cause = "it is empty" if not start else "it is of another kind"
+    except FileNotFoundError:
+        cause = "there is no such file"
+    except (OSError, ValueError) as error:  # of a name with a NUL in it
+        cause = f"it cannot be read ({getattr(error, 'strerror', None) or error})"
+    if not start or not start.startswith(begins):
+        raise UserError(f"{called}: {cause}; {advice}")
+
+
 def require_empty(folder: Path) -> None:
     """Raise UserError if there is something at ``folder`` already, or if a checkpoint cannot be written there."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -38,6 +38,14 @@ def take_over(number: int, handler: Callable[[int, Any], Any]) -> Any:
     return before
 
 
+def give_back(number: int, before: Any) -> None:
+    """Let a signal be handled as it was before, as :func:`take_over` says it.
+
+    What C has set, and not Python, it says nothing of (None): the signal does by itself what it does then.
+    """
+    signal.signal(number, signal.SIG_DFL if before is None else before)
+
+
 _came_early: list[int] = []
 
 
@@ -110,4 +118,4 @@ def asked_to_end() -> Iterator[list[int]]:
         yield came
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            give_back(number, handler)

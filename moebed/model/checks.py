@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from moebed.errors import ConfigError
+from moebed.errors import ConfigError, did_you_mean
 
 Config = Any  # a ModelConfig, whose file imports this one
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
@@ -122,3 +123,19 @@ def check_ranks(config: Config) -> None:
             f"ranks_per_node {on_node}): a node without one has nowhere to keep its tokens; give one a node",
         )
         require(experts % ranks == 0, f"expert_ranks is {ranks}; it must divide the {experts} experts of layer {index}")
+
+
+def require_choice(name: str, value: Any, choices: Sequence[str], more: str = "") -> None:
+    """Raise ConfigError for a value that is none of those that there are; it names the nearest."""
+    near = did_you_mean(value, choices)
+    hint = f" ({near})" if near else ""
+    require(value in choices, f"{name} is {value!r}; choose one of {', '.join(choices)}{hint}{more}")
+
+
+def require_known(keys: Iterable[str], known: Collection[str], where: str = "") -> None:
+    """Raise ConfigError for a key that is none of the known ones; it names the nearest."""
+    for key in keys:
+        if key not in known:
+            near = did_you_mean(key, known)
+            place = f" in {where}" if where else ""
+            raise ConfigError(f"model config: unknown key {key!r}{place}" + (f"; {near}" if near else ""))

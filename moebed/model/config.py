@@ -8,23 +8,32 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
-from functools import cache
 from numbers import Integral
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
-from moebed.errors import ConfigError, did_you_mean
 from moebed.model.allocation import allocate
-from moebed.model.checks import check_latent, check_layer, check_numbers, check_ranks, check_sizes, require
+from moebed.model.checks import (
+    check_latent,
+    check_layer,
+    check_numbers,
+    check_ranks,
+    check_sizes,
+    require,
+    require_choice,
+)
+from moebed.model.checks import require_known as require_known
 from moebed.model.hyper_config import HyperExperts, settle_hyper_experts
-from moebed.model.kinds import require_kinds
+from moebed.model.kinds import choices_of, require_kinds, require_kinds_of
 from moebed.model.layer_config import LayerConfig as LayerConfig
 from moebed.model.rope_config import scaling_of
 from moebed.model.router_options import RouterOptions as RouterOptions  # for plug-ins: what a router imports of configs
 from moebed.model.router_options import setting as setting
+from moebed.names import ROUTERS
 
 PerLayer = int | list[int]
+OWN_ROUTER = "; one of your own is made known by --plugins FILE.py"
 
 
 @dataclass
@@ -213,7 +222,7 @@ class ModelConfig:
         self._settle_heads()
         check_numbers(self)
         self._settle_windows()
-        for name, choices in _choices(ModelConfig).items():
+        for name, choices in choices_of(ModelConfig).items():
             self._check_choice(name, choices)
         self._check_router()
         require(
@@ -255,7 +264,7 @@ class ModelConfig:
 
     def _check_router(self) -> None:
         routers = _routers()
-        self._check_choice("router", tuple(routers.ROUTERS), "; one of your own is made known by --plugins FILE.py")
+        self._check_choice("router", tuple(routers.ROUTERS), OWN_ROUTER)
         rule = self._rule
         self.router_options = routers.options_of(self)
         if self.norm_topk_prob is None:
@@ -304,10 +313,7 @@ class ModelConfig:
             self.num_shared_experts, self.shared_expert_intermediate_size = width // one, None
 
     def _check_choice(self, name: str, choices: Sequence[str], more: str = "") -> None:
-        value = getattr(self, name)
-        near = did_you_mean(value, choices)
-        hint = f" ({near})" if near else ""
-        require(value in choices, f"{name} is {value!r}; choose one of {', '.join(choices)}{hint}{more}")
+        require_choice(name, getattr(self, name), choices, more)
 
     def layer(self, index: int) -> LayerConfig:
         """The FFN or MoE of one layer, with per-layer lists resolved."""
@@ -392,6 +398,19 @@ class ModelConfig:
         return dataclasses.asdict(self)
 
     @classmethod
+    def look_first(cls, data: Mapping[str, Any]) -> None:
+        """Refuse of some settings, or all, what takes no router's class to see; needs no PyTorch.
+
+        Raises:
+            ConfigError: A key is unknown, or a value is of another kind or none of those that there are.
+        """
+        require_known(data, inspect.signature(cls).parameters)
+        choices = choices_of(ModelConfig) | {"router": tuple(ROUTERS)}
+        for name in data.keys() & choices.keys():
+            require_choice(name, data[name], choices[name], OWN_ROUTER if name == "router" else "")
+        require_kinds_of(cls, data, "model config")
+
+    @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ModelConfig:
         """Build from plain data; an unknown key is an error that names the nearest known one."""
         require_known(data, inspect.signature(cls).parameters)
@@ -401,18 +420,3 @@ class ModelConfig:
 def _routers() -> Any:
     """The package, by its name: routers are built of configs, and are looked up when the first config is made."""
     return importlib.import_module("moebed.model.routers")
-
-
-@cache
-def _choices(kind: type[Any]) -> dict[str, tuple[str, ...]]:
-    """What each field of a dataclass that is typed Literal may be."""
-    return {name: get_args(hint) for name, hint in get_type_hints(kind).items() if get_origin(hint) is Literal}
-
-
-def require_known(keys: Iterable[str], known: Collection[str], where: str = "") -> None:
-    """Raise ConfigError for a key that is none of the known ones; it names the nearest."""
-    for key in keys:
-        if key not in known:
-            near = did_you_mean(key, known)
-            place = f" in {where}" if where else ""
-            raise ConfigError(f"model config: unknown key {key!r}{place}" + (f"; {near}" if near else ""))

@@ -25,10 +25,14 @@ def require_kinds(settings: Any, where: str) -> None:
         where: What the error begins with.
     """
     kind: Any = type(settings)
+    require_kinds_of(kind, {name: getattr(settings, name, None) for name in _hints(kind)}, where)
+
+
+def require_kinds_of(kind: Any, values: Mapping[str, Any], where: str) -> None:
+    """The same of values for some fields of a dataclass of which there is none yet."""
     for name, hint in _hints(kind).items():
-        value = getattr(settings, name, None)
-        if not _is_of(value, hint):
-            raise ConfigError(f"{where}: {name} is {value!r}; it must be {_called(hint)}")
+        if name in values and not _is_of(values[name], hint):
+            raise ConfigError(f"{where}: {name} is {values[name]!r}; it must be {_called(hint)}")
 
 
 @cache
@@ -61,3 +65,9 @@ def _called(hint: Any) -> str:
     if get_origin(hint) is list:
         return f"a list with {_called(get_args(hint)[0])} a layer"
     return _WORDS.get(hint, "settings by name")
+
+
+@cache
+def choices_of(kind: type[Any]) -> dict[str, tuple[str, ...]]:
+    """What each field of a dataclass that is typed Literal may be."""
+    return {name: get_args(hint) for name, hint in get_type_hints(kind).items() if get_origin(hint) is Literal}

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeGuard
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 from moebed.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Scaling = Mapping[str, Any]  # rope_type and its settings
 ORIGINAL = "original_max_position_embeddings"
@@ -39,13 +39,15 @@ def _llama3(scaling: Scaling, frequency: Tensor, theta: float, longest: int) -> 
     more than high_freq_factor times (The Llama 3 Herd of Models 2407.21783; the released reference code).
     """
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling[ORIGINAL] * frequency / (2 * torch.pi)
+    turns = scaling[ORIGINAL] * frequency / (2 * math.pi)
     kept = ((turns - low) / (high - low)).clamp(0, 1)
     return kept * frequency + (1 - kept) * frequency / scaling["factor"]
 
 
 def _yarn(scaling: Scaling, frequency: Tensor, theta: float, longest: int) -> Tensor:
     """As Llama 3's, but blended evenly over the dimensions between beta_fast and beta_slow turns (YaRN 2309.00071)."""
+    import torch  # not before: a config needs none
+
     width = 2 * len(frequency)
 
     def dimension(turns: float) -> float:
@@ -65,6 +67,8 @@ def _longrope(scaling: Scaling, frequency: Tensor, theta: float, longest: int) -
 
     Which one depends on the longest position of a call.
     """
+    import torch
+
     which = "long_factor" if longest > scaling[ORIGINAL] else "short_factor"
     return frequency / torch.tensor(scaling[which], dtype=torch.float32, device=frequency.device)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moebed.arguments import OneLineParser
+from moebed.arguments import OneLineParser, number, whole
 from moebed.errors import UserError
 from moebed.extras import require_lm_eval
 from moebed.machine.places import require_writable
@@ -37,14 +37,16 @@ def build_parser() -> argparse.ArgumentParser:
         help="a study, such as recipes/studies/router_tiny.yaml; or a study.json, to make tables and pictures again",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the study; default runs/studies/NAME")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, which share cores and GPUs")
+    parser.add_argument(
+        "--jobs", type=whole(1), default=1, metavar="N", help="runs at a time, which share cores and GPUs"
+    )
     parser.add_argument("--arms", metavar="A,B", help="run only these arms, and the baseline")
     parser.add_argument("--slurm", action="store_true", help="print a script that runs the study as a SLURM job array")
-    parser.add_argument("--run", type=int, metavar="I", help="run only the I-th run, and what it needs")
+    parser.add_argument("--run", type=whole(0), metavar="I", help="run only the I-th run, and what it needs")
     parser.add_argument("--collect", action="store_true", help="run nothing; compare what is there")
     parser.add_argument(
         "--pilot",
-        type=int,
+        type=whole(2),
         nargs="?",
         const=PAIRS,
         metavar="N",
@@ -52,7 +54,10 @@ def build_parser() -> argparse.ArgumentParser:
         "counts), and say from how they scatter how many seeds a difference takes, and how long",
     )
     parser.add_argument(
-        "--difference", type=float, metavar="NATS", help="with --pilot: the difference that is wanted; default several"
+        "--difference",
+        type=number(above=0),
+        metavar="NATS",
+        help="with --pilot: the difference that is wanted; default several",
     )
     return parser
 
@@ -76,10 +81,8 @@ def run(command: str, arguments: Sequence[str]) -> None:
         load_study(options.study)
         _present(options.study.parent)
         return
-    if options.jobs < 1:
-        raise UserError(f"--jobs is {options.jobs}; give at least 1")
-    if options.difference is not None and (options.pilot is None or options.difference <= 0):
-        raise UserError(f"--difference is {options.difference:g}; give it with --pilot, and above 0")
+    if options.difference is not None and options.pilot is None:
+        raise UserError(f"--difference is {options.difference:g}; give it with --pilot")
     if options.pilot is not None and (options.run is not None or options.slurm):
         raise UserError("--pilot goes with neither --run nor --slurm; give it alone")
     recipe = read_recipe(options.study)

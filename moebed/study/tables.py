@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from moebed.machine.units import human
 from moebed.study.comparison import ArmResult, Comparison, HeadlineResult, power, verdict
 from moebed.study.gain import GainShare
 from moebed.study.statistics import Difference
@@ -27,14 +28,14 @@ COLUMNS = (
     "tokens/s",
     "params",
     "active",
-    "MFLOP",
+    "FLOPs",
 )
 NOTE = (
     "Loss in nats a token on held-out text, mean over seeds. Δ: paired difference from the baseline over seeds, with "
     "its 95 % interval; * where it excludes 0. p: of the same paired t-test, and adjusted for all comparisons. Could "
     "see: the smallest difference that this many pairs show with 80 % power at 5 %, over the 95 % interval of their "
     "deviation, which few pairs leave wide. Tokens/s as the "
-    "runs went, beside each other where they did. Parameters, those active for a token, and its forward MFLOP are "
+    "runs went, beside each other where they did. Parameters, those active for a token, and its forward FLOPs are "
     "counted from the config."
 )
 
@@ -61,9 +62,8 @@ def _row(arm: ArmResult, found: Comparison) -> list[str]:
         p,
         _could_see(difference),
         _number(arm.tokens_per_second, ",.0f"),
-        f"{arm.facts['total_parameters'] / 1e6:.2f} M",
-        f"{arm.facts['active_parameters'] / 1e6:.2f} M",
-        f"{arm.facts['active_flops_per_token'] / 1e6:.1f}",
+        *(human(arm.facts[f"{which}_parameters"], digits=4) for which in ("total", "active")),
+        human(arm.facts["active_flops_per_token"], digits=4),
     ]
 
 

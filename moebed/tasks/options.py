@@ -8,6 +8,7 @@ from pathlib import Path
 
 from moebed.data.file_formats import require_known
 from moebed.errors import ConfigError, UserError
+from moebed.machine.places import require_file
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,7 @@ class TaskOptions:
         for name in {*self.tasks} & {*self.texts}:
             raise ConfigError(f"--text {name}: a task is called so as well; give the text another name")
         for name, file in self.texts.items():
-            if not file.is_file():
-                raise UserError(f"--text {name}={file}: there is no such file; give one of text")
+            require_file(file, f"--text {name}={file}", "give one of text")
             require_known(file, f"--text {name}={file}")
         if self.include is not None and not self.include.is_dir():
             raise UserError(f"--include {self.include} is no folder; give one with task files of lm-eval")

@@ -18,6 +18,7 @@ from lightning.pytorch import Trainer
 
 SECONDS = 0.5  # between two looks at what other ranks have heard
 PATIENCE = 10.0  # seconds for the other ranks to hear of it, and then for this one to end by itself
+BRIEFLY = 2.0  # seconds that a run's end waits for a store that has not answered yet, to say that it is through
 _STOP = 0  # no signal has this number
 
 
@@ -43,7 +44,10 @@ class LeavingTogether:
         self._key = f"moebed/leaving/{attempt}"
         self._keys = [f"{self._key}/{one}" for one in range(world_size)]  # of the ranks that know of it
         self._own_key = self._keys[rank]
-        self._store = _new_client()
+        self._store: dist.Store | None = None
+        # A port that takes connections and says nothing holds up nobody but who has heard a signal.
+        self._connecting = threading.Thread(target=self._connect, daemon=True, name="meeting the other ranks")
+        self._connecting.start()
         self._number = _STOP
         self._has_ended = threading.Event()
         self._heard, self._told = socket.socketpair()
@@ -75,11 +79,16 @@ class LeavingTogether:
         self._told.send(bytes([_STOP]))
         if (number := self.wait()) is not None:
             raise SystemExit(self._last_words(number))
+        if is_last:
+            self._connecting.join(BRIEFLY)
         if is_last and self._store is not None:
             with suppress(RuntimeError):
                 self._store.set(self._own_key, "")
         self._told.close()
         self._heard.close()
+
+    def _connect(self) -> None:
+        self._store = _new_client()
 
     def _listen(self) -> None:
         own: int | None = None
@@ -120,6 +129,8 @@ class LeavingTogether:
 
     def _asked(self, own: int | None) -> int:
         """The signal that any rank heard first; without a store, each is for itself."""
+        if own is not None:
+            self._connecting.join()
         try:
             if self._store is not None and own is not None:
                 return int(self._store.compare_set(self._key, "", str(own)))

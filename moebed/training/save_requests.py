@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from moebed.machine import slurm
 from moebed.machine.progress import say
-from moebed.machine.termination import came_early, take_over
+from moebed.machine.termination import came_early, give_back, take_over
 from moebed.training.leaving import LeavingTogether
 from moebed.training.lightning_private import started_by
 
@@ -75,7 +75,7 @@ class Requests:
         if self._together is not None:
             self._together.stop(is_last)
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            give_back(number, handler)
         self._before, self._together, self._at_the_end = {}, None, False
 
     def _note(self, number: int, _frame: Any) -> None:

@@ -136,7 +136,7 @@ class RunCheckpoint(ModelCheckpoint):
     @contextmanager
     def ending_at_once(self, trainer: Trainer) -> Iterator[None]:
         """What comes after a run's training, for which nothing waits either if its last step is saved."""
-        if not self.save_last or self._last_global_step_saved != trainer.global_step:
+        if not self._last_step_is_saved(trainer):
             yield
             return
         self._requests.take_over(trainer)
@@ -150,9 +150,12 @@ class RunCheckpoint(ModelCheckpoint):
 
     def _look_at_the_end(self, trainer: Trainer, is_over: bool = False) -> None:
         """From the moment on at which the last step is saved, nothing waits for what follows."""
-        is_saved = self.save_last and self._last_global_step_saved == trainer.global_step
-        if is_saved and (is_over or trainer.global_step == trainer.max_steps):
+        if self._last_step_is_saved(trainer) and (is_over or trainer.global_step == trainer.max_steps):
             self._requests.last_step_saved(trainer)
+
+    def _last_step_is_saved(self, trainer: Trainer) -> bool:
+        """Of a run that took no step nothing is: it begins with 0 as the step that was saved last."""
+        return bool(self.save_last and trainer.global_step > 0 and self._last_global_step_saved == trainer.global_step)
 
     def _clock_asks(self) -> bool:
         interval, now = self._train_time_interval, time.monotonic()

@@ -8,19 +8,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moebed.arguments import OneLineParser, add_text_options
+from moebed.arguments import OneLineParser, add_text_options, number, whole
 from moebed.checkpoints.hub import find_checkpoint, require_nameable
 from moebed.checkpoints.text_options import TextOptions
 from moebed.errors import ConfigError
 from moebed.machine.places import require_empty
 from moebed.machine.progress import Progress, say, waiting
 from moebed.machine.units import human, parse_bytes
+from moebed.names import FAMILIES, OWN_LAYOUT
+from moebed.upcycling.settings import Settings
 
 if TYPE_CHECKING:
     import torch
 
     from moebed.checkpoints.checkpoint import Checkpoint
-    from moebed.upcycling.contract import Settings, TextFacts
+    from moebed.upcycling.contract import TextFacts
     from moebed.upcycling.first_loss import FirstLosses
     from moebed.upcycling.upcycle import Plan
 
@@ -49,24 +51,29 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("dense", help="folder of a dense checkpoint, its hub id, or a .ckpt file of a dense run")
     parser.add_argument("--out", metavar="DIR", required=True, help="new folder for the MoE checkpoint")
     parser.add_argument("--method", choices=METHOD_LINES, required=True, help="how experts are made; see below")
-    parser.add_argument("--num-experts", type=int, metavar="E", help="experts of a layer, before split; default 8")
+    parser.add_argument("--num-experts", type=whole(1), metavar="E", help="experts of a layer, before split; default 8")
     parser.add_argument(
-        "--num-experts-per-tok", type=int, metavar="K", help="experts of a token, before split; default 2"
+        "--num-experts-per-tok", type=whole(1), metavar="K", help="experts of a token, before split; default 2"
     )
-    parser.add_argument("--granularity", type=int, metavar="G", help="split: shards of each copy; default 2")
-    parser.add_argument("--fraction", type=float, metavar="R", help="noise, drop: part that changes; default 0.5")
-    parser.add_argument("--noise-std", type=float, metavar="S", help="noise: its standard deviation; default 0.02")
+    parser.add_argument("--granularity", type=whole(1), metavar="G", help="split: shards of each copy; default 2")
+    parser.add_argument(
+        "--fraction", type=number(0, 1), metavar="R", help="noise, drop: part that changes; default 0.5"
+    )
+    parser.add_argument("--noise-std", type=number(0), metavar="S", help="noise: its standard deviation; default 0.02")
     _add_partition(parser)
     parser.add_argument(
         "--init-std",
-        type=float,
+        type=number(0),
         metavar="S",
         help="standard deviation of random weights, the router's too; default 0.02",
     )
-    parser.add_argument("--seed", type=int, metavar="N", help="decides all that is random; default 0")
+    parser.add_argument("--seed", type=whole(), metavar="N", help="decides all that is random; default 0")
     parser.add_argument("--dense-layers", metavar="0,5", help="layers that stay dense; default none")
     parser.add_argument(
-        "--shared-experts", type=int, metavar="N", help="shared experts beside the routed, silent at first; default 0"
+        "--shared-experts",
+        type=whole(0),
+        metavar="N",
+        help="shared experts beside the routed, silent at first; default 0",
     )
     parser.add_argument(
         "--family",
@@ -98,19 +105,19 @@ def _add_partition(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--rows", metavar="M", help="cluster, router centroid: rows of gate, up (the default) or down")
     group.add_argument("--normalise", type=_truth, metavar="B", help="divide each row by its length; default true")
-    group.add_argument("--starts", type=int, metavar="N", help="cluster: starts of the k-means; default 10")
+    group.add_argument("--starts", type=whole(1), metavar="N", help="cluster: starts of the k-means; default 10")
     group.add_argument(
         "--router",
         metavar="R",
         help="random (the default); centroid, of the neurons' rows; hidden_centroid, of an expert's texts; or noisy, "
         "the random gate of router noisy_topk",
     )
-    group.add_argument("--residual-experts", type=int, metavar="R", help="inter: default 1")
+    group.add_argument("--residual-experts", type=whole(0), metavar="R", help="inter: default 1")
     group.add_argument(
         "--sharing", type=_truth, metavar="B", help="inter: experts may have neurons in common; default true"
     )
     group.add_argument(
-        "--expert-width", type=int, metavar="F", help="inner, inter: neurons of an expert; default D / (E + R)"
+        "--expert-width", type=whole(1), metavar="F", help="inner, inter: neurons of an expert; default D / (E + R)"
     )
     group.add_argument(
         "--text-clusters",
@@ -135,7 +142,7 @@ def _scale(text: str) -> float | str:
 
 def _truth(text: str) -> bool:
     if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+        raise argparse.ArgumentTypeError(f"is {text!r}; give true or false")
     return text.lower() == "true"
 
 
@@ -146,6 +153,9 @@ def run(command: str, arguments: Sequence[str]) -> None:
         UserError: The dense checkpoint cannot be read, the options do not fit it, or the folder cannot be written.
     """
     options = read_options(arguments)
+    settings = plain_settings(options)
+    if "family" in options:
+        FAMILIES.require(options["family"], "--family", also=(OWN_LAYOUT,))
     wanted, out = TextOptions.of(options), Path(options["out"])
     require_nameable(options["dense"])
     require_empty(out)
@@ -163,7 +173,8 @@ def run(command: str, arguments: Sequence[str]) -> None:
         from moebed.model.flops import count_parameters
         from moebed.upcycling.upcycle import plan_upcycling, upcycle
 
-    method, settings, layers = options["method"], read_settings(options), read_layers(options)
+    method, layers = options["method"], read_layers(options)
+    require_read(options, settings)
     path = find_checkpoint(options["dense"])
     source = Checkpoint.open(path)
     plan = plan_upcycling(source, method, settings, options.get("shared_experts", 0), layers, options.get("family"))
@@ -230,17 +241,28 @@ def read_options(arguments: Sequence[str]) -> dict[str, Any]:
     return options
 
 
+def plain_settings(options: Mapping[str, Any]) -> Settings:
+    """How the experts are made; raises ConfigError for what no method can do."""
+    fields = {field.name for field in dataclasses.fields(Settings)}
+    return Settings(**{name: value for name, value in options.items() if name in fields})
+
+
 def read_settings(options: Mapping[str, Any]) -> Settings:
-    """How the experts are made; raises ConfigError for an option that the method does not read."""
-    from moebed.upcycling.methods import METHODS, Settings
+    """The same; raises ConfigError for an option that the method does not read as well."""
+    settings = plain_settings(options)
+    require_read(options, settings)
+    return settings
+
+
+def require_read(options: Mapping[str, Any], settings: Settings) -> None:
+    """Raise ConfigError for an option that the method does not read, and where it needs text and there is none."""
+    from moebed.upcycling.methods import METHODS
 
     method = options["method"]
     for name in sorted(frozenset().union(*(kind.uses for kind in METHODS.values())) - METHODS[method].uses):
         if name in options:
             readers = ", ".join(other for other, kind in METHODS.items() if name in kind.uses)
             raise ConfigError(f"--{name.replace('_', '-')} does nothing with method {method}; it is for {readers}")
-    fields = {field.name for field in dataclasses.fields(Settings)}
-    settings = Settings(**{name: value for name, value in options.items() if name in fields})
     for name in METHODS[method].uses - METHODS[method].reads(settings):
         if name in options:
             raise ConfigError(
@@ -249,7 +271,6 @@ def read_settings(options: Mapping[str, Any]) -> Settings:
             )
     if (why := METHODS[method].asks_text(settings)) and not any(name in options for name in _FILES):
         raise ConfigError(f"method {method} needs text: {why}; give --text FILE or --domain NAME=FILE")
-    return settings
 
 
 def text_files(options: Mapping[str, Any]) -> dict[str, Path]:

@@ -8,9 +8,10 @@ plain sum of the chosen parts (MoEfication, 2110.01786). E / K is LLaMA-MoE's (2
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMULAS = {
     "published": lambda experts, chosen: experts / chosen,
@@ -31,5 +32,7 @@ def output_scale(scale: float | str | None, experts: int, chosen: int) -> float 
 
 def calibrated(wanted: Tensor, found: Tensor) -> Tensor:
     """Deviation of each channel of wanted (T, H) over that of found (T, H): (H,) float32; 1 where either is 0."""
+    import torch  # not before: what the scales are called is asked for earlier
+
     wanted, found = wanted.float().std(dim=0), found.float().std(dim=0)
     return torch.where((wanted > 0) & (found > 0), wanted / found, 1.0)

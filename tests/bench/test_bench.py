@@ -155,7 +155,7 @@ def test_auto_takes_what_fits_the_machine_and_says_so(what, bfloat16, chosen, mo
     [
         (["--size", "Z"], "--size Z: choose among A, F, B"),
         (["--json", "no/such/folder/f.json"], "no/such/folder"),
-        (["--rounds", "0"], "--rounds 0: give at least 1"),
+        (["--rounds", "0"], "--rounds is '0'; give a whole number of at least 1"),
         (["--device", "tpu"], "--device tpu: choose cpu or cuda"),
         (["--precision", "16"], "--precision 16: choose among auto, 32-true, bf16-mixed"),
         (["--device", "cuda"], "no CUDA device"),

@@ -235,8 +235,8 @@ def test_static_kernels_print_and_keep_their_gates(tmp_path, capsys):
     [
         (["experts", "--shape", "Z"], "--shape Z: choose among A, F, B"),
         (["experts", "--dtype", "int8"], "--dtype int8: choose among float32, bfloat16, autocast"),
-        (["experts", "--rounds", "0"], "--rounds 0: give at least 1"),
-        (["experts", "--tokens", "-1"], "--tokens -1: give at least 1"),
+        (["experts", "--rounds", "0"], "--rounds is '0'; give a whole number of at least 1"),
+        (["experts", "--tokens", "-1"], "--tokens is '-1'; give a whole number of at least 1"),
         (["experts", "--device", "cuda"], "no CUDA device"),
         (["kernels"], "--static needs none"),
         (["kernels", "--static", "--arch", "sm_70"], "--arch sm_70: choose among sm_80"),

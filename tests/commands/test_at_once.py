@@ -1,6 +1,5 @@
 """What is refused before PyTorch is loaded, and options that are misspelt, whatever the command."""
 
-import importlib
 import json
 import os
 import re
@@ -13,7 +12,6 @@ import pytest
 
 from moebed import extras
 from moebed.arguments import OneLineParser, is_run_recipe, read_yaml
-from moebed.bench.command import CHOICES
 from moebed.cli import COMMANDS, main
 from moebed.commands.fit import CHECKPOINT, FOLDER, KEYS, SOURCES, look_first
 from moebed.errors import ConfigError, UserError
@@ -56,48 +54,6 @@ REFUSED = {
 }
 
 
-# The other arguments that name a file or a folder: of each command, what stands beside them; of each of them, a path
-# that is not there, or, of what is written, one that cannot be: HERE is a file.
-HERE = RECIPE
-TEXT = {"--text": "nothere.txt", "--input-ids": "nothere.npy", "--domain": "code=nothere.txt"}
-PATHS = {
-    "fit": (["--config", RECIPE], {"--ckpt_path": "nothere.ckpt"}),
-    "validate": (["--config", RECIPE], {"--ckpt_path": "nothere.ckpt"}),
-    "test": (["--config", RECIPE], {"--ckpt_path": "nothere.ckpt"}),
-    "predict": (["--config", RECIPE], {"--ckpt_path": "nothere.ckpt"}),
-    "probe": (
-        ["recipes", "--out", "new"],
-        {**TEXT, "--config": "nothere.yaml", "--earlier": "nothere", "--reference-dense": "nothere"}
-        | {"--out": f"{HERE}/new", "--save-trace": f"{HERE}/trace.jsonl"},
-    ),
-    "tasks": (
-        ["recipes", "--tasks", "moebed_recall", "--out", "new"],
-        {"--text": "code=nothere.txt", "--include": "nothere", "--out": f"{HERE}/new"},
-    ),
-    "upcycle": (["recipes", "--method", "copy", "--out", "new"], {**TEXT, "--out": f"{HERE}/new"}),
-    "export": (["recipes", "--out", "new"], {"--out": f"{HERE}/new"}),
-    "prune": (["recipes", "--keep", "2", "--out", "new", "--text", RECIPE], {**TEXT, "--out": f"{HERE}/new"}),
-    "study": ([STUDY], {"--out": f"{HERE}/new"}),
-    "law": (["nothere.csv", "--form", "joint", "--out", "new"], {"--out": f"{HERE}/new"}),
-    "size": ([RECIPE], {"--match": "nothere.yaml"}),
-    "report": (["recipes"], {"--out": f"{HERE}/report.html"}),
-    "bench": (["train"], {"--json": "nothere/figures.json"}),
-    "check": ([], {"--out": f"{HERE}/new"}),
-}
-
-
-def test_every_argument_that_names_a_path_is_in_the_table():
-    for command, (module, _) in COMMANDS.items():
-        build = getattr(importlib.import_module(module), "build_parser", None)
-        actions = [] if build is None else build()._actions
-        named = {
-            one.option_strings[-1]
-            for one in actions
-            if one.option_strings and re.search("FILE|DIR|CHECKPOINT|DENSE|yaml", str(one.metavar))
-        }
-        assert named <= PATHS.get(command, ([], {}))[1].keys(), command
-
-
 def test_every_command_refuses_what_it_can_before_pytorch_is_loaded():
     """In one line, with exit code 2: an option that it does not have, and a path that is not there."""
     assert REFUSED.keys() == COMMANDS.keys()
@@ -105,17 +61,7 @@ def test_every_command_refuses_what_it_can_before_pytorch_is_loaded():
     for command, (beside, nowhere) in REFUSED.items():
         calls[command, "an option"] = [command, *beside, "--no-such-option"]
         calls[command, "a path"] = [command, *nowhere]
-    for command, (beside, paths) in PATHS.items():
-        calls |= {(command, option): [command, *beside, option, path] for option, path in paths.items()}
     calls["study", "a result"] = ["study", "nothere/study.json"]
-    for named in ("mask 3 @ nothere", "replay nothere/routing.npz", f"mask 1; replay {HERE}", "nothere"):
-        words = ["--text", HERE, "--intervene", named]
-        calls["probe", named] = ["probe", "recipes", "--out", "new", *words]
-    calls["probe", "a kind of text"] = ["probe", "recipes", "--out", "new", "--domain", f"a={HERE}"]
-    calls["tasks", "a kind of text"] = ["tasks", "recipes", "--out", "new", "--text", f"a={HERE}"]
-    for kind, choices in CHOICES.items():
-        calls |= {("bench", f"{kind} {option}"): ["bench", kind, option, "nothere"] for option in choices}
-        calls["bench", f"{kind} --device"] = ["bench", kind, "--device", "nothere"]
     program = (
         "import contextlib, io, json, sys\nfrom moebed.cli import main\n"
         "for arguments in json.loads(sys.argv[1]):\n"
@@ -130,7 +76,7 @@ def test_every_command_refuses_what_it_can_before_pytorch_is_loaded():
     for (command, what), (code, loaded, said) in found.items():
         assert (code, loaded) == (2, False), (command, what, said)
         (line,) = said.splitlines()
-        wanted = "no[-_]such[-_]option" if what == "an option" else f"nothere|{HERE}"
+        wanted = "no[-_]such[-_]option" if what == "an option" else f"nothere|{RECIPE}"
         assert re.match(f"moebed: error: .*({wanted})", line), (command, line)
 
 

@@ -88,7 +88,10 @@ def test_command(tmp_path, capsys):
         (["no.yaml"], "recipe no.yaml cannot be read"),
         (["RECIPE", "num_expert=4"], "did you mean 'num_experts'"),
         (["RECIPE", "ascending"], "'ascending' changes nothing; write KEY=VALUE"),
-        (["RECIPE", "--match", "RECIPE", "--granularity", "0"], "--granularity is 0"),
+        (
+            ["RECIPE", "--match", "RECIPE", "--granularity", "0"],
+            "--granularity is '0'; give a whole number of at least 1",
+        ),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, capsys, arguments, words):

@@ -154,12 +154,17 @@ ROWS = [f"{1e8 + i},{1e9 * (1 + i % 5)},{1 + i % 7},{3 + i / 100}" for i in rang
     ("lines", "words"),
     [
         (["N,tokens,E,loss"], ("has no runs",)),
-        (["a,b", "1,2"], ("no column is known, of a, b",)),
+        (["a,b", "1,2"], ("no column is known, of a, b", "the first line names them")),
+        (["N,tokens,E,loss", *ROWS, "1e99,1e9,2,3"], ("column N is 1e99; it must be finite, above 0 and below 1e+60",)),
         (["N,tokens,E,loss,L", *(f"{row},3" for row in ROWS)], ("'loss' and 'L' both mean loss",)),
         (["N,tokens,E,loss", *ROWS[:9], "1e8,1e9,2,nan"], ("line 11, column loss is nan", "leave out runs")),
         (["N,tokens,E,loss", *ROWS, "1e8,1e9,2,-1"], ("line 32, column loss is -1",)),
         (["N,tokens,E,loss", *ROWS, "1e8,1e9,2,inf"], ("column loss is inf",)),
         (["N,tokens,E,loss", *ROWS, "1e8,1e9,two,3"], ("line 32, column E: 'two' is no number",)),
+        (
+            ["N;tokens;E;loss", *(row.replace(",", ";").replace(".", ",") for row in ROWS)],
+            ("write a point for the comma",),
+        ),
         (["N,tokens,E,loss", *ROWS, "1e8,1e9,2"], ("line 32: 3 cells under 4 columns",)),
         (["size,tokens,E,loss", *ROWS], ("missing: N (or active_parameters)", "not used: column size")),
         (["N,tokens,E,loss", *ROWS[:15]], ("has 15 runs", "at least 16")),
@@ -177,12 +182,12 @@ def test_a_table_that_cannot_tell_is_one_line(lines, words, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--form", "chinchilla"), ("invalid choice: 'chinchilla'",)),
+        (("--form", "chinchilla"), ("--form is 'chinchilla'; choose one of yun",)),
         (("--form", "joint", "--fix", "A=1"), ("'A' is no constant of joint; it has a, alpha",)),
         (("--form", "joint", "--fix", "a=-1"), ("a must be finite and above 0",)),
         (("--form", "joint", "--fix", "a"), ("give a number",)),
-        (("--form", "joint", "--budget", "5"), ("--budget is 5",)),
-        (("--form", "joint", "--resamples", "3"), ("--resamples is 3",)),
+        (("--form", "joint", "--budget", "5"), ("--budget is '5'; give a number of at least 1e+06 and at most 1e+31",)),
+        (("--form", "joint", "--resamples", "3"), ("--resamples is '3'; give a whole number of at least 40",)),
         (("--form", "leverage"), ("missing: flops (also C, training_flops, compute), A",)),
     ],
 )
@@ -301,6 +306,12 @@ def test_what_a_table_leaves_open_is_said(tmp_path):
         "no column K: 1/2 is taken",
         "no column G: 1 is taken",
     ]
+    path = tmp_path / "c.csv"
+    _table(["N,tokens,E,loss", *ROWS[:8], ROWS[2], ROWS[5], ",,,", ""])(path)
+    table = read_table(path)
+    assert table.runs == 10
+    (note,) = table.notes
+    assert note.startswith("2 lines repeat an earlier one in every cell (line 10, 11), and each counts as a run")
     granular = {"N": [1e8, 2e8], "tokens": [1e9, 2e9], "G": [1, 8], "loss": [3.0, 2.9]}
     table = select(LAWS["krajewski"], read_table(write_csv(tmp_path / "b.csv", granular)))
     assert table.columns["E"].tolist() == [64, 64]

@@ -33,6 +33,17 @@ def test_what_is_not_ignored_is_noted_and_given_back(number):
     assert signal.getsignal(number) is signal.SIG_DFL
 
 
+def test_a_handler_that_c_has_set_is_none_of_pythons_to_give_back(number, monkeypatch):
+    """``signal.getsignal`` says None of it, which ``signal.signal`` does not take."""
+    signal.signal(number, signal.SIG_DFL)
+    monkeypatch.setattr(signal, "getsignal", lambda _: None)
+    with asked_to_end() as signals:
+        os.kill(os.getpid(), number)
+    monkeypatch.undo()
+    assert signals == [number]
+    assert signal.getsignal(number) is signal.SIG_DFL
+
+
 @pytest.fixture
 def _default():
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,7 +1,10 @@
 """How the compiled library comes to be: what it is kept by, and what is said where it cannot be had."""
 
+import functools
+import os
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -65,6 +68,22 @@ def test_who_waits_for_a_compilation_takes_its_failure_and_who_comes_later_tries
     assert len(tried.read_text().splitlines()) == 1
     ask()
     assert len(tried.read_text().splitlines()) == 2
+
+
+def test_a_failure_is_of_its_sources_and_its_time(monkeypatch, tmp_path):
+    """A clock that was set back leaves one of a time to come; one of other sources would stay for ever."""
+    monkeypatch.setenv("MOEBED_CACHE", str(tmp_path))
+    kept = tmp_path / "native"
+    kept.mkdir()
+    to_come, other, foreign = (kept / f"{name}.failed" for name in (compiled._key("avx2"), "avx2-0123", "amx-0123"))
+    for file in (to_come, other, foreign):
+        file.write_text("it did not compile")
+    os.utime(to_come, (2**31, 2**31))
+    compile_ = functools.partial(compiled._compile, "avx2", time.time() - 1, tmp_path)
+    monkeypatch.setattr(compiled, "COMPILER", "no-such-compiler")
+    with pytest.raises(compiled.Unavailable, match="compiling it needs no-such-compiler"):
+        compile_()
+    assert list(kept.iterdir()) == [foreign]
 
 
 def test_a_compiler_that_does_not_know_an_instruction_set_takes_the_next_below(monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -214,6 +215,21 @@ def _elsewhere(rank: int, world_size: int) -> None:
 
 def test_a_rank_that_met_the_others_elsewhere_acts_on_its_own_signals():
     call(_elsewhere, 1)
+
+
+def _silent(rank: int, world_size: int) -> None:
+    """The port of the store takes connections, and nobody answers: as of a first rank that hangs."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
+        begin = time.monotonic()
+        leaving.LeavingTogether(rank, 2, [signal.SIGUSR1], lambda number: 1).stop(is_last=True)
+        assert time.monotonic() - begin < leaving.PATIENCE / 2
+        os._exit(0)  # not to wait for the thread that still connects
+
+
+def test_a_store_that_is_silent_holds_up_no_run(tmp_path):
+    ranks = begin(_silent, 1, tmp_path)
+    assert ranks.wait(LONG) == [0], ranks.said
 
 
 def _judging(rank: int, world_size: int, folder: Path) -> None:

@@ -127,6 +127,14 @@ def test_a_second_run_goes_on_where_the_first_one_stopped(checkpoint, tmp_path, 
     assert (tmp_path / "tasks" / "moebed_recall.json").read_bytes() != first
 
 
+def test_nobody_hears_that_a_folder_is_no_repository_of_git(checkpoint, tmp_path, monkeypatch, capfd):
+    """lm-eval asks git for a commit, which says "fatal" where there is none."""
+    monkeypatch.chdir(tmp_path)
+    options = ["--tasks", "moebed_addition", "--limit", "2", "--probes", "none"]
+    assert main(["tasks", str(checkpoint), "--out", str(tmp_path / "out"), *options]) == 0
+    assert "fatal" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -134,7 +142,7 @@ def test_a_second_run_goes_on_where_the_first_one_stopped(checkpoint, tmp_path, 
         (["--tasks", "moebed_recal"], "did you mean 'moebed_recall'?"),
         (["--text", "words"], "write it as NAME=FILE"),
         (["--text", "words=nothing.txt"], "there is no such file"),
-        (["--tasks", "moebed_recall", "--limit", "0"], "limit is 0"),
+        (["--tasks", "moebed_recall", "--limit", "0"], "--limit is '0'; give a whole number of at least 1"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_in_a_line(checkpoint, tmp_path, capsys, arguments, said):

@@ -13,6 +13,7 @@ from lightning.pytorch import Trainer
 
 from moebed.training import save_requests
 from moebed.training.save_requests import END, NOTHING, Requests
+from moebed.training.saving import RunCheckpoint
 
 SECOND_OF_TWO = SimpleNamespace(
     world_size=2,
@@ -44,6 +45,27 @@ def test_ctrl_c_amid_a_print_is_noted_too(monkeypatch):
     finally:
         requests.give_back()
     monkeypatch.undo()
+
+
+def test_a_handler_that_c_has_set_does_not_keep_a_run_from_its_end(monkeypatch):
+    """As of a library that is told of signals: Python knows nothing of it, and can only give the default back."""
+    requests, before = Requests(), signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(signal, "getsignal", lambda _: None)
+    requests.take_over(Trainer(logger=False, accelerator="cpu", enable_checkpointing=False, enable_progress_bar=False))
+    requests.give_back()
+    monkeypatch.undo()
+    assert signal.signal(signal.SIGTERM, before) is signal.SIG_DFL
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_of_a_run_that_took_no_step_nothing_is_said_to_be_saved():
+    """``trainer.max_steps: 0`` with a signal during its report: it ends as any process."""
+    checkpoint, before = RunCheckpoint(save_last=True), signal.getsignal(signal.SIGTERM)
+    for step, takes_over in ((0, False), (4, True)):
+        checkpoint._last_global_step_saved = step
+        with checkpoint.ending_at_once(SimpleNamespace(**vars(SECOND_OF_TWO) | {"world_size": 1, "global_step": step})):
+            assert (signal.getsignal(signal.SIGTERM) != before) is takes_over
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_second_ctrl_c_waits_for_nothing(capsys):

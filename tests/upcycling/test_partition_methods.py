@@ -300,7 +300,10 @@ WRONG = {
     "rows of no cluster": (["--rows", "gate"], "--rows does nothing with by random and router random"),
     "starts of no cluster": (["--starts", "2", "--router", "centroid"], "--starts does nothing with by random"),
     "residual of no inter": (["--by", "inner", "--residual-experts", "1"], "--residual-experts does nothing"),
-    "neither true nor false": (["--by", "cluster", "--normalise", "perhaps"], "neither true nor false"),
+    "neither true nor false": (
+        ["--by", "cluster", "--normalise", "perhaps"],
+        "--normalise is 'perhaps'; give true or false",
+    ),
     "centroids of down": (["--by", "cluster", "--rows", "down", "--router", "centroid"], "router centroid: columns"),
     "an expert without text": (["--router", "hidden_centroid"], "no text belongs to an expert"),
     "no text": (["--by", "inner", "--num-experts", "4"], "needs text: by inner takes the importance of neurons"),

@@ -152,15 +152,18 @@ def test_what_a_checkpoint_has_beside_its_experts_is_not_left_out(tmp_path, caps
 
 
 WRONG = {
-    "no such method": (["--method", "magic"], "invalid choice: 'magic'"),
+    "no such method": (["--method", "magic"], "--method is 'magic'"),
     "no method": ([], "--method"),
     "more than there are": (["--method", "copy", "--num-experts-per-tok", "9"], "num-experts-per-tok is 9"),
     "not dividing": (["--method", "split", "--granularity", "5"], "granularity is 5, which does not divide"),
     "groups not dividing": (["--method", "cluster", "--num-experts", "7"], "num-experts is 7, which does not divide"),
     "an option of another method": (["--method", "copy", "--fraction", "0.3"], "it is for noise, drop"),
-    "fraction": (["--method", "drop", "--fraction", "1.5"], "fraction is 1.5"),
-    "negative": (["--method", "noise", "--noise-std", "-1"], "noise-std is -1"),
-    "not a number": (["--method", "noise", "--noise-std", "nan"], "noise-std is nan"),
+    "fraction": (
+        ["--method", "drop", "--fraction", "1.5"],
+        "--fraction is '1.5'; give a number of at least 0 and at most 1",
+    ),
+    "negative": (["--method", "noise", "--noise-std", "-1"], "--noise-std is '-1'; give a number of at least 0"),
+    "not a number": (["--method", "noise", "--noise-std", "nan"], "--noise-std is 'nan'"),
     "no such layer": (["--method", "copy", "--dense-layers", "0,2"], "layers 0 to 1, not 2"),
     "all layers": (["--method", "copy", "--dense-layers", "0,1"], "dense-layers names every layer"),
     "a layer in words": (["--method", "copy", "--dense-layers", "last"], "'last' is no layer"),

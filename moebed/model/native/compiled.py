@@ -78,9 +78,11 @@ def compiler_takes(instruction_set: str) -> bool:
 def _compile(instruction_set: str, asked: float, folder: Path) -> None:
     """Write the library into a folder, unless that failed in another process since this one asked, at a time."""
     failure = _kept() / f"{_key(instruction_set)}.failed"
-    if failure.exists() and failure.stat().st_mtime > asked:
+    # Of other sources nobody asks again. A clock that was set back since leaves a time to come.
+    if failure.exists() and asked < failure.stat().st_mtime <= time.time():
         raise Unavailable(failure.read_text(encoding="utf-8"))
-    failure.unlink(missing_ok=True)
+    for old in _kept().glob(f"{instruction_set}-*.failed"):
+        old.unlink(missing_ok=True)
     if shutil.which(COMPILER) is None:
         raise Unavailable(f"compiling it needs {COMPILER}")
     print(

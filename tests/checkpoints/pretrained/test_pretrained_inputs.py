@@ -181,7 +181,7 @@ def test_faults(checkpoint, tmp_path, capsys):
     assert "must be integers" in said("--input-ids", "none.npy")
     assert "cannot be read" in said("--input-ids", "broken.npy")
     assert "NAME=FILE" in fails(capsys, checkpoint, "--domain", "x")
-    assert "does not exist" in fails(capsys, checkpoint, "--domain", "x=missing.txt")
+    assert "no such file" in fails(capsys, checkpoint, "--domain", "x=missing.txt")
     assert "holds no text" in fails(capsys, checkpoint, "--domain", f"x={tmp_path / 'empty.txt'}")
     twice = ["--domain", f"x={tmp_path / 'good.txt'}"] * 2
     assert "two domains called x" in fails(capsys, checkpoint, *twice)
