@@ -117,7 +117,7 @@ def colour_bar(fig: Figure, image: Any, axes: Any, label: str, **options: Any) -
     if isinstance(image.norm, LogNorm):
         log_ticks(bar.ax.yaxis)
     if isinstance(image.norm, TwoSlopeNorm):  # of ratios: what is neutral has its tick, however far the others reach
-        most = image.norm.vmax
+        most = float(image.norm.vmax or 2.0)
         above = [tick for tick in MaxNLocator(4).tick_values(0.0, most) if 0.85 + 0.15 * most < tick <= most]
         bar.set_ticks([0.0, 0.5, 1.0, *above], labels=[f"{tick:g}" for tick in (0.0, 0.5, 1.0, *above)])
 
