@@ -307,7 +307,9 @@ def _similarity_scale(values: Sequence[np.ndarray]) -> tuple[Normalize, str]:
     flat = np.concatenate([value.ravel() for value in values])
     flat = flat[np.isfinite(flat)]
     low, high = (float(flat.min()), float(flat.max())) if flat.size else (0.0, 1.0)
+    if high - low < 1e-6:  # all the same: what rounding leaves is no finding
+        low, high = low - 0.01, high + 0.01
     if low < 0 and abs(low) > 0.2 * high:
         most = max(abs(low), abs(high))
         return Normalize(-most, most), "RdBu_r"
-    return Normalize(low, max(high, low + 1e-6)), "viridis"
+    return Normalize(low, high), "viridis"

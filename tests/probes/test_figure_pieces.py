@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from probes.figures.drawing import cell_text, colour_bar, heat_map, new_figure, ratio_norm, style_axes, to_rgb
+from probes.figures.drawing import (
+    cell_text,
+    colour_bar,
+    heat_map,
+    new_figure,
+    ratio_norm,
+    similarity_grid,
+    style_axes,
+    to_rgb,
+)
 from probes.figures.pictures import draw_depth
 
 
@@ -66,3 +75,13 @@ def test_a_tick_says_its_whole_number():
     to_rgb(fig)
     assert ax.yaxis.get_offset_text().get_text() == ""
     assert all(text.get_text().startswith(("0.5", "0.49")) for text in ax.get_yticklabels())
+
+
+@pytest.mark.parametrize("value", [1.0, 0.0, -0.2])
+def test_what_is_alike_up_to_rounding_has_one_colour_and_readable_ticks(value):
+    values = value + 1e-8 * np.arange(9.0).reshape(3, 3)
+    fig = similarity_grid({"up": {0: values}}, "Alike")
+    to_rgb(fig)
+    (image,) = fig.axes[0].images
+    assert np.ptp(image.norm(values)) < 1e-3
+    assert fig.axes[1].yaxis.get_offset_text().get_text() == ""
