@@ -211,7 +211,7 @@ def _draw_counts(arrays: Arrays) -> Figure:
             drawing.write_values(ax, relative[layer], norm)
         ax.set_title(f"layer {layer}", fontsize=10)
         drawing.index_ticks(ax.xaxis, range(relative[layer].shape[1]))
-        ax.set_yticks(range(len(relative[layer])), names[rows])
+        ax.set_yticks(range(len(relative[layer])), names[rows] if ax is axes[0] else [""] * len(names[rows]))
         ax.set_xlabel("expert", fontsize=9)
-    drawing.colour_bar(fig, image, axes, "share / even share")
+    drawing.colour_bar(fig, image, axes, "share / even share (1 = even)")
     return fig

@@ -72,7 +72,7 @@ def draw_contours(found: Fitted, law: LossLaw) -> Figure:
     image: Any = None
     for ax, shape, loss in zip(axes, shapes, losses, strict=True):
         image = ax.contourf(size, tokens, loss, levels, cmap="viridis")
-        _log(ax, "N", "tokens" if ax is axes[0] else "")
+        _log(ax, "N (parameters)", "tokens" if ax is axes[0] else "")
         ax.set_yscale("log")
         runs = _of_shape(found, shape)
         values = {"c": columns["loss"][runs], "vmin": levels[0], "vmax": levels[-1], "cmap": "viridis"}
@@ -111,7 +111,7 @@ def draw_frontiers(found: Fitted, law: LossLaw) -> Figure:
             right.plot(budgets, theirs.size, color=colour, lw=1, ls=":")
         runs = _of_shape(found, shape)
         left.plot(columns["flops"][runs], columns["loss"][runs], "o", ms=3.5, mfc="none", mec=colour, mew=0.9)
-    for ax, title in ((left, "lowest loss (nats a token)"), (right, "loss-optimal N")):
+    for ax, title in ((left, "lowest loss (nats a token)"), (right, "loss-optimal N (parameters)")):
         _log(ax, "training FLOPs")
         ax.axvline(columns["flops"].max(), color=drawing.MUTED, lw=1, ls="--")
         ax.set_title(title, fontsize=10.5)

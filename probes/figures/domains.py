@@ -55,7 +55,7 @@ def share_panels(shares: BY_NAME, intervals: BY_NAME, layers: Sequence[int], tit
         ax.set_title(f"layer {layer}", fontsize=10)
     axes[-1].set_xlabel("expert", fontsize=9)
     if wide:
-        drawing.colour_bar(fig, image, list(axes), "share / even share", extend="max")
+        drawing.colour_bar(fig, image, list(axes), "share / even share (1 = even)", extend="max")
     else:
         handles, labels = max((ax.get_legend_handles_labels() for ax in axes), key=lambda pair: len(pair[1]))
         fig.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8, frameon=False)

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm, Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, ScalarFormatter
 from PIL import Image
 
 from probes.figures.letters import give_fonts
@@ -116,6 +116,10 @@ def colour_bar(fig: Figure, image: Any, axes: Any, label: str, **options: Any) -
     bar.outline.set_visible(False)
     if isinstance(image.norm, LogNorm):
         log_ticks(bar.ax.yaxis)
+    if isinstance(image.norm, TwoSlopeNorm):  # of ratios: what is neutral has its tick, however far the others reach
+        most = float(image.norm.vmax or 2.0)
+        above = [tick for tick in MaxNLocator(4).tick_values(0.0, most) if 0.85 + 0.15 * most < tick <= most]
+        bar.set_ticks([0.0, 0.5, 1.0, *above], labels=[f"{tick:g}" for tick in (0.0, 0.5, 1.0, *above)])
 
 
 def log_ticks(axis: Any) -> None:
@@ -136,6 +140,9 @@ def style_axes(ax: Axes) -> None:
     for side in ("left", "bottom"):
         ax.spines[side].set_color(MUTED)
     ax.tick_params(labelsize=8, length=2, color=MUTED)
+    for axis in (ax.xaxis, ax.yaxis):
+        if isinstance(formatter := axis.get_major_formatter(), ScalarFormatter):
+            formatter.set_useOffset(False)  # a tick says its number, whatever all have in common
 
 
 def layer_axis(ax: Axes) -> None:
@@ -300,7 +307,9 @@ def _similarity_scale(values: Sequence[np.ndarray]) -> tuple[Normalize, str]:
     flat = np.concatenate([value.ravel() for value in values])
     flat = flat[np.isfinite(flat)]
     low, high = (float(flat.min()), float(flat.max())) if flat.size else (0.0, 1.0)
+    if high - low < 1e-6:  # all the same: what rounding leaves is no finding
+        low, high = low - 0.01, high + 0.01
     if low < 0 and abs(low) > 0.2 * high:
         most = max(abs(low), abs(high))
         return Normalize(-most, most), "RdBu_r"
-    return Normalize(low, max(high, low + 1e-6)), "viridis"
+    return Normalize(low, high), "viridis"

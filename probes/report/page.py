@@ -104,10 +104,11 @@ def _said(runs: Sequence[RunFolder]) -> list[str]:
     for run in runs:
         model = run.summary.get("model")
         if isinstance(model, dict):
-            said.append(f"{run.name}: checkpoint {model.get('name')}, family {model.get('model_type')}{_sizes(model)}")
+            name, family = model.get("name"), model.get("model_type")
+            said.append(f"{run.name}: checkpoint {name}, family {family}{_sizes(model)}{_text(run)}")
         elif "step" in run.summary:
             config = run.summary.get("provenance", {}).get("config")
-            said.append(f"{run.name}: probed last at step {run.summary['step']}{_sizes(config or {})}")
+            said.append(f"{run.name}: probed last at step {run.summary['step']}{_sizes(config or {})}{_text(run)}")
     return said
 
 
@@ -121,6 +122,15 @@ def _sizes(model: Mapping[str, Any]) -> str:
         if found:
             said.append(f"{found[0]} to {found[-1]} {what}" if len(found) > 1 else f"{found[0]} {what}")
     return f", {', '.join(said)}" if said else ""
+
+
+def _text(run: RunFolder) -> str:
+    """How much text the probes saw, where one of them kept where its sequences begin."""
+    for result in run.results.values():
+        if {"token_ids", "sequence_start"} <= result.arrays.keys():
+            tokens, texts = (len(result.arrays[key]) for key in ("token_ids", "sequence_start"))
+            return f", on {tokens:,} tokens of {texts} text{'s' if texts != 1 else ''}"
+    return ""
 
 
 def _notes(runs: Sequence[RunFolder]) -> list[str]:

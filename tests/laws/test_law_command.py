@@ -104,7 +104,7 @@ def test_what_a_law_says_is_right_and_has_intervals(joint):
     assert "For 1e+20 FLOPs E 32 has the lowest loss, 2.4" in said
     assert "cost is taken as all parameters that must be held" in said
     page = (joint / "law.html").read_text(encoding="utf-8")
-    assert "<h2>Scaling law joint of runs.csv</h2>" in page
+    assert "<h1>Scaling law joint of runs.csv</h1>" in page
     assert "Other text or another tokenizer alone changes a, b and c." in page
     assert page.count("<img") == 3
 

@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from probes.figures.drawing import cell_text, new_figure, ratio_norm, to_rgb
+from probes.figures.drawing import (
+    cell_text,
+    colour_bar,
+    heat_map,
+    new_figure,
+    ratio_norm,
+    similarity_grid,
+    style_axes,
+    to_rgb,
+)
 from probes.figures.pictures import draw_depth
 
 
@@ -44,3 +53,35 @@ def test_lines_over_depth_stand_beside_what_means_something_alone():
     assert ax.get_ylim()[0] > 50
     (ax,) = draw_depth(values, "Cosine", "cosine").axes
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["up", "0, unrelated"]
+
+
+@pytest.mark.parametrize("most", [1.3, 4.0, 80.0])
+def test_the_bar_of_ratios_says_where_neutral_is(most):
+    values = np.array([[0.0, 1.0, most]])
+    fig = new_figure(5, 3, "Ratios")
+    ax = fig.subplots()
+    colour_bar(fig, heat_map(ax, values, "RdBu_r", norm=ratio_norm([values])), ax, "ratio")
+    to_rgb(fig)
+    said = [text.get_text() for text in fig.axes[1].get_yticklabels()]
+    assert said[:3] == ["0", "0.5", "1"]
+    assert 4 <= len(said) <= 8
+
+
+def test_a_tick_says_its_whole_number():
+    fig = new_figure(5, 3, "Nearly the same")
+    ax = fig.subplots()
+    style_axes(ax)
+    ax.plot([0, 1], [0.50002, 0.49992])
+    to_rgb(fig)
+    assert ax.yaxis.get_offset_text().get_text() == ""
+    assert all(text.get_text().startswith(("0.5", "0.49")) for text in ax.get_yticklabels())
+
+
+@pytest.mark.parametrize("value", [1.0, 0.0, -0.2])
+def test_what_is_alike_up_to_rounding_has_one_colour_and_readable_ticks(value):
+    values = value + 1e-8 * np.arange(9.0).reshape(3, 3)
+    fig = similarity_grid({"up": {0: values}}, "Alike")
+    to_rgb(fig)
+    (image,) = fig.axes[0].images
+    assert np.ptp(image.norm(values)) < 1e-3
+    assert fig.axes[1].yaxis.get_offset_text().get_text() == ""

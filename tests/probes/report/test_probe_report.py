@@ -235,6 +235,14 @@ def test_it_says_how_large_what_was_probed_is(tmp_path):
     assert "probed last at step 3, 6 layers, 4 to 8 experts, 2 a token" in page
 
 
+def test_it_says_how_much_text_was_seen(tmp_path):
+    text = text_of([[1, 2, 3], [4, 5]], [0, 0], ("prose",))
+    for name, result in probe([chosen_view([[0], [1], [2], [3], [0]], 4, text)], "routing").items():
+        store.save_arrays(tmp_path, name, result.arrays)
+    (tmp_path / "summary.json").write_text(json.dumps({"step": 3, "probes": {}}))
+    assert "probed last at step 3, on 5 tokens of 2 texts" in write_report([tmp_path], tmp_path).read_text()
+
+
 def test_numbers_of_a_second_run_say_how_far_they_are_from_the_first(tmp_path):
     for name, last in (("one", 2.0), ("two", 1.5)):
         log(tmp_path / name, "train/loss", [3.0, last])
@@ -289,4 +297,4 @@ def test_a_panel_has_room_for_its_title_and_says_what_its_numbers_are_in():
     for ax in fig.axes:
         assert ax.title.get_window_extent().x0 >= 0
         assert ax.title.get_window_extent().x1 <= fig.bbox.width
-    assert [ax.get_ylabel() for ax in fig.axes] == ["", "cosine", "experts", ""]
+    assert [ax.get_ylabel() for ax in fig.axes] == ["distance over √R", "cosine", "experts", ""]
