@@ -94,7 +94,7 @@ def test_a_rank_tokenizes_and_parses_its_own_share(tmp_path):
         assert batches == wanted
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 4)])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow), (2, 4)])
 def test_ranks_that_talk_to_each_other_keep_the_places_of_all(tmp_path, before, after):
     source = _source(tmp_path)
     _, first, place = _counted(tmp_path, before, source)

@@ -129,6 +129,10 @@ CASES |= {
 }  # fmt: skip
 
 
+# A family's variants are of its config: what they are to logits and to what is written is quick, the rest is slow.
+ONE_EACH = [name if name == CASES[name][0] else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+
+
 @pytest.fixture(params=CASES)
 def theirs(request):
     model_type, changes = CASES[request.param]
@@ -178,6 +182,7 @@ def test_transformers_loads_what_we_write(theirs, tmp_path):
     )
 
 
+@pytest.mark.parametrize("theirs", ONE_EACH, indirect=True)
 def test_gradients_of_every_weight_are_transformers(theirs, tmp_path):
     """A checkpoint whose weights are transformers' gradients, read as ours, holds ours."""
     ids, wanted = torch.randint(3, 80, (2, 12)), torch.randn(2, 12, 80)
@@ -197,6 +202,7 @@ def test_gradients_of_every_weight_are_transformers(theirs, tmp_path):
         assert different <= 1e-4 * max(scale, 1), f"{name}: {different} of {scale}"
 
 
+@pytest.mark.parametrize("theirs", ONE_EACH, indirect=True)
 def test_text_streams_through_it_with_a_few_experts_in_memory(theirs, tmp_path):
     ids = torch.randint(3, 80, (2, 12))
     theirs.save_pretrained(tmp_path)

@@ -99,8 +99,14 @@ def test_the_command_with_text(tmp_path, capsys):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("budget", ["1GiB", "260kB"])
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    ("case", "budget"),
+    [
+        pytest.param(case, budget, id=f"{name}-{budget}", marks=pytest.mark.slow if number % 2 == whole else ())
+        for number, (name, case) in enumerate(CASES.items())
+        for budget, whole in (("1GiB", True), ("260kB", False))
+    ],
+)
 def test_a_streamed_checkpoint_gives_the_numbers_of_a_live_model(case, budget, tmp_path):
     decoder, text = write(tmp_path, **case), make_text(9, 4, 1, 12)
     probes = [PROBES[name]() for name in WITH_TEXT]

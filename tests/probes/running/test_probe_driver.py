@@ -49,7 +49,7 @@ def test_padding_never_counts(make_decoder):
     ("changes", "draw"),
     [
         pytest.param(RAGGED, to_rgb, id="ragged, with room for labels", marks=(pytest.mark.drawn, pytest.mark.slow)),
-        pytest.param(RAGGED, to_rgb, id="ragged"),
+        pytest.param(RAGGED, None, id="ragged, built"),
         pytest.param(ONE_EXPERT, to_rgb, id="one expert", marks=pytest.mark.slow),
         pytest.param(ONE_EXPERT, None, id="one expert, built"),
         pytest.param({"num_experts": 0}, to_rgb, id="dense"),
@@ -94,7 +94,7 @@ def test_a_diverged_model_is_drawn_all_the_same(make_decoder, text):
         decoder.layers[1].mlp.experts.down_proj.fill_(float("nan"))
     for result in probe(walk(decoder, text, all_needs()), *PROBES).values():
         for build in result.figures.values():
-            to_rgb(build())
+            assert to_rgb(build()).std() > 0
 
 
 def test_no_expert_is_run_unless_a_probe_asks(make_decoder, text, monkeypatch):
