@@ -45,14 +45,15 @@ def run(command: str, arguments: Sequence[str]) -> None:
     look_first(command, arguments)
     if command == "fit" and slurm.job() is not None:  # until the run itself acts on them
         note_early(signal.SIGUSR1)
-        first_on_sigterm(_queue_again_to_make_room)
+        if starts_first():
+            first_on_sigterm(_queue_again_to_make_room)
     with waiting("loading PyTorch and Lightning"):
         from moebed.commands.training_run import train
     train(command, arguments)
 
 
 def _queue_again_to_make_room() -> None:
-    if starts_first() and slurm.makes_room() and slurm.requeue() is None:
+    if slurm.makes_room() and slurm.requeue() is None:
         say(f"job {slurm.job()} is in the queue again: it makes room before it has begun")
 
 
