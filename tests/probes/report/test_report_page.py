@@ -18,7 +18,7 @@ PROBED = ("balance", "norm_vs_score", "domain_share", "repeats", "routing", "mat
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """The report of two runs of six layers in a browser."""
+    """The report of one run of six layers in a browser; and of three, of which two are one."""
     import torch
 
     from moebed.model.decoder import Decoder
@@ -35,7 +35,7 @@ def page(tmp_path_factory):
             store.save_arrays(folder, name, result.arrays)
         (folder / "config.yaml").write_text("model: tiny\n" + "long: " + "x" * 400 + "\n")
     path = write_report(folders[:1], folders[0])
-    both = write_report(folders, folders[0].parent / "both.html")
+    both = write_report([*folders, folders[0]], folders[0].parent / "both.html")  # three columns
     with Browser(1400, 1000) as browser:
         browser.open(path.as_uri())
         yield browser, path, both, words
@@ -67,6 +67,17 @@ def test_the_first_screen_of_several_runs_has_more_than_one_question(page):
     ]
     browser.open(path.as_uri())
     assert max(bottom[:2]) < 1000, bottom
+
+
+def test_what_was_published_stands_beside_any_number_of_runs(page):
+    browser, path, both, _ = page
+    browser.resize(1400, 1000)
+    browser.open(both.as_uri())
+    right = (
+        "Math.max(...[...document.querySelectorAll('.question > p')].map((one) => one.getBoundingClientRect().right))"
+    )
+    assert browser.evaluate(right) <= 1400
+    browser.open(path.as_uri())
 
 
 def test_a_picture_fills_the_window_when_it_is_clicked(page):
