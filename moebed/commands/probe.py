@@ -23,6 +23,7 @@ from moebed.commands.probe_options import (
 )
 from moebed.errors import ConfigError, UserError
 from moebed.machine.progress import say, waiting
+from moebed.traces.paths import is_trace
 
 __all__ = ["build_parser", "run"]
 
@@ -68,7 +69,6 @@ def _probe(options: dict[str, Any], earlier: list[str] | None) -> None:
         import torch
 
         from moebed.commands.probe_whole import probe_through_transformers, probe_trace, save_trace
-        from moebed.traces.files import is_trace
         from probes.registry import make_probes
         from probes.running.choosing import probes_for
 

@@ -17,6 +17,7 @@ from moebed.errors import ConfigError, did_you_mean
 from moebed.machine.places import require_file_writable, require_writable
 from moebed.machine.units import parse_bytes
 from moebed.names import PROBES, SETTINGS, STATIC_PROBES
+from moebed.traces.paths import is_trace
 from moebed.views.intervention_words import read, split
 
 _CHOICES = {
@@ -215,7 +216,7 @@ def look_first(options: dict[str, Any]) -> None:
     dense = options["reference_dense"]
     require_nameable(*several(options["earlier"]), options["checkpoint"], *([dense] if dense else []))
     has_text = bool(text_of(options))
-    require_probes(*asked(options, has_text), has_text)
+    require_probes(*asked(options, has_text), has_text or is_trace(Path(options["checkpoint"])))
     for text in several(options["intervene"]):
         for one in split(text):
             read(one)

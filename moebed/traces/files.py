@@ -12,17 +12,10 @@ from typing import Any
 from moebed.errors import UserError
 from moebed.machine import provenance, storage
 from moebed.traces import megatron, vllm
+from moebed.traces.paths import MEGATRON
 from moebed.traces.trace import RoutingTrace
 
 FORMATS = {one.KIND: one for one in (vllm, megatron)}
-_MEGATRON = "router_trace_rank*.jsonl"
-
-
-def is_trace(path: Path) -> bool:
-    """Whether a path is that of a trace: a ``.jsonl`` file, or a folder of Megatron's."""
-    if path.is_dir():
-        return any(path.glob(_MEGATRON)) and not (path / "config.json").exists()
-    return path.suffix == ".jsonl" and path.is_file()
 
 
 def read_trace(path: Path, num_experts: int | None = None) -> RoutingTrace:
@@ -35,7 +28,7 @@ def read_trace(path: Path, num_experts: int | None = None) -> RoutingTrace:
     Raises:
         UserError: It is of no format that is known, or damaged.
     """
-    files = sorted(path.glob(_MEGATRON)) if path.is_dir() else [path]
+    files = sorted(path.glob(MEGATRON)) if path.is_dir() else [path]
     lines = chain.from_iterable(map(_lines, files))
     first = next(lines, None)
     if first is None:

@@ -16,7 +16,8 @@ from moebed.cli import main
 from moebed.errors import ConfigError, UserError
 from moebed.model.config import ModelConfig
 from moebed.model.decoder import Decoder
-from moebed.traces.files import FORMATS, is_trace, read_trace, write_trace
+from moebed.traces.files import FORMATS, read_trace, write_trace
+from moebed.traces.paths import is_trace
 from moebed.traces.trace import RoutingTrace, text_of
 from moebed.views.layer import Need
 from moebed.views.live import walk
