@@ -71,21 +71,25 @@ def look_first(command: str, arguments: Sequence[str]) -> None:
         if argument.startswith("--") and key:
             _require_known(command, key)
     said: dict[str, Any] = {}
+    model: dict[str, Any] = {}  # its settings
     for option, value in _given(arguments):
         if option in ("-c", "--config"):
             content = read_recipe(Path(value)) if names_recipe(value) else parse_setting(option, value)
             for key in content if isinstance(content, dict) else ():
                 _require_known(command, str(key))
             said |= {key: value for key in WHERE if (value := _at(content, key)) is not MISSING}
-            _look_at_model(_at(content, MODEL))
+            model |= _whole(_at(content, MODEL))
         elif option.startswith(f"{MODEL}."):
-            _look_at_model({option.removeprefix(f"{MODEL}."): value})
+            model |= _whole({option.removeprefix(f"{MODEL}."): value})
         elif option in WHERE:
             said[option] = None if value in NULL else parse_setting(option, value) if option == SOURCES else value
         else:  # of one that says all of a section, or a part of a value, the parser alone knows the outcome
             for key in WHERE:
                 if key.startswith(f"{option}.") or option.startswith((f"{key}.", f"{key}+")):
                     said.pop(key, None)
+            if f"{MODEL}.".startswith(f"{option}."):
+                model.clear()
+    ModelConfig.look_first(model)
     if any(one.partition("=")[0] in TOLD for one in arguments):  # which begins nothing
         return
     checkpoint = said.get(CHECKPOINT)
@@ -104,12 +108,10 @@ def look_first(command: str, arguments: Sequence[str]) -> None:
         require_files(sources)
 
 
-def _look_at_model(settings: Any) -> None:
-    """Refuse settings of the model that no router is needed to see, as the parser would."""
-    if isinstance(settings, dict):
-        # Of a part of a value, such as num_experts+ or router_options.gamma, the parser alone knows the outcome.
-        whole = {str(key): value for key, value in settings.items() if not {".", "+"} & set(str(key))}
-        ModelConfig.look_first({key: _plain(value) for key, value in whole.items()})
+def _whole(settings: Any) -> dict[str, Any]:
+    """Settings but those of which a part is said, as num_experts+ or router_options.gamma: those the parser knows."""
+    given = settings if isinstance(settings, dict) else {}
+    return {str(key): _plain(value) for key, value in given.items() if not {".", "+"} & set(str(key))}
 
 
 def _plain(value: Any) -> Any:

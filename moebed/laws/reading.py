@@ -101,7 +101,7 @@ def _read_csv(path: Path) -> RunTable:
     for index, name in enumerate(names):
         ours = _NAMES.get(_folded(name))
         if ours is None:
-            unknown.append(name)
+            unknown += [name] if name else []  # a spreadsheet's line may end in empty cells
         elif ours in known:
             raise UserError(f"{path}: columns {names[known[ours]]!r} and {name!r} both mean {ours}; leave one of them")
         else:

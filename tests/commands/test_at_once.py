@@ -138,6 +138,16 @@ def test_settings_in_place_of_a_recipe_are_looked_at_as_one(tmp_path):
         look_first("fit", [*own, "--config={trainer: ["])
 
 
+def test_of_a_models_settings_the_last_word_counts():
+    """A recipe for a router of one's own, trained with another one: no plug-in is needed."""
+    own = ["--config", "model: {config: {router: mine, num_experts: 4}}"]
+    look_first("fit", [*own, "--model.config.router", "softmax_topk"])
+    look_first("fit", [*own, "--config", "model: {config: {router: softmax_topk}}"])
+    look_first("fit", [*own, "--model.config", "other.yaml"])
+    with pytest.raises(ConfigError, match="router is 'mine'; choose one of"):
+        look_first("fit", [*own, "--model.config.num_experts", "8"])
+
+
 def test_a_run_without_a_folder_is_refused_where_the_parser_alone_knows():
     given = Namespace(trainer=Namespace(default_root_dir=None), checkpoint=Namespace(dirpath=None), ckpt_path=None)
     with pytest.raises(UserError, match=r"trainer\.default_root_dir is null; give the run a folder"):

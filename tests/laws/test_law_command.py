@@ -307,7 +307,8 @@ def test_what_a_table_leaves_open_is_said(tmp_path):
         "no column G: 1 is taken",
     ]
     path = tmp_path / "c.csv"
-    _table(["N,tokens,E,loss", *ROWS[:8], ROWS[2], ROWS[5], ",,,", ""])(path)
+    rows = [f"{row}," for row in ("N,tokens,E,loss", *ROWS[:8], ROWS[2], ROWS[5], ",,,")]
+    _table([*rows, ""])(path)
     table = read_table(path)
     assert table.runs == 10
     (note,) = table.notes
