@@ -131,7 +131,7 @@ class SuperExperts(Probe):
             )
         }
         notes = unit_notes(arrays, headlines)
-        if count < 200:
+        if 1 < count < 200:
             notes.append(f"the 99.5th percentile of {count} experts always leaves one above it")
         if "super_rise" in arrays and arrays["tokens"].any():
             tokens, domain = arrays["tokens"], arrays["text_domain"]

@@ -13,6 +13,7 @@ from functools import lru_cache
 
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
+from matplotlib.ft2font import FT2Font
 from matplotlib.text import Text
 
 from probes.measures.words import visible, word_of
@@ -65,15 +66,32 @@ def font_with(letter: str) -> str | None:
         return None
     if all(_has(findfont(FontProperties(family=[family])), letter) for family in _OWN):
         return ""
-    for entry in sorted(fontManager.ttflist, key=lambda entry: (entry.style != "normal", abs(int(entry.weight) - 400))):
-        if not entry.name.startswith(("Last Resort", "STIX", "cm")) and _has(entry.fname, letter):
-            return entry.name
-    return None
+    return _elsewhere().get(ord(letter))
 
 
 def _has(path: str, letter: str) -> bool:
+    font = _opened(path)
+    return font is not None and bool(font.get_char_index(ord(letter)))
+
+
+@lru_cache(maxsize=1)
+def _elsewhere() -> dict[int, str]:
+    """Of each letter, by its number, the first font that has it: upright and of a usual weight before others.
+
+    All in one pass: matplotlib keeps few fonts open, and to open hundreds for each letter takes part of a second.
+    """
+    found: dict[int, str] = {}
+    for entry in sorted(fontManager.ttflist, key=lambda entry: (entry.style != "normal", abs(int(entry.weight) - 400))):
+        if not entry.name.startswith(("Last Resort", "STIX", "cm")) and (font := _opened(entry.fname)):
+            for code in font.get_charmap():
+                found.setdefault(code, entry.name)
+    return found
+
+
+def _opened(path: str) -> FT2Font | None:
+    """None of a file that is gone, or is no font whose letters have any size."""
     try:
         font = get_font(path)
-    except (OSError, RuntimeError):  # a file that is gone or is none
-        return False
-    return bool(font.scalable and font.get_char_index(ord(letter)))
+    except (OSError, RuntimeError):
+        return None
+    return font if font.scalable else None

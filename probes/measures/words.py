@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moebed.views.layer import ProbeText
-from probes.contract import Arrays
+if TYPE_CHECKING:  # what pictures write needs no PyTorch
+    from moebed.views.layer import ProbeText
+    from probes.contract import Arrays
 
 # Where ids are stored that something is told of, and what they say: those of a text, those that a model predicted.
 WORDS = {"text_ids": "text_of_ids", "text_ids_predicted": "text_of_ids_predicted"}

@@ -59,6 +59,16 @@ def test_a_token_that_no_font_can_write_is_its_number(monkeypatch):
     assert letters.token({5: "x" * 20}, 5, 9) == "x" * 9
 
 
+def test_the_fonts_of_the_machine_are_searched_once_for_all_letters(monkeypatch):
+    """There may be hundreds, and a page of Chinese has as many letters."""
+    letters.font_with.cache_clear()
+    letters.font_with("\u3400")
+    opened, get_font = [], letters.get_font
+    monkeypatch.setattr(letters, "get_font", lambda path: opened.append(path) or get_font(path))
+    letters.font_with("\u3401")
+    assert len(opened) <= 2  # of pictures
+
+
 def test_letters_take_the_places_that_they_need():
     assert (letters.columns("ab"), letters.columns("论文"), letters.columns("e\u0301")) == (2, 4, 1)
     assert [letters.columns(piece) for piece in _pieces("论" * 40)] == [62, 18]

@@ -102,3 +102,4 @@ def test_layers_without_text_or_experts_are_left_out(make_decoder, texts):
 def test_where_none_stands_out_none_is_named(make_decoder, texts):
     result = run(make_decoder(num_experts=1, num_experts_per_tok=1, num_hidden_layers=1), texts)
     assert result.headlines["found"].sentence.startswith("0 of 1 experts stand out, ")
+    assert not any("always leaves one" in note for note in result.notes)

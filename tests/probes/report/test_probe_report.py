@@ -25,6 +25,7 @@ from probes.registry import PROBES
 from probes.report.charts import draw_curves, draw_history, layer_series
 from probes.report.page import write_report
 from probes.report.pictures import compact
+from probes.report.units import unit_of
 from probes.running import store
 from probes.running.run_folder import read_curves
 
@@ -287,6 +288,24 @@ def test_small_curves_say_what_they_are_in():
     axes = draw_curves([run], tags).axes
     assert [ax.get_ylabel() for ax in axes] == ["nats", "nats a token", ""]
     assert {ax.get_xlabel() for ax in axes} == {"step"}
+
+
+@pytest.mark.parametrize(
+    ("quantity", "unit"),
+    [
+        ("prediction/loss/books", "nats a token"),
+        ("prediction/accuracy", "share of tokens"),
+        ("neuron_matching/mean_tau", "Kendall's tau"),
+        ("neuron_matching/mean_gain_up/layer_00", "cosine"),
+        ("control_content/control_share_raw", "share of the squared norm"),
+        ("control_content/control_cos_next_shuffled", "cosine"),
+        ("control_content/ids_per_path/layer_02", "ids of ten"),
+        ("control_content/path_entropy", "nats"),
+        ("router_coupling/up_energy_own_raw", "squared cosine"),
+    ],
+)
+def test_a_quantity_that_is_not_of_its_probes_usual_unit_has_its_own(quantity, unit):
+    assert unit_of(quantity) == unit
 
 
 @pytest.mark.drawn
