@@ -23,11 +23,15 @@ class OneLineParser(argparse.ArgumentParser):
         super().__init__(**{"allow_abbrev": False, **options})
         self._negative_number_matcher = _NEGATIVE  # -5GiB is a value, for its option to refuse
 
+    def options(self) -> list[argparse.Action]:
+        """Its options and arguments."""
+        return self._actions
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse does, once nothing is given that is empty: a variable of a shell that was not set."""
         before = ""
         # What follows a command's name is for another parser.
-        mine = not any(action.nargs == argparse.REMAINDER for action in self._actions)
+        mine = not any(action.nargs == argparse.REMAINDER for action in self.options())
         for argument in args or () if mine else ():
             option, equals, value = argument.partition("=")
             if not argument.strip() or (equals and option.startswith("--") and not value.strip()):

@@ -28,7 +28,7 @@ _CHOICES = {
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> OneLineParser:
     """The options; each can stand in a YAML file as well."""
     parser = OneLineParser(
         prog="moebed probe",
@@ -158,7 +158,7 @@ def _read_yaml(path: Path, known: Sequence[str]) -> dict[str, Any]:
 
 def _require_kinds(path: Path, content: dict[str, Any]) -> None:
     """Refuse a value of a file that its option would refuse."""
-    for action in build_parser()._actions:
+    for action in build_parser().options():
         value = content.get(action.dest)
         if value is None:
             continue

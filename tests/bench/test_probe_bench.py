@@ -51,7 +51,7 @@ def test_some_rows_alone(tiny, tmp_path, capsys):
     rows = json.loads((tmp_path / "x.json").read_text())["results"]["rows"]
     assert rows
     assert all("DeepSeekMoE-16B, 3 of 4 experts" in row["name"] for row in rows)
-    with pytest.raises(UserError, match="--experts 1"):
+    with pytest.raises(UserError, match="--experts is '1'; give a whole number of at least 2"):
         command.run("bench", ["probe", "--experts", "1"])
     with pytest.raises(UserError, match="--size huge"):
         command.run("bench", ["probe", "--size", "huge"])
@@ -67,5 +67,5 @@ def test_neurons_of_correlated_experts_have_the_cosine_asked_for():
 
 
 def test_no_rounds():
-    with pytest.raises(UserError, match="--rounds 0"):
+    with pytest.raises(UserError, match="--rounds is '0'; give a whole number of at least 1"):
         command.run("bench", ["probe", "--rounds", "0"])

@@ -283,7 +283,7 @@ def test_the_page_and_the_table_say_everything(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--minutes", "0"], "--minutes 0: give more than 0"),
+        (["--minutes", "0"], "--minutes is '0'; give a number above 0"),
         (["--only", "nothing"], "--only nothing: choose among machine, kernels_bfloat16"),
         (["--out", __file__], "cannot be written (Not a directory)"),
     ],

@@ -144,7 +144,7 @@ def test_arms_of_other_widths_at_one_rate_carry_a_note():
     ("arguments", "words"),
     [
         (["--difference", "0.03"], "--difference is 0.03; give it with --pilot"),
-        (["--pilot", "--difference", "0"], "--difference is 0; give it with --pilot, and above 0"),
+        (["--pilot", "--difference", "0"], "--difference is '0'; give a number above 0"),
         (["--pilot", "--slurm"], "--pilot goes with neither --run nor --slurm"),
     ],
 )

@@ -264,7 +264,7 @@ def test_slurm_script_and_refusals_on_the_command_line(study, tmp_path, capsys):
     for arguments, words in (
         ([str(path), "--arms", "rwa"], "'rwa' is no arm"),
         ([str(path), "--run", "6"], "runs 0 to 5"),
-        ([str(path), "--jobs", "0"], "--jobs is 0"),
+        ([str(path), "--jobs", "0"], "--jobs is '0'"),
         ([str(tmp_path / "none.yaml")], "none.yaml cannot be read"),
         ([str(tmp_path / "study.json")], "study.json does not exist"),
     ):

@@ -8,8 +8,8 @@ RECIPE = "recipes/tiny_mixtral.yaml"
 SOURCE = "name: mine, kind: files, path: x.txt"
 PROBES = "class_path: probes.ProbeCallback, init_args:"
 REFUSED = [
-    ("--model.config.num_experts", "four", "num_experts is 'four'; it must be a whole number, or a list, each entry"),
-    ("--model.config.num_experts", "[4, x]", "it must be a whole number, or a list"),
+    ("--model.config.num_experts", "four", "num_experts is 'four'; it must be a whole number or a list"),
+    ("--model.config.num_experts", "[4, x]", "it must be a whole number or a list"),
     ("--model.config.num_experts", "[4, 8", "is '[4, 8', which is no YAML"),
     ("--model.config", "{num_experts: x}", "model.config.num_experts is 'x'; it must be a whole number"),
     ("--model.config.norm_topk_prob", "3", "norm_topk_prob is '3'; it must be true or false"),

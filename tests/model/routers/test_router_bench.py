@@ -30,4 +30,4 @@ def test_it_measures_what_is_asked_for(monkeypatch, tmp_path, capsys):
     assert rows[2]["flops_ratio"] > 1.2
     assert "expert_norm" in capsys.readouterr().out
     assert main(["bench", "routers", "--router", "autonmy"]) == 2
-    assert "autonmy: choose among softmax_topk" in capsys.readouterr().err
+    assert "unknown router 'autonmy'; did you mean 'autonomy'?" in capsys.readouterr().err

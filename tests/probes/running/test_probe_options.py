@@ -53,7 +53,8 @@ def test_settings_in_a_file(asked, tmp_path):
         ("traffic.rnks=2", "traffic has no option 'rnks'; did you mean 'ranks'?"),
         ("traffic.ranks=many", "ranks is 'many'; it must be such as 4"),
         ("traffic=2", "probe_option 'traffic=2' is none; write PROBE.NAME=VALUE"),
-        ("capacity.ranks=2", "options are given for 'capacity', which does not run"),
+        ("capacity.ranks=2", "capacity has no option 'ranks'; it has none"),
+        ("keep_k.one_of=2", "options are given for 'keep_k', which does not run"),
     ],
 )
 def test_wrong_ones_are_one_line_and_leave_nothing(asked, tmp_path, capsys, option, words):
