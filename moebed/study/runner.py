@@ -149,7 +149,7 @@ def run_all(
     placement = Placement(visible_devices() if any(run.devices for run in runs) else ())
     waiting, waited_for = list(runs), set[str]()
     with asked_to_end() as signals, StudyBar(out, {run.name: run.steps for run in runs}) as bar:
-        while waiting or running:
+        while waiting or running or signals:
             if signals:  # first: who sent it, as SLURM does, may have sent it to the runs too, which have not failed
                 _end(running, out)
                 raise StoppedError(signals[0], "the same command continues where the last checkpoints are")

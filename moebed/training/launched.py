@@ -8,8 +8,6 @@ from typing import Any
 from lightning.fabric.plugins.environments import (
     ClusterEnvironment,
     LightningEnvironment,
-    LSFEnvironment,
-    MPIEnvironment,
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
@@ -17,7 +15,7 @@ from lightning.pytorch import Trainer
 
 from moebed.errors import SharedError
 from moebed.machine import slurm
-from moebed.training.lightning_private import rank_before_processes
+from moebed.training.lightning_private import rank_before_processes, started_by
 
 
 class SrunTasks(ClusterEnvironment):
@@ -72,14 +70,14 @@ class SrunTasks(ClusterEnvironment):
         return int(os.environ["SLURM_NODEID"])
 
 
-def with_environment(plugins: Any) -> list[Any]:
+def with_environment(plugins: Any, strategy: Any) -> list[Any]:
     """A Trainer's plugins, and in a job of SLURM what has started this process: Lightning would go by the job.
 
-    torchrun goes first, as srun may have started it, and a person's own plugin before all.
+    torchrun goes first, as srun may have started it, and a person's own, of plugins or of the strategy, before all.
     """
     own = [] if plugins is None else list(plugins) if isinstance(plugins, list | tuple) else [plugins]
-    is_settled = TorchElasticEnvironment.detect() or any(isinstance(one, ClusterEnvironment) for one in own)
-    if is_settled or slurm.job() is None:
+    given = any(isinstance(one, ClusterEnvironment) for one in (*own, getattr(strategy, "cluster_environment", None)))
+    if given or TorchElasticEnvironment.detect() or slurm.job() is None:
         return own
     return [*own, SrunTasks() if SrunTasks.detect() else LightningEnvironment()]
 
@@ -87,30 +85,28 @@ def with_environment(plugins: Any) -> list[Any]:
 def require_as_launched(trainer: Trainer) -> None:
     """Check that as many processes were started as the recipe says; Lightning starts those of one node itself.
 
+    LSF, MPI, and a plugin of a person's own, such as Kubeflow's, know for themselves.
+
     Raises:
         SharedError: There are more, of which each would train alone in the same folder, or fewer, which would wait.
     """
     devices, nodes = trainer.num_devices, trainer.num_nodes
-    recipe = f"trainer.devices is {devices} and trainer.num_nodes {nodes}"
-    if TorchElasticEnvironment.detect():
-        if (world := int(os.environ["WORLD_SIZE"])) == devices * nodes:
+    environment, recipe = started_by(trainer), f"trainer.devices is {devices} and trainer.num_nodes {nodes}"
+    if isinstance(environment, TorchElasticEnvironment):
+        world, here = (int(os.environ[name]) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+        if (world, here) == (devices * nodes, devices):
             return
-        said = f"torchrun has started {world} processes, but {recipe}; give torchrun --nnodes {nodes} "
-        said += f"--nproc_per_node {devices}, or the recipe what torchrun has"
-    elif SrunTasks.detect():
+        said = f"torchrun has started {world} processes, {here} of them here, but {recipe}; give torchrun "
+        said += f"--nnodes {nodes} --nproc_per_node {devices}, or the recipe what torchrun has"
+    elif isinstance(environment, SrunTasks):
         if (tasks := slurm.tasks_of_nodes()) == [devices] * nodes:
             return
         started = f"{' + '.join(map(str, tasks))} tasks on {len(tasks)} nodes"
         said = f"srun has started {started}, but {recipe}; give srun --nodes={nodes} --ntasks-per-node={devices}, or "
         said += "the recipe what srun has"
-    elif nodes == 1 or _is_one_of_several():
+    elif nodes == 1 or type(environment) is not LightningEnvironment or {"NODE_RANK", "GROUP_RANK"} & os.environ.keys():
         return
     else:
         said = f"{recipe}, but nothing has started this process together with those of other nodes; start it by "
         said += "srun" if slurm.job() else "srun, or by torchrun on each"
     raise SharedError(said, rank_before_processes())
-
-
-def _is_one_of_several() -> bool:
-    """Whether somebody else starts processes on several nodes: a person who numbers them, LSF, or MPI."""
-    return bool({"NODE_RANK", "GROUP_RANK"} & os.environ.keys()) or LSFEnvironment.detect() or MPIEnvironment.detect()

@@ -53,7 +53,7 @@ class AutoTrainer(Trainer):
             # FSDP2 cannot gather a shard of one rank in inference mode, which Lightning takes over NCCL, not over gloo.
             kwargs["inference_mode"] = False
         chosen = choose_precision(str(accelerator)).precision if precision == "auto" else precision
-        kwargs["plugins"] = with_environment(kwargs.get("plugins"))
+        kwargs["plugins"] = with_environment(kwargs.get("plugins"), kwargs.get("strategy"))
         super().__init__(accelerator=accelerator, precision=chosen, **kwargs)
         require_as_launched(self)
 

@@ -165,6 +165,14 @@ def test_a_run_that_heard_the_signal_too_has_not_failed(tmp_path, capsys):
     assert "failed" not in capsys.readouterr().err
 
 
+def test_a_signal_that_comes_as_the_last_run_ends_is_heard(tmp_path, monkeypatch):
+    """It was lost, and the study went on to its tables."""
+    show = lambda _, running: running or os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+    monkeypatch.setattr("moebed.study.runner.StudyBar.show", show)
+    with pytest.raises(StoppedError):
+        run_all([FakeRun("runs/a/seed_1")], tmp_path, command=program(tmp_path))
+
+
 def test_a_run_that_outlived_its_study_is_waited_for(tmp_path):
     """The process holds the lock itself, so a study that was killed outright cannot lead to a second one beside it."""
     code = (

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from moebed.errors import SharedError
@@ -96,7 +97,8 @@ def test_what_looks_is_one_process(said, tmp_path):
         (task() | {"SLURM_STEP_TASKS_PER_NODE": "3,1"}, 2, 2, "srun has started 3 + 1 tasks on 2 nodes"),
         (SCRIPT, 2, 2, "nothing has started this process together with those of other nodes; start it by srun"),
         ({}, 1, 2, "nothing has started this process together with those of other nodes; start it by srun, or by tor"),
-        ({"torchrun": "4"}, 1, 1, "torchrun has started 4 processes, but trainer.devices is 1 and trainer.num_nodes 1"),
+        ({"torchrun": "4"}, 1, 1, "torchrun has started 4 processes, 4 of them here, but trainer.devices is 1 and"),
+        ({"torchrun": "4"}, 2, 2, "4 of them here, but trainer.devices is 2 and trainer.num_nodes 2; give torchrun"),
         ({"torchrun": "4"}, 4, 2, "give torchrun --nnodes 2 --nproc_per_node 4, or the recipe what torchrun has"),
     ],
 )
@@ -110,6 +112,26 @@ def test_another_number_of_processes_than_the_recipe_has_is_refused(
     said(variables)
     with pytest.raises(SharedError, match=re.escape(words)):
         _trainer(devices, nodes, strategy="auto")
+
+
+class ByHand(LightningEnvironment):
+    """As Lightning's KubeflowEnvironment, which goes by RANK and WORLD_SIZE and has no variable for nodes."""
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        return True
+
+    def node_rank(self) -> int:
+        return int(os.environ["RANK"])
+
+
+@pytest.mark.parametrize("job", [{}, SCRIPT, task(rank=1)])
+@pytest.mark.parametrize("place", ["plugins", "strategy"])
+def test_an_environment_of_ones_own_knows_for_itself_how_many_there_are(said, job, place):
+    """In trainer.plugins or in the strategy: a run on two nodes was refused, and in a job one of a strategy's."""
+    said({**job, "RANK": "1", "WORLD_SIZE": "2"})
+    more = {"plugins": ByHand()} if place == "plugins" else {"strategy": DDPStrategy(cluster_environment=ByHand())}
+    assert _place(_trainer(1, 2, **more)) == (1, 0, 1, 2)
 
 
 def test_a_person_may_number_the_nodes(said):
@@ -140,6 +162,7 @@ sys.modules["moebed.commands.report"] = type(sys)("report")
 sys.modules["moebed.commands.report"].run = print
 sys.argv = ["moebed", "report", "a folder"]
 main()
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from moebed.machine import slurm
 print(rank_zero_only.rank, slurm.tasks(), slurm.job())
