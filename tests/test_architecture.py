@@ -164,3 +164,15 @@ def test_the_folder_beside_the_checkout_is_reached_in_one_place():
         if any(reach.search(line) for line in path.read_text(encoding="utf-8").splitlines())
     }
     assert reaching == {"tests/conftest.py"}
+
+
+def test_what_ci_collects_for_that_folder_is_all_that_carries_the_mark():
+    """``.ci/run`` looks for the mark by these words, in files of tests: it would not see one made elsewhere."""
+    words = "pytest.mark" + ".shared("
+    looked_for = words.replace(".", r"\.")  # as git takes it, to which a bracket is a bracket
+    assert f"-lz '{looked_for}' -- 'tests/*test_*.py'" in (ROOT / ".ci/run").read_text(encoding="utf-8")
+    texts = {path: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py")}
+    carrying = {path: text for path, text in texts.items() if re.search(r"mark\.shared", text)}
+    assert len(carrying) > 1
+    other = [path for path, text in carrying.items() if not (path.match("test_*.py") and words in text)]
+    assert [path.name for path in other] == ["conftest.py"]

@@ -112,7 +112,8 @@ def test_balancing_reaches_what_decides(name):
     [
         "relu",
         "quantile",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("threshold", "expert_choice", "kmeans")),
+        "threshold",  # each of the two has statistics of its own
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("expert_choice", "kmeans")),
     ],
 )
 def test_a_training_step_with_router_losses_and_statistics_is_one_graph(name):
