@@ -109,17 +109,18 @@ def look_first(command: str, arguments: Sequence[str]) -> None:
 
 
 def _whole(settings: Any) -> dict[str, Any]:
-    """Settings but those of which a part is said, as num_experts+ or router_options.gamma: those the parser knows."""
+    """Settings but those that are no YAML, or a part (num_experts+, router_options.gamma): the parser says more of them."""
     given = settings if isinstance(settings, dict) else {}
-    return {str(key): _plain(value) for key, value in given.items() if not {".", "+"} & set(str(key))}
+    plain = {str(key): _plain(value) for key, value in given.items() if not {".", "+"} & set(str(key))}
+    return {key: value for key, value in plain.items() if value is not MISSING}
 
 
 def _plain(value: Any) -> Any:
-    """A value of an option, or of a recipe where it is quoted, as YAML has it."""
+    """A value of an option, or of a recipe where it is quoted, as YAML has it; MISSING where it is none."""
     try:
         return parse_yaml(value) if isinstance(value, str) else value
     except yaml.YAMLError:
-        return value
+        return MISSING
 
 
 def _at(content: Any, option: str) -> Any:
