@@ -109,7 +109,7 @@ def look_first(command: str, arguments: Sequence[str]) -> None:
 
 
 def _whole(settings: Any) -> dict[str, Any]:
-    """Settings but those that are no YAML, or a part (num_experts+, router_options.gamma): the parser says more of them."""
+    """Settings but those that are no YAML, or a part (num_experts+, router_options.gamma), which the parser judges."""
     given = settings if isinstance(settings, dict) else {}
     plain = {str(key): _plain(value) for key, value in given.items() if not {".", "+"} & set(str(key))}
     return {key: value for key, value in plain.items() if value is not MISSING}

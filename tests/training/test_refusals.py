@@ -12,7 +12,7 @@ REFUSED = [
     ("--model.config.num_experts", "[4, x]", "it must be a whole number or a list"),
     ("--model.config.num_experts", "[4, 8", "is '[4, 8', which is no YAML"),
     ("--model.config", "{num_experts: x}", "model.config.num_experts is 'x'; it must be a whole number"),
-    ("--model.config.norm_topk_prob", "3", "norm_topk_prob is '3'; it must be true or false"),
+    ("--model.config.norm_topk_prob", "3", "norm_topk_prob is 3; it must be true or false"),
     ("--model.optimizer.name", "adam", "name is 'adam'; choose one of adamw, muon (did you mean"),
     ("--model.optimizer.learning_rate", "fast", "model.optimizer: learning_rate is 'fast'; it must be a number"),
     ("--model.optimizer.lr", "1", "model.optimizer: unknown key 'lr' in the config; choose one of name, learning_"),
