@@ -17,11 +17,16 @@ from triton_kernels.precision import version
 from triton_kernels.shipped import SHIPPED, WIDE_EVEN, candidates
 from triton_kernels.spec import DTYPES, Argument
 
+# Products in float32, by version: 3 accesses at odd sizes by Triton 3.6, 2 in TF32 by later ones.
+SPILLS = {
+    (3, 6): [("up", "sm_90")],
+    (3, 7): [("grad_hidden", "sm_120"), ("up", "sm_100"), ("grad_down", "sm_100")],
+    (3, 9): [("grad_hidden", "sm_120")],
+}
 # Gates that kernels miss today: (op, architecture, element type) -> names of gates.
 MISSED: dict[tuple[str, str, str], set[str]] = {
     ("route_small", "gfx942", "bf16"): {"spills"},
-    # At odd sizes: 3 accesses in float32 by Triton 3.6, 2 in TF32 by later ones.
-    ("up", "sm_90", "fp32") if version() < (3, 7) else ("grad_hidden", "sm_120", "fp32"): {"spills"},
+    **{(*product, "fp32"): {"spills"} for product in SPILLS.get(version(), SPILLS[3, 9])},
 }
 # Masks in the loop in place of a last step after it: more instructions, and less time on an H100 where experts have few
 # rows (recipes/gpu/results/h100.md).
