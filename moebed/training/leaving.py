@@ -45,7 +45,7 @@ class LeavingTogether:
         self._keys = [f"{self._key}/{one}" for one in range(world_size)]  # of the ranks that know of it
         self._own_key = self._keys[rank]
         self._store: dist.Store | None = None
-        # A port that takes connections and says nothing holds up nobody but who has heard a signal.
+        # A port that takes connections and says nothing holds up who connects, far longer than the timeout it is told.
         self._connecting = threading.Thread(target=self._connect, daemon=True, name="meeting the other ranks")
         self._connecting.start()
         self._number = _STOP
@@ -130,7 +130,7 @@ class LeavingTogether:
     def _asked(self, own: int | None) -> int:
         """The signal that any rank heard first; without a store, each is for itself."""
         if own is not None:
-            self._connecting.join()
+            self._connecting.join(PATIENCE)
         try:
             if self._store is not None and own is not None:
                 return int(self._store.compare_set(self._key, "", str(own)))

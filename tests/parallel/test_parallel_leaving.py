@@ -232,6 +232,22 @@ def test_a_store_that_is_silent_holds_up_no_run(tmp_path):
     assert ranks.wait(LONG) == [0], ranks.said
 
 
+def _silent_as_a_signal_comes(rank: int, world_size: int) -> None:
+    leaving.PATIENCE = 1.0
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
+        together = leaving.LeavingTogether(rank, 2, [signal.SIGUSR1], lambda number: 1)
+        signal.signal(signal.SIGUSR1, lambda *_: os._exit(together.wait()))
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(LONG)
+
+
+def test_a_store_that_is_silent_holds_up_no_signal(tmp_path):
+    """The rank waited for its connection, which gives up far later than it is told to."""
+    ranks = begin(_silent_as_a_signal_comes, 1, tmp_path)
+    assert ranks.wait(LONG / 3) == [int(signal.SIGUSR1)], ranks.said
+
+
 def _judging(rank: int, world_size: int, folder: Path) -> None:
     """A validation, say, of a rank that Lightning started as the one that has started the others."""
     launcher = SimpleNamespace(kill=lambda number: (folder / f"passed on {number}").touch())
