@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from moebed.study.comparison import Comparison
 from probes.figures import drawing
-from probes.figures.letters import plain
+from probes.figures.letters import apart
 from probes.report.charts import small_panels
 from probes.report.units import unit_of
 
@@ -80,9 +80,10 @@ def draw_loss_curves(found: Comparison) -> Figure:
     fig = drawing.new_figure(11.6, 4.4, "")
     left, right = fig.subplots(1, 2)
     styles, base = _styles(found), _curves(found, found.baseline, "loss")
+    written = apart(found.arms, NAME_LETTERS)
     for name in found.arms:
         curves = _curves(found, name, "loss")
-        _band(left, curves, styles[name], plain(name, NAME_LETTERS))
+        _band(left, curves, styles[name], written[name])
         if name == found.baseline:
             continue
         pairs = {
@@ -90,9 +91,9 @@ def draw_loss_curves(found: Comparison) -> Figure:
             for seed, curve in curves.items()
             if seed in base
         }
-        _band(right, pairs, styles[name], plain(name, NAME_LETTERS))
+        _band(right, pairs, styles[name], written[name])
     right.axhline(0, color=drawing.MUTED, lw=1, ls="--", zorder=1)
-    titles = "loss on held-out text (nats a token)", f"paired difference from {plain(found.baseline, NAME_LETTERS)}"
+    titles = "loss on held-out text (nats a token)", f"paired difference from {written[found.baseline]}"
     for ax, title in zip((left, right), titles, strict=True):
         drawing.style_axes(ax)
         ax.set_title(title, fontsize=10.5)
@@ -110,6 +111,7 @@ def draw_differences(found: Comparison) -> Figure:
     ax.use_sticky_edges = False  # a bar's left end would be the picture's
     drawing.style_axes(ax)
     styles, base = _styles(found), _final(found, found.baseline)
+    written = apart(found.arms, NAME_LETTERS)
     for row, arm in enumerate(arms):
         assert arm.difference is not None
         difference, colour = arm.difference, styles[arm.name]["color"]
@@ -121,12 +123,12 @@ def draw_differences(found: Comparison) -> Figure:
         ax.plot(values, [row + 0.2] * len(values), "o", ms=3.5, mfc="none", mec=colour, mew=1, zorder=3)
         ax.plot([difference.mean], [row], "D", ms=6, color=colour, zorder=4)
     ax.axvline(0, color=drawing.INK, lw=1)
-    named = [plain(arm.name, NAME_LETTERS) + (" *" if _called(arm.difference) else "") for arm in arms]
+    named = [written[arm.name] + (" *" if _called(arm.difference) else "") for arm in arms]
     ax.set_yticks(range(len(arms)), named)
     ax.set_ylim(len(arms) - 0.4, -0.6)
     ax.tick_params(axis="y", labelsize=9.5)
     ax.set_title(
-        f"loss minus that of {plain(found.baseline, NAME_LETTERS)}, paired over seeds (nats a token; less is better)",
+        f"loss minus that of {written[found.baseline]}, paired over seeds (nats a token; less is better)",
         fontsize=10.5,
     )
     ax.set_xlabel(
@@ -153,6 +155,7 @@ def draw_headlines(found: Comparison) -> Figure:
     names = list(found.headlines)
     fig, axes = small_panels(len(names), 4)
     styles = _styles(found)
+    written = apart(found.arms, NAME_LETTERS)
     for ax, headline in zip(axes, names, strict=True):
         drawing.style_axes(ax)
         for arm in found.arms:
@@ -162,7 +165,7 @@ def draw_headlines(found: Comparison) -> Figure:
                 for seed, run in runs.items()
                 if run["status"] == "finished" and headline in run["headlines"]
             }
-            _band(ax, curves, styles[arm], plain(arm, NAME_LETTERS))
+            _band(ax, curves, styles[arm], written[arm])
         probe, _, key = headline.partition("/")
         ax.set_title(f"{probe}: {key}", fontsize=8.5)
         ax.set_xlabel("step", fontsize=8)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
+from itertools import takewhile
 
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
@@ -35,6 +36,21 @@ def plain(name: str, most: int | None = None) -> str:
     if most is not None and len(name) > most:
         name = f"{name[: most // 2]}…{name[len(name) - (most - 1 - most // 2) :]}"
     return (" " + name if name.startswith("_") else name).replace("$", r"\$")
+
+
+def apart(names: Iterable[str], most: int) -> dict[str, str]:
+    """Names that stand beside each other, as ``plain`` writes them; those that would be one from where they differ on.
+
+    All of each of them where even that does not tell them apart.
+    """
+    names = list(dict.fromkeys(names))
+    alike = sum(1 for _ in takewhile(lambda letters: len({*letters}) == 1, zip(*names, strict=False)))
+    start = max(0, alike - 8)
+    for written in (lambda name: plain(name, most), lambda name: plain("…" + name[start:], most)):
+        found = {name: written(name) for name in names}
+        if len({*found.values()}) == len(names):
+            return found
+    return {name: plain(name) for name in names}
 
 
 def token(words: Mapping[int, str], one: int, most: int) -> str:

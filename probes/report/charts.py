@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from moebed.machine.tags import LAYERS
 from probes.figures import drawing
-from probes.figures.letters import plain
+from probes.figures.letters import apart
 from probes.report.units import unit_of
 
 if TYPE_CHECKING:
@@ -65,9 +65,10 @@ def draw_losses(runs: Sequence[RunFolder]) -> Figure:
     fig = drawing.new_figure(11.6, 3.8, "")
     axes = fig.subplots(1, len(panels), squeeze=False)[0]
     colours = run_colours(runs)
+    names = apart((run.name for run in runs), NAME_LETTERS)
     for ax, (title, (train, validation)) in zip(axes, panels.items(), strict=True):
         for run in runs:
-            name = plain(run.name, NAME_LETTERS)
+            name = names[run.name]
             if train in run.curves:
                 _draw_curve(ax, run.curves[train], colours[run.name], f"{name}: train")
             if validation in run.curves:
@@ -85,10 +86,11 @@ def draw_curves(runs: Sequence[RunFolder], tags: Sequence[str]) -> Figure:
     """One panel a tag, one line a run; a long curve is drawn smoothed over its raw values."""
     fig, axes = small_panels(min(len(tags), MOST_PANELS), 4)
     colours = run_colours(runs)
+    names = apart((run.name for run in runs), NAME_LETTERS)
     for ax, tag in zip(axes, tags, strict=False):
         for run in runs:
             if tag in run.curves:
-                _draw_curve(ax, run.curves[tag], colours[run.name], plain(run.name, NAME_LETTERS))
+                _draw_curve(ax, run.curves[tag], colours[run.name], names[run.name])
         _limit(ax, [run.curves[tag] for run in runs if tag in run.curves])
         _say(ax, tag, unit_of(tag))
     if len(runs) > 1:
@@ -168,10 +170,11 @@ def draw_headlines(series: Mapping[str, Mapping[str, Curve]], runs: Sequence[Run
     """One panel a headline, one line a run."""
     fig, axes = small_panels(len(series), 4)
     colours = run_colours(runs)
+    names = apart((run.name for run in runs), NAME_LETTERS)
     for ax, (name, by_run) in zip(axes, series.items(), strict=True):
         drawing.style_axes(ax)
         for run, (steps, values) in by_run.items():
-            ax.plot(steps, values, color=colours[run], lw=1.6, marker="o", ms=3, label=plain(run, NAME_LETTERS))
+            ax.plot(steps, values, color=colours[run], lw=1.6, marker="o", ms=3, label=names[run])
         probe, _, key = name.partition("/")
         _say(ax, f"{probe}: {key}", unit_of(name))
     if len(runs) > 1:

@@ -52,6 +52,24 @@ def test_of_a_long_name_both_ends_stay():
     assert letters.plain("short", 22) == "short"
 
 
+def test_names_that_differ_amid_others_of_one_length_are_told_apart(draw, tmp_path):
+    names = [f"runs_of_a_long_sweep_lr_{rate}_and_all_settings_the_same_seed_1" for rate in ("0.001", "0.002", "0.04")]
+    assert list(letters.apart([*names, names[0]], 40).values()) == [
+        "…p_lr_0.001_and_all_…ngs_the_same_seed_1",
+        "…p_lr_0.002_and_all_…ngs_the_same_seed_1",
+        "…p_lr_0.04_and_all_s…ngs_the_same_seed_1",
+    ]
+    assert letters.apart(["one", "two"], 40) == {"one": "one", "two": "two"}
+    far = ["a" * 30 + one + "b" * 30 + two + "c" * 30 for one in "xy" for two in "xy"]
+    assert len({*letters.apart(far, 22).values()}) == 4
+    runs = [RunFolder(tmp_path, name, "", {}, {}, {}, [], {}) for name in names]
+    for run in runs:
+        run.curves["train/loss"] = ([1, 2, 3], [3.0, 2.0, 1.0])
+    fig = draw_losses(runs)
+    draw(fig)
+    assert len(fig.legends[0].get_texts()) == 3
+
+
 def test_a_token_that_no_font_can_write_is_its_number(monkeypatch):
     monkeypatch.setattr(letters, "font_with", lambda letter: "" if letter.isascii() or letter == "␣" else None)
     assert letters.token({3: "论文", 4: " a论", 5: "the"}, 3, 9) == "#3"
