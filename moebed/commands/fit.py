@@ -54,7 +54,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
 
 def _queue_again_to_make_room() -> None:
     if slurm.makes_room() and slurm.requeue() is None:
-        say(f"job {slurm.job()} is in the queue again: it makes room before it has begun")
+        say(f"job {slurm.job()} is in the queue again: it makes room for another")
 
 
 def look_first(command: str, arguments: Sequence[str]) -> None:

@@ -231,7 +231,7 @@ def test_a_job_that_makes_room_before_it_has_begun_is_queued_again(said, scontro
     )
     assert (done.returncode, done.stdout) == (-signal.SIGTERM, ""), done.stderr
     assert called.exists() == requeued
-    assert ("job 12345 is in the queue again: it makes room before it has begun" in done.stderr) == requeued
+    assert ("job 12345 is in the queue again: it makes room for another" in done.stderr) == requeued
 
 
 def test_a_signal_that_came_early_counts(said, monkeypatch):
