@@ -4,7 +4,7 @@
 
 Four ranks do what ``parallel.exchange: all_gather`` does of a layer. With torch 2.13.0 on two busy cores one of them
 died once, within two minutes, of ``malloc(): unaligned tcache chunk detected`` in the backward pass of an all-gather; a
-second run of 45 seconds ended well. Tests of several ranks die so now and then.
+second run of 45 seconds and a third of 100 ended well. Tests of several ranks die so now and then.
 """
 
 import faulthandler
