@@ -163,9 +163,11 @@ def _routers(options: argparse.Namespace) -> list[dict[str, Any]]:
     from rich.table import Table
 
     from moebed.bench import routers
+    from moebed.model.routers import ROUTERS as rules
 
     _check_device(options.device)
-    measured = [name for name in ROUTERS if name not in OF_DOMAINS]  # random text has no domains
+    measured = [name for name, rule in rules.items() if not rule.needs_domain]  # random text has no domains
+    _check_choices("--router", options.router or [], measured)  # one of a plug-in may need them too
     precision = _precision(options)
     results = []
     for size in options.size or ["A"]:

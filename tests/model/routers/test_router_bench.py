@@ -8,6 +8,7 @@ from moebed.bench import routers, train
 from moebed.bench.command import CHOICES
 from moebed.cli import main
 from moebed.model.flops import flops_per_token
+from moebed.model.routers import ROUTERS
 from tests.conftest import tiny_config
 
 
@@ -31,3 +32,11 @@ def test_it_measures_what_is_asked_for(monkeypatch, tmp_path, capsys):
     assert "expert_norm" in capsys.readouterr().out
     assert main(["bench", "routers", "--router", "autonmy"]) == 2
     assert "unknown router 'autonmy'; did you mean 'autonomy'?" in capsys.readouterr().err
+
+
+def test_a_router_of_a_plug_in_that_is_told_domains_is_not_measured(monkeypatch, capsys):
+    """Its name alone does not tell; the text of the benchmark is random and has none."""
+    monkeypatch.setitem(ROUTERS, "told", type("Told", (ROUTERS["oracle"],), {}))
+    monkeypatch.setattr(routers, "run", lambda *_: pytest.fail("it was measured"))
+    assert main(["bench", "routers", "--router", "told"]) == 2
+    assert "--router told: choose among softmax_topk" in capsys.readouterr().err
